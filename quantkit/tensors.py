@@ -1,0 +1,78 @@
+"""The nouns that every stage shares: what one GGUF tensor is, and how much its input columns matter.
+
+Shapes here are numpy's, slowest dimension first; ggml's `ne` is the reverse.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+Assembly = Literal["copy", "stack", "k_b", "v_b"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the output file, before any type is chosen and without data.
+
+    name: the GGUF name, `blk.3.ffn_down_exps.weight`.
+    shape: slowest first: `(n_expert, n_out, n_in)`, `(n_out, n_in)` or `(n,)`.
+    role: the name without layer and suffix, `ffn_down_exps`; recipes speak of roles.
+    layer: block number, None outside the blocks.
+    sources: checkpoint tensors it is made from, in order (one per expert for a stack).
+    assembly: how: `copy` one source, `stack` one matrix per source, `k_b`/`v_b` cut out of `kv_b_proj` per head.
+    fixed: the only type the format allows (norms, biases and the router are F32), else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    layer: int | None
+    sources: tuple[str, ...]
+    assembly: Assembly = "copy"
+    fixed: str | None = None
+
+    @property
+    def n_in(self) -> int:
+        """Length of a row: the dimension that is summed over, and along which blocks of weights lie."""
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices stacked in a 3-D tensor (experts or heads), else 1."""
+        return prod(self.shape[:-2]) if len(self.shape) > 2 else 1
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_routed(self) -> bool:
+        return self.role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Sum over calibration tokens of squared inputs to one weight (an entry of an imatrix).
+
+    in_sum2: float32 [n_matrices, n_in].
+    counts: float32 [n_matrices]: tokens that reached each matrix (experts see only what was routed to them).
+    """
+
+    in_sum2: np.ndarray
+    counts: np.ndarray
+
+    def mean(self, matrix: int) -> np.ndarray | None:
+        """Mean square per input column, float32 [n_in]; None if no token reached this matrix."""
+        count = float(self.counts[matrix if len(self.counts) > 1 else 0])
+        return self.in_sum2[matrix] / np.float32(count) if count > 0 else None
+
+
+Imatrix = Mapping[str, Importance]
+"""GGUF tensor name -> Importance."""
