@@ -62,16 +62,16 @@ class Importance:
     """Sum over calibration tokens of squared inputs to one weight (an entry of an imatrix).
 
     in_sum2: float32 [n_matrices, n_in].
-    counts: float32 [n_matrices]: tokens that reached each matrix (experts see only what was routed to them).
+    counts: float32 [n_matrices] or [1]: tokens that reached each matrix (experts see only what was routed to them).
     """
 
     in_sum2: np.ndarray
     counts: np.ndarray
 
-    def mean(self, matrix: int) -> np.ndarray | None:
-        """Mean square per input column, float32 [n_in]; None if no token reached this matrix."""
-        count = float(self.counts[matrix if len(self.counts) > 1 else 0])
-        return self.in_sum2[matrix] / np.float32(count) if count > 0 else None
+    def mean(self, matrix: int) -> np.ndarray:
+        """Mean square per input column, float32 [n_in]; ones if no token reached this matrix, as llama-quantize does."""
+        count = np.float32(self.counts[matrix if len(self.counts) > 1 else 0])
+        return self.in_sum2[matrix] / count if count > 0 else np.ones_like(self.in_sum2[matrix])
 
 
 Imatrix = Mapping[str, Importance]

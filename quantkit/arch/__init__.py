@@ -1,0 +1,1 @@
+"""Model families: names, shapes and metadata. One module each."""

@@ -1,0 +1,117 @@
+"""DeepSeek's byte-level BPE: from tokenizer.json into GGUF metadata, and from GGUF metadata back into a tokenizer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import U32, I32List
+
+# DeepSeek-V3's pre-tokenizer, which llama.cpp knows as `deepseek-v3`: numbers in threes, CJK runs, words and the rest.
+DEEPSEEK_V3_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+
+
+def load(folder: Path) -> Tokenizer:
+    """The checkpoint's own tokenizer.json."""
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise QuantkitError(f"{path}: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QuantkitError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise QuantkitError(f"{path}: expected an object")
+    return value
+
+
+def metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
+    """`tokenizer.*` keys for a checkpoint folder. n_vocab: rows of the embedding; missing ids become [PADi]."""
+    raw, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    model = raw.get("model") or {}
+    if model.get("type") != "BPE":
+        raise QuantkitError(f"{folder / 'tokenizer.json'}: model type {model.get('type')!r} is not BPE")
+    _check_splits(raw, folder)
+    tokens, types = _tokens(raw, n_vocab, folder)
+    ids = {token: i for i, token in enumerate(tokens)}
+    out: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "deepseek-v3",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": I32List(types),
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+        "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
+        "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
+    }
+    for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            if token not in ids:
+                raise QuantkitError(f"{folder / 'tokenizer_config.json'}: {name} {token!r} is not in the vocabulary")
+            out[f"tokenizer.ggml.{key}_token_id"] = U32(ids[token])
+    if isinstance(template := settings.get("chat_template"), str):
+        out["tokenizer.chat_template"] = template
+    return out
+
+
+def _check_splits(raw: Mapping[str, Any], folder: Path) -> None:
+    parts = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    splits = tuple(part["pattern"].get("Regex") for part in parts if part.get("type") == "Split")
+    if splits != DEEPSEEK_V3_SPLITS:
+        # llama.cpp would cut words differently and the model would see tokens it was not trained on.
+        raise QuantkitError(f"{folder / 'tokenizer.json'}: pre-tokenizer is not DeepSeek-V3's; no GGUF name for it")
+
+
+def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
+    kinds = gguf.TokenType
+    by_id = {i: (token, kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
+    for added in raw.get("added_tokens", ()):
+        control = added["special"] or _looks_special(added["content"])
+        by_id[added["id"]] = (added["content"], kinds.CONTROL if control else kinds.USER_DEFINED)
+    if by_id and max(by_id) >= n_vocab:
+        raise QuantkitError(f"{folder / 'tokenizer.json'}: token id {max(by_id)} is beyond vocab_size {n_vocab}")
+    full = [by_id.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(n_vocab)]
+    return [token for token, _ in full], [int(kind) for _, kind in full]
+
+
+def _looks_special(token: str) -> bool:
+    """DeepSeek marks `<｜User｜>` and its like as ordinary added tokens; llama.cpp's converter writes them as control."""
+    return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
+
+
+def from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
+    """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does."""
+    if meta.get("tokenizer.ggml.model") != "gpt2" or meta.get("tokenizer.ggml.pre") != "deepseek-v3":
+        pre = meta.get("tokenizer.ggml.pre")
+        raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not deepseek-v3; cannot tokenize")
+    tokens, types = list(meta["tokenizer.ggml.tokens"]), list(meta["tokenizer.ggml.token_type"])
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK_V3_SPLITS]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+        special = kind == gguf.TokenType.CONTROL
+        added = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types, strict=True) if k == kind]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids without BOS; chat markers in the text become their special tokens."""
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,26 @@
+"""Where bundled recipes and models lie: inside an installed package, or at the top of the repository."""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def recipes_dir() -> Path:
+    return _folder("recipes")
+
+
+def models_dir() -> Path:
+    return _folder("models")
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name.removesuffix(".toml") for path in recipes_dir().glob("*.toml"))
+
+
+def model_names() -> list[str]:
+    return sorted(path.parent.name for path in models_dir().glob("*/config.json"))
+
+
+def _folder(kind: str) -> Path:
+    installed = HERE / "bundled" / kind
+    return installed if installed.is_dir() else HERE.parent / kind

@@ -1,0 +1,1 @@
+"""Calibration: text through the original weights, importance out."""

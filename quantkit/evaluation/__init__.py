@@ -1,0 +1,1 @@
+"""What a file is worth: perplexity and divergence from the original."""

@@ -1,0 +1,188 @@
+"""Safetensors checkpoints: index and headers are checked at `open`, weights are read one slice at a time."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ..errors import QuantkitError
+from .byte_source import ByteSource, FolderSource
+from .fp8 import dequantise, scale_rows
+from .geometry import Geometry
+from .safetensors_header import TensorEntry, check_shard_name, header_length, load_json, parse_header
+from .tensor_table import SCALE_SUFFIX, TensorTable, load_config, read_text_file
+
+INDEX = "model.safetensors.index.json"
+TORCH_DTYPE: Mapping[str, torch.dtype] = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+
+
+class Checkpoint(TensorTable):
+    """A folder of safetensors shards, read-only. Reads may come from many threads; `close` when done."""
+
+    def __init__(
+        self, path: Path, config: dict, tensors: Mapping[str, TensorEntry], source: ByteSource, fingerprint: str
+    ) -> None:
+        super().__init__(path, config, tensors)
+        self._source, self._fingerprint = source, fingerprint
+
+    @classmethod
+    def open(cls, folder: Path | str, source: ByteSource | None = None) -> Self:
+        """Read `config.json`, the index and all shard headers; no weights.
+
+        Without an index, all `*.safetensors` of the folder are taken. QuantkitError, naming file and tensor, for a
+        missing or truncated shard, a bad header, or an index that disagrees with the headers.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise QuantkitError(f"{folder}: no such model folder")
+        config, config_text = load_config(folder)
+        source = source or FolderSource(folder)
+        try:
+            weight_map = _weight_map(folder, source)
+            shards = sorted(set(weight_map.values())) if weight_map else _scan(folder, source)
+            headers, digest = _read_headers(folder, source, shards, config_text)
+            tensors = _merge(folder, headers, weight_map)
+            return cls(folder, config, tensors, source, digest)
+        except BaseException:
+            source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shard files. A later read opens them again."""
+        self._source.close()
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of config.json and every shard's name, size and header: a cheap identity, blind to weights."""
+        return self._fingerprint
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Rows start:stop (of the first dimension; default all) as `dtype` on `device`.
+
+        FP8 is moved first and multiplied by its scale there, in float32. QuantkitError naming tensor and shard for a
+        missing or wrong scale, an unsupported dtype, a short read, or a weight or scale that is not finite.
+        """
+        raw, scale = self.read_raw(name, start, stop)
+        raw = raw.to(device)
+        out = raw if scale is None else dequantise(raw, scale, self.block, start)
+        # The sum is cheap and carries any NaN or infinity; only then is it worth a temporary as large as the tensor.
+        if not torch.isfinite(out.sum(dtype=torch.float32)) and not torch.isfinite(out).all():
+            raise QuantkitError(f"{self.where(name, self.entry(name))} has weights that are not finite")
+        return out.to(dtype)
+
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows start:stop as stored, on the CPU, and their scale.
+
+        The scale is None for plain floats, else float32 [rows covering the slice, blocks across]: row r of the slice
+        belongs to its row (start + r) // block - start // block.
+        """
+        entry = self.entry(name)
+        scale_entry = self.scale_of(name, entry)
+        n_rows = entry.shape[0] if entry.shape else 1
+        stop = n_rows if stop is None else stop
+        if not 0 <= start <= stop <= n_rows:
+            raise QuantkitError(f"{self.where(name, entry)} has {n_rows} rows, {start}:{stop} were asked for")
+        raw = self._rows(name, entry, start, stop)
+        if scale_entry is None:
+            return raw, None
+        scale = self._rows(name + SCALE_SUFFIX, scale_entry, *scale_rows(start, stop, self.block)).to(torch.float32)
+        if not torch.isfinite(scale).all():
+            raise QuantkitError(f"{self.where(name + SCALE_SUFFIX, scale_entry)} has a scale that is not finite")
+        return raw, scale
+
+    def _rows(self, name: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        assert entry.file is not None
+        offset, length = entry.begin + start * entry.row_bytes, (stop - start) * entry.row_bytes
+        buffer = self._source.read(entry.file, offset, length, f"tensor {name!r}")
+        return buffer.view(TORCH_DTYPE[entry.dtype]).view((stop - start, *entry.shape[1:]) if entry.shape else ())
+
+
+def open_source(path: Path | str) -> Checkpoint | Geometry:
+    """A model folder as what it is: weights, or (`tensors.json`, no shards) a description without weights."""
+    folder = Path(path)
+    if (folder / "tensors.json").is_file() and not any(folder.glob("*.safetensors")):
+        return Geometry.load(folder)
+    return Checkpoint.open(folder)
+
+
+def _weight_map(folder: Path, source: ByteSource) -> dict[str, str] | None:
+    """Tensor -> shard from the index; None if the folder has no index."""
+    names = set(source.names())
+    if INDEX not in names:
+        return None
+    where = str(folder / INDEX)
+    index = load_json(read_text_file(folder / INDEX), where)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise QuantkitError(f"{where}: no weight_map")
+    shards = Counter(check_shard_name(shard, where) for shard in weight_map.values())
+    missing = sorted(set(shards) - names)
+    if missing:
+        tensor = next(name for name, shard in weight_map.items() if shard == missing[0])
+        others = f" ({len(missing)} of {len(shards)} shards are missing)" if len(missing) > 1 else ""
+        raise QuantkitError(f"{folder / missing[0]}: no such file; the index places tensor {tensor!r} there{others}")
+    return weight_map
+
+
+def _scan(folder: Path, source: ByteSource) -> list[str]:
+    shards = [name for name in source.names() if name.endswith(".safetensors")]
+    if not shards:
+        raise QuantkitError(f"{folder}: no {INDEX} and no *.safetensors here")
+    return shards
+
+
+def _read_headers(
+    folder: Path, source: ByteSource, shards: list[str], config_text: bytes
+) -> tuple[dict[str, dict[str, TensorEntry]], str]:
+    """Shard -> its entries, and the fingerprint of them all."""
+    headers, digest = {}, hashlib.sha256(config_text)
+    for shard in shards:
+        size, where = source.size(shard), str(folder / shard)
+        prefix = source.read(shard, 0, min(8, size), "the header length").numpy().tobytes()
+        header = source.read(shard, 8, header_length(prefix, size, where), "the header").numpy().tobytes()
+        digest.update(f"\0{shard}\0{size}\0{len(header)}\0".encode())
+        digest.update(header)
+        headers[shard] = parse_header(header, size, shard, where)
+    return headers, digest.hexdigest()
+
+
+def _merge(
+    folder: Path, headers: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str] | None
+) -> dict[str, TensorEntry]:
+    """All shards' entries in one table, checked against the index."""
+    tensors: dict[str, TensorEntry] = {}
+    for shard, entries in headers.items():
+        for name, entry in entries.items():
+            if name in tensors:
+                raise QuantkitError(f"{folder / shard}: tensor {name!r} is also in {tensors[name].file}")
+            tensors[name] = entry
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors:
+            raise QuantkitError(f"{folder / shard}: tensor {name!r} is missing; {INDEX} places it there")
+        if tensors[name].file != shard:
+            raise QuantkitError(f"{folder / shard}: tensor {name!r} is missing; it lies in {tensors[name].file}")
+    if weight_map is not None and len(tensors) != len(weight_map):
+        name = next(name for name in tensors if name not in weight_map)
+        raise QuantkitError(f"{folder / str(tensors[name].file)}: tensor {name!r} is not in {INDEX}")
+    return tensors

@@ -1,0 +1,186 @@
+"""Metadata and tensor table -> the header bytes of a GGUF file. gguf-py writes these only into a final file."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
+
+from ..errors import QuantkitError
+from .gguf_header import DEFAULT_ALIGNMENT, row_bytes
+
+MAX_NAME = 63  # bytes; ggml's GGML_MAX_NAME is 64 with the final zero
+
+
+class PlannedTensor(Protocol):
+    """What the writer must know of a tensor before there are data: `planning`'s tensors have it.
+
+    shape: slowest dimension first. qtype: ggml's name. n_bytes: all rows. row_bytes: one row.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def qtype(self) -> str: ...
+    @property
+    def n_bytes(self) -> int: ...
+    @property
+    def row_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A metadata value with its exact GGUF type: llama.cpp refuses a u32 key stored as anything else."""
+
+    value: int | float
+    kind: ClassVar[GGUFValueType]
+
+
+class U8(Typed):
+    kind = GGUFValueType.UINT8
+
+
+class U16(Typed):
+    kind = GGUFValueType.UINT16
+
+
+class U32(Typed):
+    kind = GGUFValueType.UINT32
+
+
+class U64(Typed):
+    kind = GGUFValueType.UINT64
+
+
+class I32(Typed):
+    kind = GGUFValueType.INT32
+
+
+class I64(Typed):
+    kind = GGUFValueType.INT64
+
+
+class F32(Typed):
+    kind = GGUFValueType.FLOAT32
+
+
+class F64(Typed):
+    kind = GGUFValueType.FLOAT64
+
+
+@dataclass(frozen=True)
+class I32List:
+    """An array of i32 (token types); a plain list of ints is stored the same way."""
+
+    values: Sequence[int]
+
+
+PlainValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+Value = PlainValue | Typed | I32List
+"""A metadata value. Plain ones: bool, str, int >= 0 as u32, int < 0 as i32, float as f32, ints in a list as i32."""
+
+LAYOUT = {
+    GGUFValueType.UINT8: "<B", GGUFValueType.UINT16: "<H", GGUFValueType.UINT32: "<I", GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT32: "<i", GGUFValueType.INT64: "<q", GGUFValueType.FLOAT32: "<f", GGUFValueType.FLOAT64: "<d",
+    GGUFValueType.BOOL: "<?",
+}  # fmt: skip
+
+
+def encode_metadata(metadata: Mapping[str, Value]) -> list[bytes]:
+    """One bytes per key, in order. QuantkitError naming the key for a value that GGUF or its readers cannot take."""
+    return [_string(key) + _value(key, value) for key, value in metadata.items()]
+
+
+def encode_tensor(tensor: PlannedTensor, offset: int) -> bytes:
+    """The tensor-table entry; `offset` from the start of the data."""
+    ne = tuple(reversed(tensor.shape))
+    return (
+        _string(tensor.name)
+        + struct.pack(f"<I{len(ne)}Q", len(ne), *ne)
+        + struct.pack("<IQ", GGMLQuantizationType[tensor.qtype], offset)
+    )
+
+
+def encode_header(metadata: Sequence[bytes], tensors: Sequence[bytes]) -> bytes:
+    """The header of one file, padded to where its data start."""
+    counts = struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(tensors), len(metadata))
+    header = counts + b"".join(metadata) + b"".join(tensors)
+    return header + bytes(pad(len(header)) - len(header))
+
+
+def pad(length: int) -> int:
+    """`length` rounded up to the alignment of tensor data, 32 bytes."""
+    return -(-length // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+def check_tensors(tensors: Sequence[PlannedTensor]) -> None:
+    """QuantkitError for a table that no reader would take: bad or double names, shapes or sizes that do not fit."""
+    seen: set[str] = set()
+    for tensor in tensors:
+        if not 0 < len(tensor.name.encode()) <= MAX_NAME or tensor.name in seen:
+            raise QuantkitError(f"tensor name {tensor.name!r} is empty, longer than {MAX_NAME} bytes or used twice")
+        seen.add(tensor.name)
+        if (
+            not 1 <= len(tensor.shape) <= 4
+            or min(tensor.shape) < 1
+            or tensor.qtype not in GGMLQuantizationType.__members__
+        ):
+            raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
+        block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.qtype]][0]
+        row = row_bytes(tensor.qtype, tensor.shape[-1])
+        sizes = (tensor.row_bytes, tensor.n_bytes)
+        if tensor.shape[-1] % block or sizes != (row, row * prod(tensor.shape[:-1])):
+            raise QuantkitError(
+                f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"
+            )
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(key: str, value: Value) -> bytes:
+    if isinstance(value, I32List):
+        return _array(key, list(value.values))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _array(key, list(value))
+    kind = value.kind if isinstance(value, Typed) else _kind(key, value)
+    return struct.pack("<I", kind) + _packed(key, kind, value.value if isinstance(value, Typed) else value)
+
+
+def _array(key: str, values: list) -> bytes:
+    if not values:
+        raise QuantkitError(f"metadata {key!r} is an empty array, on which KTransformers fails: leave the key out")
+    kind = _kind(key, values[0])
+    if kind == GGUFValueType.UINT32:
+        kind = GGUFValueType.INT32
+    if {type(value) for value in values} != {type(values[0])}:
+        raise QuantkitError(f"metadata {key!r} is an array of several types")
+    head = struct.pack("<IIQ", GGUFValueType.ARRAY, kind, len(values))
+    return head + b"".join(_packed(key, kind, value) for value in values)
+
+
+def _kind(key: str, value: object) -> GGUFValueType:
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL
+    if isinstance(value, str):
+        return GGUFValueType.STRING
+    if isinstance(value, int):
+        return GGUFValueType.UINT32 if value >= 0 else GGUFValueType.INT32
+    if isinstance(value, float):
+        return GGUFValueType.FLOAT32
+    raise QuantkitError(f"metadata {key!r}: {type(value).__name__} is not a GGUF type")
+
+
+def _packed(key: str, kind: GGUFValueType, value: str | bool | int | float) -> bytes:
+    if isinstance(value, str):
+        return _string(value)
+    try:
+        return struct.pack(LAYOUT[kind], value)
+    except (struct.error, OverflowError):
+        raise QuantkitError(f"metadata {key!r}: {value!r} does not fit {kind.name}") from None

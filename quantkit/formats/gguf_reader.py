@@ -1,0 +1,134 @@
+"""Reading GGUF: one file or all its splits as one table, tensor bytes as zero-copy views."""
+
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from ..errors import QuantkitError
+from .byte_source import open_regular
+from .gguf_header import GGUFTensor, Header, MetaValue, parse_header
+
+SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+
+
+def split_path(path: Path, number: int, count: int) -> Path:
+    """`X.gguf` as split `number` (from 0) of `count`: `X-00001-of-0000N.gguf`."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{number + 1:05d}-of-{count:05d}.gguf")
+
+
+class GGUFFile:
+    """A GGUF model, read-only, its splits merged.
+
+    path: as it was opened. files: all files, in split order. metadata: of the first file. tensors: name -> GGUFTensor,
+    in file order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        files: list[Path],
+        metadata: dict[str, MetaValue],
+        tensors: dict[str, GGUFTensor],
+        maps: Mapping[Path, mmap.mmap],
+    ) -> None:
+        self.path, self.files, self.metadata, self.tensors, self._maps = path, files, metadata, tensors, maps
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Read the headers of a file, or of all splits given any one of them; no tensor data.
+
+        QuantkitError naming the file for a malformed header, or for a split that is missing or belongs elsewhere.
+        """
+        path = Path(path)
+        maps = {path: _map(path)}
+        header = parse_header(maps[path], path)
+        files = _split_files(path, header)
+        headers = {path: header}
+        for file in files:
+            if file not in headers:
+                maps[file] = _map(file)
+                headers[file] = parse_header(maps[file], file)
+        tensors = _merge(files, headers)
+        return cls(path, files, headers[files[0]].metadata, tensors, maps)
+
+    def data(self, name: str) -> np.ndarray:
+        """uint8 [*shape[:-1], row_bytes]: a view of the mapped file, never a copy."""
+        tensor = self._tensor(name)
+        flat = np.frombuffer(self._maps[tensor.file], np.uint8, tensor.n_bytes, tensor.offset)
+        return flat.reshape(*tensor.shape[:-1], tensor.row_bytes)
+
+    def matrix(self, name: str, index: int) -> np.ndarray:
+        """uint8 [n_out, row_bytes]: one matrix (expert or head) of a 3-D tensor."""
+        data = self.data(name)
+        if data.ndim != 3 or not 0 <= index < len(data):
+            raise QuantkitError(f"{self.path}: tensor {name!r} {list(data.shape[:-1])} has no matrix {index}")
+        return data[index]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files in bytes."""
+        return sum(len(mapped) for mapped in self._maps.values())
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise QuantkitError(f"{self.path}: no tensor {name!r}") from None
+
+
+def _map(path: Path) -> mmap.mmap:
+    fd = open_regular(path)
+    try:
+        if os.fstat(fd).st_size == 0:
+            raise QuantkitError(f"{path}: the file is empty")
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot map ({error.strerror})") from None
+    finally:
+        os.close(fd)
+
+
+def _split_files(path: Path, header: Header) -> list[Path]:
+    """All files of the model that `path` is part of, in order; QuantkitError if one is missing."""
+    named = SPLIT_NAME.fullmatch(path.name)
+    count = header.metadata.get(SPLIT_COUNT, 0)
+    if type(count) is not int or not 0 <= count <= 99_999:
+        raise QuantkitError(f"{path}: bad {SPLIT_COUNT} {count!r}")
+    if count <= 1 and (named is None or int(named["count"]) <= 1):
+        return [path]
+    if named is None or int(named["count"]) != count:
+        raise QuantkitError(f"{path}: {SPLIT_COUNT} is {count}, the file name says otherwise (was it renamed?)")
+    whole = path.with_name(named["stem"] + ".gguf")
+    files = [split_path(whole, number, count) for number in range(count)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise QuantkitError(f"{path.parent}: {len(missing)} of {count} splits are missing, first {missing[0]}")
+    return files
+
+
+def _merge(files: list[Path], headers: Mapping[Path, Header]) -> dict[str, GGUFTensor]:
+    tensors: dict[str, GGUFTensor] = {}
+    for number, file in enumerate(files):
+        header = headers[file]
+        if len(files) > 1:
+            _check_split(file, header, number, len(files))
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise QuantkitError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
+            tensors[name] = tensor
+    total = headers[files[0]].metadata.get(SPLIT_TENSORS, len(tensors))
+    if len(files) > 1 and total != len(tensors):
+        raise QuantkitError(f"{files[0]}: {SPLIT_TENSORS} is {total}, the splits hold {len(tensors)}")
+    return tensors
+
+
+def _check_split(file: Path, header: Header, number: int, count: int) -> None:
+    found = header.metadata.get(SPLIT_NO), header.metadata.get(SPLIT_COUNT)
+    if found != (number, count):
+        raise QuantkitError(f"{file}: {SPLIT_NO}, {SPLIT_COUNT} are {found}, the name says {(number, count)}")

@@ -1,0 +1,196 @@
+"""Writing GGUF: headers and offsets first, then slices in any order, resumable, final names only when complete."""
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ..errors import QuantkitError
+from .gguf_encode import F32, F64, I32, I64, U8, U16, U32, U64, I32List, PlannedTensor, Value
+from .gguf_layout import FileLayout, digest, layout
+from .ledger import Coverage, Ledger, Slice
+from .part_file import PartFile, make_folder, sync_folder
+from .resume import all_written, family, fresh_parts, old_parts, resumable
+
+__all__ = ["F32", "F64", "I32", "I64", "U8", "U16", "U32", "U64", "GGUFWriter", "I32List", "PlannedTensor", "Value"]
+
+SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
+SYNC_SECONDS = 10.0  # ... or this much time
+
+
+class GGUFWriter:
+    """A GGUF model, in one file or several, that is being written.
+
+    Slices go to `NAME.gguf.part`; those that are safely on disk are noted in `NAME.gguf.part.ledger`, so that the same
+    call after a crash goes on where the first stopped. Leaving the `with` block with every row written renames the
+    files; leaving it early keeps them for the next run. `write` and `done` may be called from many threads.
+
+    files: the final paths. n_bytes: of all files together.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[PlannedTensor],
+        layouts: Sequence[FileLayout],
+        parts: Sequence[PartFile],
+        ledger: Ledger,
+        finished: Iterable[Slice],
+    ) -> None:
+        self.path, self.files = path, [item.path for item in layouts]
+        self.n_bytes = sum(item.size for item in layouts)
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._parts, self._ledger, self._coverage = parts, ledger, Coverage()
+        self._file_of = {name: part for part in parts for name in part.layout.offsets}
+        self._unsynced: list[Slice] = []
+        self._unsynced_bytes, self._synced_at = 0, time.monotonic()
+        self._lock, self._sync_lock = threading.Lock(), threading.Lock()
+        for item in finished:
+            self._coverage.add(*item)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        tensors: Sequence[PlannedTensor],
+        metadata: Mapping[str, Value],
+        *,
+        fingerprint: Mapping[str, str],
+        split_max_bytes: int | None = None,
+        restart: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Begin `path`, or resume it if an interrupted run left its parts and ledger.
+
+        tensors: in file order. fingerprint: named digests of what the bytes depend on (checkpoint, imatrix, plan):
+        resuming under another one is a QuantkitError that names the difference, unless `restart` throws the old parts
+        away. A finished model of that name is replaced only with `overwrite`, and only once the new one is complete.
+        QuantkitError too if the folder has no room, or another process writes there.
+        """
+        path = Path(path)
+        if path.suffix != ".gguf":
+            raise QuantkitError(f"{path}: the name of a GGUF file must end in .gguf")
+        layouts = layout(path, tensors, metadata, split_max_bytes)
+        identity = {**fingerprint, "layout": digest(layouts)}
+        make_folder(path.parent)
+        ledger = Ledger(path.with_name(path.name + ".part.ledger"))
+        try:
+            finished = None if restart else resumable(path, ledger, identity)
+            complete = finished is not None and all_written(tensors, finished)
+            # Final names beside a complete ledger are from a run that was cut off while it renamed: its own files.
+            if not overwrite and not complete and (existing := family(path)):
+                raise QuantkitError(f"{existing[0]} exists already; choose to overwrite it, or another name")
+            parts = fresh_parts(path, layouts, ledger, identity) if finished is None else old_parts(layouts, complete)
+        except BaseException:
+            ledger.close(discard_empty=True)
+            raise
+        return cls(path, tensors, layouts, parts, ledger, finished or [])
+
+    def write(self, name: str, row_start: int, data: np.ndarray) -> None:
+        """Rows of one tensor, encoded.
+
+        row_start: first row; all but the last dimension count as rows, so expert e of a stack starts at e * n_out.
+        data: uint8 [rows, row_bytes] (or [..., row_bytes]).
+        """
+        tensor = self._tensor(name)
+        rows = _rows(tensor, row_start, data)
+        part = self._file_of[name]
+        part.write(part.layout.offsets[name] + row_start * tensor.row_bytes, rows)
+        with self._lock:
+            self._coverage.add(name, row_start, row_start + len(rows))
+            self._unsynced.append((name, row_start, row_start + len(rows)))
+            self._unsynced_bytes += rows.nbytes
+            due = self._unsynced_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
+        if due and self._sync_lock.acquire(blocking=False):  # one thread syncs, the others go on writing
+            try:
+                self._sync()
+            finally:
+                self._sync_lock.release()
+
+    def done(self, name: str, row_start: int, row_stop: int) -> bool:
+        """Whether these rows were written, in this run or in one that it resumes."""
+        self._tensor(name)
+        with self._lock:
+            return self._coverage.covers(name, row_start, row_stop)
+
+    def pending(self, name: str, slices: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of the (row_start, row_stop) that still have to be written."""
+        return [(start, stop) for start, stop in slices if not self.done(name, start, stop)]
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of tensor data written so far, earlier runs included."""
+        with self._lock:
+            return sum(self._coverage.rows(name) * tensor.row_bytes for name, tensor in self._tensors.items())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                self._keep()
+        finally:
+            for part in self._parts:
+                part.close()
+            self._ledger.close()
+
+    def _finish(self) -> None:
+        with self._sync_lock:
+            self._sync()
+        for tensor in self._tensors.values():
+            if not self._coverage.covers(tensor.name, 0, prod(tensor.shape[:-1])):
+                raise QuantkitError(f"{self.path}: tensor {tensor.name!r} is not all written; run again to resume")
+        for part in self._parts:
+            part.sync()
+        for part in self._parts:
+            part.rename()
+        for stale in set(family(self.path)) - set(self.files):  # another split of the model that was overwritten
+            stale.unlink()
+        sync_folder(self.path.parent)
+        self._ledger.remove()
+
+    def _keep(self) -> None:
+        """Save what can be saved for the next run; the error that ended this one is the one to report."""
+        try:
+            with self._sync_lock:
+                self._sync()
+        except (QuantkitError, OSError):
+            pass
+
+    def _sync(self) -> None:
+        """Data to disk first, then the ledger lines that vouch for them. Called with `_sync_lock` held."""
+        with self._lock:
+            slices, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
+        for part in {id(p): p for p in (self._file_of[name] for name, _, _ in slices)}.values():
+            part.sync()
+        self._ledger.add(slices)
+        self._synced_at = time.monotonic()
+
+    def _tensor(self, name: str) -> PlannedTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise QuantkitError(f"{self.path}: no tensor {name!r} is planned") from None
+
+
+def _rows(tensor: PlannedTensor, row_start: int, data: np.ndarray) -> np.ndarray:
+    """`data` as contiguous [rows, row_bytes], checked against the plan."""
+    n_rows = prod(tensor.shape[:-1])
+    if data.dtype != np.uint8 or data.ndim < 1 or data.shape[-1] != tensor.row_bytes:
+        raise QuantkitError(
+            f"tensor {tensor.name!r}: got {data.dtype} {list(data.shape)}, a row is {tensor.row_bytes} bytes of uint8"
+        )
+    rows = np.ascontiguousarray(data).reshape(-1, tensor.row_bytes)
+    if row_start < 0 or row_start + len(rows) > n_rows:
+        raise QuantkitError(
+            f"tensor {tensor.name!r}: rows {row_start} to {row_start + len(rows)} of {n_rows} were to be written"
+        )
+    return rows

@@ -1,0 +1,178 @@
+"""imatrix files: what llama-imatrix writes and llama-quantize reads, so that ours and theirs are interchangeable.
+
+A GGUF file of type `imatrix`; for every weight X of the model `X.in_sum2`, F32 [n_matrices, n_in], and `X.counts`,
+F32 [n_matrices or 1, 1] (shapes slowest first). llama-imatrix flattens the in_sum2 of 3-D attention tensors, which
+have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape back.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import QuantkitError
+from ..tensors import Importance
+from .gguf_encode import U32, Value
+from .gguf_layout import FileLayout, layout
+from .gguf_reader import GGUFFile
+from .part_file import make_folder, sync_folder
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+
+
+@dataclass(frozen=True)
+class ImatrixInfo:
+    """Where an imatrix comes from. chunk_size: tokens per chunk."""
+
+    datasets: list[str]
+    chunk_count: int
+    chunk_size: int
+
+
+@dataclass(frozen=True)
+class _Array:
+    """A float32 array as a planned tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: str = "F32"
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * self.shape[-1]
+
+    @property
+    def n_bytes(self) -> int:
+        return 4 * prod(self.shape)
+
+
+def save_imatrix(
+    path: Path | str,
+    imatrix: Mapping[str, Importance],
+    *,
+    datasets: Sequence[str],
+    chunk_count: int,
+    chunk_size: int,
+) -> None:
+    """Write all entries, sorted by name, under a temporary name, then rename.
+
+    datasets: at least one name. chunk_size: tokens per chunk. QuantkitError naming the weight for sums or counts that
+    are negative, not finite or do not fit each other, and for a folder that cannot be written.
+    """
+    path = Path(path)
+    if not imatrix or not datasets:
+        raise QuantkitError(f"{path}: an imatrix needs at least one weight and the name of one dataset")
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted(imatrix):
+        _check(f"{path}: {name}", imatrix[name])
+        sums, counts = imatrix[name].in_sum2, imatrix[name].counts
+        # ggml drops outer dimensions of 1; doing the same makes the file llama-imatrix's to the byte.
+        arrays[name + SUMS] = sums if len(sums) > 1 else sums[0]
+        arrays[name + COUNTS] = counts.reshape(-1, 1) if len(counts) > 1 else counts
+    metadata: dict[str, Value] = {
+        "general.type": "imatrix",
+        DATASETS: list(datasets),
+        CHUNK_COUNT: U32(chunk_count),
+        CHUNK_SIZE: U32(chunk_size),
+    }
+    make_folder(path.parent)
+    _write(layout(path, [_Array(name, array.shape) for name, array in arrays.items()], metadata, None)[0], arrays)
+
+
+def load_imatrix(path: Path | str) -> tuple[dict[str, Importance], ImatrixInfo]:
+    """All entries by weight, and where they come from. Arrays are read-only views of the mapped file.
+
+    QuantkitError naming file and weight for anything llama-quantize would refuse or misread: another kind of file, the
+    legacy format, missing keys, sums without counts, negative or non-finite values.
+    """
+    path = Path(path)
+    _refuse_legacy(path)
+    file = GGUFFile.open(path)
+    if file.metadata.get("general.type") != "imatrix":
+        raise QuantkitError(f"{path}: a GGUF file, but not an imatrix")
+    names = [name.removesuffix(SUMS) for name in file.tensors if name.endswith(SUMS)]
+    strays = set(file.tensors) - {name + suffix for name in names for suffix in (SUMS, COUNTS)}
+    if strays or not names:
+        raise QuantkitError(f"{path}: {min(strays)!r} has no {SUMS}" if strays else f"{path}: no entries")
+    imatrix = {name: _entry(file, name) for name in names}
+    return imatrix, _info(file)
+
+
+def fit(importance: Importance, n_matrices: int, n_in: int, name: str) -> Importance:
+    """The entry of a weight with n_matrices of n_in columns, in_sum2 shaped [n_matrices, n_in].
+
+    QuantkitError naming the weight if its numbers are not as many as that.
+    """
+    sums, counts = importance.in_sum2, importance.counts
+    if sums.size != n_matrices * n_in or counts.size not in (1, n_matrices):
+        raise QuantkitError(
+            f"imatrix: {name} has sums {list(sums.shape)} and {counts.size} counts, "
+            f"the model {n_matrices} matrices of {n_in} columns: it is of another model"
+        )
+    return Importance(sums.reshape(n_matrices, n_in), counts)
+
+
+def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:
+    temporary = file.path.with_name(f"{file.path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(file.header)
+            for name, array in arrays.items():
+                out.seek(file.offsets[name])
+                out.write(np.ascontiguousarray(array, "<f4").data)
+            out.truncate(file.size)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file.path)
+        sync_folder(file.path.parent)
+    except OSError as error:
+        raise QuantkitError(f"{file.path}: cannot write ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_legacy(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
+    if magic != b"GGUF":
+        raise QuantkitError(
+            f"{path}: not a GGUF imatrix; one of the old .dat format can be converted: "
+            "llama-imatrix --in-file OLD.dat -o NEW.gguf"
+        )
+
+
+def _entry(file: GGUFFile, name: str) -> Importance:
+    where = f"{file.path}: {name}"
+    for suffix in (SUMS, COUNTS):
+        tensor = file.tensors.get(name + suffix)
+        if tensor is None or tensor.qtype != "F32":
+            raise QuantkitError(f"{where}{suffix} is missing or not F32")
+    sums, counts = (file.data(name + suffix).view("<f4") for suffix in (SUMS, COUNTS))
+    importance = Importance(sums.reshape(-1, sums.shape[-1]), counts.reshape(-1))
+    _check(where, importance)
+    return importance
+
+
+def _check(where: str, importance: Importance) -> None:
+    sums, counts = importance.in_sum2, importance.counts
+    if sums.ndim != 2 or counts.ndim != 1 or counts.size not in (1, len(sums)):
+        raise QuantkitError(f"{where}: sums {list(sums.shape)} and counts {list(counts.shape)} do not fit")
+    for what, values in (("sums", sums), ("counts", counts)):
+        # A NaN fails the first comparison, an infinity the second; neither makes a copy of the array.
+        if not (values.min() >= 0 and values.max() < np.inf):
+            raise QuantkitError(f"{where}: {what} are negative or not finite")
+
+
+def _info(file: GGUFFile) -> ImatrixInfo:
+    datasets = file.metadata.get(DATASETS)
+    count, size = file.metadata.get(CHUNK_COUNT), file.metadata.get(CHUNK_SIZE)
+    if not isinstance(datasets, list) or type(count) is not int or type(size) is not int:
+        raise QuantkitError(f"{file.path}: {DATASETS}, {CHUNK_COUNT} or {CHUNK_SIZE} is missing")
+    return ImatrixInfo([str(name) for name in datasets], count, size)

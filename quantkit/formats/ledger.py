@@ -1,0 +1,112 @@
+"""Which slices of a part file are safely on disk: an append-only text file beside it, so that a rerun can go on."""
+
+import fcntl
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..errors import QuantkitError
+
+Slice = tuple[str, int, int]
+"""Tensor name, first row, row after the last."""
+
+
+class Coverage:
+    """Rows written so far, per tensor, as disjoint sorted ranges."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+
+    def add(self, name: str, start: int, stop: int) -> None:
+        ranges = self._ranges.setdefault(name, [])
+        touching = [r for r in ranges if r[0] <= stop and r[1] >= start]
+        rest = [r for r in ranges if r[0] > stop or r[1] < start]
+        merged = (min([start, *(r[0] for r in touching)]), max([stop, *(r[1] for r in touching)]))
+        self._ranges[name] = sorted([*rest, merged])
+
+    def covers(self, name: str, start: int, stop: int) -> bool:
+        ranges = self._ranges.get(name, [])
+        at = bisect_right(ranges, (start, float("inf"))) - 1
+        return at >= 0 and ranges[at][0] <= start and ranges[at][1] >= stop
+
+    def rows(self, name: str) -> int:
+        return sum(stop - start for start, stop in self._ranges.get(name, []))
+
+
+class Ledger:
+    """The file. Its first line is the identity of the run, every other line one finished slice.
+
+    Opening locks it: a second process that would write the same model gets a QuantkitError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise QuantkitError(f"{path}: cannot write here ({error.strerror})") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise QuantkitError(f"{path}: another process is writing this model") from None
+        except OSError:
+            pass  # a file system without locks: nothing to be had
+
+    def load(self) -> tuple[dict[str, str] | None, list[Slice]]:
+        """Identity and slices; (None, []) if no run got far enough to be resumed.
+
+        A last line without its newline is from a crash in mid-write: it is ignored and cut off.
+        """
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        os.ftruncate(self._fd, whole)
+        lines = text[:whole].splitlines()
+        if not lines:
+            return None, []
+        try:
+            identity = json.loads(lines[0])
+            slices = [_slice(json.loads(line)) for line in lines[1:]]
+            if not isinstance(identity, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            raise QuantkitError(f"{self.path}: damaged, so this run cannot be resumed; restart it") from None
+        return identity, slices
+
+    def clear(self) -> None:
+        """Forget everything."""
+        os.ftruncate(self._fd, 0)
+
+    def start(self, identity: Mapping[str, str]) -> None:
+        """Begin a run in an empty ledger."""
+        self._append(json.dumps(dict(identity)) + "\n")
+
+    def add(self, slices: Iterable[Slice]) -> None:
+        """Append slices whose data are already synced; they count after this returns."""
+        self._append("".join(json.dumps(item) + "\n" for item in slices))
+
+    def close(self, discard_empty: bool = False) -> None:
+        """Unlock. `discard_empty`: also remove the file if nothing was ever noted in it."""
+        if discard_empty and os.fstat(self._fd).st_size == 0:
+            self.remove()
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, text: str) -> None:
+        data = text.encode()
+        os.lseek(self._fd, 0, os.SEEK_END)
+        while data:
+            data = data[os.write(self._fd, data) :]
+        os.fsync(self._fd)
+
+
+def _slice(value: object) -> Slice:
+    if not (isinstance(value, list) and list(map(type, value)) == [str, int, int] and 0 <= value[1] <= value[2]):
+        raise ValueError
+    return value[0], value[1], value[2]

@@ -1,0 +1,129 @@
+"""`X.gguf.part`: a file of known size that is filled in any order and gets its final name when it is complete."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import QuantkitError
+from .gguf_layout import FileLayout
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class PartFile:
+    """One file of a model being written; `pwrite` from any thread."""
+
+    def __init__(self, layout: FileLayout, path: Path, fd: int) -> None:
+        self.layout, self.path, self._fd = layout, path, fd
+
+    @classmethod
+    def create(cls, layout: FileLayout) -> "PartFile":
+        """A new part: zeros, reserved on disk, with its header. QuantkitError if the disk cannot hold it."""
+        path = part_path(layout)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
+        part = cls(layout, path, fd)
+        try:
+            _reserve(fd, layout.size)
+            part._pwrite(layout.header, 0)
+            os.fsync(fd)
+        except OSError as error:
+            part.close()
+            raise _failed(path, layout.size, error) from None
+        return part
+
+    @classmethod
+    def reopen(cls, layout: FileLayout, complete: bool) -> "PartFile":
+        """The part that an interrupted run left; QuantkitError if it is not what that run made.
+
+        complete: every row is written, so the file may have its final name already.
+        """
+        path = part_path(layout)
+        if complete and not path.exists():
+            path = layout.path
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise QuantkitError(f"{path}: cannot resume without it ({error.strerror}); restart the run") from None
+        part = cls(layout, path, fd)
+        if os.fstat(fd).st_size != layout.size or os.pread(fd, len(layout.header), 0) != layout.header:
+            part.close()
+            raise QuantkitError(f"{path}: not the file that was interrupted; restart the run")
+        return part
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """`data`, contiguous uint8, at `offset` from the start of the file."""
+        try:
+            self._pwrite(data.data.cast("B"), offset)
+        except OSError as error:
+            raise _failed(self.path, self.layout.size, error) from None
+
+    def sync(self) -> None:
+        """Return when everything written so far is on disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _failed(self.path, self.layout.size, error) from None
+
+    def rename(self) -> None:
+        """To the final name."""
+        os.replace(self.path, self.layout.path)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
+
+
+def part_path(layout: FileLayout) -> Path:
+    return layout.path.with_name(layout.path.name + ".part")
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents; QuantkitError if they cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QuantkitError(f"{folder}: cannot make this folder ({error.strerror})") from None
+
+
+def check_space(folder: Path, files: Sequence[FileLayout]) -> None:
+    """QuantkitError, before anything is written, if the folder's disk has not the bytes of all files free."""
+    need = sum(file.size for file in files)
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if need > free:
+        raise QuantkitError(f"{folder}: {need:,} bytes are needed, {free:,} are free")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        os.ftruncate(fd, size)  # the file system cannot reserve; a full disk then shows in `write`
+
+
+def _failed(path: Path, size: int, error: OSError) -> QuantkitError:
+    if error.errno in NO_SPACE:
+        return QuantkitError(f"{path.parent}: no room for {path.name}, {size:,} bytes ({error.strerror})")
+    return QuantkitError(f"{path}: writing failed ({error.strerror})")

@@ -1,0 +1,133 @@
+"""What every model source offers before a weight is read: a config, a table of tensors, and the checks on them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..errors import QuantkitError
+from .fp8 import scale_shape
+from .safetensors_header import TensorEntry, load_json
+
+SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`
+SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+MAX_PROBLEMS = 5
+
+
+class TensorTable(ABC):
+    """A model's config and stored tensors by Hugging Face name.
+
+    path: its folder. config: the parsed `config.json`. tensors: name -> TensorEntry, scales included.
+    """
+
+    def __init__(self, path: Path, config: dict, tensors: Mapping[str, TensorEntry]) -> None:
+        self.path, self.config, self.tensors = path, config, tensors
+        self.block = _block_size(config, path)
+
+    @abstractmethod
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Rows start:stop of a tensor, dequantised."""
+
+    @abstractmethod
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows start:stop as stored, and the float32 scale rows covering them (None if it has no scale)."""
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all stored tensors, without headers."""
+        return sum(entry.n_bytes for entry in self.tensors.values())
+
+    def entry(self, name: str) -> TensorEntry:
+        """QuantkitError naming the tensor if the model has none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise QuantkitError(f"{self.path}: the model has no tensor {name!r}") from None
+
+    def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+        """The entry of a tensor that must be there, of this shape, readable, and with its scale; else QuantkitError."""
+        entry = self.entry(name)
+        if entry.shape != tuple(shape):
+            raise QuantkitError(
+                f"{self.where(name, entry)} has shape {list(entry.shape)}, the config implies {list(shape)}"
+            )
+        self.scale_of(name, entry)
+        return entry
+
+    def validate(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """`require` all of them; one QuantkitError with the first few problems and their number."""
+        problems = list(self._problems(expected))
+        if problems:
+            more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+            raise QuantkitError("; ".join(problems[:MAX_PROBLEMS]) + more)
+
+    def scale_of(self, name: str, entry: TensorEntry) -> TensorEntry | None:
+        """The scale's entry of an FP8 tensor, None for plain floats; QuantkitError if `read` could not work."""
+        if entry.dtype in PLAIN_DTYPES:
+            return None
+        where = self.where(name, entry)
+        if entry.dtype != "F8_E4M3":
+            raise QuantkitError(f"{where}: dtype {entry.dtype} is not supported (F8_E4M3, BF16, F16, F32 are)")
+        if len(entry.shape) != 2:
+            raise QuantkitError(f"{where}: an F8_E4M3 tensor must have 2 dimensions, this has {list(entry.shape)}")
+        scale = self.tensors.get(name + SCALE_SUFFIX)
+        if scale is None:
+            raise QuantkitError(f"{where} is F8_E4M3 but its scale {name + SCALE_SUFFIX!r} is missing")
+        need = scale_shape(entry.shape, self.block)
+        if scale.shape != need or scale.dtype not in SCALE_DTYPES:
+            raise QuantkitError(
+                f"{self.where(name + SCALE_SUFFIX, scale)} is {scale.dtype} {list(scale.shape)}; "
+                f"{list(entry.shape)} in blocks of {list(self.block)} needs {' or '.join(SCALE_DTYPES)} {list(need)}"
+            )
+        return scale
+
+    def where(self, name: str, entry: TensorEntry) -> str:
+        """How messages name a tensor: file first."""
+        return f"{self.path / entry.file if entry.file else self.path}: tensor {name!r}"
+
+    def _problems(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        for name, shape in expected.items():
+            try:
+                self.require(name, shape)
+            except QuantkitError as error:
+                yield str(error)
+
+
+def load_config(folder: Path) -> tuple[dict, bytes]:
+    """The parsed `config.json` of a model folder, and its bytes."""
+    path = folder / "config.json"
+    text = read_text_file(path)
+    config = load_json(text, str(path))
+    if not isinstance(config, dict):
+        raise QuantkitError(f"{path}: not a JSON object")
+    return config, text
+
+
+def read_text_file(path: Path) -> bytes:
+    """A small file of a model folder; QuantkitError if it is missing or unreadable."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise QuantkitError(f"{path}: no such file (is {path.parent} a model folder?)") from None
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
+
+
+def _block_size(config: dict, path: Path) -> tuple[int, int]:
+    quantization = config.get("quantization_config") or {}
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if block is None:
+        return 128, 128
+    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
+        raise QuantkitError(f"{path / 'config.json'}: weight_block_size {block!r} is not two positive integers")
+    return block[0], block[1]

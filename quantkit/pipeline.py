@@ -1,0 +1,249 @@
+"""The whole story, stage by stage and file to file: checkpoint -> imatrix -> plan -> GGUF -> scores."""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantkit import __version__, bundle
+from quantkit.arch import deepseek
+from quantkit.arch.config import DeepseekConfig
+from quantkit.calibration import collect, corpus
+from quantkit.calibration.corpus import Chunks, Corpus
+from quantkit.encoding import encoder
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.verify import verify
+from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.gguf_encode import U32
+from quantkit.formats.geometry import Geometry
+from quantkit.formats.imatrix import load_imatrix, save_imatrix
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.progress import say, track
+from quantkit.quantize import check_importance, quantize
+from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.tensors import Imatrix
+
+DEFAULT_MODEL = "tiny-r1"
+IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text, and how much of it. data empty: the bundled mix."""
+
+    data: tuple[str, ...] = ()
+    column: str = "text"
+    n_tokens: int = 131072
+    chunk: int = 512
+
+    def corpus(self, part: corpus.Part) -> Corpus:
+        return corpus.load(self.data, self.column) if self.data else corpus.default(part)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """A folder, or the name of a bundled model."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if str(model) in bundle.model_names():
+        return bundle.models_dir() / str(model)
+    names = ", ".join(bundle.model_names())
+    raise QuantkitError(f"{model}: no such folder, and not one of the bundled models ({names})")
+
+
+def open_weights(model: str | Path) -> Checkpoint:
+    """The model as a checkpoint with weights; a bare description is refused."""
+    found = open_source(resolve_model(model))
+    if isinstance(found, Geometry):
+        raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
+    return found
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
+    """float32 on the CPU, bfloat16 on a GPU."""
+    return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def plan_model(model: str | Path, recipe: str | Path, target: str | None = None, mla: str | None = None) -> Plan:
+    """A type for every tensor. Needs no weights: bundled descriptions will do."""
+    path = resolve_model(model)
+    rules = Recipe.load(recipe)
+    config = DeepseekConfig.from_hf(open_source(path).config)
+    specs = deepseek.specs(config, mla or rules.mla)
+    return make_plan(specs, rules, target, model=path.name)
+
+
+@torch.inference_mode()
+def calibrate(checkpoint: Checkpoint, choice: TextChoice, out: Path, device: str) -> Imatrix:
+    """Run the calibration text through the original and write imatrix.gguf."""
+    text = choice.corpus("calibration")
+    source = source_of(checkpoint, device)
+    chunks = cut(text, source, choice)
+    n_layer, n_tokens = source.config.n_layer, chunks.tokens.numel()
+    say(f"calibrating on {n_tokens:,} tokens of {text.name}")
+    with track("calibrate", n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
+        imatrix = collect.collect(source, chunks.tokens, lambda *_: advance(n_tokens / 1e3))
+    for name, count in collect.uncovered(imatrix).items():
+        if name.endswith("ffn_down_exps.weight"):
+            say(f"warning: {name}: {count} of {source.config.n_expert} experts saw no token; give more text (--tokens)")
+    save_imatrix(out, imatrix, datasets=[text.name], chunk_count=len(chunks.tokens), chunk_size=choice.chunk)
+    return imatrix
+
+
+def cut(text: Corpus, source: CheckpointSource | GGUFSource, choice: TextChoice) -> Chunks:
+    return corpus.chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens)
+
+
+def imatrix_digest(imatrix: Imatrix) -> str:
+    """sha256 of all sums and counts, whatever file they came from."""
+    whole = hashlib.sha256()
+    for name in sorted(imatrix):
+        entry = imatrix[name]
+        for array in (entry.in_sum2, entry.counts):
+            whole.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()
+
+
+def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, *, encoder_name: str = "ggml",
+                   workers: int | None = None, split_max_bytes: int | None = None, restart: bool = False,
+                   overwrite: bool = False) -> list[Path]:  # fmt: skip
+    """Encode every tensor of the plan and write the GGUF file(s); resumes."""
+    imatrix, info = load_imatrix(imatrix_path)
+    check_importance(plan, imatrix)
+    fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
+    extra = {
+        "quantize.imatrix.file": imatrix_path.name,
+        "quantize.imatrix.entries_count": U32(len(imatrix)),
+        "quantize.imatrix.chunks_count": U32(info.chunk_count),
+    } | ({"quantize.imatrix.dataset": info.datasets[0]} if info.datasets else {})
+    return quantize(checkpoint, plan, imatrix, out, encoder(encoder_name), fingerprint=fingerprint, extra_metadata=extra,
+                    workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite)  # fmt: skip
+
+
+@torch.inference_mode()
+def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
+                out: Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """Perplexity and divergence of a file from the original, on text that calibration never uses."""
+    original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
+    text = choice.corpus("evaluation")
+    chunks = cut(text, original, choice)
+    if original.tokenizer().encode(text.documents[0].text[:4096]).ids != quantized.tokenizer().encode(
+        text.documents[0].text[:4096]
+    ).ids:  # fmt: skip
+        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
+    result = verify(quantized, original, chunks, target) | {"text": text.name, "text_sha256": text.digest}
+    if out:
+        write_json(out, result)
+    return result
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Written whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+@dataclass(frozen=True)
+class MakeOptions:
+    """Everything `make` can be told; the defaults are what a person gets who tells it nothing."""
+
+    recipe: str = "1.58bit"
+    target: str | None = None
+    mla: str | None = None
+    calibration: TextChoice = TextChoice()
+    evaluation: TextChoice = TextChoice(n_tokens=32768)
+    imatrix: Path | None = None
+    encoder: str = "ggml"
+    device: str | None = None
+    workers: int | None = None
+    split_max_bytes: int | None = None
+    restart: bool = False
+    verify: bool = True
+
+
+def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
+    """The main job. Leaves the GGUF(s), imatrix.gguf, plan.json, verify.json and provenance.json in `folder`.
+
+    What an earlier, interrupted run of the same job left there is used; that of another job is refused.
+    """
+    device = options.device or default_device()
+    plan = plan_model(model, options.recipe, options.target, options.mla)
+    checkpoint = open_weights(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = _identity(checkpoint, plan, options)
+    _claim(folder, identity, options.restart)
+    write_json(folder / PROVENANCE, identity)
+    (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    imatrix = folder / IMATRIX
+    if options.imatrix:
+        imatrix = options.imatrix
+    elif imatrix.exists():
+        say(f"using {imatrix} from an earlier run")
+    else:
+        calibrate(checkpoint, options.calibration, imatrix, device)
+    out = folder / f"{plan.model}-{plan.recipe}.gguf"
+    if (files := finished_files(out)) and not options.restart:
+        say(f"using {files[0]} from an earlier run")
+    else:
+        files = quantize_model(checkpoint, plan, imatrix, out, encoder_name=options.encoder, workers=options.workers,
+                               split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True)  # fmt: skip
+    if not options.verify:
+        return files, None
+    return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+
+
+def finished_files(path: Path) -> list[Path]:
+    """The complete file or splits under this name; they carry their final name only when they are complete."""
+    if path.exists():
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*-of-[0-9]*.gguf"))
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[str, Any]:
+    """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
+    choice = options.calibration
+    text = {"imatrix": str(options.imatrix)} if options.imatrix else asdict(choice) | {"data": list(choice.data)}
+    return {
+        "quantkit": __version__,
+        "checkpoint": checkpoint.fingerprint(),
+        "recipe": plan.recipe,
+        "target": plan.target,
+        "mla": plan.mla,
+        "plan": plan.digest(),
+        "calibration": text,
+        "encoder": options.encoder,
+    }
+
+
+def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
+    """The folder is ours if it is new or holds the same job; `restart` clears what another job left."""
+    record = folder / PROVENANCE
+    if not record.exists():
+        return
+    try:
+        old = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        old = {}
+    changed = [key for key, value in identity.items() if old.get(key) != value]
+    if not changed:
+        return
+    if not restart:
+        was, now = old.get(changed[0]), identity[changed[0]]
+        raise QuantkitError(f"{folder} holds another job: {changed[0]} was {was}, now {now}; "
+                            "choose another --output, or --restart")  # fmt: skip
+    for name in (IMATRIX, VERIFY):
+        (folder / name).unlink(missing_ok=True)
+

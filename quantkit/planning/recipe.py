@@ -1,0 +1,243 @@
+"""A recipe says what is intended: ordered TOML rules, of which the first that matches a tensor gives its type.
+
+name = "1.58bit"
+description = "one line"
+target = "ktransformers"       # the engine that has to compute the file; --target overrides it
+mla = "split"                  # or "combined": how kv_b is stored; --mla overrides it
+
+[[rules]]
+match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them
+moe_layers = "first 6/58"      # that share of the layers with experts; or layers = "3-8,60", absolute
+target = "llama.cpp"           # only for this target, or a list of them
+qtype = "IQ2_XXS"
+optional = true                # may match nothing
+why = "required: the reason"
+"""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from quantkit import bundle
+from quantkit.errors import QuantkitError
+from quantkit.planning import qtypes
+from quantkit.planning.targets import TARGETS
+from quantkit.tensors import TensorSpec
+
+MLA = ("split", "combined")
+MAX_BYTES = 1 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+SHARE = re.compile(r"(first|last) ([0-9]{1,4})/([0-9]{1,4})")
+LAYERS = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the MoE layers, counted from one end, so that a recipe means the same in a model of any depth."""
+
+    end: str
+    part: int
+    whole: int
+
+    def of(self, moe_layers: Sequence[int]) -> tuple[int, ...]:
+        """The nearest whole number of layers (a half counts up), at least one."""
+        count = max(1, (2 * len(moe_layers) * self.part + self.whole) // (2 * self.whole))
+        return tuple(moe_layers[:count] if self.end == "first" else moe_layers[-count:])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """number: position in the file, from 1; layers and targets: None means any."""
+
+    number: int
+    match: tuple[str, ...]
+    qtype: str
+    why: str
+    layers: frozenset[int] | None = None
+    share: Share | None = None
+    targets: tuple[str, ...] | None = None
+    optional: bool = False
+
+    def matches(self, spec: TensorSpec, moe_layers: Sequence[int]) -> bool:
+        if self.layers is not None and spec.layer not in self.layers:
+            return False
+        if self.share is not None and spec.layer not in self.share.of(moe_layers):
+            return False
+        return any(p.fullmatch(spec.role) or p.fullmatch(spec.name) for p in map(_glob, self.match))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """source: the file it came from, for messages."""
+
+    name: str
+    description: str
+    target: str
+    mla: str
+    rules: tuple[Rule, ...]
+    source: str
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> "Recipe":
+        """A bundled recipe by name (`1.58bit`), else a TOML file."""
+        path = _find(name_or_path)
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise QuantkitError(f"{path}: cannot read the recipe: {error.strerror}") from None
+        if len(data) > MAX_BYTES:
+            raise QuantkitError(f"{path}: larger than {MAX_BYTES} bytes; not a recipe")
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes | str, source: str) -> "Recipe":
+        try:
+            table = tomllib.loads(data if isinstance(data, str) else data.decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise QuantkitError(f"{source}: not TOML: {error}") from None
+        except (RecursionError, ValueError) as error:
+            raise QuantkitError(f"{source}: not usable TOML: {type(error).__name__}") from None
+        return _recipe(table, source)
+
+    def rules_for(self, target: str) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule.targets is None or target in rule.targets)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    name = str(name_or_path)
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in bundle.recipe_names():
+        return bundle.recipes_dir() / f"{name}.toml"
+    raise QuantkitError(f"no recipe {name!r}: not a file, and the bundled ones are {' '.join(bundle.recipe_names())}")
+
+
+@cache
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(translate(p) for p in _braces(pattern)))
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{b,c}` -> ab, ac. Braces do not nest; several pairs multiply."""
+    head, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    inside, _, tail = rest.partition("}")
+    return [head + choice + end for choice in inside.split(",") for end in _braces(tail)]
+
+
+def _recipe(table: dict[str, Any], source: str) -> Recipe:
+    field = _Fields(table, source)
+    field.known("name", "description", "target", "mla", "rules")
+    name = field.text("name")
+    if not NAME.fullmatch(name):
+        raise field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")
+    rules = field.required("rules")
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
+        raise field.error("rules must be one or more [[rules]] tables")
+    return Recipe(
+        name=name,
+        description=field.text("description"),
+        target=field.choice("target", TARGETS),
+        mla=field.choice("mla", MLA) if "mla" in table else "split",
+        rules=tuple(_rule(rule, number, source) for number, rule in enumerate(rules, 1)),
+        source=source,
+    )
+
+
+def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
+    field = _Fields(table, f"{source}: rule {number}")
+    field.known("match", "layers", "moe_layers", "target", "qtype", "optional", "why")
+    if "layers" in table and "moe_layers" in table:
+        raise field.error("has both layers and moe_layers; give one")
+    optional = table.get("optional", False)
+    if not isinstance(optional, bool):
+        raise field.error(f"optional must be true or false, not {optional!r}")
+    match = field.texts("match")
+    for pattern in match:
+        if not re.fullmatch(r"([^{}]|\{[^{}]*\}){1,200}", pattern) or pattern.count("{") > 4:
+            raise field.error(f"match {pattern!r}: braces must pair and not nest (4 pairs at most)")
+    return Rule(
+        number=number,
+        match=match,
+        qtype=field.choice("qtype", qtypes.QTYPES),
+        why=field.text("why"),
+        layers=_layers(field) if "layers" in table else None,
+        share=_share(field) if "moe_layers" in table else None,
+        targets=tuple(field.choice_of("target", t, TARGETS) for t in field.texts("target"))
+        if "target" in table
+        else None,
+        optional=optional,
+    )
+
+
+def _layers(field: "_Fields") -> frozenset[int]:
+    text = field.text("layers")
+    if not LAYERS.fullmatch(text):
+        raise field.error(f'layers {text!r} must be block numbers such as "3-8" or "0-2,60"')
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise field.error(f"layers {text!r}: {part} runs backwards")
+        layers.update(range(int(first), int(last or first) + 1))
+    return frozenset(layers)
+
+
+def _share(field: "_Fields") -> Share:
+    text = field.text("moe_layers")
+    found = SHARE.fullmatch(text)
+    if not found or not 0 < int(found[2]) <= int(found[3]):
+        raise field.error(f'moe_layers {text!r} must be a share such as "first 6/58" or "last 2/58"')
+    return Share(found[1], int(found[2]), int(found[3]))
+
+
+class _Fields:
+    """Typed access to one TOML table; every error says where."""
+
+    def __init__(self, table: dict[str, Any], where: str):
+        self.table, self.where = table, where
+
+    def error(self, text: str) -> QuantkitError:
+        return QuantkitError(f"{self.where}: {text}")
+
+    def known(self, *keys: str) -> None:
+        for key in self.table:
+            if key not in keys:
+                raise self.error(f"unknown key {key!r}; known: {', '.join(keys)}")
+
+    def required(self, key: str) -> Any:
+        if key not in self.table:
+            raise self.error(f"{key} is missing")
+        return self.table[key]
+
+    def text(self, key: str) -> str:
+        return self._line(key, self.required(key))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """One string, or a list of them."""
+        value = self.required(key)
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise self.error(f"{key} is an empty list")
+        return tuple(self._line(key, v) for v in values)
+
+    def choice(self, key: str, choices: Any) -> str:
+        return self.choice_of(key, self.text(key), choices)
+
+    def choice_of(self, key: str, value: str, choices: Any) -> str:
+        if value not in choices:
+            raise self.error(f"unknown {key} {value!r}; known: {' '.join(choices)}")
+        return value
+
+    def _line(self, key: str, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 1000:
+            raise self.error(f"{key} must be one line of text (1000 characters at most), not {value!r:.80}")
+        return value

@@ -1,0 +1,78 @@
+"""A plan as a table that reads in 100 columns: bytes, GiB (MiB if small) and bpw per class, types by layer."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from textwrap import wrap
+
+from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
+
+TYPES_WIDTH = 48
+UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
+
+
+def render(plan: Plan) -> str:
+    """The whole table as plain text."""
+    title = " · ".join(filter(None, (plan.model, f"recipe {plan.recipe}", f"target {plan.target}", f"mla {plan.mla}")))
+    unit = UNITS[0] if plan.n_bytes >= UNITS[0][1] else UNITS[1]
+    lines = [f"{title} · {len(plan.tensors):,} tensors", "", _row("class", "types", "bytes", unit[0], "bpw"), _rule()]
+    for group in CLASSES:
+        tensors = [tensor for tensor in plan.tensors if tensor.group == group]
+        if tensors:
+            lines += _class_rows(group, tensors, unit[1])
+    lines += [_rule(), *_rows("total", [""], plan.tensors, unit[1])]
+    return "\n".join([*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw", ""])
+
+
+def types_by_role(plan: Plan) -> list[tuple[str, str, int]]:
+    """(role, `blk 3-8 IQ2_XXS · 9-60 IQ1_S`, bytes) in the order of first appearance."""
+    roles = list(dict.fromkeys(tensor.role for tensor in plan.tensors))
+    members = {role: [tensor for tensor in plan.tensors if tensor.role == role] for role in roles}
+    return [(role, layer_ranges(m), sum(tensor.n_bytes for tensor in m)) for role, m in members.items()]
+
+
+def layer_ranges(tensors: Iterable[PlannedTensor]) -> str:
+    """`blk 3-8 IQ2_XXS · 9-60 IQ1_S`; the type alone outside the blocks."""
+    tensors = list(tensors)
+    outside = list(dict.fromkeys(tensor.qtype for tensor in tensors if tensor.layer is None))
+    types = sorted({(tensor.layer, tensor.qtype) for tensor in tensors if tensor.layer is not None})
+    runs = []
+    for qtype, run in groupby(types, key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in run]
+        runs.append(f"{_ranges(layers)} {qtype}")
+    return " · ".join([*outside, *(["blk " + " · ".join(runs)] if runs else [])])
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Sorted numbers as `0-2,5`."""
+    pieces = []
+    for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
+        numbers = [n for _, n in run]
+        pieces.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return ",".join(pieces)
+
+
+def _class_rows(group: str, tensors: list[PlannedTensor], unit: int) -> list[str]:
+    """One line per distinct assignment; roles that share one stand together."""
+    assigned: dict[str, list[str]] = {}
+    for role in dict.fromkeys(tensor.role for tensor in tensors):
+        assigned.setdefault(layer_ranges(t for t in tensors if t.role == role), []).append(role)
+    if group.startswith("experts"):
+        texts = list(assigned)
+    else:
+        texts = [f"{', '.join(roles)}: {types}" for types, roles in assigned.items()]
+    wrapped = [line for text in texts for line in wrap(text, TYPES_WIDTH, subsequent_indent="  ")]
+    return _rows(group, wrapped, tensors, unit)
+
+
+def _rows(group: str, texts: list[str], tensors: Sequence[PlannedTensor], unit: int) -> list[str]:
+    n_bytes = sum(tensor.n_bytes for tensor in tensors)
+    first = _row(group, texts[0], f"{n_bytes:,}", f"{n_bytes / unit:.2f}", f"{bpw(tensors):.3f}")
+    return [first, *(_row("", text, "", "", "") for text in texts[1:])]
+
+
+def _row(group: str, types: str, n_bytes: str, size: str, bits: str) -> str:
+    return f"{group:<13} {types:<{TYPES_WIDTH}} {n_bytes:>16} {size:>9} {bits:>7}".rstrip()
+
+
+def _rule() -> str:
+    return "─" * (13 + TYPES_WIDTH + 16 + 9 + 7 + 4)

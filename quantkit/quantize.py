@@ -1,0 +1,149 @@
+"""Checkpoint, plan and importance -> GGUF. Jobs are row ranges of planned tensors and may finish in any order."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from quantkit import __version__, ggml
+from quantkit.arch import deepseek, tokenizer
+from quantkit.arch.config import DeepseekConfig
+from quantkit.encoding import Encoder
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.planning.plan import Plan, PlannedTensor
+from quantkit.progress import track
+from quantkit.tensors import Imatrix, TensorSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows start:stop of one planned tensor, within one of its matrices."""
+
+    spec: TensorSpec
+    tensor: PlannedTensor
+    start: int
+    stop: int
+
+    @property
+    def matrix(self) -> int:
+        return self.start // (self.spec.n_rows // self.spec.n_matrices)
+
+
+def quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, path: Path, encoder: Encoder, *,
+             fingerprint: Mapping[str, str], extra_metadata: Mapping[str, Any] | None = None, workers: int | None = None,
+             split_max_bytes: int | None = None, restart: bool = False, overwrite: bool = False) -> list[Path]:  # fmt: skip
+    """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
+
+    Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
+    """
+    config = DeepseekConfig.from_hf(checkpoint.config)
+    checkpoint.validate(deepseek.source_shapes(config))
+    specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
+    check_plan(plan, specs)
+    check_importance(plan, imatrix)
+    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
+    workers = workers or os.cpu_count() or 1
+    writer = GGUFWriter.open(path, plan.tensors, metadata, fingerprint=fingerprint | {"encoder": encoder.name},
+                             split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite)  # fmt: skip
+    with writer as out:
+        jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
+        for qtype in sorted({job.tensor.qtype for job in jobs}):
+            ggml.prepare(qtype)
+        total = sum((job.stop - job.start) * job.spec.n_in for job in jobs) / 1e6
+        with track("quantize", total, "Mweights") as advance, ThreadPoolExecutor(workers) as pool:
+            for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
+                out.write(job.tensor.name, job.start, data)
+                advance((job.stop - job.start) * job.spec.n_in / 1e6)
+    return out.files
+
+
+def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:
+    for start, stop in out.pending(spec.name, deepseek.slices(spec)):
+        yield Job(spec, tensor, start, stop)
+
+
+def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Iterator[tuple[Job, np.ndarray]]:
+    """Results as they come, with at most two jobs a worker in flight, so that memory does not grow with the model."""
+    waiting = iter(jobs)
+    running: dict[Future, Job] = {}
+    try:
+        while True:
+            for job in waiting:
+                running[pool.submit(work, job)] = job
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _encode(checkpoint: Checkpoint, config: DeepseekConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
+    rows = deepseek.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
+    entry = imatrix.get(job.tensor.name)
+    importance = None if entry is None or len(job.spec.shape) == 1 else entry.mean(job.matrix)
+    return encoder(job.tensor.qtype, rows, importance)
+
+
+def check_plan(plan: Plan, specs: Mapping[str, TensorSpec]) -> None:
+    """The plan must name exactly the tensors of this model, with their shapes."""
+    if missing := [name for name in specs if name not in plan.by_name]:
+        raise QuantkitError(f"plan has no tensor {missing[0]} ({len(missing)} missing): it is for another model")
+    for tensor in plan.tensors:
+        if tensor.name not in specs or specs[tensor.name].shape != tensor.shape:
+            raise QuantkitError(
+                f"plan's tensor {tensor.name} {tensor.shape} is not in this model: it is for another one"
+            )
+
+
+def check_importance(plan: Plan, imatrix: Imatrix) -> None:
+    """Every type that cannot do without importance has it, with the right shape; known before any work is done."""
+    for tensor in plan.tensors:
+        entry = imatrix.get(tensor.name)
+        if entry is None:
+            if ggml.requires_importance(tensor.qtype):
+                raise QuantkitError(f"imatrix has no {tensor.name}, and {tensor.qtype} cannot be encoded without it: "
+                                    "calibrate this model (quantkit calibrate)")  # fmt: skip
+            continue
+        n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        if len(tensor.shape) > 1 and entry.in_sum2.shape != (n_matrices, tensor.shape[-1]):
+            raise QuantkitError(f"imatrix entry {tensor.name} is {entry.in_sum2.shape}, the model needs "
+                                f"({n_matrices}, {tensor.shape[-1]}): it is for another model")  # fmt: skip
+
+
+def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:
+    """All metadata but the provenance of a run: the same model and plan always give the same header."""
+    folder = Path(checkpoint.path)
+    types = Counter()
+    for tensor in plan.tensors:
+        types[tensor.qtype] += tensor.n_weights
+    general = {
+        "general.quantization_version": U32(2),
+        "general.file_type": U32(_file_type(types.most_common(1)[0][0])),
+        "general.quantized_by": f"quantkit {__version__}",
+        "quantkit.recipe": plan.recipe,
+        "quantkit.target": plan.target,
+    }
+    name = plan.model or folder.name
+    return deepseek.metadata(config, plan.mla, name) | general | tokenizer.metadata(folder, config.n_vocab)
+
+
+def _file_type(qtype: str) -> int:
+    """llama.cpp's label for the file: the type that holds most weights (informative only)."""
+    named = {kind.name: int(kind) for kind in gguf.LlamaFileType}
+    for label in (f"MOSTLY_{qtype}", f"MOSTLY_{qtype}_M", f"MOSTLY_{qtype}_S", "ALL_" + qtype):
+        if label in named:
+            return named[label]
+    return int(gguf.LlamaFileType.GUESSED)

@@ -1,0 +1,72 @@
+"""Token by token: a loaded model with its compressed KV caches, sampling, and text generation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.layers import Block, KVCache, attention, feed_forward, rms_norm
+from quantkit.runtime.rope import angles
+from quantkit.runtime.sources import Source
+
+
+class Model:
+    """All layers of a source, loaded. With a GGUF on the CPU that costs little: matrices stay in the mapped file."""
+
+    def __init__(self, source: Source):
+        self.source, self.config = source, source.config
+        self.blocks: list[Block] = [source.block(layer) for layer in range(source.config.n_layer)]
+        self.norm, self.output = source.head()
+
+    def caches(self, capacity: int, n_seq: int = 1) -> list[KVCache]:
+        device, dtype = self.source.device, self.source.dtype
+        return [KVCache.empty(self.config, n_seq, capacity, device, dtype) for _ in self.blocks]
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, caches: list[KVCache], all_logits: bool = False) -> torch.Tensor:
+        """tokens int64 [n_seq, t] after what the caches hold -> float32 logits of the last token (or all): [n_seq, t', v]."""
+        begin = caches[0].length
+        if begin + tokens.shape[1] > caches[0].latent.shape[1]:
+            raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {caches[0].latent.shape[1]}")
+        h = self.source.embed(tokens.to(self.source.device))
+        cos, sin = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h = h + attention(h, block, self.config, cos, sin, cache)
+            x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d)
+            h = h + feed_forward(x, block, self.config).view_as(h)
+        h = h if all_logits else h[:, -1:]
+        flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d)
+        return self.output(flat).float().view(*h.shape[:2], -1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. top_p: smallest set of tokens with that much probability."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    seed: int = 0
+
+
+def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
+    """One token from float32 logits [n_vocab]."""
+    if how.temperature <= 0:
+        return int(logits.argmax())
+    p, order = (logits.cpu() / how.temperature).softmax(-1).sort(descending=True)
+    kept = p.cumsum(-1) - p < how.top_p
+    choice = torch.multinomial(p * kept, 1, generator=generator)
+    return int(order[choice])
+
+
+def generate(model: Model, prompt: list[int], n_tokens: int, how: Sampling) -> Iterator[int]:
+    """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS."""
+    caches = model.caches(len(prompt) + n_tokens)
+    generator = torch.Generator().manual_seed(how.seed)
+    tokens = torch.tensor([prompt], dtype=torch.int64)
+    for _ in range(n_tokens):
+        token = sample(model.forward(tokens, caches)[0, -1], how, generator)
+        if token == model.config.eos:
+            return
+        yield token
+        tokens = torch.tensor([[token]], dtype=torch.int64)

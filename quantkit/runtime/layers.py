@@ -1,0 +1,227 @@
+"""One transformer block: absorbed multi-head latent attention, routing, dense and routed feed-forward.
+
+The same functions serve the original checkpoint (torch matrices) and the quantized file (ggml on its bytes): a block
+is only a bag of callables. Attention works on the compressed cache (kv_lora + qk_rope numbers a token) in every mode.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from quantkit.arch.config import DeepseekConfig
+from quantkit.runtime.rope import rotate
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+Observer = Callable[[str, torch.Tensor], None]
+"""Called with a role (`attn_q_a`) and the input [n, n_in] (or [n, n_head, n_in]) of that weight."""
+
+SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
+QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only within a tile
+
+
+class Experts(Protocol):
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> weighted sum float32 [n, d]."""
+
+
+@dataclass
+class Feed:
+    """gate, up and down of a SwiGLU feed-forward (dense layer or shared expert)."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def __call__(self, x: torch.Tensor, observe: Observer | None = None, suffix: str = "") -> torch.Tensor:
+        if observe:
+            observe("ffn_gate" + suffix, x)
+            observe("ffn_up" + suffix, x)
+        hidden = F.silu(self.gate(x)) * self.up(x)
+        if observe:
+            observe("ffn_down" + suffix, hidden)
+        return self.down(hidden)
+
+
+@dataclass
+class Router:
+    """weight float32 [n_expert, d]; bias float32 [n_expert], added for the selection only."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass
+class Block:
+    """The weights of one layer, as callables and small tensors.
+
+    q is (q_a, q_a_norm, q_b) or a single projection; k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora].
+    A dense layer has only `feed`; a MoE layer has router and experts, and `feed` is its shared expert (or None).
+    """
+
+    attn_norm: torch.Tensor
+    q: tuple[Linear, torch.Tensor, Linear] | Linear
+    kv_a: Linear
+    kv_a_norm: torch.Tensor
+    k_b: torch.Tensor
+    v_b: torch.Tensor
+    output: Linear
+    ffn_norm: torch.Tensor
+    feed: Feed | None
+    router: Router | None = None
+    experts: Experts | None = None
+
+
+@dataclass
+class KVCache:
+    """Compressed cache of one layer: latent [n_seq, capacity, kv_lora], rope [n_seq, capacity, qk_rope]."""
+
+    latent: torch.Tensor
+    rope: torch.Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: DeepseekConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (n_seq, capacity)
+        return cls(
+            torch.zeros((*shape, config.kv_lora), device=device, dtype=dtype),
+            torch.zeros((*shape, config.qk_rope), device=device, dtype=dtype),
+        )
+
+    def append(self, latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.length + latent.shape[1]
+        self.latent[:, self.length : end] = latent
+        self.rope[:, self.length : end] = rope
+        self.length = end
+        return self.latent[:, :end], self.rope[:, :end]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
+              cache: KVCache | None = None, observe: Observer | None = None) -> torch.Tensor:  # fmt: skip
+    """Causal attention output (residual not added) for h [n_seq, t, d].
+
+    cos, sin: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
+    """
+    n_seq, t, d = h.shape
+    x = rms_norm(h, block.attn_norm, config.rms_eps).reshape(-1, d)
+    q = _query(x, block, config, observe).view(n_seq, t, config.n_head, config.qk_head)
+    q_nope, q_rope = q.split([config.qk_nope, config.qk_rope], dim=-1)
+    q_rope = rotate(q_rope, cos[:, None], sin[:, None])
+    if observe:
+        observe("attn_kv_a_mqa", x)
+    latent, k_rope = block.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
+    latent = rms_norm(latent, block.kv_a_norm, config.rms_eps)
+    k_rope = rotate(k_rope, cos, sin)
+    if observe:
+        observe("attn_kv_b", latent.reshape(-1, config.kv_lora))
+        observe("attn_k_b", q_nope.reshape(-1, config.n_head, config.qk_nope))
+    if cache is None and observe is None:
+        values = _expanded(q_nope, q_rope, latent, k_rope, block, config.softmax_scale)
+    else:
+        if cache is not None:
+            latent, k_rope = cache.append(latent, k_rope)
+        q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(block.k_b.dtype), block.k_b)
+        mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
+        if observe:
+            observe("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
+        values = torch.einsum("sthc,hvc->sthv", mixed.to(block.v_b.dtype), block.v_b)
+    values = values.reshape(n_seq * t, -1)
+    if observe:
+        observe("attn_output", values)
+    return block.output(values).view(n_seq, t, d)
+
+
+def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None) -> torch.Tensor:
+    if not isinstance(block.q, tuple):
+        if observe:
+            observe("attn_q", x)
+        return block.q(x)
+    q_a, norm, q_b = block.q
+    if observe:
+        observe("attn_q_a", x)
+    low = rms_norm(q_a(x), norm, config.rms_eps)
+    if observe:
+        observe("attn_q_b", low)
+    return q_b(low)
+
+
+def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, block: Block,
+              scale: float) -> torch.Tensor:  # fmt: skip
+    """Whole chunks without a cache: keys and values per head are cheaper than attention over the latent.
+
+    q_nope [s, t, h, n], q_rope [s, t, h, r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v].
+    """
+    n_seq, t, n_head, _ = q_nope.shape
+    k_nope = torch.einsum("stc,hcn->shtn", latent, block.k_b)
+    values = torch.einsum("stc,hvc->shtv", latent, block.v_b)
+    keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
+    query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _absorbed(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor,
+              scale: float) -> torch.Tensor:  # fmt: skip
+    """Softmax over the compressed cache, which all heads share; in tiles of queries, so that scores stay few.
+
+    q_latent [s, t, h, c], q_rope [s, t, h, r], latent [s, n, c], k_rope [s, n, r] -> [s, t, h, c]. The t queries are
+    the last t of the n cached positions.
+    """
+    n_seq, t, n_head, _ = q_latent.shape
+    n = latent.shape[1]
+    key = torch.cat((latent, k_rope), dim=-1).transpose(1, 2)  # [s, c + r, n]
+    query = torch.cat((q_latent.to(latent.dtype), q_rope.to(latent.dtype)), dim=-1)
+    out = torch.empty_like(q_latent, dtype=latent.dtype)
+    step = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (n_seq * n_head * n)))
+    column = torch.arange(n, device=latent.device)
+    for begin in range(0, t, step):
+        end = min(begin + step, t)
+        seen = n - t + end  # later columns are masked for the whole tile
+        scores = query[:, begin:end].flatten(1, 2) @ key[..., :seen]
+        scores = scores.float().mul_(scale).view(n_seq, end - begin, n_head, seen)
+        if end - begin > 1:
+            last = torch.arange(n - t + begin, n - t + end, device=latent.device)
+            scores.masked_fill_((column[:seen] > last[:, None])[:, None, :], float("-inf"))
+        weights = scores.softmax(-1).to(latent.dtype)
+        out[:, begin:end] = (weights.flatten(1, 2) @ latent[:, :seen]).view(n_seq, end - begin, n_head, -1)
+    return out
+
+
+def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts of each token: (expert int64 [n, n_used], weight float32 [n, n_used]) for normed x [n, d].
+
+    DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
+    """
+    logits = x.float() @ router.weight.T
+    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores if router.bias is None else scores + router.bias
+    if config.n_group > 1:
+        grouped = choice.view(len(x), config.n_group, -1)
+        per_group = grouped.topk(2, dim=-1).values.sum(-1) if config.group_score == "top2" else grouped.amax(-1)
+        kept = torch.zeros_like(per_group, dtype=torch.bool)
+        kept.scatter_(1, per_group.topk(config.n_group_used, dim=-1).indices, True)
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).view(len(x), -1)
+    expert = choice.topk(config.n_used, dim=-1).indices
+    weight = scores.gather(1, expert)
+    if config.norm_weights:
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+    return expert, weight * config.weights_scale
+
+
+def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None) -> torch.Tensor:
+    """Feed-forward output (residual not added) of normed x [n, d]."""
+    if block.router is None or block.experts is None:
+        return block.feed(x, observe)
+    if observe:
+        observe("ffn_gate_inp", x)
+    expert, weight = route(x, block.router, config)
+    out = block.experts(x, expert, weight)
+    if block.feed is not None:
+        out = out + block.feed(x, observe, "_shexp")
+    return out

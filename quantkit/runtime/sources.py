@@ -1,0 +1,249 @@
+"""Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from quantkit import ggml
+from quantkit.arch import tokenizer as tokenizers
+from quantkit.arch.config import DeepseekConfig
+from quantkit.arch.deepseek import source_shapes
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.runtime.experts import Projections, StreamedExperts
+from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+
+VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
+GGML_BATCH = 512  # rows per ggml product: bounds its buffers
+
+
+class Source(Protocol):
+    """A model whose layers can be loaded one at a time."""
+
+    name: str
+    config: DeepseekConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokenizer(self) -> Tokenizer: ...
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def block(self, layer: int) -> Block: ...
+    def head(self) -> tuple[torch.Tensor, Linear]: ...
+
+
+class CheckpointSource:
+    """The original weights, dequantized to `dtype` on `device` as they are needed."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.name = Path(checkpoint.path).name
+        self.config = DeepseekConfig.from_hf(checkpoint.config)
+        checkpoint.validate(source_shapes(self.config))
+
+    def tokenizer(self) -> Tokenizer:
+        return tokenizers.load(Path(self.checkpoint.path))
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name, device=self.device, dtype=self.dtype)
+
+    def _vector(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name, device=self.device, dtype=torch.float32)
+
+    def _linear(self, name: str) -> Linear:
+        weight = self._matrix(name + ".weight")
+        return lambda x: x @ weight.T
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [...] -> [..., d]; reads the embedding a slab at a time."""
+        flat = tokens.flatten()
+        out = torch.empty((len(flat), self.config.d), dtype=self.dtype, device=self.device)
+        for start in range(0, self.config.n_vocab, VOCAB_ROWS):
+            stop = min(start + VOCAB_ROWS, self.config.n_vocab)
+            here = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
+            if len(here):
+                slab = self.checkpoint.read("model.embed_tokens.weight", start, stop, device=self.device)
+                out[here] = slab[flat[here] - start].to(self.dtype)
+        return out.view(*tokens.shape, self.config.d)
+
+    def block(self, layer: int) -> Block:
+        c, p = self.config, f"model.layers.{layer}."
+        attn = p + "self_attn."
+        q = self._linear(attn + "q_proj") if c.q_lora is None else (
+            self._linear(attn + "q_a_proj"), self._vector(attn + "q_a_layernorm.weight"), self._linear(attn + "q_b_proj")
+        )  # fmt: skip
+        kv_b = self._matrix(attn + "kv_b_proj.weight")
+        k_b, v_b = split_kv_b(kv_b, c)
+        moe = c.is_moe(layer)
+        feed = self._feed(p + ("mlp.shared_experts." if moe else "mlp.")) if not moe or c.n_shared else None
+        router = experts = None
+        if moe:
+            bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
+            router = Router(self._vector(p + "mlp.gate.weight"), bias)
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
+        return Block(
+            attn_norm=self._vector(p + "input_layernorm.weight"), q=q, kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
+            kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"), k_b=k_b, v_b=v_b,
+            output=self._linear(attn + "o_proj"), ffn_norm=self._vector(p + "post_attention_layernorm.weight"),
+            feed=feed, router=router, experts=experts,
+        )  # fmt: skip
+
+    def _feed(self, prefix: str) -> Feed:
+        return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))
+
+    def expert(self, layer: int, expert: int) -> Projections:
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+        gate, up, down = (self._matrix(f"{prefix}{part}.weight") for part in ("gate_proj", "up_proj", "down_proj"))
+        return gate, up, down
+
+    def head(self) -> tuple[torch.Tensor, Linear]:
+        tied = "model.embed_tokens" if self.config.tied else "lm_head"
+        return self._vector("model.norm.weight"), self._linear(tied)
+
+
+def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """kv_b_proj [n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
+    k, v = kv_b.view(c.n_head, c.qk_nope + c.v_head, c.kv_lora).split([c.qk_nope, c.v_head], dim=1)
+    return k.transpose(1, 2).contiguous(), v.contiguous()
+
+
+class GGUFSource:
+    """A GGUF file, memory-mapped.
+
+    hybrid: routed experts are multiplied on the CPU from their quantized bytes by ggml, and so is every other matrix
+    if `device` is the CPU; on a GPU the others are dequantized to `dtype`. This is how a person runs the file.
+    Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
+    `device`: right for many tokens at once, when each layer is visited once.
+    """
+
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+                 n_threads: int | None = None, hybrid: bool = True):  # fmt: skip
+        self.file = GGUFFile.open(path)
+        self.name = Path(path).name
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self.hybrid, self.quantized_products = hybrid, hybrid and on_cpu
+        self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        self.n_threads = n_threads or torch.get_num_threads()
+        self.config = DeepseekConfig.from_gguf(self.file.metadata)
+        self.pool = ThreadPoolExecutor(self.n_threads)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        from quantkit.arch.deepseek import specs
+
+        mla = "combined" if "blk.0.attn_kv_b.weight" in self.file.tensors else "split"
+        tied = "output.weight" not in self.file.tensors
+        for spec in specs(self.config, mla):
+            found = self.file.tensors.get(spec.name)
+            if found is None and not (tied and spec.name == "output.weight"):
+                raise QuantkitError(f"{self.name}: tensor {spec.name} is missing")
+            if found is not None and tuple(found.shape) != spec.shape:
+                raise QuantkitError(f"{self.name}: tensor {spec.name} has shape {tuple(found.shape)}, not {spec.shape}")
+
+    def tokenizer(self) -> Tokenizer:
+        return tokenizers.from_gguf(self.file.metadata)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """A whole tensor, dequantized to float32 on the CPU in its own shape."""
+        tensor = self.file.tensors[name]
+        n_in = tensor.shape[-1]
+        values = ggml.dequantize_parallel(tensor.qtype, self.file.data(name), n_in, self.pool, self.n_threads)
+        return torch.from_numpy(values).view(*tensor.shape)
+
+    def _small(self, name: str) -> torch.Tensor:
+        return self.dense(name).to(self.device)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        return self.dense(name).to(self.device, self.dtype)
+
+    def linear(self, name: str) -> Linear:
+        if not self.quantized_products:
+            weight = self._matrix(name)
+            return lambda x: x @ weight.T
+        tensor = self.file.tensors[name]
+        n_out, n_in = tensor.shape
+        return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        tensor, flat = self.file.tensors["token_embd.weight"], tokens.flatten().cpu().numpy()
+        unique, inverse = np.unique(flat, return_inverse=True)
+        rows = ggml.dequantize(tensor.qtype, self.file.data("token_embd.weight")[unique], tensor.shape[-1])
+        out = torch.from_numpy(rows[inverse]).to(self.device, self.dtype)
+        return out.view(*tokens.shape, self.config.d)
+
+    def block(self, layer: int) -> Block:
+        c, p = self.config, f"blk.{layer}."
+        q = self.linear(p + "attn_q.weight") if c.q_lora is None else (
+            self.linear(p + "attn_q_a.weight"), self._small(p + "attn_q_a_norm.weight"), self.linear(p + "attn_q_b.weight")
+        )  # fmt: skip
+        if p + "attn_kv_b.weight" in self.file.tensors:
+            k_b, v_b = split_kv_b(self._matrix(p + "attn_kv_b.weight"), c)
+        else:
+            k_b, v_b = self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
+        moe = c.is_moe(layer)
+        feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
+        router = self._router(p) if moe else None
+        return Block(
+            attn_norm=self._small(p + "attn_norm.weight"), q=q, kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
+            kv_a_norm=self._small(p + "attn_kv_a_norm.weight"), k_b=k_b, v_b=v_b,
+            output=self.linear(p + "attn_output.weight"), ffn_norm=self._small(p + "ffn_norm.weight"),
+            feed=feed, router=router, experts=self._experts(p) if moe else None,
+        )  # fmt: skip
+
+    def _feed(self, prefix: str, suffix: str) -> Feed:
+        return Feed(*(self.linear(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
+
+    def _router(self, prefix: str) -> Router:
+        bias = prefix + "exp_probs_b.bias"
+        weight = self._small(prefix + "ffn_gate_inp.weight")
+        return Router(weight, self._small(bias) if bias in self.file.tensors else None)
+
+    def _experts(self, prefix: str) -> Experts:
+        c = self.config
+        names = [f"{prefix}ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        if not self.hybrid:
+            return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
+        stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
+        return CpuExperts(ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads), self.device)
+
+    def _expert(self, names: list[str], expert: int) -> Projections:
+        gate, up, down = (
+            torch.from_numpy(
+                ggml.dequantize(self.file.tensors[name].qtype, self.file.matrix(name, expert), self.file.tensors[name].shape[-1])
+            ).to(self.device, self.dtype)
+            for name in names
+        )
+        return gate, up, down
+
+    def head(self) -> tuple[torch.Tensor, Linear]:
+        name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
+        return self._small("output_norm.weight"), self.linear(name)
+
+
+class Batched:
+    """A ggml product over at most GGML_BATCH rows at a time."""
+
+    def __init__(self, linear: ggml.Linear):
+        self.linear = linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) <= GGML_BATCH:
+            return self.linear(x)
+        return torch.cat([self.linear(part) for part in x.split(GGML_BATCH)])
+
+
+class CpuExperts:
+    """ggml experts for inputs that may live on a GPU."""
+
+    def __init__(self, experts: ggml.Experts, device: torch.device):
+        self.experts, self.device = experts, device
+
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inputs = (x.float().cpu(), expert.int().cpu(), weight.cpu())
+        parts = [self.experts(*part) for part in zip(*(value.split(GGML_BATCH) for value in inputs), strict=True)]
+        return torch.cat(parts).to(self.device, x.dtype)

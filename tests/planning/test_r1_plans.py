@@ -1,0 +1,92 @@
+"""R1's whole plan per recipe and target, from its real shapes. The diff of a snapshot is the review of a recipe.
+
+After an intended change: QUANTKIT_SNAPSHOTS=write python -m pytest tests/planning/test_r1_plans.py
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import r1_shapes
+
+from quantkit import bundle
+from quantkit.arch import deepseek
+from quantkit.arch.config import DeepseekConfig
+from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.planning.table import render, types_by_role
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+RECIPES = ("1.58bit", "1.73bit", "2.22bit", "2.51bit")
+VARIANTS = (("ktransformers", "split"), ("llama.cpp", "split"), ("llama.cpp", "combined"))
+
+# Published bytes of Unsloth's files, and how many splits (each with its own small header) they came in.
+UNSLOTH = {
+    "1.58bit": (140_231_438_464, 3),
+    "1.73bit": (168_916_283_648, 4),
+    "2.22bit": (196_162_482_432, 4),
+    "2.51bit": (226_601_595_040, 5),
+}
+SMALL = """name = "s"
+description = "d"
+target = "llama.cpp"
+[[rules]]
+match = "*"
+qtype = "Q8_0"
+optional = true
+why = "w"
+"""
+HEADER = 5_302_600  # all but a few hundred bytes of it the vocabulary of 129,280 tokens and 127,741 merges
+
+
+def r1_plan(recipe: str, target: str, mla: str) -> Plan:
+    return make_plan(r1_shapes.specs(mla), Recipe.load(recipe), target, model="deepseek-r1")
+
+
+def snapshot(plan: Plan) -> str:
+    roles = [f"{role:<16} {n_bytes:>15,}  {types}" for role, types, n_bytes in types_by_role(plan)]
+    return "\n".join([render(plan), *roles, "", f"sha256 {plan.digest()}", ""])
+
+
+@pytest.mark.parametrize("target, mla", VARIANTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_snapshot(recipe, target, mla):
+    text = snapshot(r1_plan(recipe, target, mla))
+    path = SNAPSHOTS / f"{recipe}.{target}.{mla}.txt"
+    if os.environ.get("QUANTKIT_SNAPSHOTS") == "write":
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_unsloths_sizes(recipe):
+    published, splits = UNSLOTH[recipe]
+    header = published - r1_plan(recipe, "llama.cpp", "combined").data_bytes
+    assert HEADER < header < HEADER + 128 * splits
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ktransformers_variant_weighs_the_same_and_never_more(recipe):
+    published, _ = UNSLOTH[recipe]
+    left = published - HEADER - r1_plan(recipe, "ktransformers", "split").data_bytes
+    assert 0 < left < published / 1000
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ollama_gets_llama_cpps_types(recipe):
+    assert r1_plan(recipe, "ollama", "split").digest() == r1_plan(recipe, "llama.cpp", "split").digest()
+
+
+@pytest.mark.parametrize("mla, count", [("split", 1086), ("combined", 1025)])
+def test_bundled_r1_has_these_shapes(mla, count):
+    config = json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text())
+    ours = [(s.name, s.shape, s.role, s.layer, s.fixed) for s in deepseek.specs(DeepseekConfig.from_hf(config), mla)]
+    assert ours == [(s.name, s.shape, s.role, s.layer, s.fixed) for s in r1_shapes.specs(mla)]
+    assert len(ours) == count
+
+
+def test_small_models_are_shown_in_mib():
+    plan = make_plan(r1_shapes.specs(n_layer=0)[1:2], Recipe.parse(SMALL, "small.toml"))
+    assert "MiB" in render(plan) and "GiB" not in render(plan)

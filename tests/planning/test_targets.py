@@ -1,0 +1,71 @@
+import pytest
+import r1_shapes
+
+from quantkit.errors import QuantkitError
+from quantkit.planning import qtypes, targets
+from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import Recipe
+
+HEAD = 'name = "r"\ndescription = "d"\ntarget = "ktransformers"\n'
+
+
+def plan(role, qtype, target="ktransformers", specs=None):
+    rules = "".join(
+        f'[[rules]]\nmatch = "{match}"\nqtype = "{q}"\nwhy = "w"\n' for match, q in ((role, qtype), ("*", "Q8_0"))
+    )
+    return make_plan(specs or r1_shapes.specs(n_layer=5), Recipe.parse(HEAD + rules, "r.toml"), target)
+
+
+@pytest.mark.parametrize(
+    "role, qtype, why",
+    [
+        ("ffn_gate_exps", "IQ2_XXS", "silently wrong in its AVX512 and AMX variants"),
+        ("ffn_down_exps", "IQ1_M", "aborts when it is the gate's type and silently returns zeros"),
+        ("ffn_up_exps", "IQ3_S", "silently returns zeros"),
+        ("ffn_up_exps", "F32", "not among the types measured"),
+        ("attn_output", "IQ1_S", "no dequantizer"),
+        ("ffn_down_shexp", "IQ2_XXS", "no dequantizer"),
+        ("attn_k_b", "IQ4_NL", "short-block types"),
+    ],
+)
+def test_ktransformers_refuses_with_reason_and_way_out(role, qtype, why):
+    with pytest.raises(QuantkitError) as caught:
+        plan(role, qtype)
+    message = str(caught.value)
+    assert f"{role}.weight: {qtype} is refused for ktransformers" in message
+    assert why in message
+    assert "; use " in message and "Q8_0" in message.split("; use ")[1]
+    plan(role, qtype, "llama.cpp")
+
+
+@pytest.mark.parametrize("qtype", targets.KTRANSFORMERS.allowed[targets.EXPERTS].types)
+def test_ktransformers_experts(qtype):
+    plan("ffn_*_exps", qtype)
+
+
+def test_sizes_that_kt_kernel_cannot_tile():
+    specs = [s for s in r1_shapes.specs(n_layer=4) if s.role != "ffn_up_exps"]
+    odd = next(s for s in r1_shapes.specs(n_layer=4) if s.role == "ffn_up_exps")
+    specs.append(type(odd)(odd.name, (256, 2080, 7168), odd.role, odd.layer, ()))
+    with pytest.raises(QuantkitError, match=r"multiples of 256, not 2080 × 7168"):
+        plan("ffn_up_exps", "Q4_K", specs=specs)
+    plan("ffn_up_exps", "Q4_K", "llama.cpp", specs=specs)
+
+
+def test_every_type_is_allowed_or_refused_with_a_reason():
+    for target in targets.TARGETS.values():
+        for allowed in target.allowed.values():
+            assert allowed.source
+            assert not set(allowed.types) & set(allowed.refused)
+            assert set(allowed.types) | set(allowed.refused) <= set(qtypes.QTYPES)
+            assert all(allowed.why_not(q) for q in qtypes.QTYPES if q not in allowed.types)
+
+
+def test_unknown_target():
+    with pytest.raises(QuantkitError, match=r"unknown target 'vllm'; known: ktransformers llama\.cpp ollama"):
+        plan("output", "Q8_0", "vllm")
+
+
+def test_suggestions_fit_the_rows():
+    assert targets.suggest("ktransformers", "attn_k_b", 128) == ("Q8_0", "F16", "BF16", "F32")
+    assert targets.suggest("llama.cpp", "attn_k_b", 128) == ("IQ4_NL", "Q8_0", "F16", "BF16", "F32")
