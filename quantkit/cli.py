@@ -65,6 +65,19 @@ def common_text(command):
     return chunk(column(command))
 
 
+def calibration_options(command):
+    options = [
+        click.option("--min-expert-tokens", default=32, show_default=True, type=click.IntRange(0),
+                     help="Experts with fewer tokens lean on their layer's mean statistics."),
+        click.option("--expert-tokens", default=0, show_default=True, type=click.IntRange(0),
+                     help="Keep drawing text until every expert saw this many tokens."),
+        click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the pass, like 16G. Default: all."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
@@ -92,6 +105,7 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @text_options(131072)
 @text_options(32768, "eval-", "evaluation")
 @common_text
+@calibration_options
 @click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 @encoder_option
 @device_option
@@ -99,8 +113,8 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @split_option
 @restart_option
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
-def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, imatrix, encoder,
-         device, workers, split_max_size, restart, verify):  # fmt: skip
+def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, min_expert_tokens,
+         expert_tokens, ram, imatrix, encoder, device, workers, split_max_size, restart, verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -108,7 +122,8 @@ def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_token
     folder = output or Path(f"{Path(model).name}-{Path(recipe).name.removesuffix('.toml')}")
     options = pipeline.MakeOptions(
         recipe=recipe, target=target, mla=mla,
-        calibration=pipeline.TextChoice(data, column, tokens, chunk),
+        calibration=pipeline.Calibration(pipeline.TextChoice(data, column, tokens, chunk), min_expert_tokens,
+                                         expert_tokens, parse_size(ram, "--ram") if ram else None),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk),
         imatrix=imatrix, encoder=encoder, device=device, workers=workers,
         split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify,
@@ -131,13 +146,17 @@ def inspect(path):
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
 @text_options(131072)
 @common_text
+@calibration_options
 @device_option
-def calibrate(model, output, data, tokens, column, chunk, device):
-    """Measure importance: run text through the original, layer by layer, and write an imatrix."""
+@restart_option
+def calibrate(model, output, data, tokens, column, chunk, min_expert_tokens, expert_tokens, ram, device, restart):
+    """Measure importance: run text through the original, layer by layer, and write an imatrix. Resumes."""
     from quantkit import pipeline
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk)
-    pipeline.calibrate(pipeline.open_weights(model), choice, output, device or pipeline.default_device())
+    how = pipeline.Calibration(pipeline.TextChoice(data, column, tokens, chunk), min_expert_tokens, expert_tokens,
+                               parse_size(ram, "--ram") if ram else None)  # fmt: skip
+    source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
+    pipeline.calibrate(source, how, output, restart)
     click.echo(str(output))
 
 
@@ -222,7 +241,7 @@ def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
     click.echo()
 
 
-def parse_size(text: str) -> int | None:
+def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """50G, 4096M, 123456 -> bytes (decimal units, as llama.cpp's gguf-split); 0 -> None."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
     number, unit = text.upper().removesuffix("B"), ""
@@ -233,5 +252,5 @@ def parse_size(text: str) -> int | None:
     except (ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise QuantkitError(f"--split-max-size {text}: not a size; write 50G or 4096M")
+        raise QuantkitError(f"{option} {text}: not a size; write 50G or 4096M")
     return size or None

@@ -1,4 +1,4 @@
-"""Encoders: float32 rows in, packed ggml blocks out. ggml's own is the reference; ours join under the same interface."""
+"""Encoders: float32 rows in, packed ggml blocks out. ggml's own is the reference; ours join it."""
 
 from typing import Protocol
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Library:
                 function = getattr(lib, name)
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name, function)
-        # A context charges sizeof(ggml_object) + sizeof(ggml_tensor) for a tensor: any other layout would corrupt memory.
+        # A context charges sizeof(ggml_object) + sizeof(ggml_tensor) a tensor: another layout would corrupt memory.
         if self.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + GRAPH_OBJECT_BYTES:
             raise QuantkitError(f"{folder} holds another ggml than 0.20: install libggml-python==0.20.2.post1")
         self.ggml_cpu_init()

@@ -12,7 +12,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 
 
 def describe(name: str) -> str:
-    """A readable account of a checkpoint folder, a bundled model or a GGUF file. Raises QuantkitError if it is broken."""
+    """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
     from quantkit.pipeline import resolve_model
 
     if name.endswith(".gguf"):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,27 @@ import numpy as np
 import torch
 
 from quantkit import __version__, bundle
-from quantkit.arch import deepseek
+from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
-from quantkit.calibration import collect, corpus
-from quantkit.calibration.corpus import Chunks, Corpus
+from quantkit.calibration.corpus import TextChoice, overlap
+from quantkit.calibration.measure import Calibration, calibrate, cut
 from quantkit.encoding import encoder
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
-from quantkit.formats.gguf_encode import U32
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.imatrix import load_imatrix, save_imatrix
+from quantkit.formats.gguf_encode import U32
+from quantkit.formats.imatrix import load_imatrix
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.progress import say, track
-from quantkit.quantize import check_importance, quantize
+from quantkit.progress import say
+from quantkit.quantize import fit_importance, quantize
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"
+MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
-
-
-@dataclass(frozen=True)
-class TextChoice:
-    """Which text, and how much of it. data empty: the bundled mix."""
-
-    data: tuple[str, ...] = ()
-    column: str = "text"
-    n_tokens: int = 131072
-    chunk: int = 512
-
-    def corpus(self, part: corpus.Part) -> Corpus:
-        return corpus.load(self.data, self.column) if self.data else corpus.default(part)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -85,27 +73,6 @@ def plan_model(model: str | Path, recipe: str | Path, target: str | None = None,
     return make_plan(specs, rules, target, model=path.name)
 
 
-@torch.inference_mode()
-def calibrate(checkpoint: Checkpoint, choice: TextChoice, out: Path, device: str) -> Imatrix:
-    """Run the calibration text through the original and write imatrix.gguf."""
-    text = choice.corpus("calibration")
-    source = source_of(checkpoint, device)
-    chunks = cut(text, source, choice)
-    n_layer, n_tokens = source.config.n_layer, chunks.tokens.numel()
-    say(f"calibrating on {n_tokens:,} tokens of {text.name}")
-    with track("calibrate", n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
-        imatrix = collect.collect(source, chunks.tokens, lambda *_: advance(n_tokens / 1e3))
-    for name, count in collect.uncovered(imatrix).items():
-        if name.endswith("ffn_down_exps.weight"):
-            say(f"warning: {name}: {count} of {source.config.n_expert} experts saw no token; give more text (--tokens)")
-    save_imatrix(out, imatrix, datasets=[text.name], chunk_count=len(chunks.tokens), chunk_size=choice.chunk)
-    return imatrix
-
-
-def cut(text: Corpus, source: CheckpointSource | GGUFSource, choice: TextChoice) -> Chunks:
-    return corpus.chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens)
-
-
 def imatrix_digest(imatrix: Imatrix) -> str:
     """sha256 of all sums and counts, whatever file they came from."""
     whole = hashlib.sha256()
@@ -120,16 +87,18 @@ def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: 
                    workers: int | None = None, split_max_bytes: int | None = None, restart: bool = False,
                    overwrite: bool = False) -> list[Path]:  # fmt: skip
     """Encode every tensor of the plan and write the GGUF file(s); resumes."""
-    imatrix, info = load_imatrix(imatrix_path)
-    check_importance(plan, imatrix)
+    loaded, info = load_imatrix(imatrix_path)
+    imatrix = fit_importance(plan, loaded)
     fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
     extra = {
         "quantize.imatrix.file": imatrix_path.name,
         "quantize.imatrix.entries_count": U32(len(imatrix)),
         "quantize.imatrix.chunks_count": U32(info.chunk_count),
     } | ({"quantize.imatrix.dataset": info.datasets[0]} if info.datasets else {})
-    return quantize(checkpoint, plan, imatrix, out, encoder(encoder_name), fingerprint=fingerprint, extra_metadata=extra,
-                    workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite)  # fmt: skip
+    return quantize(
+        checkpoint, plan, imatrix, out, encoder(encoder_name), fingerprint=fingerprint, extra_metadata=extra,
+        workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -139,9 +108,8 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
     original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
-    if original.tokenizer().encode(text.documents[0].text[:4096]).ids != quantized.tokenizer().encode(
-        text.documents[0].text[:4096]
-    ).ids:  # fmt: skip
+    sample = text.documents[0].text[:4096]
+    if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     result = verify(quantized, original, chunks, target) | {"text": text.name, "text_sha256": text.digest}
     if out:
@@ -163,8 +131,8 @@ class MakeOptions:
     recipe: str = "1.58bit"
     target: str | None = None
     mla: str | None = None
-    calibration: TextChoice = TextChoice()
-    evaluation: TextChoice = TextChoice(n_tokens=32768)
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
     imatrix: Path | None = None
     encoder: str = "ggml"
     device: str | None = None
@@ -182,6 +150,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     device = options.device or default_device()
     plan = plan_model(model, options.recipe, options.target, options.mla)
     checkpoint = open_weights(model)
+    if options.verify and not options.imatrix:
+        check_disjoint(options.calibration.text, options.evaluation)
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
@@ -193,16 +163,26 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     elif imatrix.exists():
         say(f"using {imatrix} from an earlier run")
     else:
-        calibrate(checkpoint, options.calibration, imatrix, device)
+        calibrate(source_of(checkpoint, device), options.calibration, imatrix, options.restart)
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if (files := finished_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
     else:
-        files = quantize_model(checkpoint, plan, imatrix, out, encoder_name=options.encoder, workers=options.workers,
-                               split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True)  # fmt: skip
+        files = quantize_model(
+            checkpoint, plan, imatrix, out, encoder_name=options.encoder, workers=options.workers,
+            split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True,
+        )  # fmt: skip
     if not options.verify:
         return files, None
     return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+
+
+def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
+    """Figures measured on text that was calibrated on would flatter; refuse them."""
+    share = overlap(calibration.corpus("calibration"), evaluation.corpus("evaluation"))
+    if share > MOST_OVERLAP:
+        raise QuantkitError(f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
+                            "choose other text with --eval-data")  # fmt: skip
 
 
 def finished_files(path: Path) -> list[Path]:
@@ -214,8 +194,7 @@ def finished_files(path: Path) -> list[Path]:
 
 def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[str, Any]:
     """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
-    choice = options.calibration
-    text = {"imatrix": str(options.imatrix)} if options.imatrix else asdict(choice) | {"data": list(choice.data)}
+    text = {"imatrix": str(options.imatrix)} if options.imatrix else json.loads(json.dumps(asdict(options.calibration)))
     return {
         "quantkit": __version__,
         "checkpoint": checkpoint.fingerprint(),

@@ -19,9 +19,10 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.imatrix import fit
 from quantkit.planning.plan import Plan, PlannedTensor
 from quantkit.progress import track
-from quantkit.tensors import Imatrix, TensorSpec
+from quantkit.tensors import Imatrix, Importance, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,18 @@ class Job:
 
 
 def quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, path: Path, encoder: Encoder, *,
-             fingerprint: Mapping[str, str], extra_metadata: Mapping[str, Any] | None = None, workers: int | None = None,
-             split_max_bytes: int | None = None, restart: bool = False, overwrite: bool = False) -> list[Path]:  # fmt: skip
+             fingerprint: Mapping[str, str], extra_metadata: Mapping[str, Any] | None = None,
+             workers: int | None = None, split_max_bytes: int | None = None, restart: bool = False,
+             overwrite: bool = False) -> list[Path]:  # fmt: skip
     """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
 
+    imatrix: as `fit_importance` returns it for this plan.
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
     config = DeepseekConfig.from_hf(checkpoint.config)
     checkpoint.validate(deepseek.source_shapes(config))
     specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
     check_plan(plan, specs)
-    check_importance(plan, imatrix)
     metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
     workers = workers or os.cpu_count() or 1
     writer = GGUFWriter.open(path, plan.tensors, metadata, fingerprint=fingerprint | {"encoder": encoder.name},
@@ -93,7 +95,7 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Itera
 def _encode(checkpoint: Checkpoint, config: DeepseekConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
     rows = deepseek.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
     entry = imatrix.get(job.tensor.name)
-    importance = None if entry is None or len(job.spec.shape) == 1 else entry.mean(job.matrix)
+    importance = None if entry is None else entry.mean(job.matrix)
     return encoder(job.tensor.qtype, rows, importance)
 
 
@@ -108,19 +110,20 @@ def check_plan(plan: Plan, specs: Mapping[str, TensorSpec]) -> None:
             )
 
 
-def check_importance(plan: Plan, imatrix: Imatrix) -> None:
-    """Every type that cannot do without importance has it, with the right shape; known before any work is done."""
+def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
+    """The entries that this plan uses, in its tensors' shapes. Refused before any work if one is missing or misfits."""
+    fitted = {}
     for tensor in plan.tensors:
-        entry = imatrix.get(tensor.name)
-        if entry is None:
-            if ggml.requires_importance(tensor.qtype):
-                raise QuantkitError(f"imatrix has no {tensor.name}, and {tensor.qtype} cannot be encoded without it: "
-                                    "calibrate this model (quantkit calibrate)")  # fmt: skip
+        if len(tensor.shape) == 1:
             continue
-        n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        if len(tensor.shape) > 1 and entry.in_sum2.shape != (n_matrices, tensor.shape[-1]):
-            raise QuantkitError(f"imatrix entry {tensor.name} is {entry.in_sum2.shape}, the model needs "
-                                f"({n_matrices}, {tensor.shape[-1]}): it is for another model")  # fmt: skip
+        entry = imatrix.get(tensor.name)
+        if entry is not None:
+            n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+            fitted[tensor.name] = fit(entry, n_matrices, tensor.shape[-1], tensor.name)
+        elif ggml.requires_importance(tensor.qtype):
+            raise QuantkitError(f"imatrix has no {tensor.name}, and {tensor.qtype} cannot be encoded without it: "
+                                "calibrate this model (quantkit calibrate)")  # fmt: skip
+    return fitted
 
 
 def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Importance:
     counts: np.ndarray
 
     def mean(self, matrix: int) -> np.ndarray:
-        """Mean square per input column, float32 [n_in]; ones if no token reached this matrix, as llama-quantize does."""
+        """Mean square per input column, float32 [n_in]; ones if no token came here, as llama-quantize has it."""
         count = np.float32(self.counts[matrix if len(self.counts) > 1 else 0])
         return self.in_sum2[matrix] / count if count > 0 else np.ones_like(self.in_sum2[matrix])
 

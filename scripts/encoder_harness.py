@@ -20,7 +20,7 @@ from encoder_proxy import layer, load, logits, rms_norm, yarn_tables
 from tokenizers import Tokenizer
 
 from quantkit import ggml
-from quantkit.encoders import Hessian, blend, encode, second_moment
+from quantkit.encoders import Hessian, blend, encode_values, second_moment
 from quantkit.encoders.api import SUPPORTED
 
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -107,25 +107,29 @@ def see_layer(moments: Moments, seen: list, after: torch.Tensor) -> None:
     for name, inputs in seen:
         if not name.endswith(".exps"):
             x = inputs.reshape(-1, inputs.shape[-1])
-            moments.add(name, "plain", x, torch.ones(len(x)))
+            moments.add(name, "plain", x, torch.ones(len(x), device=x.device))
             moments.add(name, "norm", x, norm)
             continue
         e, token, x, h, w = inputs
         for role, t in (("gate", x), ("down", h)):
             key = f"{name[:-4]}ffn_{role}_exps.{e}"
-            for kind, weight in (("plain", torch.ones(len(t))), ("w2", w**2), ("norm", w**2 * norm[token])):
+            for kind, weight in (
+                ("plain", torch.ones(len(t), device=t.device)),
+                ("w2", w**2),
+                ("norm", w**2 * norm[token]),
+            ):
                 moments.add(key, kind, t, weight)
 
 
 @torch.inference_mode()
 def calibrate(config, w, ids, batch: int = 8) -> dict[tuple, Hessian]:
     """(matrix, kind) -> Hessian, of the model with weights w."""
-    states, tables, moments = w["token_embd"][ids], yarn_tables(config, ids.shape[1]), Moments()
+    states, tables, moments = w["token_embd"][ids], yarn_tables(config, ids.shape[1], ids.device), Moments()
     for i in range(config["num_hidden_layers"]):
         states = calibrate_layer(config, w, i, states, tables, moments, batch)
     x = rms_norm(states, w["output_norm"]).flatten(0, 1)
     for kind in ("plain", "norm"):
-        moments.add("output", kind, x, torch.ones(len(x)))
+        moments.add("output", kind, x, torch.ones(len(x), device=x.device))
     return moments.result()
 
 
@@ -172,28 +176,33 @@ def hessian_for(stats: dict, name: str, v: Variant, expert: int | None = None) -
     return shared if v.scope == "layer" else blend(own or Hessian(), shared, v.pseudo) if v.pseudo else own
 
 
-def one(qtype: str, w: torch.Tensor, hessian: Hessian | None, importance, v: Variant) -> torch.Tensor:
-    if qtype == "Q8_0" or v.encoder == "ggml" or qtype not in SUPPORTED:
-        data = ggml.quantize(qtype, w.numpy(), None if importance is None else importance.numpy())
-    else:
-        if hessian is not None and v.damping != 1.0:
-            hessian = replace(hessian, tokens=hessian.tokens / v.damping)
-        data = encode(qtype, w, hessian, effort=v.effort, device="cpu")
-    return torch.from_numpy(ggml.dequantize(qtype, data, w.shape[-1]).copy())
+def quantized(qtype: str, w: torch.Tensor, hessians: list, importances: list, v: Variant) -> torch.Tensor:
+    """w [E, rows, n_in], a Hessian or None and an importance or None for each -> what the encoded bytes decode to."""
+    if qtype == "Q8_0":
+        groups = w.reshape(-1, 32)
+        d = (groups.abs().amax(1, keepdim=True) / 127).half().float()
+        return ((groups / d.clamp_min(1e-12)).round().clamp(-127, 127) * d).view(w.shape)
+    if v.encoder == "quantkit" and qtype in SUPPORTED:
+        if v.damping != 1.0:
+            hessians = [None if h is None else replace(h, tokens=h.tokens / v.damping) for h in hessians]
+        return encode_values(qtype, w, hessians, effort=v.effort, device=w.device)
+    out = []
+    for matrix, importance in zip(w.cpu(), importances, strict=True):
+        data = ggml.quantize(qtype, matrix.numpy(), None if importance is None else importance.cpu().numpy())
+        out.append(torch.from_numpy(ggml.dequantize(qtype, data, w.shape[-1]).copy()))
+    return torch.stack(out).to(w.device)
 
 
 def encode_tensor(stats: dict, name: str, w: torch.Tensor, qtype: str, v: Variant) -> torch.Tensor:
-    if name == "token_embd" or name.endswith("attn_k_b"):
-        return one(qtype, w.reshape(-1, w.shape[-1]), None, None, v).view(w.shape)
+    plain = replace(v, kind="plain", scope="expert", pseudo=0.0)
     if not name.endswith("_exps"):
-        h, plain = hessian_for(stats, name, v), hessian_for(stats, name, replace(v, kind="plain"))
-        return one(qtype, w.reshape(-1, w.shape[-1]), h, plain.diagonal, v).view(w.shape)
-    out = []
-    for e in range(len(w)):
-        plain = hessian_for(stats, name, replace(v, kind="plain", scope="expert", pseudo=0.0), e)
-        h = hessian_for(stats, name, v, e)
-        out.append(one(qtype, w[e], h, None if plain is None else plain.diagonal, v))
-    return torch.stack(out)
+        hessian, importance = None, None
+        if name != "token_embd" and not name.endswith("attn_k_b"):
+            hessian, importance = hessian_for(stats, name, v), hessian_for(stats, name, plain).diagonal
+        return quantized(qtype, w.reshape(1, -1, w.shape[-1]), [hessian], [importance], v).view(w.shape)
+    hessians = [hessian_for(stats, name, v, e) for e in range(len(w))]
+    seen = [hessian_for(stats, name, plain, e) for e in range(len(w))]
+    return quantized(qtype, w, hessians, [None if h is None else h.diagonal for h in seen], v)
 
 
 def cached_tensor(cache: Path, tag: str, stats, name, w, qtype, v: Variant) -> torch.Tensor:
@@ -203,7 +212,7 @@ def cached_tensor(cache: Path, tag: str, stats, name, w, qtype, v: Variant) -> t
     path = cache / f"{key}.pt"
     if not path.exists():
         torch.save(encode_tensor(stats, name, w, qtype, v), path)
-    return torch.load(path)
+    return torch.load(path, map_location=w.device)
 
 
 def build(cache: Path, tag: str, stats, w: dict, types: dict[str, str], v: Variant) -> dict:
@@ -241,17 +250,21 @@ def evaluate(config, w, ids, reference: list | None, batch: int = 2) -> dict:
 class Harness:
     """Model, Hessians, reference logits and the cache of encoded tensors."""
 
-    def __init__(self, model: Path, calib: Path, text: Path, cache: Path, n_eval: int = 30, n_calib: int = 120):
+    def __init__(self, model: Path, calib: Path, text: Path, cache: Path, n_eval: int = 30, n_calib: int = 120,
+                 device: str = "cpu"):  # fmt: skip
         self.cache = cache
         cache.mkdir(parents=True, exist_ok=True)
-        self.config, self.w = load(model)
-        ids = chunks(model, text)
+        self.config, w = load(model)
+        self.w = {k: t.to(device) for k, t in w.items()}
+        ids = chunks(model, text).to(device)
         self.ids = ids[:: max(1, len(ids) // n_eval)][:n_eval]
         all_calib = chunks(model, calib)
         pick = torch.linspace(0, len(all_calib) - 1, min(n_calib, len(all_calib))).round().long()
-        self.calib_ids = all_calib[pick]
+        self.calib_ids = all_calib[pick].to(device)
         self.tag = f"{model.name}-{calib.name}-{len(self.calib_ids)}"
-        self.stats = self._cached(f"stats-{self.tag}.pt", lambda: calibrate(self.config, self.w, self.calib_ids))
+        self.stats = self._cached(
+            f"stats-{self.tag}-{device}.pt", lambda: calibrate(self.config, self.w, self.calib_ids)
+        )
         self.reference = evaluate(self.config, self.w, self.ids, None)
 
     def _cached(self, name: str, make):
@@ -290,9 +303,10 @@ def main() -> None:
     p.add_argument("--calib-chunks", type=int, default=120)
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "quantkit-encoder-harness")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--device", default="cpu")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    harness = Harness(a.model, a.calib, a.text, a.cache, a.chunks, a.calib_chunks)
+    harness = Harness(a.model, a.calib, a.text, a.cache, a.chunks, a.calib_chunks, a.device)
     for plan in a.plan:
         for encoder in a.encoder:
             for gamma in a.gamma if encoder == "quantkit" else [1.0]:

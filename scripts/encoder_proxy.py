@@ -72,7 +72,7 @@ def rms_norm(x, weight, eps=1e-6):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def yarn_tables(config: dict, n: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def yarn_tables(config: dict, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, float]:
     """cos, sin [n, rope/2] and the softmax scale (YaRN: rotation frequencies blended, attention scaled by mscale²)."""
     dim, base, rope = config["qk_rope_head_dim"], config["rope_theta"], config["rope_scaling"]
     freq = base ** (-torch.arange(0, dim, 2).float() / dim)
@@ -88,7 +88,7 @@ def yarn_tables(config: dict, n: int) -> tuple[torch.Tensor, torch.Tensor, float
     angle = torch.arange(n).float()[:, None] * freq
     mscale = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
     scale = (config["qk_nope_head_dim"] + dim) ** -0.5 * mscale**2
-    return angle.cos(), angle.sin(), scale
+    return angle.cos().to(device), angle.sin().to(device), scale
 
 
 def rotate(x, cos, sin):
@@ -174,7 +174,7 @@ def nothing(name, inputs):
 
 def logits(config, w, ids, see=nothing):
     """ids int64 [chunks, tokens] -> float32 [chunks, tokens/2 - 1, vocab], the scored second half of each chunk."""
-    tables = yarn_tables(config, ids.shape[1])
+    tables = yarn_tables(config, ids.shape[1], ids.device)
     x = w["token_embd"][ids]
     for i in range(config["num_hidden_layers"]):
         x = layer(config, w, i, x, tables, see)

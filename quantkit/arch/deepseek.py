@@ -104,7 +104,7 @@ def _moe(c: DeepseekConfig, layer: int) -> list[TensorSpec]:
 
 
 def source_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
-    """Every checkpoint tensor that the file is made from, with the shape it must have (the MTP layer is not among them)."""
+    """Every checkpoint tensor that the file is made from, with its shape (the MTP layer is not among them)."""
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs(config, "combined"):
         for source in spec.sources:
@@ -148,7 +148,7 @@ def read(checkpoint: Checkpoint, config: DeepseekConfig, spec: TensorSpec, start
 
 
 def metadata(config: DeepseekConfig, mla: Mla, name: str) -> dict[str, Any]:
-    """`general.*` and `deepseek2.*` keys. Without those marked W in llama.cpp's reading it computes wrong numbers silently."""
+    """`general.*` and `deepseek2.*` keys. llama.cpp loads a file without most of them and silently computes wrongly."""
     c, split = config, mla == "split"
     arch: dict[str, Any] = {
         "block_count": U32(c.n_layer),

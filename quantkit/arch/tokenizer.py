@@ -15,7 +15,8 @@ from quantkit.formats.gguf_encode import U32, I32List
 DEEPSEEK_V3_SPLITS = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 
 
@@ -89,7 +90,7 @@ def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[st
 
 
 def _looks_special(token: str) -> bool:
-    """DeepSeek marks `<｜User｜>` and its like as ordinary added tokens; llama.cpp's converter writes them as control."""
+    """DeepSeek marks `<｜User｜>` and its like as ordinary; llama.cpp's converter writes them as control tokens."""
     return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
 
 
@@ -107,7 +108,8 @@ def from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
         special = kind == gguf.TokenType.CONTROL
-        added = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types, strict=True) if k == kind]
+        names = [token for token, its in zip(tokens, types, strict=True) if its == kind]
+        added = [AddedToken(name, normalized=False, special=special) for name in names]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     return tokenizer
 

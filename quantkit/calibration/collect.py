@@ -6,11 +6,11 @@ tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `a
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
+from quantkit.calibration.state import PassState
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
-from quantkit.runtime.layers import Block
+from quantkit.runtime.layers import Block, Observer
 from quantkit.runtime.sources import Source
 from quantkit.runtime.stream import stream
 from quantkit.tensors import Importance
@@ -51,32 +51,37 @@ class Accumulator:
             f"blk.{self.layer}.{role}.weight": Importance(
                 self.sums[role].float().cpu().numpy(), self.counts[role].float().cpu().numpy()
             )
-            for role in self.sums
+            for role in sorted(self.sums)
         }
 
 
-def collect(source: Source, tokens: torch.Tensor,
-            progress: Callable[[int, dict[str, Importance]], None] | None = None) -> dict[str, Importance]:  # fmt: skip
-    """Importance of every weight for tokens int64 [n_chunk, t]. progress: called after each layer with its entries."""
-    imatrix: dict[str, Importance] = {}
+def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None, *,
+            hidden_dtype: torch.dtype = torch.float32,
+            progress: Callable[[int], None] | None = None) -> dict[str, Importance]:  # fmt: skip
+    """Importance of every weight for tokens int64 [n_chunk, t].
+
+    state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer
+    with the number of layers finished, once at the start if some were finished before.
+    """
+    hidden, start = state.resume() if state else (None, 0)
+    imatrix: dict[str, Importance] = state.entries(start) if state else {}
+    if progress and start:
+        progress(start)
     current: Accumulator | None = None
 
-    def before(layer: int, block: Block):
+    def before(layer: int, block: Block) -> Observer:
         nonlocal current
         current = Accumulator(layer, source.config.n_expert)
         if isinstance(block.experts, StreamedExperts):
             block.experts.observe = current.observe_expert
         return current.observe
 
-    for layer in stream(source, tokens, before):
+    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype):
+        assert current is not None
         entries = current.finish()
         imatrix |= entries
+        if state:
+            state.save(layer.index, layer.hidden, entries)
         if progress:
-            progress(layer.index, entries)
+            progress(layer.index + 1)
     return imatrix
-
-
-def uncovered(imatrix: dict[str, Importance]) -> dict[str, int]:
-    """Routed stacks with experts that no token reached: name -> how many."""
-    missed = {name: int(np.sum(entry.counts == 0)) for name, entry in imatrix.items() if name.endswith("_exps.weight")}
-    return {name: count for name, count in missed.items() if count}

@@ -1,7 +1,7 @@
 """Text for calibration and evaluation: bundled by a dependency, from files, or a Hugging Face dataset.
 
-The default text is that of the `dataset-build` package (prose, code, mathematics, Chinese), which works offline. Each of
-its files is cut once: the first 90 % may be calibrated on, the last 10 % is for evaluation only.
+The default text is that of the `dataset-build` package (prose, code, mathematics, Chinese), which works offline. Each
+of its files is cut once: the first 90 % may be calibrated on, the last 10 % is for evaluation only.
 """
 
 import hashlib
@@ -53,6 +53,19 @@ class Corpus:
         for document in self.documents:
             whole.update(hashlib.sha256(document.text.encode()).digest())
         return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text, and how much of it. data empty: the bundled mix."""
+
+    data: tuple[str, ...] = ()
+    column: str = "text"
+    n_tokens: int = 131072
+    chunk: int = 512
+
+    def corpus(self, part: Part) -> Corpus:
+        return load(self.data, self.column) if self.data else default(part)
 
 
 def default(part: Part) -> Corpus:
@@ -175,3 +188,17 @@ def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, lim
     middles = [i * length + length // 2 for i in range(n_chunk)]
     domains = tuple(next(domain for end, domain in edges if middle < end) for middle in middles)
     return Chunks(tokens, targets, domains)
+
+
+LONG_LINE = 48  # characters; shorter lines (braces, headings) recur in unrelated texts
+
+
+def overlap(calibration: Corpus, evaluation: Corpus) -> float:
+    """Share of the evaluation's long lines that also stand in the calibration text: 0 for honest figures."""
+
+    def lines(corpus: Corpus) -> list[str]:
+        every = (line.strip() for document in corpus.documents for line in document.text.splitlines())
+        return [line for line in every if len(line) >= LONG_LINE]
+
+    seen, asked = set(lines(calibration)), lines(evaluation)
+    return sum(line in seen for line in asked) / len(asked) if asked else 0.0

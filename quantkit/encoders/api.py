@@ -1,6 +1,7 @@
 """The two functions that the pipeline calls: weights in, packed ggml blocks out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -17,7 +18,8 @@ from quantkit.encoders.scales import FP16_MAX, to_fp16
 
 SUPPORTED = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K".split())
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
-GPU_WEIGHTS = 2**27  # weights in flight on a GPU: about 40 bytes each at the peak
+GPU_SHARE = 0.6  # of the free memory of a GPU
+GPU_BYTES = 48  # per weight in flight: codes, values, targets and temporaries
 
 
 @cache
@@ -59,28 +61,58 @@ def encode_batch(
     device: None takes CUDA if there is one. Rows and matrices are tiled, so memory on the device stays bounded.
     """
     fmt = formats()[qtype]
-    effort = EFFORTS[effort] if isinstance(effort, str) else effort
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     e, rows, n_in = weights.shape
     ggml.row_bytes(qtype, n_in)  # an error that names the type if the row cannot take it
     out = np.empty((e, rows, n_in // SUPERBLOCK * fmt.superblock_bytes), np.uint8)
-    matrices, tile = _tiles(device, e, rows, n_in)
-    with torch.inference_mode():
-        for i in range(0, e, matrices):
-            factor = _factor(hessians, slice(i, i + matrices), n_in, device, effort, min(matrices, e - i))
-            for j in range(0, rows, tile):
-                w = _finite(weights[i : i + matrices, j : j + tile].to(device))
-                state = encode_rows(fmt, w, factor, effort)
-                out[i : i + matrices, j : j + tile] = pack(fmt, _scaled(fmt, state, gamma))
+    for part, state in _encode_tiles(fmt, weights, hessians, effort, gamma, device):
+        out[part] = pack(fmt, state)
     return out
 
 
-def _tiles(device: torch.device, e: int, rows: int, n_in: int) -> tuple[int, int]:
+def encode_values(qtype: str, weights: torch.Tensor, hessians=None, *, effort="normal", gamma=1.0, device=None):
+    """What encode_batch's bytes decode to, float32 [E, rows, n_in] where `weights` are: for experiments."""
+    out = torch.empty_like(weights, dtype=torch.float32)
+    for part, state in _encode_tiles(formats()[qtype], weights, hessians, effort, gamma, device):
+        out[part] = state.q.to(out.device)
+    return out
+
+
+def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iterator[tuple[tuple[slice, slice], State]]:
+    effort = EFFORTS[effort] if isinstance(effort, str) else effort
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    e, rows, n_in = weights.shape
+    matrices, tile = _tiles(device, e, rows, n_in, effort.feedback)
+    for i in range(0, e, matrices):
+        part = slice(i, i + matrices)
+        with torch.inference_mode():
+            factor = _factor(hessians, part, n_in, device, effort, min(matrices, e - i))
+        for j in range(0, rows, tile):
+            here = part, slice(j, j + tile)
+            with torch.inference_mode(), _tf32():
+                state = encode_rows(fmt, _finite(weights[here].to(device)), factor, effort)
+                state = _scaled(fmt, state, gamma)
+            yield here, state
+
+
+def _tiles(device: torch.device, e: int, rows: int, n_in: int, full: bool) -> tuple[int, int]:
     """Matrices and rows that are encoded at once."""
     if device.type == "cpu":
-        return 1, CPU_ROWS
-    matrices = max(1, min(e, GPU_WEIGHTS // (rows * n_in)))
-    return matrices, max(1, min(rows, GPU_WEIGHTS // n_in))
+        return 1, CPU_ROWS if full else CPU_ROWS // 8
+    free = torch.cuda.mem_get_info(device)[0] * GPU_SHARE
+    own = 28 * n_in * n_in if full else 0  # H, its factor and the copies on the way
+    matrices = max(1, min(e, int(free / (own + GPU_BYTES * rows * n_in))))
+    return matrices, max(1, min(rows, int((free - own) / (GPU_BYTES * n_in))))
+
+
+@contextmanager
+def _tf32():
+    """Let a GPU's products of errors with U and H round to 10 bits: targets move by 0.1 % of an error."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _factor(hessians, part: slice, n_in: int, device, effort: Effort, count: int) -> Factor:

@@ -13,7 +13,12 @@ from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks, factorize
 from quantkit.encoders.refit import refit
 from quantkit.encoders.scales import block_scale, guess, refresh
-from quantkit.encoders.search import nearest, quadratic
+from quantkit.encoders.search import kernels, nearest, quadratic
+
+if kernels is not None:
+    from quantkit.encoders import fused
+
+use_fused = kernels is not None  # tests and benchmarks set it to False to compare with the plain path
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,30 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
     n = w.shape[-1]
     for start in range(0, n, SUPERBLOCK):
         part = slice(start, start + SUPERBLOCK)
-        target = w[..., part].clone()
+        target = w[..., part].clone(memory_format=torch.contiguous_format)
         if start:
             target += ((w[..., :start] - state.q[..., :start]) * effort.beta) @ factor.u[:, :start, part]
-        _superblock(fmt, state, w, target, factor, start, effort)
+        if use_fused and w.is_cuda and fmt.grid is not None and effort.beta == 1:
+            _superblock_fused(fmt, state, w, target, factor, start, effort.window)
+        else:
+            _superblock(fmt, state, w, target, factor, start, effort)
     return state
+
+
+def _superblock_fused(fmt, state, w, target, factor, start, window) -> None:
+    """As _superblock, with a kernel for each block."""
+    metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
+    first = guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1))
+    state.d[..., start // SUPERBLOCK] = first.d
+    grid = fused.padded_grid(fmt, w.device)
+    prepared, codes = (grid, *fused.score_tables(fmt, metric, grid)), first.scale.int().contiguous()
+    for lo in range(0, SUPERBLOCK, fmt.block):
+        hi = lo + fmt.block
+        fused.feedback_block(fmt, state, w, target, factor, metric, prepared, codes, start + lo, lo, window)
+        if hi < SUPERBLOCK:
+            here = slice(start + lo, start + hi)
+            error = w[..., here] - state.q[..., here]
+            target[..., hi:] += error @ factor.u[:, here, start + hi : start + SUPERBLOCK]
 
 
 def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, window: int | None) -> State:
@@ -196,6 +220,22 @@ def _superblock(fmt, state, w, target, factor, start, effort) -> None:
         if hi < SUPERBLOCK:
             error = (w[..., here] - state.q[..., here]) * effort.beta
             target[..., hi:] += error @ factor.u[:, here, start + hi : start + SUPERBLOCK]
+
+
+def fused_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
+    """As descent_pass with spans of 8, with a kernel for every 32 columns."""
+    h, grid = factor.h, fused.padded_grid(fmt, w.device)
+    metrics = blocks(h)
+    inverses = torch.linalg.inv(metrics)
+    for start in range(0, w.shape[-1], SUPERBLOCK):
+        groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+        gradient = (state.q - w) @ h[:, :, start : start + SUPERBLOCK]
+        metric, inverse = metrics[:, groups].contiguous(), inverses[:, groups].contiguous()
+        prepared = grid, *fused.score_tables(fmt, metric, grid)
+        for lo in range(0, SUPERBLOCK, 32):
+            change = fused.descent_block(fmt, state, gradient, h, metric, inverse, prepared, start + lo, lo)
+            here, rest = slice(start + lo, start + lo + 32), slice(start + lo + 32, start + SUPERBLOCK)
+            gradient[..., lo + 32 :] += change @ h[:, here, rest]
 
 
 def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State, span: int, window: int = 0) -> None:
@@ -252,6 +292,9 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
         for i in range(effort.passes):
             if effort.pass_window and i % 2 == 0:
                 descent_pass(fmt, w, factor, state, fmt.block, effort.pass_window)
-            descent_pass(fmt, w, factor, state, GROUP)
+            if use_fused and w.is_cuda and fmt.grid is not None:
+                fused_descent_pass(fmt, w, factor, state)
+            else:
+                descent_pass(fmt, w, factor, state, GROUP)
             refit(fmt, w, factor, state)
     return state

@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Divergence:
-    """Per scored token, float32 on the CPU: negative log-likelihoods, KLD, same top token, difference in probability."""
+    """Per scored token, on the CPU: negative log-likelihoods, KLD, same top token, difference in probability."""
 
     nll: list[torch.Tensor] = field(default_factory=list)
     nll_reference: list[torch.Tensor] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""`quantkit verify`: is the file sound, and how far is it from the original? One read of both models, layer by layer."""
+"""`quantkit verify`: is the file sound, and how far is it from the original? One read of both, layer by layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

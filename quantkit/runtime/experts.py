@@ -29,9 +29,11 @@ class StreamedExperts:
         self.read = read
         self.n_expert = n_expert
         self.observe: Callable[[ExpertVisit], None] | None = None
+        self.sum_dtype = torch.float32
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
+        out = torch.zeros(x.shape, dtype=self.sum_dtype, device=x.device)
         slot = torch.argsort(expert.flatten(), stable=True)  # tokens in order within an expert: sums are reproducible
         counts = torch.bincount(expert.flatten(), minlength=self.n_expert)
         bounds = [0, *counts.cumsum(0).tolist()]
@@ -43,8 +45,8 @@ class StreamedExperts:
             hidden = F.silu(rows @ gate.T) * (rows @ up.T)
             if self.observe:
                 self.observe(ExpertVisit(e, tokens, rows, hidden, share))
-            out.index_add_(0, tokens, (hidden @ down.T).float() * share[:, None])
-        return out.to(x.dtype)
+            out.index_add_(0, tokens, ((hidden @ down.T).float() * share[:, None]).to(out.dtype))
+        return out
 
     def _prefetched(self, experts: list[int]) -> Iterator[tuple[int, Projections]]:
         with ThreadPoolExecutor(1) as reader:

@@ -25,7 +25,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, caches: list[KVCache], all_logits: bool = False) -> torch.Tensor:
-        """tokens int64 [n_seq, t] after what the caches hold -> float32 logits of the last token (or all): [n_seq, t', v]."""
+        """tokens int64 [n_seq, t] after what the caches hold -> float32 logits [n_seq, 1, v], or all: [n_seq, t, v]."""
         begin = caches[0].length
         if begin + tokens.shape[1] > caches[0].latent.shape[1]:
             raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {caches[0].latent.shape[1]}")
@@ -33,10 +33,10 @@ class Model:
         cos, sin = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
         for block, cache in zip(self.blocks, caches, strict=True):
             h = h + attention(h, block, self.config, cos, sin, cache)
-            x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d)
+            x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
             h = h + feed_forward(x, block, self.config).view_as(h)
         h = h if all_logits else h[:, -1:]
-        flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d)
+        flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d).to(self.source.dtype)
         return self.output(flat).float().view(*h.shape[:2], -1)
 
 

@@ -105,12 +105,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
               cache: KVCache | None = None, observe: Observer | None = None) -> torch.Tensor:  # fmt: skip
-    """Causal attention output (residual not added) for h [n_seq, t, d].
+    """Causal attention output (residual not added) for h [n_seq, t, d], computed in the dtype of the weights.
 
     cos, sin: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
     """
     n_seq, t, d = h.shape
-    x = rms_norm(h, block.attn_norm, config.rms_eps).reshape(-1, d)
+    x = rms_norm(h, block.attn_norm, config.rms_eps).reshape(-1, d).to(block.k_b.dtype)
     q = _query(x, block, config, observe).view(n_seq, t, config.n_head, config.qk_head)
     q_nope, q_rope = q.split([config.qk_nope, config.qk_rope], dim=-1)
     q_rope = rotate(q_rope, cos[:, None], sin[:, None])
@@ -214,13 +214,14 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
     return expert, weight * config.weights_scale
 
 
-def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None) -> torch.Tensor:
+def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig,
+                 observe: Observer | None = None) -> torch.Tensor:  # fmt: skip
     """Feed-forward output (residual not added) of normed x [n, d]."""
     if block.router is None or block.experts is None:
         return block.feed(x, observe)
+    expert, weight = route(x, block.router, config)
     if observe:
         observe("ffn_gate_inp", x)
-    expert, weight = route(x, block.router, config)
     out = block.experts(x, expert, weight)
     if block.feed is not None:
         out = out + block.feed(x, observe, "_shexp")

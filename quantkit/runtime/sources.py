@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from quantkit import ggml
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.arch.config import DeepseekConfig
-from quantkit.arch.deepseek import source_shapes
+from quantkit.arch.deepseek import source_shapes, specs
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
@@ -59,23 +59,25 @@ class CheckpointSource:
         return lambda x: x @ weight.T
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [...] -> [..., d]; reads the embedding a slab at a time."""
-        flat = tokens.flatten()
-        out = torch.empty((len(flat), self.config.d), dtype=self.dtype, device=self.device)
+        """tokens int64 [...] -> float32 [..., d]; reads the embedding a slab at a time."""
+        flat = tokens.flatten().to(self.device)
+        out = torch.empty((len(flat), self.config.d), device=self.device)
         for start in range(0, self.config.n_vocab, VOCAB_ROWS):
             stop = min(start + VOCAB_ROWS, self.config.n_vocab)
             here = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
             if len(here):
                 slab = self.checkpoint.read("model.embed_tokens.weight", start, stop, device=self.device)
-                out[here] = slab[flat[here] - start].to(self.dtype)
+                out[here] = slab[flat[here] - start]
         return out.view(*tokens.shape, self.config.d)
 
     def block(self, layer: int) -> Block:
         c, p = self.config, f"model.layers.{layer}."
         attn = p + "self_attn."
-        q = self._linear(attn + "q_proj") if c.q_lora is None else (
-            self._linear(attn + "q_a_proj"), self._vector(attn + "q_a_layernorm.weight"), self._linear(attn + "q_b_proj")
-        )  # fmt: skip
+        if c.q_lora is None:
+            q = self._linear(attn + "q_proj")
+        else:
+            norm = self._vector(attn + "q_a_layernorm.weight")
+            q = (self._linear(attn + "q_a_proj"), norm, self._linear(attn + "q_b_proj"))
         kv_b = self._matrix(attn + "kv_b_proj.weight")
         k_b, v_b = split_kv_b(kv_b, c)
         moe = c.is_moe(layer)
@@ -106,7 +108,7 @@ class CheckpointSource:
 
 
 def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """kv_b_proj [n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
+    """[n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
     k, v = kv_b.view(c.n_head, c.qk_nope + c.v_head, c.kv_lora).split([c.qk_nope, c.v_head], dim=1)
     return k.transpose(1, 2).contiguous(), v.contiguous()
 
@@ -134,8 +136,6 @@ class GGUFSource:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        from quantkit.arch.deepseek import specs
-
         mla = "combined" if "blk.0.attn_kv_b.weight" in self.file.tensors else "split"
         tied = "output.weight" not in self.file.tensors
         for spec in specs(self.config, mla):
@@ -173,14 +173,16 @@ class GGUFSource:
         tensor, flat = self.file.tensors["token_embd.weight"], tokens.flatten().cpu().numpy()
         unique, inverse = np.unique(flat, return_inverse=True)
         rows = ggml.dequantize(tensor.qtype, self.file.data("token_embd.weight")[unique], tensor.shape[-1])
-        out = torch.from_numpy(rows[inverse]).to(self.device, self.dtype)
+        out = torch.from_numpy(rows[inverse.reshape(-1)]).to(self.device)
         return out.view(*tokens.shape, self.config.d)
 
     def block(self, layer: int) -> Block:
         c, p = self.config, f"blk.{layer}."
-        q = self.linear(p + "attn_q.weight") if c.q_lora is None else (
-            self.linear(p + "attn_q_a.weight"), self._small(p + "attn_q_a_norm.weight"), self.linear(p + "attn_q_b.weight")
-        )  # fmt: skip
+        if c.q_lora is None:
+            q = self.linear(p + "attn_q.weight")
+        else:
+            norm = self._small(p + "attn_q_a_norm.weight")
+            q = (self.linear(p + "attn_q_a.weight"), norm, self.linear(p + "attn_q_b.weight"))
         if p + "attn_kv_b.weight" in self.file.tensors:
             k_b, v_b = split_kv_b(self._matrix(p + "attn_kv_b.weight"), c)
         else:
@@ -212,12 +214,12 @@ class GGUFSource:
         return CpuExperts(ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads), self.device)
 
     def _expert(self, names: list[str], expert: int) -> Projections:
-        gate, up, down = (
-            torch.from_numpy(
-                ggml.dequantize(self.file.tensors[name].qtype, self.file.matrix(name, expert), self.file.tensors[name].shape[-1])
-            ).to(self.device, self.dtype)
-            for name in names
-        )
+        def matrix(name: str) -> torch.Tensor:
+            tensor = self.file.tensors[name]
+            values = ggml.dequantize(tensor.qtype, self.file.matrix(name, expert), tensor.shape[-1])
+            return torch.from_numpy(values).to(self.device, self.dtype)
+
+        gate, up, down = map(matrix, names)
         return gate, up, down
 
     def head(self) -> tuple[torch.Tensor, Linear]:
@@ -246,4 +248,4 @@ class CpuExperts:
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         inputs = (x.float().cpu(), expert.int().cpu(), weight.cpu())
         parts = [self.experts(*part) for part in zip(*(value.split(GGML_BATCH) for value in inputs), strict=True)]
-        return torch.cat(parts).to(self.device, x.dtype)
+        return torch.cat(parts).to(self.device)

@@ -1,16 +1,25 @@
-"""Layer-synchronous execution: all tokens pass through layer 0, then 1, ...; each layer's weights are loaded once."""
+"""Layer-synchronous execution: all tokens pass through layer 0, then 1, ...; each layer's weights are read once.
+
+Besides the hidden states only one layer's attention and shared weights (and the next one's, being read) and two routed
+experts are in memory, whatever the number of layers.
+"""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
+from quantkit.arch.config import DeepseekConfig
+from quantkit.errors import QuantkitError
+from quantkit.runtime.experts import StreamedExperts
+from quantkit.runtime.layers import SCORE_ELEMENTS, Block, Observer, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import Source
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
+BASE_BYTES = 1 << 30  # Python, torch and their libraries
 
 
 @dataclass
@@ -22,36 +31,60 @@ class Layer:
     hidden: torch.Tensor
 
 
-def stream(source: Source, tokens: torch.Tensor,
-           before: Callable[[int, Block], Observer | None] | None = None) -> Iterator[Layer]:  # fmt: skip
+Before = Callable[[int, Block], Observer | None]
+"""Called with a freshly loaded block; may attach observers to it and returns the observer of its inputs."""
+
+
+def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *,
+           hidden: torch.Tensor | None = None, start: int = 0,
+           hidden_dtype: torch.dtype = torch.float32) -> Iterator[Layer]:  # fmt: skip
     """Run tokens int64 [n_chunk, t] (independent chunks) through all layers, yielding after each.
 
-    before: called with a freshly loaded block; may attach observers to it and returns the observer of its inputs.
+    hidden, start: resume with these states before layer `start`. hidden_dtype: bfloat16 saves memory in large jobs.
     """
-    hidden = source.embed(tokens.to(source.device))
+    if hidden is None:
+        hidden = source.embed(tokens)
+    hidden = hidden.to(source.device, hidden_dtype)
     cos, sin = angles(source.config, torch.arange(tokens.shape[1], device=source.device))
-    for index in range(source.config.n_layer):
-        block = source.block(index)
-        observe = before(index, block) if before else None
-        apply_block(hidden, block, source, cos, sin, observe)
-        yield Layer(index, block, hidden)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(source.block, start) if start < source.config.n_layer else None
+        for index in range(start, source.config.n_layer):
+            assert ahead is not None
+            block = ahead.result()
+            ahead = reader.submit(source.block, index + 1) if index + 1 < source.config.n_layer else None
+            apply_block(hidden, block, source, cos, sin, before(index, block) if before else None)
+            yield Layer(index, block, hidden)
 
 
 def apply_block(hidden: torch.Tensor, block: Block, source: Source, cos: torch.Tensor, sin: torch.Tensor,
                 observe: Observer | None = None) -> None:  # fmt: skip
-    """One layer, in place, on hidden [n_chunk, t, d]: attention a few chunks at a time, the experts once for all."""
-    n_chunk, t, d = hidden.shape
-    step = max(1, ATTENTION_TOKENS // t)
-    for begin in range(0, n_chunk, step):
-        part = hidden[begin : begin + step]
-        part += attention(part, block, source.config, cos, sin, observe=observe)
-    flat = hidden.view(-1, d)
-    x = rms_norm(flat, block.ffn_norm, source.config.rms_eps)
+    """One layer, in place, on hidden [n_chunk, t, d]."""
+    apply_attention(hidden, block, source.config, cos, sin, observe)
+    x = ffn_input(hidden, block, source)
+    flat = hidden.view(-1, hidden.shape[-1])
     flat += feed_forward(x, block, source.config, observe)
 
 
+def apply_attention(hidden: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
+                    observe: Observer | None = None) -> None:  # fmt: skip
+    """The attention half of a layer, in place, a few chunks at a time."""
+    step = max(1, ATTENTION_TOKENS // hidden.shape[1])
+    for part in hidden.split(step):
+        part += attention(part, block, config, cos, sin, observe=observe)
+
+
+def ffn_input(hidden: torch.Tensor, block: Block, source: Source) -> torch.Tensor:
+    """Normed input of the feed-forward for all tokens, [n, d] in the compute dtype; sets how experts sum up."""
+    if isinstance(block.experts, StreamedExperts):
+        block.experts.sum_dtype = hidden.dtype
+    out = torch.empty((hidden.shape[0] * hidden.shape[1], hidden.shape[2]), dtype=source.dtype, device=hidden.device)
+    for to, part in zip(out.split(ATTENTION_TOKENS), hidden.view_as(out).split(ATTENTION_TOKENS), strict=True):
+        to.copy_(rms_norm(part, block.ffn_norm, source.config.rms_eps))
+    return out
+
+
 def final_hidden(source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Hidden states after the last layer, [n_chunk, t, d], before the output norm."""
+    """Hidden states after the last layer, float32 [n_chunk, t, d], before the output norm."""
     hidden = None
     for layer in stream(source, tokens):
         hidden = layer.hidden
@@ -66,4 +99,44 @@ def logit_tiles(source: Source, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     norm, output = source.head()
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
-        yield output(rms_norm(part, norm, source.config.rms_eps)).float()
+        yield output(rms_norm(part, norm, source.config.rms_eps).to(source.dtype)).float()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a streaming pass needs: for each token, and besides that."""
+
+    per_token: int
+    fixed: int
+
+    def total(self, n_tokens: int) -> int:
+        return self.fixed + self.per_token * n_tokens
+
+    def most_tokens(self, limit: int) -> int:
+        return max(0, (limit - self.fixed) // self.per_token)
+
+
+def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
+    """An upper estimate. Per token: hidden state, normed input, sum of experts. Fixed: weights and tiles."""
+    c, size = config, compute.itemsize
+    q = c.d * c.q_lora + c.q_lora * c.n_head * c.qk_head if c.q_lora else c.d * c.n_head * c.qk_head
+    attn = q + c.d * (c.kv_lora + c.qk_rope) + c.n_head * c.v_head * c.d
+    attn += 2 * c.n_head * (c.qk_nope + c.v_head) * c.kv_lora
+    feed = 3 * c.d * max(c.n_ff if c.n_dense else 0, c.n_ff_exp * c.n_shared)
+    weights = 2 * (attn + feed) * size + 2 * 3 * c.d * c.n_ff_exp * max(4, size)
+    tile = ATTENTION_TOKENS * c.n_head * (2 * c.qk_head + 3 * (c.kv_lora + c.qk_rope)) * size + 3 * SCORE_ELEMENTS * 4
+    ffn = ATTENTION_TOKENS * (c.n_ff if c.n_dense else c.n_ff_exp) * 3 * size
+    routing = c.n_used * 24 + c.n_expert * 12  # ids, weights, sort; scores of all experts
+    return Memory(c.d * (2 * hidden.itemsize + size) + routing, BASE_BYTES + weights + tile + ffn)
+
+
+def check_memory(config: DeepseekConfig, n_tokens: int, compute: torch.dtype, hidden: torch.dtype, limit: int,
+                 option: str) -> None:  # fmt: skip
+    """Refuse, before any work, a token budget that cannot fit, and say which would."""
+    need = memory(config, compute, hidden)
+    if need.total(n_tokens) > limit:
+        fits = need.most_tokens(limit)
+        least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
+        advice = f"at most {fits:,} tokens fit" if fits else least
+        raise QuantkitError(f"{n_tokens:,} tokens need {need.total(n_tokens) / 1e9:.1f} GB, but {option} is "
+                            f"{limit / 1e9:.1f} GB; {advice}")  # fmt: skip

@@ -1,0 +1,73 @@
+"""How well calibration reached the routed experts, and what to do about those that it hardly reached."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantkit.tensors import Importance
+
+ROUTED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """Tokens that reached the experts of one layer. below: experts with fewer than the threshold."""
+
+    layer: int
+    least: int
+    median: int
+    most: int
+    below: int
+
+
+def coverage(imatrix: Mapping[str, Importance], threshold: int) -> list[LayerCoverage]:
+    """One row per MoE layer, in order."""
+    rows = []
+    for name, entry in imatrix.items():
+        if name.endswith(".ffn_down_exps.weight"):
+            counts = entry.counts
+            rows.append(LayerCoverage(int(name.split(".")[1]), int(counts.min()), int(np.median(counts)),
+                                      int(counts.max()), int((counts < threshold).sum())))  # fmt: skip
+    return sorted(rows, key=lambda row: row.layer)
+
+
+def table(rows: list[LayerCoverage]) -> str:
+    """The coverage table that `calibrate` prints."""
+    head = f"{'layer':>5} {'fewest':>8} {'median':>8} {'most':>8} {'below':>6}   tokens per expert"
+    return "\n".join([head, *(f"{r.layer:>5} {r.least:>8,} {r.median:>8,} {r.most:>8,} {r.below:>6}" for r in rows)])
+
+
+def tokens_needed(rows: list[LayerCoverage], n_tokens: int, threshold: int) -> int:
+    """Tokens with which the least used expert would likely reach the threshold, its share staying what it was.
+
+    An expert that was never seen is taken to have been just missed (one token).
+    """
+    least = min((row.least for row in rows), default=threshold)
+    return n_tokens if least >= threshold else math.ceil(n_tokens * threshold / max(1, least))
+
+
+def shrink(imatrix: Mapping[str, Importance], threshold: int) -> dict[str, Importance]:
+    """Experts with fewer than `threshold` tokens are filled up to it with tokens of the layer's mean statistics.
+
+    in_sum2 and counts stay those of so many tokens, so any reader of the imatrix sees the blend; llama-quantize would
+    give an unseen expert ones. Experts above the threshold are untouched.
+    """
+    out = dict(imatrix)
+    for name, entry in imatrix.items():
+        if not name.endswith(tuple(f".{role}.weight" for role in ROUTED)) or not entry.counts.sum():
+            continue
+        missing = np.maximum(0, threshold - entry.counts).astype(np.float32)
+        mean = entry.in_sum2.sum(0, dtype=np.float64) / entry.counts.sum(dtype=np.float64)
+        sums = entry.in_sum2 + missing[:, None] * mean.astype(np.float32)
+        out[name] = Importance(sums, entry.counts + missing)
+    return out
+
+
+def merge(first: Mapping[str, Importance], second: Mapping[str, Importance]) -> dict[str, Importance]:
+    """Statistics of two disjoint texts together: sums and counts add."""
+    return {
+        name: Importance(first[name].in_sum2 + second[name].in_sum2, first[name].counts + second[name].counts)
+        for name in first
+    }

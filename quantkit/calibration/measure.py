@@ -1,0 +1,113 @@
+"""`quantkit calibrate`: text through the original, layer by layer, and honest statistics of every expert."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from quantkit.calibration import coverage
+from quantkit.calibration.collect import collect
+from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
+from quantkit.calibration.state import PassState
+from quantkit.formats.imatrix import save_imatrix
+from quantkit.progress import say, track
+from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.stream import check_memory
+from quantkit.tensors import Importance
+
+HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How to measure.
+
+    min_expert_tokens: experts with fewer are filled up with the layer's mean statistics. expert_tokens: keep drawing
+    text until every expert saw that many (0: one pass over the chosen tokens). ram: limit in bytes on the device.
+    """
+
+    text: TextChoice = dataclasses.field(default_factory=TextChoice)
+    min_expert_tokens: int = 32
+    expert_tokens: int = 0
+    ram: int | None = None
+
+
+@torch.inference_mode()
+def calibrate(source: CheckpointSource, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
+    """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, removed at the end)."""
+    text = how.text.corpus("calibration")
+    chunks = cut(text, source, how.text)
+    imatrix = _pass(source, text, chunks, how, out, restart)
+    n_chunks = len(chunks.tokens)
+    while how.expert_tokens:
+        rows = coverage.coverage(imatrix, how.expert_tokens)
+        needed = coverage.tokens_needed(rows, n_chunks * how.text.chunk, how.expert_tokens)
+        more = cut(text, source, dataclasses.replace(how.text, n_tokens=needed))
+        if len(more.tokens) <= n_chunks:
+            if needed > n_chunks * how.text.chunk:
+                say(f"all of the text is used, and some experts still saw fewer than {how.expert_tokens} tokens")
+            break
+        extra = Chunks(more.tokens[n_chunks:], more.targets[n_chunks:], more.domains[n_chunks:])
+        imatrix = coverage.merge(imatrix, _pass(source, text, extra, how, out, restart))
+        n_chunks = len(more.tokens)
+    report_coverage(imatrix, n_chunks * how.text.chunk, how.min_expert_tokens)
+    imatrix = coverage.shrink(imatrix, how.min_expert_tokens)
+    save_imatrix(out, imatrix, datasets=[text.name], chunk_count=n_chunks, chunk_size=how.text.chunk)
+    return imatrix
+
+
+def cut(text: Corpus, source: CheckpointSource, choice: TextChoice) -> Chunks:
+    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens)
+
+
+def _pass(source: CheckpointSource, text: Corpus, chunks: Chunks, how: Calibration, out: Path,
+          restart: bool) -> dict[str, Importance]:  # fmt: skip
+    """One pass over the layers, resumable."""
+    n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
+    hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
+    limit, option = memory_limit(how.ram, source.device)
+    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
+    state = PassState(out.with_name(out.name + ".state"), _job(source, chunks))
+    if restart:
+        state.remove()
+    say(f"calibrating on {n_tokens:,} tokens of {text.name}")
+    with track("calibrate", n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
+        done = 0
+
+        def progress(layers: int) -> None:
+            nonlocal done
+            advance((layers - done) * n_tokens / 1e3)
+            done = layers
+
+        imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, progress=progress)
+    state.remove()
+    return imatrix
+
+
+def _job(source: CheckpointSource, chunks: Chunks) -> str:
+    """Identity of a pass: weights, tokens and arithmetic."""
+    facts = f"{source.checkpoint.fingerprint()} {source.dtype} {source.device.type} {tuple(chunks.tokens.shape)} "
+    return hashlib.sha256(facts.encode() + chunks.tokens.numpy().tobytes()).hexdigest()
+
+
+def memory_limit(ram: int | None, device: torch.device) -> tuple[int, str]:
+    """Bytes that a pass may use where its tensors live, and what the limit is called."""
+    if ram is not None:
+        return ram, "--ram"
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "free GPU memory"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+
+
+def report_coverage(imatrix: dict[str, Importance], n_tokens: int, threshold: int) -> None:
+    """The coverage table, and a warning if experts fell short."""
+    rows = coverage.coverage(imatrix, threshold)
+    if not rows:
+        return
+    say(coverage.table(rows))
+    if short := sum(row.below for row in rows):
+        needed = coverage.tokens_needed(rows, n_tokens, threshold)
+        say(f"warning: {short} experts saw fewer than {threshold} tokens; they lean on their layer's mean statistics. "
+            f"About {needed:,} tokens would reach them all (--tokens {needed})")  # fmt: skip

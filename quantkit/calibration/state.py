@@ -1,0 +1,80 @@
+"""What a calibration pass has done so far, on disk, so that a stopped pass resumes at its layer.
+
+Layout of the folder (safetensors, so that any tool can look):
+
+    hidden.safetensors   `hidden` [n_chunk, t, d] after the last finished layer, in the pass's hidden dtype;
+                         metadata: `layer` (the next one to run), `job` (sha256 of what the pass depends on)
+    layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of block N
+
+A layer's statistics are written before the hidden states that include it, each file under a temporary name first, so
+the folder is consistent at any moment.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from quantkit.errors import QuantkitError
+from quantkit.tensors import Importance
+
+
+class PassState:
+    """The state folder of one pass. `job` names what it depends on; the state of another job is an error."""
+
+    def __init__(self, folder: Path, job: str):
+        self.folder, self.job = folder, job
+
+    def resume(self) -> tuple[torch.Tensor | None, int]:
+        """Hidden states and the layer to go on with; (None, 0) if nothing was saved."""
+        path = self.folder / "hidden.safetensors"
+        if not path.exists():
+            return None, 0
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                hidden = file.get_tensor("hidden")
+            layer = int(about["layer"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise QuantkitError(f"{path}: not a calibration state ({error}); remove {self.folder}") from None
+        if about.get("job") != self.job:
+            raise QuantkitError(f"{self.folder} is the state of another calibration; remove it or use --restart")
+        return hidden, layer
+
+    def save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
+        """Record that `layer` is finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, entry in entries.items():
+            tensors[f"{name}.in_sum2"] = torch.from_numpy(entry.in_sum2)
+            tensors[f"{name}.counts"] = torch.from_numpy(entry.counts)
+        self._write(f"layer-{layer}.safetensors", tensors, {})
+        self._write("hidden.safetensors", {"hidden": hidden.cpu()}, {"layer": str(layer + 1), "job": self.job})
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
+        part = self.folder / (name + ".part")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, part, about)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / name)
+
+    def entries(self, n_layer: int) -> dict[str, Importance]:
+        """Statistics of layers 0 .. n_layer - 1."""
+        found: dict[str, Importance] = {}
+        for layer in range(n_layer):
+            path = self.folder / f"layer-{layer}.safetensors"
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise QuantkitError(f"{path}: {error}; remove {self.folder} and start again") from None
+            names = [key.removesuffix(".in_sum2") for key in tensors if key.endswith(".in_sum2")]
+            for name in sorted(names):
+                sums, counts = tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"]
+                found[name] = Importance(sums.numpy(), counts.numpy())
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""Importance equals sums taken by hand, and every quantizable tensor has it."""
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.arch import deepseek
+from quantkit.calibration.collect import Accumulator, collect
+from quantkit.calibration.state import PassState
+from quantkit.errors import QuantkitError
+from quantkit.runtime.layers import feed_forward, rms_norm, route
+from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.stream import stream
+
+
+@pytest.fixture(scope="module")
+def source(tiny):
+    return CheckpointSource(tiny)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(10, 760, (3, 64), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def imatrix(source, tokens):
+    with torch.inference_mode():
+        return collect(source, tokens)
+
+
+def test_every_matrix_of_both_layouts_is_measured(source, imatrix):
+    for mla in ("split", "combined"):
+        for spec in deepseek.specs(source.config, mla):
+            if len(spec.shape) > 1 and spec.layer is not None:
+                entry = imatrix[spec.name]
+                assert entry.in_sum2.shape == (spec.n_matrices, spec.n_in), spec.name
+                assert np.isfinite(entry.in_sum2).all() and (entry.in_sum2 >= 0).all()
+
+
+def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
+    """Recompute the first MoE layer by hand: inputs, routing, and each expert's sums."""
+    c = source.config
+    with torch.inference_mode():
+        steps = stream(source, tokens)
+        next(steps)
+        before = []
+        original = feed_forward.__globals__["route"]
+
+        def spy(x, router, config):
+            before.append(x.clone())
+            return original(x, router, config)
+
+        feed_forward.__globals__["route"] = spy
+        try:
+            next(steps)
+        finally:
+            feed_forward.__globals__["route"] = original
+        x = before[0]
+        expert, _ = route(x, source.block(1).router, c)
+    entry = imatrix["blk.1.ffn_gate_exps.weight"]
+    for e in range(c.n_expert):
+        rows = x[(expert == e).any(1)].double()
+        assert entry.counts[e] == len(rows)
+        np.testing.assert_allclose(entry.in_sum2[e], rows.square().sum(0).numpy(), rtol=1e-4, atol=1e-6)
+    assert entry.counts.sum() == tokens.numel() * c.n_used
+
+
+def test_dense_counts_are_tokens(imatrix, tokens):
+    assert imatrix["blk.0.attn_q_a.weight"].counts.tolist() == [tokens.numel()]
+    assert imatrix["blk.2.attn_k_b.weight"].counts.tolist() == [tokens.numel()]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_stopped_pass_resumes_at_its_layer_with_identical_output(source, tokens, imatrix, tmp_path, layers):
+    def stop(done: int) -> None:
+        if done == layers:
+            raise Stopped
+
+    ran = []
+    with torch.inference_mode():
+        with pytest.raises(Stopped):
+            collect(source, tokens, PassState(tmp_path / "state", "job"), progress=stop)
+        resumed = collect(source, tokens, PassState(tmp_path / "state", "job"), progress=ran.append)
+    assert ran[0] == layers and ran[1] == layers + 1
+    assert list(resumed) == list(imatrix)
+    for name, entry in imatrix.items():
+        assert np.array_equal(resumed[name].in_sum2, entry.in_sum2), name
+        assert np.array_equal(resumed[name].counts, entry.counts), name
+
+
+def test_state_of_another_job_is_refused(source, tokens, tmp_path):
+    with torch.inference_mode():
+        collect(source, tokens, PassState(tmp_path / "state", "job"))
+        with pytest.raises(QuantkitError, match="another calibration"):
+            collect(source, tokens, PassState(tmp_path / "state", "another job"))
+    (tmp_path / "state" / "hidden.safetensors").write_bytes(b"junk")
+    with pytest.raises(QuantkitError, match=r"hidden\.safetensors: not a calibration state"):
+        PassState(tmp_path / "state", "job").resume()
+
+
+def test_observing_changes_nothing(source, tokens):
+    """A pass with observers takes the absorbed attention; its hidden states must be those of the plain pass."""
+    with torch.inference_mode():
+        plain = [layer.hidden.clone() for layer in stream(source, tokens)]
+        seen = [
+            layer.hidden.clone() for layer in stream(source, tokens, lambda i, _: Accumulator(i, 16).observe)
+        ]  # fmt: skip
+    for a, b in zip(plain, seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_norm_is_what_experts_see(source):
+    h = torch.randn(4, source.config.d) * 3
+    x = rms_norm(h, torch.ones(source.config.d), 1e-6)
+    torch.testing.assert_close(x.square().mean(-1), torch.ones(4), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,70 @@
+"""Text: where it comes from, how it is cut, and that nothing is both calibrated on and evaluated on."""
+
+import json
+
+import pytest
+
+from quantkit.arch import tokenizer
+from quantkit.calibration import corpus
+from quantkit.errors import QuantkitError
+
+
+def test_default_parts_are_disjoint_and_of_every_domain():
+    calibration, evaluation = corpus.default("calibration"), corpus.default("evaluation")
+    assert {d.domain for d in calibration.documents} == {"prose", "code", "math", "chinese", "dialogue"}
+    assert {d.domain for d in evaluation.documents} == {"prose", "code", "math", "chinese"}
+    seen = "".join(d.text for d in calibration.documents)
+    shared = [
+        line for d in evaluation.documents for line in d.text.splitlines() if len(line) > 200 and line in seen
+    ]  # fmt: skip
+    assert not shared
+
+
+def test_default_is_the_same_every_time():
+    assert corpus.default("calibration").digest == corpus.default("calibration").digest
+
+
+def test_any_prefix_is_a_mix():
+    first = corpus.default("calibration").documents[:5]
+    assert len({document.domain for document in first}) == 5
+
+
+def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
+    ours = tokenizer.load(tiny.path)
+    text = corpus.Corpus("t", (corpus.Document("text", "one two three four five six seven eight " * 40),))
+    chunks = corpus.chunk(text, ours, bos=0, length=32, limit=100)
+    assert chunks.tokens.shape == (3, 32)
+    assert (chunks.tokens[:, 0] == 0).all()
+    ids = [0, *tokenizer.encode(ours, text.documents[0].text)]
+    assert chunks.targets.flatten().tolist() == ids[:96]
+    assert (chunks.tokens[:, 1:] == chunks.targets[:, 1:]).all()
+
+
+def test_too_little_text_is_refused(tiny):
+    text = corpus.Corpus("short", (corpus.Document("text", "hi"),))
+    with pytest.raises(QuantkitError, match=r"short: \d+ tokens of text, but a chunk needs 512"):
+        corpus.chunk(text, tokenizer.load(tiny.path), bos=0)
+
+
+def test_files_folders_and_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": f"row {i}"}) + "\n" for i in range(3)))
+    documents = corpus.load([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], column="body").documents
+    assert [d.text for d in documents] == ["plain", "row 0", "row 1", "row 2"]
+    with pytest.raises(QuantkitError, match="no column 'text'; it has body"):
+        corpus.load([str(tmp_path / "b.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/folder"])
+def test_missing_path_is_named(name):
+    with pytest.raises(QuantkitError, match="no such file or folder"):
+        corpus.load([name])
+
+
+def test_undecodable_and_empty_files_are_named(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(QuantkitError, match=r"x\.txt"):
+        corpus.load([str(tmp_path / "x.txt")])
+    (tmp_path / "x.txt").write_text("  \n")
+    with pytest.raises(QuantkitError, match="no text"):
+        corpus.load([str(tmp_path / "x.txt")])

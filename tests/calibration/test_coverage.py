@@ -1,0 +1,45 @@
+"""Coverage figures, and what becomes of experts that calibration hardly reached."""
+
+import numpy as np
+import pytest
+
+from quantkit.calibration import coverage
+from quantkit.tensors import Importance
+
+NAME = "blk.3.ffn_down_exps.weight"
+
+
+@pytest.fixture
+def imatrix():
+    counts = np.array([0, 10, 100, 290], np.float32)
+    sums = counts[:, None] * np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
+    dense = Importance(np.ones((1, 2), np.float32), np.ones(1, np.float32))
+    return {NAME: Importance(sums, counts), "blk.3.attn_q_a.weight": dense}
+
+
+def test_rows(imatrix):
+    assert coverage.coverage(imatrix, 32) == [coverage.LayerCoverage(3, 0, 55, 290, 2)]
+    assert "290" in coverage.table(coverage.coverage(imatrix, 32))
+
+
+def test_tokens_needed_scales_with_the_least_used_expert(imatrix):
+    assert coverage.tokens_needed(coverage.coverage(imatrix, 32), 100, 32) == 3200
+    counts = np.array([20, 40], np.float32)
+    rows = coverage.coverage({NAME: Importance(np.ones((2, 2), np.float32), counts)}, 32)
+    assert coverage.tokens_needed(rows, 1000, 32) == 1600
+    assert coverage.tokens_needed(rows, 1000, 20) == 1000
+
+
+def test_shrinking_blends_towards_the_layer_and_leaves_the_rest(imatrix):
+    shrunk = coverage.shrink(imatrix, 32)[NAME]
+    mean = imatrix[NAME].in_sum2.sum(0) / 400
+    assert shrunk.counts.tolist() == [32, 32, 100, 290]
+    np.testing.assert_allclose(shrunk.mean(0), mean, rtol=1e-6)
+    np.testing.assert_allclose(shrunk.mean(1), (10 * np.array([3, 4]) + 22 * mean) / 32, rtol=1e-6)
+    assert np.array_equal(shrunk.in_sum2[2:], imatrix[NAME].in_sum2[2:])
+
+
+def test_merging_adds(imatrix):
+    twice = coverage.merge(imatrix, imatrix)[NAME]
+    assert np.array_equal(twice.counts, 2 * imatrix[NAME].counts)
+    assert np.array_equal(twice.in_sum2, 2 * imatrix[NAME].in_sum2)

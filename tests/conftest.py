@@ -1,0 +1,40 @@
+"""The bundled model, and one file made of it that several tests look at."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import bundle, pipeline
+from quantkit.formats.checkpoint import Checkpoint
+
+TINY = bundle.models_dir() / "tiny-r1"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Checkpoint:
+    return Checkpoint.open(TINY)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """The folder that `make --recipe 1.58bit` leaves, with little text."""
+    folder = tmp_path_factory.mktemp("made")
+    options = pipeline.MakeOptions(
+        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
+        evaluation=pipeline.TextChoice(n_tokens=4096),
+    )
+    pipeline.make("tiny-r1", folder, options)
+    return folder
+
+
+@pytest.fixture
+def model_copy(tmp_path) -> Path:
+    """A copy of the bundled model, to be damaged."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

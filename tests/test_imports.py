@@ -1,0 +1,35 @@
+"""Imports point one way: a module uses only what stands above it in this list."""
+
+import ast
+from pathlib import Path
+
+import quantkit
+
+ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "arch", "planning", "runtime", "encoders",
+         "calibration", "evaluation", "encoding", "quantize", "pipeline", "inspect", "cli", "__main__"]  # fmt: skip
+PACKAGE = Path(quantkit.__file__).parent
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level parts of quantkit that a module imports, relative imports included."""
+    found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("quantkit.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".")
+            if node.level == 0 and module[0] == "quantkit":
+                found |= {module[1]} if len(module) > 1 else {name.name for name in node.names}
+            elif node.level and node.level == depth:
+                found |= {module[0]} if module[0] else {name.name for name in node.names}
+    return found - {"__version__"}
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        later = set(ORDER[ORDER.index(part) + 1 :])
+        assert not imported(path) & later, f"{path.name} imports {imported(path) & later}"
