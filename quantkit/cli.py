@@ -162,6 +162,34 @@ def calibrate(model, output, data, tokens, column, chunk, min_expert_tokens, exp
 
 @main.command()
 @click.argument("model", default="tiny-r1")
+@click.option("--imatrix", type=FILE, required=True, help="Importance, for encoding the variants.")
+@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=Path("."),
+              help="Folder for sensitivity.json and sensitivity.png.")  # fmt: skip
+@text_options(8192, "", "measurement")
+@common_text
+@click.option("--tier", type=click.Choice(["full", "cheap"]), default=None, help="Default: full if --budget allows.")
+@click.option("--budget", default=1 << 21, show_default=True, type=click.IntRange(1),
+              help="Stream-tokens: tokens x forks carried through the layers.")  # fmt: skip
+@click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
+@click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
+@device_option
+def sensitivity(model, imatrix, output, data, tokens, column, chunk, tier, budget, types, other_types, device):
+    """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
+    from quantkit import pipeline
+    from quantkit.calibration.sensitivity import OTHER_TYPES, ROUTED_TYPES
+
+    choice = pipeline.TextChoice(data, column, tokens, chunk)
+    source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
+    pipeline.measure_sensitivity(
+        source, imatrix, choice, output, tier=tier, budget=budget,
+        routed=types.split(",") if types else ROUTED_TYPES,
+        others=other_types.split(",") if other_types else OTHER_TYPES,
+    )  # fmt: skip
+    click.echo(str(output / "sensitivity.json"))
+
+
+@main.command()
+@click.argument("model", default="tiny-r1")
 @recipe_option
 @target_option
 @mla_option

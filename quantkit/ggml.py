@@ -155,6 +155,11 @@ def type_id(qtype: str) -> int:
         raise QuantkitError(f"unknown ggml type {qtype}") from None
 
 
+def block_size(qtype: str) -> int:
+    """Weights in a block of the type."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id(qtype))][0]
+
+
 def row_bytes(qtype: str, n_in: int) -> int:
     """Bytes of a row of n_in weights; QuantkitError if rows of that length cannot take the type."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id(qtype))]
@@ -207,7 +212,7 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int) -> np.ndarray:
     """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in]."""
     data = np.ascontiguousarray(data)
     if qtype == "F32":
-        return data.view(np.float32).reshape(-1, n_in)
+        return data.view(np.float32).reshape(-1, n_in).copy()
     n_rows = data.size // row_bytes(qtype, n_in)
     out = np.empty((n_rows, n_in), dtype=np.float32)
     traits = library().ggml_get_type_traits(type_id(qtype)).contents

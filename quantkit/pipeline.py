@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from quantkit import __version__, bundle
 from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
+from quantkit.calibration import sensitivity
 from quantkit.calibration.corpus import TextChoice, overlap
 from quantkit.calibration.measure import Calibration, calibrate, cut
 from quantkit.encoding import encoder
@@ -23,10 +24,10 @@ from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
-from quantkit.formats.imatrix import load_imatrix
+from quantkit.formats.imatrix import fit, load_imatrix
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.progress import say
+from quantkit.progress import say, track
 from quantkit.quantize import fit_importance, quantize
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.tensors import Imatrix
@@ -99,6 +100,29 @@ def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: 
         checkpoint, plan, imatrix, out, encoder(encoder_name), fingerprint=fingerprint, extra_metadata=extra,
         workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite,
     )  # fmt: skip
+
+
+def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: TextChoice, folder: Path, *,
+                        tier: sensitivity.Tier | None = None, budget: int = 1 << 21,
+                        routed: Sequence[str] = sensitivity.ROUTED_TYPES,
+                        others: Sequence[str] = sensitivity.OTHER_TYPES) -> sensitivity.Sensitivity:  # fmt: skip
+    """Write sensitivity.json and its heat map. Measured on calibration text: the evaluation text stays unseen."""
+    imatrix, _ = load_imatrix(imatrix_path)
+    plan_all = {spec.name: spec for spec in deepseek.specs(source.config)}
+    fitted = {name: fit(imatrix[name], spec.n_matrices, spec.n_in, name)
+              for name, spec in plan_all.items() if name in imatrix and len(spec.shape) > 1}  # fmt: skip
+    chunks = cut(choice.corpus("calibration"), source, choice)
+    chosen, n_chunk = sensitivity.choose_tier(source, chunks.tokens, routed, others, budget)
+    say(f"{tier or chosen} tier, {n_chunk * choice.chunk:,} tokens a fork")
+    with track("sensitivity", source.config.n_layer, "layers") as advance:
+        found = sensitivity.measure(source, fitted, chunks.tokens, tier=tier, routed=routed, others=others,
+                                    budget=budget, progress=lambda _: advance(1))  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "sensitivity.json.part"
+    part.write_text(found.to_json(), encoding="utf-8")
+    os.replace(part, folder / "sensitivity.json")
+    sensitivity.heat_map(found, folder / "sensitivity.png")
+    return found
 
 
 @torch.inference_mode()

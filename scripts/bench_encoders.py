@@ -15,6 +15,7 @@ import torch
 from quantkit import ggml
 from quantkit.encoders import encode_batch, prepare, second_moment
 from quantkit.encoders.api import formats
+from quantkit.encoders.engine import EFFORTS
 
 R1_ROUTED = 58 * 256 * 3 * 2048 * 7168
 R1_FACTORS = {7168: 58 * 256, 2048: 58 * 256}  # matrices to factorise: gate and up share one
@@ -41,8 +42,8 @@ def search_flops(qtype: str, effort: str) -> float:
     fmt = formats()[qtype]
     if fmt.grid is None:
         return 0.0
-    window = {"fast": 1, "normal": 3, "best": len(fmt.multipliers)}[effort]
-    tried = window * len(fmt.shifts) + {"fast": 0, "normal": 1, "best": 3}[effort]
+    how = EFFORTS[effort]
+    tried = (how.tries or len(fmt.multipliers)) * len(fmt.shifts) + how.passes
     return tried * len(fmt.grid) * 2 * 16 / fmt.width
 
 

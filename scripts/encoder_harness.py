@@ -48,7 +48,9 @@ DYN158 = {
 def plan_types(name: str, config: dict) -> dict[str, str]:
     """Tensor name -> type. 'dyn158', 'experts:TYPE' (routed experts alone) or a type for all that can take it."""
     base = DYN158
-    if name.startswith("experts"):
+    if name == "dyn158+f32":  # the experts of dyn158; the other matrices may be re-targeted, not rounded
+        base = {role: t if role in EXPERT_ROLES else "F32" for role, t in DYN158.items()}
+    elif name.startswith("experts"):
         base = dict.fromkeys(EXPERT_ROLES, name.split(":")[1].replace("dyn158", "IQ1_S"))
     elif name != "dyn158":
         base = {role: name for role in DYN158} | {"token_embd": "Q4_K", "output": "Q6_K", "attn_k_b": "Q8_0"}
@@ -62,7 +64,7 @@ def plan_types(name: str, config: dict) -> dict[str, str]:
             if role.startswith("ffn") and ffn_dense != (i < dense):
                 continue
             types[f"blk.{i}.{role}"] = qtype
-    if name in ("dyn158", "experts:dyn158"):
+    if "dyn158" in name:
         types[f"blk.{dense}.ffn_down_exps"] = "IQ2_XXS"
     return types
 
@@ -178,6 +180,8 @@ def hessian_for(stats: dict, name: str, v: Variant, expert: int | None = None) -
 
 def quantized(qtype: str, w: torch.Tensor, hessians: list, importances: list, v: Variant) -> torch.Tensor:
     """w [E, rows, n_in], a Hessian or None and an importance or None for each -> what the encoded bytes decode to."""
+    if qtype == "F32":
+        return w
     if qtype == "Q8_0":
         groups = w.reshape(-1, 32)
         d = (groups.abs().amax(1, keepdim=True) / 127).half().float()

@@ -26,32 +26,49 @@ def cross_moment(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torc
     return (x * share).T @ y
 
 
-def retarget(w: torch.Tensor, cross: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-    """The weights that give the original outputs from the quantized inputs, damped towards w."""
+def retarget(w: torch.Tensor, cross: torch.Tensor | None, extra: torch.Tensor | None, hessian: Hessian) -> torch.Tensor:
+    """The weights that give the wanted outputs from the quantized inputs, damped towards w.
+
+    cross: E[x x̂ᵀ], None: x = x̂. extra: E[r x̂ᵀ], an output wanted on top (what the layer still owes), or None.
+    """
     damped = damp(hessian).matrix
     added = torch.diag(damped.diagonal() - hessian.matrix.diagonal())
-    return torch.linalg.solve(damped.double(), ((cross + added).T @ w.T).double()).T.float().contiguous()
+    right = w @ ((hessian.matrix if cross is None else cross) + added)
+    if extra is not None:
+        right = right + extra
+    return torch.linalg.solve(damped.double(), right.T.double()).T.float().contiguous()
+
+
+def sensitivity(x, gate, up, down) -> torch.Tensor:
+    """How much an error in gate's and up's outputs on each token moves the expert's output: [tokens]."""
+    g, u = x @ gate.T, x @ up.T
+    sigmoid = torch.sigmoid(g)
+    slope = sigmoid * (1 + g * (1 - sigmoid))
+    return ((u * slope).square() + (g * sigmoid).square()) @ down.square().sum(0)
 
 
 class Sequential:
     """One pass over the layers with two streams of hidden states: the original's and the quantized model's."""
 
-    def __init__(self, harness: Harness, plan: str, v: Variant, targets: str):
-        self.h, self.v, self.targets = harness, v, targets
+    def __init__(self, harness: Harness, plan: str, v: Variant, targets: str, options: tuple = (), share: float = 0.0):
+        """options: 'sens' weights gate/up tokens by sensitivity; 'repair' lets attn_output, dense and shared down
+        make good what the residual stream lacks; share: the part of it that each routed expert's down takes."""
+        self.h, self.v, self.targets, self.options, self.share = harness, v, targets, options, share
         self.config, self.w = harness.config, harness.w
         self.types = plan_types(plan, self.config)
         self.q = dict(self.w)
         for name in ("token_embd", "output"):
             hessian = harness.stats[("output", "norm")] if name == "output" else None
-            self.q[name] = self.encode([name], self.w[name][None], [hessian], [None])[0]
+            self.q[name] = self.encode([name], self.w[name][None], [hessian])[0]
 
-    def encode(self, names: list[str], w: torch.Tensor, hessians: list, crosses: list) -> torch.Tensor:
+    def encode(self, names: list[str], w: torch.Tensor, hessians: list, crosses=None, extras=None) -> torch.Tensor:
         """w [E, rows, n_in]: the rows of the matrices `names` (of one type), stacked; a Hessian and cross for each E."""
         qtype = self.types.get(names[0])
         if qtype is None:
             return w
-        pairs = zip(w, hessians, crosses, strict=True)
-        w = torch.stack([m if c is None else retarget(m, c, h) for m, h, c in pairs])
+        crosses, extras = crosses or [None] * len(w), extras or [None] * len(w)
+        parts = zip(w, crosses, extras, hessians, strict=True)
+        w = torch.stack([m if c is None and x is None else retarget(m, c, x, h) for m, c, x, h in parts])
         gamma = dict(self.v.gamma)
         q = quantized(qtype, w, hessians, [None if h is None else h.diagonal for h in hessians], self.v)
         return q * gamma.get(names[0].rpartition(".")[2], gamma.get(qtype, 1.0))
@@ -74,12 +91,13 @@ class Sequential:
         mid, norm = self.attention_matrices(b, x, xq, tables)
         midq = self.attend(self.q, b, xq, tables)
         h, hq = (rms_norm(t, self.w[b + "ffn_norm"]).flatten(0, 1) for t in (mid, midq))
+        owed = (mid - midq).flatten(0, 1) if "repair" in self.options else None
         if i < self.config["first_k_dense_replace"]:
-            self.mlp(b, "", [h], [hq], [norm], None)
+            self.mlp(b, "", [h], [hq], [norm], None, None if owed is None else [owed])
             y, yq = (swiglu(t, w[b + "ffn_gate"], w[b + "ffn_up"]) @ w[b + "ffn_down"].T
                      for w, t in ((self.w, h), (self.q, hq)))  # fmt: skip
         else:
-            self.experts(b, h, hq, norm)
+            self.experts(b, h, hq, norm, owed)
             y, yq = (moe(self.config, w, b, t, nothing) for w, t in ((self.w, h), (self.q, hq)))
         return mid + y.view_as(mid), midq + yq.view_as(mid)
 
@@ -90,11 +108,18 @@ class Sequential:
         self.attend(self.w, b, xq, tables, seen_q)
         norm = 1 / mid.flatten(0, 1).square().mean(-1)
         for name, parts in seen.items():
-            hessian, cross = self.pair(torch.cat(parts), torch.cat(seen_q[name]), norm)
+            if name.endswith("attn_output"):
+                seen_q = {}
+                self.attend(self.q, b, xq, tables, seen_q)  # now through the quantized q, k and v
+            xs, xqs = torch.cat(parts), torch.cat(seen_q[name])
+            hessian, cross = self.pair(xs, xqs, norm)
+            extra = None
+            if name.endswith("attn_output") and "repair" in self.options:
+                extra = [cross_moment((x - xq).flatten(0, 1), xqs, norm)]
             w = self.w[name]
-            self.q[name] = self.encode([name], w.reshape(1, -1, w.shape[-1]), [hessian], [cross]).view(w.shape)
+            self.q[name] = self.encode([name], w.reshape(1, -1, w.shape[-1]), [hessian], [cross], extra).view(w.shape)
         w = self.w[b + "attn_k_b"]
-        self.q[b + "attn_k_b"] = self.encode([b + "attn_k_b"], w, [None] * len(w), [None] * len(w))
+        self.q[b + "attn_k_b"] = self.encode([b + "attn_k_b"], w, [None] * len(w))
         return mid, norm
 
     def attend(self, w, b, x, tables, seen: dict | None = None):
@@ -108,34 +133,51 @@ class Sequential:
             out.append(part + attention(self.config, w, b, rms_norm(part, w[b + "attn_norm"]), tables, see))
         return torch.cat(out)
 
-    def mlp(self, b, suffix, h, hq, weight, shared: Hessian | None) -> None:
-        """gate and up, then down on what the quantized ones give. h, hq, weight: one entry for each expert."""
+    def mlp(self, b, suffix, h, hq, weight, shared, owed=None) -> None:
+        """gate and up, then down on what the quantized ones give. h, hq, weight, owed: one entry for each expert;
+        shared: the layer's (Hessian, cross) to blend into gate's and up's."""
         names = {r: f"{b}ffn_{r}{suffix}" for r in ("gate", "up", "down")}
         w = {r: self.w[n] if suffix == "_exps" else self.w[n][None] for r, n in names.items()}
-        hessians, crosses = zip(*(self.pair(*t) for t in zip(h, hq, weight, strict=True)), strict=True)
+        first = weight
+        if "sens" in self.options:
+            first = [t * sensitivity(hq[e], w["gate"][e], w["up"][e], w["down"][e]) for e, t in enumerate(weight)]
+        hessians, crosses = (
+            list(t) for t in zip(*(self.pair(*t) for t in zip(h, hq, first, strict=True)), strict=True)
+        )
         if shared is not None and self.v.pseudo:
-            hessians = [blend(x, shared, self.v.pseudo) for x in hessians]
-            crosses = [None] * len(hessians)  # a blended Hessian has no matching cross moment
-        both = self.encode([names["gate"]], torch.cat([w["gate"], w["up"]], 1), list(hessians), list(crosses))
+            for e, own in enumerate(hessians):
+                part = self.v.pseudo / (own.tokens + self.v.pseudo)
+                crosses[e] = None if crosses[e] is None else torch.lerp(crosses[e], shared[1], part)
+                hessians[e] = blend(own, shared[0], self.v.pseudo)
+        both = self.encode([names["gate"]], torch.cat([w["gate"], w["up"]], 1), hessians, crosses)
         gate, up = both.chunk(2, 1)
-        hessians, crosses = [], []
+        hessians, crosses, extras = [], [], []
         for e in range(len(gate)):
             m = swiglu(h[e] if self.targets == "all" else hq[e], w["gate"][e], w["up"][e])
             mq = swiglu(hq[e], gate[e], up[e])
             hessians.append(second_moment(mq, weight[e]))
             crosses.append(None if self.targets == "none" else cross_moment(m, mq, weight[e]))
-        down = self.encode([names["down"]], w["down"], hessians, crosses)
+            extras.append(None if owed is None else cross_moment(owed[e], mq, weight[e]))
+        down = self.encode([names["down"]], w["down"], hessians, crosses, extras)
         for n, q in zip(names.values(), (gate, up, down), strict=True):
             self.q[n] = q if suffix == "_exps" else q[0]
 
-    def experts(self, b, h, hq, norm) -> None:
-        self.mlp(b, "_shexp", [h], [hq], [norm], None)
+    def experts(self, b, h, hq, norm, owed) -> None:
+        """The routed experts, then the shared one, which can make good what they owe."""
         ids, weights = route(self.config, self.w, b, hq)
-        tokens, slots = zip(
-            *((ids == e).nonzero(as_tuple=True) for e in range(self.config["n_routed_experts"])), strict=True
-        )
-        each = [norm[t] * weights[t, s] ** 2 for t, s in zip(tokens, slots, strict=True)]
-        self.mlp(b, "_exps", [h[t] for t in tokens], [hq[t] for t in tokens], each, second_moment(hq, norm))
+        each = range(self.config["n_routed_experts"])
+        tokens, slots = zip(*((ids == e).nonzero(as_tuple=True) for e in each), strict=True)
+        gates = [weights[t, s] for t, s in zip(tokens, slots, strict=True)]
+        scale = [norm[t] * g**2 for t, g in zip(tokens, gates, strict=True)]
+        part = None
+        if owed is not None and self.share:
+            part = [self.share * owed[t] / g[:, None] for t, g in zip(tokens, gates, strict=True)]
+        self.mlp(b, "_exps", [h[t] for t in tokens], [hq[t] for t in tokens], scale, self.pair(h, hq, norm), part)
+        if owed is not None:
+            without = {f"{b}ffn_down_shexp": torch.zeros_like(self.w[f"{b}ffn_down_shexp"])}
+            owed = owed + moe(self.config, self.w | without, b, h, nothing)
+            owed = [owed - moe(self.config, self.q | without, b, hq, nothing)]
+        self.mlp(b, "_shexp", [h], [hq], [norm], None, owed)
 
 
 def main() -> None:

@@ -23,21 +23,27 @@ use_fused = kernels is not None  # tests and benchmarks set it to False to compa
 
 @dataclass(frozen=True)
 class Effort:
-    """feedback: carry errors forward (else each block alone). window: scale codes to try on either side of the guess,
-    None for all; passes: coordinate-descent passes with refits; beta: share of the error that is fed back."""
+    """How long to search.
+
+    feedback: carry errors forward (else each block alone). tries: scale codes of a codebook type to try in each block,
+    best guesses first, None for all. near: codes to try on either side of the scale and min of Q2_K and the scale of
+    other types that round each weight alone. passes: coordinate-descent passes; block_passes: such passes over whole
+    blocks before them, with the neighbouring scales. beta: share of the error that is fed back.
+    """
 
     feedback: bool
-    window: int | None
+    tries: int | None
+    near: int
     passes: int
+    block_passes: int = 0
     refit: bool = True
     beta: float = 1.0
-    pass_window: int = 0
 
 
 EFFORTS = {
-    "fast": Effort(feedback=False, window=0, passes=0, refit=False),
-    "normal": Effort(feedback=True, window=1, passes=1),
-    "best": Effort(feedback=True, window=None, passes=3, pass_window=1),
+    "fast": Effort(feedback=False, tries=1, near=0, passes=0, refit=False),
+    "normal": Effort(feedback=True, tries=2, near=1, passes=1),
+    "best": Effort(feedback=True, tries=None, near=1, passes=3, block_passes=2),
 }
 
 
@@ -74,25 +80,26 @@ class State:
         )
 
 
-def hypotheses(fmt: Format, scale: torch.Tensor, offset: torch.Tensor, window: int | None, fixed: bool = False):
-    """Codes to try around [E, R] guesses -> scale codes and offset codes [E, R, H]."""
-    top = len(fmt.multipliers)
-    if window is None and top <= 16:
-        scales = torch.arange(top, device=scale.device).expand(*scale.shape, top)
-    else:
-        near = min(window if window is not None else 1, 1 if top > 16 else 8)
-        step = torch.arange(-near, near + 1, device=scale.device)
-        scales = (scale[..., None] + step).clamp(0, top - 1)
-    if fixed or (len(fmt.shifts) == 1 and fmt.n_mins != 16):
-        offsets = offset[..., None]
-    elif fmt.n_mins:
-        near = 0 if window == 0 else 1
-        offsets = (offset[..., None] + torch.arange(-near, near + 1, device=scale.device)).clamp(0, fmt.n_mins - 1)
-    else:
-        offsets = torch.arange(len(fmt.shifts), device=scale.device).expand(*scale.shape, -1)
-    h, k = scales.shape[-1], offsets.shape[-1]
-    shape = (*scale.shape, h, k)
+def around(code: torch.Tensor, near: int, top: int) -> torch.Tensor:
+    """Codes within `near` of code [...], clamped to 0 … top − 1: [..., 2 near + 1]."""
+    return (code[..., None] + torch.arange(-near, near + 1, device=code.device)).clamp(0, top - 1)
+
+
+def combine(scales: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every pair of scale codes [..., K] and offset codes [..., M]: two tensors [..., K · M]."""
+    shape = (*scales.shape, offsets.shape[-1])
     return scales[..., None].expand(shape).flatten(-2), offsets[..., None, :].expand(shape).flatten(-2)
+
+
+def hypotheses(fmt: Format, scales: torch.Tensor, offset: torch.Tensor, near: int):
+    """Codes to try in a block: scales [E, R, …, K] and what goes with them -> scale and offset codes [E, R, …, H]."""
+    if fmt.grid is None:
+        scales = around(scales[..., 0], near, len(fmt.multipliers))
+    if len(fmt.shifts) > 1:
+        shifts = torch.arange(len(fmt.shifts), device=scales.device)
+        return combine(scales, shifts.expand(*offset.shape, -1))
+    # A finer min than Q2_K's is near enough as it was fitted.
+    return combine(scales, around(offset, near if fmt.n_mins == 16 else 0, max(fmt.n_mins, 1)))
 
 
 def encode_span(fmt: Format, target, weight, s, o, d, u, beta: float = 1.0):
@@ -143,43 +150,45 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
     """w [E, R, n] -> State, with the errors of earlier columns in later targets."""
     state = State.empty(fmt, w)
     n = w.shape[-1]
+    error = torch.empty_like(w)  # beta · (w − q) of the columns that are done
     for start in range(0, n, SUPERBLOCK):
         part = slice(start, start + SUPERBLOCK)
         target = w[..., part].clone(memory_format=torch.contiguous_format)
         if start:
-            target += ((w[..., :start] - state.q[..., :start]) * effort.beta) @ factor.u[:, :start, part]
-        if use_fused and w.is_cuda and fmt.grid is not None and effort.beta == 1:
-            _superblock_fused(fmt, state, w, target, factor, start, effort.window)
+            target.baddbmm_(error[..., :start], factor.u[:, :start, part])
+        if _fused(fmt, w) and effort.beta == 1:
+            _superblock_fused(fmt, state, w, target, factor, start, effort)
         else:
             _superblock(fmt, state, w, target, factor, start, effort)
+        error[..., part] = (w[..., part] - state.q[..., part]) * effort.beta
     return state
 
 
-def _superblock_fused(fmt, state, w, target, factor, start, window) -> None:
+def _superblock_fused(fmt, state, w, target, factor, start, effort) -> None:
     """As _superblock, with a kernel for each block."""
     metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
-    first = guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1))
+    first = guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1), effort.tries)
     state.d[..., start // SUPERBLOCK] = first.d
     grid = fused.padded_grid(fmt, w.device)
     prepared, codes = (grid, *fused.score_tables(fmt, metric, grid)), first.scale.int().contiguous()
     for lo in range(0, SUPERBLOCK, fmt.block):
         hi = lo + fmt.block
-        fused.feedback_block(fmt, state, w, target, factor, metric, prepared, codes, start + lo, lo, window)
+        fused.feedback_block(fmt, state, w, target, factor, metric, prepared, codes, start + lo, lo)
         if hi < SUPERBLOCK:
             here = slice(start + lo, start + hi)
             error = w[..., here] - state.q[..., here]
-            target[..., hi:] += error @ factor.u[:, here, start + hi : start + SUPERBLOCK]
+            target[..., hi:].baddbmm_(error, factor.u[:, here, start + hi : start + SUPERBLOCK])
 
 
-def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, window: int | None) -> State:
+def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) -> State:
     """As feedback_pass where nothing couples the columns (d [E, n/8, 8, 8]): every block of every row at once."""
     e, r, n = w.shape
     count, per = n // SUPERBLOCK, SUPERBLOCK // fmt.block
     superblocks = w.view(e, r, count, SUPERBLOCK).transpose(1, 2).flatten(0, 1)
     metric = d.view(e * count * per, fmt.block // GROUP, GROUP, GROUP)
     weights = d.diagonal(dim1=-2, dim2=-1).reshape(e * count, SUPERBLOCK)
-    first = guess(fmt, superblocks, weights)
-    scales, offsets = hypotheses(fmt, first.scale, first.offset, window)  # [E·count, R, blocks, H]
+    first = guess(fmt, superblocks, weights, effort.tries)
+    scales, offsets = hypotheses(fmt, first.scale, first.offset, effort.near)  # [E·count, R, blocks, H]
     s, o = block_scale(fmt, first.d, first.dmin, scales, offsets)
 
     def by_block(t: torch.Tensor) -> torch.Tensor:  # [E·count, R, blocks, k] -> [E·count·blocks, R, k]
@@ -199,17 +208,18 @@ def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, window: int | None
 def _superblock(fmt, state, w, target, factor, start, effort) -> None:
     groups = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
     weights = groups.diagonal(dim1=-2, dim2=-1).flatten(1)  # [E, 256]
-    first = guess(fmt, target, weights)
+    first = guess(fmt, target, weights, effort.tries)
     sb = start // SUPERBLOCK
     state.d[..., sb], state.dmin[..., sb] = first.d, first.dmin
     per_block = fmt.block // GROUP
     for b in range(SUPERBLOCK // fmt.block):
         lo, hi = b * fmt.block, (b + 1) * fmt.block
         here = slice(start + lo, start + hi)
-        scale, offset = first.scale[..., b], first.offset[..., b]
+        scale, offset = first.scale[..., b, :], first.offset[..., b]
         if fmt.grid is None and b:
             scale, offset = refresh(fmt, target[..., lo:hi], weights[:, lo:hi], first.d, first.dmin)
-        scales, offsets = hypotheses(fmt, scale, offset, effort.window)
+            scale = scale[..., None]
+        scales, offsets = hypotheses(fmt, scale, offset, effort.near)
         s, o = block_scale(fmt, first.d, first.dmin, scales, offsets)
         u = factor.u[:, here, here]
         d = groups[:, b * per_block : (b + 1) * per_block]
@@ -219,7 +229,7 @@ def _superblock(fmt, state, w, target, factor, start, effort) -> None:
         store(fmt, state, here.start, fmt.block, *codes, pick(s, best), pick(o, best))
         if hi < SUPERBLOCK:
             error = (w[..., here] - state.q[..., here]) * effort.beta
-            target[..., hi:] += error @ factor.u[:, here, start + hi : start + SUPERBLOCK]
+            target[..., hi:].baddbmm_(error, factor.u[:, here, start + hi : start + SUPERBLOCK])
 
 
 def fused_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
@@ -235,10 +245,10 @@ def fused_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: Stat
         for lo in range(0, SUPERBLOCK, 32):
             change = fused.descent_block(fmt, state, gradient, h, metric, inverse, prepared, start + lo, lo)
             here, rest = slice(start + lo, start + lo + 32), slice(start + lo + 32, start + SUPERBLOCK)
-            gradient[..., lo + 32 :] += change @ h[:, here, rest]
+            gradient[..., lo + 32 :].baddbmm_(change, h[:, here, rest])
 
 
-def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State, span: int, window: int = 0) -> None:
+def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State, span: int) -> None:
     """Revise `span` columns at a time (8, or a whole block with its scale), all others fixed; only true decreases."""
     h, n = factor.h, w.shape[-1]
     local = factorize(blocks(h, span).flatten(0, 1))
@@ -252,15 +262,17 @@ def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State, spa
             here = slice(start + lo, start + lo + span)
             i = here.start // span
             target = state.q[..., here] - gradient[..., lo : lo + span] @ inverse[:, i]
-            change = _revise(fmt, state, target, h[:, here, here], d[:, i], u[:, i], here.start, span, window)
+            change = _revise(fmt, state, target, h[:, here, here], d[:, i], u[:, i], here.start, span)
             gradient += change @ h[:, here, part]
 
 
-def _revise(fmt, state, target, h, d, u, start, span, window) -> torch.Tensor:
+def _revise(fmt, state, target, h, d, u, start, span) -> torch.Tensor:
     """Re-encode one span towards its unconstrained optimum; returns the change of q."""
     here, index, sb = slice(start, start + span), start // fmt.block, start // SUPERBLOCK
     old_scale, old_offset = state.scale[..., index], state.offset[..., index]
-    scales, offsets = hypotheses(fmt, old_scale, old_offset, window, fixed=span < fmt.block or window == 0)
+    scales, offsets = old_scale[..., None], old_offset[..., None]
+    if span == fmt.block:
+        scales, offsets = hypotheses(fmt, around(old_scale, 1, len(fmt.multipliers)), old_offset, 1)
     s, o = block_scale(fmt, state.d[..., sb], state.dmin[..., sb], scales, offsets)
     _, best, entry, sign, value = encode_span(fmt, target, target, s, o, d, u)
     s, o = pick(s, best), pick(o, best)
@@ -283,18 +295,24 @@ def _revise(fmt, state, target, h, d, u, start, span, window) -> torch.Tensor:
 def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) -> State:
     """w float32 [E, R, n], finite -> State."""
     if factor.u is None or not effort.feedback:
-        state = plain_pass(fmt, w, factor.d, effort.window)
+        state = plain_pass(fmt, w, factor.d, effort)
     else:
         state = feedback_pass(fmt, w, factor, effort)
+        for i in range(max(effort.passes, effort.block_passes)):
+            if i < effort.block_passes:
+                descent_pass(fmt, w, factor, state, fmt.block)
+            if i < effort.passes:
+                (fused_descent_pass if _fused(fmt, w) else group_descent_pass)(fmt, w, factor, state)
+            if i + 1 < effort.passes:
+                refit(fmt, w, factor, state)
     if effort.refit:
         refit(fmt, w, factor, state)
-    if factor.h is not None:
-        for i in range(effort.passes):
-            if effort.pass_window and i % 2 == 0:
-                descent_pass(fmt, w, factor, state, fmt.block, effort.pass_window)
-            if use_fused and w.is_cuda and fmt.grid is not None:
-                fused_descent_pass(fmt, w, factor, state)
-            else:
-                descent_pass(fmt, w, factor, state, GROUP)
-            refit(fmt, w, factor, state)
     return state
+
+
+def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
+    descent_pass(fmt, w, factor, state, GROUP)
+
+
+def _fused(fmt: Format, w: torch.Tensor) -> bool:
+    return use_fused and w.is_cuda and fmt.grid is not None

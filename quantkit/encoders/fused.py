@@ -13,7 +13,7 @@ from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor
 from quantkit.encoders.search import tables
 
-ROWS, TILE, WARPS = 128, 128, 8
+ROWS, TILE, WARPS = 64, 128, 4
 SIGNS = {"grid": 0, "free": 1, "even": 2}
 
 
@@ -59,8 +59,8 @@ def _search(x, s, metric, table, factor, grid, signs: tl.constexpr, halves: tl.c
         for m in range(0, entries, tile):
             b = tl.load(table + half * 16 * entries + inner[:, None] * entries + (m + column)[None, :])
             bits = tl.dot(a, b).to(tl.int32, bitcast=True)
-            best = tl.minimum(best, (bits & (-entries)) | (m + column)[None, :])
-        index = tl.min(best, axis=1) & (entries - 1)
+            best = tl.minimum(best, (bits & (tile - entries - 1)) | m)
+        index = tl.min((best & (-tile)) | column[None, :], axis=1) & (entries - 1)
         value += tl.load(grid + (half * entries + index)[:, None] * 8 + k[None, :])
         if half == 0:
             first = index
@@ -104,7 +104,7 @@ def _put(g: tl.constexpr, at, start, n, s, o, a, b, bits, mask, grid, entry, sig
 
 @triton.jit
 def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multipliers, shifts, metric, table, factor,
-              grid, u, n, r, lo, start, superblock, n_hypotheses, window, relative, codes, n_shifts: tl.constexpr,
+              grid, u, n, r, lo, start, superblock, n_scales, n_shifts: tl.constexpr,
               blocks: tl.constexpr, groups: tl.constexpr, signs: tl.constexpr, halves: tl.constexpr,
               entries: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
     """One block of `groups` · 8 columns at `start` (at `lo` in its superblock) for `rows` rows of matrix e."""
@@ -120,14 +120,14 @@ def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multi
     t = target + at[:, None] * 256 + lo + k[None, :]
     v = w + at[:, None] * n + start + k[None, :]
     step = tl.load(d + at * (n // 256) + superblock, mask=mask, other=0.0)
-    guessed = tl.load(guesses + at * blocks + lo // (groups * 8), mask=mask, other=0)
+    guesses += (at * blocks + lo // (groups * 8)) * n_scales
+    guessed = tl.load(guesses, mask=mask, other=0)
     least = tl.full([rows], float("inf"), tl.float32)
     best_code, best_shift = guessed, guessed * 0
     a0, b0, s0 = guessed * 0, guessed * 0, guessed * 0
     a1, b1, s1, a2, b2, s2, a3, b3, s3 = a0, a0, a0, a0, a0, a0, a0, a0, a0
-    for h in range(n_hypotheses):
-        code = guessed * relative + h // n_shifts - window
-        code = tl.minimum(tl.maximum(code, 0), codes - 1)
+    for h in range(n_scales * n_shifts):
+        code = tl.load(guesses + h // n_shifts, mask=mask, other=0)
         s = step * tl.load(multipliers + code)
         o = s * tl.load(shifts + h % n_shifts)
         x0 = tl.load(t, mask=mask[:, None], other=0.0)
@@ -269,18 +269,18 @@ def score_tables(fmt: Format, metric: torch.Tensor, grid: torch.Tensor) -> tuple
     return table, size / unit
 
 
-def feedback_block(fmt: Format, state, w, target, factor: Factor, metric, prepared, first, start: int, lo: int, window):
-    """Encode the block of every row at column `start`, into the state. prepared: (grid, table, factor of the table)."""
+def feedback_block(fmt: Format, state, w, target, factor: Factor, metric, prepared, codes, start: int, lo: int) -> None:
+    """Encode the block of every row at column `start` into the state.
+
+    prepared: (grid, *score_tables); codes: int32 [E, R, blocks, K] the scale codes to try.
+    """
     e, r, n = w.shape
     t, (grid, table, unit) = tables(fmt, w.device), prepared
-    codes, n_shifts = len(fmt.multipliers), len(fmt.shifts)
-    tried = codes if window is None else 2 * window + 1
     _feedback[(triton.cdiv(r, ROWS), e)](
-        target, w, state.q, state.value, state.entry, state.sign, state.scale, state.offset, state.d, first,
+        target, w, state.q, state.value, state.entry, state.sign, state.scale, state.offset, state.d, codes,
         t.multipliers, t.shifts, metric, table, unit, grid, factor.u, n, r, lo, start, start // SUPERBLOCK,
-        tried * n_shifts, 0 if window is None else window, 0 if window is None else 1, codes, n_shifts,
-        SUPERBLOCK // fmt.block, fmt.block // GROUP, SIGNS[fmt.signs], GROUP // fmt.width, len(t.grid), ROWS,
-        min(TILE, len(t.grid)), num_warps=WARPS,
+        codes.shape[-1], len(fmt.shifts), SUPERBLOCK // fmt.block, fmt.block // GROUP, SIGNS[fmt.signs],
+        GROUP // fmt.width, len(t.grid), ROWS, min(TILE, len(t.grid)), num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -296,3 +296,29 @@ def descent_block(fmt: Format, state, gradient, h, metric, inverse, prepared, st
         num_warps=WARPS,
     )  # fmt: skip
     return change
+
+
+@triton.jit
+def _products(image, unit, w, a, b, r, n, blocks, k, kinds: tl.constexpr, rows: tl.constexpr):
+    """image [E, R, n] against every superblock of unit [E, R, kinds, n] and against w: one row block of A, and of b."""
+    e = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    mask = row < r
+    at = e * r + row
+    column = tl.arange(0, 256)
+    total = tl.zeros([rows], tl.float32)
+    for block in range(0, blocks):
+        here = block * 256 + column[None, :]
+        x = tl.load(image + at[:, None] * n + here, mask=mask[:, None], other=0.0)
+        total += tl.sum(x * tl.load(w + at[:, None] * n + here, mask=mask[:, None], other=0.0), axis=1)
+        for kind in tl.static_range(kinds):
+            y = tl.load(unit + (at[:, None] * kinds + kind) * n + here, mask=mask[:, None], other=0.0)
+            column_a = (at * blocks * kinds + k) * blocks * kinds + block * kinds + kind
+            tl.store(a + column_a, tl.sum(x * y, axis=1), mask=mask)
+    tl.store(b + at * blocks * kinds + k, total, mask=mask)
+
+
+def products(image, unit, w, a, b, k: int) -> None:
+    """Twin of the sums in refit.normal_equations: fills a[..., k, :] [E, R, K, K] and b[..., k]."""
+    e, r, kinds, n = unit.shape
+    _products[(triton.cdiv(r, 16), e)](image, unit, w, a, b, r, n, n // SUPERBLOCK, k, kinds, 16)

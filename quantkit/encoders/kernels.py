@@ -15,7 +15,8 @@ def _best_entry(linear, square, factor, table, out, n, width: tl.constexpr, entr
                 tile: tl.constexpr):  # fmt: skip
     """One program: `rows` groups against the whole codebook of matrix e; the index rides in the score's low bits.
 
-    Scores are positive floats, which order like their bits, so one integer minimum finds score and index together.
+    Scores are positive floats, which order like their bits, so one integer minimum finds score and index together: in
+    the loop the bits of the tile's number, which is the same for the whole tile, at the end those of the column.
     """
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -34,8 +35,8 @@ def _best_entry(linear, square, factor, table, out, n, width: tl.constexpr, entr
     for m in range(0, entries, tile):
         y = tl.load(table + e * 16 * entries + tl.arange(0, 16)[:, None] * entries + (m + column)[None, :])
         bits = tl.dot(x, y).to(tl.int32, bitcast=True)
-        best = tl.minimum(best, (bits & (-entries)) | (m + column)[None, :])
-    index = tl.min(best, axis=1) & (entries - 1)
+        best = tl.minimum(best, (bits & (tile - entries - 1)) | m)  # a multiple of `tile`, uniform over the tile
+    index = tl.min((best & (-tile)) | column[None, :], axis=1) & (entries - 1)
     tl.store(out + at, index, mask=row < n)
 
 

@@ -5,6 +5,12 @@ import torch
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import Factor
 from quantkit.encoders.scales import block_scale, to_fp16
+from quantkit.encoders.search import kernels
+
+if kernels is not None:
+    from quantkit.encoders import fused
+else:
+    fused = None
 
 LOW, HIGH = 0.3, 3.0  # a refitted d outside this range of the old one is a sign of a near-singular system
 
@@ -24,27 +30,32 @@ def normal_equations(w: torch.Tensor, unit: torch.Tensor, factor: Factor) -> tup
     """A [E, R, K, K] and b [E, R, K] of min (w − Σ x_k unit_k) H (…)ᵀ; K = superblocks × kinds, kinds fastest."""
     e, r, kinds, n = unit.shape
     blocks = n // SUPERBLOCK
-    a = torch.empty(e, r, blocks, kinds, blocks, kinds, device=w.device)
-    b = torch.empty(e, r, blocks, kinds, device=w.device)
-    h = factor.h
-    for k in range(blocks):
-        part = slice(k * SUPERBLOCK, (k + 1) * SUPERBLOCK)
-        for j in range(kinds):
-            if h is None:
-                weights = factor.d.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None]
-                image = torch.zeros(e, r, n, device=w.device)
-                image[..., part] = unit[:, :, j, part] * weights[..., part]
-            else:
-                image = unit[:, :, j, part] @ h[:, part, :]
-            b[:, :, k, j] = (image * w).sum(-1)
-            for i in range(kinds):
-                a[:, :, k, j, :, i] = (image * unit[:, :, i]).view(e, r, blocks, SUPERBLOCK).sum(-1)
-    return a.flatten(4, 5).flatten(2, 3), b.flatten(2, 3)
+    a = torch.empty(e, r, blocks * kinds, blocks * kinds, device=w.device)
+    b = torch.empty(e, r, blocks * kinds, device=w.device)
+    for k in range(blocks * kinds):
+        image = _image(unit[:, :, k % kinds], k // kinds, factor)
+        if w.is_cuda and fused is not None:
+            fused.products(image, unit, w, a, b, k)
+            continue
+        b[:, :, k] = (image * w).sum(-1)
+        for i in range(kinds):
+            a[:, :, k, i::kinds] = (image * unit[:, :, i]).view(e, r, blocks, SUPERBLOCK).sum(-1)
+    return a, b
+
+
+def _image(unit: torch.Tensor, block: int, factor: Factor) -> torch.Tensor:
+    """One superblock of unit [E, R, n], the rest taken as 0, times H: [E, R, n]."""
+    part = slice(block * SUPERBLOCK, (block + 1) * SUPERBLOCK)
+    if factor.h is not None:
+        return unit[..., part] @ factor.h[:, part, :]
+    image = torch.zeros_like(unit)
+    image[..., part] = unit[..., part] * factor.d.diagonal(dim1=-2, dim2=-1).flatten(1)[:, None, part]
+    return image
 
 
 def refit(fmt: Format, w: torch.Tensor, factor: Factor, state) -> None:
     """Move d and dmin to the joint least-squares optimum wherever that lowers the row's output error after rounding."""
-    unit = units(fmt, state)
+    unit = units(fmt, state).contiguous()
     kinds = unit.shape[2]
     a, b = normal_equations(w, unit, factor)
     old = torch.stack([state.d, state.dmin], -1)[..., :kinds].flatten(2, 3)

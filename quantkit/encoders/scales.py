@@ -22,7 +22,8 @@ CANDIDATES = np.arange(-4, 19) / 8  # log2 of the candidates for d · max(multip
 
 @dataclass(frozen=True)
 class Guess:
-    """d, dmin: float32 [E, N], exact in fp16. scale, offset: int64 [E, N, blocks] codes."""
+    """d, dmin: float32 [E, N], exact in fp16. scale: int64 [E, N, blocks, K] codes worth trying, best first; offset:
+    int64 [E, N, blocks] min codes."""
 
     d: torch.Tensor
     dmin: torch.Tensor
@@ -34,9 +35,10 @@ def to_fp16(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-FP16_MAX, FP16_MAX).half().float()
 
 
-def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> Guess:
+def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:
+    """tries: how many scale codes of a codebook type to keep for each block; None for all."""
     if fmt.grid is not None:
-        return _guess_codebook(fmt, x, weights)
+        return _guess_codebook(fmt, x, weights, tries)
     return _guess_mins(fmt, x, weights) if fmt.n_mins else _guess_signed(fmt, x, weights)
 
 
@@ -94,7 +96,7 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
     return torch.stack(out, -1)
 
 
-def _guess_codebook(fmt: Format, x, weights) -> Guess:
+def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
     top = max(fmt.multipliers)
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
     level = math.sqrt(float((fmt.grid**2).mean()))
@@ -105,9 +107,10 @@ def _guess_codebook(fmt: Format, x, weights) -> Guess:
     best = cost.amin(-1).sum(2).argmin(-1)
     d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
     pick = best[..., None, None, None].expand(*cost.shape[:3], 1, cost.shape[-1])
-    scale = cost.gather(3, pick).squeeze(3).argmin(-1)
+    chosen = cost.gather(3, pick).squeeze(3)
+    scale = chosen.topk(len(fmt.multipliers) if tries is None else tries, dim=-1, largest=False).indices
     d = torch.where(rms > 0, d, torch.zeros_like(d))
-    return Guess(d, torch.zeros_like(d), scale, torch.zeros_like(scale))
+    return Guess(d, torch.zeros_like(d), scale, torch.zeros_like(scale[..., 0]))
 
 
 # -- weights rounded alone --------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def _guess_signed(fmt: Format, x, weights) -> Guess:
     peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
     d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
     code = _codes(s, d, low, high) - low
-    return Guess(d, torch.zeros_like(d), code, torch.zeros_like(code))
+    return Guess(d, torch.zeros_like(d), code[..., None], torch.zeros_like(code))
 
 
 def _guess_mins(fmt: Format, x, weights) -> Guess:
@@ -186,7 +189,7 @@ def _guess_mins(fmt: Format, x, weights) -> Guess:
     top = len(fmt.multipliers) - 1
     d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))
     dmin, offset = _shared(m, fmt.n_mins - 1, energy)
-    return Guess(d, dmin, scale, offset)
+    return Guess(d, dmin, scale[..., None], offset)
 
 
 def _shared(value: torch.Tensor, top: int, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

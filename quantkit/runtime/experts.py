@@ -13,13 +13,15 @@ Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass
 class ExpertVisit:
-    """What one expert saw: tokens int64 [m], x [m, d], hidden [m, n_ff] (input of down), routing weight float32 [m]."""
+    """What one expert saw: tokens int64 [m], x [m, d], hidden [m, n_ff] (input of down), routing weight float32 [m],
+    and its matrices, which are gone after the visit."""
 
     expert: int
     tokens: torch.Tensor
     x: torch.Tensor
     hidden: torch.Tensor
     weight: torch.Tensor
+    matrices: Projections
 
 
 class StreamedExperts:
@@ -44,7 +46,7 @@ class StreamedExperts:
             rows, share = x[tokens], weight.flatten()[mine]
             hidden = F.silu(rows @ gate.T) * (rows @ up.T)
             if self.observe:
-                self.observe(ExpertVisit(e, tokens, rows, hidden, share))
+                self.observe(ExpertVisit(e, tokens, rows, hidden, share, (gate, up, down)))
             out.index_add_(0, tokens, ((hidden @ down.T).float() * share[:, None]).to(out.dtype))
         return out
 

@@ -13,7 +13,7 @@ import torch
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.runtime.experts import StreamedExperts
-from quantkit.runtime.layers import SCORE_ELEMENTS, Block, Observer, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import SCORE_ELEMENTS, Block, Linear, Observer, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import Source
 
@@ -96,7 +96,12 @@ def final_hidden(source: Source, tokens: torch.Tensor, progress: Callable[[int],
 
 def logit_tiles(source: Source, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     """float32 logits of hidden [n, d] in tiles of rows; nothing of size tokens x vocabulary is ever held."""
-    norm, output = source.head()
+    yield from head_tiles(source, source.head(), hidden)
+
+
+def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`logit_tiles` with a head that is already loaded: (output norm, output matrix)."""
+    norm, output = head
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
         yield output(rms_norm(part, norm, source.config.rms_eps).to(source.dtype)).float()

@@ -1,27 +1,26 @@
 """Files for the engine tests, made once from the bundled tiny-r1 with little calibration text."""
 
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
-import gguf
-from quantkit import bundle, pipeline
+from quantkit import bundle, cli
 from quantkit.calibration import corpus
-from quantkit.encoding import encoder
-from quantkit.planning.plan import Plan
-from quantkit.quantize import quantize
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.sources import CheckpointSource
 
 MODEL = bundle.models_dir() / "tiny-r1"
-CALIBRATION = pipeline.TextChoice(n_tokens=8192, chunk=256)
 ONE_TYPE = """name = "all-{qtype}"
 description = "every matrix in one type"
 target = "llama.cpp"
-mla = "{mla}"
+mla = "split"
 
 [[rules]]
 match = "*"
@@ -35,34 +34,51 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
+def quantkit(*arguments: object) -> None:
+    """A command in this process, where ggml's slow tables are built once."""
+    with redirect_stdout(StringIO()):
+        cli.main.main([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def make(out: Path, recipe: str | Path, imatrix: Path, *options: str, model: Path = MODEL) -> Path:
+    """plan and quantize."""
+    plan = out.with_suffix(".json")
+    quantkit("plan", model, "--recipe", recipe, "--output", plan, *options)
+    quantkit("quantize", model, "--plan", plan, "--imatrix", imatrix, "--output", out)
+    return out
+
+
+def reference() -> CheckpointSource:
+    """The original in float32."""
+    return CheckpointSource(Checkpoint.open(MODEL))
+
+
 @pytest.fixture(scope="session")
 def imatrix(work: Path) -> Path:
     path = work / "imatrix.gguf"
-    pipeline.calibrate(pipeline.open_weights(MODEL), CALIBRATION, path, "cpu")
+    quantkit("calibrate", MODEL, "--tokens", 8192, "--chunk", 256, "--device", "cpu", "--output", path)
     return path
 
 
-def one_type(folder: Path, qtype: str, mla: str = "split") -> Path:
+def one_type(folder: Path, qtype: str) -> Path:
     """A recipe file that gives every matrix the same type."""
-    path = folder / f"all-{qtype}-{mla}.toml"
-    path.write_text(ONE_TYPE.format(qtype=qtype, mla=mla), encoding="utf-8")
+    path = folder / f"all-{qtype}.toml"
+    path.write_text(ONE_TYPE.format(qtype=qtype), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
-def plain(work: Path) -> Callable[..., Path]:
-    """plain("F32"): a GGUF of the original with every matrix in one type that needs no importance."""
+def plain(work: Path, imatrix: Path) -> Callable[..., Path]:
+    """plain("F32"): a GGUF of the original with every matrix in one type."""
     made: dict[tuple[str, str], Path] = {}
 
-    def make(qtype: str, mla: str = "split") -> Path:
+    def get(qtype: str, mla: str = "split") -> Path:
         if (qtype, mla) not in made:
-            plan = pipeline.plan_model(MODEL, one_type(work, qtype, mla))
             out = work / f"tiny-{qtype}-{mla}.gguf"
-            quantize(pipeline.open_weights(MODEL), plan, {}, out, encoder("ggml"), fingerprint={})
-            made[qtype, mla] = out
+            made[qtype, mla] = make(out, one_type(work, qtype), imatrix, "--mla", mla)
         return made[qtype, mla]
 
-    return make
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -70,21 +86,20 @@ def quantized(work: Path, imatrix: Path) -> Callable[..., Path]:
     """quantized(recipe, target, mla): the file that `quantkit make` would write."""
     made: dict[tuple[str, str, str], Path] = {}
 
-    def make(recipe: str = "1.58bit", target: str = "llama.cpp", mla: str = "split") -> Path:
+    def get(recipe: str = "1.58bit", target: str = "llama.cpp", mla: str = "split") -> Path:
         key = (recipe, target, mla)
         if key not in made:
-            plan: Plan = pipeline.plan_model(MODEL, recipe, target, mla)
             out = work / f"tiny-{recipe}-{target}-{mla}.gguf"
-            made[key] = pipeline.quantize_model(pipeline.open_weights(MODEL), plan, imatrix, out)[0]
+            made[key] = make(out, recipe, imatrix, "--target", target, "--mla", mla)
         return made[key]
 
-    return make
+    return get
 
 
 @pytest.fixture(scope="session")
 def chunks() -> Callable[[int, int], torch.Tensor]:
     """chunks(n, t): tokens int64 [n, t] of the evaluation text, each row starting with BOS."""
-    source = CheckpointSource(pipeline.open_weights(MODEL))
+    source = reference()
     text, tokenizer = corpus.default("evaluation"), source.tokenizer()
 
     def cut(n: int, t: int) -> torch.Tensor:

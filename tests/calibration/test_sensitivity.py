@@ -1,0 +1,138 @@
+"""Forked streams against brute force: quantize one tensor, write the whole file, run everything."""
+
+import pytest
+import torch
+
+from quantkit import ggml, pipeline
+from quantkit.arch import deepseek
+from quantkit.calibration import sensitivity
+from quantkit.calibration.collect import collect
+from quantkit.calibration.corpus import chunk, default
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.planning.recipe import Recipe
+from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.stream import final_hidden, logit_tiles
+
+RULES = """
+name = "one"
+description = "one tensor"
+target = "llama.cpp"
+{rule}
+[[rules]]
+match = "*"
+qtype = "F32"
+why = "everything else stays as it is"
+"""
+ONE = """[[rules]]
+match = "{name}"
+qtype = "{qtype}"
+why = "the tensor under test"
+"""
+CASES = [
+    ("blk.1.ffn_gate_exps.weight", "IQ1_S"),
+    ("blk.2.ffn_up_exps.weight", "IQ2_XXS"),
+    ("blk.3.ffn_down_exps.weight", "Q2_K"),
+    ("blk.0.ffn_down.weight", "Q4_K"),
+    ("blk.2.ffn_up_shexp.weight", "Q4_K"),
+    ("blk.1.attn_kv_a_mqa.weight", "Q4_K"),
+    ("blk.2.attn_k_b.weight", "Q8_0"),
+    ("blk.3.attn_v_b.weight", "Q4_K"),
+    ("blk.1.attn_q_b.weight", "Q4_K"),
+    ("blk.2.attn_output.weight", "Q4_K"),
+    ("token_embd.weight", "Q4_K"),
+    ("output.weight", "Q4_K"),
+]
+
+
+@pytest.fixture(scope="module")
+def source(tiny):
+    return CheckpointSource(tiny)
+
+
+@pytest.fixture(scope="module")
+def chunks(source):
+    return chunk(default("evaluation"), source.tokenizer(), 0, 128, 512)
+
+
+@pytest.fixture(scope="module")
+def imatrix(source, chunks):
+    with torch.inference_mode():
+        return collect(source, chunks.tokens)
+
+
+@pytest.fixture(scope="module")
+def full(source, imatrix, chunks):
+    return sensitivity.measure(source, imatrix, chunks.tokens, tier="full")
+
+
+def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
+    """Independent of the forks: a GGUF file with one quantized tensor, read back and compared at the output."""
+    rule = ONE.format(name=name, qtype=qtype)
+    specs = deepseek.specs(source.config)
+    plan = pipeline.make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
+    path = folder / "one.gguf"
+    pipeline.quantize(source.checkpoint, plan, {k: v for k, v in imatrix.items() if k == name}, path,
+                      pipeline.encoder("ggml"), fingerprint={})  # fmt: skip
+    file = GGUFSource(path, hybrid=False)
+    with torch.inference_mode():
+        rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]
+        tiles = logit_tiles(source, rows[0]), logit_tiles(file, rows[1])
+        return compare(*tiles, scored_targets(chunks.targets)).summary()["kld_mean"]
+
+
+@pytest.mark.parametrize(("name", "qtype"), CASES)
+def test_full_tier_equals_brute_force(source, imatrix, chunks, full, name, qtype, tmp_path):
+    entry = next(e for e in full.entries if (e.tensor, e.qtype) == (name, qtype))
+    expected = brute_force(source, imatrix, chunks, name, qtype, tmp_path)
+    assert entry.kld == pytest.approx(expected, rel=0.02, abs=1e-7)
+
+
+def test_every_candidate_has_an_entry(source, full):
+    names = {(e.tensor, e.qtype) for e in full.entries}
+    for spec in deepseek.specs(source.config):
+        for qtype in sensitivity.candidates(spec, sensitivity.ROUTED_TYPES, sensitivity.OTHER_TYPES):
+            assert (spec.name, qtype) in names
+            entry = next(e for e in full.entries if (e.tensor, e.qtype) == (spec.name, qtype))
+            assert entry.n_bytes == spec.n_rows * ggml.row_bytes(qtype, spec.n_in)
+    assert len(names) == len(full.entries)
+
+
+def test_cheap_tier_ranks_like_the_full_one(source, imatrix, chunks, full):
+    from scipy.stats import spearmanr
+
+    cheap = sensitivity.measure(source, imatrix, chunks.tokens, tier="cheap")
+    theirs = {(e.tensor, e.qtype): e.kld for e in full.entries}
+    pairs = [(e.kld, theirs[e.tensor, e.qtype]) for e in cheap.entries]
+    assert spearmanr(*zip(*pairs, strict=True)).statistic > 0.9
+
+
+def test_more_bits_cost_less(full):
+    def total(qtype: str) -> float:
+        return sum(e.kld for e in full.entries if e.qtype == qtype and e.role.endswith("_exps"))
+
+    assert total("IQ1_S") > total("IQ2_XXS") > total("Q3_K") > total("Q4_K") > 0
+
+
+def test_prediction_sums_entries(full):
+    two = full.entries[3], full.entries[40]
+    types = {e.tensor: e.qtype for e in two} | {"output_norm.weight": "F32"}
+    assert full.predict(types) == pytest.approx(sum(e.kld for e in two))
+
+
+def test_round_trip_and_heat_map(full, tmp_path):
+    (tmp_path / "s.json").write_text(full.to_json())
+    assert sensitivity.Sensitivity.load(tmp_path / "s.json") == full
+    sensitivity.heat_map(full, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "bad.json").write_text('{"entries": 3}')
+    with pytest.raises(QuantkitError, match=r"bad\.json: not a sensitivity file"):
+        sensitivity.Sensitivity.load(tmp_path / "bad.json")
+
+
+def test_budget_chooses_the_tier(source, chunks):
+    def tier(budget: int):
+        return sensitivity.choose_tier(source, chunks.tokens, ("IQ1_S",), ("Q4_K",), budget)
+
+    assert tier(1 << 21) == ("full", len(chunks.tokens))
+    assert tier(2000)[0] == "cheap"
