@@ -87,9 +87,10 @@ mla_option = click.option("--mla", type=click.Choice(["split", "combined"]), def
 workers_option = click.option(
     "--workers", type=click.IntRange(1), default=None, help="Encoding threads. Default: cores."
 )
-encoder_option = click.option(
-    "--encoder", default="ggml", show_default=True, metavar="NAME", help="Who packs the blocks."
-)
+encoder_option = click.option("--encoder", default="auto", show_default=True, metavar="auto|quantkit|ggml",
+                              help="Who packs the blocks. auto: quantkit on a GPU and for small models.")  # fmt: skip
+effort_option = click.option("--effort", type=click.Choice(["fast", "normal", "best"]), default="normal",
+                             show_default=True, help="How long quantkit's encoders search.")  # fmt: skip
 split_option = click.option("--split-max-size", default="50G", show_default=True, metavar="SIZE",
                             help="Largest file, like 50G or 4096M; 0 for a single file.")  # fmt: skip
 restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
@@ -108,13 +109,14 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @calibration_options
 @click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 @encoder_option
+@effort_option
 @device_option
 @workers_option
 @split_option
 @restart_option
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
 def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, min_expert_tokens,
-         expert_tokens, ram, imatrix, encoder, device, workers, split_max_size, restart, verify):  # fmt: skip
+         expert_tokens, ram, imatrix, encoder, effort, device, workers, split_max_size, restart, verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -125,7 +127,7 @@ def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_token
         calibration=pipeline.Calibration(pipeline.TextChoice(data, column, tokens, chunk), min_expert_tokens,
                                          expert_tokens, parse_size(ram, "--ram") if ram else None),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk),
-        imatrix=imatrix, encoder=encoder, device=device, workers=workers,
+        imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
         split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify,
     )  # fmt: skip
     files, result = pipeline.make(model, folder, options)
@@ -210,19 +212,18 @@ def plan(model, recipe, target, mla, output):
 @click.option("--plan", "plan_file", type=FILE, required=True, help="plan.json of `quantkit plan`.")
 @click.option("--imatrix", type=FILE, required=True)
 @click.option("--output", "-o", type=OUT, required=True)
-@encoder_option
 @workers_option
 @split_option
 @restart_option
 @click.option("--overwrite", is_flag=True, help="Replace a finished file of that name.")
-def quantize(model, plan_file, imatrix, output, encoder, workers, split_max_size, restart, overwrite):
-    """Encode every tensor as planned and write the GGUF file(s). Resumes where an earlier run stopped."""
+def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
+    """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
     from quantkit import pipeline
     from quantkit.planning.plan import Plan
 
     chosen = Plan.from_json(plan_file.read_bytes(), str(plan_file))
     files = pipeline.quantize_model(
-        pipeline.open_weights(model), chosen, imatrix, output, encoder_name=encoder, workers=workers,
+        pipeline.open_weights(model), chosen, imatrix, output, workers=workers,
         split_max_bytes=parse_size(split_max_size), restart=restart, overwrite=overwrite,
     )  # fmt: skip
     click.echo("\n".join(map(str, files)))

@@ -1,11 +1,10 @@
-"""Encoders: float32 rows in, packed ggml blocks out. ggml's own is the reference; ours join it."""
+"""Encoders that need no more than an imatrix: float32 rows in, packed ggml blocks out."""
 
 from typing import Protocol
 
 import numpy as np
 
 from quantkit import ggml
-from quantkit.errors import QuantkitError
 
 
 class Encoder(Protocol):
@@ -25,11 +24,3 @@ class GgmlEncoder:
     def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         return ggml.quantize(qtype, rows, importance)
 
-
-ENCODERS: dict[str, type] = {"ggml": GgmlEncoder}
-
-
-def encoder(name: str) -> Encoder:
-    if name not in ENCODERS:
-        raise QuantkitError(f"--encoder {name}: unknown; choose from {', '.join(ENCODERS)}")
-    return ENCODERS[name]()

@@ -12,27 +12,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit import __version__, bundle
+from quantkit import __version__, bundle, onepass
 from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
-from quantkit.calibration import sensitivity
+from quantkit.calibration import coverage, sensitivity
 from quantkit.calibration.corpus import TextChoice, overlap
-from quantkit.calibration.measure import Calibration, calibrate, cut
-from quantkit.encoding import encoder
+from quantkit.calibration.measure import (
+    Calibration,
+    Steps,
+    calibrate,
+    checked_hidden_dtype,
+    cut,
+    job_of,
+    report_coverage,
+)
+from quantkit.calibration.state import PassState
+from quantkit.encoding import GgmlEncoder
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
-from quantkit.formats.imatrix import fit, load_imatrix
+from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
-from quantkit.quantize import fit_importance, quantize
+from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"
+SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
 
@@ -84,10 +94,10 @@ def imatrix_digest(imatrix: Imatrix) -> str:
     return whole.hexdigest()
 
 
-def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, *, encoder_name: str = "ggml",
-                   workers: int | None = None, split_max_bytes: int | None = None, restart: bool = False,
+def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, *, workers: int | None = None,
+                   split_max_bytes: int | None = None, restart: bool = False,
                    overwrite: bool = False) -> list[Path]:  # fmt: skip
-    """Encode every tensor of the plan and write the GGUF file(s); resumes."""
+    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes."""
     loaded, info = load_imatrix(imatrix_path)
     imatrix = fit_importance(plan, loaded)
     fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
@@ -97,7 +107,7 @@ def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: 
         "quantize.imatrix.chunks_count": U32(info.chunk_count),
     } | ({"quantize.imatrix.dataset": info.datasets[0]} if info.datasets else {})
     return quantize(
-        checkpoint, plan, imatrix, out, encoder(encoder_name), fingerprint=fingerprint, extra_metadata=extra,
+        checkpoint, plan, imatrix, out, GgmlEncoder(), fingerprint=fingerprint, extra_metadata=extra,
         workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite,
     )  # fmt: skip
 
@@ -158,7 +168,8 @@ class MakeOptions:
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
     imatrix: Path | None = None
-    encoder: str = "ggml"
+    encoder: str = "auto"
+    effort: str = "normal"
     device: str | None = None
     workers: int | None = None
     split_max_bytes: int | None = None
@@ -181,24 +192,80 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     _claim(folder, identity, options.restart)
     write_json(folder / PROVENANCE, identity)
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    imatrix = folder / IMATRIX
+    out = folder / f"{plan.model}-{plan.recipe}.gguf"
+    if (files := finished_files(out)) and not options.restart:
+        say(f"using {files[0]} from an earlier run")
+    elif choose_encoder(options, plan, device) == "quantkit":
+        files = make_in_one_pass(source_of(checkpoint, device), plan, out, folder / IMATRIX, options)
+    else:
+        files = make_in_two_steps(checkpoint, plan, out, folder / IMATRIX, options, device)
+    if not options.verify:
+        return files, None
+    return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+
+
+def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
+                      device: str) -> list[Path]:  # fmt: skip
+    """Calibrate (or take an imatrix that is there), then encode with ggml."""
     if options.imatrix:
         imatrix = options.imatrix
     elif imatrix.exists():
         say(f"using {imatrix} from an earlier run")
     else:
         calibrate(source_of(checkpoint, device), options.calibration, imatrix, options.restart)
-    out = folder / f"{plan.model}-{plan.recipe}.gguf"
-    if (files := finished_files(out)) and not options.restart:
-        say(f"using {files[0]} from an earlier run")
-    else:
-        files = quantize_model(
-            checkpoint, plan, imatrix, out, encoder_name=options.encoder, workers=options.workers,
-            split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True,
-        )  # fmt: skip
-    if not options.verify:
-        return files, None
-    return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+    return quantize_model(checkpoint, plan, imatrix, out, workers=options.workers,
+                          split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True)  # fmt: skip
+
+
+@torch.inference_mode()
+def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_path: Path,
+                     options: MakeOptions) -> list[Path]:  # fmt: skip
+    """Each layer is calibrated and encoded in one visit with our encoders; ggml writes what is left."""
+    how = options.calibration
+    text = how.text.corpus("calibration")
+    chunks = cut(text, source, how.text)
+    n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
+    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram)
+    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + options.effort)
+    if options.restart:
+        state.remove()
+    fingerprint = {"checkpoint": source.checkpoint.fingerprint(), "plan": plan.digest(), "calibration": state.job,
+                   "encoder": f"quantkit {options.effort}"}  # fmt: skip
+    extra = {
+        "quantize.imatrix.file": imatrix_path.name,
+        "quantize.imatrix.dataset": text.name,
+        "quantize.imatrix.chunks_count": U32(len(chunks.tokens)),
+    }
+    say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
+    with open_writer(source.checkpoint, plan, out, fingerprint=fingerprint, extra_metadata=extra, overwrite=True,
+                     split_max_bytes=options.split_max_bytes, restart=options.restart) as writer:  # fmt: skip
+        with track("layers", n_layer, "layers") as advance:
+            progress = Steps(advance)
+            measured, used = onepass.run(source, plan, chunks.tokens, writer, onepass.EncoderOptions(options.effort),
+                                         state, hidden_dtype=hidden_dtype, progress=progress)  # fmt: skip
+        if used:
+            say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
+        report_coverage(measured, n_tokens, how.min_expert_tokens)
+        measured = coverage.shrink(measured, how.min_expert_tokens)
+        save_imatrix(imatrix_path, measured, datasets=[text.name], chunk_count=len(chunks.tokens),
+                     chunk_size=how.text.chunk)  # fmt: skip
+        encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
+    state.remove()
+    return writer.files
+
+
+def choose_encoder(options: MakeOptions, plan: Plan, device: str) -> str:
+    """`auto`: our encoders on a GPU and for small models; on a CPU a large model would take days."""
+    if options.encoder not in ("auto", "quantkit", "ggml"):
+        raise QuantkitError(f"--encoder {options.encoder}: unknown; choose auto, quantkit or ggml")
+    if options.imatrix:
+        if options.encoder == "quantkit":
+            raise QuantkitError("--imatrix holds no second moments: quantkit's encoders need the text (leave it out)")
+        return "ggml"
+    if options.encoder != "auto":
+        return options.encoder
+    small = sum(tensor.n_weights for tensor in plan.tensors) <= SMALL_WEIGHTS
+    return "quantkit" if small or device != "cpu" else "ggml"
 
 
 def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
@@ -228,6 +295,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "plan": plan.digest(),
         "calibration": text,
         "encoder": options.encoder,
+        "effort": options.effort,
     }
 
 

@@ -46,26 +46,44 @@ def quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, path: Path, e
     """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
 
     imatrix: as `fit_importance` returns it for this plan.
+    """
+    writer = open_writer(checkpoint, plan, path, fingerprint=dict(fingerprint) | {"encoder": encoder.name},
+                         extra_metadata=extra_metadata, split_max_bytes=split_max_bytes, restart=restart,
+                         overwrite=overwrite)  # fmt: skip
+    with writer as out:
+        encode_pending(checkpoint, plan, imatrix, out, encoder, workers)
+    return out.files
+
+
+def open_writer(checkpoint: Checkpoint, plan: Plan, path: Path, *, fingerprint: Mapping[str, str],
+                extra_metadata: Mapping[str, Any] | None = None, split_max_bytes: int | None = None,
+                restart: bool = False, overwrite: bool = False) -> GGUFWriter:  # fmt: skip
+    """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
+    config = DeepseekConfig.from_hf(checkpoint.config)
+    checkpoint.validate(deepseek.source_shapes(config))
+    check_plan(plan, {spec.name: spec for spec in deepseek.specs(config, plan.mla)})
+    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
+    return GGUFWriter.open(path, plan.tensors, metadata, fingerprint=fingerprint, split_max_bytes=split_max_bytes,
+                           restart=restart, overwrite=overwrite)  # fmt: skip
+
+
+def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GGUFWriter, encoder: Encoder,
+                   workers: int | None = None) -> None:  # fmt: skip
+    """Write every row that is still missing.
+
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
     config = DeepseekConfig.from_hf(checkpoint.config)
-    checkpoint.validate(deepseek.source_shapes(config))
     specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
-    check_plan(plan, specs)
-    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
     workers = workers or os.cpu_count() or 1
-    writer = GGUFWriter.open(path, plan.tensors, metadata, fingerprint=fingerprint | {"encoder": encoder.name},
-                             split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite)  # fmt: skip
-    with writer as out:
-        jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
-        for qtype in sorted({job.tensor.qtype for job in jobs}):
-            ggml.prepare(qtype)
-        total = sum((job.stop - job.start) * job.spec.n_in for job in jobs) / 1e6
-        with track("quantize", total, "Mweights") as advance, ThreadPoolExecutor(workers) as pool:
-            for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
-                out.write(job.tensor.name, job.start, data)
-                advance((job.stop - job.start) * job.spec.n_in / 1e6)
-    return out.files
+    jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
+    for qtype in sorted({job.tensor.qtype for job in jobs}):
+        ggml.prepare(qtype)
+    total = sum((job.stop - job.start) * job.spec.n_in for job in jobs) / 1e6
+    with track("quantize", total, "Mweights") as advance, ThreadPoolExecutor(workers) as pool:
+        for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
+            out.write(job.tensor.name, job.start, data)
+            advance((job.stop - job.start) * job.spec.n_in / 1e6)
 
 
 def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:

@@ -16,27 +16,8 @@ import torch
 from encoder_harness import Harness, Variant, evaluate, plan_types, quantized
 from encoder_proxy import attention, moe, nothing, rms_norm, route, swiglu, yarn_tables
 
-from quantkit.encoders import Hessian, blend, second_moment
-from quantkit.encoders.hessian import damp
-
-
-def cross_moment(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of x yᵀ."""
-    share = (weight / weight.sum())[:, None]
-    return (x * share).T @ y
-
-
-def retarget(w: torch.Tensor, cross: torch.Tensor | None, extra: torch.Tensor | None, hessian: Hessian) -> torch.Tensor:
-    """The weights that give the wanted outputs from the quantized inputs, damped towards w.
-
-    cross: E[x x̂ᵀ], None: x = x̂. extra: E[r x̂ᵀ], an output wanted on top (what the layer still owes), or None.
-    """
-    damped = damp(hessian).matrix
-    added = torch.diag(damped.diagonal() - hessian.matrix.diagonal())
-    right = w @ ((hessian.matrix if cross is None else cross) + added)
-    if extra is not None:
-        right = right + extra
-    return torch.linalg.solve(damped.double(), right.T.double()).T.float().contiguous()
+from quantkit.encoders import blend, cross_moment, retarget, second_moment
+from quantkit.encoders.engine import EFFORTS, Effort
 
 
 def sensitivity(x, gate, up, down) -> torch.Tensor:
@@ -67,8 +48,10 @@ class Sequential:
         if qtype is None:
             return w
         crosses, extras = crosses or [None] * len(w), extras or [None] * len(w)
+        if "damp" in self.options:
+            hessians = [None if h is None else replace(h, tokens=h.tokens / 16) for h in hessians]
         parts = zip(w, crosses, extras, hessians, strict=True)
-        w = torch.stack([m if c is None and x is None else retarget(m, c, x, h) for m, c, x, h in parts])
+        w = torch.stack([m if c is None and x is None else retarget(m, h, c, x) for m, c, x, h in parts])
         gamma = dict(self.v.gamma)
         q = quantized(qtype, w, hessians, [None if h is None else h.diagonal for h in hessians], self.v)
         return q * gamma.get(names[0].rpartition(".")[2], gamma.get(qtype, 1.0))
@@ -180,6 +163,14 @@ class Sequential:
         self.mlp(b, "_shexp", [h], [hq], [norm], None, owed)
 
 
+def effort(text: str):
+    """A named effort, or one from its numbers."""
+    if text in EFFORTS:
+        return text
+    tries, passes, block_passes = (int(t) for t in text.split(","))
+    return Effort(True, tries, 1, passes, block_passes)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", type=Path)
@@ -187,11 +178,13 @@ def main() -> None:
     p.add_argument("text", type=Path)
     p.add_argument("--plan", nargs="+", default=["dyn158"])
     p.add_argument("--targets", nargs="+", default=["none", "down", "all"])
-    p.add_argument("--effort", default="normal")
+    p.add_argument("--effort", default="normal", help="fast, normal, best or tries,passes,block passes")
     p.add_argument("--gamma", type=float, nargs="+", default=[1.0])
     p.add_argument("--pseudo", type=float, default=0.0)
     p.add_argument("--chunks", type=int, default=30)
     p.add_argument("--cache", type=Path, required=True)
+    p.add_argument("--options", nargs="*", default=[], choices=["sens", "repair", "damp"])
+    p.add_argument("--share", type=float, default=0.0)
     p.add_argument("--device", default="cpu")
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -199,13 +192,14 @@ def main() -> None:
     for plan in a.plan:
         for targets in a.targets:
             for gamma in a.gamma:
-                v = Variant(effort=a.effort, pseudo=a.pseudo)
+                v = Variant(effort=effort(a.effort), pseudo=a.pseudo)
                 v = replace(v, gamma=tuple((t, gamma) for t in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "Q2_K")))
                 t = time.time()
-                q = Sequential(harness, plan, v, targets).run()
+                q = Sequential(harness, plan, v, targets, tuple(a.options), a.share).run()
                 r = evaluate(harness.config, q, harness.ids, harness.reference["reference"])
-                print(f"{plan:16s} sequential, targets {targets:5s} γ={gamma} {a.effort} pseudo={a.pseudo}: KLD "
-                      f"{r['kld']:.5f}  top-1 {r['top1']:.2f}  PPL {r['ppl']:.4f}  ({time.time() - t:.0f} s)", flush=True)  # fmt: skip
+                print(f"{plan} sequential {targets} {a.options} share={a.share} γ={gamma} {a.effort} pseudo={a.pseudo}: "
+                      f"KLD {r['kld']:.5f}  top-1 {r['top1']:.2f}  PPL {r['ppl']:.4f}  ({time.time() - t:.0f} s)",
+                      flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Accumulator:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
-    def observe(self, role: str, x: torch.Tensor) -> None:
+    def observe(self, role: str, x: torch.Tensor, _: torch.Tensor) -> None:
         """x [n, n_in], or [n, n_head, n_in] for weights with a matrix per head (which share one count)."""
         squares = x.float().square().sum(0, dtype=torch.float64)
         squares = squares.view(-1, x.shape[-1])

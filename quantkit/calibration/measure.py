@@ -12,7 +12,7 @@ from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
-from quantkit.progress import say, track
+from quantkit.progress import Advance, say, track
 from quantkit.runtime.sources import CheckpointSource
 from quantkit.runtime.stream import check_memory
 from quantkit.tensors import Importance
@@ -65,28 +65,38 @@ def cut(text: Corpus, source: CheckpointSource, choice: TextChoice) -> Chunks:
 def _pass(source: CheckpointSource, text: Corpus, chunks: Chunks, how: Calibration, out: Path,
           restart: bool) -> dict[str, Importance]:  # fmt: skip
     """One pass over the layers, resumable."""
-    n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
-    hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
-    limit, option = memory_limit(how.ram, source.device)
-    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
-    state = PassState(out.with_name(out.name + ".state"), _job(source, chunks))
+    n_tokens = chunks.tokens.numel()
+    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram)
+    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks))
     if restart:
         state.remove()
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
-    with track("calibrate", n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
-        done = 0
-
-        def progress(layers: int) -> None:
-            nonlocal done
-            advance((layers - done) * n_tokens / 1e3)
-            done = layers
-
-        imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, progress=progress)
+    with track("calibrate", source.config.n_layer, "layers") as advance:
+        imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, progress=Steps(advance))
     state.remove()
     return imatrix
 
 
-def _job(source: CheckpointSource, chunks: Chunks) -> str:
+class Steps:
+    """Turns "so many layers are done" into progress, layers of an earlier run included."""
+
+    def __init__(self, advance: Advance):
+        self.advance, self.done = advance, 0
+
+    def __call__(self, layers: int) -> None:
+        self.advance(layers - self.done)
+        self.done = layers
+
+
+def checked_hidden_dtype(source: CheckpointSource, n_tokens: int, ram: int | None) -> torch.dtype:
+    """float32 while hidden states are small. Refuses a pass that cannot fit in memory."""
+    hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
+    limit, option = memory_limit(ram, source.device)
+    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
+    return hidden_dtype
+
+
+def job_of(source: CheckpointSource, chunks: Chunks) -> str:
     """Identity of a pass: weights, tokens and arithmetic."""
     facts = f"{source.checkpoint.fingerprint()} {source.dtype} {source.device.type} {tuple(chunks.tokens.shape)} "
     return hashlib.sha256(facts.encode() + chunks.tokens.numpy().tobytes()).hexdigest()

@@ -2,17 +2,20 @@
 
 from quantkit.encoders.api import SUPPORTED, encode, encode_batch, encode_values
 from quantkit.encoders.hessian import Factor, Hessian, blend, damp, describe, prepare, second_moment
+from quantkit.encoders.targets import cross_moment, retarget
 
 __all__ = [
     "SUPPORTED",
     "Factor",
     "Hessian",
     "blend",
+    "cross_moment",
     "damp",
     "describe",
     "encode",
     "encode_batch",
     "encode_values",
     "prepare",
+    "retarget",
     "second_moment",
 ]

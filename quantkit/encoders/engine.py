@@ -25,8 +25,8 @@ use_fused = kernels is not None  # tests and benchmarks set it to False to compa
 class Effort:
     """How long to search.
 
-    feedback: carry errors forward (else each block alone). tries: scale codes of a codebook type to try in each block,
-    best guesses first, None for all. near: codes to try on either side of the scale and min of Q2_K and the scale of
+    feedback: carry errors forward (else each block alone). tries: pairs of scale and shift of a codebook type to try in
+    each block, best guesses first, None for all. near: codes to try on either side of the scale and min of Q2_K and the scale of
     other types that round each weight alone. passes: coordinate-descent passes; block_passes: such passes over whole
     blocks before them, with the neighbouring scales. beta: share of the error that is fed back.
     """
@@ -91,15 +91,22 @@ def combine(scales: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, 
     return scales[..., None].expand(shape).flatten(-2), offsets[..., None, :].expand(shape).flatten(-2)
 
 
-def hypotheses(fmt: Format, scales: torch.Tensor, offset: torch.Tensor, near: int):
-    """Codes to try in a block: scales [E, R, …, K] and what goes with them -> scale and offset codes [E, R, …, H]."""
-    if fmt.grid is None:
-        scales = around(scales[..., 0], near, len(fmt.multipliers))
-    if len(fmt.shifts) > 1:
-        shifts = torch.arange(len(fmt.shifts), device=scales.device)
-        return combine(scales, shifts.expand(*offset.shape, -1))
+def hypotheses(fmt: Format, scale: torch.Tensor, offset: torch.Tensor, near: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes to try in a block. Codebook types: the guessed pairs [E, R, …, K] themselves. Others: the neighbours of
+    the first guess -> scale and offset codes [E, R, …, H]."""
+    if fmt.grid is not None:
+        return scale, offset
     # A finer min than Q2_K's is near enough as it was fitted.
-    return combine(scales, around(offset, near if fmt.n_mins == 16 else 0, max(fmt.n_mins, 1)))
+    mins = around(offset[..., 0], near if fmt.n_mins == 16 else 0, max(fmt.n_mins, 1))
+    return combine(around(scale[..., 0], near, len(fmt.multipliers)), mins)
+
+
+def neighbours(fmt: Format, scale: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to try instead of the codes [E, R] that a block has."""
+    scales = around(scale, 1, len(fmt.multipliers))
+    if len(fmt.shifts) > 1:
+        return combine(scales, torch.arange(len(fmt.shifts), device=scale.device).expand(*scale.shape, -1))
+    return combine(scales, around(offset, 1 if fmt.n_mins == 16 else 0, max(fmt.n_mins, 1)))
 
 
 def encode_span(fmt: Format, target, weight, s, o, d, u, beta: float = 1.0):
@@ -170,7 +177,8 @@ def _superblock_fused(fmt, state, w, target, factor, start, effort) -> None:
     first = guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1), effort.tries)
     state.d[..., start // SUPERBLOCK] = first.d
     grid = fused.padded_grid(fmt, w.device)
-    prepared, codes = (grid, *fused.score_tables(fmt, metric, grid)), first.scale.int().contiguous()
+    prepared = grid, *fused.score_tables(fmt, metric, grid)
+    codes = (first.scale + 256 * first.offset).int().contiguous()
     for lo in range(0, SUPERBLOCK, fmt.block):
         hi = lo + fmt.block
         fused.feedback_block(fmt, state, w, target, factor, metric, prepared, codes, start + lo, lo)
@@ -215,10 +223,10 @@ def _superblock(fmt, state, w, target, factor, start, effort) -> None:
     for b in range(SUPERBLOCK // fmt.block):
         lo, hi = b * fmt.block, (b + 1) * fmt.block
         here = slice(start + lo, start + hi)
-        scale, offset = first.scale[..., b, :], first.offset[..., b]
+        scale, offset = first.scale[..., b, :], first.offset[..., b, :]
         if fmt.grid is None and b:
             scale, offset = refresh(fmt, target[..., lo:hi], weights[:, lo:hi], first.d, first.dmin)
-            scale = scale[..., None]
+            scale, offset = scale[..., None], offset[..., None]
         scales, offsets = hypotheses(fmt, scale, offset, effort.near)
         s, o = block_scale(fmt, first.d, first.dmin, scales, offsets)
         u = factor.u[:, here, here]
@@ -237,14 +245,16 @@ def fused_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: Stat
     h, grid = factor.h, fused.padded_grid(fmt, w.device)
     metrics = blocks(h)
     inverses = torch.linalg.inv(metrics)
+    error = state.q - w
     for start in range(0, w.shape[-1], SUPERBLOCK):
         groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
-        gradient = (state.q - w) @ h[:, :, start : start + SUPERBLOCK]
+        gradient = error @ h[:, :, start : start + SUPERBLOCK]
         metric, inverse = metrics[:, groups].contiguous(), inverses[:, groups].contiguous()
         prepared = grid, *fused.score_tables(fmt, metric, grid)
         for lo in range(0, SUPERBLOCK, 32):
             change = fused.descent_block(fmt, state, gradient, h, metric, inverse, prepared, start + lo, lo)
             here, rest = slice(start + lo, start + lo + 32), slice(start + lo + 32, start + SUPERBLOCK)
+            error[..., here] += change
             gradient[..., lo + 32 :].baddbmm_(change, h[:, here, rest])
 
 
@@ -272,7 +282,7 @@ def _revise(fmt, state, target, h, d, u, start, span) -> torch.Tensor:
     old_scale, old_offset = state.scale[..., index], state.offset[..., index]
     scales, offsets = old_scale[..., None], old_offset[..., None]
     if span == fmt.block:
-        scales, offsets = hypotheses(fmt, around(old_scale, 1, len(fmt.multipliers)), old_offset, 1)
+        scales, offsets = neighbours(fmt, old_scale, old_offset)
     s, o = block_scale(fmt, state.d[..., sb], state.dmin[..., sb], scales, offsets)
     _, best, entry, sign, value = encode_span(fmt, target, target, s, o, d, u)
     s, o = pick(s, best), pick(o, best)

@@ -104,7 +104,7 @@ def _put(g: tl.constexpr, at, start, n, s, o, a, b, bits, mask, grid, entry, sig
 
 @triton.jit
 def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multipliers, shifts, metric, table, factor,
-              grid, u, n, r, lo, start, superblock, n_scales, n_shifts: tl.constexpr,
+              grid, u, n, r, lo, start, superblock, tries: tl.constexpr,
               blocks: tl.constexpr, groups: tl.constexpr, signs: tl.constexpr, halves: tl.constexpr,
               entries: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
     """One block of `groups` · 8 columns at `start` (at `lo` in its superblock) for `rows` rows of matrix e."""
@@ -120,16 +120,17 @@ def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multi
     t = target + at[:, None] * 256 + lo + k[None, :]
     v = w + at[:, None] * n + start + k[None, :]
     step = tl.load(d + at * (n // 256) + superblock, mask=mask, other=0.0)
-    guesses += (at * blocks + lo // (groups * 8)) * n_scales
+    guesses += (at * blocks + lo // (groups * 8)) * tries
     guessed = tl.load(guesses, mask=mask, other=0)
     least = tl.full([rows], float("inf"), tl.float32)
     best_code, best_shift = guessed, guessed * 0
     a0, b0, s0 = guessed * 0, guessed * 0, guessed * 0
     a1, b1, s1, a2, b2, s2, a3, b3, s3 = a0, a0, a0, a0, a0, a0, a0, a0, a0
-    for h in range(n_scales * n_shifts):
-        code = tl.load(guesses + h // n_shifts, mask=mask, other=0)
+    for h in range(tries):
+        pair = tl.load(guesses + h, mask=mask, other=0)
+        code, shift = pair & 255, pair >> 8
         s = step * tl.load(multipliers + code)
-        o = s * tl.load(shifts + h % n_shifts)
+        o = s * tl.load(shifts + shift)
         x0 = tl.load(t, mask=mask[:, None], other=0.0)
         w0 = tl.load(v, mask=mask[:, None], other=0.0)
         c0, d0, z0, cost, e0 = _group(0, x0, w0, s, o, metric, table, factor, grid, signs, halves, entries, rows, tile)
@@ -154,7 +155,7 @@ def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multi
         better = cost < least
         least = tl.where(better, cost, least)
         best_code = tl.where(better, code, best_code)
-        best_shift = tl.where(better, h % n_shifts, best_shift)
+        best_shift = tl.where(better, shift, best_shift)
         a0, b0, s0 = tl.where(better, c0, a0), tl.where(better, d0, b0), tl.where(better, z0, s0)
         if groups > 1:
             a1, b1, s1 = tl.where(better, c1, a1), tl.where(better, d1, b1), tl.where(better, z1, s1)
@@ -272,14 +273,14 @@ def score_tables(fmt: Format, metric: torch.Tensor, grid: torch.Tensor) -> tuple
 def feedback_block(fmt: Format, state, w, target, factor: Factor, metric, prepared, codes, start: int, lo: int) -> None:
     """Encode the block of every row at column `start` into the state.
 
-    prepared: (grid, *score_tables); codes: int32 [E, R, blocks, K] the scale codes to try.
+    prepared: (grid, *score_tables); codes: int32 [E, R, blocks, K] what to try, scale + 256 · shift.
     """
     e, r, n = w.shape
     t, (grid, table, unit) = tables(fmt, w.device), prepared
     _feedback[(triton.cdiv(r, ROWS), e)](
         target, w, state.q, state.value, state.entry, state.sign, state.scale, state.offset, state.d, codes,
         t.multipliers, t.shifts, metric, table, unit, grid, factor.u, n, r, lo, start, start // SUPERBLOCK,
-        codes.shape[-1], len(fmt.shifts), SUPERBLOCK // fmt.block, fmt.block // GROUP, SIGNS[fmt.signs],
+        codes.shape[-1], SUPERBLOCK // fmt.block, fmt.block // GROUP, SIGNS[fmt.signs],
         GROUP // fmt.width, len(t.grid), ROWS, min(TILE, len(t.grid)), num_warps=WARPS,
     )  # fmt: skip
 
@@ -299,7 +300,7 @@ def descent_block(fmt: Format, state, gradient, h, metric, inverse, prepared, st
 
 
 @triton.jit
-def _products(image, unit, w, a, b, r, n, blocks, k, kinds: tl.constexpr, rows: tl.constexpr):
+def _products(image, unit, w, a, b, r, n, blocks: tl.constexpr, k, kinds: tl.constexpr, rows: tl.constexpr):
     """image [E, R, n] against every superblock of unit [E, R, kinds, n] and against w: one row block of A, and of b."""
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)

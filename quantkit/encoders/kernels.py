@@ -68,7 +68,7 @@ def best_entry(linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, b
 @triton.jit
 def _curves(x, weights, base, points, mids, steps, shifts, out, n, spans, span: tl.constexpr, n_points: tl.constexpr,
             n_steps: tl.constexpr, n_shifts: tl.constexpr, absolute: tl.constexpr, rows: tl.constexpr):  # fmt: skip
-    """Cost of rounding `span` weights of each row at every sampled scale, the least over shifts."""
+    """Cost of rounding `span` weights of each row at every sampled scale, for every shift."""
     e, b = tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     column = b * span + tl.arange(0, span)
@@ -81,7 +81,6 @@ def _curves(x, weights, base, points, mids, steps, shifts, out, n, spans, span: 
     for p in tl.static_range(n_points):
         s = unit * tl.load(points + p)
         inverse = (1.0 / s)[:, None]
-        least = tl.full([rows], float("inf"), tl.float32)
         for k in tl.static_range(n_shifts):
             shift = tl.load(shifts + k)
             y = t * inverse - shift
@@ -89,15 +88,15 @@ def _curves(x, weights, base, points, mids, steps, shifts, out, n, spans, span: 
             for i in tl.static_range(n_steps):
                 value += tl.where(y > tl.load(mids + i), tl.load(steps + i + 1), 0.0)
             error = value * s[:, None] - t
-            least = tl.minimum(least, tl.sum(error * error * w[None, :], axis=1))
-        tl.store(out + (at * spans + b) * n_points + p, least, mask=row < n)
+            cost = tl.sum(error * error * w[None, :], axis=1)
+            tl.store(out + ((at * spans + b) * n_shifts + k) * n_points + p, cost, mask=row < n)
 
 
 def curves(x, weights, base, points, levels, shifts, span: int, absolute: bool) -> torch.Tensor:
-    """As scales._curves before blocks are summed: x [E, N, 256] -> [E, N, 256/span, points]."""
+    """As scales._sampled: x [E, N, 256] -> [E, N, 256/span, shifts, points]."""
     e, n, width = x.shape
     spans = width // span
-    out = torch.empty(e, n, spans, len(points), device=x.device)
+    out = torch.empty(e, n, spans, len(shifts), len(points), device=x.device)
 
     def constants(values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=x.device)

@@ -22,8 +22,7 @@ CANDIDATES = np.arange(-4, 19) / 8  # log2 of the candidates for d · max(multip
 
 @dataclass(frozen=True)
 class Guess:
-    """d, dmin: float32 [E, N], exact in fp16. scale: int64 [E, N, blocks, K] codes worth trying, best first; offset:
-    int64 [E, N, blocks] min codes."""
+    """d, dmin: float32 [E, N], exact in fp16. scale, offset: int64 [E, N, blocks, K] pairs of codes, the best first."""
 
     d: torch.Tensor
     dmin: torch.Tensor
@@ -36,7 +35,7 @@ def to_fp16(x: torch.Tensor) -> torch.Tensor:
 
 
 def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:
-    """tries: how many scale codes of a codebook type to keep for each block; None for all."""
+    """tries: how many pairs of scale and shift of a codebook type to keep for each block; None for all."""
     if fmt.grid is not None:
         return _guess_codebook(fmt, x, weights, tries)
     return _guess_mins(fmt, x, weights) if fmt.n_mins else _guess_signed(fmt, x, weights)
@@ -76,24 +75,27 @@ def _levels_error(x: torch.Tensor, s: torch.Tensor, levels, shift: float) -> tor
 
 
 def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Cost of every block at the sampled scales: [E, N, blocks, points]."""
+    """Cost of every block at the sampled scales, for each shift of the block: [E, N, blocks, shifts, points]."""
     levels, shifts, span = _rounding(fmt.qtype)
     e, n, _ = x.shape
     if x.is_cuda and kernels is not None:
-        out = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
-        return out.view(e, n, SUPERBLOCK // fmt.block, -1, len(CURVE)).sum(3)
-    if fmt.signs != "grid":
-        x = x.abs()
+        cost = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
+    else:
+        cost = _sampled(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
+    cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
+    if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
+        cost = cost.amin(4, keepdim=True)
+    return cost.sum(3)
+
+
+def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
+    """Cost of rounding every `span` weights at the sampled scales: [E, N, 256/span, shifts, points]."""
     out = []
-    for point in CURVE:
-        s = (base * 2.0**point)[..., None]
-        costs = []
-        for shift in shifts:
-            error = _levels_error(x, s, levels, shift).square_() * weights[:, None]
-            costs.append(error.view(e, n, -1, span).sum(-1))
-        cost = torch.minimum(*costs) if len(costs) == 2 else costs[0]
-        out.append(cost.view(e, n, SUPERBLOCK // fmt.block, -1).sum(-1))
-    return torch.stack(out, -1)
+    for shift in shifts:
+        for point in CURVE:
+            error = _levels_error(x, (base * 2.0**point)[..., None], levels, shift).square_()
+            out.append((error * weights[:, None]).unflatten(-1, (-1, span)).sum(-1))
+    return torch.stack(out, -1).unflatten(-1, (len(shifts), -1))
 
 
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
@@ -101,16 +103,27 @@ def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
     level = math.sqrt(float((fmt.grid**2).mean()))
     base = (rms / level).clamp_min(1e-20)
-    curves = _curves(fmt, x, weights, base)
     matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
-    cost = (curves @ matrix).unflatten(-1, (len(CANDIDATES), -1))  # [E, N, blocks, candidates, codes]
-    best = cost.amin(-1).sum(2).argmin(-1)
+    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (len(CANDIDATES), -1))
+    best = cost.amin((3, 5)).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts, candidates, codes]
     d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
-    pick = best[..., None, None, None].expand(*cost.shape[:3], 1, cost.shape[-1])
-    chosen = cost.gather(3, pick).squeeze(3)
-    scale = chosen.topk(len(fmt.multipliers) if tries is None else tries, dim=-1, largest=False).indices
     d = torch.where(rms > 0, d, torch.zeros_like(d))
-    return Guess(d, torch.zeros_like(d), scale, torch.zeros_like(scale[..., 0]))
+    index = best[..., None, None, None, None].expand(*cost.shape[:4], 1, cost.shape[-1])
+    chosen = cost.gather(4, index).flatten(3)  # [E, N, blocks, shifts · codes]
+    pairs = least(chosen, chosen.shape[-1] if tries is None else tries)
+    codes = len(fmt.multipliers)
+    return Guess(d, torch.zeros_like(d), pairs % codes, pairs // codes)
+
+
+def least(cost: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k least values along the last dimension, in order."""
+    if k > 3:
+        return cost.topk(k, dim=-1, largest=False).indices
+    cost, out = cost.clone(), []
+    for _ in range(k):
+        out.append(cost.argmin(-1, keepdim=True))
+        cost.scatter_(-1, out[-1], float("inf"))
+    return torch.cat(out, -1)
 
 
 # -- weights rounded alone --------------------------------------------------------------------------------------------
@@ -179,7 +192,7 @@ def _guess_signed(fmt: Format, x, weights) -> Guess:
     peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
     d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
     code = _codes(s, d, low, high) - low
-    return Guess(d, torch.zeros_like(d), code[..., None], torch.zeros_like(code))
+    return Guess(d, torch.zeros_like(d), code[..., None], torch.zeros_like(code)[..., None])
 
 
 def _guess_mins(fmt: Format, x, weights) -> Guess:
@@ -189,7 +202,7 @@ def _guess_mins(fmt: Format, x, weights) -> Guess:
     top = len(fmt.multipliers) - 1
     d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))
     dmin, offset = _shared(m, fmt.n_mins - 1, energy)
-    return Guess(d, dmin, scale[..., None], offset)
+    return Guess(d, dmin, scale[..., None], offset[..., None])
 
 
 def _shared(value: torch.Tensor, top: int, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

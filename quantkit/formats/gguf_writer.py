@@ -122,6 +122,11 @@ class GGUFWriter:
         """Those of the (row_start, row_stop) that still have to be written."""
         return [(start, stop) for start, stop in slices if not self.done(name, start, stop)]
 
+    def sync(self) -> None:
+        """Everything written so far is on disk and in the ledger when this returns."""
+        with self._sync_lock:
+            self._sync()
+
     @property
     def done_bytes(self) -> int:
         """Bytes of tensor data written so far, earlier runs included."""

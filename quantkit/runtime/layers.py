@@ -6,6 +6,7 @@ is only a bag of callables. Attention works on the compressed cache (kv_lora + q
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,8 +16,11 @@ from quantkit.arch.config import DeepseekConfig
 from quantkit.runtime.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-Observer = Callable[[str, torch.Tensor], None]
-"""Called with a role (`attn_q_a`) and the input [n, n_in] (or [n, n_head, n_in]) of that weight."""
+Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Called with a role (`attn_q_a`), the input [n, n_in] (or [n, n_head, n_in]) of that weight, and each token's weight
+float32 [n]: 1 / mean square of its residual stream, by which an error there is divided before it reaches the logits."""
+
+See = Callable[[str, torch.Tensor], None]
 
 SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
 QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only within a tile
@@ -35,13 +39,13 @@ class Feed:
     up: Linear
     down: Linear
 
-    def __call__(self, x: torch.Tensor, observe: Observer | None = None, suffix: str = "") -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, observe: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
         if observe:
-            observe("ffn_gate" + suffix, x)
-            observe("ffn_up" + suffix, x)
+            observe("ffn_gate", x)
+            observe("ffn_up", x)
         hidden = F.silu(self.gate(x)) * self.up(x)
         if observe:
-            observe("ffn_down" + suffix, hidden)
+            observe("ffn_down", hidden)
         return self.down(hidden)
 
 
@@ -110,45 +114,46 @@ def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.
     cos, sin: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
     """
     n_seq, t, d = h.shape
+    see = None if observe is None else partial(_observe, observe, token_weight(h))
     x = rms_norm(h, block.attn_norm, config.rms_eps).reshape(-1, d).to(block.k_b.dtype)
-    q = _query(x, block, config, observe).view(n_seq, t, config.n_head, config.qk_head)
+    q = _query(x, block, config, see).view(n_seq, t, config.n_head, config.qk_head)
     q_nope, q_rope = q.split([config.qk_nope, config.qk_rope], dim=-1)
     q_rope = rotate(q_rope, cos[:, None], sin[:, None])
-    if observe:
-        observe("attn_kv_a_mqa", x)
+    if see:
+        see("attn_kv_a_mqa", x)
     latent, k_rope = block.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
     latent = rms_norm(latent, block.kv_a_norm, config.rms_eps)
     k_rope = rotate(k_rope, cos, sin)
-    if observe:
-        observe("attn_kv_b", latent.reshape(-1, config.kv_lora))
-        observe("attn_k_b", q_nope.reshape(-1, config.n_head, config.qk_nope))
-    if cache is None and observe is None:
+    if see:
+        see("attn_kv_b", latent.reshape(-1, config.kv_lora))
+        see("attn_k_b", q_nope.reshape(-1, config.n_head, config.qk_nope))
+    if cache is None and see is None:
         values = _expanded(q_nope, q_rope, latent, k_rope, block, config.softmax_scale)
     else:
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(block.k_b.dtype), block.k_b)
         mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
-        if observe:
-            observe("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
+        if see:
+            see("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
         values = torch.einsum("sthc,hvc->sthv", mixed.to(block.v_b.dtype), block.v_b)
     values = values.reshape(n_seq * t, -1)
-    if observe:
-        observe("attn_output", values)
+    if see:
+        see("attn_output", values)
     return block.output(values).view(n_seq, t, d)
 
 
-def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None) -> torch.Tensor:
+def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, see: See | None) -> torch.Tensor:
     if not isinstance(block.q, tuple):
-        if observe:
-            observe("attn_q", x)
+        if see:
+            see("attn_q", x)
         return block.q(x)
     q_a, norm, q_b = block.q
-    if observe:
-        observe("attn_q_a", x)
+    if see:
+        see("attn_q_a", x)
     low = rms_norm(q_a(x), norm, config.rms_eps)
-    if observe:
-        observe("attn_q_b", low)
+    if see:
+        see("attn_q_b", low)
     return q_b(low)
 
 
@@ -214,15 +219,26 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
     return expert, weight * config.weights_scale
 
 
-def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig,
-                 observe: Observer | None = None) -> torch.Tensor:  # fmt: skip
-    """Feed-forward output (residual not added) of normed x [n, d]."""
+def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None,
+                 weight_of_token: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token: for the observer."""
+    see = None if observe is None or weight_of_token is None else partial(_observe, observe, weight_of_token)
     if block.router is None or block.experts is None:
-        return block.feed(x, observe)
+        assert block.feed is not None
+        return block.feed(x, see)
     expert, weight = route(x, block.router, config)
-    if observe:
-        observe("ffn_gate_inp", x)
+    if see:
+        see("ffn_gate_inp", x)
     out = block.experts(x, expert, weight)
     if block.feed is not None:
-        out = out + block.feed(x, observe, "_shexp")
+        out = out + block.feed(x, None if see is None else lambda role, value: see(role + "_shexp", value))
     return out
+
+
+def token_weight(h: torch.Tensor) -> torch.Tensor:
+    """1 / mean square of the residual stream h [..., d] -> float32 [n]."""
+    return 1 / h.float().square().mean(-1).flatten().clamp_min(1e-20)
+
+
+def _observe(observe: Observer, weight: torch.Tensor, role: str, x: torch.Tensor) -> None:
+    observe(role, x, weight)

@@ -13,7 +13,16 @@ import torch
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.runtime.experts import StreamedExperts
-from quantkit.runtime.layers import SCORE_ELEMENTS, Block, Linear, Observer, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import (
+    SCORE_ELEMENTS,
+    Block,
+    Linear,
+    Observer,
+    attention,
+    feed_forward,
+    rms_norm,
+    token_weight,
+)
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import Source
 
@@ -61,8 +70,9 @@ def apply_block(hidden: torch.Tensor, block: Block, source: Source, cos: torch.T
     """One layer, in place, on hidden [n_chunk, t, d]."""
     apply_attention(hidden, block, source.config, cos, sin, observe)
     x = ffn_input(hidden, block, source)
+    weight = torch.cat([token_weight(part) for part in hidden.split(1)]) if observe else None
     flat = hidden.view(-1, hidden.shape[-1])
-    flat += feed_forward(x, block, source.config, observe)
+    flat += feed_forward(x, block, source.config, observe, weight)
 
 
 def apply_attention(hidden: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,

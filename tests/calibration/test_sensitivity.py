@@ -73,7 +73,7 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     plan = pipeline.make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
     pipeline.quantize(source.checkpoint, plan, {k: v for k, v in imatrix.items() if k == name}, path,
-                      pipeline.encoder("ggml"), fingerprint={})  # fmt: skip
+                      pipeline.GgmlEncoder(), fingerprint={})  # fmt: skip
     file = GGUFSource(path, hybrid=False)
     with torch.inference_mode():
         rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]

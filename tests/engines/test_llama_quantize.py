@@ -84,9 +84,7 @@ def test_same_bytes_in_every_type(turn: int, plain, imatrix: Path, tmp_path: Pat
 
 
 def all_types(folder: Path, turn: int) -> Path:
-    matrices = [
-        spec for spec in deepseek.specs(DeepseekConfig.from_hf(reference().checkpoint.config)) if not spec.fixed
-    ]
+    matrices = [spec for spec in deepseek.specs(reference().config) if not spec.fixed]
     names, rules, next_type = list(qtypes.QTYPES), "", turn
     for spec in matrices:
         qtype = names[next_type % len(names)]
@@ -124,8 +122,8 @@ def compare_importance(ours_path: Path, theirs_path: Path) -> None:
         entry = fit(entry, *mine.in_sum2.shape, name)  # llama-imatrix writes the heads of attn_k_b in one row
         assert mine.counts.shape == entry.counts.shape, name
         moved = max(moved, float(np.abs(mine.counts - entry.counts).sum() / entry.counts.sum()))
-        same = np.broadcast_to(mine.counts == entry.counts, len(entry.in_sum2))
-        norm = np.linalg.norm(entry.in_sum2[same])
-        worst = max(worst, float(np.linalg.norm(mine.in_sum2[same] - entry.in_sum2[same]) / norm) if norm else 0.0)
+        same = np.broadcast_to(mine.counts == entry.counts, len(entry.in_sum2)) & (entry.in_sum2.any(axis=1))
+        norms = np.linalg.norm(entry.in_sum2[same], axis=1)
+        worst = max([worst, *np.linalg.norm(mine.in_sum2[same] - entry.in_sum2[same], axis=1) / norms])
     print(f"{len(theirs)} entries: worst relative difference {worst:.2e}, counts moved by ties at most {moved:.2e}")
     assert worst < MAX_DIFFERENCE and moved < MAX_TIES

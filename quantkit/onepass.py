@@ -1,0 +1,190 @@
+"""Calibrate and encode a layer in the same visit, with quantkit's own encoders.
+
+Error feedback needs the second moments of every matrix's inputs. For R1 those of one layer's experts are 52 GB, so they
+are never stored: while an expert's weights and tokens are at hand, its moments are formed, its three matrices encoded
+and written, and everything is dropped. Attention, shared and dense matrices follow at the end of their layer. What this
+pass leaves (norms, embeddings, experts that no token reached, types without an encoder of ours) `quantize` writes with
+ggml afterwards, from the imatrix that the same pass collected.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from quantkit import encoders
+from quantkit.arch import deepseek
+from quantkit.calibration.collect import Accumulator
+from quantkit.calibration.state import PassState
+from quantkit.encoders import Hessian
+from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.planning.plan import Plan
+from quantkit.runtime.experts import ExpertVisit, StreamedExperts
+from quantkit.runtime.layers import Block, Observer
+from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.stream import stream
+from quantkit.tensors import Importance, TensorSpec
+
+SAME_INPUT = {  # roles that multiply the same rows share one moment
+    "attn_kv_a_mqa": "attn_q_a", "attn_q": "attn_q_a", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp",
+}  # fmt: skip
+GROUP_BYTES = 1 << 30  # moments of experts that are encoded together on a GPU
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """effort: fast, normal or best. gamma: factor on the scales by qtype. pseudo_tokens: weight of the layer's moments
+    in an expert's, as tokens."""
+
+    effort: str = "normal"
+    gamma: Mapping[str, float] = field(default_factory=dict)
+    pseudo_tokens: float = 64.0
+
+
+class Moments:
+    """Running weighted second moments of one input: float32 [n_in, n_in], or [n_head, n_in, n_in]."""
+
+    def __init__(self) -> None:
+        self.matrix: torch.Tensor | None = None
+        self.total = self.squares = 0.0
+
+    def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
+        scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
+        product = scaled.T @ scaled if x.ndim == 2 else torch.einsum("nhi,nhj->hij", scaled, scaled)
+        self.matrix = product if self.matrix is None else self.matrix.add_(product)
+        self.total += float(weight.sum())
+        self.squares += float(weight.double().square().sum())
+
+    def hessians(self) -> list[Hessian]:
+        """One per matrix."""
+        if self.matrix is None or not self.total > 0:
+            return [Hessian()]
+        mean = self.matrix / self.total
+        tokens = self.total**2 / self.squares
+        each = mean if mean.ndim == 3 else mean[None]
+        return [Hessian(matrix, matrix.diagonal().clone(), tokens) for matrix in each]
+
+
+class LayerEncoder:
+    """Watches one layer being computed and writes its tensors. used: which knowledge served how many matrices."""
+
+    def __init__(self, layer: int, source: CheckpointSource, plan: Plan, specs: Mapping[str, TensorSpec],
+                 out: GGUFWriter, how: EncoderOptions, used: Counter[str]):  # fmt: skip
+        self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
+        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
+        self.planned = {tensor.role: tensor for tensor in mine}
+        self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
+        self.statistics = Accumulator(layer, source.config.n_expert)
+        self.moments: dict[str, Moments] = {}
+        self.shared = Hessian()
+        self.waiting: list[tuple[ExpertVisit, Hessian, Hessian]] = []
+        n_in = source.config.d
+        self.group = max(1, GROUP_BYTES // (4 * n_in * n_in)) if source.device.type == "cuda" else 1
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        self.statistics.observe(role, x, weight)
+        if role == "ffn_gate_inp":  # comes before the experts, with the rows that they will share
+            self.weight = weight
+            self.shared = encoders.second_moment(x, weight)
+        elif role in self.planned and role not in SAME_INPUT:
+            self.moments.setdefault(role, Moments()).add(x, weight)
+
+    def visit(self, visit: ExpertVisit) -> None:
+        self.statistics.observe_expert(visit)
+        weight = self.weight[visit.tokens] * visit.weight.float().square()
+        own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
+        self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))
+        if len(self.waiting) >= self.group:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encode and write the experts that are waiting."""
+        if not self.waiting:
+            return
+        inner = [own for _, own, _ in self.waiting]
+        factor = None
+        for index, role in enumerate(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")):
+            if role not in self.planned:
+                continue
+            weights = torch.stack([visit.matrices[index].float() for visit, _, _ in self.waiting])
+            if role == "ffn_down_exps":
+                data = self._encode(role, weights, [down for _, _, down in self.waiting])
+            else:
+                if factor is None:
+                    full = self.how.effort != "fast"
+                    factor = encoders.prepare(inner, weights.shape[-1], self.source.device, full=full)
+                data = self._encode(role, weights, factor)
+            rows = weights.shape[1]
+            for (visit, _, _), packed in zip(self.waiting, data, strict=True):
+                self.out.write(self.planned[role].name, visit.expert * rows, packed)
+        self.waiting = []
+
+    def finish(self) -> dict[str, Importance]:
+        """Encode the layer's other matrices; returns its importance."""
+        self.flush()
+        for role, tensor in self.planned.items():
+            moments = self.moments.get(SAME_INPUT.get(role, role))
+            if moments is None or self.specs[role].is_routed:
+                continue
+            spec = self.specs[role]
+            hessians = moments.hessians()
+            per_matrix = spec.n_rows // spec.n_matrices
+            for matrix in range(spec.n_matrices):
+                self._whole(role, tensor.name, spec, matrix * per_matrix, per_matrix, hessians[matrix])
+        return self.statistics.finish()
+
+    def _whole(self, role: str, name: str, spec: TensorSpec, first: int, count: int, hessian: Hessian) -> None:
+        """One matrix, a slice of rows at a time under one factor."""
+        full = self.how.effort != "fast"
+        factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
+        for start, stop in deepseek.slices(spec):
+            if first <= start < first + count:
+                rows = deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop,
+                                     str(self.source.device))  # fmt: skip
+                self.out.write(name, start, self._encode(role, rows[None], factor)[0])
+        self.used[encoders.describe(hessian)] += 1
+
+    def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
+        qtype = self.planned[role].qtype
+        if isinstance(knowledge, list):
+            self.used.update(encoders.describe(hessian) for hessian in knowledge)
+        elif weights.shape[0] > 1 or self.specs[role].is_routed:
+            self.used["full"] += weights.shape[0]
+        return encoders.encode_batch(qtype, weights, knowledge, effort=self.how.effort,
+                                     gamma=self.how.gamma.get(qtype, 1.0), device=self.source.device)  # fmt: skip
+
+
+def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWriter, how: EncoderOptions,
+        state: PassState, *, hidden_dtype: torch.dtype = torch.float32,
+        progress: Callable[[int], None] | None = None) -> tuple[dict[str, Importance], Counter[str]]:  # fmt: skip
+    """One pass over the layers: importance of all, and the rows of every matrix that our encoders can write.
+
+    Resumes at the layer where an earlier run stopped: that layer is encoded anew, to the same bytes.
+    """
+    specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
+    hidden, start = state.resume()
+    imatrix = state.entries(start)
+    used: Counter[str] = Counter()
+    if progress and start:
+        progress(start)
+    current: LayerEncoder | None = None
+
+    def before(layer: int, block: Block) -> Observer:
+        nonlocal current
+        current = LayerEncoder(layer, source, plan, specs, out, how, used)
+        if isinstance(block.experts, StreamedExperts):
+            block.experts.observe = current.visit
+        return current.observe
+
+    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype):
+        assert current is not None
+        entries = current.finish()
+        imatrix |= entries
+        out.sync()  # the state must not say that a layer is done before its bytes are safe
+        state.save(layer.index, layer.hidden, entries)
+        if progress:
+            progress(layer.index + 1)
+    return imatrix, used
