@@ -79,21 +79,24 @@ class LayerEncoder:
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
         self.statistics = Accumulator(layer, source.config.n_expert)
         self.moments: dict[str, Moments] = {}
-        self.shared = Hessian()
+        self.weights: list[torch.Tensor] = []
+        self.shared: Hessian | None = None
         self.waiting: list[tuple[ExpertVisit, Hessian, Hessian]] = []
         n_in = source.config.d
         self.group = max(1, GROUP_BYTES // (4 * n_in * n_in)) if source.device.type == "cuda" else 1
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         self.statistics.observe(role, x, weight)
-        if role == "ffn_gate_inp":  # comes before the experts, with the rows that they will share
-            self.weight = weight
-            self.shared = encoders.second_moment(x, weight)
-        elif role in self.planned and role not in SAME_INPUT:
+        if role == "ffn_gate_inp":  # comes before the experts, with all the rows that they will share out
+            self.weights.append(weight)
+        if role == "ffn_gate_inp" or (role in self.planned and role not in SAME_INPUT):
             self.moments.setdefault(role, Moments()).add(x, weight)
 
     def visit(self, visit: ExpertVisit) -> None:
         self.statistics.observe_expert(visit)
+        if self.shared is None:
+            self.shared = self.moments["ffn_gate_inp"].hessians()[0]
+            self.weight = torch.cat(self.weights)
         weight = self.weight[visit.tokens] * visit.weight.float().square()
         own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
         self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))

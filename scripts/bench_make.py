@@ -46,8 +46,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds of wall time; cpu: seconds of all its threads, which other load disturbs less; rss, pss: peak bytes of the
-    process tree; largest: peak bytes of its biggest process."""
+    """seconds of wall time; cpu: seconds of all threads, which other load on the machine disturbs less; rss, pss: peak
+    bytes of the process tree; largest: peak bytes of its biggest process."""
 
     seconds: float
     cpu: float
@@ -147,8 +147,9 @@ def ours(job: Job, folder: Path) -> dict[str, Cost]:
 def types_file(job: Job, folder: Path) -> Path:
     """The recipe's types in llama-quantize's own words. Planned in a child: a process starts with its parent's peak."""
     plan, path = folder / "plan.json", folder / "types.txt"
-    subprocess.run([sys.executable, "-m", "quantkit", "plan", job.checkpoint, "--recipe", job.recipe, "--target",
-                    "llama.cpp", "--mla", job.mla, "--output", plan], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    command = [sys.executable, "-m", "quantkit", "plan", job.checkpoint, "--recipe", job.recipe,
+               "--target", "llama.cpp", "--mla", job.mla, "--output", plan]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     tensors = [t for t in json.loads(plan.read_text())["tensors"] if len(t["shape"]) > 1]
     path.write_text("".join(f"^{re.escape(t['name'])}$={t['qtype'].lower()}\n" for t in tensors))
     return path
@@ -168,7 +169,8 @@ def theirs(job: Job, folder: Path, tools: dict[str, str], types: Path) -> dict[s
 
 
 def row(name: str, cost: Cost) -> str:
-    return f"{name:<12}{cost.seconds:>9.1f}{cost.cpu:>9.1f}{cost.rss / 1e6:>10.0f}{cost.pss / 1e6:>10.0f}{cost.largest / 1e6:>10.0f}"
+    megabytes = "".join(f"{size / 1e6:>10.0f}" for size in (cost.rss, cost.pss, cost.largest))
+    return f"{name:<12}{cost.seconds:>9.1f}{cost.cpu:>9.1f}{megabytes}"
 
 
 @click.command(help=__doc__.split("\n\n")[0])

@@ -43,7 +43,7 @@ class Sequential:
             self.q[name] = self.encode([name], self.w[name][None], [hessian])[0]
 
     def encode(self, names: list[str], w: torch.Tensor, hessians: list, crosses=None, extras=None) -> torch.Tensor:
-        """w [E, rows, n_in]: the rows of the matrices `names` (of one type), stacked; a Hessian and cross for each E."""
+        """w [E, rows, n_in]: the rows of the matrices `names` (of one type), stacked; a Hessian for each E."""
         qtype = self.types.get(names[0])
         if qtype is None:
             return w
@@ -197,9 +197,9 @@ def main() -> None:
                 t = time.time()
                 q = Sequential(harness, plan, v, targets, tuple(a.options), a.share).run()
                 r = evaluate(harness.config, q, harness.ids, harness.reference["reference"])
-                print(f"{plan} sequential {targets} {a.options} share={a.share} γ={gamma} {a.effort} pseudo={a.pseudo}: "
-                      f"KLD {r['kld']:.5f}  top-1 {r['top1']:.2f}  PPL {r['ppl']:.4f}  ({time.time() - t:.0f} s)",
-                      flush=True)  # fmt: skip
+                label = f"{plan} sequential {targets} {a.options} share={a.share} γ={gamma} {a.effort} {a.pseudo}"
+                scores = f"KLD {r['kld']:.5f}  top-1 {r['top1']:.2f}  PPL {r['ppl']:.4f}"
+                print(f"{label}: {scores}  ({time.time() - t:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

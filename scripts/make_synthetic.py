@@ -28,13 +28,13 @@ class Pool:
     def __init__(self, seed: int):
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(POOL, generator=generator) * 100
-        self.values = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+        self.values = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).repeat(2)
         self.offset = 0
 
     def take(self, n: int) -> torch.Tensor:
         self.offset = (self.offset + 104_729) % POOL
-        rolled = torch.cat((self.values[self.offset :].view(torch.uint8), self.values[: self.offset].view(torch.uint8)))
-        return rolled.repeat(-(-n // POOL))[:n].view(torch.float8_e4m3fn)
+        turned = self.values[self.offset : self.offset + POOL]
+        return (turned if n <= POOL else turned.repeat(-(-n // POOL)))[:n].clone().view(torch.float8_e4m3fn)
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str, pool: Pool, n_in: dict[str, int]) -> torch.Tensor:

@@ -25,10 +25,10 @@ use_fused = kernels is not None  # tests and benchmarks set it to False to compa
 class Effort:
     """How long to search.
 
-    feedback: carry errors forward (else each block alone). tries: pairs of scale and shift of a codebook type to try in
-    each block, best guesses first, None for all. near: codes to try on either side of the scale and min of Q2_K and the scale of
-    other types that round each weight alone. passes: coordinate-descent passes; block_passes: such passes over whole
-    blocks before them, with the neighbouring scales. beta: share of the error that is fed back.
+    feedback: carry errors forward (else each block alone). tries: pairs of scale and shift of a codebook type to try
+    in each block, best guesses first, None for all. near: neighbours to try of the scale (Q2_K: and the min) of types
+    that round each weight alone. passes: coordinate-descent passes over groups; block_passes: so many of them are
+    preceded by one over whole blocks, with neighbouring scales. beta: share of the error that is fed back.
     """
 
     feedback: bool

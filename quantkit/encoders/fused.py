@@ -196,8 +196,8 @@ def _descend(g: tl.constexpr, at, start, n, gradient, s, o, mask, metric, invers
 
 @triton.jit
 def _descent(gradient, change, q, value, entry, sign, scale, offset, d, multipliers, shifts, metric, inverse, table,
-             factor, grid, hessian, n, r, lo, start, superblock, per_block: tl.constexpr, signs: tl.constexpr, halves: tl.constexpr, entries: tl.constexpr, rows: tl.constexpr,
-             tile: tl.constexpr):  # fmt: skip
+             factor, grid, hessian, n, r, lo, start, superblock, per_block: tl.constexpr, signs: tl.constexpr,
+             halves: tl.constexpr, entries: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
     """Coordinate descent over four groups of 8 columns at `start`, under the scales that they have."""
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)

@@ -2,8 +2,9 @@
 
 `H = E[x xᵀ]` over calibration tokens measures a row's output error: (w − q) H (w − q)ᵀ. The feedback follows
 LDLQ (QuIP, arXiv 2307.13304, equivalent to GPTQ, arXiv 2210.17323) in blocks of 8 columns:
-`H = (I + U) D (I + U)ᵀ` with U strictly block-upper and D block-diagonal, so that the error of columns that are already
-encoded moves the target of the later ones: `T = W + (W − Q) U`, and the loss is the sum of `(T_g − Q_g) D_g (T_g − Q_g)ᵀ`.
+`H = (I + U) D (I + U)ᵀ` with U strictly block-upper and D block-diagonal, so that the error of columns that are
+already encoded moves the target of the later ones: `T = W + (W − Q) U`, and the loss is the sum over groups of
+`(T_g − Q_g) D_g (T_g − Q_g)ᵀ`.
 """
 
 from dataclasses import dataclass, replace

@@ -7,7 +7,6 @@ x [E, N, 256] (targets), weights [E, 256] (diagonal of the metric).
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,11 +45,13 @@ def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None
 
 @cache
 def _rounding(qtype: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Levels of |v| or v, the shifts to try, and how many weights share a shift."""
+    """Levels of |v| or v, evenly spaced (25 stands at 25.5, 62 at 60), the shifts to try, and how many weights share a
+    shift."""
     if qtype.startswith("IQ1"):
         return (-1.0, 0.0, 1.0), (0.125, -0.125), 32 if qtype == "IQ1_S" else 8
-    odd = {"IQ2": (8.0, 25.0, 43.0), "IQ3_XXS": (4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0)}
-    return odd.get(qtype[:3], odd.get(qtype, tuple(float(v) for v in range(1, 16, 2)))), (0.0,), 8
+    span = 16 if qtype in ("IQ2_XS", "IQ2_S") else 32
+    levels = {"IQ3_XXS": range(4, 61, 8), "IQ3_S": range(1, 16, 2)}.get(qtype, (8.0, 25.5, 43.0))
+    return tuple(float(v) for v in levels), (0.0,), span
 
 
 @cache
@@ -63,15 +64,6 @@ def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
     matrix[low, np.arange(s.size)] = 1 - (position - low)
     matrix[low + 1, np.arange(s.size)] = position - low
     return matrix
-
-
-def _levels_error(x: torch.Tensor, s: torch.Tensor, levels, shift: float) -> torch.Tensor:
-    """x − s · (nearest level + shift), elementwise."""
-    y = x / s - shift if shift else x / s
-    value = torch.full_like(y, levels[0] + shift)
-    for low, high in pairwise(levels):
-        value += (y > (low + high) / 2) * (high - low)
-    return value.mul_(s).sub_(x)
 
 
 def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -90,11 +82,16 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
 
 def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
     """Cost of rounding every `span` weights at the sampled scales: [E, N, 256/span, shifts, points]."""
+    step, top = levels[1] - levels[0], len(levels) - 1
+    owner = torch.arange(SUPERBLOCK, device=x.device)[:, None] // span
+    sums = (owner == torch.arange(SUPERBLOCK // span, device=x.device)) * weights[..., None]  # [E, 256, spans]
+    unit = x / (base * step)[..., None]
     out = []
     for shift in shifts:
         for point in CURVE:
-            error = _levels_error(x, (base * 2.0**point)[..., None], levels, shift).square_()
-            out.append((error * weights[:, None]).unflatten(-1, (-1, span)).sum(-1))
+            y = (unit * 2.0**-point).sub_((levels[0] + shift) / step)
+            error = y.round().clamp_(0, top).sub_(y).square_()
+            out.append((error @ sums) * (base * (2.0**point * step)).square()[..., None])
     return torch.stack(out, -1).unflatten(-1, (len(shifts), -1))
 
 

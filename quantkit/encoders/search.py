@@ -125,7 +125,7 @@ def round_to_levels(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """The nearest level and its index, for any shape."""
     levels = tables(fmt, x.device).levels
     if fmt.qtype == "IQ4_XS":
-        index = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+        index = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
         return levels[index], index
     value = x.round().clamp(fmt.levels[0], fmt.levels[-1])
     return value, (value - fmt.levels[0]).long()

@@ -1,4 +1,4 @@
-"""Targets for encoding layer after layer: what a matrix should give when its inputs already went through quantized ones.
+"""Targets for encoding layer after layer: what a matrix should give when its inputs went through quantized ones.
 
 With x the original inputs of a matrix and x̂ the inputs that it will really see, the row that best keeps the original
 output is `W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹`; encode that under `H = E[x̂ x̂ᵀ]`. An output r that the layer still owes to the residual

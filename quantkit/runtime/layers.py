@@ -23,6 +23,7 @@ float32 [n]: 1 / mean square of its residual stream, by which an error there is 
 See = Callable[[str, torch.Tensor], None]
 
 SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
+FFN_TOKENS = 8192  # tokens per tile of routing, shared and dense feed-forward
 QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only within a tile
 
 
@@ -221,17 +222,30 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
 
 def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None,
                  weight_of_token: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-    """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token: for the observer."""
-    see = None if observe is None or weight_of_token is None else partial(_observe, observe, weight_of_token)
+    """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: for the observer.
+
+    Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries.
+    """
+
+    def see(begin: int, suffix: str = "") -> See | None:
+        if observe is None or weight_of_token is None:
+            return None
+        weight = weight_of_token[begin : begin + FFN_TOKENS]
+        return lambda role, value: observe(role + suffix, value, weight)
+
+    tiles = list(enumerate(x.split(FFN_TOKENS)))
     if block.router is None or block.experts is None:
         assert block.feed is not None
-        return block.feed(x, see)
-    expert, weight = route(x, block.router, config)
-    if see:
-        see("ffn_gate_inp", x)
-    out = block.experts(x, expert, weight)
+        return torch.cat([block.feed(part, see(i * FFN_TOKENS)) for i, part in tiles])
+    routes = []
+    for i, part in tiles:
+        routes.append(route(part, block.router, config))
+        if tell := see(i * FFN_TOKENS):
+            tell("ffn_gate_inp", part)
+    out = block.experts(x, *(torch.cat(parts) for parts in zip(*routes, strict=True)))
     if block.feed is not None:
-        out = out + block.feed(x, None if see is None else lambda role, value: see(role + "_shexp", value))
+        for i, part in tiles:
+            out[i * FFN_TOKENS : (i + 1) * FFN_TOKENS] += block.feed(part, see(i * FFN_TOKENS, "_shexp"))
     return out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantkit import ggml
-from quantkit.encoders import SUPPORTED, Hessian, encode, encode_batch, second_moment
+from quantkit.encoders import SUPPORTED, Hessian, cross_moment, encode, encode_batch, retarget, second_moment
 from quantkit.encoders.api import formats, pack
 from quantkit.encoders.engine import EFFORTS, encode_rows
 from quantkit.encoders.hessian import prepare
@@ -47,7 +47,10 @@ def test_bytes_decode_to_what_the_engine_chose(qtype, effort):
 @pytest.mark.parametrize("qtype", TYPES)
 def test_feedback_beats_independent_rounding(qtype):
     w, hessian = data()
-    fast, normal = (output_error(w, decode(qtype, encode(qtype, w, hessian, effort=e)), hessian) for e in ("fast", "normal"))  # fmt: skip
+    fast, normal = (
+        output_error(w, decode(qtype, encode(qtype, w, hessian, effort=effort)), hessian)
+        for effort in ("fast", "normal")
+    )
     assert normal < 0.85 * fast
 
 
@@ -114,3 +117,20 @@ def test_gamma_scales_the_weights():
 def test_wrong_row_length_names_the_type():
     with pytest.raises(Exception, match="Q4_K"):
         encode("Q4_K", torch.zeros(2, 300))
+
+
+def test_coarsest_types_without_a_hessian_take_ggmls_bytes(monkeypatch):
+    (a, ha), (b, _) = data(rows=6, seed=1), data(rows=6, seed=2)
+    theirs = np.full((6, ggml.row_bytes("IQ1_S", 512)), 7, np.uint8)
+    monkeypatch.setattr(ggml, "quantize", lambda qtype, rows, importance: theirs)
+    both = encode_batch("IQ1_S", torch.stack([b, a]), [Hessian(diagonal=torch.ones(512)), ha])
+    assert np.array_equal(both[0], theirs)
+    assert np.array_equal(both[1], encode("IQ1_S", a, ha))
+
+
+def test_retarget_undoes_a_linear_change_of_the_inputs():
+    """If the inputs come out 10 % short, the weights grow."""
+    w, x = torch.randn(4, 256), torch.randn(4096, 256)
+    hessian, cross = second_moment(0.9 * x), cross_moment(x, 0.9 * x, torch.ones(4096))
+    assert torch.allclose(retarget(w, hessian, cross), w / 0.9, rtol=0.05, atol=0.05)
+    assert torch.allclose(retarget(w, hessian), w, atol=1e-4)

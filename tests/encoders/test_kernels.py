@@ -66,7 +66,10 @@ def test_curves_kernel(qtype):
 def test_encode_on_the_gpu_is_as_good_as_on_the_cpu(qtype, effort):
     """Not the same bytes (sums in another order choose other near-ties), but the same output error within 2 %."""
     w, hessian = data(rows=64)
-    errors = [output_error(w, decode(qtype, encode(qtype, w, hessian, effort=effort, device=d)), hessian) for d in ("cpu", "cuda")]  # fmt: skip
+    errors = []
+    for device in ("cpu", "cuda"):
+        q = decode(qtype, encode(qtype, w, hessian, effort=effort, device=device))
+        errors.append(output_error(w, q, hessian))
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quantkit import bundle
-from quantkit.runtime.layers import Block, route
+from quantkit.runtime.layers import Block
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import stream
 
@@ -40,17 +40,20 @@ class Visit:
 
 @torch.inference_mode()
 def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
-    """Real inputs of every MoE layer, rounded to BF16 as kt-kernel takes them."""
+    """Real inputs of every MoE layer, rounded to BF16 as kt-kernel takes them, and what the experts answer."""
     found: dict[int, Visit] = {}
 
-    def before(layer: int, block: Block):
-        def observe(role: str, x: torch.Tensor) -> None:
-            if role == "ffn_gate_inp":
-                x = x.bfloat16().float()
-                expert, weight = route(x, block.router, source.config)
-                found[layer] = Visit(x, expert, weight, block.experts(x, expert, weight))
+    def before(layer: int, block: Block) -> None:
+        inner = block.experts
+        if inner is None:
+            return
 
-        return observe
+        def recorded(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            x = x.bfloat16().float()
+            found[layer] = Visit(x, expert, weight, inner(x, expert, weight))
+            return found[layer].out
+
+        block.experts = recorded
 
     for _ in stream(source, tokens, before):
         pass
