@@ -133,14 +133,15 @@ class Job:
     chunk: int
     recipe: str
     mla: str
+    encoder: str
     threads: int
 
 
 def ours(job: Job, folder: Path) -> dict[str, Cost]:
     command = [sys.executable, "-m", "quantkit", "make", job.checkpoint, "--recipe", job.recipe,
                "--target", "llama.cpp", "--mla", job.mla, "--data", job.text, "--tokens", job.chunks * job.chunk,
-               "--chunk", job.chunk, "--workers", job.threads, "--device", "cpu", "--no-verify",
-               "--output", folder / "ours"]  # fmt: skip
+               "--chunk", job.chunk, "--encoder", job.encoder, "--workers", job.threads, "--device", "cpu",
+               "--no-verify", "--output", folder / "ours"]  # fmt: skip
     return {"make": measure([str(part) for part in command], job.threads, folder / "ours.log")}
 
 
@@ -181,17 +182,20 @@ def row(name: str, cost: Cost) -> str:
 @click.option("--converter-python", default=sys.executable, show_default=True)
 @click.option("--recipe", default="1.58bit", show_default=True)
 @click.option("--mla", default="split", show_default=True)
+@click.option("--encoder", default="ggml", show_default=True, help="ggml: llama.cpp's own encoders, on both sides.")
 @click.option("--chunks", default=120, show_default=True)
 @click.option("--chunk", default=512, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
 @click.option("--repeat", default=3, show_default=True)
-def main(checkpoint, text, llama_bin, converter, converter_python, recipe, mla, chunks, chunk, threads, repeat):
+def main(
+    checkpoint, text, llama_bin, converter, converter_python, recipe, mla, encoder, chunks, chunk, threads, repeat
+):
     tools = {"converter": converter, "python": converter_python}
     for name in ("llama-imatrix", "llama-quantize"):
         tools[name] = shutil.which(name, path=llama_bin)
         if not tools[name]:
             raise click.ClickException(f"no {name} in {llama_bin}")
-    job = Job(checkpoint, text, chunks, chunk, recipe, mla, threads)
+    job = Job(checkpoint, text, chunks, chunk, recipe, mla, encoder, threads)
     ratios: dict[str, list[float]] = {key: [] for key in ("seconds", "cpu", "rss", "pss", "largest")}
     print(f"{checkpoint.name}, {recipe}, {chunks} x {chunk} tokens, {threads} threads, {repeat} pairs")
     for turn in range(repeat):

@@ -19,11 +19,12 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """The folder that `make --recipe 1.58bit` leaves, with little text."""
+    """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text."""
     folder = tmp_path_factory.mktemp("made")
     options = pipeline.MakeOptions(
         calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
         evaluation=pipeline.TextChoice(n_tokens=4096),
+        encoder="ggml",
     )
     pipeline.make("tiny-r1", folder, options)
     return folder

@@ -58,6 +58,7 @@ def test_rerun_uses_what_is_there_and_another_job_is_refused(made):
     options = pipeline.MakeOptions(
         calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
         evaluation=pipeline.TextChoice(n_tokens=4096),
+        encoder="ggml",
         verify=False,
     )
     pipeline.make("tiny-r1", made, options)

@@ -33,7 +33,7 @@ def available() -> bool:
 
 
 def logits(model: Path, tokens: np.ndarray, *, step: int | None = None, cache: str = "f16",
-           flash_attention: int = -1, n_threads: int = 2) -> np.ndarray:  # fmt: skip
+           flash_attention: int = -1, n_threads: int = 1) -> np.ndarray:  # fmt: skip
     """float32 [n_chunk, t, n_vocab] for tokens int [n_chunk, t]: every chunk is a fresh sequence from position 0.
 
     step: tokens per llama_decode call (default: the whole chunk); 1 is token by token. cache: type of K and V.
