@@ -59,10 +59,9 @@ def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
 
 def common_text(command):
     chunk = click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk.")
-    column = click.option(
-        "--column", default="text", show_default=True, help="Text column of datasets and jsonl files."
-    )
-    return chunk(column(command))
+    column = click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl.")
+    start = click.option("--from-start", is_flag=True, help="Take the text's first chunks instead of spreading over it.")
+    return chunk(column(start(command)))
 
 
 def calibration_options(command):
@@ -115,8 +114,9 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @split_option
 @restart_option
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
-def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, min_expert_tokens,
-         expert_tokens, ram, imatrix, encoder, effort, device, workers, split_max_size, restart, verify):  # fmt: skip
+def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
+         min_expert_tokens, expert_tokens, ram, imatrix, encoder, effort, device, workers, split_max_size, restart,
+         verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -124,9 +124,11 @@ def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_token
     folder = output or Path(f"{Path(model).name}-{Path(recipe).name.removesuffix('.toml')}")
     options = pipeline.MakeOptions(
         recipe=recipe, target=target, mla=mla,
-        calibration=pipeline.Calibration(pipeline.TextChoice(data, column, tokens, chunk), min_expert_tokens,
-                                         expert_tokens, parse_size(ram, "--ram") if ram else None),
-        evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk),
+        calibration=pipeline.Calibration(
+            pipeline.TextChoice(data, column, tokens, chunk, from_start), min_expert_tokens, expert_tokens,
+            parse_size(ram, "--ram") if ram else None,
+        ),
+        evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
         imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
         split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify,
     )  # fmt: skip
@@ -151,12 +153,14 @@ def inspect(path):
 @calibration_options
 @device_option
 @restart_option
-def calibrate(model, output, data, tokens, column, chunk, min_expert_tokens, expert_tokens, ram, device, restart):
+def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, ram, device,
+              restart):  # fmt: skip
     """Measure importance: run text through the original, layer by layer, and write an imatrix. Resumes."""
     from quantkit import pipeline
 
-    how = pipeline.Calibration(pipeline.TextChoice(data, column, tokens, chunk), min_expert_tokens, expert_tokens,
-                               parse_size(ram, "--ram") if ram else None)  # fmt: skip
+    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
+    limit = parse_size(ram, "--ram") if ram else None
+    how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit)
     source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
     pipeline.calibrate(source, how, output, restart)
     click.echo(str(output))
@@ -175,12 +179,13 @@ def calibrate(model, output, data, tokens, column, chunk, min_expert_tokens, exp
 @click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
 @click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @device_option
-def sensitivity(model, imatrix, output, data, tokens, column, chunk, tier, budget, types, other_types, device):
+def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types,
+                device):  # fmt: skip
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
     from quantkit import pipeline
     from quantkit.calibration.sensitivity import OTHER_TYPES, ROUTED_TYPES
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk)
+    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
     pipeline.measure_sensitivity(
         source, imatrix, choice, output, tier=tier, budget=budget,
@@ -238,12 +243,12 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @target_option
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
-def verify(file, reference, data, tokens, column, chunk, target, out, device):
+def verify(file, reference, data, tokens, column, chunk, from_start, target, out, device):
     """Check a GGUF and measure perplexity and KL divergence from the original."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk)
+    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(file, original, choice, device or pipeline.default_device(), target, out)
     click.echo(short_table(result, file))

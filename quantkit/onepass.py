@@ -30,17 +30,25 @@ from quantkit.tensors import Importance, TensorSpec
 SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a", "attn_q": "attn_q_a", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp",
 }  # fmt: skip
-GROUP_BYTES = 1 << 30  # moments of experts that are encoded together on a GPU
+GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
+# Types without a fused GPU kernel: with feedback R1's experts would take hours, so `normal` does without it there.
+UNFUSED = frozenset("Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS".split())
+# Experts encoded together on a GPU: share of its free memory, moments and factors and copies of them, upper limit.
+GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
 
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """effort: fast, normal or best. gamma: factor on the scales by qtype. pseudo_tokens: weight of the layer's moments
-    in an expert's, as tokens."""
+    """How our encoders work.
+
+    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype. Least squares shrinks what a
+    matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are those that gave the least
+    KLD on other text (docs/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, as tokens.
+    """
 
     effort: str = "normal"
-    gamma: Mapping[str, float] = field(default_factory=dict)
-    pseudo_tokens: float = 64.0
+    gamma: Mapping[str, float] = field(default_factory=lambda: dict(GAMMA))
+    pseudo_tokens: float = 512.0
 
 
 class Moments:
@@ -83,7 +91,10 @@ class LayerEncoder:
         self.shared: Hessian | None = None
         self.waiting: list[tuple[ExpertVisit, Hessian, Hessian]] = []
         n_in = source.config.d
-        self.group = max(1, GROUP_BYTES // (4 * n_in * n_in)) if source.device.type == "cuda" else 1
+        self.group = 1
+        if source.device.type == "cuda":
+            free = torch.cuda.mem_get_info(source.device)[0]
+            self.group = max(1, min(MOST_EXPERTS, int(GROUP_SHARE * free) // (FACTOR_COPIES * 4 * n_in * n_in)))
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         self.statistics.observe(role, x, weight)
@@ -152,12 +163,16 @@ class LayerEncoder:
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
         qtype = self.planned[role].qtype
+        routed = self.specs[role].is_routed
+        gamma, effort = self.how.gamma.get(qtype, 1.0) if routed else 1.0, self.how.effort
+        if routed and effort == "normal" and qtype in UNFUSED and self.source.device.type == "cuda":
+            gamma, effort = 1.0, "fast"
         if isinstance(knowledge, list):
             self.used.update(encoders.describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(qtype, weights, knowledge, effort=self.how.effort,
-                                     gamma=self.how.gamma.get(qtype, 1.0), device=self.source.device)  # fmt: skip
+        return encoders.encode_batch(qtype, weights, knowledge, effort=effort,
+                                     gamma=gamma, device=self.source.device)  # fmt: skip
 
 
 def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWriter, how: EncoderOptions,

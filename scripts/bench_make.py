@@ -139,8 +139,9 @@ class Job:
 
 def ours(job: Job, folder: Path) -> dict[str, Cost]:
     command = [sys.executable, "-m", "quantkit", "make", job.checkpoint, "--recipe", job.recipe,
-               "--target", "llama.cpp", "--mla", job.mla, "--data", job.text, "--tokens", job.chunks * job.chunk,
-               "--chunk", job.chunk, "--encoder", job.encoder, "--workers", job.threads, "--device", "cpu",
+               "--target", "llama.cpp", "--mla", job.mla, "--data", job.text, "--from-start",
+               "--tokens", job.chunks * job.chunk, "--chunk", job.chunk,
+               "--encoder", job.encoder, "--workers", job.threads, "--device", "cpu",
                "--no-verify", "--output", folder / "ours"]  # fmt: skip
     return {"make": measure([str(part) for part in command], job.threads, folder / "ours.log")}
 

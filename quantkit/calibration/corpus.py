@@ -57,12 +57,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text, and how much of it. data empty: the bundled mix."""
+    """Which text, and how much of it. data empty: the bundled mix. from_start: as in `chunk`."""
 
     data: tuple[str, ...] = ()
     column: str = "text"
     n_tokens: int = 131072
     chunk: int = 512
+    from_start: bool = False
 
     def corpus(self, part: Part) -> Corpus:
         return load(self.data, self.column) if self.data else default(part)
@@ -170,24 +171,35 @@ class Chunks:
     domains: tuple[str, ...]
 
 
-def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, limit: int | None = None) -> Chunks:
-    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks)."""
+def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, limit: int | None = None,
+          from_start: bool = False) -> Chunks:  # fmt: skip
+    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks).
+
+    Fewer chunks than the text has are spread evenly over it, not taken from its start: files are often sorted by
+    subject, and error feedback fitted to one subject is worse than none on the others. A smaller limit takes a prefix
+    of a larger one's chunks. from_start: the first chunks after all, as llama-imatrix takes them.
+    """
     ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
     for document in corpus.documents:
         ids += tokenizers.encode(tokenizer, document.text)
         edges.append((len(ids), document.domain))
-        if limit is not None and len(ids) >= limit:
-            break
-    usable = len(ids) if limit is None else min(limit, len(ids))
-    n_chunk = usable // length
+    n_all = len(ids) // length
+    n_chunk = n_all if limit is None else min(n_all, limit // length)
     if n_chunk == 0:
-        raise QuantkitError(f"{corpus.name}: {len(ids)} tokens of text, but a chunk needs {length}; give more text")
-    targets = torch.tensor(ids[: n_chunk * length], dtype=torch.int64).view(n_chunk, length)
+        raise QuantkitError(f"{corpus.name}: {min(len(ids), limit or len(ids))} tokens of text, but a chunk needs "
+                            f"{length}; give more text")  # fmt: skip
+    chosen = range(n_chunk) if from_start or n_chunk == n_all else spread(n_all)[:n_chunk]
+    targets = torch.tensor(ids[: n_all * length], dtype=torch.int64).view(n_all, length)[list(chosen)]
     tokens = targets.clone()
     tokens[:, 0] = bos
-    middles = [i * length + length // 2 for i in range(n_chunk)]
+    middles = [i * length + length // 2 for i in chosen]
     domains = tuple(next(domain for end, domain in edges if middle < end) for middle in middles)
     return Chunks(tokens, targets, domains)
+
+
+def spread(n: int) -> list[int]:
+    """0 .. n-1 in an order of which every prefix is spread evenly: by the multiples of the golden ratio, modulo 1."""
+    return sorted(range(n), key=lambda i: (i * 0.6180339887498949) % 1.0)
 
 
 LONG_LINE = 48  # characters; shorter lines (braces, headings) recur in unrelated texts

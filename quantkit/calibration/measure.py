@@ -59,7 +59,7 @@ def calibrate(source: CheckpointSource, how: Calibration, out: Path, restart: bo
 
 
 def cut(text: Corpus, source: CheckpointSource, choice: TextChoice) -> Chunks:
-    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens)
+    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 
 def _pass(source: CheckpointSource, text: Corpus, chunks: Chunks, how: Calibration, out: Path,

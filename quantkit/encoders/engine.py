@@ -309,12 +309,11 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
     else:
         state = feedback_pass(fmt, w, factor, effort)
         for i in range(max(effort.passes, effort.block_passes)):
+            refit(fmt, w, factor, state)  # before descent: codes chosen under a d that is too small shrink the output
             if i < effort.block_passes:
                 descent_pass(fmt, w, factor, state, fmt.block)
             if i < effort.passes:
                 (fused_descent_pass if _fused(fmt, w) else group_descent_pass)(fmt, w, factor, state)
-            if i + 1 < effort.passes:
-                refit(fmt, w, factor, state)
     if effort.refit:
         refit(fmt, w, factor, state)
     return state

@@ -35,9 +35,20 @@ def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
     chunks = corpus.chunk(text, ours, bos=0, length=32, limit=100)
     assert chunks.tokens.shape == (3, 32)
     assert (chunks.tokens[:, 0] == 0).all()
-    ids = [0, *tokenizer.encode(ours, text.documents[0].text)]
-    assert chunks.targets.flatten().tolist() == ids[:96]
     assert (chunks.tokens[:, 1:] == chunks.targets[:, 1:]).all()
+    ids = [0, *tokenizer.encode(ours, text.documents[0].text)]
+    every = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+    assert all(chunk in every for chunk in chunks.targets.tolist())
+    assert corpus.chunk(text, ours, bos=0, length=32).targets.tolist() == every
+
+
+def test_few_chunks_are_spread_over_the_text(tiny):
+    ours = tokenizer.load(tiny.path)
+    parts = [corpus.Document("text", word * 300) for word in ("alpha ", "12 ", "道可道 ", "def f(): ")]
+    text = corpus.Corpus("t", tuple(corpus.Document(d, p.text) for d, p in zip("abcd", parts, strict=True)))
+    assert set(corpus.chunk(text, ours, bos=0, length=32, limit=12 * 32).domains) == set("abcd")
+    assert all(corpus.spread(97)[:k] == corpus.spread(97)[:96][:k] for k in (1, 40))
+    assert sorted(corpus.spread(97)) == list(range(97))
 
 
 def test_too_little_text_is_refused(tiny):

@@ -53,7 +53,7 @@ def make(out: Path, recipe: str | Path, imatrix: Path, *options: str, model: Pat
     """plan and quantize, with ggml's encoders."""
     plan = out.with_suffix(".json")
     quantkit("plan", model, "--recipe", recipe, "--output", plan, *options)
-    quantkit("quantize", model, "--plan", plan, "--imatrix", imatrix, "--encoder", "ggml", "--output", out)
+    quantkit("quantize", model, "--plan", plan, "--imatrix", imatrix, "--output", out)
     return out
 
 

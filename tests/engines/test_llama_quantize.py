@@ -107,8 +107,8 @@ def test_same_importance(work: Path, plain, tmp_path: Path):
     n_chunk, length = 8, 256
     run("llama-imatrix", "-m", plain("F32"), "-f", text, "-o", theirs_path, "-c", length, "--chunks", n_chunk,
         "--no-ppl", "-t", 2, "-fa", "off")  # fmt: skip
-    quantkit("calibrate", MODEL, "--data", text, "--tokens", n_chunk * length, "--chunk", length, "--device", "cpu",
-             "--output", ours_path)  # fmt: skip
+    quantkit("calibrate", MODEL, "--data", text, "--tokens", n_chunk * length, "--chunk", length, "--from-start",
+             "--device", "cpu", "--output", ours_path)  # fmt: skip
     compare_importance(ours_path, theirs_path)
     make(tmp_path / "with-theirs.gguf", "1.58bit", theirs_path)  # theirs serves our encoders
 
