@@ -60,7 +60,7 @@ def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
 def common_text(command):
     chunk = click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk.")
     column = click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl.")
-    start = click.option("--from-start", is_flag=True, help="Take the text's first chunks instead of spreading over it.")
+    start = click.option("--from-start", is_flag=True, help="Take the text's first chunks, not ones spread over it.")
     return chunk(column(start(command)))
 
 

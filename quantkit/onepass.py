@@ -31,7 +31,8 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a", "attn_q": "attn_q_a", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp",
 }  # fmt: skip
 GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
-# Types without a fused GPU kernel: with feedback R1's experts would take hours, so `normal` does without it there.
+# Types without a fused GPU kernel. With feedback R1's would take hours there, so `normal` encodes experts of these
+# types without it and leaves other matrices to ggml.
 UNFUSED = frozenset("Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS".split())
 # Experts encoded together on a GPU: share of its free memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
@@ -82,7 +83,12 @@ class LayerEncoder:
     def __init__(self, layer: int, source: CheckpointSource, plan: Plan, specs: Mapping[str, TensorSpec],
                  out: GGUFWriter, how: EncoderOptions, used: Counter[str]):  # fmt: skip
         self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
-        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
+        skipped = UNFUSED if source.device.type == "cuda" and how.effort == "normal" else frozenset()
+        mine = [
+            tensor for tensor in plan.tensors
+            if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED
+            and (tensor.is_routed or tensor.qtype not in skipped)
+        ]  # fmt: skip
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
         self.statistics = Accumulator(layer, source.config.n_expert)
