@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from test_bytes import data, decode, output_error
 
 from quantkit.encoders import encode, second_moment
 from quantkit.encoders.api import formats
 from quantkit.encoders.hessian import blocked_cholesky, factorize
 from quantkit.encoders.scales import _curves
 from quantkit.encoders.search import best_entry
-from tests.encoders.test_bytes import data, decode, output_error
 
 GPU = pytest.mark.gpu
 
