@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from test_bytes import data, output_error
+
 from quantkit.encoders import engine, fused, kernels
 from quantkit.encoders.api import formats
 from quantkit.encoders.engine import Effort, encode_rows
@@ -12,7 +14,6 @@ from quantkit.encoders.hessian import prepare
 from quantkit.encoders.refit import normal_equations
 from quantkit.encoders.scales import CURVE, _rounding, _sampled
 from quantkit.encoders.search import best_entry
-from tests.encoders.test_bytes import data, output_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs them on the GPU")
 CPU = torch.device("cpu")
