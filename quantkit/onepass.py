@@ -16,15 +16,13 @@ import torch
 
 from quantkit import encoders
 from quantkit.arch import deepseek
-from quantkit.calibration.collect import Accumulator
+from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
 from quantkit.encoders import Hessian
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.planning.plan import Plan
-from quantkit.runtime.experts import ExpertVisit, StreamedExperts
-from quantkit.runtime.layers import Block, Observer
+from quantkit.runtime.experts import ExpertVisit
 from quantkit.runtime.sources import CheckpointSource
-from quantkit.runtime.stream import stream
 from quantkit.tensors import Importance, TensorSpec
 
 SAME_INPUT = {  # roles that multiply the same rows share one moment
@@ -109,7 +107,7 @@ class LayerEncoder:
         if role == "ffn_gate_inp" or (role in self.planned and role not in SAME_INPUT):
             self.moments.setdefault(role, Moments()).add(x, weight)
 
-    def visit(self, visit: ExpertVisit) -> None:
+    def observe_expert(self, visit: ExpertVisit) -> None:
         self.statistics.observe_expert(visit)
         if self.shared is None:
             self.shared = self.moments["ffn_gate_inp"].hessians()[0]
@@ -143,7 +141,7 @@ class LayerEncoder:
         self.waiting = []
 
     def finish(self) -> dict[str, Importance]:
-        """Encode the layer's other matrices; returns its importance."""
+        """Encode the layer's other matrices and put everything on disk; returns its importance."""
         self.flush()
         for role, tensor in self.planned.items():
             moments = self.moments.get(SAME_INPUT.get(role, role))
@@ -154,6 +152,7 @@ class LayerEncoder:
             per_matrix = spec.n_rows // spec.n_matrices
             for matrix in range(spec.n_matrices):
                 self._whole(role, tensor.name, spec, matrix * per_matrix, per_matrix, hessians[matrix])
+        self.out.sync()  # the state must not say that a layer is done before its bytes are safe
         return self.statistics.finish()
 
     def _whole(self, role: str, name: str, spec: TensorSpec, first: int, count: int, hessian: Hessian) -> None:
@@ -189,26 +188,9 @@ def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWri
     Resumes at the layer where an earlier run stopped: that layer is encoded anew, to the same bytes.
     """
     specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
-    hidden, start = state.resume()
-    imatrix = state.entries(start)
     used: Counter[str] = Counter()
-    if progress and start:
-        progress(start)
-    current: LayerEncoder | None = None
-
-    def before(layer: int, block: Block) -> Observer:
-        nonlocal current
-        current = LayerEncoder(layer, source, plan, specs, out, how, used)
-        if isinstance(block.experts, StreamedExperts):
-            block.experts.observe = current.visit
-        return current.observe
-
-    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype):
-        assert current is not None
-        entries = current.finish()
-        imatrix |= entries
-        out.sync()  # the state must not say that a layer is done before its bytes are safe
-        state.save(layer.index, layer.hidden, entries)
-        if progress:
-            progress(layer.index + 1)
+    imatrix = collect(
+        source, tokens, state, hidden_dtype=hidden_dtype, progress=progress,
+        watch=lambda layer: LayerEncoder(layer, source, plan, specs, out, how, used),
+    )  # fmt: skip
     return imatrix, used

@@ -5,6 +5,7 @@ tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `a
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -55,23 +56,33 @@ class Accumulator:
         }
 
 
+class Watcher(Protocol):
+    """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer."""
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None: ...
+    def observe_expert(self, visit: ExpertVisit) -> None: ...
+    def finish(self) -> dict[str, Importance]:
+        """The layer's importance. All that the layer owes must be safe on disk when this returns."""
+
+
 def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None, *,
-            hidden_dtype: torch.dtype = torch.float32,
-            progress: Callable[[int], None] | None = None) -> dict[str, Importance]:  # fmt: skip
+            hidden_dtype: torch.dtype = torch.float32, progress: Callable[[int], None] | None = None,
+            watch: Callable[[int], Watcher] | None = None) -> dict[str, Importance]:  # fmt: skip
     """Importance of every weight for tokens int64 [n_chunk, t].
 
     state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer
-    with the number of layers finished, once at the start if some were finished before.
+    with the number of layers finished, once at the start if some were finished before. watch: makes the watcher of a
+    layer (default: an `Accumulator`).
     """
     hidden, start = state.resume() if state else (None, 0)
     imatrix: dict[str, Importance] = state.entries(start) if state else {}
     if progress and start:
         progress(start)
-    current: Accumulator | None = None
+    current: Watcher | None = None
 
     def before(layer: int, block: Block) -> Observer:
         nonlocal current
-        current = Accumulator(layer, source.config.n_expert)
+        current = watch(layer) if watch else Accumulator(layer, source.config.n_expert)
         if isinstance(block.experts, StreamedExperts):
             block.experts.observe = current.observe_expert
         return current.observe
