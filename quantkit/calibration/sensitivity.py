@@ -336,4 +336,3 @@ def heat_map(sensitivity: Sensitivity, path: Path) -> None:
     figure.colorbar(image, label="nats per token")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
