@@ -115,10 +115,16 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @workers_option
 @split_option
 @restart_option
+@click.option(
+    "--recover/--no-recover",
+    default=False,
+    show_default=True,
+    help="Tune scales, norms and 4-bit matrices on the divergence afterwards. Needs the decoded model in memory.",
+)
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
 def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
          min_expert_tokens, expert_tokens, ram, hidden, imatrix, encoder, effort, device, workers, split_max_size,
-         restart, verify):  # fmt: skip
+         restart, recover, verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -132,7 +138,7 @@ def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_token
         ),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
         imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
-        split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify,
+        split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify, recover=recover,
     )  # fmt: skip
     files, result = pipeline.make(model, folder, options)
     click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))

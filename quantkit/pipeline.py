@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit import __version__, bundle, onepass
+from quantkit import __version__, bundle, onepass, recovery
 from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
 from quantkit.calibration import coverage, sensitivity
@@ -33,6 +34,7 @@ from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
@@ -45,6 +47,7 @@ DEFAULT_MODEL = "tiny-r1"
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
+RECOVERY = "recovery.json"
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -182,6 +185,7 @@ class MakeOptions:
     split_max_bytes: int | None = None
     restart: bool = False
     verify: bool = True
+    recover: bool = False
 
 
 def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
@@ -202,13 +206,39 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if (files := finished_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
-    elif choose_encoder(options, plan, device) == "quantkit":
-        files = make_in_one_pass(source_of(checkpoint, device), plan, out, folder / IMATRIX, options)
+    elif options.recover:
+        files = make_and_recover(checkpoint, plan, out, options, device)
     else:
-        files = make_in_two_steps(checkpoint, plan, out, folder / IMATRIX, options, device)
+        files = make_file(checkpoint, plan, out, folder / IMATRIX, options, device)
     if not options.verify:
         return files, None
     return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+
+
+def make_file(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
+              device: str) -> list[Path]:  # fmt: skip
+    if choose_encoder(options, plan, device) == "quantkit":
+        return make_in_one_pass(source_of(checkpoint, device), plan, out, imatrix, options)
+    return make_in_two_steps(checkpoint, plan, out, imatrix, options, device)
+
+
+def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: MakeOptions, device: str) -> list[Path]:
+    """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
+    choice = options.calibration.text
+    source = recovery.open_original(checkpoint, plan, device, choice.n_tokens, options.calibration.ram)
+    folder = out.parent / "base"
+    folder.mkdir(exist_ok=True)
+    base = folder / out.name
+    if (files := finished_files(base)) and not options.restart:
+        say(f"using {files[0]} from an earlier run")
+    else:
+        files = make_file(checkpoint, plan, base, out.parent / IMATRIX, options, device)
+    chunks = cut(choice.corpus("calibration"), source, choice)
+    job = hashlib.sha256(repr((job_of(source, chunks), GGUFFile.open(files[0]).fingerprint())).encode()).hexdigest()
+    files, gained = recovery.recover(files[0], out.parent, source, plan, chunks.tokens, job)
+    write_json(out.parent / RECOVERY, gained)
+    shutil.rmtree(folder)
+    return files
 
 
 def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
@@ -305,6 +335,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "calibration": text,
         "encoder": options.encoder,
         "effort": options.effort,
+        "recover": options.recover,
     }
 
 
@@ -324,5 +355,5 @@ def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
         was, now = old.get(changed[0]), identity[changed[0]]
         raise QuantkitError(f"{folder} holds another job: {changed[0]} was {was}, now {now}; "
                             "choose another --output, or --restart")  # fmt: skip
-    for name in (IMATRIX, VERIFY):
+    for name in (IMATRIX, VERIFY, RECOVERY):
         (folder / name).unlink(missing_ok=True)

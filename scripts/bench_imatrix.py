@@ -46,7 +46,8 @@ def main(model: Path, gguf: Path, text: Path, llama_imatrix: str, chunks: int, r
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, "-m", "quantkit", "calibrate", str(model), "--data", str(text), "--tokens",
-                str(chunks * 512), "--from-start", "--device", "cpu", "--restart", "-o", f"{folder}/ours.gguf"]  # fmt: skip
+                str(chunks * 512), "--from-start", "--device", "cpu", "--restart",
+                "-o", f"{folder}/ours.gguf"]  # fmt: skip
         theirs = [llama_imatrix, "-m", str(gguf), "-f", str(text), "-o", f"{folder}/theirs.gguf", "-c", "512",
                   "--chunks", str(chunks), "-t", str(threads), "-ngl", "0"]  # fmt: skip
         results: dict[str, list[tuple[float, float]]] = {"quantkit": [], "llama-imatrix": []}

@@ -1,6 +1,5 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -176,10 +175,7 @@ class GGUFSource:
         return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
 
     def fingerprint(self) -> str:
-        """Of the headers, and of where and how large the files are: reading a 131 GB file to hash it takes minutes."""
-        facts = [(t.name, t.qtype, t.shape, t.file.name, t.offset) for t in self.file.tensors.values()]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.file.files]
-        return hashlib.sha256(repr((facts, stats)).encode()).hexdigest()
+        return self.file.fingerprint()
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> [..., d] in `out` (default: new, float32)."""

@@ -142,9 +142,8 @@ def test_hidden_states_on_disk_give_the_same_imatrix(source, tokens, imatrix, tm
 def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, tmp_path):
     """A file of 8-bit weights: its own inputs differ from the original's by what 8 bits cost, and no more."""
     rules = tmp_path / "eight.toml"
-    rules.write_text(
-        'name = "eight"\ndescription = "d"\ntarget = "llama.cpp"\nmla = "split"\n[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n'
-    )
+    head = 'name = "eight"\ndescription = "d"\ntarget = "llama.cpp"\nmla = "split"\n'
+    rules.write_text(head + '[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n')
     eight = make_plan(deepseek.specs(source.config), Recipe.load(rules), model="tiny")
     out = tmp_path / "tiny.gguf"
     quantize(tiny, eight, {}, out, GgmlEncoder(), fingerprint={})
