@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quantkit.encoders.format import SUPERBLOCK, Format
-from quantkit.encoders.search import kernels, round_to_levels, tables
+from quantkit.encoders.search import compiled, kernels, round_to_levels, runs_compiled, steps, tables
 
 FP16_MAX = 65504.0
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
@@ -73,7 +73,8 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
     if x.is_cuda and kernels is not None:
         cost = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
     else:
-        cost = _sampled(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
+        sample = _sampled_compiled if runs_compiled(x) else _sampled
+        cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
     cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
     if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
         cost = cost.amin(4, keepdim=True)
@@ -93,6 +94,20 @@ def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
             error = y.round().clamp_(0, top).sub_(y).square_()
             out.append((error @ sums) * (base * (2.0**point * step)).square()[..., None])
     return torch.stack(out, -1).unflatten(-1, (len(shifts), -1))
+
+
+def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
+    """As _sampled."""
+    step, (e, n, width) = levels[1] - levels[0], x.shape
+    offset = np.repeat((levels[0] + np.array(shifts, np.float32))[:, None] / step, len(CURVE), 1).astype(np.float32)
+    points = np.repeat(2.0 ** -CURVE.astype(np.float32)[None], len(shifts), 0)
+    unit = base * step
+    out = torch.empty(e, n, width // span, len(shifts), len(CURVE))
+    for i in range(e):
+        row, top = x[i].contiguous().numpy(), np.float32(len(levels) - 1)
+        compiled.sampled(row, weights[i].contiguous().numpy(), (1 / unit[i]).numpy(), offset, points, top, span,
+                         out[i].numpy())  # fmt: skip
+    return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
 
 
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
@@ -131,13 +146,21 @@ def _blocks(fmt: Format, x, weights):
     return x.view(e, n, -1, fmt.block), weights.view(e, 1, width // fmt.block, fmt.block)
 
 
+def signed_stretches(fmt: Format) -> tuple[float, ...]:
+    return (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03)
+
+
+def min_stretches(fmt: Format) -> tuple[float, ...]:
+    return (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if len(fmt.levels) == 4 else (0.85, 0.925, 1.0)
+
+
 def fit_signed(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Least-squares scale of each block [..., block] -> [...]; negative where that serves the longer side better."""
     peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     best_s, best_gain = torch.zeros_like(peak[..., 0]), torch.zeros_like(peak[..., 0])
     low, high = fmt.levels[0], fmt.levels[-1]
     for end in (low, high):
-        for stretch in (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03):
+        for stretch in signed_stretches(fmt):
             s = peak / end * stretch
             value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
             wq = weights * value
@@ -156,7 +179,7 @@ def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch
     best = torch.full_like(low, float("inf"))
     best_s, best_m = (high - low) / top, -low
     sw, sx = weights.sum(-1), (weights * x).sum(-1)
-    for stretch in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if top == 3 else (0.85, 0.925, 1.0):
+    for stretch in min_stretches(fmt):
         s, m = (high - low) / top * stretch, -low * stretch
         for _ in range(2):
             safe = torch.where(s == 0, torch.ones_like(s), s)[..., None]
@@ -177,6 +200,20 @@ def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch
     return best_s, best_m
 
 
+def _fit_compiled(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As fit_mins or (m = 0) fit_signed: x [E, N, blocks, block], weights [E, 1, blocks, block] -> s, m."""
+    s, m = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
+    low, high = np.float32(fmt.levels[0]), np.float32(fmt.levels[-1])
+    for e in range(len(x)):
+        xe, we = x[e].contiguous().numpy(), weights[e, 0].contiguous().numpy()
+        if fmt.n_mins:
+            compiled.fit_mins(xe, we, np.array(min_stretches(fmt), np.float32), high, s[e].numpy(), m[e].numpy())
+        else:
+            stretches = np.array(signed_stretches(fmt), np.float32)
+            compiled.fit_signed(xe, we, stretches, low, high, steps(fmt), s[e].numpy())
+    return s, m
+
+
 def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
     safe = torch.where(d == 0, torch.ones_like(d), d)[..., None]
     return (value / safe).round().clamp(low, high).long()
@@ -184,7 +221,7 @@ def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.T
 
 def _guess_signed(fmt: Format, x, weights) -> Guess:
     xb, wb = _blocks(fmt, x, weights)
-    s = fit_signed(fmt, xb, wb)
+    s = _fit_compiled(fmt, xb, wb)[0] if runs_compiled(x) else fit_signed(fmt, xb, wb)
     low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
     peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
     d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
@@ -194,7 +231,7 @@ def _guess_signed(fmt: Format, x, weights) -> Guess:
 
 def _guess_mins(fmt: Format, x, weights) -> Guess:
     xb, wb = _blocks(fmt, x, weights)
-    s, m = fit_mins(fmt, xb, wb)
+    s, m = (_fit_compiled if runs_compiled(x) else fit_mins)(fmt, xb, wb)
     energy = wb.sum(-1)
     top = len(fmt.multipliers) - 1
     d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))
