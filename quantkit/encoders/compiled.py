@@ -47,14 +47,14 @@ def sampled(x, weights, unit, offset, squared, top, span, out):
 
 
 @jit
-def _nearest_level(y, low, high, steps):
-    """Rounded and clamped; steps: for unevenly spaced levels, pairs of a boundary and the step behind it."""
-    if len(steps):
-        value = low
-        for k in range(len(steps)):
-            value += steps[k, 1] if y > steps[k, 0] else F(0)
-        return value
-    return F(np.int32(min(max(y, low), high) - low + F(0.5))) + low
+def _nearest_level(y, low, high, halves):
+    """Rounded and clamped; halves: None for levels 1 apart, else the level for each half step above the lowest one.
+
+    Numba compiles each kernel once for None and once for a table: a branch here would keep loops out of vectors.
+    """
+    if halves is None:
+        return F(np.int32(min(max(y, low), high) - low + F(0.5))) + low
+    return halves[np.int32((min(max(y, low), high) - low) * F(2))]
 
 
 @jit
@@ -92,7 +92,7 @@ def _fit_mins(x, w, stretches, top):
 
 
 @jit
-def _fit_signed(x, w, stretches, low, high, steps):
+def _fit_signed(x, w, stretches, low, high, halves):
     """scales.fit_signed of one block."""
     peak = x[0]
     for i in range(len(x)):
@@ -105,7 +105,7 @@ def _fit_signed(x, w, stretches, low, high, steps):
             inverse = F(1) / s if s != 0 else F(1)
             xq, qq = F(0), F(0)
             for i in range(len(x)):
-                value = _nearest_level(x[i] * inverse, low, high, steps)
+                value = _nearest_level(x[i] * inverse, low, high, halves)
                 xq += w[i] * value * x[i]
                 qq += w[i] * value * value
             gain = xq * xq / max(qq, F(1e-30))
@@ -123,11 +123,11 @@ def fit_mins(x, w, stretches, top, s, m):
 
 
 @jit
-def fit_signed(x, w, stretches, low, high, steps, s):
+def fit_signed(x, w, stretches, low, high, halves, s):
     """x [N, blocks, block], w [blocks, block] -> s [N, blocks]."""
     for n in range(x.shape[0]):
         for b in range(x.shape[1]):
-            s[n, b] = _fit_signed(x[n, b], w[b], stretches, low, high, steps)
+            s[n, b] = _fit_signed(x[n, b], w[b], stretches, low, high, halves)
 
 
 # -- codebooks ----------------------------------------------------------------------------------------------------------
@@ -331,11 +331,11 @@ def _code(value, step, low, high):
 
 
 @jit
-def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, steps, stretches, metric, upper, diagonal, u, near,
-                    block, scale, offset, entry, value, q):  # fmt: skip
+def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, stretches, metric, upper, diagonal, u, near,
+                    block, scale, offset, value, q):  # fmt: skip
     """Encode one superblock of every row of a type that rounds each weight alone.
 
-    R is a multiple of LANES. levels: the lowest and highest; steps: see _nearest_level; metric [256]: the diagonal of the
+    R is a multiple of LANES. levels: the lowest and highest; halves: see _nearest_level; metric [256]: the diagonal of the
     metric; upper [32, 8, 8] and diagonal [256]: its factors (search.unit_upper); near: neighbours of the scale and (Q2_K)
     of the min to try. scale, offset [R, blocks] come with the first guess, which each later block renews for its target
     if the columns are coupled. Else as feedback_grid.
@@ -368,7 +368,7 @@ def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, steps, stre
                         fit, low_fit = _fit_mins(one, metric[lo:hi], stretches, high)
                         offset[n, b] = _code(low_fit, dmin[n], 0, n_mins - 1)
                     else:
-                        fit = _fit_signed(one, metric[lo:hi], stretches, low, high, steps)
+                        fit = _fit_signed(one, metric[lo:hi], stretches, low, high, halves)
                     scale[n, b] = _code(fit, d[n], first, first + top) - first
                 center[lane], middle[lane] = scale[n, b], offset[n, b]
             for h in range(-near, near + 1):
@@ -397,7 +397,7 @@ def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, steps, stre
                                 y[lane] += inner[i, lane] * factor
                         weight = diagonal[at]
                         for lane in range(LANES):
-                            rounded = _nearest_level(y[lane] * inverse[lane], low, high, steps)
+                            rounded = _nearest_level(y[lane] * inverse[lane], low, high, halves)
                             v[j, lane] = rounded
                             decoded = s[lane] * rounded
                             inner[j, lane] = fed[lane] - decoded
@@ -428,26 +428,11 @@ def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, steps, stre
                         factor = u[lo + i, c]
                         for lane in range(LANES):
                             x[c, lane] += error[i, lane] * factor
-    _index(value, entry, low, steps)
 
 
 @jit
-def _index(value, entry, low, steps):
-    """Levels [R, 256] -> their indices."""
-    for r in range(value.shape[0]):
-        for c in range(value.shape[1]):
-            if len(steps):
-                index = 0
-                for k in range(len(steps)):
-                    index += 1 if value[r, c] > steps[k, 0] else 0
-                entry[r, c] = index
-            else:
-                entry[r, c] = np.int32(value[r, c] - low)
-
-
-@jit
-def descent_levels(gradient, d, dmin, multipliers, levels, steps, h, inverse, upper, diagonal, block, scale, offset,
-                   entry, value, q):  # fmt: skip
+def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, upper, diagonal, block, scale, offset,
+                   value, q):  # fmt: skip
     """As descent_grid, for types that round each weight alone: R a multiple of LANES, factors as in feedback_levels."""
     low, high = levels[0], levels[1]
     slope, now = np.empty((SUPERBLOCK, LANES), F), np.empty((SUPERBLOCK, LANES), F)
@@ -485,7 +470,7 @@ def descent_levels(gradient, d, dmin, multipliers, levels, steps, h, inverse, up
                         z[lane] += before[i, lane] * factor
                 weight = diagonal[at + j]
                 for lane in range(LANES):
-                    rounded = _nearest_level(y[lane] * reciprocal[lane], low, high, steps)
+                    rounded = _nearest_level(y[lane] * reciprocal[lane], low, high, halves)
                     v[j, lane] = rounded
                     decoded = s[lane] * rounded
                     inner[j, lane] = fed[j, lane] - decoded
@@ -507,7 +492,6 @@ def descent_levels(gradient, d, dmin, multipliers, levels, steps, h, inverse, up
                     factor = h[at + j, c]
                     for lane in range(LANES):
                         slope[c, lane] += inner[j, lane] * factor
-    _index(value, entry, low, steps)
 
 
 # -- scales of a row --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from quantkit.encoders import compiled
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks
 from quantkit.encoders.scales import guess, min_stretches, signed_stretches
-from quantkit.encoders.search import steps, unit_upper
+from quantkit.encoders.search import half_steps, unit_upper
 
 GROUPS = SUPERBLOCK // GROUP
 UNCOUPLED = np.empty((0, 0), np.float32)
@@ -47,6 +47,13 @@ def constants(fmt: Format) -> tuple[np.ndarray, np.ndarray]:
 
 def padded(fmt: Format, rows: int) -> int:
     return rows if fmt.grid is not None else -(-rows // compiled.LANES) * compiled.LANES
+
+
+def level_index(fmt: Format, value: np.ndarray) -> np.ndarray:
+    """Levels -> their indices."""
+    if half_steps(fmt) is None:
+        return (value - np.float32(fmt.levels[0])).astype(np.int32)
+    return np.searchsorted(fmt.levels, value).astype(np.int32)
 
 
 def codes_at(fmt: Format, state, e: int, start: int) -> list[tuple[torch.Tensor, slice]]:
@@ -92,9 +99,10 @@ def superblock(fmt: Format, state, w: torch.Tensor, target: torch.Tensor, factor
             levels = np.array([fmt.levels[0], fmt.levels[-1]], np.float32)
             stretches = np.array(min_stretches(fmt) if fmt.n_mins else signed_stretches(fmt), np.float32)
             compiled.feedback_levels(
-                x, old, d, dmin, multipliers, fmt.n_mins, levels, steps(fmt), stretches, array(weights[e]),
-                array(upper), array(diagonal.flatten()), u, effort.near, fmt.block, scale, offset, entry, value, q,
+                x, old, d, dmin, multipliers, fmt.n_mins, levels, half_steps(fmt), stretches, array(weights[e]),
+                array(upper), array(diagonal.flatten()), u, effort.near, fmt.block, scale, offset, value, q,
             )  # fmt: skip
+            entry = level_index(fmt, value)
         keep(fmt, state, e, start, (scale, offset, entry, sign, value, q))
 
 
@@ -130,8 +138,9 @@ def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state) -> None:
                 upper, diagonal = unit_upper(metric)
                 levels = np.array([fmt.levels[0], fmt.levels[-1]], np.float32)
                 compiled.descent_levels(
-                    gradient, d, dmin, multipliers, levels, steps(fmt), local, inverse, array(upper),
-                    array(diagonal.flatten()), fmt.block, scale, offset, entry, value, q,
+                    gradient, d, dmin, multipliers, levels, half_steps(fmt), local, inverse, array(upper),
+                    array(diagonal.flatten()), fmt.block, scale, offset, value, q,
                 )  # fmt: skip
+                entry = level_index(fmt, value)
             keep(fmt, state, e, start, (scale, offset, entry, sign, value, q))
             error[:, part] = state.q[e, :, part] - w[e, :, part]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quantkit.encoders.format import SUPERBLOCK, Format
-from quantkit.encoders.search import compiled, kernels, round_to_levels, runs_compiled, steps, tables
+from quantkit.encoders.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, tables
 
 FP16_MAX = 65504.0
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
@@ -210,7 +210,7 @@ def _fit_compiled(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[
             compiled.fit_mins(xe, we, np.array(min_stretches(fmt), np.float32), high, s[e].numpy(), m[e].numpy())
         else:
             stretches = np.array(signed_stretches(fmt), np.float32)
-            compiled.fit_signed(xe, we, stretches, low, high, steps(fmt), s[e].numpy())
+            compiled.fit_signed(xe, we, stretches, low, high, half_steps(fmt), s[e].numpy())
     return s, m
 
 

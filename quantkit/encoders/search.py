@@ -141,12 +141,13 @@ def round_to_levels(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return value, (value - fmt.levels[0]).long()
 
 
-def steps(fmt: Format) -> np.ndarray:
-    """Boundaries between unevenly spaced levels and the step behind each, float32 [levels − 1, 2]; else [0, 2]."""
+def half_steps(fmt: Format) -> np.ndarray | None:
+    """For unevenly spaced integer levels: the level nearest to low + i / 2 … low + (i + 1) / 2, float32; else None."""
     if fmt.qtype != "IQ4_XS":
-        return np.empty((0, 2), np.float32)
+        return None
     levels = np.array(fmt.levels, np.float32)
-    return np.stack([(levels[1:] + levels[:-1]) / 2, np.diff(levels)], 1)
+    middle = np.arange(levels[0], levels[-1] + 0.5, 0.5) + 0.25  # boundaries are multiples of 1/2
+    return levels[np.abs(middle[:, None] - levels).argmin(1)]
 
 
 def unit_upper(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
