@@ -331,6 +331,16 @@ def _code(value, step, low, high):
 
 
 @jit
+def _add8(out, rows, at, f):
+    """out [LANES] += Σ_k rows[at + k] · f[k], k < 8: one load and store of `out` for eight products."""
+    f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
+    for lane in range(LANES):
+        left = rows[at, lane] * f0 + rows[at + 1, lane] * f1 + rows[at + 2, lane] * f2 + rows[at + 3, lane] * f3
+        right = rows[at + 4, lane] * f4 + rows[at + 5, lane] * f5 + rows[at + 6, lane] * f6 + rows[at + 7, lane] * f7
+        out[lane] += left + right
+
+
+@jit
 def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, stretches, metric, upper, diagonal, u, near,
                     block, scale, offset, value, q):  # fmt: skip
     """Encode one superblock of every row of a type that rounds each weight alone.
@@ -385,10 +395,8 @@ def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, str
                         for lane in range(LANES):
                             y[lane] = x[at, lane] - o[lane]
                         if coupled:
-                            for i in range(g):
-                                factor = u[lo + i, at]
-                                for lane in range(LANES):
-                                    y[lane] += error[i, lane] * factor
+                            for i in range(0, g, GROUP):
+                                _add8(y, error, i, u[lo + i : lo + i + GROUP, at])
                         for lane in range(LANES):
                             fed[lane] = y[lane]
                         for i in range(g, j):
@@ -424,10 +432,8 @@ def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, str
                     q[r + lane, lo + j] = best_s[lane] * chosen[j, lane] + best_o[lane]
             if coupled:
                 for c in range(hi, SUPERBLOCK):
-                    for i in range(block):
-                        factor = u[lo + i, c]
-                        for lane in range(LANES):
-                            x[c, lane] += error[i, lane] * factor
+                    for i in range(0, block, GROUP):
+                        _add8(x[c], error, i, u[lo + i : lo + i + GROUP, c])
 
 
 @jit
@@ -436,6 +442,7 @@ def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, u
     """As descent_grid, for types that round each weight alone: R a multiple of LANES, factors as in feedback_levels."""
     low, high = levels[0], levels[1]
     slope, now = np.empty((SUPERBLOCK, LANES), F), np.empty((SUPERBLOCK, LANES), F)
+    kept = np.empty((SUPERBLOCK, LANES), F)
     v, inner = np.empty((GROUP, LANES), F), np.empty((GROUP, LANES), F)
     before, fed = np.empty((GROUP, LANES), F), np.empty((GROUP, LANES), F)
     y, z = np.empty(LANES, F), np.empty(LANES, F)
@@ -444,7 +451,7 @@ def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, u
     for r in range(0, gradient.shape[0], LANES):
         for lane in range(LANES):
             for c in range(SUPERBLOCK):
-                slope[c, lane], now[c, lane] = gradient[r + lane, c], q[r + lane, c]
+                slope[c, lane], now[c, lane], kept[c, lane] = gradient[r + lane, c], q[r + lane, c], value[r + lane, c]
         for g in range(SUPERBLOCK // GROUP):
             at = g * GROUP
             for lane in range(LANES):
@@ -480,18 +487,15 @@ def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, u
                 better[lane] = F(1) if cost[lane] < bound[lane] * F(1 - 1e-6) else F(0)
             for j in range(GROUP):
                 for lane in range(LANES):
-                    change = (s[lane] * v[j, lane] + o[lane] - now[at + j, lane]) * better[lane]
-                    inner[j, lane] = change
-                    now[at + j, lane] += change
-                for lane in range(LANES):
-                    if better[lane] > 0:
-                        value[r + lane, at + j] = v[j, lane]
-                        q[r + lane, at + j] = s[lane] * v[j, lane] + o[lane]
+                    new = s[lane] * v[j, lane] + o[lane] if better[lane] > 0 else now[at + j, lane]
+                    inner[j, lane] = new - now[at + j, lane]
+                    now[at + j, lane] = new
+                    kept[at + j, lane] = v[j, lane] if better[lane] > 0 else kept[at + j, lane]
             for c in range(at + GROUP, SUPERBLOCK):
-                for j in range(GROUP):
-                    factor = h[at + j, c]
-                    for lane in range(LANES):
-                        slope[c, lane] += inner[j, lane] * factor
+                _add8(slope[c], inner, 0, h[at : at + GROUP, c])
+        for lane in range(LANES):
+            for c in range(SUPERBLOCK):
+                value[r + lane, c], q[r + lane, c] = kept[c, lane], now[c, lane]
 
 
 # -- scales of a row --------------------------------------------------------------------------------------------------------
