@@ -179,7 +179,29 @@ def _least_lane(low, at):
 
 
 @jit
-def _nearest(x, s, metric, grid, bias, signs, linear, low, at, entry, value):
+def _scan_near(x, s, metric, near, points, middles, weight):
+    """argmin of the diagonal cost over a short list.
+
+    near int16 [3^8, K]: the entries closest to each vector of the three levels that `middles` [2] separate; points
+    [entries, 8]: the codebook.
+    """
+    code, lower, upper = 0, middles[0] * s, middles[1] * s
+    for j in range(GROUP):
+        code = 3 * code + (1 if x[j] > lower else 0) + (1 if x[j] > upper else 0)
+        weight[j] = metric[j, j]
+    best, entry = BIG, 0
+    for k in range(near.shape[1]):
+        m, cost = near[code, k], F(0)
+        for j in range(GROUP):
+            e = s * points[m, j] - x[j]
+            cost += weight[j] * e * e
+        if cost < best:
+            best, entry = cost, m
+    return entry
+
+
+@jit
+def _nearest(x, s, metric, grid, bias, near, points, middles, signs, linear, low, at, entry, value):
     """search.nearest for one group x [8]: fills entry [8/width] and value [8], returns the sign bits."""
     sign, width = 0, grid.shape[1]
     if signs == GRID:
@@ -197,11 +219,13 @@ def _nearest(x, s, metric, grid, bias, signs, linear, low, at, entry, value):
                 odd ^= 1
             if size * metric[j, j] < least:
                 least, cheapest = size * metric[j, j], j
-            linear[j] = F(-2) * s * size * metric[j, j]
+            low[j], linear[j] = size, F(-2) * s * size * metric[j, j]
         if signs == EVEN and odd:
             sign ^= 1 << cheapest
-            linear[cheapest] = -linear[cheapest]
-    if width == GROUP:
+            low[cheapest], linear[cheapest] = -low[cheapest], -linear[cheapest]
+    if len(near):
+        entry[0] = _scan_near(x if signs == GRID else low, s, metric, near, points, middles, linear)
+    elif width == GROUP:
         entry[0] = _scan8(linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], linear[6], linear[7], s * s,
                           grid, bias[0], low, at)  # fmt: skip
     else:
@@ -224,13 +248,14 @@ def _quadratic(r, metric):
 
 
 @jit
-def feedback_grid(target, w, d, codes, multipliers, shifts, metric, u, grid, bias, signs, block, scale, offset, entry,
-                  sign, value, q):  # fmt: skip
+def feedback_grid(target, w, d, codes, multipliers, shifts, metric, u, grid, bias, near, points, middles, signs, block,
+                  scale, offset, entry, sign, value, q):  # fmt: skip
     """Encode one superblock of every row of a codebook type.
 
     target, w [R, 256] (target is spent), d [R], codes int [R, blocks, K, 2]: pairs of scale and shift to try, metric
     [32, 8, 8], u [256, 256] (or [0, 0]: nothing couples the columns), grid [tiles, width, TILE], bias [32, 8/width,
-    tiles, TILE]. Fills scale, offset [R, blocks], entry [R, 256/width], sign [R, 32], value, q [R, 256].
+    tiles, TILE]. near, points, middles: a short list instead of the whole grid, see _scan_near (near [0, 0]: none).
+    Fills scale, offset [R, blocks], entry [R, 256/width], sign [R, 32], value, q [R, 256].
     """
     width, coupled = grid.shape[1], len(u) > 0
     per = GROUP // width
@@ -254,7 +279,7 @@ def feedback_grid(target, w, d, codes, multipliers, shifts, metric, u, grid, bia
                             for j in range(GROUP):
                                 x[j] += error[i] * u[lo + i, at + j]
                     m, v = metric[at // GROUP], chosen[g * GROUP : (g + 1) * GROUP]
-                    signbits[g] = _nearest(x, s, m, grid, bias[at // GROUP], signs, linear, low, tile,
+                    signbits[g] = _nearest(x, s, m, grid, bias[at // GROUP], near, points, middles, signs, linear, low, tile,
                                            entries[g * per : (g + 1) * per], v)  # fmt: skip
                     for j in range(GROUP):
                         residual[j] = x[j] - s * v[j]
@@ -279,8 +304,8 @@ def feedback_grid(target, w, d, codes, multipliers, shifts, metric, u, grid, bia
 
 
 @jit
-def descent_grid(gradient, d, multipliers, shifts, h, metric, inverse, grid, bias, signs, block, scale, offset, entry,
-                 sign, value, q):  # fmt: skip
+def descent_grid(gradient, d, multipliers, shifts, h, metric, inverse, grid, bias, near, points, middles, signs, block,
+                 scale, offset, entry, sign, value, q):  # fmt: skip
     """Revise one superblock of every row, a group of 8 after the other, all else fixed; only true decreases.
 
     gradient [R, 256] of half the cost (spent), h [256, 256], metric and inverse [32, 8, 8]: h's blocks and their
@@ -303,7 +328,7 @@ def descent_grid(gradient, d, multipliers, shifts, h, metric, inverse, grid, bia
                     before[j] += gradient[r, at + i] * inverse[g, i, j]
             for j in range(GROUP):
                 x[j] = q[r, at + j] - before[j] - o
-            signbits = _nearest(x, s, m, grid, bias[g], signs, linear, low, tile, entries, v)
+            signbits = _nearest(x, s, m, grid, bias[g], near, points, middles, signs, linear, low, tile, entries, v)
             for j in range(GROUP):
                 after[j] = s * v[j] - x[j]
             if not _quadratic(after, m) < _quadratic(before, m) * F(1 - 1e-6):

@@ -56,8 +56,8 @@ def _rounding(qtype: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
 
 @cache
 def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
-    """[curve points, candidates · codes]: cost at the scale of every (candidate d, code), linear in log2 scale."""
-    s = CANDIDATES[:, None] + np.log2(np.array(multipliers) / max(multipliers))
+    """[curve points, codes · candidates]: cost at the scale of every (code, candidate d), linear in log2 scale."""
+    s = CANDIDATES + np.log2(np.array(multipliers) / max(multipliers))[:, None]
     position = np.clip((s.ravel() - CURVE[0]) / (CURVE[1] - CURVE[0]), 0, len(CURVE) - 1 - 1e-6)
     low = position.astype(int)
     matrix = np.zeros((len(CURVE), s.size), np.float32)
@@ -116,12 +116,11 @@ def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
     level = math.sqrt(float((fmt.grid**2).mean()))
     base = (rms / level).clamp_min(1e-20)
     matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
-    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (len(CANDIDATES), -1))
-    best = cost.amin((3, 5)).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts, candidates, codes]
+    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
+    best = cost.amin(3).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts · codes, candidates]
     d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
     d = torch.where(rms > 0, d, torch.zeros_like(d))
-    index = best[..., None, None, None, None].expand(*cost.shape[:4], 1, cost.shape[-1])
-    chosen = cost.gather(4, index).flatten(3)  # [E, N, blocks, shifts · codes]
+    chosen = cost.gather(4, best[..., None, None, None].expand(*cost.shape[:4], 1)).squeeze(-1)
     pairs = least(chosen, chosen.shape[-1] if tries is None else tries)
     codes = len(fmt.multipliers)
     return Guess(d, torch.zeros_like(d), pairs % codes, pairs // codes)
