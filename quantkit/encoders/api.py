@@ -116,7 +116,7 @@ def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iter
 def _tiles(device: torch.device, e: int, rows: int, n_in: int, full: bool) -> tuple[int, int]:
     """Matrices and rows that are encoded at once."""
     if device.type == "cpu":
-        return 1, CPU_ROWS if full else CPU_ROWS // 8
+        return 1, CPU_ROWS
     free = torch.cuda.mem_get_info(device)[0] * GPU_SHARE
     own = 28 * n_in * n_in if full else 0  # H, its factor and the copies on the way
     matrices = max(1, min(e, int(free / (own + GPU_BYTES * rows * n_in))))

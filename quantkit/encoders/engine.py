@@ -13,8 +13,10 @@ from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks, factorize
 from quantkit.encoders.refit import refit
 from quantkit.encoders.scales import block_scale, guess, refresh
-from quantkit.encoders.search import kernels, nearest, quadratic
+from quantkit.encoders.search import compiled, kernels, nearest, quadratic, runs_compiled
 
+if compiled is not None:
+    from quantkit.encoders import cpu
 if kernels is not None:
     from quantkit.encoders import fused
 
@@ -165,6 +167,8 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
             target.baddbmm_(error[..., :start], factor.u[:, :start, part])
         if _fused(fmt, w) and effort.beta == 1:
             _superblock_fused(fmt, state, w, target, factor, start, effort)
+        elif runs_compiled(w) and effort.beta == 1:
+            cpu.superblock(fmt, state, w, target, factor, start, effort)
         else:
             _superblock(fmt, state, w, target, factor, start, effort)
         error[..., part] = (w[..., part] - state.q[..., part]) * effort.beta
@@ -305,7 +309,11 @@ def _revise(fmt, state, target, h, d, u, start, span) -> torch.Tensor:
 def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) -> State:
     """w float32 [E, R, n], finite -> State."""
     if factor.u is None or not effort.feedback:
-        state = plain_pass(fmt, w, factor.d, effort)
+        if runs_compiled(w):
+            state = State.empty(fmt, w)
+            cpu.plain_pass(fmt, state, w, factor.d, effort)
+        else:
+            state = plain_pass(fmt, w, factor.d, effort)
     else:
         state = feedback_pass(fmt, w, factor, effort)
         for i in range(max(effort.passes, effort.block_passes)):
@@ -313,14 +321,19 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
             if i < effort.block_passes:
                 descent_pass(fmt, w, factor, state, fmt.block)
             if i < effort.passes:
-                (fused_descent_pass if _fused(fmt, w) else group_descent_pass)(fmt, w, factor, state)
+                group_descent_pass(fmt, w, factor, state)
     if effort.refit:
         refit(fmt, w, factor, state)
     return state
 
 
 def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
-    descent_pass(fmt, w, factor, state, GROUP)
+    if _fused(fmt, w):
+        fused_descent_pass(fmt, w, factor, state)
+    elif runs_compiled(w):
+        cpu.descent_pass(fmt, w, factor, state)
+    else:
+        descent_pass(fmt, w, factor, state, GROUP)
 
 
 def _fused(fmt: Format, w: torch.Tensor) -> bool:

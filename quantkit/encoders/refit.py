@@ -5,7 +5,7 @@ import torch
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import Factor
 from quantkit.encoders.scales import block_scale, to_fp16
-from quantkit.encoders.search import kernels
+from quantkit.encoders.search import compiled, kernels, runs_compiled
 
 if kernels is not None:
     from quantkit.encoders import fused
@@ -36,6 +36,10 @@ def normal_equations(w: torch.Tensor, unit: torch.Tensor, factor: Factor) -> tup
         image = _image(unit[:, :, k % kinds], k // kinds, factor)
         if w.is_cuda and fused is not None:
             fused.products(image, unit, w, a, b, k)
+            continue
+        if runs_compiled(w):
+            for i in range(e):
+                compiled.products(*(t[i].numpy() for t in (image, unit, w, a, b)), k)
             continue
         b[:, :, k] = (image * w).sum(-1)
         for i in range(kinds):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quantkit.encoders.format import SUPERBLOCK, Format
-from quantkit.encoders.search import kernels, round_to_levels, tables
+from quantkit.encoders.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, tables
 
 FP16_MAX = 65504.0
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
@@ -56,8 +56,8 @@ def _rounding(qtype: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
 
 @cache
 def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
-    """[curve points, candidates · codes]: cost at the scale of every (candidate d, code), linear in log2 scale."""
-    s = CANDIDATES[:, None] + np.log2(np.array(multipliers) / max(multipliers))
+    """[curve points, codes · candidates]: cost at the scale of every (code, candidate d), linear in log2 scale."""
+    s = CANDIDATES + np.log2(np.array(multipliers) / max(multipliers))[:, None]
     position = np.clip((s.ravel() - CURVE[0]) / (CURVE[1] - CURVE[0]), 0, len(CURVE) - 1 - 1e-6)
     low = position.astype(int)
     matrix = np.zeros((len(CURVE), s.size), np.float32)
@@ -73,7 +73,8 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
     if x.is_cuda and kernels is not None:
         cost = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
     else:
-        cost = _sampled(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
+        sample = _sampled_compiled if runs_compiled(x) else _sampled
+        cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
     cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
     if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
         cost = cost.amin(4, keepdim=True)
@@ -95,18 +96,31 @@ def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
     return torch.stack(out, -1).unflatten(-1, (len(shifts), -1))
 
 
+def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
+    """As _sampled."""
+    step, (e, n, width) = levels[1] - levels[0], x.shape
+    offset = np.repeat((levels[0] + np.array(shifts, np.float32))[:, None] / step, len(CURVE), 1).astype(np.float32)
+    points = np.repeat(2.0 ** -CURVE.astype(np.float32)[None], len(shifts), 0)
+    unit = base * step
+    out = torch.empty(e, n, width // span, len(shifts), len(CURVE))
+    for i in range(e):
+        row, top = x[i].contiguous().numpy(), np.float32(len(levels) - 1)
+        compiled.sampled(row, weights[i].contiguous().numpy(), (1 / unit[i]).numpy(), offset, points, top, span,
+                         out[i].numpy())  # fmt: skip
+    return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
+
+
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
     top = max(fmt.multipliers)
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
     level = math.sqrt(float((fmt.grid**2).mean()))
     base = (rms / level).clamp_min(1e-20)
     matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
-    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (len(CANDIDATES), -1))
-    best = cost.amin((3, 5)).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts, candidates, codes]
+    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
+    best = cost.amin(3).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts · codes, candidates]
     d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
     d = torch.where(rms > 0, d, torch.zeros_like(d))
-    index = best[..., None, None, None, None].expand(*cost.shape[:4], 1, cost.shape[-1])
-    chosen = cost.gather(4, index).flatten(3)  # [E, N, blocks, shifts · codes]
+    chosen = cost.gather(4, best[..., None, None, None].expand(*cost.shape[:4], 1)).squeeze(-1)
     pairs = least(chosen, chosen.shape[-1] if tries is None else tries)
     codes = len(fmt.multipliers)
     return Guess(d, torch.zeros_like(d), pairs % codes, pairs // codes)
@@ -131,13 +145,21 @@ def _blocks(fmt: Format, x, weights):
     return x.view(e, n, -1, fmt.block), weights.view(e, 1, width // fmt.block, fmt.block)
 
 
+def signed_stretches(fmt: Format) -> tuple[float, ...]:
+    return (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03)
+
+
+def min_stretches(fmt: Format) -> tuple[float, ...]:
+    return (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if len(fmt.levels) == 4 else (0.85, 0.925, 1.0)
+
+
 def fit_signed(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Least-squares scale of each block [..., block] -> [...]; negative where that serves the longer side better."""
     peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     best_s, best_gain = torch.zeros_like(peak[..., 0]), torch.zeros_like(peak[..., 0])
     low, high = fmt.levels[0], fmt.levels[-1]
     for end in (low, high):
-        for stretch in (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03):
+        for stretch in signed_stretches(fmt):
             s = peak / end * stretch
             value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
             wq = weights * value
@@ -156,7 +178,7 @@ def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch
     best = torch.full_like(low, float("inf"))
     best_s, best_m = (high - low) / top, -low
     sw, sx = weights.sum(-1), (weights * x).sum(-1)
-    for stretch in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if top == 3 else (0.85, 0.925, 1.0):
+    for stretch in min_stretches(fmt):
         s, m = (high - low) / top * stretch, -low * stretch
         for _ in range(2):
             safe = torch.where(s == 0, torch.ones_like(s), s)[..., None]
@@ -177,6 +199,20 @@ def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch
     return best_s, best_m
 
 
+def _fit_compiled(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As fit_mins or (m = 0) fit_signed: x [E, N, blocks, block], weights [E, 1, blocks, block] -> s, m."""
+    s, m = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
+    low, high = np.float32(fmt.levels[0]), np.float32(fmt.levels[-1])
+    for e in range(len(x)):
+        xe, we = x[e].contiguous().numpy(), weights[e, 0].contiguous().numpy()
+        if fmt.n_mins:
+            compiled.fit_mins(xe, we, np.array(min_stretches(fmt), np.float32), high, s[e].numpy(), m[e].numpy())
+        else:
+            stretches = np.array(signed_stretches(fmt), np.float32)
+            compiled.fit_signed(xe, we, stretches, low, high, half_steps(fmt), s[e].numpy())
+    return s, m
+
+
 def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
     safe = torch.where(d == 0, torch.ones_like(d), d)[..., None]
     return (value / safe).round().clamp(low, high).long()
@@ -184,7 +220,7 @@ def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.T
 
 def _guess_signed(fmt: Format, x, weights) -> Guess:
     xb, wb = _blocks(fmt, x, weights)
-    s = fit_signed(fmt, xb, wb)
+    s = _fit_compiled(fmt, xb, wb)[0] if runs_compiled(x) else fit_signed(fmt, xb, wb)
     low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
     peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
     d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
@@ -194,7 +230,7 @@ def _guess_signed(fmt: Format, x, weights) -> Guess:
 
 def _guess_mins(fmt: Format, x, weights) -> Guess:
     xb, wb = _blocks(fmt, x, weights)
-    s, m = fit_mins(fmt, xb, wb)
+    s, m = (_fit_compiled if runs_compiled(x) else fit_mins)(fmt, xb, wb)
     energy = wb.sum(-1)
     top = len(fmt.multipliers) - 1
     d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))

@@ -1,10 +1,11 @@
 """Exhaustive search: the values that a format can store in 8 neighbouring weights, nearest under an 8×8 metric.
 
-Everything here is the plain reference; `kernels.py` replaces `best_entry` on CUDA.
+Everything here is the plain reference; `kernels.py` replaces `best_entry` on CUDA, `cpu.py` whole passes on the CPU.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from quantkit.encoders.format import Format, table
@@ -14,7 +15,12 @@ try:
     from quantkit.encoders import kernels
 except ImportError:  # no Triton on this platform
     kernels = None
+try:
+    from quantkit.encoders import compiled
+except ImportError:  # no numba for this Python
+    compiled = None
 
+use_compiled = compiled is not None  # tests and benchmarks set it to False to compare with the plain path
 CPU_CHUNK = 256  # rows of scores at a time: 256 × 2048 floats stay in a core's L2 cache
 SPLIT = 64  # entries per partial minimum: amin is vectorised in torch, argmin is not
 
@@ -50,6 +56,10 @@ def tables(fmt: Format, device: torch.device) -> Tables:
         bits = 2 ** torch.arange(GROUP, device=device, dtype=torch.int32)
         _tables[key] = Tables(grid, levels, table(fmt.multipliers, device), table(fmt.shifts, device), bits)
     return _tables[key]
+
+
+def runs_compiled(t: torch.Tensor) -> bool:
+    return use_compiled and t.device.type == "cpu"
 
 
 def best_entry(linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -129,6 +139,15 @@ def round_to_levels(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
         return levels[index], index
     value = x.round().clamp(fmt.levels[0], fmt.levels[-1])
     return value, (value - fmt.levels[0]).long()
+
+
+def half_steps(fmt: Format) -> np.ndarray | None:
+    """For unevenly spaced integer levels: the level nearest to low + i / 2 … low + (i + 1) / 2, float32; else None."""
+    if fmt.qtype != "IQ4_XS":
+        return None
+    levels = np.array(fmt.levels, np.float32)
+    middle = np.arange(levels[0], levels[-1] + 0.5, 0.5) + 0.25  # boundaries are multiples of 1/2
+    return levels[np.abs(middle[:, None] - levels).argmin(1)]
 
 
 def unit_upper(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
