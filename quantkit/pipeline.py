@@ -4,6 +4,8 @@ import glob
 import hashlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,7 +142,7 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
-                out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0,
+                out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0, prompts: int = 0,
                 ram: int | None = None) -> dict[str, Any]:  # fmt: skip
     """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`."""
     original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
@@ -149,9 +151,9 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
     sample = text.documents[0].text[:4096]
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
-    runtime = GGUFSource(path, device) if runtime_tokens else None
+    runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
     result = verify(quantized, original, chunks, target, score=score, runtime=runtime, runtime_tokens=runtime_tokens,
-                    ram=ram) | {"text": text.name, "text_sha256": text.digest}  # fmt: skip
+                    prompts=prompts, ram=ram) | {"text": text.name, "text_sha256": text.digest}  # fmt: skip
     if out:
         write_json(out, result)
     return result
@@ -207,7 +209,7 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity)
+    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, options))
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if (files := finished_files(out)) and not options.restart:
@@ -314,6 +316,22 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "encoder": options.encoder,
         "effort": options.effort,
     }
+
+
+def _circumstances(checkpoint: Checkpoint, options: MakeOptions) -> dict[str, Any]:
+    """What a reader of the result wants to know besides, and a rerun may do differently."""
+    out = {"command": shlex.join(["quantkit", *sys.argv[1:]]), "revision": source_revision(Path(checkpoint.path))}
+    if not options.imatrix:
+        out["calibration_sha256"] = options.calibration.text.corpus("calibration").digest
+    return out
+
+
+def source_revision(folder: Path) -> str | None:
+    """The commit on the hub that a downloaded folder is, from where huggingface_hub notes it."""
+    if folder.resolve().parent.name == "snapshots":
+        return folder.resolve().name
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    return note.read_text(encoding="utf-8").split("\n", 1)[0] if note.is_file() else None
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import quantkit
 
 ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "arch", "planning", "runtime", "engines",
-         "encoders", "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "cli",
-         "__main__"]  # fmt: skip
+         "encoders", "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "report", "inspect",
+         "cli", "__main__"]  # fmt: skip
 PACKAGE = Path(quantkit.__file__).parent
 
 

@@ -14,6 +14,7 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.calibration.measure import memory_limit
 from quantkit.errors import QuantkitError
+from quantkit.evaluation import generation
 from quantkit.evaluation.divergence import (
     Divergence,
     HeadLogits,
@@ -144,13 +145,14 @@ def bad_layers(errors: Sequence[LayerError]) -> list[int]:
 
 
 def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | None = None, *,
-           score: Score = "half", runtime: GGUFSource | None = None, runtime_tokens: int = 0,
+           score: Score = "half", runtime: GGUFSource | None = None, runtime_tokens: int = 0, prompts: int = 0,
            ram: int | None = None) -> dict[str, Any]:  # fmt: skip
     """Structure, types, then perplexity and divergence from the reference over the scored tokens of every chunk.
 
     score: "half" scores the second half of each chunk, as llama-perplexity does; "all" every token but a chunk's
     first. runtime: the same file as a hybrid source; with it, the first runtime_tokens are also computed token by token
-    through the KV cache. ram: bytes that the streams may use, default what the machine has.
+    through the KV cache, and `prompts` texts are continued. ram: bytes that the streams may use, default what the
+    machine has.
     Returns what verify.json holds: sizes, the figures of Divergence.summary with 95 % intervals, the same by domain,
     errors by layer, and what was compared.
     """
@@ -178,6 +180,8 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
     }  # fmt: skip
     if runtime is not None and runtime_tokens:
         result["runtime"] = runtime_mode(runtime, heads, chunks, score, runtime_tokens)
+    if runtime is not None and prompts:
+        result["generation"] = generation.check(runtime, reference, chunks, prompts)
     return result
 
 
@@ -283,4 +287,6 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
         klds = [mode[key]["kld_mean"] for key in ("original", "agreement")]
         how = "agreeing with" if mode["agree"] else "DISAGREEING with"
         rows.append(("runtime", f"KLD {klds[0]:.5f} token by token, {how} the streamed mode ({klds[1]:.5f})"))
+    if written := result.get("generation"):
+        rows.append(("generation", written["summary"]))
     return "\n".join(f"{key:<12}{value}" for key, value in rows)
