@@ -24,7 +24,7 @@ Slab = Callable[[slice], torch.Tensor]
 """Rows of scored tokens -> float32 logits [rows, stop - start] of one slab of the vocabulary."""
 
 VOCAB_SLAB = 8192  # rows of the output matrix held at once: 235 MB of R1's as float32
-TILE_ELEMENTS = 1 << 24  # logits of one tile: 64 MB as float32, a few times that with temporaries
+TILE_ELEMENTS = 1 << 22  # logits of one tile: 16 MB as float32, a few times that with temporaries
 LOG_KLD = (-7.0, 1.5, 0.25)  # histogram of log10 KLD: first edge, last edge, step
 
 
