@@ -36,7 +36,11 @@ def peer(tool: str, original: Path, file: Path, text: Path, chunks: int, threads
     steps = {"base": [*common, "-m", original], "quantized": [*common, "-m", file, "--kl-divergence"]}
     costs = {name: measure([str(part) for part in step], threads, log, said) for name, step in steps.items()}
     found = said.read_text(errors="replace")
-    figures = {key: float(re.findall(pattern, found)[-1]) for key, pattern in PATTERNS.items()}
+    figures = {key: re.findall(pattern, found) for key, pattern in PATTERNS.items()}
+    if not all(figures.values()):
+        tail = found[-1500:] + log.read_text(errors="replace")[-1500:]
+        raise click.ClickException(f"llama-perplexity gave no figures:\n{tail}")
+    figures = {key: float(values[-1]) for key, values in figures.items()}
     return costs, figures, logits.stat().st_size
 
 

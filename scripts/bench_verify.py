@@ -127,7 +127,7 @@ def main(folder: Path, file: Path, recipe: str, target: str, tokens: int, chunk:
           f"estimated for both streams {estimate / 1e9:.2f} GB")  # fmt: skip
     if device == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    if c.n_moe and c.n_dense:
+    if c.n_moe and c.n_dense and c.d == 7168:
         moe, dense = steps[-1], steps[0]
         total = R1_MOE * moe + R1_DENSE * dense + head
         print(f"R1: {R1_MOE} x {moe:.1f} s + {R1_DENSE} x {dense:.1f} s + {head:.1f} s = {total / 60:.1f} min")

@@ -129,7 +129,7 @@ class WeightCheck:
         return self
 
     def report(self) -> dict[str, Any]:
-        """What verify.json and certify.json hold."""
+        """What certify.json holds under `weights`."""
         kinds = defaultdict(list)
         for error in self.errors:
             kinds[error.qtype].append(error.error)
@@ -188,6 +188,7 @@ class WeightCheck:
 
     def _findings(self, spec: TensorSpec, sums: list[_Sums], most: float) -> Iterator[Problem]:
         seen: dict[int, int] = {}
+        searched = 0  # where weights came from is looked up for a few matrices: it reads all others of the tensor
         for i, part in enumerate(sums):
             which = i if len(sums) > 1 else None
             if part.n_bad:
@@ -200,15 +201,16 @@ class WeightCheck:
                     yield Problem(spec.name, which, f"the same bytes as {seen[part.identity]}")
                 seen.setdefault(part.identity, i)
             elif part.error > most:
-                yield Problem(spec.name, which, self._diagnosis(spec, i, part, most))
+                searched += 1
+                yield Problem(spec.name, which, self._diagnosis(spec, i, part, most, searched <= DESCRIBED))
 
-    def _diagnosis(self, spec: TensorSpec, matrix: int, part: _Sums, most: float) -> str:
+    def _diagnosis(self, spec: TensorSpec, matrix: int, part: _Sums, most: float, search: bool) -> str:
         """Where the weights of a matrix with too large an error may have come from."""
         scale = part.product / part.source if part.source else 0.0
         # An encoding with relative error e that is right but for its scale has this cosine, or more.
         if part.cosine > math.sqrt(max(0.0, 1 - most * most)) - 0.05 and abs(scale - 1) > 0.05:
             return f"scaled by {scale:.3g}"
-        if part.cosine < ALIKE and (place := self._found_elsewhere(spec, matrix)):
+        if search and part.cosine < ALIKE and (place := self._found_elsewhere(spec, matrix)):
             return place
         return f"relative error {part.error:.3g}, at most {most:.3g} is expected of its type (cosine {part.cosine:.2f})"
 
