@@ -24,7 +24,7 @@ import numpy as np
 
 WHEEL = "xllamacpp==2026.10.11549"
 CACHE_TYPES = {"f32": 0, "f16": 1}
-TIMEOUT = 600
+TIMEOUT = 3600  # R1 from a slow disk
 
 
 class OracleError(RuntimeError):
@@ -71,8 +71,11 @@ def _ask(request: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         path.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
-        child = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True,
-                               errors="replace", timeout=TIMEOUT, check=False)  # fmt: skip
+        try:
+            child = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True,
+                                   errors="replace", timeout=TIMEOUT, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise OracleError(f"llama.cpp did not answer in {TIMEOUT} s") from None
         if child.returncode:
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
             raise OracleError(f"llama.cpp ended with {how}:\n{child.stderr[-3000:]}")

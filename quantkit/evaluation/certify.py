@@ -7,10 +7,11 @@ Every check ends in pass, fail, warn or skip, with its reason; the certificate h
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from quantkit import __version__, bundle
@@ -31,6 +32,7 @@ from quantkit.tensors import Imatrix
 
 Status = Literal["pass", "fail", "warn", "skip"]
 SHOWN = 6  # problems spelled out for each check
+MOST_EXPERTS = 1 << 16
 LONG_CONTEXT = 32768  # beyond this every DeepSeek model needs YaRN
 
 REQUIRED = ("block_count", "context_length", "embedding_length", "attention.layer_norm_rms_epsilon",
@@ -82,9 +84,9 @@ class Certificate:
 
     def table(self) -> Table:
         colours = {"pass": "green", "fail": "red", "warn": "yellow", "skip": "dim"}
-        table = Table("check", "", "reason", title=f"{', '.join(self.files)} for {self.target}", show_lines=False)
+        table = Table("check", "", "reason", title=escape(f"{', '.join(self.files)} for {self.target}"))
         for check in self.checks:
-            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.detail.replace("[", r"\["))
+            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.detail))
         return table
 
 
@@ -103,11 +105,8 @@ def certify(path: Path, target: str, reference: Checkpoint | Geometry | None = N
                            [Check("files", "fail", str(error))])  # fmt: skip
     made = Certificate(target, {part.name: part.stat().st_size for part in file.files})
     add = made.checks.append
-    add(
-        _check(
-            "files", files(file, target), f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"
-        )
-    )
+    whole = f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"
+    add(_check("files", files(file, target), whole))
     if warning := beside(file, target):
         add(Check("folder", "warn", warning))
     known, where = known_config(file, reference)
@@ -126,8 +125,15 @@ def certify(path: Path, target: str, reference: Checkpoint | Geometry | None = N
     elif not engine:
         add(Check("engine", "skip", "not asked for"))
     else:
-        made.checks += [Check(*found) for found in engine_checks.run(path, file, target, device)]
+        made.checks += _engine(path, file, target, device)
     return made
+
+
+def _engine(path: Path, file: GGUFFile, target: str, device: str) -> list[Check]:
+    try:
+        return [Check(*found) for found in engine_checks.run(path, file, target, device)]
+    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
+        return [Check("engine", "fail", f"{type(error).__name__}: {error}")]
 
 
 def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:
@@ -136,6 +142,8 @@ def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:
         found = list(problems)
     except QuantkitError as error:
         found = [str(error)]
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        found = [f"metadata of the wrong kind: {type(error).__name__}: {error}"]  # anyone may have written the file
     if not found:
         return Check(name, "pass", otherwise)
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -143,9 +151,12 @@ def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:
 
 
 def _config(file: GGUFFile) -> DeepseekConfig | None:
+    """The file's own numbers, if they can be those of a model at all."""
     try:
-        return DeepseekConfig.from_gguf(file.metadata)
-    except (QuantkitError, KeyError, TypeError):
+        config = DeepseekConfig.from_gguf(file.metadata)
+        whole = all(type(getattr(config, f.name)) is int for f in fields(config) if f.type is int)
+        return config if whole and config.n_layer <= len(file.tensors) and config.n_expert <= MOST_EXPERTS else None
+    except (QuantkitError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -245,7 +256,11 @@ def _same(have: Any, want: Any) -> bool:
 
 def tensors(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
     """Exactly the tensors of this architecture, each with its shape, and F32 where the format asks for it."""
-    config = known or DeepseekConfig.from_gguf(file.metadata)
+    config = known or _config(file)
+    if config is None:
+        DeepseekConfig.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size
+        yield "a size in the metadata is no whole number, or more than the file can hold"
+        return
     names = set(file.tensors)
     if any(".attn_kv_b." in n for n in names) and any(".attn_k_b." in n or ".attn_v_b." in n for n in names):
         yield "attn_kv_b and attn_k_b/attn_v_b in one file: llama.cpp rejects tensors of both MLA layouts"

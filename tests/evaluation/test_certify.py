@@ -12,7 +12,7 @@ from quantkit.engines import kt_oracle, llama_oracle
 from quantkit.evaluation import engine_checks
 from quantkit.evaluation.certify import Certificate, certify
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_encode import F32, U32
 from quantkit.formats.gguf_reader import GGUFFile
 
 from .mutations import MUTATIONS, Model
@@ -104,6 +104,19 @@ def test_metadata_rules_need_no_original(key, good, tmp_path):
     model.key(key)
     found = failures(certify(model.write(tmp_path / "broken.gguf"), "llama.cpp", engine=False, values=False))
     assert key in found["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_count", U32(4_000_000_000)), ("expert_count", U32(4_000_000_000)), ("attention.kv_lora_rank", "much"),
+     ("attention.head_count", F32(4.0)), ("embedding_length", U32(0)), ("expert_gating_func", "sigmoid")],
+)  # fmt: skip
+def test_hostile_metadata_fail_without_harm(key, value, good, tmp_path):
+    model = Model(good)
+    model.key("feed_forward_length", U32(999))  # no bundled model has this geometry
+    model.key(key, value)
+    found = failures(certify(model.write(tmp_path / "hostile.gguf"), "llama.cpp", engine=False))
+    assert found.keys() & {"metadata", "tensors"}
 
 
 def test_r1_metadata_come_from_the_bundled_description(good, tmp_path):
