@@ -252,17 +252,56 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1))
 @common_text
 @target_option
+@click.option("--score", type=click.Choice(["half", "all"]), default="half", show_default=True,
+              help="half: the second half of each chunk, as llama-perplexity.")  # fmt: skip
+@click.option("--runtime-tokens", default=0, show_default=True, type=click.IntRange(0),
+              help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
+@click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
+              help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
+@click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
-def verify(file, reference, data, tokens, column, chunk, from_start, target, out, device):
-    """Check a GGUF and measure perplexity and KL divergence from the original."""
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, ram, out,
+           device):  # fmt: skip
+    """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     original = pipeline.open_weights(reference)
-    result = pipeline.verify_file(file, original, choice, device or pipeline.default_device(), target, out)
+    result = pipeline.verify_file(
+        file, original, choice, device or pipeline.default_device(), target, out, score=score,
+        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(ram, "--ram") if ram else None,
+    )  # fmt: skip
     click.echo(short_table(result, file))
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.option("--target", default="llama.cpp", show_default=True, metavar="ktransformers|llama.cpp|ollama")
+@click.option("--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared.")
+@click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance.")
+@click.option("--engine/--no-engine", default=True, help="Load and run the file in the engine, if it is installed.")
+@click.option("--values/--no-values", default=True, help="Decode every tensor.")
+@click.option("--json", "out", type=OUT, default=None, help="Default: certify.json beside FILE.")
+@device_option
+def certify(file, target, reference, imatrix, engine, values, out, device):
+    """Is this file right for that engine? A table of checks, certify.json, and exit code 1 if one fails."""
+    from quantkit import pipeline
+
+    made = pipeline.certify_file(file, target, reference, imatrix, out or file.with_name(pipeline.CERTIFY),
+                                 engine=engine, values=values, device=device or pipeline.default_device())  # fmt: skip
+    Console(width=110).print(made.table())
+    sys.exit(0 if made.passed else 1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(folder):
+    """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs."""
+    from quantkit.report import write_report
+
+    click.echo("\n".join(map(str, write_report(folder))))
 
 
 @main.command()

@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, byref, c_bool, c_char, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -206,13 +207,14 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
     return out
 
 
-def dequantize(qtype: str, data: np.ndarray, n_in: int) -> np.ndarray:
-    """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in]."""
+def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in], into `out` if it is given (contiguous)."""
     data = np.ascontiguousarray(data)
-    if qtype == "F32":
-        return data.view(np.float32).reshape(-1, n_in).copy()
     n_rows = data.size // row_bytes(qtype, n_in)
-    out = np.empty((n_rows, n_in), dtype=np.float32)
+    out = np.empty((n_rows, n_in), dtype=np.float32) if out is None else out
+    if qtype == "F32":
+        out[:] = data.view(np.float32).reshape(-1, n_in)
+        return out
     traits = library().ggml_get_type_traits(type_id(qtype)).contents
     traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out
@@ -220,9 +222,15 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int) -> np.ndarray:
 
 def dequantize_parallel(qtype: str, data: np.ndarray, n_in: int, pool: ThreadPoolExecutor, workers: int) -> np.ndarray:
     """`dequantize` with the rows shared out among a pool's threads."""
-    data = data.reshape(-1, row_bytes(qtype, n_in) if qtype != "F32" else n_in * 4)
-    parts = np.array_split(data, min(workers, max(1, len(data) // 64)))
-    return np.concatenate(list(pool.map(lambda part: dequantize(qtype, part, n_in), parts)))
+    data = data.reshape(-1, row_bytes(qtype, n_in))
+    n_parts = min(workers, max(1, len(data) // 64))
+    if n_parts == 1:
+        return dequantize(qtype, data, n_in)
+    out = np.empty((len(data), n_in), dtype=np.float32)
+    bounds = [i * len(data) // n_parts for i in range(n_parts + 1)]
+    spans = [slice(*pair) for pair in pairwise(bounds)]
+    list(pool.map(lambda span: dequantize(qtype, data[span], n_in, out[span]), spans))
+    return out
 
 
 @cache

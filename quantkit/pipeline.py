@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,8 @@ from quantkit.calibration.measure import (
 from quantkit.calibration.state import PassState
 from quantkit.encoding import GgmlEncoder
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.certify import Certificate, certify
+from quantkit.evaluation.divergence import Score
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
@@ -48,6 +52,7 @@ SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
 RECOVERY = "recovery.json"
+CERTIFY = "certify.json"
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -147,18 +152,32 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
-                out: Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """Perplexity and divergence of a file from the original, on text that calibration never uses."""
+                out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0, prompts: int = 0,
+                ram: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`."""
     original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
     sample = text.documents[0].text[:4096]
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
-    result = verify(quantized, original, chunks, target) | {"text": text.name, "text_sha256": text.digest}
+    runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
+    result = verify(quantized, original, chunks, target, score=score, runtime=runtime, runtime_tokens=runtime_tokens,
+                    prompts=prompts, ram=ram) | {"text": text.name, "text_sha256": text.digest}  # fmt: skip
     if out:
         write_json(out, result)
     return result
+
+
+@torch.inference_mode()
+def certify_file(path: Path, target: str, reference: str | Path | None, imatrix: Path | None, out: Path, *,
+                 engine: bool = True, values: bool = True, device: str = "cpu") -> Certificate:  # fmt: skip
+    """All checks of a file for a target; writes certify.json, passed or not."""
+    original = open_source(resolve_model(reference)) if reference else None
+    importance = load_imatrix(imatrix)[0] if imatrix else None
+    made = certify(path, target, original, importance, engine=engine, values=values, device=device)
+    write_json(out, made.to_dict())
+    return made
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -201,7 +220,7 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity)
+    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, options))
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if (files := finished_files(out)) and not options.restart:
@@ -337,6 +356,22 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "effort": options.effort,
         "recover": options.recover,
     }
+
+
+def _circumstances(checkpoint: Checkpoint, options: MakeOptions) -> dict[str, Any]:
+    """What a reader of the result wants to know besides, and a rerun may do differently."""
+    out = {"command": shlex.join(["quantkit", *sys.argv[1:]]), "revision": source_revision(Path(checkpoint.path))}
+    if not options.imatrix:
+        out["calibration_sha256"] = options.calibration.text.corpus("calibration").digest
+    return out
+
+
+def source_revision(folder: Path) -> str | None:
+    """The commit on the hub that a downloaded folder is, from where huggingface_hub notes it."""
+    if folder.resolve().parent.name == "snapshots":
+        return folder.resolve().name
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    return note.read_text(encoding="utf-8").split("\n", 1)[0] if note.is_file() else None
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:

@@ -100,11 +100,12 @@ def proportional(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def measure(command: list[str], threads: int, log: Path) -> Cost:
+def measure(command: list[str], threads: int, log: Path, stdout: Path | None = None) -> Cost:
+    """Run to the end. stdout: its own file, where lines must not be broken by what goes to stderr."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     begin = time.perf_counter()
-    with log.open("ab") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
+    with log.open("ab") as err, (stdout or log).open("ab") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
         watch = Watch(child.pid)
         watch.start()
         _, status, usage = os.wait4(child.pid, 0)

@@ -35,6 +35,8 @@ class Source(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
     def block(self, layer: int) -> Block: ...
     def head(self) -> tuple[torch.Tensor, Linear]: ...
+    def output_norm(self) -> torch.Tensor: ...
+    def head_rows(self, start: int, stop: int) -> torch.Tensor: ...
 
 
 class CheckpointSource:
@@ -108,8 +110,16 @@ class CheckpointSource:
         return gate, up, down
 
     def head(self) -> tuple[torch.Tensor, Linear]:
-        tied = "model.embed_tokens" if self.config.tied else "lm_head"
-        return self._vector("model.norm.weight"), self._linear(tied)
+        weight = self.head_rows(0, self.config.n_vocab)
+        return self.output_norm(), lambda x: x @ weight.T
+
+    def output_norm(self) -> torch.Tensor:
+        return self._vector("model.norm.weight")
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, [stop - start, d] in the compute dtype."""
+        name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
+        return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
 
 
 def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,10 +165,13 @@ class GGUFSource:
 
     def dense(self, name: str) -> torch.Tensor:
         """A whole tensor, dequantized to float32 on the CPU in its own shape."""
+        return self._values(name, self.file.data(name)).view(*self.file.tensors[name].shape)
+
+    def _values(self, name: str, data: np.ndarray) -> torch.Tensor:
+        """Packed rows of a tensor -> float32 [rows, n_in] on the CPU, by all threads."""
         tensor = self.file.tensors[name]
-        n_in = tensor.shape[-1]
-        values = ggml.dequantize_parallel(tensor.qtype, self.file.data(name), n_in, self.pool, self.n_threads)
-        return torch.from_numpy(values).view(*tensor.shape)
+        values = ggml.dequantize_parallel(tensor.qtype, data, tensor.shape[-1], self.pool, self.n_threads)
+        return torch.from_numpy(values)
 
     def _small(self, name: str) -> torch.Tensor:
         return self.dense(name).to(self.device)
@@ -227,16 +240,24 @@ class GGUFSource:
 
     def _expert(self, names: list[str], expert: int) -> Projections:
         def matrix(name: str) -> torch.Tensor:
-            tensor = self.file.tensors[name]
-            values = ggml.dequantize(tensor.qtype, self.file.matrix(name, expert), tensor.shape[-1])
-            return torch.from_numpy(values).to(self.device, self.dtype)
+            return self._values(name, self.file.matrix(name, expert)).to(self.device, self.dtype)
 
         gate, up, down = map(matrix, names)
         return gate, up, down
 
+    @property
+    def _head_name(self) -> str:
+        return "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
+
     def head(self) -> tuple[torch.Tensor, Linear]:
-        name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
-        return self._small("output_norm.weight"), self.linear(name)
+        return self.output_norm(), self.linear(self._head_name)
+
+    def output_norm(self) -> torch.Tensor:
+        return self._small("output_norm.weight")
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, dequantized: [stop - start, d] in the compute dtype."""
+        return self._values(self._head_name, self.file.data(self._head_name)[start:stop]).to(self.device, self.dtype)
 
 
 class Batched:

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from quantkit import bundle
+from quantkit.engines import kt_oracle
 from quantkit.runtime.layers import Block
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import stream
-
-from . import kt_oracle
 
 pytestmark = [
     pytest.mark.large,

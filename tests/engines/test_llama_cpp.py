@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from quantkit.arch import tokenizer as tokenizers
+from quantkit.engines import llama_oracle
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
-from . import llama_oracle
 from .conftest import reference, twin
 
 pytestmark = pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")

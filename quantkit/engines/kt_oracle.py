@@ -1,7 +1,7 @@
 """One MoE layer of a GGUF, computed by KTransformers' own kernels (kt-kernel, LLAMAFILE backend), in its own process.
 
-`experts` is for tests; run as a script, this file is the child. A GPU is not needed: the wrapper class loads the file
-as sglang would, and its C++ module is then called on ordinary memory.
+Run as a script, this file is the child. A GPU is not needed: the wrapper class loads the file as sglang would, and its
+C++ module is then called on ordinary memory.
 """
 
 import importlib.util
@@ -40,8 +40,11 @@ def experts(path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tenso
         torch.save({"x": x.bfloat16(), "expert": expert, "weight": weight}, given)
         request = {"path": str(path), "layer": layer, "given": str(given), "answer": str(answer)} | shape
         environment = os.environ | {"KT_KERNEL_CPU_VARIANT": variant, "KT_FORCE_SYNC_SUBMIT": "1"}
-        child = subprocess.run([sys.executable, __file__, json.dumps(request)], capture_output=True, text=True,
-                               errors="replace", timeout=TIMEOUT, check=False, env=environment)  # fmt: skip
+        try:
+            child = subprocess.run([sys.executable, __file__, json.dumps(request)], capture_output=True, text=True,
+                                   errors="replace", timeout=TIMEOUT, check=False, env=environment)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise OracleError(f"kt-kernel ({variant}) did not answer in {TIMEOUT} s") from None
         if child.returncode == -signal.SIGILL:
             raise NotImplementedError(f"this CPU does not run kt-kernel's {variant} variant")
         if child.returncode:

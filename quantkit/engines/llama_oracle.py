@@ -1,13 +1,15 @@
-"""Stock llama.cpp as an oracle: the shared object in the `xllamacpp` wheel, called through ctypes in its own process.
+"""Stock llama.cpp as an oracle, called through ctypes in its own process: a crash of native code is then an answer.
 
-A crash of native code then fails one test instead of ending pytest. `logits` and `tokenize` are for tests; run as a
-script, this file is the child: `python llama_oracle.py REQUEST.json` with the request described at `_serve`.
+The library is that of the `xllamacpp` wheel, or else of llama-cpp-python, which declares llama.cpp's structs itself.
+Run as a script, this file is the child: `python llama_oracle.py REQUEST.json`, the request as described at `_serve`.
 
-llama.cpp's parameter structs change between builds. Only their beginnings are declared here, and the defaults that
-the library fills in are compared with the known ones first: another layout is an error, not a wrong answer.
+llama.cpp's parameter structs change between builds. For xllamacpp only their beginnings are declared here, and the
+defaults that the library fills in are compared with the known ones first: another layout is an error, not a wrong
+answer.
 """
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -16,20 +18,33 @@ import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 WHEEL = "xllamacpp==2026.10.11549"
 CACHE_TYPES = {"f32": 0, "f16": 1}
-TIMEOUT = 600
+TIMEOUT = 3600  # R1 from a slow disk
 
 
 class OracleError(RuntimeError):
     """The oracle could not answer; the message says why."""
 
+    def reason(self) -> str:
+        """The line that says it best: llama.cpp logs hundreds."""
+        lines = str(self).splitlines()
+        said = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line]
+        return f"{lines[0].rstrip(':')}: {said[0].strip()}" if said and said[0] != lines[0] else lines[0]
+
 
 def available() -> bool:
-    return importlib.util.find_spec("xllamacpp") is not None
+    return any(map(importlib.util.find_spec, ("xllamacpp", "llama_cpp")))
+
+
+def version() -> str:
+    """The package that answers, and its version."""
+    name = "xllamacpp" if importlib.util.find_spec("xllamacpp") else "llama-cpp-python"
+    return f"{name} {importlib.metadata.version(name)}"
 
 
 def logits(model: Path, tokens: np.ndarray, *, step: int | None = None, cache: str = "f16",
@@ -56,8 +71,11 @@ def _ask(request: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         path.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
-        child = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True,
-                               errors="replace", timeout=TIMEOUT, check=False)  # fmt: skip
+        try:
+            child = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True,
+                                   errors="replace", timeout=TIMEOUT, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise OracleError(f"llama.cpp did not answer in {TIMEOUT} s") from None
         if child.returncode:
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
             raise OracleError(f"llama.cpp ended with {how}:\n{child.stderr[-3000:]}")
@@ -166,8 +184,14 @@ _SIGNATURES = {
 }
 
 
-def _library() -> ctypes.CDLL:
+def _library() -> Any:
+    """llama.cpp's C functions as attributes."""
     spec = importlib.util.find_spec("xllamacpp")
+    if not spec and importlib.util.find_spec("llama_cpp"):
+        from llama_cpp import llama_cpp
+
+        llama_cpp.llama_backend_init()
+        return llama_cpp
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.so")) if spec else []
     if not found:
         raise OracleError(f"pip install {WHEEL}")
@@ -188,7 +212,7 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def _load(lib: ctypes.CDLL, path: str, vocab_only: bool) -> int:
+def _load(lib: Any, path: str, vocab_only: bool) -> int:
     params = lib.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     model = lib.llama_model_load_from_file(path.encode(), params)
@@ -197,7 +221,7 @@ def _load(lib: ctypes.CDLL, path: str, vocab_only: bool) -> int:
     return model
 
 
-def _decode(lib: ctypes.CDLL, context: int, batch: _Batch, tokens: np.ndarray, first: int, out: np.ndarray) -> None:
+def _decode(lib: Any, context: int, batch: _Batch, tokens: np.ndarray, first: int, out: np.ndarray) -> None:
     """Decode tokens at positions first, first + 1, ... of sequence 0; their logits go to out [n, n_vocab]."""
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
@@ -213,7 +237,7 @@ def _decode(lib: ctypes.CDLL, context: int, batch: _Batch, tokens: np.ndarray, f
         out[i] = np.ctypeslib.as_array(row, (out.shape[1],))
 
 
-def _logits(lib: ctypes.CDLL, request: dict) -> dict:
+def _logits(lib: Any, request: dict) -> dict:
     tokens = np.load(request["tokens"])
     model = _load(lib, request["model"], vocab_only=False)
     params = lib.llama_context_default_params()
@@ -236,7 +260,7 @@ def _logits(lib: ctypes.CDLL, request: dict) -> dict:
     return {"n_params": lib.llama_model_n_params(model)}
 
 
-def _tokenize(lib: ctypes.CDLL, request: dict) -> dict:
+def _tokenize(lib: Any, request: dict) -> dict:
     vocab = lib.llama_model_get_vocab(_load(lib, request["model"], vocab_only=True))
     ids = []
     for text in request["texts"]:

@@ -1,0 +1,131 @@
+"""The engine that a file is made for loads it, runs it, and its numbers are compared with the decoded weights.
+
+No list of types is trusted here: a kernel that returns zeros, or something else than the product, is caught because
+its answer is wrong.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from quantkit.arch import tokenizer as tokenizers
+from quantkit.arch.config import DeepseekConfig
+from quantkit.engines import kt_oracle, llama_oracle
+from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.runtime.layers import route
+from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.stream import final_hidden
+
+Found = tuple[str, str, str]
+"""Name, status and detail of a check."""
+
+TOKENS = 192
+# llama.cpp rounds activations to 8 bits and differs from itself by 0.007 nats on a four-layer 1-bit model; a wrong
+# rope, gating or layout costs whole nats.
+MOST_KLD = 0.05
+ROWS = 64
+# kt-kernel rounds activations to 8 bits too: 2 %, and up to 6 % with IQ4_XS. A wrong kernel gives 70 % and more.
+MOST_ERROR = 0.08
+TEXT = (
+    "It was a bright cold day in April, and the clocks were striking. The committee had met for three hours and had "
+    "decided nothing. def area(r):\n    return 3.14159 * r ** 2\n\nfor i in range(10):\n    print(i, area(i))\n\n"
+    "Let f be continuous on [a, b]. Then f attains its maximum: suppose not; then 1/(M - f) is unbounded. "
+    "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？ "
+)
+
+
+def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Found]:
+    """All engine checks of a target; one that is not installed is skipped, and says so."""
+    if target == "ktransformers":
+        yield from kt_kernel(path, file)
+    else:
+        yield llama_cpp(path, file, device)
+    if target == "ollama":
+        yield (
+            "engine ollama",
+            "skip",
+            "Ollama itself was not run; it computes with ggml, as llama.cpp does",
+        )
+
+
+@torch.inference_mode()
+def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
+    """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
+    name = "engine llama.cpp"
+    if not llama_oracle.available():
+        return name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)"
+    source = GGUFSource(path, device, hybrid=False)
+    ids = tokenizers.encode(source.tokenizer(), TEXT * 4)
+    tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
+    try:
+        theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
+        logits = torch.from_numpy(llama_oracle.logits(file.files[0], tokens.numpy()))[0]
+    except llama_oracle.OracleError as error:
+        return name, "fail", error.reason()
+    if theirs != ids:
+        return name, "fail", "llama.cpp cuts the sample text into other tokens than we do"
+    if not torch.isfinite(logits).all():
+        return name, "fail", "llama.cpp computes logits that are not finite"
+    ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
+    found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
+    kld, top = found["kld_mean"], found["top1_agreement"]
+    what = (f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
+            f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})")  # fmt: skip
+    return name, "pass" if kld < MOST_KLD else "fail", what
+
+
+def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Found]:
+    """The routed experts of one layer for every combination of types, in kt-kernel, against decoded weights.
+
+    variant: of the wheel's CPU variants; default the best that this machine runs.
+    """
+    if not kt_oracle.available():
+        yield "engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}"
+        return
+    source = GGUFSource(path, hybrid=False)
+    with tempfile.TemporaryDirectory() as folder:
+        where = path if len(file.files) == 1 else Path(folder)
+        for part in file.files if where != path else ():  # kt-kernel merges splits by folder, and takes all it finds
+            (where / part.name).symlink_to(part.resolve())
+        for layer, kinds in combinations(file, source.config).items():
+            inputs = layer_inputs(source, layer)
+            want = source.block(layer).experts(*inputs)
+            try:
+                variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
+                got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
+            except (kt_oracle.OracleError, NotImplementedError) as error:
+                yield f"engine kt-kernel {kinds}", "fail", _last_line(str(error))
+                continue
+            error = float((got - want).norm() / want.norm())
+            said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
+            # Written so that an answer that is not a number fails.
+            status = "pass" if error <= MOST_ERROR else "fail"
+            yield f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}"
+
+
+def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
+    """The first layer of every combination of types of gate, up and down."""
+    found: dict[str, int] = {}
+    for layer in range(config.n_dense, config.n_layer):
+        kinds = "/".join(file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].qtype for part in ("gate", "up", "down"))
+        found.setdefault(kinds, layer)
+    return {layer: kinds for kinds, layer in found.items()}
+
+
+@torch.inference_mode()
+def layer_inputs(source: GGUFSource, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random normed inputs [ROWS, d], rounded to BF16 as kt-kernel takes them, and where the router sends them."""
+    block = source.block(layer)
+    x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * block.ffn_norm
+    x = x.bfloat16().float()
+    assert block.router is not None
+    return x, *route(x, block.router, source.config)
+
+
+def _last_line(text: str) -> str:
+    """First line, and what the engine said last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1]}"

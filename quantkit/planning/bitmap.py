@@ -1,0 +1,39 @@
+"""Where a plan spends its bits: one cell for every matrix, layers across, roles down, coloured by bits per weight."""
+
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from quantkit.planning import qtypes
+from quantkit.planning.plan import Plan
+
+SHADES = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
+
+
+def bit_map(plan: Plan) -> Figure:
+    """A figure of the plan's matrices; what has no layer (embeddings, output) stands in a column of its own."""
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1]
+    roles = list(dict.fromkeys(tensor.role for tensor in matrices))
+    layers = sorted({tensor.layer for tensor in matrices if tensor.layer is not None})
+    used = sorted({tensor.qtype for tensor in matrices}, key=lambda name: (qtypes.get(name).bpw, name))
+    shades = [SHADES[round(i * (len(SHADES) - 1) / max(1, len(used) - 1))] for i in range(len(used))]
+    cells = [[float("nan")] * (len(layers) + 1) for _ in roles]
+    for tensor in matrices:
+        column = layers.index(tensor.layer) if tensor.layer is not None else len(layers)
+        cells[roles.index(tensor.role)][column] = used.index(tensor.qtype)
+    figure = Figure(figsize=(max(6.4, 2.2 + 0.1 * len(layers)), 1.5 + 0.19 * len(roles)), layout="constrained")
+    axes = figure.subplots()
+    norm = BoundaryNorm([i - 0.5 for i in range(len(used) + 1)], len(used))
+    axes.pcolormesh(cells, cmap=ListedColormap(shades), norm=norm, edgecolors="white", linewidth=0.4)
+    axes.set_yticks([i + 0.5 for i in range(len(roles))], roles, fontsize=8)
+    step = max(1, len(layers) // 12)
+    ticks = list(range(0, len(layers), step))
+    axes.set_xticks([i + 0.5 for i in [*ticks, len(layers)]], [*(str(layers[i]) for i in ticks), "–"], fontsize=8)
+    axes.set_xlabel("layer", fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    names = [f"{name} {qtypes.get(name).bpw:.4g} bpw" for name in used]
+    legend = [Patch(color=shade, label=name) for shade, name in zip(shades, names, strict=True)]
+    figure.legend(handles=legend, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,181 @@
+"""A good file passes; every way of breaking one is caught by the check that should, and named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from quantkit import bundle, cli
+from quantkit.engines import kt_oracle, llama_oracle
+from quantkit.evaluation import engine_checks
+from quantkit.evaluation.certify import Certificate, certify
+from quantkit.formats.geometry import Geometry
+from quantkit.formats.gguf_encode import F32, U32
+from quantkit.formats.gguf_reader import GGUFFile
+
+from .mutations import MUTATIONS, Model
+
+
+@pytest.fixture(scope="module")
+def good(made) -> Path:
+    return made / "tiny-r1-1.58bit.gguf"
+
+
+def failures(made: Certificate) -> dict[str, str]:
+    return {check.name: check.detail for check in made.checks if check.status == "fail"}
+
+
+def test_a_good_file_passes(good, tiny):
+    made = certify(good, "ktransformers", tiny, engine=False)
+    assert made.passed and not failures(made)
+    assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
+    assert made.files == {good.name: good.stat().st_size}
+    json.dumps(made.to_dict(), allow_nan=False)
+
+
+def test_writing_a_file_again_changes_nothing(good, tmp_path, tiny):
+    """The mutations start from this, so what they are caught for is the mutation."""
+    again = Model(good).write(tmp_path / "again.gguf")
+    assert again.read_bytes() == good.read_bytes()
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught_and_named(name, good, tmp_path, tiny):
+    change, check, says = MUTATIONS[name]
+    model = Model(good)
+    change(model)
+    found = failures(certify(model.write(tmp_path / "broken.gguf"), "ktransformers", tiny, engine=False))
+    assert check in found, found
+    assert says in found[check]
+
+
+def cut(path: Path, share: float) -> None:
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda files: cut(files[-1], 0.5), "00003-of-00003.gguf: truncated: tensor"),
+        (lambda files: cut(files[0], 0.001), "truncated"),
+        (lambda files: files[1].unlink(), "1 of 3 splits are missing, first broken-00002-of-00003.gguf"),
+        (lambda files: shutil.copy(files[0], files[1]), "split.no, split.count are (0, 3), the name says (1, 3)"),
+        (lambda files: files[0].write_bytes(b"GGML" + files[0].read_bytes()[4:]), "bad magic"),
+    ],
+    ids=["truncated split", "truncated header", "missing split", "one split twice", "not GGUF"],
+)
+def test_damaged_files_are_named(damage, says, good, tmp_path, tiny):
+    first = Model(good).write(tmp_path / "broken.gguf", split_max_bytes=1_600_000)
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert certify(first, "llama.cpp", tiny, engine=False, values=False).passed
+    damage(files)
+    found = failures(certify(files[0], "llama.cpp", tiny, engine=False))
+    assert says in found["files"]
+
+
+def test_unfinished_download_is_seen_without_the_original(good, tmp_path):
+    """A file of the right length whose end is zeros."""
+    broken = Path(shutil.copy(good, tmp_path / "broken.gguf"))
+    size = broken.stat().st_size
+    cut(broken, 0.7)
+    with broken.open("r+b") as file:
+        file.truncate(size)
+    assert "all zeros" in failures(certify(broken, "llama.cpp", engine=False))["weights"]
+
+
+def test_splits_are_refused_for_ollama(good, tmp_path):
+    first = Model(good).write(tmp_path / "parts.gguf", split_max_bytes=1_600_000)
+    assert "3 splits" in failures(certify(first, "ollama", engine=False, values=False))["files"]
+
+
+@pytest.mark.parametrize("key", ["expert_gating_func", "rope.scaling.type", "rope.scaling.yarn_log_multiplier",
+                                 "attention.value_length_mla"])  # fmt: skip
+def test_metadata_rules_need_no_original(key, good, tmp_path):
+    """With another hidden FFN size no bundled model knows the geometry; the keys must still fit each other."""
+    model = Model(good)
+    model.key("expert_group_count", U32(2))
+    model.key("feed_forward_length", U32(999))
+    model.key("context_length", U32(163840))
+    path = model.write(tmp_path / "unknown.gguf")
+    assert "metadata" not in failures(certify(path, "llama.cpp", engine=False, values=False))
+    model.key(key)
+    found = failures(certify(model.write(tmp_path / "broken.gguf"), "llama.cpp", engine=False, values=False))
+    assert key in found["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_count", U32(4_000_000_000)), ("expert_count", U32(4_000_000_000)), ("attention.kv_lora_rank", "much"),
+     ("attention.head_count", F32(4.0)), ("embedding_length", U32(0)), ("expert_gating_func", "sigmoid")],
+)  # fmt: skip
+def test_hostile_metadata_fail_without_harm(key, value, good, tmp_path):
+    model = Model(good)
+    model.key("feed_forward_length", U32(999))  # no bundled model has this geometry
+    model.key(key, value)
+    found = failures(certify(model.write(tmp_path / "hostile.gguf"), "llama.cpp", engine=False))
+    assert found.keys() & {"metadata", "tensors"}
+
+
+def test_r1_metadata_come_from_the_bundled_description(good, tmp_path):
+    """A description without weights serves as reference: its metadata are compared, its weights are not."""
+    geometry = Geometry.load(bundle.models_dir() / "deepseek-r1")
+    found = failures(certify(good, "llama.cpp", geometry, engine=False, values=False))
+    assert "deepseek2.block_count is 4, must be 61" in found["metadata"]
+
+
+def test_cli_exit_code_table_and_json(good, tmp_path):
+    out = tmp_path / "certify.json"
+    arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-engine"]
+    done = CliRunner().invoke(cli.main, [*arguments, "--json", str(out)])
+    assert done.exit_code == 0 and "tokenizer" in done.stdout
+    assert json.loads(out.read_text())["passed"] is True
+    model = Model(good)
+    model.key("expert_gating_func", U32(1))
+    broken = model.write(tmp_path / "broken.gguf")
+    done = CliRunner().invoke(cli.main, ["certify", str(broken), "--no-engine", "--no-values"])
+    assert done.exit_code == 1
+    assert json.loads((tmp_path / "certify.json").read_text())["passed"] is False
+
+
+@pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")
+class TestLlamaCpp:
+    def test_loads_and_agrees(self, good):
+        name, status, detail = engine_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
+        assert (name, status) == ("engine llama.cpp", "pass"), detail
+
+    def test_refusal_is_the_reason(self, good, tmp_path):
+        model = Model(good)
+        model.tensors["blk.0.attn_extra.weight"] = next(
+            type(t)("blk.0.attn_extra.weight", t.shape, t.qtype, t.data) for t in model.tensors.values()
+        )
+        path = model.write(tmp_path / "extra.gguf")
+        _, status, detail = engine_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
+        assert status == "fail" and "wrong number of tensors" in detail
+
+
+@pytest.mark.large
+@pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}")
+class TestKtKernel:
+    def test_every_combination_of_types_is_computed(self, good):
+        found = list(engine_checks.kt_kernel(good, GGUFFile.open(good)))
+        assert [name for name, *_ in found] == [
+            "engine kt-kernel IQ1_S/IQ1_S/Q2_K",
+            "engine kt-kernel IQ1_S/IQ1_S/IQ1_S",
+        ]
+        assert all(status == "pass" for _, status, _ in found), found
+
+    @pytest.mark.parametrize(("qtype", "says"), [("IQ2_XXS", "relative error"), ("IQ3_S", "silent zeros")])
+    def test_traps_are_caught_by_their_numbers(self, qtype, says, good, tmp_path):
+        """As up's type: gate's would abort. IQ2_XXS is right on the wheel's avx2 and avx512_base variants alone."""
+        model = Model(good)
+        for layer in (1, 2, 3):
+            model.change(f"blk.{layer}.ffn_up_exps.weight", lambda t: t.with_values(t.values(), qtype))
+        path = model.write(tmp_path / "trap.gguf")
+        found = list(engine_checks.kt_kernel(path, GGUFFile.open(path)))
+        plain = any(variant in detail for _, _, detail in found for variant in ("avx2", "avx512_base"))
+        for _, status, detail in found:
+            assert status == ("pass" if plain and qtype == "IQ2_XXS" else "fail"), detail
+            assert says in detail

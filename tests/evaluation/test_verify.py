@@ -1,0 +1,200 @@
+"""Both models side by side: figures equal to separate passes, a damaged layer is named, memory does not grow."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit import pipeline
+from quantkit.calibration import corpus
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.evaluation.verify import LayerError, bad_layers, short_table, verify
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.stream import final_hidden, logit_tiles
+
+from .mutations import Model
+
+
+@pytest.fixture(scope="module")
+def good(made) -> Path:
+    return made / "tiny-r1-1.58bit.gguf"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny) -> CheckpointSource:
+    return CheckpointSource(tiny)
+
+
+@pytest.fixture(scope="module")
+def chunks(reference) -> corpus.Chunks:
+    return corpus.chunk(corpus.default("evaluation"), reference.tokenizer(), reference.config.bos, 128, 16 * 128)
+
+
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def result(good, reference, chunks) -> dict:
+    return verify(GGUFSource(good, hybrid=False), reference, chunks, runtime=GGUFSource(good), runtime_tokens=384)
+
+
+@torch.inference_mode()
+def test_equals_two_separate_passes(result, good, reference, chunks):
+    """The copies of probe chunks in the quantized stream must not change the figures."""
+    models = (reference, GGUFSource(good, hybrid=False))
+    tiles = [logit_tiles(model, scored(final_hidden(model, chunks.tokens))) for model in models]
+    plain = compare(*tiles, scored_targets(chunks.targets)).summary()
+    for key, value in plain.items():
+        assert result[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_domains_make_up_the_whole(result, chunks):
+    assert set(result["domains"]) == set(chunks.domains) and len(result["domains"]) >= 3
+    domains = result["domains"].values()
+    assert sum(d["tokens"] for d in domains) == result["tokens"]
+    mean = sum(d["kld_mean"] * d["tokens"] for d in domains) / result["tokens"]
+    assert mean == pytest.approx(result["kld_mean"])
+    assert sum(result["kld_histogram"]["counts"]) == result["tokens"]
+    low, high = result["ci95"]["kld_mean"]
+    assert low < result["kld_mean"] < high
+
+
+def test_modes_agree(result):
+    """Token by token through the cache and ggml's products: what is left is the rounding of activations."""
+    mode = result["runtime"]
+    assert mode["agree"] and mode["original"]["tokens"] == 3 * 63
+    assert mode["agreement"]["kld_mean"] < 0.1 * mode["streamed"]["kld_mean"]
+    assert "agree" in short_table(result, Path("x.gguf"))
+
+
+@torch.inference_mode()
+def test_a_bad_layer_is_named(good, reference, chunks, tmp_path):
+    """One matrix of layer 2 is damaged: later layers carry its error on, but the own error is layer 2's alone."""
+    model = Model(good)
+    model.change("blk.2.attn_output.weight", lambda t: t.with_values(-t.values()))
+    source = GGUFSource(model.write(tmp_path / "bad.gguf"), hybrid=False)
+    found = verify(source, reference, chunks)
+    assert found["bad_layers"] == [2]
+    assert found["layers"][3]["error"] > 0.5 and found["layers"][3]["own"] < 0.5
+    assert "layer 2 stands out" in short_table(found, Path("x.gguf"))
+
+
+def test_a_good_file_has_no_bad_layer(result):
+    assert result["bad_layers"] == []
+    assert [layer["layer"] for layer in result["layers"]] == [0, 1, 2, 3]
+
+
+def test_layers_that_stand_out():
+    def errors(*own: float) -> list[LayerError]:
+        return [LayerError(i, 1.0, value) for i, value in enumerate(own)]
+
+    assert bad_layers(errors(0.02, 0.2, 0.21, 0.2)) == []
+    assert bad_layers(errors(0.02, 0.2, 0.21, 0.6)) == [3]
+    assert bad_layers(errors(0.0001, 0.0001, 0.01)) == []  # nearly lossless: no layer is worth a name
+    assert bad_layers(errors(0.9, 0.96, 0.9)) == [1]
+    assert bad_layers([]) == []
+
+
+@torch.inference_mode()
+def test_numbers_that_are_not_finite_name_their_layer(good, reference, chunks, tmp_path):
+    model = Model(good)
+    model.change("blk.1.ffn_norm.weight", lambda t: t.with_values(t.values() * float("nan")))
+    source = GGUFSource(model.write(tmp_path / "nan.gguf"), hybrid=False)
+    with pytest.raises(QuantkitError, match=r"layer 1 computes numbers that are not finite"):
+        verify(source, reference, chunks)
+
+
+def test_all_tokens_can_be_scored(good, tiny, tmp_path):
+    choice = pipeline.TextChoice(n_tokens=1024, chunk=256)
+    half = pipeline.verify_file(good, tiny, choice, "cpu", out=tmp_path / "v.json")
+    whole = pipeline.verify_file(good, tiny, choice, "cpu", score="all")
+    assert (half["tokens"], whole["tokens"]) == (4 * 127, 4 * 255)
+    assert json.loads((tmp_path / "v.json").read_text())["score"] == "half"
+
+
+def test_too_little_memory_is_refused_before_work(good, tiny):
+    with pytest.raises(QuantkitError, match="but half of --ram is"):
+        pipeline.verify_file(good, tiny, pipeline.TextChoice(n_tokens=1024), "cpu", ram=10_000_000)
+
+
+def deeper(folder: Path, n_layer: int) -> Path:
+    """The bundled model with its last layer repeated: n_layer layers."""
+    config = json.loads((folder / "config.json").read_text())
+    last = config["num_hidden_layers"] - 1
+    weights = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(shard)
+        shard.unlink()
+    pattern = re.compile(rf"model\.layers\.{last}\.(.*)")
+    for name, tensor in list(weights.items()):
+        if found := pattern.fullmatch(name):
+            weights |= {f"model.layers.{i}.{found[1]}": tensor.clone() for i in range(last + 1, n_layer)}
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_layer}))
+    return folder
+
+
+def peak_anonymous(folder: Path, file: Path) -> int:
+    """Largest anonymous memory, in bytes, of a `verify` of its own. Pages of the mapped file can be dropped at any
+    time and do not count."""
+    program = """
+import sys, threading
+from quantkit import cli
+peak, done = 0, threading.Event()
+def anonymous():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+before = None
+from quantkit import pipeline
+thread = threading.Thread(target=watch, daemon=True); thread.start()
+cli.main.main(sys.argv[1:], standalone_mode=False)
+done.set(); thread.join()
+print(f"peak {peak}")
+"""
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "verify",
+        file,
+        "--reference",
+        folder,
+        "--tokens",
+        "512",
+        "--chunk",
+        "128",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
+    return int(re.search(r"peak (\d+)", done.stdout)[1])
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(made, good, tiny, tmp_path):
+    """12 more layers hold 105 MB as float32; the pass that visits them needs no more than the one that does not."""
+    n_layer = 16
+    folder = deeper(Path(shutil.copytree(tiny.path, tmp_path / "deep")), n_layer)
+    model, config = Model(good), Checkpoint.open(folder).config
+    assert config["num_hidden_layers"] == n_layer
+    for name, tensor in list(model.tensors.items()):
+        if name.startswith("blk.3."):
+            for i in range(4, n_layer):
+                new = name.replace("blk.3.", f"blk.{i}.")
+                model.tensors[new] = type(tensor)(new, tensor.shape, tensor.qtype, tensor.data)
+    model.key("block_count", n_layer)
+    deep = peak_anonymous(folder, model.write(tmp_path / "deep.gguf"))
+    shallow = peak_anonymous(Path(tiny.path), good)
+    print(f"4 layers {shallow / 1e6:.0f} MB, {n_layer} layers {deep / 1e6:.0f} MB")
+    assert deep - shallow < 25e6
