@@ -23,6 +23,41 @@ def render(plan: Plan) -> str:
     return "\n".join([*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw", ""])
 
 
+def outlook(plan: Plan, file_bytes: int) -> str:
+    """The lines under the table: bytes of the whole file, and what the budget's choice promises."""
+    lines = [f"whole file  {file_bytes:,} bytes"]
+    if plan.outlook:
+        o = plan.outlook
+        lines += [
+            f"budget      {o.limit}",
+            f"predicted   KLD {o.kld:.4f} nats a token ({o.damage})",
+            f"solver      {o.solver}, at most {o.gap:.3%} above the least possible",
+        ]
+    return "\n".join(lines)
+
+
+def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
+    """Two plans side by side, class by class; kld: what is predicted for each, nats a token."""
+    unit, size = UNITS[0] if max(a.n_bytes, b.n_bytes) >= UNITS[0][1] else UNITS[1]
+    head = f"{'':<16} {'A: ' + a.recipe:>24} {'B: ' + b.recipe:>24} {'B - A':>12}"
+    second = f"{'class':<16}" + f" {unit:>14} {'bpw':>9}" * 2 + f" {unit:>12}"
+    lines = [f"{a.model} · A {a.target}, mla {a.mla} · B {b.target}, mla {b.mla}", "", head, second, "─" * len(second)]
+    for group in (*CLASSES, "total"):
+        pair = [[t for t in plan.tensors if group in (t.group, "total")] for plan in (a, b)]
+        sizes = [sum(t.n_bytes for t in tensors) for tensors in pair]
+        if any(sizes):
+            cells = "".join(f" {n / size:>14.3f} {bpw(t):>9.3f}" for n, t in zip(sizes, pair, strict=True))
+            lines.append(f"{group:<16}{cells} {(sizes[1] - sizes[0]) / size:>+12.3f}")
+    lines += [f"{'predicted KLD':<16} {kld_a:>24.4f} {kld_b:>24.4f} {kld_b - kld_a:>+12.4f}", ""]
+    roles = dict.fromkeys(t.role for plan in (a, b) for t in plan.tensors)
+    for role in roles:
+        one, two = (layer_ranges(t for t in plan.tensors if t.role == role) for plan in (a, b))
+        if one != two:
+            lines += [role, *wrap(f"A {one}", 96, initial_indent="  ", subsequent_indent="      "),
+                      *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      ")]  # fmt: skip
+    return "\n".join(lines)
+
+
 def types_by_role(plan: Plan) -> list[tuple[str, str, int]]:
     """(role, `blk 3-8 IQ2_XXS · 9-60 IQ1_S`, bytes) in the order of first appearance."""
     roles = list(dict.fromkeys(tensor.role for tensor in plan.tensors))
