@@ -4,7 +4,7 @@
     quantkit sensitivity tiny-r1 --imatrix tiny/imatrix.gguf -o tiny --types IQ1_S,...,Q6_K --other-types Q2_K,...,Q8_0
     python scripts/bench_pareto.py tiny-r1 tiny --llama-bin llama.cpp/build/bin
 
-FOLDER holds imatrix.gguf and sensitivity.json, and gets pareto-TARGET.json and .png and a cache of encoded matrices.
+FOLDER holds imatrix.gguf and sensitivity.json, and gets pareto-TARGET.json and a cache of encoded matrices.
 Plans and hand recipes are encoded by ggml with that imatrix; llama-quantize makes its own files with it from a BF16
 one, so only the choice of types differs. Hand recipes beyond the bundled four are the 2.51bit rules with routed experts
 at Q3_K and Q4_K. Every allocated plan has at most the bytes of its rival.
@@ -75,12 +75,12 @@ class CachedEncoder:
 
 
 class Bench:
-    def __init__(self, model: str, folder: Path, data: tuple[str, ...], tokens: int):
+    def __init__(self, model: str, folder: Path, data: tuple[str, ...], tokens: int, prior: bool):
         self.checkpoint, self.folder, self.model = pipeline.open_weights(model), folder, model
         self.config = DeepseekConfig.from_hf(self.checkpoint.config)
         self.specs = deepseek.specs(self.config)
         self.imatrix, _ = load_imatrix(folder / "imatrix.gguf")
-        self.damage = plans.damage_model(self.specs, folder / "sensitivity.json")
+        self.damage = plans.damage_model(self.specs, None if prior else folder / "sensitivity.json")
         self.encoder = CachedEncoder(folder / "cache")
         self.source = pipeline.source_of(self.checkpoint, "cpu")
         choice = TextChoice(data, n_tokens=tokens)
@@ -154,11 +154,11 @@ class Bench:
 @click.option("--target", default="llama.cpp", show_default=True)
 @click.option("--solver", default="lagrange", show_default=True)
 @click.option("--llama-bin", type=click.Path(path_type=Path), default=None, help="Folder with llama-quantize.")
+@click.option("--prior", is_flag=True, help="Allocate by the built-in prior, not by sensitivity.json.")
 @click.option("--only", default=None, help="Only these hand recipes, A,B, and their rivals.")
-def main(model, folder, data, tokens, target, solver, llama_bin, only):
-    """Measure all files and write pareto.json and pareto.png."""
-    torch.set_num_threads(int(torch.get_num_threads()))
-    bench = Bench(model, folder, data, tokens)
+def main(model, folder, data, tokens, target, solver, llama_bin, prior, only):
+    """Measure all files and write the results."""
+    bench = Bench(model, folder, data, tokens, prior)
     points = []
     for name in only.split(",") if only else HAND:
         hand = bench.measure("hand", name, bench.hand(name, target))
@@ -174,7 +174,7 @@ def main(model, folder, data, tokens, target, solver, llama_bin, only):
             continue
         points.append(bench.measure("allocated", kind, plan))
         click.echo(f"    ratio {points[-1].kld / peer.kld:.3f}, bytes {points[-1].n_bytes / peer.n_bytes:.5f}")
-    out = folder / f"pareto-{target}{'-part' if only else ''}.json"
+    out = folder / f"pareto-{target}{'-prior' if prior else ''}{'-part' if only else ''}.json"
     out.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
     for family in ("allocated", None):
         chosen = [point for point in points if family in (None, point.family)]
