@@ -254,7 +254,9 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
     if output and output != plot:
         output.write_text(chosen.to_json(), encoding="utf-8")
     click.echo(table.render(chosen))
-    click.echo(table.outlook(chosen, plans.plan_file_bytes(model, chosen)))
+    kld = plans.predict_plan(model, chosen, budget.measured)
+    basis = str(budget.measured or "prior")
+    click.echo(table.outlook(chosen, plans.plan_file_bytes(model, chosen), kld, basis))
 
 
 @main.command()

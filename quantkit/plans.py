@@ -60,10 +60,13 @@ class BudgetOptions:
         return any(limit is not None for limit in (self.size, self.bpw, self.ram, self.vram))
 
     def check(self) -> None:
-        chosen = [name for name, value in (("--size", self.size), ("--bpw", self.bpw), ("--ram", self.ram)) if value]
+        limits = {"--size": self.size, "--bpw": self.bpw, "--ram": self.ram}
+        chosen = [name for name, value in limits.items() if value is not None]
         if len(chosen) > 1:
             raise QuantkitError(f"{' and '.join(chosen)} contradict each other: give one budget")
-        if self.vram is not None and not self.ram:
+        if self.size == 0 or (self.ram == 0 and not self.vram):
+            raise QuantkitError(f"{chosen[0]} 0 leaves no room for any file")
+        if self.vram is not None and self.ram is None:
             raise QuantkitError(
                 "--vram needs --ram too: what the GPU cannot hold of the routed experts streams from it"
             )

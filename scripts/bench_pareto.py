@@ -121,17 +121,24 @@ class Bench:
             return self.of_types(types, target)
         return make_plan(self.specs, Recipe.load(name), target, "hand")
 
-    def allocated(self, n_bytes: int, target: str, solver: str) -> Plan:
+    def allocated(self, n_bytes: int, target: str, solver: str, pinned: Plan | None = None) -> Plan:
+        """At most these bytes. pinned: only routed experts are chosen, the rest keeps this plan's types."""
         recipe = Recipe.load("auto")
+        if pinned:
+            types = {tensor.name: tensor.qtype for tensor in pinned.tensors if not tensor.is_routed}
+            recipe = self.recipe_of(types, target, '[[rules]]\nmatch = "ffn_*_exps"\nallocate = {}\nwhy = "open"\n')
         budget = Budget(size=n_bytes)
         return plan_within(self.specs, recipe, target, "auto", budget, self.damage, self.file_bytes, solver)
 
-    def of_types(self, types: dict[str, str], target: str) -> Plan:
-        """A plan of given types."""
+    def recipe_of(self, types: dict[str, str], target: str, more: str = "") -> Recipe:
+        """A recipe that gives these tensors these types."""
         rules = "".join(f'[[rules]]\nmatch = "{spec.name}"\nqtype = "{types[spec.name]}"\nwhy = "given"\n'
-                        for spec in self.specs if not spec.fixed)  # fmt: skip
+                        for spec in self.specs if not spec.fixed and spec.name in types)  # fmt: skip
         head = f'name = "given"\ndescription = "given types"\ntarget = "{target}"\n'
-        return make_plan(self.specs, Recipe.parse(head + rules, "given.toml"), target, "given")
+        return Recipe.parse(head + rules + more, "given.toml")
+
+    def of_types(self, types: dict[str, str], target: str) -> Plan:
+        return make_plan(self.specs, self.recipe_of(types, target), target, "given")
 
     def llama(self, kind: str, llama_bin: Path) -> Point:
         """llama-quantize's own file from a BF16 one, with the same importance."""
@@ -155,14 +162,17 @@ class Bench:
 @click.option("--solver", default="lagrange", show_default=True)
 @click.option("--llama-bin", type=click.Path(path_type=Path), default=None, help="Folder with llama-quantize.")
 @click.option("--prior", is_flag=True, help="Allocate by the built-in prior, not by sensitivity.json.")
+@click.option("--experts-only", is_flag=True, help="Allocate routed experts alone; the rest stays as in the rival.")
 @click.option("--only", default=None, help="Only these hand recipes, A,B, and their rivals.")
-def main(model, folder, data, tokens, target, solver, llama_bin, prior, only):
+def main(model, folder, data, tokens, target, solver, llama_bin, prior, experts_only, only):
     """Measure all files and write the results."""
     bench = Bench(model, folder, data, tokens, prior)
     points = []
     for name in only.split(",") if only else HAND:
-        hand = bench.measure("hand", name, bench.hand(name, target))
-        points += [hand, bench.measure("allocated", name, bench.allocated(hand.n_bytes, target, solver))]
+        base = bench.hand(name, target)
+        hand = bench.measure("hand", name, base)
+        plan = bench.allocated(hand.n_bytes, target, solver, base if experts_only else None)
+        points += [hand, bench.measure("allocated", name, plan)]
         click.echo(f"    ratio {points[-1].kld / hand.kld:.3f}, bytes {points[-1].n_bytes / hand.n_bytes:.5f}")
     for kind in LLAMA if llama_bin and not only else ():
         peer = bench.llama(kind, llama_bin)
@@ -174,7 +184,8 @@ def main(model, folder, data, tokens, target, solver, llama_bin, prior, only):
             continue
         points.append(bench.measure("allocated", kind, plan))
         click.echo(f"    ratio {points[-1].kld / peer.kld:.3f}, bytes {points[-1].n_bytes / peer.n_bytes:.5f}")
-    out = folder / f"pareto-{target}{'-prior' if prior else ''}{'-part' if only else ''}.json"
+    kind = "".join(label for on, label in ((prior, "-prior"), (experts_only, "-experts"), (only, "-part")) if on)
+    out = folder / f"pareto-{target}{kind}.json"
     out.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
     for family in ("allocated", None):
         chosen = [point for point in points if family in (None, point.family)]

@@ -18,8 +18,8 @@ def report(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, machi
     """plans: each with the bytes of its file(s) and the first one's name. original: the checkpoint folder. The commands
     are those of the first plan that fits in memory, else of the first one that can be placed at all."""
     lines = [_machine(machine), ""]
-    lines += [f"{'recipe':<12} {'file':>9} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} {'disk':>9} "
-              f"{'GB a token gpu/ram/disk':>24} {'tok/s':>7}"]  # fmt: skip
+    lines += [f"{'recipe':<12} {'file':>9} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} "
+              f"{'from disk':>9} {'GB a token gpu/ram/disk':>24} {'tok/s':>7}"]  # fmt: skip
     lines.append("─" * len(lines[-1]))
     placed: list[tuple[Plan, Placement, str]] = []
     for plan, n_bytes, file in plans:
@@ -56,7 +56,7 @@ def _row(plan: Plan, n_bytes: int, config: DeepseekConfig, machine: Machine, whe
     token = "/".join(f"{n / GB:.2f}" for n in (speed.gpu, speed.ram, speed.disk))
     rate = f"{speed.tokens_per_second:.1f}" if speed.tokens_per_second else "?"
     return (f"{plan.recipe:<12} {gib(n_bytes):>9} {gib(where.resident):>9} {gib(where.kv_cache):>8} {layers:>15} "
-            f"{gib(where.ram):>9} {gib(where.disk):>9} {token:>24} {rate:>7}")  # fmt: skip
+            f"{gib(where.ram):>9} {gib(where.disk) if where.disk else '–':>9} {token:>24} {rate:>7}")  # fmt: skip
 
 
 def _offload(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, context: int) -> list[str]:

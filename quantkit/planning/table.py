@@ -5,6 +5,7 @@ from itertools import groupby
 from textwrap import wrap
 
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
+from quantkit.sizes import gib
 
 TYPES_WIDTH = 48
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -23,15 +24,16 @@ def render(plan: Plan) -> str:
     return "\n".join([*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw", ""])
 
 
-def outlook(plan: Plan, file_bytes: int) -> str:
-    """The lines under the table: bytes of the whole file, and what the budget's choice promises."""
-    lines = [f"whole file  {file_bytes:,} bytes"]
+def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
+    """The lines under the table: bytes of the whole file, KLD predicted (nats a token) from source, the budget."""
+    lines = [
+        f"whole file  {file_bytes:,} bytes ({gib(file_bytes)})",
+        f"predicted   KLD {kld:.4f} nats a token ({source})",
+    ]
     if plan.outlook:
-        o = plan.outlook
         lines += [
-            f"budget      {o.limit}",
-            f"predicted   KLD {o.kld:.4f} nats a token ({o.damage})",
-            f"solver      {o.solver}, at most {o.gap:.3%} above the least possible",
+            f"budget      {plan.outlook.limit}",
+            f"solver      {plan.outlook.solver}, at most {plan.outlook.gap:.3%} above the least possible",
         ]
     return "\n".join(lines)
 

@@ -49,6 +49,17 @@ def test_splits_count_too():
     assert 0.999 * size < plans.file_bytes(source, plan, 5 * 10**9) <= size
 
 
+@pytest.mark.parametrize("limits", [{"size": 0}, {"ram": 0}, {"ram": 1, "size": 1}, {"vram": 1 << 34}])
+def test_contradictory_options(limits):
+    with pytest.raises(QuantkitError):
+        plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(**limits))
+
+
+def test_all_on_the_gpu():
+    plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(ram=0, vram=160 << 30))
+    assert plan.n_bytes < 160 << 30
+
+
 def test_bits_per_weight():
     plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(bpw=2.0))
     assert 1.998 < plan.bpw <= 2.0

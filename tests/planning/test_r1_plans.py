@@ -72,8 +72,8 @@ def test_allocated_snapshot(recipe, target):
     """What the prior makes of the bytes of Unsloth's files."""
     size, _ = UNSLOTH[recipe]
     plan = plans.plan_model("deepseek-r1", None, target, None, plans.BudgetOptions(size=size))
-    text = f"{snapshot(plan)}\n{table.outlook(plan, plans.plan_file_bytes('deepseek-r1', plan))}\n"
-    check_snapshot(f"auto-{recipe}.{target}.split.txt", text)
+    tail = table.outlook(plan, plans.plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
+    check_snapshot(f"auto-{recipe}.{target}.split.txt", f"{snapshot(plan)}\n{tail}\n")
 
 
 def test_machine_snapshot():
