@@ -112,6 +112,24 @@ def test_splits_load_and_measure_the_same(made, tmp_path):
     assert a == pytest.approx(b, rel=1e-6)
 
 
+def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
+    size = 4 << 20
+    done = run("plan", "tiny-r1", "--size", "4MB", "--target", "llama.cpp", "-o", tmp_path / "p.json", "--plot",
+               tmp_path / "p.png")  # fmt: skip
+    planned = Plan.from_json((tmp_path / "p.json").read_bytes())
+    assert "predicted   KLD" in done.stdout and (tmp_path / "p.png").stat().st_size > 10_000
+    run("make", "tiny-r1", "--size", "4MB", "--target", "llama.cpp", "--imatrix", made / "imatrix.gguf",
+        "--no-verify", "-o", tmp_path / "out")  # fmt: skip
+    assert (tmp_path / "out" / "plan.json").read_text() == (tmp_path / "p.json").read_text()
+    written = (tmp_path / "out" / "tiny-r1-auto.gguf").stat().st_size
+    assert 0.998 * size < written <= size
+    assert {t.name: t.qtype for t in GGUFFile.open(tmp_path / "out" / "tiny-r1-auto.gguf").tensors.values()} == {
+        t.name: t.qtype for t in planned.tensors
+    }
+    both = run("plan", "tiny-r1", "--target", "llama.cpp", "--compare", "1.58bit", tmp_path / "p.json")
+    assert "A: 1.58bit" in both.stdout and "B: auto" in both.stdout
+
+
 BROKEN = [
     (["make", "no-such-model"], "no-such-model: no such folder"),
     (["make", "--recipe", "9bit"], "9bit"),

@@ -125,36 +125,45 @@ def _bytes(items: Sequence[Item], types: dict[str, str]) -> int:
 def _lagrange(items: Sequence[Item], limit: int) -> Allocation:
     choices = [pareto(item.options) for item in items]
     picked = [0] * len(items)
+    left = limit - sum(options[0].n_bytes for options in choices)
+    bound = None
+    stopped: set[int] = set()
+    for slope, i, rank, n_bytes in _steps(choices):
+        if i in stopped:
+            continue
+        if n_bytes > left:
+            if bound is None:  # the relaxation takes a fraction of this step, and is full
+                bound = _damage(choices, picked) - slope * left
+            stopped.add(i)
+            continue
+        picked[i], left = rank, left - n_bytes
+    _exchange(choices, picked, left)
+    damage = _damage(choices, picked)
+    types = {item.name: options[p].qtype for item, options, p in zip(items, choices, picked, strict=True)}
+    n_bytes = sum(options[p].n_bytes for options, p in zip(choices, picked, strict=True))
+    return Allocation(types, n_bytes, damage, damage if bound is None else min(damage, bound), "lagrange")
+
+
+def _steps(choices: Sequence[Sequence[Option]]) -> list[tuple[float, int, int, int]]:
+    """Steps along all hulls, best first: damage saved per byte, tensor, rank of the option reached, bytes. Equal steps
+    go to the earlier tensor."""
     steps = []
     for i, options in enumerate(choices):
         rank = {option: r for r, option in enumerate(options)}
-        steps += [(_slope(a, b), -i, rank[b], b.n_bytes - a.n_bytes) for a, b in pairwise(hull(options))]
-    left = limit - sum(options[0].n_bytes for options in choices)
-    stopped: set[int] = set()
-    slack_at_price = 0.0
-    for slope, i, rank, n_bytes in sorted(steps, key=lambda step: (-step[0], -step[1], step[2])):
-        if -i in stopped:
-            continue
-        if n_bytes > left:
-            if not stopped:
-                slack_at_price = slope * left  # the relaxation takes a fraction of this step and is full
-                bound = sum(options[p].damage for options, p in zip(choices, picked, strict=True)) - slack_at_price
-            stopped.add(-i)
-            continue
-        picked[-i], left = rank, left - n_bytes
-    _exchange(choices, picked, left)
-    chosen = [options[p] for options, p in zip(choices, picked, strict=True)]
-    damage = sum(option.damage for option in chosen)
-    types = {item.name: option.qtype for item, option in zip(items, chosen, strict=True)}
-    n_bytes = sum(option.n_bytes for option in chosen)
-    return Allocation(types, n_bytes, damage, min(damage, bound) if stopped else damage, "lagrange")
+        steps += [(_slope(a, b), i, rank[b], b.n_bytes - a.n_bytes) for a, b in pairwise(hull(options))]
+    return sorted(steps, key=lambda step: (-step[0], step[1], step[2]))
+
+
+def _damage(choices: Sequence[Sequence[Option]], picked: Sequence[int]) -> float:
+    return sum(options[p].damage for options, p in zip(choices, picked, strict=True))
 
 
 def _exchange(choices: Sequence[Sequence[Option]], picked: list[int], left: int) -> None:
     """Better use of the last bytes: raise one tensor, or lower one and raise another, while damage falls."""
     while True:
         moves = list(_moves(choices, picked))
-        best = min(((dd, db, (m,)) for m in moves for _, _, db, dd in [m] if db <= left and dd < 0), default=None)
+        single = min((m for m in moves if m[2] <= left and m[3] < 0), key=lambda m: (m[3], m[2], m[0]), default=None)
+        best = (single[3], single[2], (single,)) if single else None
         pair = _best_pair(moves, left)
         if pair and (best is None or pair[0] < best[0]):
             best = pair

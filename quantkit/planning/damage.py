@@ -12,7 +12,7 @@ from typing import Protocol
 
 from quantkit.errors import QuantkitError
 from quantkit.planning import qtypes
-from quantkit.planning.prior import ERROR, GAIN, LEVEL, OTHER_GAIN
+from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import TensorSpec
 
 EXACT = frozenset(("F32", "F16", "BF16"))  # the checkpoint is FP8 or BF16: what they lose is not seen
@@ -45,7 +45,7 @@ class Prior:
         self.count = Counter(spec.role for spec in specs)
 
     def gain(self, spec: TensorSpec) -> float:
-        return LEVEL * GAIN.get(spec.role, OTHER_GAIN) / self.count[spec.role]
+        return LEVEL * GAIN[spec.role] / self.count[spec.role]
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         return 0.0 if spec.fixed or qtype in EXACT else self.gain(spec) * ERROR[qtype]

@@ -107,9 +107,10 @@ def speed(plan: Plan, config: DeepseekConfig, machine: Machine, placed: Placemen
     lookup = sum(t.n_bytes for t in plan.tensors if t.role == "token_embd") if not config.tied else 0
     always = placed.resident - lookup + placed.kv_cache
     gpu_experts, cpu_experts = (int(share * n) for n in (placed.gpu_experts, placed.cpu_experts))
-    disk = int(share * min(placed.disk, placed.cpu_experts))
+    homeless = min(always, max(0, placed.disk - placed.cpu_experts))  # not even what every token needs is in RAM
+    disk = int(share * min(placed.disk, placed.cpu_experts)) + homeless
     gpu = always + gpu_experts if machine.vram else 0
-    ram = cpu_experts - disk + (0 if machine.vram else always)
+    ram = cpu_experts + (0 if machine.vram else always) - disk
     parts = (gpu, machine.gpu_bandwidth), (ram, machine.ram_bandwidth), (disk, machine.disk_bandwidth)
     if any(n and not bandwidth for n, bandwidth in parts):
         return Speed(gpu, ram, disk, None)

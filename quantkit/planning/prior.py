@@ -48,8 +48,6 @@ GAIN = {
 """role -> damage of all its tensors together at Q4_K, nats a token. attn_q and attn_kv_b, which neither model has, are
 those of the matrices that they replace."""
 
-OTHER_GAIN = 0.005
-
 LEVEL = 1.5
 """R1's published perplexities (Q8_0 3.349; Unsloth's 1.58, 1.73 and 2.22 bit 5.575, 4.724, 4.096) as log ratios, over
 what GAIN and ERROR alone predict for those files: 1.67, 1.54 and 1.43."""

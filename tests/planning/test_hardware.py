@@ -72,6 +72,14 @@ def test_without_gpu_everything_is_ram(plan, config):
     assert partly.disk > 0 and hardware.speed(plan, config, unknown, partly).tokens_per_second is None
 
 
+def test_ram_too_small_for_what_every_token_needs(plan, config):
+    machine = Machine(8 * GIB, 0, 100e9, None, 3e9)
+    placed = hardware.place(plan, config, machine, 4096)
+    speed = hardware.speed(plan, config, machine, placed)
+    assert placed.disk > placed.cpu_experts and speed.disk > placed.cpu_experts / 32
+    assert 0 <= speed.ram < 8 * GIB and speed.tokens_per_second < 0.5
+
+
 def test_vram_too_small_is_refused(plan, config):
     with pytest.raises(QuantkitError, match="more than the GPU has"):
         hardware.place(plan, config, Machine(60 * GIB, 8 * GIB), 4096)
