@@ -69,7 +69,8 @@ class Measured:
         self.points: dict[tuple[str, str], _Point] = {}
         for (tensor, qtype), (kld, error) in entries.items():
             qtypes.get(qtype)
-            if not (math.isfinite(kld) and math.isfinite(error) and error >= 0):
+            numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (kld, error))
+            if not numbers or error < 0:
                 raise QuantkitError(f"{name}: {tensor} {qtype}: {kld} ± {error} is not a divergence")
             value = max(kld, error, FLOOR)
             self.points[tensor, qtype] = _Point(math.log(value), min(1.0, error / value))
