@@ -72,6 +72,8 @@ def calibration_options(command):
         click.option("--expert-tokens", default=0, show_default=True, type=click.IntRange(0),
                      help="Keep drawing text until every expert saw this many tokens."),
         click.option("--memory", default=None, metavar="SIZE", help="Memory for the pass, like 16G. Default: all."),
+        click.option("--hidden", type=click.Choice(["device", "ram", "disk"]), default=None,
+                     help="Where hidden states live. Default: the first of these that has room."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -148,8 +150,8 @@ def budget_options(command):
 @restart_option
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
 def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
-         min_expert_tokens, expert_tokens, memory, imatrix, encoder, effort, device, workers, split_max_size, restart,
-         verify):  # fmt: skip
+         min_expert_tokens, expert_tokens, memory, hidden, imatrix, encoder, effort, device, workers, split_max_size,
+         restart, verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
     from quantkit import pipeline, plans
     from quantkit.evaluation.verify import short_table
@@ -160,7 +162,7 @@ def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, ev
         recipe=recipe, target=target, mla=mla, budget=budget,
         calibration=pipeline.Calibration(
             pipeline.TextChoice(data, column, tokens, chunk, from_start), min_expert_tokens, expert_tokens,
-            parse_size(memory, "--memory") if memory else None,
+            parse_size(memory, "--memory") if memory else None, hidden,
         ),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
         imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
@@ -187,15 +189,18 @@ def inspect(path):
 @calibration_options
 @device_option
 @restart_option
-def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, memory, device,
-              restart):  # fmt: skip
-    """Measure importance: run text through the original, layer by layer, and write an imatrix. Resumes."""
+def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, memory, hidden,
+              device, restart):  # fmt: skip
+    """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
+
+    MODEL is a checkpoint folder, a bundled name or a GGUF file.
+    """
     from quantkit import pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     limit = parse_size(memory, "--memory") if memory else None
-    how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit)
-    source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
+    how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit, hidden)
+    source = pipeline.open_model(model, device or pipeline.default_device())
     pipeline.calibrate(source, how, output, restart)
     click.echo(str(output))
 

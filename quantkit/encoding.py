@@ -23,4 +23,3 @@ class GgmlEncoder:
 
     def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         return ggml.quantize(qtype, rows, importance)
-

@@ -22,6 +22,7 @@ from quantkit.encoders import Hessian
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.planning.plan import Plan
 from quantkit.runtime.experts import ExpertVisit
+from quantkit.runtime.room import Room
 from quantkit.runtime.sources import CheckpointSource
 from quantkit.tensors import Importance, TensorSpec
 
@@ -181,7 +182,7 @@ class LayerEncoder:
 
 
 def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWriter, how: EncoderOptions,
-        state: PassState, *, hidden_dtype: torch.dtype = torch.float32,
+        state: PassState, *, hidden_dtype: torch.dtype = torch.float32, room: Room | None = None,
         progress: Callable[[int], None] | None = None) -> tuple[dict[str, Importance], Counter[str]]:  # fmt: skip
     """One pass over the layers: importance of all, and the rows of every matrix that our encoders can write.
 
@@ -190,7 +191,7 @@ def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWri
     specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
     used: Counter[str] = Counter()
     imatrix = collect(
-        source, tokens, state, hidden_dtype=hidden_dtype, progress=progress,
+        source, tokens, state, hidden_dtype=hidden_dtype, room=room, progress=progress,
         watch=lambda layer: LayerEncoder(layer, source, plan, specs, out, how, used),
     )  # fmt: skip
     return imatrix, used

@@ -20,7 +20,7 @@ from quantkit.calibration.measure import (
     Calibration,
     Steps,
     calibrate,
-    checked_hidden_dtype,
+    chosen_room,
     cut,
     job_of,
     report_coverage,
@@ -37,7 +37,7 @@ from quantkit.planning.plan import Plan
 from quantkit.plans import BudgetOptions, plan_model, resolve_model
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"
@@ -61,6 +61,13 @@ def default_device() -> str:
 def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
     """float32 on the CPU, bfloat16 on a GPU."""
     return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def open_model(model: str | Path, device: str) -> Source:
+    """What calibration can run: a checkpoint folder, a bundled name, or a GGUF file (dequantized layer by layer)."""
+    if Path(model).suffix == ".gguf":
+        return GGUFSource(model, device, hybrid=False)
+    return source_of(open_weights(model), device)
 
 
 def imatrix_digest(imatrix: Imatrix) -> str:
@@ -205,7 +212,7 @@ def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_pa
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
     n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
-    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram)
+    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent)
     state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + options.effort)
     if options.restart:
         state.remove()
@@ -222,7 +229,7 @@ def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_pa
         with track("layers", n_layer, "layers") as advance:
             progress = Steps(advance)
             measured, used = onepass.run(source, plan, chunks.tokens, writer, onepass.EncoderOptions(options.effort),
-                                         state, hidden_dtype=hidden_dtype, progress=progress)  # fmt: skip
+                                         state, hidden_dtype=hidden_dtype, room=room, progress=progress)  # fmt: skip
         if used:
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
         report_coverage(measured, n_tokens, how.min_expert_tokens)
@@ -266,6 +273,8 @@ def finished_files(path: Path) -> list[Path]:
 def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[str, Any]:
     """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
     text = {"imatrix": str(options.imatrix)} if options.imatrix else json.loads(json.dumps(asdict(options.calibration)))
+    for where in ("ram", "hidden"):
+        text.pop(where, None)
     return {
         "quantkit": __version__,
         "checkpoint": checkpoint.fingerprint(),

@@ -16,6 +16,7 @@ import torch
 
 from quantkit.calibration.collect import collect
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.runtime.room import Room
 from quantkit.runtime.sources import CheckpointSource
 from quantkit.runtime.stream import memory
 
@@ -39,9 +40,11 @@ def drop_cache(folder: Path) -> None:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--hidden", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Compute dtype.")
+@click.option("--room", type=click.Choice(["device", "ram", "disk"]), default="device", show_default=True,
+              help="Where hidden states live.")  # fmt: skip
 @torch.inference_mode()
-def main(folder: Path, tokens: int, chunk: int, layers: int | None, device: str, hidden: str,
-         dtype: str | None) -> None:  # fmt: skip
+def main(folder: Path, tokens: int, chunk: int, layers: int | None, device: str, hidden: str, dtype: str | None,
+         room: str) -> None:  # fmt: skip
     """Collect importance over random tokens and print what it took."""
     checkpoint = Checkpoint.open(folder)
     if layers:
@@ -54,7 +57,13 @@ def main(folder: Path, tokens: int, chunk: int, layers: int | None, device: str,
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     stamps = [time.perf_counter()]
-    collect(source, ids, hidden_dtype=getattr(torch, hidden), progress=lambda _: stamps.append(time.perf_counter()))
+    collect(
+        source,
+        ids,
+        hidden_dtype=getattr(torch, hidden),
+        room=Room(room, device, folder),
+        progress=lambda _: stamps.append(time.perf_counter()),
+    )
     n_bytes = {layer: sum(e.n_bytes for n, e in checkpoint.tensors.items() if n.startswith(f"model.layers.{layer}."))
                for layer in range(source.config.n_layer)}  # fmt: skip
     print(f"{'layer':>5} {'s':>8} {'GB':>7} {'GB/s':>6} {'tokens/s':>9}")
@@ -62,7 +71,7 @@ def main(folder: Path, tokens: int, chunk: int, layers: int | None, device: str,
     for layer, took in enumerate(steps):
         gb = n_bytes[layer] / 1e9
         print(f"{layer:>5} {took:>8.2f} {gb:>7.2f} {gb / took:>6.2f} {tokens / took:>9.0f}")
-    estimate = memory(source.config, compute, getattr(torch, hidden)).total(tokens)
+    estimate = memory(source.config, compute, getattr(torch, hidden)).total(tokens, room)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak RSS {peak / 1e6:.2f} GB; estimated {estimate / 1e9:.2f} GB")
     if device == "cuda":

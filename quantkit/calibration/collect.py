@@ -12,6 +12,7 @@ import torch
 from quantkit.calibration.state import PassState
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Observer
+from quantkit.runtime.room import Room
 from quantkit.runtime.sources import Source
 from quantkit.runtime.stream import stream
 from quantkit.tensors import Importance
@@ -66,13 +67,14 @@ class Watcher(Protocol):
 
 
 def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None, *,
-            hidden_dtype: torch.dtype = torch.float32, progress: Callable[[int], None] | None = None,
+            hidden_dtype: torch.dtype = torch.float32, room: Room | None = None,
+            progress: Callable[[int], None] | None = None,
             watch: Callable[[int], Watcher] | None = None) -> dict[str, Importance]:  # fmt: skip
     """Importance of every weight for tokens int64 [n_chunk, t].
 
     state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer
     with the number of layers finished, once at the start if some were finished before. watch: makes the watcher of a
-    layer (default: an `Accumulator`).
+    layer (default: an `Accumulator`). room: where hidden states live.
     """
     hidden, start = state.resume() if state else (None, 0)
     imatrix: dict[str, Importance] = state.entries(start) if state else {}
@@ -87,7 +89,7 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
             block.experts.observe = current.observe_expert
         return current.observe
 
-    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype):
+    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):
         assert current is not None
         entries = current.finish()
         imatrix |= entries

@@ -13,8 +13,9 @@ from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import Advance, say, track
-from quantkit.runtime.sources import CheckpointSource
-from quantkit.runtime.stream import check_memory
+from quantkit.runtime.room import Place, Room
+from quantkit.runtime.sources import Source
+from quantkit.runtime.stream import choose_room, memory
 from quantkit.tensors import Importance
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
@@ -26,16 +27,18 @@ class Calibration:
 
     min_expert_tokens: experts with fewer are filled up with the layer's mean statistics. expert_tokens: keep drawing
     text until every expert saw that many (0: one pass over the chosen tokens). ram: limit in bytes on the device.
+    hidden: where hidden states live (default: the first of device, RAM and disk that has room).
     """
 
     text: TextChoice = dataclasses.field(default_factory=TextChoice)
     min_expert_tokens: int = 32
     expert_tokens: int = 0
     ram: int | None = None
+    hidden: Place | None = None
 
 
 @torch.inference_mode()
-def calibrate(source: CheckpointSource, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
+def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
     """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, removed at the end)."""
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
@@ -58,21 +61,21 @@ def calibrate(source: CheckpointSource, how: Calibration, out: Path, restart: bo
     return imatrix
 
 
-def cut(text: Corpus, source: CheckpointSource, choice: TextChoice) -> Chunks:
+def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
     return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 
-def _pass(source: CheckpointSource, text: Corpus, chunks: Chunks, how: Calibration, out: Path,
+def _pass(source: Source, text: Corpus, chunks: Chunks, how: Calibration, out: Path,
           restart: bool) -> dict[str, Importance]:  # fmt: skip
     """One pass over the layers, resumable."""
     n_tokens = chunks.tokens.numel()
-    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram)
+    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent)
     state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks))
     if restart:
         state.remove()
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
     with track("calibrate", source.config.n_layer, "layers") as advance:
-        imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, progress=Steps(advance))
+        imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, room=room, progress=Steps(advance))
     state.remove()
     return imatrix
 
@@ -88,17 +91,21 @@ class Steps:
         self.done = layers
 
 
-def checked_hidden_dtype(source: CheckpointSource, n_tokens: int, ram: int | None) -> torch.dtype:
-    """float32 while hidden states are small. Refuses a pass that cannot fit in memory."""
+def chosen_room(source: Source, n_tokens: int, how: Calibration, folder: Path) -> tuple[torch.dtype, Room]:
+    """float32 while hidden states are small; their place, in `folder` if on disk. Refuses a pass that fits nowhere."""
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
-    limit, option = memory_limit(ram, source.device)
-    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
-    return hidden_dtype
+    need = memory(source.config, source.dtype, hidden_dtype)
+    limit, option = memory_limit(how.ram, source.device)
+    place = choose_room(need, n_tokens, how.hidden, limit, option, machine_memory(), source.device.type != "cpu")
+    if place != "device":
+        say(f"hidden states of {n_tokens:,} tokens ({need.per_token * n_tokens / 1e9:.1f} GB) live "
+            f"{'on disk' if place == 'disk' else 'in RAM'}")  # fmt: skip
+    return hidden_dtype, Room(place, source.device, folder)
 
 
-def job_of(source: CheckpointSource, chunks: Chunks) -> str:
+def job_of(source: Source, chunks: Chunks) -> str:
     """Identity of a pass: weights, tokens and arithmetic."""
-    facts = f"{source.checkpoint.fingerprint()} {source.dtype} {source.device.type} {tuple(chunks.tokens.shape)} "
+    facts = f"{source.fingerprint()} {source.dtype} {source.device.type} {tuple(chunks.tokens.shape)} "
     return hashlib.sha256(facts.encode() + chunks.tokens.numpy().tobytes()).hexdigest()
 
 
@@ -108,7 +115,11 @@ def memory_limit(ram: int | None, device: torch.device) -> tuple[int, str]:
         return ram, "--memory"
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], "free GPU memory"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    return machine_memory(), "this machine's memory"
+
+
+def machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def report_coverage(imatrix: dict[str, Importance], n_tokens: int, threshold: int) -> None:

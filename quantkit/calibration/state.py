@@ -10,6 +10,7 @@ A layer's statistics are written before the hidden states that include it, each 
 the folder is consistent at any moment.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.errors import QuantkitError
 from quantkit.tensors import Importance
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+WRITE_BYTES = 64 << 20
 
 
 class PassState:
@@ -52,7 +56,7 @@ class PassState:
             tensors[f"{name}.in_sum2"] = torch.from_numpy(entry.in_sum2)
             tensors[f"{name}.counts"] = torch.from_numpy(entry.counts)
         self._write(f"layer-{layer}.safetensors", tensors, {})
-        self._write("hidden.safetensors", {"hidden": hidden.cpu()}, {"layer": str(layer + 1), "job": self.job})
+        self._write_hidden(hidden, {"layer": str(layer + 1), "job": self.job})
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
         part = self.folder / (name + ".part")
@@ -60,6 +64,21 @@ class PassState:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, self.folder / name)
+
+    def _write_hidden(self, hidden: torch.Tensor, about: dict[str, str]) -> None:
+        """A few chunks at a time: save_file would copy all of it, gigabytes for a large job, in memory."""
+        about = dict(sorted(about.items()))
+        table = {"dtype": DTYPES[hidden.dtype], "shape": list(hidden.shape), "data_offsets": [0, hidden.nbytes]}
+        head = json.dumps({"__metadata__": about, "hidden": table}).encode()
+        head += b" " * (-len(head) % 8)
+        part = self.folder / "hidden.safetensors.part"
+        with open(part, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for chunk in hidden.split(max(1, WRITE_BYTES // hidden[:1].nbytes)):
+                file.write(memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / "hidden.safetensors")
 
     def entries(self, n_layer: int) -> dict[str, Importance]:
         """Statistics of layers 0 .. n_layer - 1."""

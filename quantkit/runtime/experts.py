@@ -31,11 +31,11 @@ class StreamedExperts:
         self.read = read
         self.n_expert = n_expert
         self.observe: Callable[[ExpertVisit], None] | None = None
-        self.sum_dtype = torch.float32
 
-    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
-        out = torch.zeros(x.shape, dtype=self.sum_dtype, device=x.device)
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor,
+                 out: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """x and out (zeroed here; default float32) may live elsewhere than the weights: rows travel as needed."""
+        out = torch.zeros(x.shape, device=x.device) if out is None else out.zero_()
         slot = torch.argsort(expert.flatten(), stable=True)  # tokens in order within an expert: sums are reproducible
         counts = torch.bincount(expert.flatten(), minlength=self.n_expert)
         bounds = [0, *counts.cumsum(0).tolist()]
@@ -43,11 +43,12 @@ class StreamedExperts:
         for e, (gate, up, down) in self._prefetched(used):
             mine = slot[bounds[e] : bounds[e + 1]]
             tokens = mine // expert.shape[1]
-            rows, share = x[tokens], weight.flatten()[mine]
+            rows, share = x[tokens.to(x.device)].to(gate.device), weight.flatten()[mine]
             hidden = F.silu(rows @ gate.T) * (rows @ up.T)
             if self.observe:
                 self.observe(ExpertVisit(e, tokens, rows, hidden, share, (gate, up, down)))
-            out.index_add_(0, tokens, ((hidden @ down.T).float() * share[:, None]).to(out.dtype))
+            part = ((hidden @ down.T).float() * share[:, None]).to(out.dtype)
+            out.index_add_(0, tokens.to(out.device), part.to(out.device))
         return out
 
     def _prefetched(self, experts: list[int]) -> Iterator[tuple[int, Projections]]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.arch.config import DeepseekConfig
+from quantkit.runtime.experts import StreamedExperts
 from quantkit.runtime.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -221,11 +222,14 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
 
 
 def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None,
-                 weight_of_token: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+                 weight_of_token: torch.Tensor | None = None, sums: torch.Tensor | None = None
+                 ) -> torch.Tensor:  # fmt: skip
     """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: for the observer.
 
-    Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries.
+    Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries. x and sums
+    [n, d] (where streamed experts add up) may live elsewhere than the weights.
     """
+    device = block.ffn_norm.device
 
     def see(begin: int, suffix: str = "") -> See | None:
         if observe is None or weight_of_token is None:
@@ -236,16 +240,20 @@ def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe:
     tiles = list(enumerate(x.split(FFN_TOKENS)))
     if block.router is None or block.experts is None:
         assert block.feed is not None
-        return torch.cat([block.feed(part, see(i * FFN_TOKENS)) for i, part in tiles])
+        return torch.cat([block.feed(part.to(device), see(i * FFN_TOKENS)).to(x.device) for i, part in tiles])
     routes = []
     for i, part in tiles:
+        part = part.to(device)
         routes.append(route(part, block.router, config))
         if tell := see(i * FFN_TOKENS):
             tell("ffn_gate_inp", part)
-    out = block.experts(x, *(torch.cat(parts) for parts in zip(*routes, strict=True)))
+    expert, weight = (torch.cat(parts) for parts in zip(*routes, strict=True))
+    streamed = isinstance(block.experts, StreamedExperts)
+    out = block.experts(x, expert, weight, sums) if streamed else block.experts(x, expert, weight)
     if block.feed is not None:
         for i, part in tiles:
-            out[i * FFN_TOKENS : (i + 1) * FFN_TOKENS] += block.feed(part, see(i * FFN_TOKENS, "_shexp"))
+            shared = block.feed(part.to(device), see(i * FFN_TOKENS, "_shexp"))
+            out[i * FFN_TOKENS : (i + 1) * FFN_TOKENS] += shared.to(out.device)
     return out
 
 

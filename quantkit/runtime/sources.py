@@ -1,5 +1,6 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +32,8 @@ class Source(Protocol):
     dtype: torch.dtype
 
     def tokenizer(self) -> Tokenizer: ...
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def fingerprint(self) -> str: ...
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
     def block(self, layer: int) -> Block: ...
     def head(self) -> tuple[torch.Tensor, Linear]: ...
 
@@ -58,17 +60,21 @@ class CheckpointSource:
         weight = self._matrix(name + ".weight")
         return lambda x: x @ weight.T
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [...] -> float32 [..., d]; reads the embedding a slab at a time."""
-        flat = tokens.flatten().to(self.device)
-        out = torch.empty((len(flat), self.config.d), device=self.device)
+    def fingerprint(self) -> str:
+        return self.checkpoint.fingerprint()
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens int64 [...] -> [..., d] in `out` (default: new, float32); reads the embedding a slab at a time."""
+        out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
+        flat, rows = tokens.flatten().to(out.device), out.view(-1, self.config.d)
         for start in range(0, self.config.n_vocab, VOCAB_ROWS):
             stop = min(start + VOCAB_ROWS, self.config.n_vocab)
             here = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
             if len(here):
                 slab = self.checkpoint.read("model.embed_tokens.weight", start, stop, device=self.device)
-                out[here] = slab[flat[here] - start]
-        return out.view(*tokens.shape, self.config.d)
+                for part in here.split(VOCAB_ROWS):
+                    rows[part] = slab[(flat[part] - start).to(slab.device)].to(rows.device, rows.dtype)
+        return out
 
     def block(self, layer: int) -> Block:
         c, p = self.config, f"model.layers.{layer}."
@@ -169,12 +175,22 @@ class GGUFSource:
         n_out, n_in = tensor.shape
         return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        tensor, flat = self.file.tensors["token_embd.weight"], tokens.flatten().cpu().numpy()
-        unique, inverse = np.unique(flat, return_inverse=True)
-        rows = ggml.dequantize(tensor.qtype, self.file.data("token_embd.weight")[unique], tensor.shape[-1])
-        out = torch.from_numpy(rows[inverse.reshape(-1)]).to(self.device)
-        return out.view(*tokens.shape, self.config.d)
+    def fingerprint(self) -> str:
+        """Of the headers, and of where and how large the files are: reading a 131 GB file to hash it takes minutes."""
+        facts = [(t.name, t.qtype, t.shape, t.file.name, t.offset) for t in self.file.tensors.values()]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.file.files]
+        return hashlib.sha256(repr((facts, stats)).encode()).hexdigest()
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens int64 [...] -> [..., d] in `out` (default: new, float32)."""
+        tensor, data = self.file.tensors["token_embd.weight"], self.file.data("token_embd.weight")
+        out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
+        rows = out.view(-1, self.config.d)
+        for to, part in zip(rows.split(VOCAB_ROWS), tokens.flatten().cpu().split(VOCAB_ROWS), strict=True):
+            unique, inverse = np.unique(part.numpy(), return_inverse=True)
+            values = ggml.dequantize(tensor.qtype, data[unique], tensor.shape[-1])
+            to.copy_(torch.from_numpy(values[inverse.reshape(-1)]))
+        return out
 
     def block(self, layer: int) -> Block:
         c, p = self.config, f"blk.{layer}."

@@ -12,7 +12,6 @@ import torch
 
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
-from quantkit.runtime.experts import StreamedExperts
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
     Block,
@@ -23,11 +22,13 @@ from quantkit.runtime.layers import (
     rms_norm,
     token_weight,
 )
+from quantkit.runtime.room import Place, Room
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import Source
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
+RAM_SHARE = 0.7  # of the machine's memory for hidden states of a GPU's pass
 BASE_BYTES = 1 << 30  # Python, torch and their libraries
 
 
@@ -44,16 +45,31 @@ Before = Callable[[int, Block], Observer | None]
 """Called with a freshly loaded block; may attach observers to it and returns the observer of its inputs."""
 
 
+class Buffers:
+    """The arrays of a pass, made once in its room: hidden [n_chunk, t, d], and inputs and sums of the feed-forward."""
+
+    def __init__(self, room: Room, shape: tuple[int, ...], hidden: torch.dtype, compute: torch.dtype):
+        self.hidden = room.empty(shape, hidden)
+        self.inputs = room.empty((shape[0] * shape[1], shape[2]), compute)
+        # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
+        self.sums = room.empty((shape[0] * shape[1], shape[2]), hidden)
+
+
 def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *,
-           hidden: torch.Tensor | None = None, start: int = 0,
-           hidden_dtype: torch.dtype = torch.float32) -> Iterator[Layer]:  # fmt: skip
+           hidden: torch.Tensor | None = None, start: int = 0, hidden_dtype: torch.dtype = torch.float32,
+           room: Room | None = None) -> Iterator[Layer]:  # fmt: skip
     """Run tokens int64 [n_chunk, t] (independent chunks) through all layers, yielding after each.
 
     hidden, start: resume with these states before layer `start`. hidden_dtype: bfloat16 saves memory in large jobs.
+    room: where hidden states live (default: on the source's device).
     """
+    room = room or Room("device", source.device)
+    buffers = Buffers(room, (*tokens.shape, source.config.d), hidden_dtype, source.dtype)
     if hidden is None:
-        hidden = source.embed(tokens)
-    hidden = hidden.to(source.device, hidden_dtype)
+        source.embed(tokens, out=buffers.hidden)
+    else:
+        buffers.hidden.copy_(hidden)
+    hidden = buffers.hidden
     cos, sin = angles(source.config, torch.arange(tokens.shape[1], device=source.device))
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(source.block, start) if start < source.config.n_layer else None
@@ -61,18 +77,19 @@ def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *
             assert ahead is not None
             block = ahead.result()
             ahead = reader.submit(source.block, index + 1) if index + 1 < source.config.n_layer else None
-            apply_block(hidden, block, source, cos, sin, before(index, block) if before else None)
+            apply_block(buffers, block, source, cos, sin, before(index, block) if before else None)
             yield Layer(index, block, hidden)
 
 
-def apply_block(hidden: torch.Tensor, block: Block, source: Source, cos: torch.Tensor, sin: torch.Tensor,
+def apply_block(buffers: Buffers, block: Block, source: Source, cos: torch.Tensor, sin: torch.Tensor,
                 observe: Observer | None = None) -> None:  # fmt: skip
-    """One layer, in place, on hidden [n_chunk, t, d]."""
+    """One layer, in place, on buffers.hidden [n_chunk, t, d]."""
+    hidden = buffers.hidden
     apply_attention(hidden, block, source.config, cos, sin, observe)
-    x = ffn_input(hidden, block, source)
-    weight = torch.cat([token_weight(part) for part in hidden.split(1)]) if observe else None
+    x = ffn_input(hidden, block, source, buffers.inputs)
+    weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if observe else None
     flat = hidden.view(-1, hidden.shape[-1])
-    flat += feed_forward(x, block, source.config, observe, weight)
+    flat += feed_forward(x, block, source.config, observe, weight, buffers.sums)
 
 
 def apply_attention(hidden: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
@@ -80,16 +97,16 @@ def apply_attention(hidden: torch.Tensor, block: Block, config: DeepseekConfig, 
     """The attention half of a layer, in place, a few chunks at a time."""
     step = max(1, ATTENTION_TOKENS // hidden.shape[1])
     for part in hidden.split(step):
-        part += attention(part, block, config, cos, sin, observe=observe)
+        part += attention(part.to(cos.device), block, config, cos, sin, observe=observe).to(part.device)
 
 
-def ffn_input(hidden: torch.Tensor, block: Block, source: Source) -> torch.Tensor:
-    """Normed input of the feed-forward for all tokens, [n, d] in the compute dtype; sets how experts sum up."""
-    if isinstance(block.experts, StreamedExperts):
-        block.experts.sum_dtype = hidden.dtype
-    out = torch.empty((hidden.shape[0] * hidden.shape[1], hidden.shape[2]), dtype=source.dtype, device=hidden.device)
+def ffn_input(hidden: torch.Tensor, block: Block, source: Source, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Normed input of the feed-forward for all tokens, [n, d] in the compute dtype, where `hidden` is."""
+    if out is None:
+        shape = (hidden.shape[0] * hidden.shape[1], hidden.shape[2])
+        out = torch.empty(shape, dtype=source.dtype, device=hidden.device)
     for to, part in zip(out.split(ATTENTION_TOKENS), hidden.view_as(out).split(ATTENTION_TOKENS), strict=True):
-        to.copy_(rms_norm(part, block.ffn_norm, source.config.rms_eps))
+        to.copy_(rms_norm(part.to(source.device), block.ffn_norm, source.config.rms_eps))
     return out
 
 
@@ -119,16 +136,19 @@ def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a streaming pass needs: for each token, and besides that."""
+    """Bytes that a streaming pass needs: where the weights are, besides the tokens; for each token there; and for each
+    token wherever the room of the hidden states is."""
 
-    per_token: int
     fixed: int
+    beside: int
+    per_token: int
 
-    def total(self, n_tokens: int) -> int:
-        return self.fixed + self.per_token * n_tokens
+    def total(self, n_tokens: int, place: Place = "device") -> int:
+        """On the device of the weights (the RAM, if that is the CPU)."""
+        return self.fixed + n_tokens * (self.beside + (self.per_token if place == "device" else 0))
 
-    def most_tokens(self, limit: int) -> int:
-        return max(0, (limit - self.fixed) // self.per_token)
+    def most_tokens(self, limit: int, place: Place = "device") -> int:
+        return max(0, (limit - self.fixed) // (self.total(1, place) - self.fixed))
 
 
 def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
@@ -142,16 +162,25 @@ def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) ->
     tile = ATTENTION_TOKENS * c.n_head * (2 * c.qk_head + 3 * (c.kv_lora + c.qk_rope)) * size + 3 * SCORE_ELEMENTS * 4
     ffn = ATTENTION_TOKENS * (c.n_ff if c.n_dense else c.n_ff_exp) * 3 * size
     routing = c.n_used * 24 + c.n_expert * 12  # ids, weights, sort; scores of all experts
-    return Memory(c.d * (2 * hidden.itemsize + size) + routing, BASE_BYTES + weights + tile + ffn)
+    return Memory(BASE_BYTES + weights + tile + ffn, routing, c.d * (2 * hidden.itemsize + size))
 
 
-def check_memory(config: DeepseekConfig, n_tokens: int, compute: torch.dtype, hidden: torch.dtype, limit: int,
-                 option: str) -> None:  # fmt: skip
-    """Refuse, before any work, a token budget that cannot fit, and say which would."""
-    need = memory(config, compute, hidden)
-    if need.total(n_tokens) > limit:
-        fits = need.most_tokens(limit)
-        least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
-        advice = f"at most {fits:,} tokens fit" if fits else least
-        raise QuantkitError(f"{n_tokens:,} tokens need {need.total(n_tokens) / 1e9:.1f} GB, but {option} is "
-                            f"{limit / 1e9:.1f} GB; {advice}")  # fmt: skip
+def choose_room(need: Memory, n_tokens: int, wanted: Place | None, limit: int, option: str, ram: int,
+                on_gpu: bool) -> Place:  # fmt: skip
+    """Where hidden states shall live. Refuses, before any work, tokens that fit nowhere, and says what would.
+
+    limit: bytes for the pass where the weights are, called `option`; ram: the machine's memory. By default the first
+    place that has room: where the weights are, the RAM beside a GPU, the disk.
+    """
+    places: list[Place] = [wanted] if wanted else ["device", "ram", "disk"] if on_gpu else ["device", "disk"]
+    for place in places:
+        fits = need.total(n_tokens, place) <= limit
+        if fits and (place != "ram" or need.per_token * n_tokens <= RAM_SHARE * ram):
+            return place
+    place = places[-1]
+    most = need.most_tokens(limit, place)
+    least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
+    advice = f"at most {most:,} tokens fit" if most else least
+    more = "; --hidden disk needs less" if place != "disk" and most else ""
+    raise QuantkitError(f"{n_tokens:,} tokens need {need.total(n_tokens, place) / 1e9:.1f} GB, but {option} is "
+                        f"{limit / 1e9:.1f} GB; {advice}{more}")  # fmt: skip

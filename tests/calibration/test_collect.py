@@ -1,5 +1,7 @@
 """Importance equals sums taken by hand, and every quantizable tensor has it."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,14 @@ import torch
 from quantkit.arch import deepseek
 from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
+from quantkit.encoding import GgmlEncoder
 from quantkit.errors import QuantkitError
+from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.quantize import quantize
 from quantkit.runtime.layers import feed_forward, rms_norm, route
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.room import Room
+from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import stream
 
 
@@ -118,3 +125,32 @@ def test_norm_is_what_experts_see(source):
     h = torch.randn(4, source.config.d) * 3
     x = rms_norm(h, torch.ones(source.config.d), 1e-6)
     torch.testing.assert_close(x.square().mean(-1), torch.ones(4), rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_on_disk_give_the_same_imatrix(source, tokens, imatrix, tmp_path):
+    room = Room("disk", folder=tmp_path)
+    with torch.inference_mode():
+        found = collect(source, tokens, room=room)
+    assert list(tmp_path.iterdir())  # the arrays were there
+    for name, entry in imatrix.items():
+        np.testing.assert_array_equal(found[name].in_sum2, entry.in_sum2, err_msg=name)
+    del room
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, tmp_path):
+    """A file of 8-bit weights: its own inputs differ from the original's by what 8 bits cost, and no more."""
+    rules = tmp_path / "eight.toml"
+    rules.write_text(
+        'name = "eight"\ndescription = "d"\ntarget = "llama.cpp"\nmla = "split"\n[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n'
+    )
+    eight = make_plan(deepseek.specs(source.config), Recipe.load(rules), model="tiny")
+    out = tmp_path / "tiny.gguf"
+    quantize(tiny, eight, {}, out, GgmlEncoder(), fingerprint={})
+    with torch.inference_mode():
+        found = collect(GGUFSource(out, hybrid=False), tokens)
+    assert found.keys() == imatrix.keys()
+    for name, entry in imatrix.items():
+        whole = found[name].in_sum2.sum(), entry.in_sum2.sum()
+        assert whole[0] == pytest.approx(whole[1], rel=0.02), name

@@ -1,0 +1,27 @@
+"""Where the arrays with a row per token live during a streaming pass: beside the weights, in RAM, or on disk."""
+
+import tempfile
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Place = Literal["device", "ram", "disk"]
+
+
+class Room:
+    """Makes the arrays. On disk they are mapped files in a temporary folder of `folder`: the system keeps as many of
+    their pages in memory as it can spare, and nothing is left of them when the room is dropped."""
+
+    def __init__(self, place: Place = "device", device: torch.device | str = "cpu", folder: Path | None = None):
+        self.place, self.device = place, torch.device(device if place == "device" else "cpu")
+        self._folder = tempfile.TemporaryDirectory(prefix="quantkit-", dir=folder) if place == "disk" else None
+        self._made = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self._folder is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        self._made += 1
+        path = Path(self._folder.name) / str(self._made)
+        return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)
