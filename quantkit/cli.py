@@ -1,5 +1,6 @@
 """The command line: it only translates. Each command is one stage, file to file; `make` runs them all."""
 
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantkit import __version__
+from quantkit import __version__, sizes
 from quantkit.errors import QuantkitError
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -70,7 +71,7 @@ def calibration_options(command):
                      help="Experts with fewer tokens lean on their layer's mean statistics."),
         click.option("--expert-tokens", default=0, show_default=True, type=click.IntRange(0),
                      help="Keep drawing text until every expert saw this many tokens."),
-        click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the pass, like 16G. Default: all."),
+        click.option("--memory", default=None, metavar="SIZE", help="Memory for the pass, like 16G. Default: all."),
         click.option("--hidden", type=click.Choice(["device", "ram", "disk"]), default=None,
                      help="Where hidden states live. Default: the first of these that has room."),
     ]  # fmt: skip
@@ -82,7 +83,10 @@ def calibration_options(command):
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
-recipe_option = click.option("--recipe", default="1.58bit", show_default=True, metavar="NAME|FILE")
+recipe_option = click.option("--recipe", default=None, metavar="NAME|FILE",
+                             help="Default: 1.58bit, or auto if a budget is given.")  # fmt: skip
+context_option = click.option("--context", default="16k", show_default=True, metavar="TOKENS",
+                              help="Tokens that the KV cache is to hold.")  # fmt: skip
 mla_option = click.option("--mla", type=click.Choice(["split", "combined"]), default=None,
                           help="Layout of kv_b: two tensors (current engines) or one (old ones).")  # fmt: skip
 workers_option = click.option(
@@ -97,11 +101,40 @@ split_option = click.option("--split-max-size", default="50G", show_default=True
 restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
 
 
+def budget_options(command):
+    """--size, --bpw, --ram, --vram and how to spend them; collected into one BudgetOptions."""
+    options = [
+        click.option("--size", default=None, metavar="SIZE", help="Budget: the whole file, like 131GB (GB is 2^30)."),
+        click.option("--bpw", default=None, type=click.FloatRange(0, 32, min_open=True),
+                     help="Budget: bits per weight of the whole model."),
+        click.option("--ram", default=None, metavar="SIZE", help="Budget: RAM for the model where it will run."),
+        click.option("--vram", default=None, metavar="SIZE", help="Budget: VRAM there, for all but the experts."),
+        context_option,
+        click.option("--sensitivity", "measured", type=FILE, default=None,
+                     help="sensitivity.json of this model. Default: a prior that knows no model."),
+        click.option("--solver", type=click.Choice(["lagrange", "milp"]), default="lagrange", show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+
+    @functools.wraps(command)
+    def collected(*args, size, bpw, ram, vram, context, measured, solver, **rest):
+        from quantkit.plans import BudgetOptions
+
+        limits = [sizes.parse_memory(text, option) if text is not None else None
+                 for option, text in (("--size", size), ("--ram", ram), ("--vram", vram))]  # fmt: skip
+        budget = BudgetOptions(limits[0], bpw, limits[1], limits[2], parse_context(context), measured, solver)
+        return command(*args, budget=budget, **rest)
+
+    return collected
+
+
 @main.command()
 @click.argument("model", default="tiny-r1")
 @recipe_option
 @target_option
 @mla_option
+@budget_options
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Folder for the results. Default: MODEL-RECIPE here.")  # fmt: skip
 @text_options(131072)
@@ -122,19 +155,20 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
     help="Tune scales, norms and 4-bit matrices on the divergence afterwards. Needs the decoded model in memory.",
 )
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
-def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
-         min_expert_tokens, expert_tokens, ram, hidden, imatrix, encoder, effort, device, workers, split_max_size,
+def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
+         min_expert_tokens, expert_tokens, memory, hidden, imatrix, encoder, effort, device, workers, split_max_size,
          restart, recover, verify):  # fmt: skip
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
-    from quantkit import pipeline
+    from quantkit import pipeline, plans
     from quantkit.evaluation.verify import short_table
 
-    folder = output or Path(f"{Path(model).name}-{Path(recipe).name.removesuffix('.toml')}")
+    name = Path(plans.recipe_name(recipe, budget)).name.removesuffix(".toml")
+    folder = output or Path(f"{Path(model).name}-{name}")
     options = pipeline.MakeOptions(
-        recipe=recipe, target=target, mla=mla,
+        recipe=recipe, target=target, mla=mla, budget=budget,
         calibration=pipeline.Calibration(
             pipeline.TextChoice(data, column, tokens, chunk, from_start), min_expert_tokens, expert_tokens,
-            parse_size(ram, "--ram") if ram else None, hidden,
+            parse_size(memory, "--memory") if memory else None, hidden,
         ),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
         imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
@@ -161,7 +195,7 @@ def inspect(path):
 @calibration_options
 @device_option
 @restart_option
-def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, ram, hidden,
+def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, memory, hidden,
               device, restart):  # fmt: skip
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
@@ -170,7 +204,7 @@ def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert
     from quantkit import pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
-    limit = parse_size(ram, "--ram") if ram else None
+    limit = parse_size(memory, "--memory") if memory else None
     how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit, hidden)
     source = pipeline.open_model(model, device or pipeline.default_device())
     pipeline.calibrate(source, how, output, restart)
@@ -211,16 +245,54 @@ def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start,
 @recipe_option
 @target_option
 @mla_option
-@click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here.")
-def plan(model, recipe, target, mla, output):
-    """Choose a type for every tensor and show sizes. Needs no weights: try `quantkit plan deepseek-r1`."""
-    from quantkit import pipeline
-    from quantkit.planning.table import render
+@budget_options
+@click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
+@click.option("--plot", type=OUT, default=None, help="Draw the bit map here: a .png or .svg file.")
+@click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here (with .png or .svg: as --plot).")
+def plan(model, recipe, target, mla, budget, compare, plot, output):
+    """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
+    `quantkit plan deepseek-r1 --size 131GB`."""
+    from quantkit import plans
+    from quantkit.planning import bitmap, table
 
-    chosen = pipeline.plan_model(model, recipe, target, mla)
-    if output:
+    if compare:
+        pair = [plans.load_or_plan(model, name, target, mla, budget) for name in compare]
+        click.echo(table.compare(*pair, *(plans.predict_plan(model, one, budget.measured) for one in pair)))
+        return
+    chosen = plans.plan_model(model, recipe, target, mla, budget)
+    if plot := plot or (output if output and output.suffix in (".png", ".svg") else None):
+        bitmap.draw(chosen, plot)
+    if output and output != plot:
         output.write_text(chosen.to_json(), encoding="utf-8")
-    click.echo(render(chosen))
+    click.echo(table.render(chosen))
+    kld = plans.predict_plan(model, chosen, budget.measured)
+    basis = str(budget.measured or "prior")
+    click.echo(table.outlook(chosen, plans.plan_file_bytes(model, chosen), kld, basis))
+
+
+@main.command()
+@click.argument("model", default="deepseek-r1")
+@click.option("--recipe", "recipes", multiple=True, metavar="NAME|FILE",
+              help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.")  # fmt: skip
+@target_option
+@mla_option
+@click.option("--ram", default=None, metavar="SIZE", help="RAM for the model. Default: this machine's.")
+@click.option("--vram", default=None, metavar="SIZE", help="VRAM for it. Default: this machine's free VRAM.")
+@click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured.")
+@click.option("--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU.")
+@click.option("--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk.")
+@click.option("--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading.")
+@context_option
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+def hardware(model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context,
+             threads):  # fmt: skip
+    """Which recipes fit a machine, how fast they can be, and the commands that start them."""
+    from quantkit import plans
+
+    named = (("--ram", ram), ("--vram", vram))
+    given = [sizes.parse_memory(text, name) if text is not None else None for name, text in named]
+    machine = plans.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
+    click.echo(plans.hardware_report(model, recipes, target, mla, machine, parse_context(context), threads))
 
 
 @main.command()
@@ -326,15 +398,13 @@ def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
 
 
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
-    """50G, 4096M, 123456 -> bytes (decimal units, as llama.cpp's gguf-split); 0 -> None."""
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-    number, unit = text.upper().removesuffix("B"), ""
-    if number and number[-1] in units:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = int(float(number) * units[unit])
-    except (ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise QuantkitError(f"{option} {text}: not a size; write 50G or 4096M")
-    return size or None
+    """As sizes.parse_size; 0 -> None."""
+    return sizes.parse_size(text, option) or None
+
+
+def parse_context(text: str) -> int:
+    """16k or 16384 -> tokens (k is 1024)."""
+    number = text.lower().removesuffix("k")
+    if not number.isdigit() or not 0 < int(number) < 10**8:
+        raise QuantkitError(f"--context {text}: not a number of tokens; write 16384 or 16k")
+    return int(number) * (1024 if number != text.lower() else 1)

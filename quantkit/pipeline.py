@@ -4,8 +4,8 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit import __version__, bundle, onepass, recovery
+from quantkit import __version__, onepass, recovery
 from quantkit.arch import deepseek, tokenizer
-from quantkit.arch.config import DeepseekConfig
 from quantkit.calibration import coverage, sensitivity
 from quantkit.calibration.corpus import TextChoice, overlap
 from quantkit.calibration.measure import (
@@ -40,8 +39,8 @@ from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
-from quantkit.planning.plan import Plan, make_plan
-from quantkit.planning.recipe import Recipe
+from quantkit.planning.plan import Plan
+from quantkit.plans import BudgetOptions, plan_model, resolve_model
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
 from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
@@ -53,17 +52,6 @@ MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
 RECOVERY = "recovery.json"
 CERTIFY = "certify.json"
-
-
-def resolve_model(model: str | Path) -> Path:
-    """A folder, or the name of a bundled model."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if str(model) in bundle.model_names():
-        return bundle.models_dir() / str(model)
-    names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{model}: no such folder, and not one of the bundled models ({names})")
 
 
 def open_weights(model: str | Path) -> Checkpoint:
@@ -88,15 +76,6 @@ def open_model(model: str | Path, device: str) -> Source:
     if Path(model).suffix == ".gguf":
         return GGUFSource(model, device, hybrid=False)
     return source_of(open_weights(model), device)
-
-
-def plan_model(model: str | Path, recipe: str | Path, target: str | None = None, mla: str | None = None) -> Plan:
-    """A type for every tensor. Needs no weights: bundled descriptions will do."""
-    path = resolve_model(model)
-    rules = Recipe.load(recipe)
-    config = DeepseekConfig.from_hf(open_source(path).config)
-    specs = deepseek.specs(config, mla or rules.mla)
-    return make_plan(specs, rules, target, model=path.name)
 
 
 def imatrix_digest(imatrix: Imatrix) -> str:
@@ -191,9 +170,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 class MakeOptions:
     """Everything `make` can be told; the defaults are what a person gets who tells it nothing."""
 
-    recipe: str = "1.58bit"
+    recipe: str | None = None
     target: str | None = None
     mla: str | None = None
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
     imatrix: Path | None = None
@@ -213,7 +193,7 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     What an earlier, interrupted run of the same job left there is used; that of another job is refused.
     """
     device = options.device or default_device()
-    plan = plan_model(model, options.recipe, options.target, options.mla)
+    plan = plan_model(model, options.recipe, options.target, options.mla, options.budget, options.split_max_bytes)
     checkpoint = open_weights(model)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)

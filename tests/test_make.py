@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from quantkit import pipeline
+from quantkit import bundle, pipeline
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.planning.plan import Plan
@@ -112,6 +112,24 @@ def test_splits_load_and_measure_the_same(made, tmp_path):
     assert a == pytest.approx(b, rel=1e-6)
 
 
+def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
+    size = 4 << 20
+    done = run("plan", "tiny-r1", "--size", "4MB", "--target", "llama.cpp", "-o", tmp_path / "p.json", "--plot",
+               tmp_path / "p.png")  # fmt: skip
+    planned = Plan.from_json((tmp_path / "p.json").read_bytes())
+    assert "predicted   KLD" in done.stdout and (tmp_path / "p.png").stat().st_size > 10_000
+    run("make", "tiny-r1", "--size", "4MB", "--target", "llama.cpp", "--imatrix", made / "imatrix.gguf",
+        "--no-verify", "-o", tmp_path / "out")  # fmt: skip
+    assert (tmp_path / "out" / "plan.json").read_text() == (tmp_path / "p.json").read_text()
+    written = (tmp_path / "out" / "tiny-r1-auto.gguf").stat().st_size
+    assert 0.998 * size < written <= size
+    assert {t.name: t.qtype for t in GGUFFile.open(tmp_path / "out" / "tiny-r1-auto.gguf").tensors.values()} == {
+        t.name: t.qtype for t in planned.tensors
+    }
+    both = run("plan", "tiny-r1", "--target", "llama.cpp", "--compare", "1.58bit", tmp_path / "p.json")
+    assert "A: 1.58bit" in both.stdout and "B: auto" in both.stdout
+
+
 BROKEN = [
     (["make", "no-such-model"], "no-such-model: no such folder"),
     (["make", "--recipe", "9bit"], "9bit"),
@@ -125,6 +143,14 @@ BROKEN = [
       "-o", "{tmp}/o.gguf"], "imatrix"),
     (["verify", "{made}/imatrix.gguf"], "deepseek2"),
     (["make", "--split-max-size", "huge"], "--split-max-size huge"),
+    (["make", "--size", "1MB"], "smallest feasible size is"),
+    (["plan", "--size", "4MB", "--bpw", "2"], "--size and --bpw contradict each other"),
+    (["plan", "--size", "much"], "--size much: not a size"),
+    (["plan", "--vram", "1GB"], "--vram needs --ram"),
+    (["plan", "--recipe", "1.58bit", "--size", "4MB"], "its rules fix every type"),
+    (["plan", "--recipe", "auto"], "give one, such as --size"),
+    (["plan", "--size", "4MB", "--sensitivity", "{made}/verify.json"], "not a sensitivity file"),
+    (["plan", "-o", "{tmp}/map.svg", "--size", "1"], "smallest feasible size is"),
 ]  # fmt: skip
 
 
@@ -148,8 +174,8 @@ def test_damaged_checkpoint_is_refused_before_work(model_copy, tmp_path):
 
 
 def test_recipe_with_a_type_that_kt_kernel_gets_wrong_is_refused(tmp_path):
-    source = (Path(pipeline.bundle.recipes_dir()) / "1.58bit.toml").read_text()
-    shutil.copy(Path(pipeline.bundle.recipes_dir()) / "1.58bit.toml", tmp_path / "r.toml")
+    source = (Path(bundle.recipes_dir()) / "1.58bit.toml").read_text()
+    shutil.copy(Path(bundle.recipes_dir()) / "1.58bit.toml", tmp_path / "r.toml")
     (tmp_path / "r.toml").write_text(source.replace('qtype = "IQ1_S"', 'qtype = "IQ2_XXS"'))
     done = run("plan", "deepseek-r1", "--recipe", tmp_path / "r.toml", check=False)
     assert done.returncode == 1 and "IQ2_XXS is refused for ktransformers" in done.stderr

@@ -112,7 +112,7 @@ def job_of(source: Source, chunks: Chunks) -> str:
 def memory_limit(ram: int | None, device: torch.device) -> tuple[int, str]:
     """Bytes that a pass may use where its tensors live, and what the limit is called."""
     if ram is not None:
-        return ram, "--ram"
+        return ram, "--memory"
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], "free GPU memory"
     return machine_memory(), "this machine's memory"

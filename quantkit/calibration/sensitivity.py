@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from quantkit import ggml
 from quantkit.arch import deepseek
 from quantkit.errors import QuantkitError
+from quantkit.planning import qtypes
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Feed, Linear, attention, route
 from quantkit.runtime.rope import angles
@@ -76,12 +77,12 @@ class Sensitivity:
 
 
 def candidates(spec: TensorSpec, routed: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Types to try on a tensor: those whose blocks fit its rows. Fixed tensors have none."""
+    """Types to try on a tensor: those whose blocks fit its rows. Fixed tensors have none, embeddings no importance."""
     if spec.fixed:
         return []
-    wanted = routed if spec.is_routed else others
-    blocks = {name: ggml.block_size(name) for name in wanted}
-    return [name for name in wanted if spec.n_in % blocks[name] == 0]
+    wanted = [name for name in (routed if spec.is_routed else others) if spec.n_in % ggml.block_size(name) == 0]
+    blind = spec.role == "token_embd"
+    return [name for name in wanted if not (blind and qtypes.needs_importance(name))]
 
 
 @dataclass

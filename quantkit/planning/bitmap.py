@@ -1,9 +1,12 @@
 """Where a plan spends its bits: one cell for every matrix, layers across, roles down, coloured by bits per weight."""
 
+from pathlib import Path
+
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from quantkit.errors import QuantkitError
 from quantkit.planning import qtypes
 from quantkit.planning.plan import Plan
 
@@ -37,3 +40,12 @@ def bit_map(plan: Plan) -> Figure:
     legend = [Patch(color=shade, label=name) for shade, name in zip(shades, names, strict=True)]
     figure.legend(handles=legend, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return figure
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the bit map as PNG or SVG."""
+    if path.suffix not in (".png", ".svg"):
+        raise QuantkitError(f"{path}: the bit map is a .png or .svg file")
+    figure = bit_map(plan)
+    figure.suptitle(" · ".join(filter(None, (plan.model, plan.recipe, plan.target, f"{plan.bpw:.3f} bpw"))), fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -6,7 +6,7 @@ of tensor data per weight; the header is not counted.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from math import prod
@@ -60,12 +60,27 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What an allocation promises. limit: the budget in words; kld: predicted KL divergence, nats a token; gap: share
+    of the damage that another choice could save at most; damage: what the prediction rests on."""
+
+    limit: str
+    solver: str
+    kld: float
+    gap: float
+    damage: str
+
+
+@dataclass(frozen=True)
 class Plan:
+    """outlook: None where rules alone chose."""
+
     model: str
     recipe: str
     target: str
     mla: str
     tensors: tuple[PlannedTensor, ...]
+    outlook: Outlook | None = None
 
     @cached_property
     def by_name(self) -> dict[str, PlannedTensor]:
@@ -106,6 +121,7 @@ class Plan:
         """plan.json: one line per tensor, in file order."""
         head = {"quantkit_plan": FORMAT, "model": self.model, "recipe": self.recipe, "target": self.target}
         head |= {"mla": self.mla, "n_bytes": self.n_bytes, "digest": self.digest()}
+        head |= {"outlook": asdict(self.outlook)} if self.outlook else {}
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         rows = ",\n".join("    " + json.dumps(asdict(tensor), ensure_ascii=False) for tensor in self.tensors)
         return "\n".join(["{", *lines, '  "tensors": [', rows, "  ]", "}\n"])
@@ -123,26 +139,49 @@ class Plan:
             raise QuantkitError(f"{source}: {error}") from None
 
 
-def make_plan(specs: Sequence[TensorSpec], recipe: Recipe, target: str | None = None, model: str = "") -> Plan:
-    """Give every tensor the type of the first rule that matches it, and refuse what the target cannot compute."""
+def make_plan(
+    specs: Sequence[TensorSpec],
+    recipe: Recipe,
+    target: str | None = None,
+    model: str = "",
+    chosen: Mapping[str, str] | None = None,
+    outlook: Outlook | None = None,
+) -> Plan:
+    """Give every tensor the type of the first rule that matches it, and refuse what the target cannot compute.
+
+    chosen: tensor name -> qtype for the tensors that the recipe leaves to a budget (see `budget.plan_within`).
+    """
     target = target or recipe.target
+    picked = []
+    for spec, rule in rule_of_each(specs, recipe, target):
+        qtype = spec.fixed if rule is None else rule.qtype or (chosen or {}).get(spec.name)
+        if qtype is None:
+            raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 131GB")
+        picked.append((spec, rule, qtype))
+    tensors = _lay_out(picked)
+    mla = mla_of((spec.role for spec in specs), recipe.mla)
+    targets.check_mla(mla, target)
+    targets.check(tensors, target)
+    return Plan(model, recipe.name, target, mla, tensors, outlook)
+
+
+def rule_of_each(
+    specs: Sequence[TensorSpec], recipe: Recipe, target: str
+) -> list[tuple[TensorSpec, Rule | None]]:  # fmt: skip
+    """Every tensor with the rule that decides it (None where the format does). A rule without use is refused."""
     targets.get(target)
     rules = recipe.rules_for(target)
     moe_layers = sorted({spec.layer for spec in specs if spec.is_routed and spec.layer is not None})
     used: set[int] = set()
-    chosen = []
+    found = []
     for spec in specs:
         rule = None if spec.fixed else _first_match(spec, rules, moe_layers, used)
         if rule is None and not spec.fixed:
             what = f"{spec.name} (role {spec.role}, target {target})"
             raise QuantkitError(f"{recipe.source}: no rule for {what}; add one")
-        chosen.append((spec, rule))
+        found.append((spec, rule))
     _refuse_useless(recipe, rules, used, specs, moe_layers)
-    tensors = _lay_out(chosen)
-    mla = mla_of((spec.role for spec in specs), recipe.mla)
-    targets.check_mla(mla, target)
-    targets.check(tensors, target)
-    return Plan(model, recipe.name, target, mla, tensors)
+    return found
 
 
 def offsets(sizes: Iterable[int], alignment: int = ALIGNMENT) -> list[int]:
@@ -187,7 +226,7 @@ def _refuse_useless(
     for rule in rules:
         if rule.number in used or rule.optional:
             continue
-        what = f"{recipe.source}: rule {rule.number} ({', '.join(rule.match)} -> {rule.qtype})"
+        what = f"{recipe.source}: rule {rule.number} ({', '.join(rule.match)} -> {rule.qtype or 'allocate'})"
         hits = [spec for spec in specs if rule.matches(spec, moe_layers)]
         if not hits:
             raise QuantkitError(f"{what} matches no tensor; correct it, or set optional = true")
@@ -195,10 +234,9 @@ def _refuse_useless(
         raise QuantkitError(f"{what} never applies: its {reason}; remove or move it")
 
 
-def _lay_out(chosen: Sequence[tuple[TensorSpec, Rule | None]]) -> tuple[PlannedTensor, ...]:
+def _lay_out(chosen: Sequence[tuple[TensorSpec, Rule | None, str]]) -> tuple[PlannedTensor, ...]:
     sized = []
-    for spec, rule in chosen:
-        qtype = rule.qtype if rule else spec.fixed or ""
+    for spec, rule, qtype in chosen:
         _check_rows(spec.name, spec.role, spec.n_in, qtype)
         sized.append((spec, rule, qtype, qtypes.row_bytes(qtype, spec.n_in)))
     starts = offsets(row * spec.n_rows for spec, _, _, row in sized)
@@ -273,7 +311,11 @@ def _read_plan(table: Any) -> Plan:
     version = _typed(table, "quantkit_plan", int, "the plan")
     if version != FORMAT:
         raise QuantkitError(f"plan format {version}; this quantkit reads {FORMAT}: make the plan again")
-    _known(table, {"quantkit_plan", "model", "recipe", "target", "mla", "n_bytes", "digest", "tensors"}, "the plan")
+    _known(
+        table,
+        {"quantkit_plan", "model", "recipe", "target", "mla", "n_bytes", "digest", "outlook", "tensors"},
+        "the plan",
+    )
     model, recipe, target, mla = (_text(table, key, "the plan") for key in ("model", "recipe", "target", "mla"))
     for key, value in (("model", model), ("recipe", recipe)):
         if len(value) > 200 or "/" in value or "\\" in value:  # they become part of file names
@@ -282,13 +324,24 @@ def _read_plan(table: Any) -> Plan:
     if not 0 < len(rows) <= MAX_TENSORS:
         raise QuantkitError(f"{len(rows)} tensors; a plan has 1 to {MAX_TENSORS}")
     tensors = tuple(_read_tensor(row, f"tensor {i}") for i, row in enumerate(rows))
-    plan = Plan(model, recipe, target, mla, tensors)
+    plan = Plan(model, recipe, target, mla, tensors, _read_outlook(table))
     _check_plan(plan)
     if _typed(table, "n_bytes", int, "the plan") != plan.n_bytes:
         raise QuantkitError(f"n_bytes is {table['n_bytes']}, but the tensors sum to {plan.n_bytes}")
     if _typed(table, "digest", str, "the plan") != plan.digest():
         raise QuantkitError("digest does not match the tensors: the plan was changed by hand; make it again")
     return plan
+
+
+def _read_outlook(table: Any) -> Outlook | None:
+    if "outlook" not in table:
+        return None
+    row = _typed(table, "outlook", dict, "the plan")
+    _known(row, {field.name for field in fields(Outlook)}, "outlook")
+    kld, gap = (_typed(row, key, float, "outlook") for key in ("kld", "gap"))
+    return Outlook(
+        *(_text(row, key, "outlook") for key in ("limit", "solver")), kld, gap, _text(row, "damage", "outlook")
+    )
 
 
 def _read_tensor(row: Any, where: str) -> PlannedTensor:

@@ -12,6 +12,17 @@ target = "llama.cpp"           # only for this target, or a list of them
 qtype = "IQ2_XXS"
 optional = true                # may match nothing
 why = "required: the reason"
+
+Instead of a qtype a rule can leave the choice to the budget, among all types of the target or fewer:
+
+[[rules]]
+match = "*"
+allocate = { types = ["IQ1_S", "Q2_K"], floor = "IQ1_S", ceiling = "Q6_K" }
+why = "required: the reason"
+
+[budget]                       # --size and its like override it
+size = "131GB"                 # the whole file; or bpw = 1.6: bits of tensor data per weight
+gpu = "12GB"                   # all but the routed experts
 """
 
 import re
@@ -25,8 +36,9 @@ from typing import Any
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
+from quantkit.planning import qtypes, targets
 from quantkit.planning.targets import TARGETS
+from quantkit.sizes import parse_memory
 from quantkit.tensors import TensorSpec
 
 MLA = ("split", "combined")
@@ -51,17 +63,51 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Types that the budget may choose from. types None: all that the target computes; floor, ceiling: bounds."""
+
+    types: tuple[str, ...] | None = None
+    floor: str | None = None
+    ceiling: str | None = None
+
+    def of(self, spec: TensorSpec, target: str) -> tuple[str, ...]:
+        """The types for one tensor, fewest bits first: within the bounds, computed by the target, fitting its rows."""
+        low = qtypes.get(self.floor).bpw if self.floor else 0.0
+        high = qtypes.get(self.ceiling).bpw if self.ceiling else float("inf")
+        blind = spec.role == "token_embd"  # embeddings have no importance
+        return tuple(
+            name
+            for name in targets.suggest(target, spec.role, spec.n_in)
+            if (self.types is None or name in self.types)
+            and low <= qtypes.get(name).bpw <= high
+            and not (blind and qtypes.needs_importance(name))
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits in bytes. size: the whole file, headers included. bpw: bits of tensor data per weight of the whole model.
+    gpu: data of all tensors but the routed experts."""
+
+    size: int | None = None
+    bpw: float | None = None
+    gpu: int | None = None
+
+
+@dataclass(frozen=True)
 class Rule:
-    """number: position in the file, from 1; layers and targets: None means any."""
+    """number: position in the file, from 1; layers and targets: None means any. qtype None: `allocate` says from what
+    the budget may choose."""
 
     number: int
     match: tuple[str, ...]
-    qtype: str
+    qtype: str | None
     why: str
     layers: frozenset[int] | None = None
     share: Share | None = None
     targets: tuple[str, ...] | None = None
     optional: bool = False
+    allocate: Candidates | None = None
 
     def matches(self, spec: TensorSpec, moe_layers: Sequence[int]) -> bool:
         if self.layers is not None and spec.layer not in self.layers:
@@ -81,6 +127,12 @@ class Recipe:
     mla: str
     rules: tuple[Rule, ...]
     source: str
+    budget: Budget | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a budget has to choose types."""
+        return any(rule.allocate for rule in self.rules)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Recipe":
@@ -135,7 +187,7 @@ def _braces(pattern: str) -> list[str]:
 
 def _recipe(table: dict[str, Any], source: str) -> Recipe:
     field = _Fields(table, source)
-    field.known("name", "description", "target", "mla", "rules")
+    field.known("name", "description", "target", "mla", "rules", "budget")
     name = field.text("name")
     if not NAME.fullmatch(name):
         raise field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")
@@ -149,17 +201,34 @@ def _recipe(table: dict[str, Any], source: str) -> Recipe:
         mla=field.choice("mla", MLA) if "mla" in table else "split",
         rules=tuple(_rule(rule, number, source) for number, rule in enumerate(rules, 1)),
         source=source,
+        budget=_budget(table["budget"], f"{source}: budget") if "budget" in table else None,
     )
+
+
+def _budget(table: Any, where: str) -> Budget:
+    if not isinstance(table, dict):
+        raise QuantkitError(f"{where} must be a table")
+    field = _Fields(table, where)
+    field.known("size", "bpw", "gpu")
+    if ("size" in table) == ("bpw" in table):
+        raise field.error("give size or bpw")
+    bits = table.get("bpw")
+    if bits is not None and (type(bits) not in (int, float) or not 0 < bits <= 32):
+        raise field.error(f"bpw must be a number of bits, not {bits!r}")
+    size, gpu = (parse_memory(field.text(key), f"{where}: {key}") if key in table else None for key in ("size", "gpu"))
+    return Budget(size, bits, gpu)
 
 
 def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
     field = _Fields(table, f"{source}: rule {number}")
-    field.known("match", "layers", "moe_layers", "target", "qtype", "optional", "why")
+    field.known("match", "layers", "moe_layers", "target", "qtype", "allocate", "optional", "why")
     if "layers" in table and "moe_layers" in table:
         raise field.error("has both layers and moe_layers; give one")
     optional = table.get("optional", False)
     if not isinstance(optional, bool):
         raise field.error(f"optional must be true or false, not {optional!r}")
+    if ("qtype" in table) == ("allocate" in table):
+        raise field.error("needs either qtype, the type, or allocate, what the budget may choose from")
     match = field.texts("match")
     for pattern in match:
         if not re.fullmatch(r"([^{}]|\{[^{}]*\}){1,200}", pattern) or pattern.count("{") > 4:
@@ -167,7 +236,7 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
     return Rule(
         number=number,
         match=match,
-        qtype=field.choice("qtype", qtypes.QTYPES),
+        qtype=field.choice("qtype", qtypes.QTYPES) if "qtype" in table else None,
         why=field.text("why"),
         layers=_layers(field) if "layers" in table else None,
         share=_share(field) if "moe_layers" in table else None,
@@ -175,7 +244,24 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
         if "target" in table
         else None,
         optional=optional,
+        allocate=_candidates(table["allocate"], f"{source}: rule {number}: allocate") if "allocate" in table else None,
     )
+
+
+def _candidates(table: Any, where: str) -> Candidates:
+    if not isinstance(table, dict):
+        raise QuantkitError(f'{where} must be a table such as {{ floor = "Q4_K" }}, or {{}} for any type')
+    field = _Fields(table, where)
+    if table.get("per_expert"):
+        raise field.error("per_expert: a GGUF holds the experts of a layer in one tensor of one type, for every target")
+    field.known("types", "floor", "ceiling", "per_expert")
+    types = field.texts("types") if "types" in table else None
+    for name in types or ():
+        field.choice_of("type", name, qtypes.QTYPES)
+    floor, ceiling = (field.choice(key, qtypes.QTYPES) if key in table else None for key in ("floor", "ceiling"))
+    if floor and ceiling and qtypes.get(floor).bpw > qtypes.get(ceiling).bpw:
+        raise field.error(f"floor {floor} has more bits than ceiling {ceiling}")
+    return Candidates(types, floor, ceiling)
 
 
 def _layers(field: "_Fields") -> frozenset[int]:

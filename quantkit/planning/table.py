@@ -5,6 +5,7 @@ from itertools import groupby
 from textwrap import wrap
 
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
+from quantkit.sizes import gib
 
 TYPES_WIDTH = 48
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -21,6 +22,42 @@ def render(plan: Plan) -> str:
             lines += _class_rows(group, tensors, unit[1])
     lines += [_rule(), *_rows("total", [""], plan.tensors, unit[1])]
     return "\n".join([*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw", ""])
+
+
+def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
+    """The lines under the table: bytes of the whole file, KLD predicted (nats a token) from source, the budget."""
+    lines = [
+        f"whole file  {file_bytes:,} bytes ({gib(file_bytes)})",
+        f"predicted   KLD {kld:.4f} nats a token ({source})",
+    ]
+    if plan.outlook:
+        lines += [
+            f"budget      {plan.outlook.limit}",
+            f"solver      {plan.outlook.solver}, at most {plan.outlook.gap:.3%} above the least possible",
+        ]
+    return "\n".join(lines)
+
+
+def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
+    """Two plans side by side, class by class; kld: what is predicted for each, nats a token."""
+    unit, size = UNITS[0] if max(a.n_bytes, b.n_bytes) >= UNITS[0][1] else UNITS[1]
+    head = f"{'':<16} {'A: ' + a.recipe:>24} {'B: ' + b.recipe:>24} {'B - A':>12}"
+    second = f"{'class':<16}" + f" {unit:>14} {'bpw':>9}" * 2 + f" {unit:>12}"
+    lines = [f"{a.model} · A {a.target}, mla {a.mla} · B {b.target}, mla {b.mla}", "", head, second, "─" * len(second)]
+    for group in (*CLASSES, "total"):
+        pair = [[t for t in plan.tensors if group in (t.group, "total")] for plan in (a, b)]
+        sizes = [sum(t.n_bytes for t in tensors) for tensors in pair]
+        if any(sizes):
+            cells = "".join(f" {n / size:>14.3f} {bpw(t):>9.3f}" for n, t in zip(sizes, pair, strict=True))
+            lines.append(f"{group:<16}{cells} {(sizes[1] - sizes[0]) / size:>+12.3f}")
+    lines += [f"{'predicted KLD':<16} {kld_a:>24.4f} {kld_b:>24.4f} {kld_b - kld_a:>+12.4f}", ""]
+    roles = dict.fromkeys(t.role for plan in (a, b) for t in plan.tensors)
+    for role in roles:
+        one, two = (layer_ranges(t for t in plan.tensors if t.role == role) for plan in (a, b))
+        if one != two:
+            lines += [role, *wrap(f"A {one}", 96, initial_indent="  ", subsequent_indent="      "),
+                      *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      ")]  # fmt: skip
+    return "\n".join(lines)
 
 
 def types_by_role(plan: Plan) -> list[tuple[str, str, int]]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import r1_shapes
 
-from quantkit import bundle
+from quantkit import bundle, plans
 from quantkit.arch import deepseek
 from quantkit.arch.config import DeepseekConfig
+from quantkit.planning import table
+from quantkit.planning.hardware import Machine
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.planning.table import render, types_by_role
@@ -53,11 +55,39 @@ def snapshot(plan: Plan) -> str:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_snapshot(recipe, target, mla):
     text = snapshot(r1_plan(recipe, target, mla))
-    path = SNAPSHOTS / f"{recipe}.{target}.{mla}.txt"
+    check_snapshot(f"{recipe}.{target}.{mla}.txt", text)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def check_snapshot(name: str, text: str) -> None:
+    path = SNAPSHOTS / name
     if os.environ.get("QUANTKIT_SNAPSHOTS") == "write":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
-    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("target", ["ktransformers", "llama.cpp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_allocated_snapshot(recipe, target):
+    """What the prior makes of the bytes of Unsloth's files."""
+    size, _ = UNSLOTH[recipe]
+    plan = plans.plan_model("deepseek-r1", None, target, None, plans.BudgetOptions(size=size))
+    tail = table.outlook(plan, plans.plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
+    check_snapshot(f"auto-{recipe}.{target}.split.txt", f"{snapshot(plan)}\n{tail}\n")
+
+
+def test_machine_snapshot():
+    budget = plans.BudgetOptions(ram=128 << 30, vram=24 << 30)
+    plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
+    check_snapshot("auto-128GB-24GB.llama.cpp.split.txt", f"{snapshot(plan)}\n{plan.outlook.limit}\n")
+
+
+@pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
+def test_hardware_snapshot(target):
+    """The 60 GB + 14 GB machine with DDR4 and one NVMe drive."""
+    machine = Machine(60 << 30, 14 << 30, 80e9, 900e9, 3e9)
+    text = plans.hardware_report("deepseek-r1", (), target, None, machine, 4096, 32)
+    check_snapshot(f"hardware.{target}.txt", text + "\n")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

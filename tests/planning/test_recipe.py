@@ -123,7 +123,7 @@ def test_embeddings_have_no_importance():
         (HEAD.replace("description", "discription") + ALL, "unknown key 'discription'"),
         (HEAD.replace('description = "d"\n', "") + ALL, "description is missing"),
         (HEAD + 'mla = "both"\n' + ALL, "unknown mla 'both'; known: split combined"),
-        (HEAD + "budget = 3\n" + ALL, "unknown key 'budget'"),
+        (HEAD + "colour = 3\n" + ALL, "unknown key 'colour'"),
         (HEAD + ALL + ALL.replace("why", "because"), "rule 2: unknown key 'because'"),
         (HEAD + ALL.replace('why = "w"\n', ""), "rule 1: why is missing"),
         (HEAD + ALL.replace('"w"', '"  "'), "rule 1: why must be one line of text"),

@@ -1,0 +1,163 @@
+"""Budgets on R1's real shapes and on small ones: never above, nearly all of it used, rules obeyed."""
+
+import time
+
+import pytest
+import r1_shapes
+
+from quantkit import plans
+from quantkit.errors import QuantkitError
+from quantkit.planning import qtypes
+from quantkit.planning.budget import plan_within, predict
+from quantkit.planning.damage import Prior
+from quantkit.planning.plan import Plan
+from quantkit.planning.recipe import Budget, Recipe
+from quantkit.sizes import parse_memory, parse_size
+
+HEAD = 'name = "r"\ndescription = "d"\ntarget = "llama.cpp"\n'
+REST = '[[rules]]\nmatch = "*"\nallocate = {}\nwhy = "w"\n'
+
+
+def rule(match, allocate):
+    return f'[[rules]]\nmatch = "{match}"\nallocate = {allocate}\nwhy = "w"\n'
+
+
+def within(rules, n_bytes=None, gpu=None, n_layer=6, solver="lagrange", bpw=None):
+    specs = r1_shapes.specs(n_layer=n_layer)
+    recipe = Recipe.parse(HEAD + rules, "r.toml")
+    budget = Budget(n_bytes, bpw, gpu)
+    return plan_within(specs, recipe, None, "m", budget, Prior(specs), lambda plan: plan.data_bytes + 1000, solver)
+
+
+@pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
+@pytest.mark.parametrize("size", ["131GB", "140231438464", "158GB", "182.69GiB", "212GB", "400GB"])
+def test_r1_fills_its_budget_and_never_more(size, target):
+    begin = time.monotonic()
+    budget = plans.BudgetOptions(size=parse_memory(size, "--size"))
+    plan = plans.plan_model("deepseek-r1", None, target, None, budget)
+    used = plans.plan_file_bytes("deepseek-r1", plan)
+    assert time.monotonic() - begin < 5
+    assert len(plan.tensors) == 1086
+    assert 0.999 * budget.size < used <= budget.size
+    assert plan.outlook.gap < 0.002
+
+
+def test_splits_count_too():
+    size = 200 * 10**9
+    plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(size=size), split_max_bytes=5 * 10**9)
+    source = plans.open_source(plans.resolve_model("deepseek-r1"))
+    assert 0.999 * size < plans.file_bytes(source, plan, 5 * 10**9) <= size
+
+
+@pytest.mark.parametrize("limits", [{"size": 0}, {"ram": 0}, {"ram": 1, "size": 1}, {"vram": 1 << 34}])
+def test_contradictory_options(limits):
+    with pytest.raises(QuantkitError):
+        plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(**limits))
+
+
+def test_all_on_the_gpu():
+    plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(ram=0, vram=160 << 30))
+    assert plan.n_bytes < 160 << 30
+
+
+def test_bits_per_weight():
+    plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(bpw=2.0))
+    assert 1.998 < plan.bpw <= 2.0
+
+
+def test_more_bytes_are_never_worse():
+    specs = r1_shapes.specs()
+    sizes = [n * 10**9 for n in (140, 150, 170, 200, 250, 350)]
+    klds = [plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(size=n)).outlook.kld for n in sizes]
+    assert klds == sorted(klds, reverse=True)
+    hand = plans.plan_model("deepseek-r1", "1.58bit")
+    auto = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(size=plans.plan_file_bytes("deepseek-r1", hand)))
+    assert predict(auto, specs, Prior(specs)) < predict(hand, specs, Prior(specs))
+
+
+def test_rules_pin_and_bound_what_is_allocated():
+    pinned = '[[rules]]\nmatch = "ffn_down_exps"\nqtype = "Q3_K"\nwhy = "w"\n'
+    bounded = rule("ffn_{gate,up}_exps", '{ types = ["IQ1_S", "IQ2_XXS", "Q2_K"] }')
+    bounded += rule("attn_*", '{ floor = "Q4_K", ceiling = "Q6_K" }').replace("attn_*", "attn_{q_a,q_b,output}")
+    plan = within(pinned + bounded + REST, 25 * 10**9)
+    for tensor in plan.tensors:
+        if tensor.role == "ffn_down_exps":
+            assert tensor.qtype == "Q3_K" and tensor.rule == 1
+        elif tensor.is_routed:
+            assert tensor.qtype in ("IQ1_S", "IQ2_XXS", "Q2_K") and tensor.rule == 2
+        elif tensor.role in ("attn_q_a", "attn_q_b", "attn_output"):
+            assert qtypes.get("Q4_K").bpw <= qtypes.get(tensor.qtype).bpw <= qtypes.get("Q6_K").bpw
+        assert tensor.role != "token_embd" or not qtypes.needs_importance(tensor.qtype)
+
+
+def test_what_stays_on_the_gpu_has_its_own_limit():
+    free, limited = within(REST, 25 * 10**9), within(REST, 25 * 10**9, gpu=3 * 10**9)
+
+    def resident(plan):
+        return sum(t.n_bytes for t in plan.tensors if not t.is_routed)
+
+    assert resident(limited) <= 3 * 10**9 < resident(free)
+    assert limited.data_bytes > 0.99 * 25 * 10**9 and limited.outlook.kld > free.outlook.kld
+
+
+def test_solvers_agree():
+    lagrange, milp = (within(REST, 20 * 10**9, n_layer=4, solver=solver) for solver in ("lagrange", "milp"))
+    assert milp.outlook.kld <= lagrange.outlook.kld * (1 + 1e-9)
+    assert lagrange.outlook.kld <= milp.outlook.kld * 1.01
+
+
+def test_budget_in_the_recipe():
+    plan = plans.plan_model("tiny-r1", "auto", budget=plans.BudgetOptions(bpw=3.0))
+    assert plan.bpw <= 3.0
+    recipe = Recipe.parse(HEAD + REST + '[budget]\nsize = "20GiB"\ngpu = "3000M"\n', "r.toml")
+    assert recipe.budget == Budget(20 << 30, None, 3000 << 20)
+
+
+def test_plan_json_keeps_the_outlook():
+    plan = within(REST, 20 * 10**9)
+    assert Plan.from_json(plan.to_json()) == plan and plan.outlook.damage == "prior"
+
+
+@pytest.mark.parametrize(
+    "rules, limits, says",
+    [
+        (REST, {"n_bytes": 10**9}, "the smallest feasible size is "),
+        (REST, {"bpw": 1.0}, "the smallest feasible is 1."),
+        (REST, {"n_bytes": 25 * 10**9, "gpu": 10**9}, "tensors that stay on the GPU"),
+        (rule("*", '{ types = ["IQ2_XS"] }'), {"n_bytes": 10**11}, "leaves no type for token_embd.weight"),
+        (rule("*", '{ floor = "Q6_K", ceiling = "Q4_K" }'), {"n_bytes": 10**11}, "floor Q6_K has more bits than"),
+        (rule("*", '{ types = ["Q9_K"] }'), {"n_bytes": 10**11}, "unknown type 'Q9_K'"),
+        (rule("*", "{ per_expert = true }"), {"n_bytes": 10**11}, "in one tensor of one type"),
+        (rule("*", '"all"'), {"n_bytes": 10**11}, "allocate must be a table"),
+        (REST.replace("allocate = {}", 'allocate = {}\nqtype = "Q4_K"'), {"n_bytes": 10**11}, "either qtype"),
+        (REST + '[budget]\nsize = "1G"\nbpw = 2\n', {"n_bytes": 10**11}, "give size or bpw"),
+        (REST + "[budget]\nbpw = 99\n", {"n_bytes": 10**11}, "bpw must be a number of bits"),
+        (REST.replace("allocate = {}", 'qtype = "Q4_K"'), {"n_bytes": 10**11}, "its rules fix every type"),
+    ],
+)
+def test_impossible_budgets_are_one_clear_line(rules, limits, says):
+    with pytest.raises(QuantkitError) as caught:
+        within(rules, **limits)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_smallest_feasible_size_is_feasible():
+    with pytest.raises(QuantkitError) as caught:
+        within(REST, 10**9)
+    smallest = int(str(caught.value).split("size is ")[1].split(" bytes")[0].replace(",", ""))
+    assert within(REST, smallest).data_bytes + 1000 == smallest
+    with pytest.raises(QuantkitError, match="is too small"):
+        within(REST, smallest - 1)
+
+
+@pytest.mark.parametrize("text, n", [("50G", 50e9), ("1.5 GiB", 1.5 * 2**30), ("123", 123), ("4096MB", 4096e6),
+                                     ("1.31e11", 1.31e11)])  # fmt: skip
+def test_sizes(text, n):
+    assert parse_size(text, "--x") == n
+    assert parse_memory("2GB", "--x") == parse_memory("2GiB", "--x") == 2 << 30
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1X", "1iB", "nan", "1e99T"])
+def test_bad_sizes(text):
+    with pytest.raises(QuantkitError, match="--x"):
+        parse_size(text, "--x")
