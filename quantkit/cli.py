@@ -1,5 +1,6 @@
 """The command line: it only translates. Each command is one stage, file to file; `make` runs them all."""
 
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,6 @@ from quantkit.errors import QuantkitError
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
-MODEL_HELP = "MODEL is a checkpoint folder or a bundled name (tiny-r1)."
 
 
 class Commands(click.Group):
@@ -77,6 +77,23 @@ def calibration_options(command):
     return command
 
 
+def hub_options(command):
+    """--revision and --cache-size, handed on with the model's name."""
+
+    @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub. Default: main.")
+    @click.option("--cache-size", default="60G", show_default=True, metavar="SIZE",
+                  help="Disk for downloaded weights, in HF_HOME/quantkit; what a pass has finished with is dropped.")  # fmt: skip
+    @functools.wraps(command)
+    def with_model(*arguments, revision, cache_size, **options):
+        from quantkit.remote.repo import Model
+
+        key = next(name for name in ("model", "reference", "path") if name in options)
+        options[key] = Model(options[key], revision, parse_size(cache_size, "--cache-size") or 0)
+        return command(*arguments, **options)
+
+    return with_model
+
+
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
@@ -114,10 +131,11 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 @split_option
 @restart_option
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
+@hub_options
 def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
          min_expert_tokens, expert_tokens, ram, imatrix, encoder, effort, device, workers, split_max_size, restart,
          verify):  # fmt: skip
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder, a bundled name or a Hub id."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
 
@@ -138,8 +156,9 @@ def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_token
 
 @main.command()
 @click.argument("path")
+@hub_options
 def inspect(path):
-    """What a checkpoint folder, a bundled model or a GGUF file holds."""
+    """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.inspect import describe
 
     Console(width=100).print(describe(path), markup=False, highlight=False)
@@ -153,6 +172,7 @@ def inspect(path):
 @calibration_options
 @device_option
 @restart_option
+@hub_options
 def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, ram, device,
               restart):  # fmt: skip
     """Measure importance: run text through the original, layer by layer, and write an imatrix. Resumes."""
@@ -179,6 +199,7 @@ def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert
 @click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
 @click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @device_option
+@hub_options
 def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types,
                 device):  # fmt: skip
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
@@ -201,6 +222,7 @@ def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start,
 @target_option
 @mla_option
 @click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here.")
+@hub_options
 def plan(model, recipe, target, mla, output):
     """Choose a type for every tensor and show sizes. Needs no weights: try `quantkit plan deepseek-r1`."""
     from quantkit import pipeline
@@ -221,6 +243,7 @@ def plan(model, recipe, target, mla, output):
 @split_option
 @restart_option
 @click.option("--overwrite", is_flag=True, help="Replace a finished file of that name.")
+@hub_options
 def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
     from quantkit import pipeline
@@ -243,6 +266,7 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @target_option
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
+@hub_options
 def verify(file, reference, data, tokens, column, chunk, from_start, target, out, device):
     """Check a GGUF and measure perplexity and KL divergence from the original."""
     from quantkit import pipeline

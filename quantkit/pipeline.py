@@ -38,6 +38,7 @@ from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
+from quantkit.remote import repo as remote
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.tensors import Imatrix
 
@@ -47,22 +48,27 @@ MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate
 IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
 
 
-def resolve_model(model: str | Path) -> Path:
-    """A folder, or the name of a bundled model."""
+def open_model(model: str | Path) -> Checkpoint | Geometry:
+    """A folder, the name of a bundled model, or a model on a Hub, of which only headers are read."""
     path = Path(model)
     if path.is_dir():
-        return path
+        return open_source(path)
     if str(model) in bundle.model_names():
-        return bundle.models_dir() / str(model)
+        return open_source(bundle.models_dir() / str(model))
+    if (repo := remote.parse(str(model), getattr(model, "revision", None))) and not path.exists():
+        return remote.open_remote(repo, getattr(model, "cache_bytes", remote.CACHE_BYTES))
     names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{model}: no such folder, and not one of the bundled models ({names})")
+    raise QuantkitError(f"{model}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
 
 
 def open_weights(model: str | Path) -> Checkpoint:
     """The model as a checkpoint with weights; a bare description is refused."""
-    found = open_source(resolve_model(model))
+    found = open_model(model)
     if isinstance(found, Geometry):
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
+    config = DeepseekConfig.from_hf(found.config)
+    found.validate(deepseek.source_shapes(config))
+    found.schedule(*deepseek.reading_order(config))
     return found
 
 
@@ -77,11 +83,10 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
 
 def plan_model(model: str | Path, recipe: str | Path, target: str | None = None, mla: str | None = None) -> Plan:
     """A type for every tensor. Needs no weights: bundled descriptions will do."""
-    path = resolve_model(model)
     rules = Recipe.load(recipe)
-    config = DeepseekConfig.from_hf(open_source(path).config)
-    specs = deepseek.specs(config, mla or rules.mla)
-    return make_plan(specs, rules, target, model=path.name)
+    found = open_model(model)
+    specs = deepseek.specs(DeepseekConfig.from_hf(found.config), mla or rules.mla)
+    return make_plan(specs, rules, target, model=found.path.name)
 
 
 def imatrix_digest(imatrix: Imatrix) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -65,6 +65,14 @@ class Checkpoint(TensorTable):
     def close(self) -> None:
         """Close the shard files. A later read opens them again."""
         self._source.close()
+
+    def schedule(self, kept: Sequence[str], layers: Sequence[Sequence[str]]) -> None:
+        """Tell the source which tensors will be read, scales included: `kept` at any time, `layers` in turn."""
+        self._source.schedule(self._extents(kept), [self._extents(names) for names in layers])
+
+    def _extents(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
+        found = [self.tensors.get(each) for name in names for each in (name, name + SCALE_SUFFIX)]
+        return [(str(entry.file), entry.begin, entry.end) for entry in found if entry is not None]
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of config.json and every shard's name, size and header: a cheap identity, blind to weights."""
