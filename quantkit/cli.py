@@ -82,7 +82,7 @@ def hub_options(command):
 
     @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub. Default: main.")
     @click.option("--cache-size", default="60G", show_default=True, metavar="SIZE",
-                  help="Disk for downloaded weights, in HF_HOME/quantkit; what a pass has finished with is dropped.")  # fmt: skip
+                  help="Disk for downloaded weights (HF_HOME/quantkit); finished layers make room.")  # fmt: skip
     @functools.wraps(command)
     def with_model(*arguments, revision, cache_size, **options):
         from quantkit.remote.repo import Model
@@ -135,7 +135,7 @@ restart_option = click.option("--restart", is_flag=True, help="Discard what an i
 def make(model, recipe, target, mla, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
          min_expert_tokens, expert_tokens, ram, imatrix, encoder, effort, device, workers, split_max_size, restart,
          verify):  # fmt: skip
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder, a bundled name or a Hub id."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
 

@@ -4,7 +4,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from quantkit.calibration.measure import (
 from quantkit.calibration.state import PassState
 from quantkit.encoding import GgmlEncoder
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
@@ -58,7 +60,9 @@ def open_model(model: str | Path) -> Checkpoint | Geometry:
     if (repo := remote.parse(str(model), getattr(model, "revision", None))) and not path.exists():
         return remote.open_remote(repo, getattr(model, "cache_bytes", remote.CACHE_BYTES))
     names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{model}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
+    raise QuantkitError(
+        f"{model}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)"
+    )
 
 
 def open_weights(model: str | Path) -> Checkpoint:
@@ -100,21 +104,24 @@ def imatrix_digest(imatrix: Imatrix) -> str:
 
 
 def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, *, workers: int | None = None,
-                   split_max_bytes: int | None = None, restart: bool = False,
-                   overwrite: bool = False) -> list[Path]:  # fmt: skip
+                   split_max_bytes: int | None = None, restart: bool = False, overwrite: bool = False,
+                   after_layer: Callable[[int], None] | None = None) -> list[Path]:  # fmt: skip
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes."""
     loaded, info = load_imatrix(imatrix_path)
     imatrix = fit_importance(plan, loaded)
     fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
-    extra = {
-        "quantize.imatrix.file": imatrix_path.name,
-        "quantize.imatrix.entries_count": U32(len(imatrix)),
-        "quantize.imatrix.chunks_count": U32(info.chunk_count),
-    } | ({"quantize.imatrix.dataset": info.datasets[0]} if info.datasets else {})
+    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
     return quantize(
         checkpoint, plan, imatrix, out, GgmlEncoder(), fingerprint=fingerprint, extra_metadata=extra,
-        workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite,
+        workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite, after_layer=after_layer,
     )  # fmt: skip
+
+
+def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:
+    """The keys that llama-quantize writes too. The name is the one in the folder of `make`, wherever the file lies."""
+    named = {"quantize.imatrix.file": IMATRIX, "quantize.imatrix.entries_count": U32(n_entries),
+             "quantize.imatrix.chunks_count": U32(n_chunks)}  # fmt: skip
+    return named | ({"quantize.imatrix.dataset": dataset} if dataset else {})
 
 
 def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: TextChoice, folder: Path, *,
@@ -142,15 +149,19 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
-                out: Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """Perplexity and divergence of a file from the original, on text that calibration never uses."""
+                out: Path | None = None, passed: ReferencePass | None = None) -> dict[str, Any]:  # fmt: skip
+    """Perplexity and divergence of a file from the original, on text that calibration never uses.
+
+    passed: the original's side, if it has run along with another pass.
+    """
     original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
     sample = text.documents[0].text[:4096]
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
-    result = verify(quantized, original, chunks, target) | {"text": text.name, "text_sha256": text.digest}
+    known = passed.scored() if passed else None
+    result = verify(quantized, original, chunks, target, known) | {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)
     return result
@@ -198,19 +209,36 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     write_json(folder / PROVENANCE, identity)
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
+    if options.restart:
+        shutil.rmtree(folder / "reference.state", ignore_errors=True)
+    reference = reference_pass(checkpoint, options, folder, device) if options.verify else None
     if (files := finished_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
-    elif choose_encoder(options, plan, device) == "quantkit":
-        files = make_in_one_pass(source_of(checkpoint, device), plan, out, folder / IMATRIX, options)
     else:
-        files = make_in_two_steps(checkpoint, plan, out, folder / IMATRIX, options, device)
-    if not options.verify:
-        return files, None
-    return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+        encoder = choose_encoder(options, plan, device)
+        known = options.imatrix or (encoder == "ggml" and (folder / IMATRIX).exists())
+        if known or options.calibration.expert_tokens:
+            files = make_in_two_steps(checkpoint, plan, out, folder / IMATRIX, options, device, reference)
+        else:
+            files = make_in_one_pass(
+                source_of(checkpoint, device), plan, out, folder / IMATRIX, options, encoder, reference
+            )
+    result = None
+    if reference:
+        result = verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY, reference)
+        reference.state.remove()
+    checkpoint.close()
+    return files, result
+
+
+def reference_pass(checkpoint: Checkpoint, options: MakeOptions, folder: Path, device: str) -> ReferencePass:
+    """The evaluation's half that can run while the original is being read anyway."""
+    source, text = source_of(checkpoint, device), options.evaluation
+    return ReferencePass(source, cut(text.corpus("evaluation"), source, text), folder / "reference.state")
 
 
 def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
-                      device: str) -> list[Path]:  # fmt: skip
+                      device: str, reference: ReferencePass | None = None) -> list[Path]:  # fmt: skip
     """Calibrate (or take an imatrix that is there), then encode with ggml."""
     if options.imatrix:
         imatrix = options.imatrix
@@ -219,35 +247,46 @@ def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Pa
     else:
         calibrate(source_of(checkpoint, device), options.calibration, imatrix, options.restart)
     return quantize_model(checkpoint, plan, imatrix, out, workers=options.workers,
-                          split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True)  # fmt: skip
+                          split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True,
+                          after_layer=reference.advance if reference else None)  # fmt: skip
 
 
 @torch.inference_mode()
 def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_path: Path,
-                     options: MakeOptions) -> list[Path]:  # fmt: skip
-    """Each layer is calibrated and encoded in one visit with our encoders; ggml writes what is left."""
+                     options: MakeOptions, encoder: str = "quantkit",
+                     reference: ReferencePass | None = None) -> list[Path]:  # fmt: skip
+    """Each layer is calibrated and encoded in one visit: with our encoders and ggml for the rest, or all with ggml."""
     how = options.calibration
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
     n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
-    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram)
-    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + options.effort)
+    beside = reference.tokens.numel() if reference else 0
+    hidden_dtype = checked_hidden_dtype(source, n_tokens, how.ram, beside)
+    effort = options.effort if encoder == "quantkit" else encoder
+    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + effort)
     if options.restart:
         state.remove()
     fingerprint = {"checkpoint": source.checkpoint.fingerprint(), "plan": plan.digest(), "calibration": state.job,
-                   "encoder": f"quantkit {options.effort}"}  # fmt: skip
-    extra = {
-        "quantize.imatrix.file": imatrix_path.name,
-        "quantize.imatrix.dataset": text.name,
-        "quantize.imatrix.chunks_count": U32(len(chunks.tokens)),
-    }
+                   "encoder": f"{encoder} {options.effort}",
+                   "min_expert_tokens": str(how.min_expert_tokens)}  # fmt: skip
+    n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
+    extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
+    ours = onepass.EncoderOptions(options.effort) if encoder == "quantkit" else None
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     with open_writer(source.checkpoint, plan, out, fingerprint=fingerprint, extra_metadata=extra, overwrite=True,
                      split_max_bytes=options.split_max_bytes, restart=options.restart) as writer:  # fmt: skip
         with track("layers", n_layer, "layers") as advance:
-            progress = Steps(advance)
-            measured, used = onepass.run(source, plan, chunks.tokens, writer, onepass.EncoderOptions(options.effort),
-                                         state, hidden_dtype=hidden_dtype, progress=progress)  # fmt: skip
+            steps = Steps(advance)
+
+            def progress(done: int) -> None:
+                if reference:
+                    reference.advance(done)
+                steps(done)
+
+            measured, used = onepass.run(
+                source, plan, chunks.tokens, writer, ours, state, min_expert_tokens=how.min_expert_tokens,
+                workers=options.workers, hidden_dtype=hidden_dtype, progress=progress,
+            )  # fmt: skip
         if used:
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
         report_coverage(measured, n_tokens, how.min_expert_tokens)
@@ -322,4 +361,3 @@ def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
                             "choose another --output, or --restart")  # fmt: skip
     for name in (IMATRIX, VERIFY):
         (folder / name).unlink(missing_ok=True)
-

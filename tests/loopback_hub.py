@@ -1,9 +1,9 @@
 """A Hugging Face Hub on 127.0.0.1 for the unmodified huggingface_hub client, with a second port as its object store.
 
-It speaks the parts of the protocol that quantkit's two directions use: model info, tree, revision, resolve (HEAD and GET with
-Range, ETag, X-Linked-Etag, redirect of LFS files to a signed address on the other port), create, validate-yaml,
-preupload, LFS batch with basic and multipart transfer and dedupe, commit, pull requests. Trouble is injected by
-`faults`; what was asked for is in `log`, the bytes of files that were sent in `sent`.
+It speaks the parts of the protocol that quantkit's two directions use: model info, tree, revision, resolve (HEAD and
+GET with Range, ETag, X-Linked-Etag, redirect of LFS files to a signed address on the other port), create,
+validate-yaml, preupload, LFS batch with basic and multipart transfer and dedupe, commit, pull requests. Trouble is
+injected by `faults`; what was asked for is in `log`, the bytes of files that were sent in `sent`.
 """
 
 import base64
@@ -118,6 +118,7 @@ class Hub:
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, store)) for store in (False, True)]
         for server in self._servers:
             server.daemon_threads = True
+            server.handle_error = lambda *_: None  # a client that was killed
         self.url, self.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def __enter__(self) -> "Hub":

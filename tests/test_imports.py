@@ -5,8 +5,8 @@ from pathlib import Path
 
 import quantkit
 
-ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "remote", "arch", "planning", "runtime", "encoders",
-         "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "cli",
+ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "remote", "arch", "planning", "runtime",
+         "encoders", "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "cli",
          "__main__"]  # fmt: skip
 PACKAGE = Path(quantkit.__file__).parent
 

@@ -88,11 +88,16 @@ class Steps:
         self.done = layers
 
 
-def checked_hidden_dtype(source: CheckpointSource, n_tokens: int, ram: int | None) -> torch.dtype:
-    """float32 while hidden states are small. Refuses a pass that cannot fit in memory."""
+def checked_hidden_dtype(source: CheckpointSource, n_tokens: int, ram: int | None, beside: int = 0) -> torch.dtype:
+    """float32 while hidden states are small. Refuses a pass that cannot fit in memory.
+
+    beside: tokens of another pass that runs along, in float32.
+    """
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
     limit, option = memory_limit(ram, source.device)
-    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
+    check_memory(
+        source.config, n_tokens + beside, source.dtype, torch.float32 if beside else hidden_dtype, limit, option
+    )
     return hidden_dtype
 
 

@@ -6,6 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantkit.calibration.corpus import Chunks
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
@@ -54,17 +56,20 @@ def check_same_model(source: Source, reference: Source) -> None:
             raise QuantkitError(f"{source.name}: {key} is {ours[key]}, but {reference.name} has {value}")
 
 
-def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | None = None) -> dict[str, Any]:
+def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | None = None,
+           known: torch.Tensor | None = None) -> dict[str, Any]:  # fmt: skip
     """Structure, types, then perplexity and divergence from the reference on the second half of every chunk.
+
+    known: the reference's `scored` states of these chunks, if a pass has computed them already.
 
     Returns what verify.json holds: sizes, the figures of Divergence.summary, and what was compared.
     """
     if target:
         check_target(source.file, target)
     check_same_model(source, reference)
-    hidden = []
+    hidden = [] if known is None else [known]
     n_tokens = chunks.tokens.numel()
-    for model, label in ((reference, "reference"), (source, "quantized")):
+    for model, label in ((reference, "reference"), (source, "quantized"))[len(hidden) :]:
         with track(label, model.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
             for layer in stream(model, chunks.tokens):
                 states = layer.hidden

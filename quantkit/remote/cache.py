@@ -2,7 +2,7 @@
 
     ranges/<etag>/<begin>-<end>-<crc32>
 
-A range carries its final name only when it is whole, and is checked against its CRC when it is first used by a process, so
+A range carries its final name only when it is whole, and is checked against its CRC when it is first used by a process:
 neither a killed run nor a bad disk leaves anything that is believed. The folder never holds more than `limit` bytes,
 ranges that are being written included: room is reserved before a download begins.
 """
@@ -62,7 +62,7 @@ class RangeCache:
             raise QuantkitError(f"{self.folder}: another quantkit is using this cache; wait for it, or give this run "
                                 "its own HF_HOME") from None  # fmt: skip
         except OSError as error:
-            raise _failed(self.folder, error) from None
+            raise failed(self.folder, error) from None
         found: list[tuple[float, Range, Path]] = []
         for path in self.folder.glob("*/*"):
             match = NAME.fullmatch(path.name)
@@ -123,7 +123,7 @@ class RangeCache:
             os.replace(part, path)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise _failed(self.folder, error) from None
+            raise failed(self.folder, error) from None
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -170,14 +170,14 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise _failed(path.parent, error) from None
+        raise failed(path.parent, error) from None
 
 
-def _failed(folder: Path, error: OSError) -> QuantkitError:
+def failed(folder: Path, error: OSError) -> QuantkitError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return QuantkitError(f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower --cache-size, or "
-                             "set HF_HOME to another disk")  # fmt: skip
+        return QuantkitError(f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
+                             "--cache-size, or set HF_HOME to another disk")  # fmt: skip
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")
     return QuantkitError(f"{folder}: {error.strerror or error}")

@@ -1,7 +1,7 @@
 """Talking to a Hub with huggingface_hub's own client: retries with backoff, and one clear line when it is no use.
 
-Token, endpoint and folders are huggingface_hub's (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME`). No message contains a header or
-the query of a URL: tokens and signatures live there.
+Token, endpoint and folders are huggingface_hub's (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME`). No message contains a header
+or the query of a URL: tokens and signatures live there.
 """
 
 import random
@@ -64,7 +64,7 @@ class Repo:
         return origin(self.endpoint) == origin(constants.ENDPOINT)
 
     @property
-    def token(self) -> None | bool:
+    def token(self) -> bool | None:
         """For huggingface_hub: None uses HF_TOKEN or the stored token, False sends none."""
         return None if self.trusted else False
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import FolderSource
 from quantkit.formats.checkpoint import INDEX, Checkpoint
-from quantkit.remote.cache import write_whole
+from quantkit.remote.cache import failed, write_whole
 from quantkit.remote.client import Repo, with_retry
 from quantkit.remote.source import HubSource
 
@@ -87,9 +88,8 @@ def list_files(repo: Repo, home: Path) -> Listing:
     reference = known / f"{(repo.revision or 'main').replace('/', '%2F')}.ref"
     try:
         api = HfApi(endpoint=repo.endpoint, token=repo.token, library_name="quantkit")
-        info = with_retry(
-            lambda: api.model_info(repo.id, revision=repo.revision, files_metadata=True, timeout=30), repo, "its listing"
-        )
+        ask = partial(api.model_info, repo.id, revision=repo.revision, files_metadata=True, timeout=30)
+        info = with_retry(ask, repo, "its listing")
     except QuantkitError:
         if not constants.is_offline_mode() or not reference.exists():
             raise
@@ -124,9 +124,8 @@ def download(repo: Repo, file: str) -> Path:
     found = try_to_load_from_cache(repo.id, file, revision=repo.commit)
     if isinstance(found, str):
         return Path(found)
-    call = lambda: hf_hub_download(  # noqa: E731
-        repo.id, file, revision=repo.commit, endpoint=repo.endpoint, token=repo.token, library_name="quantkit"
-    )
+    call = partial(hf_hub_download, repo.id, file, revision=repo.commit, endpoint=repo.endpoint, token=repo.token,
+                   library_name="quantkit")  # fmt: skip
     return Path(with_retry(call, repo, file))
 
 
@@ -140,7 +139,7 @@ def link(path: Path, target: Path) -> None:
         part.symlink_to(target)
         os.replace(part, path)
     except OSError as error:
-        raise QuantkitError(f"{path.parent}: cannot write ({error.strerror}); set HF_HOME to a folder that can") from None
+        raise failed(path.parent, error) from None
 
 
 def indexed(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Shards of a Hub repository as a ByteSource: each range is downloaded ahead of its use, kept on disk while it is wanted.
+"""Shards of a Hub repository as a ByteSource: ranges are downloaded ahead of their use and kept on disk while wanted.
 
 The checkpoint says which tensors are read in which order (`schedule`); neighbouring ones become pieces of about PIECE
 bytes, and a tensor that nobody asks for (R1's multi-token prediction) belongs to none. Several connections fetch pieces
@@ -367,7 +367,7 @@ class HubSource:
 
 
 def cut(extents: Extents) -> list[tuple[str, int, int]]:
-    """Tensors as downloads: neighbours in a file together up to PIECE bytes, larger ones in parts, in order of first use.
+    """Tensors as downloads, in order of use: neighbours in a file together up to PIECE bytes, larger ones in parts.
 
     Nothing between two tensors is taken along.
     """

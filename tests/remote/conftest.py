@@ -16,7 +16,7 @@ N_SHARDS = 24
 
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory) -> Path:
-    """A folder `tiny-r1` with the bundled model's tensors in N_SHARDS files of about equal size, in the index's order."""
+    """A folder `tiny-r1`: the bundled model's tensors in N_SHARDS files of about equal size, in the index's order."""
     folder = tmp_path_factory.mktemp("sharded") / "tiny-r1"
     folder.mkdir()
     index = json.loads((TINY / "model.safetensors.index.json").read_text())
