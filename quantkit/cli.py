@@ -299,6 +299,32 @@ def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
     click.echo()
 
 
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repo", required=True, metavar="USER/NAME", help="Model repository; made if it is new.")
+@click.option("--name", default=None, help="Folder in the repository. Default: the recipe's name.")
+@click.option("--base-model", default=None, metavar="USER/NAME", help="Default: where the checkpoint came from.")
+@click.option("--license", "license_name", default=None, help="Default: the base model's.")
+@click.option("--private", is_flag=True, help="If the repository is new, only you can see it.")
+@click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
+@click.option("--force", is_flag=True, help="Publish what is incomplete or not certified.")
+def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
+    """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
+    from quantkit.publish.folder import read_folder
+    from quantkit.publish.upload import Target, Uploader
+
+    quant = read_folder(folder, name)
+    if quant.problems and not force:
+        raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
+    uploader = Uploader(quant, Target(repo, private, pr), base_model, license_name)
+    if dry_run:
+        rows = [f"{path.stat().st_size:>18,}  {to}" for to, path in quant.files.items()]
+        click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
+    else:
+        click.echo(uploader.run())
+
+
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """50G, 4096M, 123456 -> bytes (decimal units, as llama.cpp's gguf-split); 0 -> None."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}

@@ -47,7 +47,8 @@ from quantkit.tensors import Imatrix
 DEFAULT_MODEL = "tiny-r1"
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
-IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
+IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+VERIFY, PROVENANCE = "verify.json", "provenance.json"
 
 
 def open_model(model: str | Path) -> Checkpoint | Geometry:
@@ -194,7 +195,7 @@ class MakeOptions:
 
 
 def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
-    """The main job. Leaves the GGUF(s), imatrix.gguf, plan.json, verify.json and provenance.json in `folder`.
+    """The main job. Leaves GGUF(s), imatrix.gguf, plan.json, recipe.toml, verify.json, provenance.json in `folder`.
 
     What an earlier, interrupted run of the same job left there is used; that of another job is refused.
     """
@@ -206,8 +207,9 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity)
+    write_json(folder / PROVENANCE, identity | _circumstances(model, checkpoint, plan, options, device))
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    (folder / RECIPE).write_text(Recipe.source(options.recipe), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if options.restart:
         shutil.rmtree(folder / "reference.state", ignore_errors=True)
@@ -340,7 +342,21 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "calibration": text,
         "encoder": options.encoder,
         "effort": options.effort,
+    } | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
+
+
+def _circumstances(model: str | Path, checkpoint: Checkpoint, plan: Plan, options: MakeOptions,
+                   device: str) -> dict[str, Any]:  # fmt: skip
+    """What a person needs to make the same again, besides the identity."""
+    facts = {
+        "model": str(model) if checkpoint.origin else checkpoint.path.name,
+        "source": checkpoint.origin,
+        "packed_by": choose_encoder(options, plan, device),
+        "evaluation": json.loads(json.dumps(asdict(options.evaluation))) if options.verify else None,
+        "split_max_bytes": options.split_max_bytes,
+        "device": device,
     }
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:

@@ -385,6 +385,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo: str, model: Model, revision: str) -> None:
         lines = [json.loads(line) for line in self.body.splitlines() if line]
+        head = next(line["value"] for line in lines if line["key"] == "header")
+        if head.get("parentCommit") not in (None, model.sha()):
+            return self.fail(412, "", "A commit has happened since. Please refresh and try again.")
         files = dict(model.commits[-1])
         for line in lines:
             value = line["value"]
@@ -396,7 +399,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = Blob(self.hub.objects[value["oid"]], True)
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
-        model.messages.append(next(line["value"]["summary"] for line in lines if line["key"] == "header"))
+        model.messages.append(head["summary"])
         pull = None
         if self.query.get("create_pr") == ["1"]:
             number = len(model.pulls) + 1

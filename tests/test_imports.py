@@ -6,7 +6,8 @@ from pathlib import Path
 import quantkit
 
 ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "remote", "arch", "planning", "runtime",
-         "encoders", "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "cli",
+         "encoders", "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "publish",
+         "cli",
          "__main__"]  # fmt: skip
 PACKAGE = Path(quantkit.__file__).parent
 

@@ -26,13 +26,18 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
 
 
 class Checkpoint(TensorTable):
-    """A folder of safetensors shards, read-only. Reads may come from many threads; `close` when done."""
+    """A folder of safetensors shards, read-only. Reads may come from many threads; `close` when done.
+
+    origin: for a checkpoint that lies elsewhere, its `repo` and `commit`, its `license` if known, and `weights`, a
+    digest of the identities of its shards.
+    """
 
     def __init__(
         self, path: Path, config: dict, tensors: Mapping[str, TensorEntry], source: ByteSource, fingerprint: str
     ) -> None:
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
+        self.origin: dict[str, str] | None = None
 
     @classmethod
     def open(cls, folder: Path | str, source: ByteSource | None = None) -> Self:

@@ -93,14 +93,21 @@ def with_retry(call: Callable[[], T], repo: Repo, what: str) -> T:
             attempt += 1
             if not is_transient(error) or attempt >= ATTEMPTS:
                 explain(error, repo, what)
-            pause(attempt, error)
+            pause(attempt, root(error))
 
 
 def is_transient(error: Exception) -> bool:
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    cause = root(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response is not None and cause.response.status_code in RETRIED_STATUS
     return isinstance(cause, httpx2.TransportError) and not isinstance(cause, httpx2.UnsupportedProtocol)
+
+
+def root(error: Exception) -> Exception:
+    """What huggingface_hub wrapped: a failed transfer in a RuntimeError, a look-up in a LocalEntryNotFoundError."""
+    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def pause(attempt: int, error: Exception, stop: threading.Event | None = None) -> None:
@@ -140,8 +147,7 @@ def where_of(response: httpx2.Response) -> str:
 
 def explain(error: Exception, repo: Repo, what: str) -> NoReturn:
     """The QuantkitError for anything that huggingface_hub or the transport raises."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+    error = root(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     at = f"{repo} at {repo.endpoint}"
     login = "log in with `hf auth login` or set HF_TOKEN"

@@ -1,5 +1,6 @@
 """A model on a Hub as a Checkpoint: its name, its commit, its small files, and the listing of its shards."""
 
+import hashlib
 import json
 import os
 import re
@@ -79,7 +80,13 @@ def open_remote(repo: Repo, cache_bytes: int = CACHE_BYTES) -> Checkpoint:
         shards = sorted(set(shards) & indexed(folder / INDEX))
     source = HubSource(repo, listing.files, home, cache_bytes, downloaded_shards(repo, listing, shards))
     source.load_headers(shards)
-    return Checkpoint.open(folder, source)
+    checkpoint = Checkpoint.open(folder, source)
+    shard_facts = json.dumps([(shard, *listing.files[shard]) for shard in shards])
+    checkpoint.origin = {"repo": repo.id, "commit": listing.commit,
+                         "weights": hashlib.sha256(shard_facts.encode()).hexdigest()}  # fmt: skip
+    if listing.license:
+        checkpoint.origin["license"] = listing.license
+    return checkpoint
 
 
 def list_files(repo: Repo, home: Path) -> Listing:
