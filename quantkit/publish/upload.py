@@ -1,7 +1,7 @@
 """Upload: each large file by itself, so that a break costs at most one, then one commit with the card."""
 
 import contextlib
-import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors_header import load_json
@@ -145,13 +146,14 @@ def _unless_conflict(commit):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """huggingface_hub warns of each retry with the address it asked; signatures are in those."""
-    from huggingface_hub.utils import logging
-
-    level = logging.get_verbosity()
-    if not os.environ.get("HF_DEBUG"):
-        logging.set_verbosity_error()
+    """huggingface_hub warns of each retry with the address it asked, signature included; its bars are for terminals."""
+    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if bars and not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()

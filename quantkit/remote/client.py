@@ -213,8 +213,9 @@ class RangeReader:
         while done < end:
             before = done
             try:
-                with self._open(file, done, end) as response:
-                    self._check(file, done, end, response)
+                location = self._location.get(file)
+                with self._open(file, done, end, location) as response:
+                    self._check(file, done, end, response, location)
                     for piece in response.iter_raw(CHUNK):
                         if self.stop.is_set():
                             raise QuantkitError(f"{self.repo}: reading {what} was stopped")
@@ -233,17 +234,16 @@ class RangeReader:
                     explain(error, self.repo, f"{file} ({what})")
                 pause(attempt, error, self.stop)
 
-    def _open(self, file: str, begin: int, end: int):
-        location = self._location.get(file)
+    def _open(self, file: str, begin: int, end: int, location: str | None):
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         if location is None:
             headers |= build_hf_headers(token=self.repo.token, library_name="quantkit")
         return get_session().stream("GET", location or self.repo.url(file), headers=headers, follow_redirects=True,
                                     timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)  # fmt: skip
 
-    def _check(self, file: str, begin: int, end: int, response: httpx2.Response) -> None:
+    def _check(self, file: str, begin: int, end: int, response: httpx2.Response, location: str | None) -> None:
         """It is the pinned file and the range that was asked for; QuantkitError or HfHubHTTPError else."""
-        if file in self._location and response.status_code in (401, 403, 404, 410):
+        if location and response.status_code in (401, 403, 404, 410):
             raise Refused(response)  # the signature has expired: ask the Hub for a new address
         if response.status_code >= 400:
             response.read()
@@ -252,7 +252,7 @@ class RangeReader:
         linked = normalised(first.headers.get(constants.HUGGINGFACE_HEADER_X_LINKED_ETAG))
         served = normalised(response.headers.get("ETag"))
         etag, size = self.files[file]
-        if file not in self._location and (linked or served) != etag:
+        if location is None and (linked or served) != etag:
             raise ChangedError(f"{self.repo}: {file} changed on the Hub: its ETag was {etag}, now it is "
                                f"{linked or served}; run again to use what is there now")  # fmt: skip
         with self._lock:

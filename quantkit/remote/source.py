@@ -321,12 +321,13 @@ class HubSource:
         cache = self._cache
         while True:
             with self._change:
-                piece = self._take()
+                piece = None
                 while piece is None:
-                    self._change.wait()
-                    if self._closed:
+                    if self._closed or self._cache is not cache:
                         return
                     piece = self._take()
+                    if piece is None:
+                        self._change.wait()
                 self._loading.add(piece)
             path = error = None
             try:
