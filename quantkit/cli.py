@@ -60,8 +60,17 @@ def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
 def common_text(command):
     chunk = click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk.")
     column = click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl.")
+    template = click.option("--template", default=None, metavar="TEXT",
+                            help='Text made of several columns: "{question}\\n\\n{answer}".')  # fmt: skip
     start = click.option("--from-start", is_flag=True, help="Take the text's first chunks, not ones spread over it.")
-    return chunk(column(start(command)))
+
+    @functools.wraps(command)
+    def with_template(*arguments, template, **options):
+        if template is not None:
+            options["column"] = template.replace("\\n", "\n")
+        return command(*arguments, **options)
+
+    return chunk(column(template(start(with_template))))
 
 
 def calibration_options(command):

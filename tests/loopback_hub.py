@@ -264,8 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.lfs_answers(path)
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.lfs_batch(path.removeprefix("/").removesuffix(".git/info/lfs/objects/batch"))
-        words = path.removeprefix("/api/models").removeprefix("/").split("/")
-        repo, rest = "/".join(words[:2]), words[2:]
+        words = path.removeprefix("/api").removeprefix("/models").removeprefix("/").split("/")
+        n_words = 3 if words[0] == "datasets" else 2
+        repo, rest = "/".join(words[:n_words]), words[n_words:]
         model = self.hub.models.get(repo)
         if model is None or (model.private and not self.authorised()):
             return self.fail(401 if not self.authorised() else 404, "RepoNotFound", "Repository not found")
@@ -274,9 +275,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.fail(401, "GatedRepo", "Access to this model is restricted")
             return self.resolve(repo, model, rest)
         if self.command == "POST":
-            if not self.authorised():
+            if not self.authorised() and rest[0] != "paths-info":
                 return self.fail(401, "", "Invalid credentials in Authorization header")
             what, revision = rest[0], "/".join(rest[1:])
+            if what == "paths-info":
+                return self.paths_info(model, revision)
             return {"preupload": self.preupload, "commit": self.commit}[what](repo, model, revision)
         if not rest or rest[0] == "revision":
             return self.info(repo, model, "/".join(rest[1:]) or "main")
@@ -318,13 +321,19 @@ class _Handler(BaseHTTPRequestHandler):
         found = model.at(revision)
         if found is None:
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
-        entries = []
-        for name, blob in found[1].items():
-            entry = {"type": "file", "path": name, "size": blob.size, "oid": blob.oid}
-            if blob.lfs:
-                entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
-            entries.append(entry)
-        return self.reply(200, entries)
+        return self.reply(200, [self.entry(name, blob) for name, blob in found[1].items()])
+
+    def paths_info(self, model: Model, revision: str) -> None:
+        asked = parse_qs(self.body.decode())["paths"] if self.body[:1] != b"{" else json.loads(self.body)["paths"]
+        found = model.at(revision)
+        files = found[1] if found else {}
+        return self.reply(200, [self.entry(name, files[name]) for name in asked if name in files])
+
+    def entry(self, name: str, blob: Blob) -> dict:
+        entry = {"type": "file", "path": name, "size": blob.size, "oid": blob.oid}
+        if blob.lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
+        return entry
 
     def resolve(self, repo: str, model: Model, rest: list[str]) -> None:
         revision, name = rest[1], "/".join(rest[2:])

@@ -110,8 +110,8 @@ def text_words(text: Mapping[str, Any], prefix: str) -> list[str]:
     words += [f"--{prefix}tokens", str(text["n_tokens"])]
     if not prefix or text["chunk"] != 512:
         words += ["--chunk", str(text["chunk"])]
-    if text.get("data") and text.get("column") != "text":
-        words += ["--column", text["column"]]
+    if text.get("data") and (column := text.get("column", "text")) != "text":
+        words += ["--template", column.replace("\n", "\\n")] if "{" in column else ["--column", column]
     return words + (["--from-start"] if text.get("from_start") else [])
 
 

@@ -204,7 +204,7 @@ class RangeReader:
         self.received = 0
         self.stop = threading.Event()
         self._location: dict[str, str] = {}  # signed address of a file outside the Hub, while it lasts
-        self._served: dict[str, str] = {}  # the ETag that this address gave
+        self._served: dict[str, str | None] = {}  # the ETag that came from an address
         self._lock = threading.Lock()
 
     def fetch(self, file: str, begin: int, end: int, sink: Callable[[bytes], None], what: str) -> None:
@@ -248,18 +248,16 @@ class RangeReader:
         if response.status_code >= 400:
             response.read()
             hf_raise_for_status(response)
-        first = response.history[0] if response.history else response
-        linked = normalised(first.headers.get(constants.HUGGINGFACE_HEADER_X_LINKED_ETAG))
-        served = normalised(response.headers.get("ETag"))
+        hops = [*response.history, response]  # a renamed repository redirects too, before the file does
+        key = constants.HUGGINGFACE_HEADER_X_LINKED_ETAG
+        linked = next((hop.headers[key] for hop in hops if key in hop.headers), None)
+        linked, served = normalised(linked), normalised(response.headers.get("ETag"))
         etag, size = self.files[file]
         if location is None and (linked or served) != etag:
             raise ChangedError(f"{self.repo}: {file} changed on the Hub: its ETag was {etag}, now it is "
                                f"{linked or served}; run again to use what is there now")  # fmt: skip
-        with self._lock:
-            known = self._served.setdefault(file, served or "")
-            if served and known and served != known:
-                raise ChangedError(f"{self.repo}: {file} changed while it was read (ETag {known}, then {served}); "
-                                   "run again to use what is there now")  # fmt: skip
+        if location and served != self._served.get(location):
+            raise Refused(response)  # something else lies there now: the Hub knows whether it is the same file
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         if response.status_code != 206 or not match:
             if not (begin == 0 and end == size and response.status_code == 200):
@@ -269,11 +267,11 @@ class RangeReader:
         if response.history and origin(str(response.url)) != origin(self.repo.endpoint):
             with self._lock:
                 self._location[file] = str(response.url)
+                self._served[str(response.url)] = served
 
     def _forget(self, file: str) -> None:
         with self._lock:
-            self._location.pop(file, None)
-            self._served.pop(file, None)
+            self._served.pop(self._location.pop(file, ""), None)
 
 
 class Refused(Exception):

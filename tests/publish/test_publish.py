@@ -70,6 +70,8 @@ def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     again = pipeline.verify_file(parts[0], checkpoint, TEXT, "cpu", "ktransformers")
     checkpoint.close()
     same = [key for key in result if key != "seconds"]
+    print(f"\nmade: ppl {result['ppl']:.6f}, KLD {result['kld_mean']:.6f}; "
+          f"downloaded: ppl {again['ppl']:.6f}, KLD {again['kld_mean']:.6f}")  # fmt: skip
     assert {key: again[key] for key in same} == {key: result[key] for key in same}
 
     card = (got / "README.md").read_text()
@@ -77,6 +79,7 @@ def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     words = command.replace("published/", f"{got}/").split()[1:]
     words[words.index("--output") + 1] = str(tmp_path / "again")
     quantkit(*words, "--tokens", "1024", "--no-verify")
+    print(f"made again from the published recipe and imatrix: {len(parts)} files to compare")
     for path in parts:
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     for path in [p for folder in (out, got) for p in folder.rglob("*") if p.is_file()]:
