@@ -207,7 +207,7 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity | _circumstances(model, checkpoint, plan, options, device))
+    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     (folder / RECIPE).write_text(Recipe.source(options.recipe), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
@@ -218,8 +218,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
         say(f"using {files[0]} from an earlier run")
     else:
         encoder = choose_encoder(options, plan, device)
-        known = options.imatrix or (encoder == "ggml" and (folder / IMATRIX).exists())
-        if known or options.calibration.expert_tokens:
+        repeated = (folder / IMATRIX).exists() or options.calibration.expert_tokens
+        if options.imatrix or (encoder == "ggml" and repeated):
             files = make_in_two_steps(checkpoint, plan, out, folder / IMATRIX, options, device, reference)
         else:
             files = make_in_one_pass(
@@ -345,11 +345,10 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
     } | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
 
 
-def _circumstances(model: str | Path, checkpoint: Checkpoint, plan: Plan, options: MakeOptions,
-                   device: str) -> dict[str, Any]:  # fmt: skip
+def _circumstances(checkpoint: Checkpoint, plan: Plan, options: MakeOptions, device: str) -> dict[str, Any]:
     """What a person needs to make the same again, besides the identity."""
     facts = {
-        "model": str(model) if checkpoint.origin else checkpoint.path.name,
+        "model": checkpoint.path.name,
         "source": checkpoint.origin,
         "packed_by": choose_encoder(options, plan, device),
         "evaluation": json.loads(json.dumps(asdict(options.evaluation))) if options.verify else None,

@@ -14,7 +14,7 @@ from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import Advance, say, track
 from quantkit.runtime.sources import CheckpointSource
-from quantkit.runtime.stream import check_memory
+from quantkit.runtime.stream import BASE_BYTES, check_memory, memory
 from quantkit.tensors import Importance
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
@@ -91,13 +91,14 @@ class Steps:
 def checked_hidden_dtype(source: CheckpointSource, n_tokens: int, ram: int | None, beside: int = 0) -> torch.dtype:
     """float32 while hidden states are small. Refuses a pass that cannot fit in memory.
 
-    beside: tokens of another pass that runs along, in float32.
+    beside: tokens of another pass that runs along, in float32, with weights of its own in memory.
     """
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
     limit, option = memory_limit(ram, source.device)
-    check_memory(
-        source.config, n_tokens + beside, source.dtype, torch.float32 if beside else hidden_dtype, limit, option
-    )
+    if beside:
+        limit -= memory(source.config, source.dtype, torch.float32).total(beside) - BASE_BYTES
+        option += ", less what the evaluation's pass needs,"
+    check_memory(source.config, n_tokens, source.dtype, hidden_dtype, limit, option)
     return hidden_dtype
 
 

@@ -83,7 +83,10 @@ def refuse_secrets(where: object, data: bytes) -> None:
 
 def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) -> list[str]:
     """The commands that make the same bytes again, from what the repository holds."""
-    p, calibration = provenance, provenance.get("calibration", {})
+    download = f'hf download {repo} --include "{name}/*" "imatrix/*" --local-dir published'
+    if not provenance.keys() >= {"target", "mla", "effort", "calibration"}:  # of a version that did not record them
+        return [download]
+    p, calibration = provenance, provenance["calibration"]
     source = p.get("source") or {}
     words = ["quantkit", "make", base]
     if source.get("commit"):
@@ -98,7 +101,6 @@ def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) ->
     if p.get("split_max_bytes") is not None:
         words += ["--split-max-size", str(p["split_max_bytes"])]
     words += text_words(p.get("evaluation") or {}, "eval-")
-    download = f'hf download {repo} --include "{name}/*" "imatrix/*" --local-dir published'
     return [download, " ".join([*map(shlex.quote, words), "--output", "again"])]
 
 

@@ -22,6 +22,9 @@ from quantkit.remote.client import Repo, with_retry
 CARD = "README.md"
 CONFLICTS = 3  # others may commit while we upload
 CONFLICT_STATUS = (409, 412)
+FIGURES = {"bytes", "bpw", "bpw_routed", "ppl", "ppl_reference", "kld_mean", "kld_mean_error", "top1_agreement",
+           "tokens", "text"}  # fmt: skip
+UNKNOWN = {"target": "unknown", "quantkit": "unknown", "calibration": {}}  # where a repository has no provenance.json
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Uploader:
         return sorted(rows, key=lambda row: row.verify.get("bytes", 0))
 
     def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], made: Mapping[str, Any]) -> Row:
-        return Row(name, files, verify, made, reproduce(made, str(self.base), name, self.target.repo))
+        complete = verify if verify.keys() >= FIGURES else {}
+        commands = reproduce(made, str(self.base), name, self.target.repo)
+        return Row(name, files, complete, UNKNOWN | dict(made), commands)
 
     def _remote_json(self, path: str, present: Present) -> dict[str, Any]:
         if path not in present.files:

@@ -130,6 +130,9 @@ class HubSource:
             self._change.notify_all()
         for worker in self._workers:
             worker.join(2)
+        if self._workers and self.reader.received:
+            say(f"{self.repo}: {self.reader.received / 1e9:,.3f} GB downloaded")
+            self.reader.received = 0
         with self._change:
             self._workers, self._closed = [], False
             self.reader.stop.clear()

@@ -109,6 +109,11 @@ def test_several_quants_one_card(hub, token, made_local):
     assert {"2.51bit/plan.json", "other/plan.json", "imatrix/2.51bit.gguf", "imatrix/other.gguf"} <= files.keys()
     text = files["README.md"].read(0, 1 << 20).decode()
     assert "## 2.51bit" in text and "## other" in text and text.count("| [`") == 2
+    model = hub.models["user/t"]
+    model.commits.append({name: blob for name, blob in files.items() if name not in ("other/provenance.json",
+                                                                                     "other/verify.json")})  # fmt: skip
+    quantkit("publish", made_local, *base)
+    assert "not measured" in model.commits[-1]["README.md"].read(0, 1 << 20).decode()
 
 
 def test_a_break_does_not_send_again_what_has_arrived(hub, token, made_local):

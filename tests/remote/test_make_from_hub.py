@@ -137,3 +137,16 @@ def test_second_run_from_a_cache_that_holds_all_downloads_nothing(hub, env, from
         pipeline.make(Model("user/tiny-r1"), tmp_path / name, OPTIONS)
     assert downloaded(hub) == (0, 0)
     assert results(tmp_path / "second") == from_folder
+
+
+@pytest.mark.large
+def test_our_encoders_and_the_scores(hub, env, sharded, tmp_path):
+    """The default job of a small model: 1.58bit, quantkit's encoders, verify."""
+    text = pipeline.TextChoice(n_tokens=8192)
+    options = pipeline.MakeOptions(calibration=pipeline.Calibration(text), evaluation=text)
+    pipeline.make(sharded, tmp_path / "local", options)
+    pipeline.make(Model("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
+    assert results(tmp_path / "remote") == results(tmp_path / "local")
+    total, twice = downloaded(hub)
+    print(f"\n1.58bit, our encoders: {total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} twice")
+    assert (total, twice) == (needed_bytes(sharded), 0)

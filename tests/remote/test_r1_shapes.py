@@ -59,15 +59,16 @@ def test_inspect_and_plan_in_seconds(hub, env, r1, capsys):
     timings = {}
     for command in ("inspect", "plan"):
         hub.reset()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         done = CliRunner().invoke(main, [command, "deepseek-ai/DeepSeek-R1"])
-        timings[command] = time.perf_counter() - begin
+        seconds, timings[command] = time.perf_counter() - begin, time.process_time() - used
         assert done.exit_code == 0, done.output
         sent, asked = sum(hub.sent.values()), len(hub.log)
         with capsys.disabled():
-            print(f"\n{command}: {timings[command]:.2f} s, {asked} requests, {sent:,} bytes")
+            print(f"\n{command}: {seconds:.2f} s ({timings[command]:.2f} s of CPU, server included), {asked} requests, "
+                  f"{sent:,} bytes")  # fmt: skip
         if command == "inspect":
             assert "688,574,839,360" in done.output and sent < 30_000_000
         else:
             assert "140,183,060,480" in done.output and not hub.sent
-    assert max(timings.values()) < 10
+    assert max(timings.values()) < 10  # of CPU, so that a busy machine fails no test
