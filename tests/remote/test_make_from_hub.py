@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantkit import pipeline
 from quantkit.arch import deepseek
@@ -131,12 +132,16 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
     assert total < 2 * needed  # a kill costs what was on its way on eight connections; nothing begins from the start
 
 
-def test_second_run_from_a_cache_that_holds_all_downloads_nothing(hub, env, from_folder, tmp_path):
-    for name in ("first", "second"):
+def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
+    local = Checkpoint.open(sharded)
+    for wanted in (needed_bytes(sharded), 0):
         hub.reset()
-        pipeline.make(Model("user/tiny-r1"), tmp_path / name, OPTIONS)
-    assert downloaded(hub) == (0, 0)
-    assert results(tmp_path / "second") == from_folder
+        remote = pipeline.open_weights(Model("user/tiny-r1"))
+        for name in flat([names for group in deepseek.reading_order(DeepseekConfig.from_hf(remote.config))
+                          for names in group]):  # fmt: skip
+            assert torch.equal(remote.read(name), local.read(name))
+        remote.close()
+        assert downloaded(hub) == (wanted, 0)
 
 
 @pytest.mark.large
