@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
@@ -79,7 +79,7 @@ class Uploader:
         for name in others:
             known = [self._remote_json(f"{name}/{each}", present) for each in ("verify.json", "provenance.json")]
             rows.append(self._row(name, present.files, *known))
-        return sorted(rows, key=lambda row: row.verify.get("bytes", 0))
+        return sorted((row for row in rows if row.gguf), key=lambda row: row.verify.get("bytes", 0))
 
     def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], made: Mapping[str, Any]) -> Row:
         complete = verify if verify.keys() >= FIGURES else {}
@@ -123,8 +123,12 @@ class Uploader:
         for attempt in range(CONFLICTS):
             present = self.present()
             card = CommitOperationAdd(CARD, self.card(present).encode())
+            ours = {CARD, *(addition.path_in_repo for addition in additions)}
+            # Parts of an earlier upload under this name would be taken for parts of this one.
+            stale = [CommitOperationDelete(path) for path in present.files
+                     if path.startswith(f"{self.quant.name}/") and path not in ours]  # fmt: skip
             commit = partial(
-                self.api.create_commit, self.target.repo, [*additions, card], create_pr=self.target.pr,
+                self.api.create_commit, self.target.repo, [*additions, card, *stale], create_pr=self.target.pr,
                 commit_message=f"{self.quant.plan.model} {self.quant.name}, made by quantkit",
                 parent_commit=present.commit,
             )  # fmt: skip

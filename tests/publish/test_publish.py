@@ -110,9 +110,11 @@ def test_several_quants_one_card(hub, token, made_local):
     text = files["README.md"].read(0, 1 << 20).decode()
     assert "## 2.51bit" in text and "## other" in text and text.count("| [`") == 2
     model = hub.models["user/t"]
-    model.commits.append({name: blob for name, blob in files.items() if name not in ("other/provenance.json",
-                                                                                     "other/verify.json")})  # fmt: skip
+    lost = ("other/provenance.json", "other/verify.json")
+    model.commits.append({name: blob for name, blob in files.items() if name not in lost})
+    model.commits[-1]["2.51bit/tiny-r1-2.51bit-00001-of-00009.gguf"] = Blob(b"part of another split", True)
     quantkit("publish", made_local, *base)
+    assert "2.51bit/tiny-r1-2.51bit-00001-of-00009.gguf" not in model.commits[-1]
     assert "not measured" in model.commits[-1]["README.md"].read(0, 1 << 20).decode()
 
 
