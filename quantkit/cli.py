@@ -13,7 +13,6 @@ from quantkit.errors import QuantkitError
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
-MODEL_HELP = "MODEL is a checkpoint folder or a bundled name (tiny-r1)."
 
 
 class Commands(click.Group):
@@ -61,8 +60,17 @@ def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
 def common_text(command):
     chunk = click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk.")
     column = click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl.")
+    template = click.option("--template", default=None, metavar="TEXT",
+                            help='Text made of several columns: "{question}\\n\\n{answer}".')  # fmt: skip
     start = click.option("--from-start", is_flag=True, help="Take the text's first chunks, not ones spread over it.")
-    return chunk(column(start(command)))
+
+    @functools.wraps(command)
+    def with_template(*arguments, template, **options):
+        if template is not None:
+            options["column"] = template.replace("\\n", "\n")
+        return command(*arguments, **options)
+
+    return chunk(column(template(start(with_template))))
 
 
 def calibration_options(command):
@@ -78,6 +86,23 @@ def calibration_options(command):
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def hub_options(command):
+    """--revision and --cache-size, handed on with the model's name."""
+
+    @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub. Default: main.")
+    @click.option("--cache-size", default="60G", show_default=True, metavar="SIZE",
+                  help="Disk for downloaded weights (HF_HOME/quantkit); finished layers make room.")  # fmt: skip
+    @functools.wraps(command)
+    def with_model(*arguments, revision, cache_size, **options):
+        from quantkit.remote.repo import Model
+
+        key = next(name for name in ("model", "reference", "path") if name in options)
+        options[key] = Model(options[key], revision, parse_size(cache_size, "--cache-size") or 0)
+        return command(*arguments, **options)
+
+    return with_model
 
 
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
@@ -155,10 +180,11 @@ def budget_options(command):
     help="Tune scales, norms and 4-bit matrices on the divergence afterwards. Needs the decoded model in memory.",
 )
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
+@hub_options
 def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
          min_expert_tokens, expert_tokens, memory, hidden, imatrix, encoder, effort, device, workers, split_max_size,
          restart, recover, verify):  # fmt: skip
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL is a checkpoint folder or a bundled name."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
     from quantkit import pipeline, plans
     from quantkit.evaluation.verify import short_table
 
@@ -180,8 +206,9 @@ def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, ev
 
 @main.command()
 @click.argument("path")
+@hub_options
 def inspect(path):
-    """What a checkpoint folder, a bundled model or a GGUF file holds."""
+    """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.inspect import describe
 
     Console(width=100).print(describe(path), markup=False, highlight=False)
@@ -195,18 +222,19 @@ def inspect(path):
 @calibration_options
 @device_option
 @restart_option
+@hub_options
 def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, memory, hidden,
               device, restart):  # fmt: skip
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
-    MODEL is a checkpoint folder, a bundled name or a GGUF file.
+    MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
     from quantkit import pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     limit = parse_size(memory, "--memory") if memory else None
     how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit, hidden)
-    source = pipeline.open_model(model, device or pipeline.default_device())
+    source = pipeline.open_for_calibration(model, device or pipeline.default_device())
     pipeline.calibrate(source, how, output, restart)
     click.echo(str(output))
 
@@ -224,6 +252,7 @@ def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert
 @click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
 @click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @device_option
+@hub_options
 def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types,
                 device):  # fmt: skip
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
@@ -249,6 +278,7 @@ def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start,
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
 @click.option("--plot", type=OUT, default=None, help="Draw the bit map here: a .png or .svg file.")
 @click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here (with .png or .svg: as --plot).")
+@hub_options
 def plan(model, recipe, target, mla, budget, compare, plot, output):
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 131GB`."""
@@ -304,6 +334,7 @@ def hardware(model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidt
 @split_option
 @restart_option
 @click.option("--overwrite", is_flag=True, help="Replace a finished file of that name.")
+@hub_options
 def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
     from quantkit import pipeline
@@ -333,6 +364,7 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
+@hub_options
 def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, ram, out,
            device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
@@ -395,6 +427,32 @@ def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
     for piece in converse(file, prompt, chat, n_tokens, how, device or pipeline.default_device()):
         click.echo(piece, nl=False)
     click.echo()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repo", required=True, metavar="USER/NAME", help="Model repository; made if it is new.")
+@click.option("--name", default=None, help="Folder in the repository. Default: the recipe's name.")
+@click.option("--base-model", default=None, metavar="USER/NAME", help="Default: where the checkpoint came from.")
+@click.option("--license", "license_name", default=None, help="Default: the base model's.")
+@click.option("--private", is_flag=True, help="If the repository is new, only you can see it.")
+@click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
+@click.option("--force", is_flag=True, help="Publish what is incomplete or not certified.")
+def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
+    """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
+    from quantkit.publish.folder import read_folder
+    from quantkit.publish.upload import Target, Uploader
+
+    quant = read_folder(folder, name)
+    if quant.problems and not force:
+        raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
+    uploader = Uploader(quant, Target(repo, private, pr), base_model, license_name)
+    if dry_run:
+        rows = [f"{path.stat().st_size:>18,}  {to}" for to, path in quant.files.items()]
+        click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
+    else:
+        click.echo(uploader.run())
 
 
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:

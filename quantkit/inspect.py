@@ -7,17 +7,18 @@ from pathlib import Path
 
 from quantkit.arch.config import DeepseekConfig
 from quantkit.arch.deepseek import source_shapes
-from quantkit.formats.checkpoint import open_source
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
 
 
 def describe(name: str) -> str:
     """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
-    from quantkit.pipeline import resolve_model
+    from quantkit.pipeline import open_model
 
     if name.endswith(".gguf"):
         return _gguf(GGUFFile.open(Path(name)))
-    return _checkpoint(resolve_model(name))
+    return _checkpoint(name, open_model(name))
 
 
 def _model_lines(c: DeepseekConfig) -> list[str]:
@@ -43,14 +44,13 @@ def _types(rows: Iterable[tuple[str, int, int]]) -> list[str]:
     return [head, *body, total]
 
 
-def _checkpoint(path: Path) -> str:
-    source = open_source(path)
+def _checkpoint(name: str, source: Checkpoint | Geometry) -> str:
     config = DeepseekConfig.from_hf(source.config)
     needed = source_shapes(config)
     source.validate(needed)
     rows = [(entry.dtype, prod(entry.shape), entry.n_bytes) for entry in source.tensors.values()]
     extra = sum(1 for name in source.tensors if name.removesuffix("_scale_inv") not in needed)
-    lines = [f"checkpoint  {path}", *_model_lines(config), "", *_types(rows)]
+    lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:
         lines.append(f"{extra} tensors are not used (multi-token prediction)")
     return "\n".join(lines)

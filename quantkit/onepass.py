@@ -2,9 +2,9 @@
 
 Error feedback needs the second moments of every matrix's inputs. For R1 those of one layer's experts are 52 GB, so they
 are never stored: while an expert's weights and tokens are at hand, its moments are formed, its three matrices encoded
-and written, and everything is dropped. Attention, shared and dense matrices follow at the end of their layer. What this
-pass leaves (norms, embeddings, experts that no token reached, types without an encoder of ours) `quantize` writes with
-ggml afterwards, from the imatrix that the same pass collected.
+and written, and everything is dropped. Attention, shared and dense matrices follow at the end of their layer, and then
+what our encoders leave of it (norms, experts that no token reached, types without an encoder of ours): ggml writes that
+from the importance just measured. Only embedding and head are left for after the pass.
 """
 
 from collections import Counter
@@ -16,11 +16,15 @@ import torch
 
 from quantkit import encoders
 from quantkit.arch import deepseek
-from quantkit.calibration.collect import Accumulator, collect
+from quantkit.calibration.collect import Accumulator, Watcher, collect
+from quantkit.calibration.coverage import shrink
 from quantkit.calibration.state import PassState
 from quantkit.encoders import Hessian
+from quantkit.encoding import GgmlEncoder
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.planning.plan import Plan
+from quantkit.quantize import encode_pending, fit_importance, layer_plan
 from quantkit.runtime.experts import ExpertVisit
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources import CheckpointSource
@@ -183,17 +187,46 @@ class LayerEncoder:
                                      gamma=gamma, device=self.source.device)  # fmt: skip
 
 
-def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWriter, how: EncoderOptions,
-        state: PassState, *, hidden_dtype: torch.dtype = torch.float32, room: Room | None = None,
+class WithRest:
+    """A watcher that also lets ggml write what the inner one leaves of its layer, before the layer's weights are gone.
+
+    So each layer is read while it is at hand, once, and a checkpoint that is downloaded is downloaded once.
+    """
+
+    def __init__(self, inner: Watcher, layer: int, checkpoint: Checkpoint, plan: Plan, out: GGUFWriter,
+                 min_expert_tokens: int, workers: int | None):  # fmt: skip
+        self.inner, self.checkpoint, self.out = inner, checkpoint, out
+        self.plan = layer_plan(plan, layer)
+        self.min_expert_tokens, self.workers = min_expert_tokens, workers
+        self.observe, self.observe_expert = inner.observe, inner.observe_expert
+
+    def finish(self) -> dict[str, Importance]:
+        entries = self.inner.finish()
+        fitted = fit_importance(self.plan, shrink(entries, self.min_expert_tokens))
+        encode_pending(self.checkpoint, self.plan, fitted, self.out, GgmlEncoder(), self.workers)
+        self.out.sync()
+        return entries
+
+
+def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWriter, how: EncoderOptions | None,
+        state: PassState, *, min_expert_tokens: int | None = None, workers: int | None = None,
+        hidden_dtype: torch.dtype = torch.float32, room: Room | None = None,
         progress: Callable[[int], None] | None = None) -> tuple[dict[str, Importance], Counter[str]]:  # fmt: skip
     """One pass over the layers: importance of all, and the rows of every matrix that our encoders can write.
 
-    Resumes at the layer where an earlier run stopped: that layer is encoded anew, to the same bytes.
+    how: None for none of them. min_expert_tokens: ggml writes the rest of each layer too, with experts of
+    fewer tokens filled up; None leaves it unwritten. Resumes at the layer where an earlier run stopped: what our
+    encoders write of that layer is encoded anew, to the same bytes.
     """
     specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
     used: Counter[str] = Counter()
-    imatrix = collect(
-        source, tokens, state, hidden_dtype=hidden_dtype, room=room, progress=progress,
-        watch=lambda layer: LayerEncoder(layer, source, plan, specs, out, how, used),
-    )  # fmt: skip
+
+    def watch(layer: int) -> Watcher:
+        inner: Watcher = (LayerEncoder(layer, source, plan, specs, out, how, used) if how
+                          else Accumulator(layer, source.config.n_expert))  # fmt: skip
+        if min_expert_tokens is None:
+            return inner
+        return WithRest(inner, layer, source.checkpoint, plan, out, min_expert_tokens, workers)
+
+    imatrix = collect(source, tokens, state, hidden_dtype=hidden_dtype, room=room, progress=progress, watch=watch)
     return imatrix, used

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from quantkit import __version__, onepass, recovery
 from quantkit.arch import deepseek, tokenizer
+from quantkit.arch.config import DeepseekConfig
 from quantkit.calibration import coverage, sensitivity
 from quantkit.calibration.corpus import TextChoice, overlap
 from quantkit.calibration.measure import (
@@ -33,14 +34,16 @@ from quantkit.encoding import GgmlEncoder
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certify import Certificate, certify
 from quantkit.evaluation.divergence import Score
+from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.verify import verify
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
 from quantkit.planning.plan import Plan
-from quantkit.plans import BudgetOptions, plan_model, resolve_model
+from quantkit.planning.recipe import Recipe
+from quantkit.plans import BudgetOptions, open_model, plan_model, recipe_name
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
 from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
@@ -49,16 +52,18 @@ from quantkit.tensors import Imatrix
 DEFAULT_MODEL = "tiny-r1"
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
-IMATRIX, PLAN, VERIFY, PROVENANCE = "imatrix.gguf", "plan.json", "verify.json", "provenance.json"
-RECOVERY = "recovery.json"
-CERTIFY = "certify.json"
+IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 
 
 def open_weights(model: str | Path) -> Checkpoint:
     """The model as a checkpoint with weights; a bare description is refused."""
-    found = open_source(resolve_model(model))
+    found = open_model(model)
     if isinstance(found, Geometry):
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
+    config = DeepseekConfig.from_hf(found.config)
+    found.validate(deepseek.source_shapes(config))
+    found.schedule(*deepseek.reading_order(config))
     return found
 
 
@@ -71,8 +76,8 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
     return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def open_model(model: str | Path, device: str) -> Source:
-    """What calibration can run: a checkpoint folder, a bundled name, or a GGUF file (dequantized layer by layer)."""
+def open_for_calibration(model: str | Path, device: str) -> Source:
+    """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
     if Path(model).suffix == ".gguf":
         return GGUFSource(model, device, hybrid=False)
     return source_of(open_weights(model), device)
@@ -89,21 +94,24 @@ def imatrix_digest(imatrix: Imatrix) -> str:
 
 
 def quantize_model(checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, *, workers: int | None = None,
-                   split_max_bytes: int | None = None, restart: bool = False,
-                   overwrite: bool = False) -> list[Path]:  # fmt: skip
+                   split_max_bytes: int | None = None, restart: bool = False, overwrite: bool = False,
+                   after_layer: Callable[[int], None] | None = None) -> list[Path]:  # fmt: skip
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes."""
     loaded, info = load_imatrix(imatrix_path)
     imatrix = fit_importance(plan, loaded)
     fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
-    extra = {
-        "quantize.imatrix.file": imatrix_path.name,
-        "quantize.imatrix.entries_count": U32(len(imatrix)),
-        "quantize.imatrix.chunks_count": U32(info.chunk_count),
-    } | ({"quantize.imatrix.dataset": info.datasets[0]} if info.datasets else {})
+    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
     return quantize(
         checkpoint, plan, imatrix, out, GgmlEncoder(), fingerprint=fingerprint, extra_metadata=extra,
-        workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite,
+        workers=workers, split_max_bytes=split_max_bytes, restart=restart, overwrite=overwrite, after_layer=after_layer,
     )  # fmt: skip
+
+
+def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:
+    """The keys that llama-quantize writes too. The name is the one in the folder of `make`, wherever the file lies."""
+    named = {"quantize.imatrix.file": IMATRIX, "quantize.imatrix.entries_count": U32(n_entries),
+             "quantize.imatrix.chunks_count": U32(n_chunks)}  # fmt: skip
+    return named | ({"quantize.imatrix.dataset": dataset} if dataset else {})
 
 
 def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: TextChoice, folder: Path, *,
@@ -132,8 +140,11 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
                 out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0, prompts: int = 0,
-                ram: int | None = None) -> dict[str, Any]:  # fmt: skip
-    """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`."""
+                ram: int | None = None, passed: ReferencePass | None = None) -> dict[str, Any]:  # fmt: skip
+    """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`.
+
+    passed: the original's side, if it has run along with another pass.
+    """
     original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
@@ -142,7 +153,8 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
     result = verify(quantized, original, chunks, target, score=score, runtime=runtime, runtime_tokens=runtime_tokens,
-                    prompts=prompts, ram=ram) | {"text": text.name, "text_sha256": text.digest}  # fmt: skip
+                    prompts=prompts, ram=ram, known=passed.scored() if passed else None)  # fmt: skip
+    result |= {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)
     return result
@@ -152,7 +164,7 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
 def certify_file(path: Path, target: str, reference: str | Path | None, imatrix: Path | None, out: Path, *,
                  engine: bool = True, values: bool = True, device: str = "cpu") -> Certificate:  # fmt: skip
     """All checks of a file for a target; writes certify.json, passed or not."""
-    original = open_source(resolve_model(reference)) if reference else None
+    original = open_model(reference) if reference else None
     importance = load_imatrix(imatrix)[0] if imatrix else None
     made = certify(path, target, original, importance, engine=engine, values=values, device=device)
     write_json(out, made.to_dict())
@@ -188,7 +200,7 @@ class MakeOptions:
 
 
 def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
-    """The main job. Leaves the GGUF(s), imatrix.gguf, plan.json, verify.json and provenance.json in `folder`.
+    """The main job. Leaves GGUF(s), imatrix.gguf, plan.json, recipe.toml, verify.json, provenance.json in `folder`.
 
     What an earlier, interrupted run of the same job left there is used; that of another job is refused.
     """
@@ -200,28 +212,48 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, options))
+    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    (folder / RECIPE).write_text(Recipe.source(recipe_name(options.recipe, options.budget)), encoding="utf-8")
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
+    if options.restart:
+        shutil.rmtree(folder / "reference.state", ignore_errors=True)
+    # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
+    reference = reference_pass(checkpoint, options, folder, device) if options.verify and checkpoint.origin else None
     if (files := finished_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
     elif options.recover:
-        files = make_and_recover(checkpoint, plan, out, options, device)
+        files = make_and_recover(checkpoint, plan, out, options, device, reference)
     else:
-        files = make_file(checkpoint, plan, out, folder / IMATRIX, options, device)
-    if not options.verify:
-        return files, None
-    return files, verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY)
+        files = make_file(checkpoint, plan, out, folder / IMATRIX, options, device, reference)
+    result = None
+    if options.verify:
+        result = verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY,
+                             passed=reference)  # fmt: skip
+    if reference:
+        reference.state.remove()
+    checkpoint.close()
+    return files, result
 
 
-def make_file(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
-              device: str) -> list[Path]:  # fmt: skip
-    if choose_encoder(options, plan, device) == "quantkit":
-        return make_in_one_pass(source_of(checkpoint, device), plan, out, imatrix, options)
-    return make_in_two_steps(checkpoint, plan, out, imatrix, options, device)
+def reference_pass(checkpoint: Checkpoint, options: MakeOptions, folder: Path, device: str) -> ReferencePass:
+    """The evaluation's half that can run while the original is being read anyway."""
+    source, text = source_of(checkpoint, device), options.evaluation
+    return ReferencePass(source, cut(text.corpus("evaluation"), source, text), folder / "reference.state")
 
 
-def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: MakeOptions, device: str) -> list[Path]:
+def make_file(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions, device: str,
+              reference: ReferencePass | None) -> list[Path]:  # fmt: skip
+    """One pass over the layers, unless an imatrix is there already or takes more than one."""
+    encoder = choose_encoder(options, plan, device)
+    repeated = imatrix.exists() or options.calibration.expert_tokens
+    if options.imatrix or (encoder == "ggml" and repeated):
+        return make_in_two_steps(checkpoint, plan, out, imatrix, options, device, reference)
+    return make_in_one_pass(source_of(checkpoint, device), plan, out, imatrix, options, encoder, reference)
+
+
+def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: MakeOptions, device: str,
+                     reference: ReferencePass | None) -> list[Path]:  # fmt: skip
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     choice = options.calibration.text
     source = recovery.open_original(checkpoint, plan, device, choice.n_tokens, options.calibration.ram)
@@ -231,7 +263,7 @@ def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: Mak
     if (files := finished_files(base)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
     else:
-        files = make_file(checkpoint, plan, base, out.parent / IMATRIX, options, device)
+        files = make_file(checkpoint, plan, base, out.parent / IMATRIX, options, device, reference)
     chunks = cut(choice.corpus("calibration"), source, choice)
     job = hashlib.sha256(repr((job_of(source, chunks), GGUFFile.open(files[0]).fingerprint())).encode()).hexdigest()
     files, gained = recovery.recover(files[0], out.parent, source, plan, chunks.tokens, job)
@@ -241,7 +273,7 @@ def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: Mak
 
 
 def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, options: MakeOptions,
-                      device: str) -> list[Path]:  # fmt: skip
+                      device: str, reference: ReferencePass | None = None) -> list[Path]:  # fmt: skip
     """Calibrate (or take an imatrix that is there), then encode with ggml."""
     if options.imatrix:
         imatrix = options.imatrix
@@ -250,35 +282,46 @@ def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Pa
     else:
         calibrate(source_of(checkpoint, device), options.calibration, imatrix, options.restart)
     return quantize_model(checkpoint, plan, imatrix, out, workers=options.workers,
-                          split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True)  # fmt: skip
+                          split_max_bytes=options.split_max_bytes, restart=options.restart, overwrite=True,
+                          after_layer=reference.advance if reference else None)  # fmt: skip
 
 
 @torch.inference_mode()
 def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_path: Path,
-                     options: MakeOptions) -> list[Path]:  # fmt: skip
-    """Each layer is calibrated and encoded in one visit with our encoders; ggml writes what is left."""
+                     options: MakeOptions, encoder: str = "quantkit",
+                     reference: ReferencePass | None = None) -> list[Path]:  # fmt: skip
+    """Each layer is calibrated and encoded in one visit: with our encoders and ggml for the rest, or all with ggml."""
     how = options.calibration
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
     n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
-    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent)
-    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + options.effort)
+    beside = reference.tokens.numel() if reference else 0
+    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent, beside)
+    effort = options.effort if encoder == "quantkit" else encoder
+    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + effort)
     if options.restart:
         state.remove()
     fingerprint = {"checkpoint": source.checkpoint.fingerprint(), "plan": plan.digest(), "calibration": state.job,
-                   "encoder": f"quantkit {options.effort}"}  # fmt: skip
-    extra = {
-        "quantize.imatrix.file": imatrix_path.name,
-        "quantize.imatrix.dataset": text.name,
-        "quantize.imatrix.chunks_count": U32(len(chunks.tokens)),
-    }
+                   "encoder": f"{encoder} {options.effort}",
+                   "min_expert_tokens": str(how.min_expert_tokens)}  # fmt: skip
+    n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
+    extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
+    ours = onepass.EncoderOptions(options.effort) if encoder == "quantkit" else None
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     with open_writer(source.checkpoint, plan, out, fingerprint=fingerprint, extra_metadata=extra, overwrite=True,
                      split_max_bytes=options.split_max_bytes, restart=options.restart) as writer:  # fmt: skip
         with track("layers", n_layer, "layers") as advance:
-            progress = Steps(advance)
-            measured, used = onepass.run(source, plan, chunks.tokens, writer, onepass.EncoderOptions(options.effort),
-                                         state, hidden_dtype=hidden_dtype, room=room, progress=progress)  # fmt: skip
+            steps = Steps(advance)
+
+            def progress(done: int) -> None:
+                if reference:
+                    reference.advance(done)
+                steps(done)
+
+            measured, used = onepass.run(
+                source, plan, chunks.tokens, writer, ours, state, min_expert_tokens=how.min_expert_tokens,
+                workers=options.workers, hidden_dtype=hidden_dtype, room=room, progress=progress,
+            )  # fmt: skip
         if used:
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
         report_coverage(measured, n_tokens, how.min_expert_tokens)
@@ -335,15 +378,23 @@ def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[
         "encoder": options.encoder,
         "effort": options.effort,
         "recover": options.recover,
+    } | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
+
+
+def _circumstances(checkpoint: Checkpoint, plan: Plan, options: MakeOptions, device: str) -> dict[str, Any]:
+    """What a reader wants to know, or needs to make the same again, besides the identity."""
+    facts = {
+        "command": shlex.join(["quantkit", *sys.argv[1:]]),
+        "model": checkpoint.path.name,
+        "source": checkpoint.origin,
+        "revision": source_revision(Path(checkpoint.path)),
+        "packed_by": choose_encoder(options, plan, device),
+        "calibration_sha256": None if options.imatrix else options.calibration.text.corpus("calibration").digest,
+        "evaluation": json.loads(json.dumps(asdict(options.evaluation))) if options.verify else None,
+        "split_max_bytes": options.split_max_bytes,
+        "device": device,
     }
-
-
-def _circumstances(checkpoint: Checkpoint, options: MakeOptions) -> dict[str, Any]:
-    """What a reader of the result wants to know besides, and a rerun may do differently."""
-    out = {"command": shlex.join(["quantkit", *sys.argv[1:]]), "revision": source_revision(Path(checkpoint.path))}
-    if not options.imatrix:
-        out["calibration_sha256"] = options.calibration.text.corpus("calibration").digest
-    return out
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def source_revision(folder: Path) -> str | None:

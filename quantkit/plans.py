@@ -20,6 +20,7 @@ from quantkit.planning.damage import Damage, Measured, Prior
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.quantize import check_plan, file_metadata
+from quantkit.remote import repo as remote
 from quantkit.tensors import TensorSpec
 
 DEFAULT_RECIPE = "1.58bit"
@@ -28,15 +29,19 @@ SPLIT_BYTES = 50 * 10**9  # the default of --split-max-size
 RUN_BYTES = 512  # metadata that only the run knows: names of imatrix and text
 
 
-def resolve_model(model: str | Path) -> Path:
-    """A folder, or the name of a bundled model."""
+def open_model(model: str | Path) -> Checkpoint | Geometry:
+    """A folder, the name of a bundled model, or a model on a Hub, of which only headers are read."""
     path = Path(model)
     if path.is_dir():
-        return path
+        return open_source(path)
     if str(model) in bundle.model_names():
-        return bundle.models_dir() / str(model)
+        return open_source(bundle.models_dir() / str(model))
+    if (repo := remote.parse(str(model), getattr(model, "revision", None))) and not path.exists():
+        return remote.open_remote(repo, getattr(model, "cache_bytes", remote.CACHE_BYTES))
     names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{model}: no such folder, and not one of the bundled models ({names})")
+    raise QuantkitError(
+        f"{model}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,18 +85,17 @@ def recipe_name(recipe: str | Path | None, budget: BudgetOptions) -> str:
 def plan_model(model: str | Path, recipe: str | Path | None = None, target: str | None = None, mla: str | None = None,
                budget: BudgetOptions = BudgetOptions(), split_max_bytes: int | None = None) -> Plan:  # fmt: skip
     """A type for every tensor. Needs no weights: bundled descriptions will do."""
-    path = resolve_model(model)
     budget.check()
     rules = Recipe.load(recipe_name(recipe, budget))
-    source = open_source(path)
+    source = open_model(model)
     config = DeepseekConfig.from_hf(source.config)
     specs = deepseek.specs(config, mla or rules.mla)
     if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, target, model=path.name)
+        return make_plan(specs, rules, target, model=source.path.name)
     damage = damage_model(specs, budget.measured)
 
     def within(limits: Budget, words: str | None = None) -> Plan:
-        return plan_within(specs, rules, target, path.name, limits, damage,
+        return plan_within(specs, rules, target, source.path.name, limits, damage,
                            lambda plan: file_bytes(source, plan, split_max_bytes), budget.solver, words)  # fmt: skip
 
     if budget.ram is None:
@@ -147,7 +151,7 @@ def file_bytes(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int |
 
 def plan_file_bytes(model: str | Path, plan: Plan) -> int:
     """Bytes of one unsplit file."""
-    return file_bytes(open_source(resolve_model(model)), plan, None)
+    return file_bytes(open_model(model), plan, None)
 
 
 def load_or_plan(model: str | Path, name: str, target: str | None, mla: str | None, budget: BudgetOptions) -> Plan:
@@ -161,7 +165,7 @@ def load_or_plan(model: str | Path, name: str, target: str | None, mla: str | No
 
 def predict_plan(model: str | Path, plan: Plan, measured: Path | None) -> float:
     """KL divergence expected of a plan of this model, nats a token."""
-    specs = deepseek.specs(DeepseekConfig.from_hf(open_source(resolve_model(model)).config), plan.mla)
+    specs = deepseek.specs(DeepseekConfig.from_hf(open_model(model).config), plan.mla)
     check_plan(plan, {spec.name: spec for spec in specs})
     return predict(plan, specs, damage_model(specs, measured))
 
@@ -185,7 +189,7 @@ def hardware_report(model: str | Path, recipes: Sequence[str], target: str | Non
     """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones with fixed types)."""
     fixed = [name for name in bundle.recipe_names() if not Recipe.load(name).is_open]
     plans = [load_or_plan(model, name, target, mla, BudgetOptions()) for name in recipes or fixed]
-    source = open_source(resolve_model(model))
+    source = open_model(model)
     config = DeepseekConfig.from_hf(source.config)
     rows = []
     for plan in plans:

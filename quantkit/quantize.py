@@ -2,9 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
 from quantkit.planning.plan import Plan, PlannedTensor
-from quantkit.progress import track
+from quantkit.progress import Advance, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
 
 
@@ -42,17 +42,36 @@ class Job:
 def quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, path: Path, encoder: Encoder, *,
              fingerprint: Mapping[str, str], extra_metadata: Mapping[str, Any] | None = None,
              workers: int | None = None, split_max_bytes: int | None = None, restart: bool = False,
-             overwrite: bool = False) -> list[Path]:  # fmt: skip
+             overwrite: bool = False, after_layer: Callable[[int], None] | None = None) -> list[Path]:  # fmt: skip
     """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
 
-    imatrix: as `fit_importance` returns it for this plan.
+    imatrix: as `fit_importance` returns it for this plan. after_layer: called when a layer's tensors are written, with
+    the number of layers that are.
     """
     writer = open_writer(checkpoint, plan, path, fingerprint=dict(fingerprint) | {"encoder": encoder.name},
                          extra_metadata=extra_metadata, split_max_bytes=split_max_bytes, restart=restart,
                          overwrite=overwrite)  # fmt: skip
     with writer as out:
-        encode_pending(checkpoint, plan, imatrix, out, encoder, workers)
+        n_weights = sum(tensor.n_weights for tensor in plan.tensors)
+        with track("quantize", n_weights / 1e6, "Mweights") as advance:
+            for part, done in by_layer(plan):
+                encode_pending(checkpoint, part, imatrix, out, encoder, workers, advance)
+                if after_layer and done is not None:
+                    after_layer(done)
     return out.files
+
+
+def by_layer(plan: Plan) -> Iterator[tuple[Plan, int | None]]:
+    """The plan in the order in which a checkpoint is read: a plan for each layer and the number of layers done with it,
+    then one (with None) for what is outside the layers."""
+    for layer in range(1 + max((t.layer for t in plan.tensors if t.layer is not None), default=-1)):
+        yield layer_plan(plan, layer), layer + 1
+    yield layer_plan(plan, None), None
+
+
+def layer_plan(plan: Plan, layer: int | None) -> Plan:
+    """The plan's tensors of one layer; None: of no layer."""
+    return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.layer == layer))
 
 
 def open_writer(checkpoint: Checkpoint, plan: Plan, path: Path, *, fingerprint: Mapping[str, str],
@@ -68,8 +87,8 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, path: Path, *, fingerprint: 
 
 
 def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GGUFWriter, encoder: Encoder,
-                   workers: int | None = None) -> None:  # fmt: skip
-    """Write every row that is still missing.
+                   workers: int | None = None, advance: Advance | None = None) -> None:  # fmt: skip
+    """Write every row of the plan's tensors that is still missing. advance: told of each million weights.
 
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
@@ -79,11 +98,18 @@ def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GG
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         ggml.prepare(qtype)
-    total = sum((job.stop - job.start) * job.spec.n_in for job in jobs) / 1e6
-    with track("quantize", total, "Mweights") as advance, ThreadPoolExecutor(workers) as pool:
+    if advance:
+        total = sum(tensor.n_weights for tensor in plan.tensors)
+        advance((total - sum(map(_n_weights, jobs))) / 1e6)
+    with ThreadPoolExecutor(workers) as pool:
         for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
             out.write(job.tensor.name, job.start, data)
-            advance((job.stop - job.start) * job.spec.n_in / 1e6)
+            if advance:
+                advance(_n_weights(job) / 1e6)
+
+
+def _n_weights(job: Job) -> int:
+    return (job.stop - job.start) * job.spec.n_in
 
 
 def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:

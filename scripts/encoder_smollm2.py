@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quantkit import ggml
-from quantkit.encoders import Hessian, encode, prepare, second_moment
+from quantkit.encoders import Hessian, encode, prepare
 from quantkit.formats.gguf_reader import GGUFFile
 
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

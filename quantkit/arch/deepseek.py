@@ -4,6 +4,7 @@ The layout is llama.cpp's; `mla="split"` writes attn_k_b and attn_v_b (current l
 `mla="combined"` the attn_kv_b of older files. llama.cpp refuses a file that holds both.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from quantkit.formats.gguf_encode import F32, U32
 from quantkit.tensors import Assembly, TensorSpec
 
 Mla = Literal["split", "combined"]
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
 
 
@@ -110,6 +112,20 @@ def source_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
         for source in spec.sources:
             shapes[source] = spec.shape[1:] if spec.assembly == "stack" else spec.shape
     return shapes
+
+
+def reading_order(config: DeepseekConfig) -> tuple[list[str], list[list[str]]]:
+    """Checkpoint tensors in the order in which a pass reads them: those outside the layers, and those of each layer.
+
+    Within a layer the experts come last, each with its three matrices together.
+    """
+    kept: list[str] = []
+    layers: list[list[str]] = [[] for _ in range(config.n_layer)]
+    for spec in specs(config, "combined"):
+        (kept if spec.layer is None else layers[spec.layer]).extend(spec.sources)
+    for names in layers:
+        names.sort(key=lambda name: int(match[1]) if (match := EXPERT.search(name)) else -1)
+    return kept, layers
 
 
 def slices(spec: TensorSpec) -> Iterator[tuple[int, int]]:

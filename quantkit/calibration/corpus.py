@@ -6,7 +6,8 @@ of its files is cut once: the first 90 % may be calibrated on, the last 10 % is 
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ Part = Literal["calibration", "evaluation"]
 Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
 
 EVALUATION_SHARE = 0.1
+QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")  # of an address; signatures stand there
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
 DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
 
@@ -57,7 +59,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text, and how much of it. data empty: the bundled mix. from_start: as in `chunk`."""
+    """Which text, and how much of it. data empty: the bundled mix. column: of datasets, or a template of columns, as in
+    `load`. from_start: as in `chunk`."""
 
     data: tuple[str, ...] = ()
     column: str = "text"
@@ -108,7 +111,12 @@ def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Docume
 
 
 def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
-    """Files, folders or Hugging Face dataset ids. limit: characters taken from each dataset (they may be endless)."""
+    """Files, folders or Hugging Face dataset ids, which are streamed.
+
+    An id may name a configuration and a split: `user/name:config:split` (default: the only configuration, `train`).
+    column: the column with the text, or a template with columns in braces, `"{question}\n\n{answer}"`. limit:
+    characters taken from each dataset (they may be endless).
+    """
     documents: list[Document] = []
     for source in sources:
         path = Path(source)
@@ -118,8 +126,8 @@ def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> 
                 raise QuantkitError(f"{path}: no {' '.join(TEXT_SUFFIXES)} file in this folder")
             for file in found:
                 documents += _read_file(file, column, limit)
-        elif source.count("/") <= 1 and not source.startswith((".", "/")) and not path.suffix:
-            documents += _from_dataset(source, {}, column, limit)
+        elif source.count("/") <= 1 and not source.startswith((".", "/")) and path.suffix not in TEXT_SUFFIXES:
+            documents += _from_hub(source, column, limit)
         else:
             raise QuantkitError(f"--data {source}: no such file or folder")
     if not any(document.text.strip() for document in documents):
@@ -138,23 +146,39 @@ def _read_file(path: Path, column: str, limit: int) -> list[Document]:
         raise QuantkitError(f"{path}: {error}") from None
 
 
-def _from_dataset(name: str, options: dict[str, str], column: str, limit: int) -> list[Document]:
+def _from_hub(source: str, column: str, limit: int) -> list[Document]:
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    return _from_dataset(name, {"name": config} if config else {}, column, limit, split or "train")
+
+
+def _fill(template: str, row: Mapping[str, object], where: str) -> str:
+    """The text of a row. template: a column's name, or text with columns in braces."""
+    try:
+        return str(row[template]) if "{" not in template else template.format_map(row)
+    except KeyError as missing:
+        option = "--column" if "{" not in template else "--template"
+        raise QuantkitError(f"{where}: no column {missing}; it has {', '.join(row)} ({option})") from None
+    except (ValueError, AttributeError, IndexError, TypeError) as error:
+        raise QuantkitError(f"--template {template!r}: {error}; write columns in braces, braces twice") from None
+
+
+def _from_dataset(name: str, options: dict[str, str], column: str, limit: int, split: str = "train") -> list[Document]:
     import datasets
 
     where = options.get("data_files", name)
     documents, taken = [], 0
     try:
-        for row in datasets.load_dataset(name, split="train", streaming=True, **options):
-            if column not in row:
-                raise QuantkitError(f"{where}: no column {column!r}; it has {', '.join(row)} (--column)")
-            documents.append(Document("text", str(row[column])))
+        for row in datasets.load_dataset(name, split=split, streaming=True, **options):
+            documents.append(Document("text", _fill(column, row, where)))
             taken += len(documents[-1].text)
             if taken >= limit:
                 break
     except QuantkitError:
         raise
     except Exception as error:  # datasets and its readers raise many unrelated types
-        raise QuantkitError(f"{where}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        first = (str(error).splitlines() or [""])[0]
+        raise QuantkitError(f"{where}: {type(error).__name__}: {re.sub(QUERY, '', first)}") from None
     return documents
 
 

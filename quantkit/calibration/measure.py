@@ -15,7 +15,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import Advance, say, track
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.sources import Source
-from quantkit.runtime.stream import choose_room, memory
+from quantkit.runtime.stream import BASE_BYTES, choose_room, memory
 from quantkit.tensors import Importance
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
@@ -91,11 +91,18 @@ class Steps:
         self.done = layers
 
 
-def chosen_room(source: Source, n_tokens: int, how: Calibration, folder: Path) -> tuple[torch.dtype, Room]:
-    """float32 while hidden states are small; their place, in `folder` if on disk. Refuses a pass that fits nowhere."""
+def chosen_room(source: Source, n_tokens: int, how: Calibration, folder: Path,
+                beside: int = 0) -> tuple[torch.dtype, Room]:  # fmt: skip
+    """float32 while hidden states are small; their place, in `folder` if on disk. Refuses a pass that fits nowhere.
+
+    beside: tokens of another pass that runs along, in float32, with weights of its own in memory.
+    """
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
     need = memory(source.config, source.dtype, hidden_dtype)
     limit, option = memory_limit(how.ram, source.device)
+    if beside:
+        limit -= memory(source.config, source.dtype, torch.float32).total(beside) - BASE_BYTES
+        option += ", less what the evaluation's pass needs,"
     place = choose_room(need, n_tokens, how.hidden, limit, option, machine_memory(), source.device.type != "cpu")
     if place != "device":
         say(f"hidden states of {n_tokens:,} tokens ({need.per_token * n_tokens / 1e9:.1f} GB) live "

@@ -31,7 +31,7 @@ from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import check_memory, memory, stream
+from quantkit.runtime.stream import choose_room, memory, stream
 
 PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
@@ -110,8 +110,10 @@ class SideBySide:
         ours = torch.cat((ours, theirs[:k].to(ours.device)))
         before = theirs[:k].clone()
         doubled = torch.cat((self.tokens, self.tokens[:k]))
-        streams = (stream(self.reference, self.tokens, hidden=theirs), stream(self.source, doubled, hidden=ours))
-        for layer, _ in zip(*streams, strict=True):
+        streams = (stream(self.reference, self.tokens, hidden=theirs, hidden_dtype=self.dtype),
+                   stream(self.source, doubled, hidden=ours, hidden_dtype=self.dtype))  # fmt: skip
+        for layer, other in zip(*streams, strict=True):
+            theirs, ours = layer.hidden, other.hidden
             error = relative_error(theirs, ours[:n])
             own = relative_error(theirs[:k] - before, ours[n:].to(before.device) - before)
             if not (math.isfinite(error) and math.isfinite(own)):
@@ -146,13 +148,14 @@ def bad_layers(errors: Sequence[LayerError]) -> list[int]:
 
 def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | None = None, *,
            score: Score = "half", runtime: GGUFSource | None = None, runtime_tokens: int = 0, prompts: int = 0,
-           ram: int | None = None) -> dict[str, Any]:  # fmt: skip
+           ram: int | None = None, known: torch.Tensor | None = None) -> dict[str, Any]:  # fmt: skip
     """Structure, types, then perplexity and divergence from the reference over the scored tokens of every chunk.
 
     score: "half" scores the second half of each chunk, as llama-perplexity does; "all" every token but a chunk's
     first. runtime: the same file as a hybrid source; with it, the first runtime_tokens are also computed token by token
     through the KV cache, and `prompts` texts are continued. ram: bytes that the streams may use, default what the
-    machine has.
+    machine has. known: the reference's `scored` states, if a pass has computed them already (then no layer is compared,
+    and its weights are not read again).
     Returns what verify.json holds: sizes, the figures of Divergence.summary with 95 % intervals, the same by domain,
     errors by layer, and what was compared.
     """
@@ -161,9 +164,14 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
     check_same_model(source, reference)
     started = time.perf_counter()
     n_tokens, t = chunks.tokens.numel(), chunks.tokens.shape[1]
-    both = SideBySide(reference, source, chunks.tokens, checked_dtype(reference, n_tokens, ram))
-    with track("verify", 2 * reference.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
-        hidden = [scored(states, score) for states in both.run(advance)]
+    dtype, layers = checked_dtype(reference, n_tokens, ram), []
+    n_streams = 2 if known is None else 1
+    with track("verify", n_streams * reference.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
+        if known is None:
+            both = SideBySide(reference, source, chunks.tokens, dtype)
+            hidden, layers = [scored(states, score) for states in both.run(advance)], both.errors
+        else:
+            hidden = [known, scored(alone(source, chunks.tokens, dtype, advance), score)]
     per_chunk = t - 1 - first_scored(t, score)
     heads = HeadLogits(reference, hidden[0]), HeadLogits(source, hidden[1])
     with track("head", reference.config.n_vocab / 1e3, "ktokens of vocabulary") as advance:
@@ -173,8 +181,8 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
              "score": score}  # fmt: skip
     result = about | sizes(source.file) | found.summary(per_chunk) | {
         "domains": by_domain(found, chunks.domains, per_chunk),
-        "layers": [asdict(layer) for layer in both.errors],
-        "bad_layers": bad_layers(both.errors),
+        "layers": [asdict(layer) for layer in layers],
+        "bad_layers": bad_layers(layers),
         "kld_histogram": found.histogram(),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
@@ -183,6 +191,15 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
     if runtime is not None and prompts:
         result["generation"] = generation.check(runtime, reference, chunks, prompts)
     return result
+
+
+def alone(source: Source, tokens: torch.Tensor, dtype: torch.dtype,
+          advance: Callable[[float], object]) -> torch.Tensor:  # fmt: skip
+    """Final hidden states [n_chunk, t, d] of one model."""
+    for layer in stream(source, tokens, hidden_dtype=dtype):
+        states = layer.hidden
+        advance(tokens.numel() / 1e3)
+    return states
 
 
 def by_domain(found: Divergence, domains: Sequence[str], per_chunk: int) -> dict[str, dict[str, Any]]:
@@ -201,7 +218,8 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
         need = memory(reference.config, reference.dtype, dtype)
         if 2 * need.total(n_tokens) <= limit:
             return dtype
-    check_memory(reference.config, n_tokens, reference.dtype, torch.bfloat16, limit // 2, f"half of {option}")
+    on_gpu = reference.device.type != "cpu"
+    choose_room(need, n_tokens, "device", limit // 2, f"half of {option}", limit, on_gpu)
     return torch.bfloat16
 
 
@@ -282,7 +300,8 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
     ]  # fmt: skip
     if len(domains := result["domains"]) > 1:
         rows.append(("by domain", ", ".join(f"{name} {d['kld_mean']:.3f}" for name, d in domains.items())))
-    rows.append(("layers", layer_line(result)))
+    if result["layers"]:
+        rows.append(("layers", layer_line(result)))
     if mode := result.get("runtime"):
         klds = [mode[key]["kld_mean"] for key in ("original", "agreement")]
         how = "agreeing with" if mode["agree"] else "DISAGREEING with"

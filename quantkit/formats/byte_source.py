@@ -1,9 +1,10 @@
-"""Where shard bytes come from. A folder today; a remote store needs only these four methods."""
+"""Where shard bytes come from: a folder here, a Hub in `quantkit.remote`."""
 
 import errno
 import os
 import stat
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,15 @@ class ByteSource(Protocol):
         """uint8 [length] on the CPU; QuantkitError naming `file` and `what` if not all of it can be had."""
         ...
 
+    def schedule(self, kept: "Extents", layers: Sequence["Extents"]) -> None:
+        """What will be read: `kept` at any time, `layers` one after the other, perhaps several times over."""
+        ...
+
     def close(self) -> None: ...
+
+
+Extents = Sequence[tuple[str, int, int]]
+"""(file, begin, end) of tensors, in the order in which they are wanted."""
 
 
 class FolderSource:
@@ -68,6 +77,9 @@ class FolderSource:
                 raise QuantkitError(f"{self.folder / file}: truncated: {what} ends {length - done} bytes too early")
             done += count
         return buffer
+
+    def schedule(self, kept: Extents, layers: Sequence[Extents]) -> None:
+        """Nothing to do: the page cache reads ahead."""
 
     def close(self) -> None:
         with self._lock:

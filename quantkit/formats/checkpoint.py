@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,13 +26,18 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
 
 
 class Checkpoint(TensorTable):
-    """A folder of safetensors shards, read-only. Reads may come from many threads; `close` when done."""
+    """A folder of safetensors shards, read-only. Reads may come from many threads; `close` when done.
+
+    origin: for a checkpoint that lies elsewhere, its `repo` and `commit`, its `license` if known, and `weights`, a
+    digest of the identities of its shards.
+    """
 
     def __init__(
         self, path: Path, config: dict, tensors: Mapping[str, TensorEntry], source: ByteSource, fingerprint: str
     ) -> None:
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
+        self.origin: dict[str, str] | None = None
 
     @classmethod
     def open(cls, folder: Path | str, source: ByteSource | None = None) -> Self:
@@ -65,6 +70,14 @@ class Checkpoint(TensorTable):
     def close(self) -> None:
         """Close the shard files. A later read opens them again."""
         self._source.close()
+
+    def schedule(self, kept: Sequence[str], layers: Sequence[Sequence[str]]) -> None:
+        """Tell the source which tensors will be read, scales included: `kept` at any time, `layers` in turn."""
+        self._source.schedule(self._extents(kept), [self._extents(names) for names in layers])
+
+    def _extents(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
+        found = [self.tensors.get(each) for name in names for each in (name, name + SCALE_SUFFIX)]
+        return [(str(entry.file), entry.begin, entry.end) for entry in found if entry is not None]
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of config.json and every shard's name, size and header: a cheap identity, blind to weights."""

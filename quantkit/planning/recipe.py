@@ -147,6 +147,11 @@ class Recipe:
             raise QuantkitError(f"{path}: larger than {MAX_BYTES} bytes; not a recipe")
         return cls.parse(data, str(path))
 
+    @staticmethod
+    def source(name_or_path: str | Path) -> str:
+        """The TOML text of a recipe that `load` accepts."""
+        return _find(name_or_path).read_text(encoding="utf-8")
+
     @classmethod
     def parse(cls, data: bytes | str, source: str) -> "Recipe":
         try:

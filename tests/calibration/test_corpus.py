@@ -2,7 +2,9 @@
 
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from quantkit.arch import tokenizer
 from quantkit.calibration import corpus
@@ -64,6 +66,18 @@ def test_files_folders_and_jsonl(tmp_path):
     assert [d.text for d in documents] == ["plain", "row 0", "row 1", "row 2"]
     with pytest.raises(QuantkitError, match="no column 'text'; it has body"):
         corpus.load([str(tmp_path / "b.jsonl")])
+
+
+def test_parquet_and_template(tmp_path):
+    rows = {"question": ["1+1?", "2+2?"], "answer": ["2", "4"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "3+3?", "answer": "6"}) + "\n")
+    documents = corpus.load([str(tmp_path)], column="Q: {question}\nA: {answer}").documents
+    assert [d.text for d in documents] == ["Q: 1+1?\nA: 2", "Q: 2+2?\nA: 4", "Q: 3+3?\nA: 6"]
+    with pytest.raises(QuantkitError, match="no column 'reply'; it has question, answer"):
+        corpus.load([str(tmp_path)], column="{reply}")
+    with pytest.raises(QuantkitError, match="--template"):
+        corpus.load([str(tmp_path)], column="{question")
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/folder"])

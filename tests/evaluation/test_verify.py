@@ -120,7 +120,7 @@ def test_all_tokens_can_be_scored(good, tiny, tmp_path):
 
 
 def test_too_little_memory_is_refused_before_work(good, tiny):
-    with pytest.raises(QuantkitError, match="but half of --ram is"):
+    with pytest.raises(QuantkitError, match="but half of --memory is"):
         pipeline.verify_file(good, tiny, pipeline.TextChoice(n_tokens=1024), "cpu", ram=10_000_000)
 
 

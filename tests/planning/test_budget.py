@@ -45,7 +45,7 @@ def test_r1_fills_its_budget_and_never_more(size, target):
 def test_splits_count_too():
     size = 200 * 10**9
     plan = plans.plan_model("deepseek-r1", budget=plans.BudgetOptions(size=size), split_max_bytes=5 * 10**9)
-    source = plans.open_source(plans.resolve_model("deepseek-r1"))
+    source = plans.open_model("deepseek-r1")
     assert 0.999 * size < plans.file_bytes(source, plan, 5 * 10**9) <= size
 
 

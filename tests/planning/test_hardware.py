@@ -7,7 +7,6 @@ import pytest
 from quantkit import plans, probe
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import open_source
 from quantkit.planning import bitmap, hardware, table
 from quantkit.planning.hardware import Machine
 
@@ -16,7 +15,7 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def config():
-    return DeepseekConfig.from_hf(open_source(plans.resolve_model("deepseek-r1")).config)
+    return DeepseekConfig.from_hf(plans.open_model("deepseek-r1").config)
 
 
 @pytest.fixture(scope="module")

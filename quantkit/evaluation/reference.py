@@ -1,0 +1,46 @@
+"""The original's side of `verify`, a layer at a time beside another pass: each weight is read (or downloaded) once."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from quantkit.calibration.corpus import Chunks
+from quantkit.calibration.state import PassState
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.divergence import scored
+from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.stream import stream
+
+
+class ReferencePass:
+    """Evaluation text going through the original. Resumes at its layer, from `folder`.
+
+    Memory: hidden states, float32 [n_chunk, t, d], and the weights of a layer as in any pass.
+    """
+
+    def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path):
+        self.source, self.tokens = source, chunks.tokens
+        facts = f"{source.checkpoint.fingerprint()} {source.dtype} {source.device.type} {tuple(self.tokens.shape)} "
+        job = hashlib.sha256(facts.encode() + self.tokens.numpy().tobytes()).hexdigest()
+        self.state = PassState(folder, job)
+        try:
+            self.hidden, self.done = self.state.resume()
+        except QuantkitError:  # of other text: this run's options decide
+            self.state.remove()
+            self.hidden, self.done = None, 0
+        self._layers = stream(source, self.tokens, hidden=self.hidden, start=self.done)
+
+    @torch.inference_mode()
+    def advance(self, n_layers: int) -> None:
+        """Be through the first n_layers."""
+        while self.done < n_layers:
+            layer = next(self._layers)
+            self.hidden, self.done = layer.hidden, layer.index + 1
+            self.state.save(layer.index, layer.hidden, {})
+
+    def scored(self) -> torch.Tensor:
+        """Final hidden states whose next token is scored, float32 [n, d]; does what is left of the pass."""
+        self.advance(self.source.config.n_layer)
+        assert self.hidden is not None
+        return scored(self.hidden)

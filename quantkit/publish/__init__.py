@@ -1,0 +1,1 @@
+"""What `make` left in a folder, checked, described and uploaded to a Hub."""

@@ -1,0 +1,183 @@
+"""A bounded folder of checksummed byte ranges, filed under the ETag of the file they are from.
+
+    ranges/<etag>/<begin>-<end>-<crc32>
+
+A range carries its final name only when it is whole, and is checked against its CRC when it is first used by a process:
+neither a killed run nor a bad disk leaves anything that is believed. The folder never holds more than `limit` bytes,
+ranges that are being written included: room is reserved before a download begins.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from quantkit.errors import QuantkitError
+
+NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
+READ = 1 << 24
+
+
+@dataclass(frozen=True, order=True)
+class Range:
+    """Bytes begin:end of the file with this ETag."""
+
+    etag: str
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+class RangeCache:
+    """overhead: bytes that its owner keeps elsewhere and that count too.
+
+    Not thread-safe by itself: its owner holds one lock around everything but `write`.
+    """
+
+    def __init__(self, folder: Path, limit: int, overhead: int = 0):
+        self.folder, self.limit = folder, limit
+        self.used = overhead
+        self._held: dict[Range, Path] = {}
+        self._trusted: set[Range] = set()
+        self._lock_fd: int | None = None
+
+    def open(self) -> Self:
+        """Take the folder for this process and see what an earlier one left. QuantkitError if another one has it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QuantkitError(f"{self.folder}: another quantkit is using this cache; wait for it, or give this run "
+                                "its own HF_HOME") from None  # fmt: skip
+        except OSError as error:
+            raise failed(self.folder, error) from None
+        found: list[tuple[float, Range, Path]] = []
+        for path in self.folder.glob("*/*"):
+            match = NAME.fullmatch(path.name)
+            if match and path.stat().st_size == int(match[2]) - int(match[1]):
+                found.append((path.stat().st_mtime, Range(path.parent.name, int(match[1]), int(match[2])), path))
+            else:
+                path.unlink()  # a part of a killed run, or not ours
+        for _, key, path in sorted(found, key=lambda item: (item[0], item[1])):  # the oldest first
+            self._held[key] = path
+            self.used += key.length
+        return self
+
+    def close(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def ranges(self) -> list[Range]:
+        """What is there, oldest first."""
+        return list(self._held)
+
+    def has(self, key: Range) -> bool:
+        return key in self._held
+
+    def reserve(self, length: int) -> bool:
+        """Count `length` bytes as used if they fit."""
+        if self.used + length > self.limit:
+            return False
+        self.used += length
+        return True
+
+    def give_back(self, length: int) -> None:
+        self.used -= length
+
+    def forget(self, key: Range) -> None:
+        """Delete a range. Who is reading it keeps its open file."""
+        path = self._held.pop(key)
+        self._trusted.discard(key)
+        path.unlink(missing_ok=True)
+        self.used -= key.length
+
+    def write(self, key: Range, fetch: Callable[[Callable[[bytes], None]], None]) -> Path:
+        """Let `fetch` pour a reserved range into the folder; returns its file, for `publish`."""
+        folder = self.folder / key.etag
+        part = folder / f"{key.begin}-{key.end}.part"
+        crc = 0
+        try:
+            folder.mkdir(exist_ok=True)
+            with open(part, "wb") as file:
+
+                def pour(piece: bytes) -> None:
+                    nonlocal crc
+                    crc = zlib.crc32(piece, crc)
+                    file.write(piece)
+
+                fetch(pour)
+            path = folder / f"{key.begin}-{key.end}-{crc:08x}"
+            os.replace(part, path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise failed(self.folder, error) from None
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return path
+
+    def publish(self, key: Range, path: Path) -> None:
+        self._held[key] = path
+        self._trusted.add(key)
+
+    def open_range(self, key: Range) -> tuple[int, str | None]:
+        """A descriptor of its file, which the caller closes, and the CRC to check it against if nobody has yet."""
+        path = self._held[key]
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return fd, None if key in self._trusted else path.name.rsplit("-", 1)[1]
+
+    def trust(self, key: Range) -> None:
+        self._trusted.add(key)
+
+
+def is_sound(fd: int, key: Range, crc: str) -> bool:
+    """Whether the file has the bytes it had when it was written."""
+    found, offset = 0, 0
+    while piece := os.pread(fd, READ, offset):
+        found, offset = zlib.crc32(piece, found), offset + len(piece)
+    return offset == key.length and f"{found:08x}" == crc
+
+
+def copy_range(fd: int, offset: int, out: torch.Tensor) -> None:
+    """Fill uint8 [n] from the file."""
+    view, done = out.numpy().data, 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done : done + READ]], offset + done)
+        if count == 0:
+            raise QuantkitError("a cached range is shorter than it was; run again")
+        done += count
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all; any process may write it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise failed(path.parent, error) from None
+
+
+def failed(folder: Path, error: OSError) -> QuantkitError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        return QuantkitError(f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
+                             "--cache-size, or set HF_HOME to another disk")  # fmt: skip
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")
+    return QuantkitError(f"{folder}: {error.strerror or error}")

@@ -1,0 +1,167 @@
+"""A model on a Hub as a Checkpoint: its name, its commit, its small files, and the listing of its shards."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import FolderSource
+from quantkit.formats.checkpoint import INDEX, Checkpoint
+from quantkit.remote.cache import failed, write_whole
+from quantkit.remote.client import Repo, with_retry
+from quantkit.remote.source import HubSource
+
+CACHE_BYTES = 60_000_000_000
+SMALL_FILES = (INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+REPO_ID = re.compile(rf"({PART}/{PART})(?:@([^\s@]+))?")
+SHARD = ".safetensors"
+
+
+class Model(str):
+    """What a person called a model (folder, bundled name, Hub id or URL), with the Hub options that came along."""
+
+    revision: str | None
+    cache_bytes: int
+
+    def __new__(cls, name: str, revision: str | None = None, cache_bytes: int = CACHE_BYTES):
+        self = super().__new__(cls, name)
+        self.revision, self.cache_bytes = revision, cache_bytes
+        return self
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository's files at one commit: name -> (ETag, bytes)."""
+
+    id: str
+    commit: str
+    files: dict[str, tuple[str, int]]
+    license: str | None = None
+
+
+def parse(model: str, revision: str | None = None) -> Repo | None:
+    """The repository that a name means, None if it is none: `user/name`, `user/name@revision`, or an address."""
+    if match := REPO_ID.fullmatch(model.removeprefix(constants.HF_PROTOCOL).removeprefix("models/")):
+        return Repo(match[1], constants.ENDPOINT, revision or match[2])
+    parts = urlsplit(model)
+    match = re.fullmatch(rf"/({PART}/{PART})(?:/(?:tree|resolve|blob)/([^/]+).*)?/?", parts.path)
+    if parts.scheme in ("http", "https") and parts.hostname and match:
+        host = parts.netloc.rpartition("@")[2]
+        endpoint = "https://huggingface.co" if host == "hf.co" else f"{parts.scheme}://{host}"
+        named = unquote(match[2]) if match[2] else None
+        return Repo(match[1], endpoint, revision or named)
+    return None
+
+
+def open_remote(repo: Repo, cache_bytes: int = CACHE_BYTES) -> Checkpoint:
+    """Config, index and all shard headers of a Hub model; weights come when they are read.
+
+    The commit is looked up once and everything is read at it. QuantkitError in one line for whatever goes wrong.
+    """
+    home = Path(constants.HF_HOME) / "quantkit"
+    listing = list_files(repo, home)
+    repo = replace(repo, commit=listing.commit)
+    name = repo.id.rsplit("/", 1)[1]
+    folder = home / "models" / repo.id.replace("/", "--") / listing.commit / name
+    for file in SMALL_FILES:
+        if file in listing.files:
+            link(folder / file, download(repo, file))
+    shards = sorted(file for file in listing.files if file.endswith(SHARD) and "/" not in file)
+    if INDEX in listing.files:
+        shards = sorted(set(shards) & indexed(folder / INDEX))
+    source = HubSource(repo, listing.files, home, cache_bytes, downloaded_shards(repo, listing, shards))
+    source.load_headers(shards)
+    checkpoint = Checkpoint.open(folder, source)
+    shard_facts = json.dumps([(shard, *listing.files[shard]) for shard in shards])
+    checkpoint.origin = {"repo": repo.id, "commit": listing.commit,
+                         "weights": hashlib.sha256(shard_facts.encode()).hexdigest()}  # fmt: skip
+    if listing.license:
+        checkpoint.origin["license"] = listing.license
+    return checkpoint
+
+
+def list_files(repo: Repo, home: Path) -> Listing:
+    """Files with sizes and ETags at the wanted revision; without a network the listing of an earlier look."""
+    known = home / "models" / repo.id.replace("/", "--")
+    reference = known / f"{(repo.revision or 'main').replace('/', '%2F')}.ref"
+    try:
+        api = HfApi(endpoint=repo.endpoint, token=repo.token, library_name="quantkit")
+        ask = partial(api.model_info, repo.id, revision=repo.revision, files_metadata=True, timeout=30)
+        info = with_retry(ask, repo, "its listing")
+    except QuantkitError:
+        if not constants.is_offline_mode() or not reference.exists():
+            raise
+        return _load(known / reference.read_text() / "listing.json")
+    files = {}
+    for sibling in info.siblings or ():
+        etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        if etag and sibling.size is not None and re.fullmatch(r"[0-9a-f]{16,64}", etag):
+            files[sibling.rfilename] = (etag, sibling.size)
+    if not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
+        raise QuantkitError(f"{repo} at {repo.endpoint}: the listing names no commit")
+    if "config.json" not in files:
+        raise QuantkitError(f"{repo} at {repo.endpoint}: no config.json there; not a checkpoint in safetensors")
+    license_name = (info.card_data or {}).get("license") if info.card_data else None
+    listing = Listing(repo.id, info.sha, files, license_name if isinstance(license_name, str) else None)
+    write_whole(known / info.sha / "listing.json", json.dumps(asdict(listing)).encode())
+    write_whole(reference, info.sha.encode())
+    return listing
+
+
+def _load(path: Path) -> Listing:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: (etag, size) for name, (etag, size) in value["files"].items()}
+        return Listing(value["id"], value["commit"], files, value["license"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QuantkitError(f"{path}: {error}; go online once to fetch it again") from None
+
+
+def download(repo: Repo, file: str) -> Path:
+    """A small file, through huggingface_hub's cache."""
+    found = try_to_load_from_cache(repo.id, file, revision=repo.commit)
+    if isinstance(found, str):
+        return Path(found)
+    call = partial(hf_hub_download, repo.id, file, revision=repo.commit, endpoint=repo.endpoint, token=repo.token,
+                   library_name="quantkit")  # fmt: skip
+    return Path(with_retry(call, repo, file))
+
+
+def link(path: Path, target: Path) -> None:
+    """path -> target, so that the model lies in a folder of its own name."""
+    if path.is_symlink() and os.readlink(path) == str(target):
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.symlink_to(target)
+        os.replace(part, path)
+    except OSError as error:
+        raise failed(path.parent, error) from None
+
+
+def indexed(path: Path) -> set[str]:
+    """Shards that an index names; a broken index is left to `Checkpoint.open`, which says what is wrong."""
+    try:
+        return set(map(str, json.loads(path.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def downloaded_shards(repo: Repo, listing: Listing, shards: list[str]) -> FolderSource | None:
+    """The snapshot in huggingface_hub's cache, if someone downloaded the whole model with other tools."""
+    found = [try_to_load_from_cache(repo.id, shard, revision=repo.commit) for shard in shards]
+    if not found or not all(isinstance(path, str) for path in found):
+        return None
+    sizes = [os.path.getsize(path) for path in found]  # type: ignore[arg-type]
+    right = sizes == [listing.files[shard][1] for shard in shards]
+    return FolderSource(Path(found[0]).parent) if right else None  # type: ignore[arg-type]
