@@ -10,6 +10,7 @@ from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
@@ -70,7 +71,7 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     """Independent of the forks: a GGUF file with one quantized tensor, read back and compared at the output."""
     rule = ONE.format(name=name, qtype=qtype)
     specs = deepseek.specs(source.config)
-    plan = pipeline.make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
+    plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
     pipeline.quantize(source.checkpoint, plan, {k: v for k, v in imatrix.items() if k == name}, path,
                       pipeline.GgmlEncoder(), fingerprint={})  # fmt: skip
