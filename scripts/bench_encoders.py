@@ -1,7 +1,7 @@
 """Speed of the encoders: G weights/s, arithmetic and memory rates, GPU-minutes for R1; on the CPU beside ggml's rate.
 
     python scripts/bench_encoders.py --device cuda --experts 256          # R1: gate 2048×7168 and down 7168×2048
-    python scripts/bench_encoders.py --device cpu --rows 256 --columns 2048
+    python scripts/bench_encoders.py --device cpu --rows 512 --columns 1024 --types IQ1_S Q2_K
 
 Weights are random normals, Hessians of random correlated tokens. `factor` is forming H from tokens, damping and the
 block-UDU factorisation, shared by gate and up; `encode` everything else, packing and the copy to the host included.
@@ -32,9 +32,11 @@ def moments(experts: int, n: int, device, tokens: int = 1024):
 
 
 def clock(device) -> float:
+    """Seconds; on the CPU those of this process, so that other work on the machine counts less."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def search_flops(qtype: str, effort: str) -> float:
@@ -55,7 +57,7 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_gg
     t1 = clock(device)
     factor = prepare(hessians, n, device, full=effort != "fast")
     t2 = clock(device)
-    encode_batch(qtype, w[:1, :64], factor.of(slice(0, 1)), effort=effort, device=device)  # compile, warm up
+    encode_batch(qtype, w[:1, :64].contiguous(), factor.of(slice(0, 1)), effort=effort, device=device)  # compile
     t3 = clock(device)
     packed = encode_batch(qtype, w, factor, effort=effort, device=device)
     seconds = clock(device) - t3
@@ -73,10 +75,10 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_gg
 
 def against_ggml(qtype: str, w: torch.Tensor, hessians, rate: float) -> str:
     ggml.prepare(qtype)
-    t = time.perf_counter()
+    t = time.process_time()
     for matrix, h in zip(w, hessians, strict=True):
         ggml.quantize(qtype, matrix.cpu().numpy(), h.diagonal.cpu().numpy())
-    theirs = w.numel() / (time.perf_counter() - t)
+    theirs = w.numel() / (time.process_time() - t)
     return f"ggml {theirs / 1e6:.2f} M weights/s, ratio {rate / theirs:.2f}"
 
 

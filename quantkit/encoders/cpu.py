@@ -113,7 +113,8 @@ def superblock(fmt: Format, state, w: torch.Tensor, target: torch.Tensor, factor
             codes = array(torch.stack([first.scale[e], first.offset[e]], -1).int())
             compiled.feedback_grid(
                 x, old, d, codes, multipliers, shifts, array(metric[e]), u, codebook(fmt)[0], bias_of(fmt, metric[e]),
-                near, fmt.grid, middles(fmt), compiled.SIGNS[fmt.signs], fmt.block, scale, offset, entry, sign, value, q,
+                near, fmt.grid, middles(fmt), compiled.SIGNS[fmt.signs], fmt.block, scale, offset, entry, sign,
+                value, q,
             )  # fmt: skip
         else:
             scale[: w.shape[1]], offset[: w.shape[1]] = first.scale[e, ..., 0], first.offset[e, ..., 0]

@@ -88,6 +88,30 @@ def test_without_a_usable_hessian(hessian):
     assert output_error(w, q, full) < 0.02
 
 
+@pytest.mark.parametrize("qtype", TYPES)
+def test_experts_without_data_do_not_disturb_the_others(qtype):
+    """An expert that saw no token, or only zeros, is encoded under what is known of it (nothing: the identity)."""
+    (a, ha), (b, _) = data(rows=5, seed=1), data(rows=5, seed=2)
+    known = [second_moment(torch.empty(0, 512)), ha, Hessian(torch.zeros(512, 512), torch.zeros(512))]
+    q = decode(qtype, encode_batch(qtype, torch.stack([b, a, b]), known))
+    assert np.array_equal(q[1], decode(qtype, encode(qtype, a, ha)))
+    assert torch.equal(q[0], q[2])
+    plain = second_moment(torch.eye(512))
+    bound = {"1": 0.5, "2": 0.25}.get(next(c for c in qtype if c.isdigit()), 0.1)
+    assert output_error(b, q[0], plain) < bound
+
+
+@pytest.mark.parametrize("effort", ["fast", "normal"])
+@pytest.mark.parametrize("qtype", TYPES)
+def test_odd_rows_in_small_tiles(qtype, effort, monkeypatch):
+    """Rows that fill no tile, and no vector register: as good as all at once."""
+    w, hessian = data(rows=37)
+    whole = output_error(w, decode(qtype, encode(qtype, w, hessian, effort=effort)), hessian)
+    monkeypatch.setattr("quantkit.encoders.api.CPU_ROWS", 7)
+    tiled = output_error(w, decode(qtype, encode(qtype, w, hessian, effort=effort)), hessian)
+    assert tiled == pytest.approx(whole, rel=1e-3)
+
+
 def test_few_tokens_still_factorize():
     w, _ = data(rows=4)
     hessian = second_moment(torch.randn(3, 512))

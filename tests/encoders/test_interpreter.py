@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from test_bytes import data, output_error
 
-from quantkit.encoders import engine, fused, kernels
+from quantkit.encoders import engine, fused, kernels, search
 from quantkit.encoders.api import formats
 from quantkit.encoders.engine import Effort, encode_rows
 from quantkit.encoders.hessian import prepare
@@ -41,6 +41,7 @@ def test_fused_feedback_and_descent(qtype, monkeypatch):
     w, hessian = data(rows=12, n_in=256)
     fmt, how = formats()[qtype], Effort(feedback=True, tries=2, near=1, passes=1)
     factor = prepare([hessian], 256, CPU)
+    monkeypatch.setattr(search, "use_compiled", False)
     plain = encode_rows(fmt, w[None], factor, how)
     monkeypatch.setattr(engine, "_fused", lambda fmt, w: True)
     ours = encode_rows(fmt, w[None], factor, how)
@@ -48,7 +49,8 @@ def test_fused_feedback_and_descent(qtype, monkeypatch):
     assert (ours.entry == plain.entry).float().mean() > 0.7  # near-ties go their own way, and take later groups along
 
 
-def test_products():
+def test_products(monkeypatch):
+    monkeypatch.setattr(search, "use_compiled", False)
     g = torch.Generator().manual_seed(3)
     unit, w, h = (torch.randn(s, generator=g) for s in ((1, 5, 2, 512), (1, 5, 512), (1, 512, 512)))
     factor = prepare([None], 512, CPU)
