@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -108,9 +108,14 @@ def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Docume
 
 
 def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
-    """Files, folders or Hugging Face dataset ids. limit: characters taken from each dataset (they may be endless)."""
+    """Files, folders or Hugging Face dataset ids, each with its domain before it if that is known: `code=FILE`.
+
+    limit: characters taken from each dataset (they may be endless).
+    """
     documents: list[Document] = []
-    for source in sources:
+    for given in sources:
+        domain, source = _domain(given)
+        first = len(documents)
         path = Path(source)
         if path.exists():
             found = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES] if path.is_dir() else [path]
@@ -122,9 +127,18 @@ def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> 
             documents += _from_dataset(source, {}, column, limit)
         else:
             raise QuantkitError(f"--data {source}: no such file or folder")
+        documents[first:] = [Document(domain, document.text) for document in documents[first:]]
     if not any(document.text.strip() for document in documents):
         raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
-    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in sources), tuple(documents))
+    names = [source for _, source in map(_domain, sources)]
+    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in names), tuple(documents))
+
+
+def _domain(source: str) -> tuple[Domain, str]:
+    """`math=FILE` -> math, FILE. A name that is no domain belongs to the path."""
+    before, equals, after = source.partition("=")
+    known = {name: name for name in get_args(Domain)}
+    return (known[before], after) if equals and after and before in known else ("text", source)
 
 
 def _read_file(path: Path, column: str, limit: int) -> list[Document]:
