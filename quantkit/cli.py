@@ -351,7 +351,8 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @main.command()
 @click.argument("file", type=FILE)
 @click.option("--reference", default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
-@click.option("--text", "data", multiple=True, metavar="TEXT", help="Evaluation text. Default: the bundled mix.")
+@click.option("--text", "data", multiple=True, metavar="[DOMAIN=]TEXT",
+              help="Evaluation text. Default: the bundled mix.")  # fmt: skip
 @click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1))
 @common_text
 @target_option

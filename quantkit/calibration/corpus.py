@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -111,14 +111,16 @@ def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Docume
 
 
 def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
-    """Files, folders or Hugging Face dataset ids, which are streamed.
+    """Files, folders or Hugging Face dataset ids (streamed), each with its domain before it if that is known: `code=FILE`.
 
     An id may name a configuration and a split: `user/name:config:split` (default: the only configuration, `train`).
     column: the column with the text, or a template with columns in braces, `"{question}\n\n{answer}"`. limit:
     characters taken from each dataset (they may be endless).
     """
     documents: list[Document] = []
-    for source in sources:
+    for given in sources:
+        domain, source = _domain(given)
+        first = len(documents)
         path = Path(source)
         if path.exists():
             found = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES] if path.is_dir() else [path]
@@ -130,9 +132,18 @@ def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> 
             documents += _from_hub(source, column, limit)
         else:
             raise QuantkitError(f"--data {source}: no such file or folder")
+        documents[first:] = [Document(domain, document.text) for document in documents[first:]]
     if not any(document.text.strip() for document in documents):
         raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
-    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in sources), tuple(documents))
+    names = [source for _, source in map(_domain, sources)]
+    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in names), tuple(documents))
+
+
+def _domain(source: str) -> tuple[Domain, str]:
+    """`math=FILE` -> math, FILE. A name that is no domain belongs to the path."""
+    before, equals, after = source.partition("=")
+    known = {name: name for name in get_args(Domain)}
+    return (known[before], after) if equals and after and before in known else ("text", source)
 
 
 def _read_file(path: Path, column: str, limit: int) -> list[Document]:

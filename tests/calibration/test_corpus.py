@@ -93,3 +93,12 @@ def test_undecodable_and_empty_files_are_named(tmp_path):
     (tmp_path / "x.txt").write_text("  \n")
     with pytest.raises(QuantkitError, match="no text"):
         corpus.load([str(tmp_path / "x.txt")])
+
+
+def test_a_domain_may_stand_before_a_file(tmp_path):
+    code, prose = tmp_path / "a=b.txt", tmp_path / "prose.txt"
+    code.write_text("x = 1\n" * 50)
+    prose.write_text("It was the best of times.\n" * 50)
+    loaded = corpus.load([f"code={code}", f"prose={prose}", str(code)])
+    assert [document.domain for document in loaded.documents] == ["code", "prose", "text"]
+    assert loaded.name == "a=b.txt, prose.txt, a=b.txt"
