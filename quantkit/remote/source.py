@@ -10,6 +10,7 @@ import atexit
 import bisect
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -152,16 +153,16 @@ class HubSource:
 
     def _header(self, file: str) -> bytes:
         etag, size = self.files[file]
-        path = self.folder / "headers" / etag
-        try:
-            return path.read_bytes()
-        except OSError:
-            pass
+        kept = self.folder / "headers"
+        for path in kept.glob(f"{etag}-*"):
+            known = path.read_bytes()
+            if path.name == f"{etag}-{zlib.crc32(known):08x}":
+                return known
         data = bytearray()
         self.reader.fetch(file, 0, min(8, size), data.extend, "the header length")
         length = header_length(bytes(data), size, f"{self.repo}/{file}")
         self.reader.fetch(file, 8, 8 + length, data.extend, "the header")
-        write_whole(path, bytes(data))
+        write_whole(kept / f"{etag}-{zlib.crc32(data):08x}", bytes(data))
         return bytes(data)
 
     # Reading through the cache.

@@ -151,7 +151,8 @@ def test_damaged_cache_is_downloaded_again(hub, env, sharded):
     local, remote = Checkpoint.open(sharded), pipeline.open_weights(Model("user/tiny-r1"))
     remote.read(NAME)
     remote.close()
-    for path in (env / "quantkit" / "ranges").glob("*/*"):
+    headers = (env / "quantkit" / "headers").glob("*")
+    for path in [*(env / "quantkit" / "ranges").glob("*/*"), *headers]:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
