@@ -111,7 +111,7 @@ def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Docume
 
 
 def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
-    """Files, folders or Hugging Face dataset ids (streamed), each with its domain before it if that is known: `code=FILE`.
+    """Files, folders or dataset ids (streamed), each with its domain before it if that is known: `code=FILE`.
 
     An id may name a configuration and a split: `user/name:config:split` (default: the only configuration, `train`).
     column: the column with the text, or a template with columns in braces, `"{question}\n\n{answer}"`. limit:
