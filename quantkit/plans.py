@@ -132,9 +132,9 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
 
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:
-    """The file(s) of a plan with their headers. A description has no vocabulary: R1's bytes a token stand for it."""
+    """The file(s) of a plan with their headers. Where there is no vocabulary, R1's bytes a token stand for it."""
     config = DeepseekConfig.from_hf(source.config)
-    if isinstance(source, Geometry):
+    if isinstance(source, Geometry) or not (Path(source.path) / "tokenizer.json").exists():
         vocabulary = {"vocabulary": "x" * int(VOCABULARY_BYTES * config.n_vocab)}
         metadata = deepseek.metadata(config, plan.mla, plan.model) | vocabulary
     else:

@@ -53,6 +53,7 @@ def main(folder: Path, out: Path, recipe: str, target: str, tokens: int, effort:
                                     hidden_dtype=torch.bfloat16,
                                     progress=lambda _: stamps.append(time.perf_counter()))  # fmt: skip
         passed = time.perf_counter()
+        print("seconds a layer: " + ", ".join(f"{b - a:.1f}" for a, b in pairwise(stamps)), flush=True)
         encode_pending(checkpoint, plan, fit_importance(plan, imatrix), writer, GgmlEncoder())
     state.remove()
     weights = {layer: sum(t.n_weights for t in plan.tensors if t.layer == layer) for layer in range(plan_layers(plan))}

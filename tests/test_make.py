@@ -71,7 +71,7 @@ def test_rerun_uses_what_is_there_and_another_job_is_refused(made):
 def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path):
     """SIGKILL after ever longer times until a run finishes, then compare with an undisturbed run."""
     command = [sys.executable, "-m", "quantkit", "make", "-o", tmp_path / "killed", "--no-verify", *SMALL]
-    delay, kills = 3.0, 0
+    delay, kills, early = 3.0, 0, {}
     while True:
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
@@ -82,11 +82,13 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path):
             process.wait()
             kills += 1
             delay *= 1.5
-            assert not [p for p in (tmp_path / "killed").glob("tiny-r1*.gguf")], "a killed run left a final name"
+            early |= {p.name: p.read_bytes() for p in (tmp_path / "killed").glob("tiny-r1*.gguf")}
     assert code == 0 and kills >= 2
     run("make", "-o", tmp_path / "calm", "--no-verify", *SMALL)
     for name in ("imatrix.gguf", "plan.json", "tiny-r1-1.58bit.gguf"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
+        calm = (tmp_path / "calm" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == calm, name
+        assert early.get(name, calm) == calm, "a killed run left a final name on an unfinished file"
 
 
 def test_stages_by_hand_give_the_same_file(made, tmp_path):

@@ -1,5 +1,6 @@
 """`make` straight from a Hub: the same bytes as from the folder, each needed byte once, within the cache's limit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -30,8 +31,15 @@ def from_folder(sharded, tmp_path_factory) -> dict[str, bytes]:
     return results(folder)
 
 
-def results(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "provenance.json"}
+def results(folder: Path) -> dict:
+    """Bytes of every file; of the scores only what both ways of verifying give (a Hub model's layers are not compared),
+    to four digits: rows of one product are summed in another order if others stand beside them."""
+    skipped = ("provenance.json", "verify.json")
+    found: dict = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in skipped}
+    scores = json.loads((folder / "verify.json").read_text()) if (folder / "verify.json").exists() else {}
+    for key in ("seconds", "layers", "bad_layers"):
+        scores.pop(key, None)
+    return found | {"scores": {k: f"{v:.4g}" for k, v in scores.items() if isinstance(v, float)}}
 
 
 def needed_bytes(sharded: Path) -> int:
