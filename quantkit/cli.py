@@ -283,7 +283,7 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 131GB`."""
     from quantkit import plans
-    from quantkit.planning import bitmap, table
+    from quantkit.planning import table
 
     if compare:
         pair = [plans.load_or_plan(model, name, target, mla, budget) for name in compare]
@@ -291,6 +291,8 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
         return
     chosen = plans.plan_model(model, recipe, target, mla, budget)
     if plot := plot or (output if output and output.suffix in (".png", ".svg") else None):
+        from quantkit.planning import bitmap  # matplotlib takes a second to load
+
         bitmap.draw(chosen, plot)
     if output and output != plot:
         output.write_text(chosen.to_json(), encoding="utf-8")
