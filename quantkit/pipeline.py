@@ -315,7 +315,9 @@ def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
         return
     try:
         old = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
+        old = None
+    if not isinstance(old, dict):
         old = {}
     changed = [key for key, value in identity.items() if old.get(key) != value]
     if not changed:
