@@ -1,4 +1,4 @@
-"""The one exception that reaches a person as a single line."""
+"""The one exception that reaches a person as a single line, and what counts as too little memory."""
 
 MAX_MESSAGE = 2000
 
@@ -16,3 +16,10 @@ class QuantkitError(Exception):
         if not message.isprintable():
             message = "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in message)
         super().__init__(message)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """ "memory" or "GPU memory" if an error means that it ran out, else None: torch raises RuntimeErrors for both."""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):
+        return "GPU memory"
+    return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error) else None

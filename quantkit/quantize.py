@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,14 @@ def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GG
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         ggml.prepare(qtype)
     total = sum((job.stop - job.start) * job.spec.n_in for job in jobs) / 1e6
+
+    def work(job: Job) -> None:
+        """One job, recorded before its worker takes the next: a crash costs at most one job per worker."""
+        out.write(job.tensor.name, job.start, _encode(checkpoint, config, job, imatrix, encoder))
+        out.sync()
+
     with track("quantize", total, "Mweights") as advance, ThreadPoolExecutor(workers) as pool:
-        for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
-            out.write(job.tensor.name, job.start, data)
+        for job in _run(pool, jobs, work, workers):
             advance((job.stop - job.start) * job.spec.n_in / 1e6)
 
 
@@ -91,8 +96,8 @@ def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[
         yield Job(spec, tensor, start, stop)
 
 
-def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Iterator[tuple[Job, np.ndarray]]:
-    """Results as they come, with at most two jobs a worker in flight, so that memory does not grow with the model."""
+def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None], workers: int) -> Iterator[Job]:
+    """Jobs as they are finished. At most two a worker are queued, so that the first error soon ends them all."""
     waiting = iter(jobs)
     running: dict[Future, Job] = {}
     try:
@@ -104,7 +109,8 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Itera
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                future.result()
+                yield running.pop(future)
     finally:
         for future in running:
             future.cancel()

@@ -3,9 +3,10 @@
     python scripts/fuzz.py --cases 120000 --seed 1
 
 Each target takes valid bytes (made here from models/tiny-r1) and mutates them: bits, words, lengths and pieces of the
-text; for JSON also nodes of the tree; for names of shards ways out of the folder. Besides, hypothesis invents whole JSON
-documents. A case fails if anything but a QuantkitError is raised, if it takes longer than --seconds, or if the process
-would grow by more than --memory. Failing inputs are kept in --keep.
+text; for JSON also nodes of the tree. Besides, hypothesis invents whole JSON documents and puts invented values into
+valid ones. A case fails if anything but a QuantkitError is raised, if its message is not one line, if it takes longer
+than --seconds, if a shard lies outside of the folder, or if the process would grow by more than --memory. Failing
+inputs are kept in --keep.
 """
 
 import argparse
@@ -47,15 +48,20 @@ from quantkit.quantize import open_writer
 from quantkit.runtime.sources import GGUFSource
 
 HOSTILE = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 255, 1 << 31, (1 << 32) - 1, 1 << 53, 1 << 63, (1 << 64) - 1, 1 << 70, -(1 << 63),
-    10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), "", " ", "a", "\0", "\ud800", "../x", "/etc/passwd", "..",
-    "a/b", "C:\\x", "é" * 300, "x" * 100_000, "{0..9}" * 5, "{0..9999999}", "[" * 50, [], {}, [[]], [None], [1], [-1, 1],
-    [1 << 62, 1 << 62], ["a", "a"], {"a": 1}, {"": {}}, [[[[[[[[]]]]]]]], "BF16", "F8_E4M3", "yarn", "BPE", "IQ1_S",
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 1 << 31, (1 << 32) - 1, 1 << 53, 1 << 63, (1 << 64) - 1, 1 << 70,
+    -(1 << 63), 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), "", " ", "a", "\0", "\ud800", "../x",
+    "/etc/passwd", "..", "a/b", "C:\\x", "é" * 300, "x" * 100_000, "{0..9}" * 5, "{0..9999999}", "[" * 50, [], {}, [[]],
+    [None], [1], [-1, 1], [1 << 62, 1 << 62], ["a", "a"], {"a": 1}, {"": {}}, [[[[[[[[]]]]]]]], "BF16", "F8_E4M3",
+    "yarn", "BPE", "IQ1_S",
 ]  # fmt: skip
-WORDS = [0, 1, 2, 3, 8, 9, 12, 31, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40,
-         1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # fmt: skip
-TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"=", b"\n", b"\0", b"\xff", b"\\u0000", b"\\ud800", b"1e999", b"NaN",
-          b"-1", b"null", b"true", b"99999999999999999999", b"../", b"/", b"[[rules]]", b'"""', b"#", b"[" * 3000]  # fmt: skip
+WORDS = [
+    0, 1, 2, 3, 8, 9, 12, 31, 127, 128, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62,
+    (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
+]  # fmt: skip
+TOKENS = [
+    b"{", b"}", b"[", b"]", b'"', b",", b":", b"=", b"\n", b"\0", b"\xff", b"\\u0000", b"\\ud800", b"1e999", b"NaN",
+    b"-1", b"null", b"true", b"99999999999999999999", b"../", b"/", b"[[rules]]", b'"""', b"#", b"[" * 3000,
+]  # fmt: skip
 
 
 @dataclass
@@ -131,7 +137,7 @@ def mutate_tree(tree: Any, paths: list[tuple], rng: random.Random) -> bytes:
 
 
 class Files:
-    """Targets over real files in a scratch folder; every one writes its mutated file, parses, and puts the good back."""
+    """Targets over real files in a scratch folder; each writes its mutated file, parses, and puts the good back."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -384,7 +390,7 @@ def fuzz(folder: Path, cases: int, seed: int, seconds: float, memory: int,
         for number, target in enumerate(todo):
             counts[target.name] = tally = Counter()
 
-            def check(data: bytes, target=target, tally=tally) -> None:
+            def check(data: bytes, number=number, target=target, tally=tally) -> None:
                 began = time.monotonic()
                 verdict, what = attempt(target, data, seconds)
                 took = time.monotonic() - began

@@ -140,6 +140,8 @@ class DeepseekConfig:
         """Read the `deepseek2.*` keys exactly as llama.cpp does, its defaults for absent keys included."""
         try:
             return cls._from_gguf(metadata)
+        except KeyError as missing:
+            raise QuantkitError(f"GGUF metadata: {missing} is missing") from None
         except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise QuantkitError(f"GGUF metadata: deepseek2 keys are of the wrong type ({error})") from None
 
