@@ -165,8 +165,8 @@ def main() -> int:
             began = time.monotonic()
             stages, ends, most = trial(encoder, options.kills, options.tokens, options.seed, Path(scratch))
             where = ", ".join(f"{count} {name}" for name, count in stages.most_common())
-            print(f"{encoder}: {sum(stages.values())} kills ({where}), {ends} runs ended with the same bytes, most jobs "
-                  f"lost by a kill: {most}, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+            print(f"{encoder}: {sum(stages.values())} kills ({where}), {ends} runs ended with the same bytes, "
+                  f"most jobs lost by a kill: {most}, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     return 0
 
 
