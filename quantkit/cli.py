@@ -33,8 +33,8 @@ class Commands(click.Group):
         except (MemoryError, RuntimeError) as error:
             if not (what := out_of_memory(error)):
                 raise
-            click.echo(f"quantkit: out of {what}; what is done is kept: run the same command again with fewer "
-                       "--workers or --tokens, or after freeing some", err=True)  # fmt: skip
+            click.echo(f"quantkit: out of {what}; what is done is kept: free some, or use fewer --workers, and run the "
+                       "same command again (fewer --tokens need --restart)", err=True)  # fmt: skip
         sys.exit(1)
 
 

@@ -199,8 +199,9 @@ class DeepseekConfig:
     def _check(self, where: str) -> None:
         sizes = (self.n_layer, self.d, self.n_head, self.kv_lora, self.qk_nope, self.qk_rope, self.v_head, self.n_ff,
                  self.n_ff_exp, self.n_expert, self.n_used, self.n_group, self.n_group_used, self.n_vocab)  # fmt: skip
-        if not all(type(size) is int for size in (*sizes, self.n_dense, self.n_shared, self.q_lora or 0)):
-            raise QuantkitError(f"{where}: a size is not a whole number")
+        whole = (*sizes, self.n_dense, self.n_shared, self.q_lora or 0, self.n_context, self.bos, self.eos)
+        if not all(type(number) is int for number in whole):
+            raise QuantkitError(f"{where}: a size or token id is not a whole number")
         many = self.n_layer > MAX_LAYERS or self.n_layer * self.n_expert > MAX_EXPERTS
         if many or max(*sizes, self.n_shared) > MAX_SIZE:
             raise QuantkitError(f"{where}: {self.n_layer} layers of {self.n_expert} experts, or another size, are "
@@ -213,12 +214,13 @@ class DeepseekConfig:
             raise QuantkitError(f"{where}: {self.n_expert} experts do not fall into {self.n_group} equal groups")
         if self.n_used > self.n_group_used * (self.n_expert // self.n_group):
             raise QuantkitError(f"{where}: top-{self.n_used} needs more experts than the kept groups hold")
-        yarn = (self.yarn.factor, self.yarn.mscale_all_dim, self.yarn.beta_fast) if self.yarn else ()
+        yarn = tuple(vars(self.yarn).values()) if self.yarn else ()
         floats = (self.rms_eps, self.rope_base, self.weights_scale, *yarn)
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in floats):
             raise QuantkitError(f"{where}: epsilon, scale or rope parameters are not finite numbers")
-        if not (self.rms_eps >= 0 and self.rope_base > 0 and (self.q_lora is None or self.q_lora > 0)):
-            raise QuantkitError(f"{where}: epsilon, rope base or q_lora is negative or zero")
+        positive = (self.rope_base, *yarn[:2], 1 if self.q_lora is None else self.q_lora)  # yarn: factor, context
+        if self.rms_eps < 0 or min(positive) <= 0:
+            raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
         if self.qk_rope % 2:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
 
