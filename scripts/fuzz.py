@@ -38,13 +38,14 @@ from quantkit.calibration.sensitivity import Entry, Sensitivity
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint, open_source
+from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix, save_imatrix
 from quantkit.formats.ledger import Ledger
 from quantkit.formats.safetensors_header import load_json, parse_header
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
-from quantkit.quantize import open_writer
+from quantkit.quantize import file_metadata
 from quantkit.runtime.sources import GGUFSource
 
 HOSTILE = [
@@ -144,12 +145,9 @@ class Files:
         tiny = Checkpoint.open(bundle.models_dir() / "tiny-r1")
         self.config = DeepseekConfig.from_hf(tiny.config)
         self.plan = pipeline.plan_model("tiny-r1", "1.58bit")
-        writer = open_writer(tiny, self.plan, folder / "m.gguf", fingerprint={})
-        self.size = writer.n_bytes
-        self.header = next(iter(writer._parts)).layout.header
-        writer._ledger.close()
-        (folder / "m.gguf.part").unlink()
-        (folder / "m.gguf.part.ledger").unlink()
+        metadata = file_metadata(tiny, self.config, self.plan)
+        whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
+        self.header, self.size = whole.header, whole.size
         self.model = folder / "model"
         self.model.mkdir()
         self.small_checkpoint()

@@ -9,7 +9,6 @@ is a slice of a tensor, and each worker may lose one; with quantkit it is an exp
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -161,7 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     for encoder in options.encoder or ENCODERS:
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(KeyboardInterrupt):
+        with tempfile.TemporaryDirectory() as scratch:
             began = time.monotonic()
             stages, ends, most = trial(encoder, options.kills, options.tokens, options.seed, Path(scratch))
             where = ", ".join(f"{count} {name}" for name, count in stages.most_common())

@@ -213,6 +213,7 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
         "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "provenance.json"}  # fmt: skip
     pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
+    assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover
 
 
 def overwrite(folder: Path, name: str, value: int) -> None:
