@@ -1,6 +1,7 @@
 """The command line: it only translates. Each command is one stage, file to file; `make` runs them all."""
 
 import functools
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 from rich.console import Console
 
 from quantkit import __version__, sizes
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, out_of_memory
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
@@ -19,6 +20,7 @@ class Commands(click.Group):
     """A QuantkitError is one line on stderr and exit code 1; Ctrl-C says that the work can go on."""
 
     def invoke(self, ctx: click.Context):
+        signal.signal(signal.SIGTERM, _stop)
         try:
             return super().invoke(ctx)
         except QuantkitError as error:
@@ -28,7 +30,18 @@ class Commands(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"quantkit: {where}{error.strerror or error}", err=True)
+        except (MemoryError, RuntimeError) as error:
+            if not (what := out_of_memory(error)):
+                raise
+            click.echo(f"quantkit: out of {what}; what is done is kept: free some, or use fewer --workers, and run the "
+                       "same command again (fewer --tokens need --restart)", err=True)  # fmt: skip
         sys.exit(1)
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does; a second one ends it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,5 +1,25 @@
-"""The one exception that reaches a person as a single line."""
+"""The one exception that reaches a person as a single line, and what counts as too little memory."""
+
+MAX_MESSAGE = 2000
 
 
 class QuantkitError(Exception):
-    """Bad input or an impossible request. The message names the file, tensor or option and says what to do."""
+    """Bad input or an impossible request. The message names the file, tensor or option and says what to do.
+
+    Whatever a hostile file put into it, it is one line of bounded length without control characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > MAX_MESSAGE:
+            half = MAX_MESSAGE // 2
+            message = f"{message[:half]} [{len(message) - 2 * half:,} characters] {message[-half:]}"
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in message)
+        super().__init__(message)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """ "memory" or "GPU memory" if an error means that it ran out, else None: torch raises RuntimeErrors for both."""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):
+        return "GPU memory"
+    return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error) else None

@@ -33,6 +33,7 @@ from quantkit.tensors import Importance, TensorSpec
 SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a", "attn_q": "attn_q_a", "ffn_up": "ffn_gate", "ffn_up_shexp": "ffn_gate_shexp",
 }  # fmt: skip
+EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
 # Types without a fused GPU kernel. With feedback R1's would take hours there, so where a plan has many such weights (a
 # minute's work and more) `normal` encodes experts of these types without it and leaves other matrices to ggml.
@@ -80,6 +81,10 @@ class Moments:
         return [Hessian(matrix, matrix.diagonal().clone(), tokens) for matrix in each]
 
 
+Group = list[tuple[ExpertVisit, Hessian, Hessian]]
+"""Experts with the moments of their inputs: those of gate and up, and that of down."""
+
+
 class LayerEncoder:
     """Watches one layer being computed and writes its tensors. used: which knowledge served how many matrices."""
 
@@ -100,7 +105,7 @@ class LayerEncoder:
         self.moments: dict[str, Moments] = {}
         self.weights: list[torch.Tensor] = []
         self.shared: Hessian | None = None
-        self.waiting: list[tuple[ExpertVisit, Hessian, Hessian]] = []
+        self.waiting: Group = []
         n_in = source.config.d
         self.group = 1
         if source.device.type == "cuda":
@@ -126,26 +131,57 @@ class LayerEncoder:
             self.flush()
 
     def flush(self) -> None:
-        """Encode and write the experts that are waiting."""
+        """Encode, write and record the experts that are waiting, unless an earlier run has done all of them.
+
+        Only a whole group is left out: what a GPU makes of a matrix may depend on those beside it.
+        """
         if not self.waiting:
             return
-        inner = [own for _, own, _ in self.waiting]
+        if all(self._done(role, visit.expert) for role in EXPERT_ROLES for visit, _, _ in self.waiting):
+            self.waiting = []
+            return
+        waiting, self.waiting = self.waiting, []
+        self._encode_group(waiting)
+        self.out.sync()
+
+    def _encode_group(self, waiting: Group) -> None:
+        """Encode and write experts together; in halves if the GPU has no room for them all."""
+        try:
+            self._encode_experts(waiting)
+            return
+        except torch.OutOfMemoryError:
+            if len(waiting) == 1:
+                raise
+        torch.cuda.empty_cache()  # outside of the handler: its traceback holds what was being computed
+        half = len(waiting) // 2
+        self.group = min(self.group, half)
+        self._encode_group(waiting[:half])
+        self._encode_group(waiting[half:])
+
+    def _encode_experts(self, waiting: Group) -> None:
+        inner = [own for _, own, _ in waiting]
         factor = None
-        for index, role in enumerate(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")):
+        for index, role in enumerate(EXPERT_ROLES):
             if role not in self.planned:
                 continue
-            weights = torch.stack([visit.matrices[index].float() for visit, _, _ in self.waiting])
+            weights = torch.stack([visit.matrices[index].float() for visit, _, _ in waiting])
             if role == "ffn_down_exps":
-                data = self._encode(role, weights, [down for _, _, down in self.waiting])
+                data = self._encode(role, weights, [down for _, _, down in waiting])
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
                     factor = encoders.prepare(inner, weights.shape[-1], self.source.device, full=full)
                 data = self._encode(role, weights, factor)
             rows = weights.shape[1]
-            for (visit, _, _), packed in zip(self.waiting, data, strict=True):
+            for (visit, _, _), packed in zip(waiting, data, strict=True):
                 self.out.write(self.planned[role].name, visit.expert * rows, packed)
-        self.waiting = []
+
+    def _done(self, role: str, expert: int) -> bool:
+        """Whether the expert's rows are written, or are not ours to write."""
+        if role not in self.planned:
+            return True
+        rows = self.specs[role].shape[1]
+        return self.out.done(self.planned[role].name, expert * rows, expert * rows + rows)
 
     def finish(self) -> dict[str, Importance]:
         """Encode the layer's other matrices and put everything on disk; returns its importance."""
@@ -164,6 +200,8 @@ class LayerEncoder:
 
     def _whole(self, role: str, name: str, spec: TensorSpec, first: int, count: int, hessian: Hessian) -> None:
         """One matrix, a slice of rows at a time under one factor."""
+        if self.out.done(name, first, first + count):
+            return
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
         for start, stop in deepseek.slices(spec):
@@ -171,6 +209,7 @@ class LayerEncoder:
                 rows = deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop,
                                      str(self.source.device))  # fmt: skip
                 self.out.write(name, start, self._encode(role, rows[None], factor)[0])
+        self.out.sync()
         self.used[encoders.describe(hessian)] += 1
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
@@ -215,8 +254,8 @@ def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWri
     """One pass over the layers: importance of all, and the rows of every matrix that our encoders can write.
 
     how: None for none of them. min_expert_tokens: ggml writes the rest of each layer too, with experts of
-    fewer tokens filled up; None leaves it unwritten. Resumes at the layer where an earlier run stopped: what our
-    encoders write of that layer is encoded anew, to the same bytes.
+    fewer tokens filled up; None leaves it unwritten. Resumes at the layer where an earlier run stopped: its hidden
+    states are computed anew, and what that run did not finish of it is encoded.
     """
     specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
     used: Counter[str] = Counter()

@@ -173,9 +173,20 @@ def certify_file(path: Path, target: str, reference: str | Path | None, imatrix:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Written whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written whole and durably, or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
 
 
 @dataclass(frozen=True)
@@ -213,8 +224,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     identity = _identity(checkpoint, plan, options)
     _claim(folder, identity, options.restart)
     write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
-    (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    (folder / RECIPE).write_text(Recipe.source(recipe_name(options.recipe, options.budget)), encoding="utf-8")
+    write_text(folder / PLAN, plan.to_json())
+    write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if options.restart:
         shutil.rmtree(folder / "reference.state", ignore_errors=True)
@@ -222,6 +233,7 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     reference = reference_pass(checkpoint, options, folder, device) if options.verify and checkpoint.origin else None
     if (files := finished_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
+        PassState(out.with_name(out.name + ".state"), "").remove()  # if that run was stopped just before its end
     elif options.recover:
         files = make_and_recover(checkpoint, plan, out, options, device, reference)
     else:
@@ -412,14 +424,27 @@ def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
         return
     try:
         old = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
+        old = None
+    if not isinstance(old, dict):
         old = {}
     changed = [key for key, value in identity.items() if old.get(key) != value]
     if not changed:
         return
     if not restart:
-        was, now = old.get(changed[0]), identity[changed[0]]
-        raise QuantkitError(f"{folder} holds another job: {changed[0]} was {was}, now {now}; "
+        key, was, now = _difference(changed[0], old.get(changed[0]), identity[changed[0]])
+        raise QuantkitError(f"{folder} holds another job: {key} was {was}, now {now}; "
                             "choose another --output, or --restart")  # fmt: skip
     for name in (IMATRIX, VERIFY, RECOVERY):
         (folder / name).unlink(missing_ok=True)
+    for left in (*folder.glob("*.part"), *folder.glob("*.part.ledger"), *folder.glob("*.gguf.state*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first value that differs, by its path in nested tables: `calibration.text.n_tokens`, 8192, 4096."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for inner in now:
+            if was.get(inner) != now[inner]:
+                return _difference(f"{key}.{inner}", was.get(inner), now[inner])
+    return key, was, now

@@ -98,12 +98,17 @@ def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GG
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         ggml.prepare(qtype)
+
+    def work(job: Job) -> None:
+        """One job, recorded before its worker takes the next: a crash costs at most one job per worker."""
+        out.write(job.tensor.name, job.start, _encode(checkpoint, config, job, imatrix, encoder))
+        out.sync()
+
     if advance:
         total = sum(tensor.n_weights for tensor in plan.tensors)
         advance((total - sum(map(_n_weights, jobs))) / 1e6)
     with ThreadPoolExecutor(workers) as pool:
-        for job, data in _run(pool, jobs, lambda job: _encode(checkpoint, config, job, imatrix, encoder), workers):
-            out.write(job.tensor.name, job.start, data)
+        for job in _run(pool, jobs, work, workers):
             if advance:
                 advance(_n_weights(job) / 1e6)
 
@@ -117,8 +122,8 @@ def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[
         yield Job(spec, tensor, start, stop)
 
 
-def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Iterator[tuple[Job, np.ndarray]]:
-    """Results as they come, with at most two jobs a worker in flight, so that memory does not grow with the model."""
+def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None], workers: int) -> Iterator[Job]:
+    """Jobs as they are finished. At most two a worker are queued, so that the first error soon ends them all."""
     waiting = iter(jobs)
     running: dict[Future, Job] = {}
     try:
@@ -130,7 +135,8 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work, workers: int) -> Itera
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                future.result()
+                yield running.pop(future)
     finally:
         for future in running:
             future.cancel()

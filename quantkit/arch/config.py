@@ -8,6 +8,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 
 ARCHITECTURES = {"DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"}
+MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
 GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_*
 
 
@@ -81,13 +82,13 @@ class DeepseekConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "DeepseekConfig":
         """Read config.json. QuantkitError names the key that is missing or not supported."""
         names = config.get("architectures") or []
-        if not ARCHITECTURES & set(names):
+        if not isinstance(names, list) or not any(name in names for name in ARCHITECTURES):
             raise QuantkitError(f"config.json: architecture {names or 'missing'} is not one of {sorted(ARCHITECTURES)}")
         try:
             return cls._from_hf(config, is_v3="DeepseekV3ForCausalLM" in names)
         except KeyError as missing:
             raise QuantkitError(f"config.json: key {missing} is missing") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise QuantkitError(f"config.json: {error}") from None
 
     @classmethod
@@ -137,6 +138,15 @@ class DeepseekConfig:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "DeepseekConfig":
         """Read the `deepseek2.*` keys exactly as llama.cpp does, its defaults for absent keys included."""
+        try:
+            return cls._from_gguf(metadata)
+        except KeyError as missing:
+            raise QuantkitError(f"GGUF metadata: {missing} is missing") from None
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise QuantkitError(f"GGUF metadata: deepseek2 keys are of the wrong type ({error})") from None
+
+    @classmethod
+    def _from_gguf(cls, metadata: Mapping[str, Any]) -> "DeepseekConfig":
         if metadata.get("general.architecture") != "deepseek2":
             raise QuantkitError(f"architecture {metadata.get('general.architecture')!r} is not deepseek2")
 
@@ -189,6 +199,13 @@ class DeepseekConfig:
     def _check(self, where: str) -> None:
         sizes = (self.n_layer, self.d, self.n_head, self.kv_lora, self.qk_nope, self.qk_rope, self.v_head, self.n_ff,
                  self.n_ff_exp, self.n_expert, self.n_used, self.n_group, self.n_group_used, self.n_vocab)  # fmt: skip
+        whole = (*sizes, self.n_dense, self.n_shared, self.q_lora or 0, self.n_context, self.bos, self.eos)
+        if not all(type(number) is int for number in whole):
+            raise QuantkitError(f"{where}: a size or token id is not a whole number")
+        many = self.n_layer > MAX_LAYERS or self.n_layer * self.n_expert > MAX_EXPERTS
+        if many or max(*sizes, self.n_shared) > MAX_SIZE:
+            raise QuantkitError(f"{where}: {self.n_layer} layers of {self.n_expert} experts, or another size, are "
+                                "beyond any model")  # fmt: skip
         if min(sizes) < 1 or not 0 <= self.n_dense <= self.n_layer or self.n_shared < 0:
             raise QuantkitError(f"{where}: sizes must be positive and dense layers at most {self.n_layer}")
         if self.scoring not in GATING:
@@ -197,6 +214,13 @@ class DeepseekConfig:
             raise QuantkitError(f"{where}: {self.n_expert} experts do not fall into {self.n_group} equal groups")
         if self.n_used > self.n_group_used * (self.n_expert // self.n_group):
             raise QuantkitError(f"{where}: top-{self.n_used} needs more experts than the kept groups hold")
+        yarn = tuple(vars(self.yarn).values()) if self.yarn else ()
+        floats = (self.rms_eps, self.rope_base, self.weights_scale, *yarn)
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in floats):
+            raise QuantkitError(f"{where}: epsilon, scale or rope parameters are not finite numbers")
+        positive = (self.rope_base, *yarn[:2], 1 if self.q_lora is None else self.q_lora)  # yarn: factor, context
+        if self.rms_eps < 0 or min(positive) <= 0:
+            raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
         if self.qk_rope % 2:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
 

@@ -1,7 +1,6 @@
 """DeepSeek's byte-level BPE: from tokenizer.json into GGUF metadata, and from GGUF metadata back into a tokenizer."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import U32, I32List
+from quantkit.formats.safetensors_header import load_json
+from quantkit.formats.tensor_table import read_text_file
 
 # DeepSeek-V3's pre-tokenizer, which llama.cpp knows as `deepseek-v3`: numbers in threes, CJK runs, words and the rest.
 DEEPSEEK_V3_SPLITS = (
@@ -23,17 +24,20 @@ DEEPSEEK_V3_SPLITS = (
 def load(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer.json."""
     path = folder / "tokenizer.json"
+    return _built(lambda: Tokenizer.from_file(str(path)), str(path))
+
+
+def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise QuantkitError(f"{path}: {error}") from None
+        return make()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the Rust library raises bare Exception, and BaseException where it panics
+        raise QuantkitError(f"{where}: not a usable tokenizer ({error})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QuantkitError(f"{path}: {error}") from None
+    value = load_json(read_text_file(path), str(path))
     if not isinstance(value, dict):
         raise QuantkitError(f"{path}: expected an object")
     return value
@@ -41,6 +45,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
     """`tokenizer.*` keys for a checkpoint folder. n_vocab: rows of the embedding; missing ids become [PADi]."""
+    try:
+        return _metadata(folder, n_vocab)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise QuantkitError(f"{folder / 'tokenizer.json'}: not the structure of a BPE tokenizer ({error})") from None
+
+
+def _metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
     raw, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
     model = raw.get("model") or {}
     if model.get("type") != "BPE":
@@ -53,7 +64,7 @@ def metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
         "tokenizer.ggml.pre": "deepseek-v3",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+        "tokenizer.ggml.merges": [_text(m) if isinstance(m, str) else _text(" ".join(m)) for m in model["merges"]],
         "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
         "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
     }
@@ -61,12 +72,23 @@ def metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            if token not in ids:
+            if not isinstance(token, str) or token not in ids:
                 raise QuantkitError(f"{folder / 'tokenizer_config.json'}: {name} {token!r} is not in the vocabulary")
             out[f"tokenizer.ggml.{key}_token_id"] = U32(ids[token])
     if isinstance(template := settings.get("chat_template"), str):
-        out["tokenizer.chat_template"] = template
+        out["tokenizer.chat_template"] = _text(template)
     return out
+
+
+def _text(value: Any) -> str:
+    """A string that UTF-8 can hold (JSON may escape half a surrogate pair)."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TypeError(f"{value!r:.80} is not Unicode text") from None
+    return value
 
 
 def _check_splits(raw: Mapping[str, Any], folder: Path) -> None:
@@ -79,14 +101,20 @@ def _check_splits(raw: Mapping[str, Any], folder: Path) -> None:
 
 def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
     kinds = gguf.TokenType
-    by_id = {i: (token, kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
+    by_id = {_id(i): (_text(token), kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
     for added in raw.get("added_tokens", ()):
         control = added["special"] or _looks_special(added["content"])
-        by_id[added["id"]] = (added["content"], kinds.CONTROL if control else kinds.USER_DEFINED)
+        by_id[_id(added["id"])] = (_text(added["content"]), kinds.CONTROL if control else kinds.USER_DEFINED)
     if by_id and max(by_id) >= n_vocab:
         raise QuantkitError(f"{folder / 'tokenizer.json'}: token id {max(by_id)} is beyond vocab_size {n_vocab}")
     full = [by_id.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(n_vocab)]
     return [token for token, _ in full], [int(kind) for _, kind in full]
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r:.80} is not a token id")
+    return value
 
 
 def _looks_special(token: str) -> bool:
@@ -99,6 +127,10 @@ def from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
     if meta.get("tokenizer.ggml.model") != "gpt2" or meta.get("tokenizer.ggml.pre") != "deepseek-v3":
         pre = meta.get("tokenizer.ggml.pre")
         raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not deepseek-v3; cannot tokenize")
+    return _built(lambda: _from_gguf(meta), "GGUF metadata")
+
+
+def _from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
     tokens, types = list(meta["tokenizer.ggml.tokens"]), list(meta["tokenizer.ggml.token_type"])
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))

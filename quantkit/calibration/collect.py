@@ -7,9 +7,11 @@ tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `a
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from quantkit.calibration.state import PassState
+from quantkit.errors import QuantkitError
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Observer
 from quantkit.runtime.room import Room
@@ -57,6 +59,14 @@ class Accumulator:
         }
 
 
+def _check_finite(entries: dict[str, Importance]) -> None:
+    """QuantkitError naming the weight: one layer whose inputs overflow spoils all that follow."""
+    for name, entry in entries.items():
+        if not np.isfinite(entry.in_sum2).all():
+            raise QuantkitError(f"{name}: inputs that are not finite reach this weight; the checkpoint's layers before "
+                                "it are damaged, or the text holds what the model cannot compute")  # fmt: skip
+
+
 class Watcher(Protocol):
     """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer."""
 
@@ -92,6 +102,7 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
     for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):
         assert current is not None
         entries = current.finish()
+        _check_finite(entries)
         imatrix |= entries
         if state:
             state.save(layer.index, layer.hidden, entries)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -39,10 +40,12 @@ class Calibration:
 
 @torch.inference_mode()
 def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
-    """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, removed at the end)."""
+    """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, OUT.state-1, ... for each pass,
+    removed when the imatrix is written)."""
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
-    imatrix = _pass(source, text, chunks, how, out, restart)
+    states = [out.with_name(out.name + ".state")]
+    imatrix = _pass(source, text, chunks, how, states[0], restart)
     n_chunks = len(chunks.tokens)
     while how.expert_tokens:
         rows = coverage.coverage(imatrix, how.expert_tokens)
@@ -53,11 +56,14 @@ def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False
                 say(f"all of the text is used, and some experts still saw fewer than {how.expert_tokens} tokens")
             break
         extra = Chunks(more.tokens[n_chunks:], more.targets[n_chunks:], more.domains[n_chunks:])
-        imatrix = coverage.merge(imatrix, _pass(source, text, extra, how, out, restart))
+        states.append(out.with_name(f"{out.name}.state-{len(states)}"))
+        imatrix = coverage.merge(imatrix, _pass(source, text, extra, how, states[-1], restart))
         n_chunks = len(more.tokens)
     report_coverage(imatrix, n_chunks * how.text.chunk, how.min_expert_tokens)
     imatrix = coverage.shrink(imatrix, how.min_expert_tokens)
     save_imatrix(out, imatrix, datasets=[text.name], chunk_count=n_chunks, chunk_size=how.text.chunk)
+    for folder in states:
+        shutil.rmtree(folder, ignore_errors=True)
     return imatrix
 
 
@@ -65,18 +71,17 @@ def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
     return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 
-def _pass(source: Source, text: Corpus, chunks: Chunks, how: Calibration, out: Path,
+def _pass(source: Source, text: Corpus, chunks: Chunks, how: Calibration, folder: Path,
           restart: bool) -> dict[str, Importance]:  # fmt: skip
-    """One pass over the layers, resumable."""
+    """One pass over the layers, resumable: its state is in `folder`."""
     n_tokens = chunks.tokens.numel()
-    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent)
-    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks))
+    hidden_dtype, room = chosen_room(source, n_tokens, how, folder.parent)
+    state = PassState(folder, job_of(source, chunks))
     if restart:
         state.remove()
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
     with track("calibrate", source.config.n_layer, "layers") as advance:
         imatrix = collect(source, chunks.tokens, state, hidden_dtype=hidden_dtype, room=room, progress=Steps(advance))
-    state.remove()
     return imatrix
 
 

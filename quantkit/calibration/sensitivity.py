@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -49,6 +49,16 @@ class Entry:
     kld_error: float
 
 
+def _checked(entry: Entry) -> Entry:
+    """TypeError unless every field is what its annotation says, and the figures are finite."""
+    texts, numbers = (entry.tensor, entry.role, entry.qtype), (entry.kld, entry.kld_error)
+    whole = (entry.n_bytes, 0 if entry.layer is None else entry.layer)
+    fine = all(isinstance(t, str) for t in texts) and all(type(n) is int and 0 <= n < 1 << 62 for n in whole)
+    if not (fine and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers)):
+        raise TypeError(f"entry {entry.tensor!r:.80}")
+    return entry
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     model: str
@@ -65,9 +75,11 @@ class Sensitivity:
     def load(cls, path: Path) -> "Sensitivity":
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            entries = tuple(Entry(**row) for row in table["entries"])
+            entries = tuple(_checked(Entry(**row)) for row in table["entries"])
+            if (type(table["model"]), type(table["tokens"])) != (str, int) or table["tier"] not in get_args(Tier):
+                raise TypeError("model, tier or tokens")
             return cls(table["model"], table["tier"], table["tokens"], entries)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise QuantkitError(f"{path}: not a sensitivity file: {error}") from None
 
     def predict(self, types: Mapping[str, str]) -> float:

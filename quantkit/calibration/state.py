@@ -49,7 +49,14 @@ class PassState:
         return hidden, layer
 
     def save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
-        """Record that `layer` is finished."""
+        """Record that `layer` is finished; QuantkitError if the disk does not take it (the layer before stays)."""
+        try:
+            self._save(layer, hidden, entries)
+        except (SafetensorError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise QuantkitError(f"{self.folder}: cannot save layer {layer} ({reason}); run again to resume") from None
+
+    def _save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, entry in entries.items():

@@ -71,7 +71,7 @@ def _choices(inner: str, where: str) -> range | list[str]:
 
 
 def _entry(value: object, where: str) -> TensorEntry:
-    if not isinstance(value, dict) or value.get("dtype") not in ITEM_SIZE:
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str) or value["dtype"] not in ITEM_SIZE:
         raise QuantkitError(f'{where}: expected {{"shape": [...], "dtype": "BF16"}}')
     shape = check_shape(value.get("shape"), where)
     return TensorEntry(value["dtype"], shape, None, 0, prod(shape) * ITEM_SIZE[value["dtype"]])

@@ -123,7 +123,10 @@ class GGUFWriter:
         return [(start, stop) for start, stop in slices if not self.done(name, start, stop)]
 
     def sync(self) -> None:
-        """Everything written so far is on disk and in the ledger when this returns."""
+        """Everything written so far is on disk and in the ledger when this returns.
+
+        Threads that call it together share one sync: those that wait find their slices recorded.
+        """
         with self._sync_lock:
             self._sync()
 
@@ -174,6 +177,8 @@ class GGUFWriter:
         """Data to disk first, then the ledger lines that vouch for them. Called with `_sync_lock` held."""
         with self._lock:
             slices, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
+        if not slices:
+            return
         for part in {id(p): p for p in (self._file_of[name] for name, _, _ in slices)}.values():
             part.sync()
         self._ledger.add(slices)

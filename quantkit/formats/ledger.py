@@ -86,7 +86,10 @@ class Ledger:
         self._append(json.dumps(dict(identity)) + "\n")
 
     def add(self, slices: Iterable[Slice]) -> None:
-        """Append slices whose data are already synced; they count after this returns."""
+        """Append slices whose data are already synced; they count after this returns.
+
+        QuantkitError if they cannot be recorded; the ledger is then as it was before.
+        """
         self._append("".join(json.dumps(item) + "\n" for item in slices))
 
     def close(self, discard_empty: bool = False) -> None:
@@ -100,10 +103,14 @@ class Ledger:
 
     def _append(self, text: str) -> None:
         data = text.encode()
-        os.lseek(self._fd, 0, os.SEEK_END)
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, end)  # half a line, with others after it, would make the whole ledger unreadable
+            raise QuantkitError(f"{self.path}: writing failed ({error.strerror}); run again to resume") from None
 
 
 def _slice(value: object) -> Slice:

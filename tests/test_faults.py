@@ -1,0 +1,257 @@
+"""What breaks under a run: disks, signals, workers, memory, changed jobs, and weights that are nothing but zeros."""
+
+import dataclasses
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from quantkit import cli, onepass, pipeline, quantize
+from quantkit.encoding import GgmlEncoder
+from quantkit.errors import QuantkitError, out_of_memory
+from quantkit.formats.checkpoint import INDEX, Checkpoint, load_json
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.ledger import Ledger
+from quantkit.planning.plan import Plan
+
+KILL_TEST = Path(__file__).parents[1] / "scripts" / "kill_test.py"
+SMALL = pipeline.MakeOptions(
+    calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=1024)),
+    evaluation=pipeline.TextChoice(n_tokens=512),
+    encoder="ggml",
+    device="cpu",
+    verify=False,
+)
+OURS = dataclasses.replace(SMALL, encoder="quantkit", effort="fast")
+NAME = "tiny-r1-1.58bit.gguf"
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "quantkit", "make", "-o", str(folder), "--tokens", "1024", "--encoder", "ggml",
+            "--no-verify", "--device", "cpu", *more]  # fmt: skip
+
+
+def one_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.startswith("quantkit: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("calm")
+    return pipeline.make("tiny-r1", folder, SMALL)[0][0].read_bytes()
+
+
+@pytest.mark.parametrize("encoder", ["ggml", pytest.param("quantkit", marks=pytest.mark.large)])
+def test_sigkill_at_random_moments(encoder):
+    """The script checks: every rerun resumes, bytes are those of a calm run, at most one job a worker is lost."""
+    done = subprocess.run([sys.executable, KILL_TEST, "--kills", "2", "--encoder", encoder, "--tokens", "512"],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ended with the same bytes" in done.stdout
+
+
+@pytest.mark.parametrize(("limit", "says"), [(400_000, "cannot save layer"), (1_500_000, "no room for " + NAME)])
+def test_full_disk(tmp_path, calm, limit, says):
+    """No file may grow beyond `limit`: the calibration's state, then the model, hit it. With room the run goes on."""
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, preexec_fn=small_disk, timeout=200)
+    assert done.returncode == 1 and says in one_line(done.stderr)
+    assert not (tmp_path / NAME).exists()
+    pipeline.make("tiny-r1", tmp_path, SMALL)
+    assert (tmp_path / NAME).read_bytes() == calm
+
+
+def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "l")
+    ledger.start({"plan": "p"})
+    write = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        if len(data) < 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[:-4])
+
+    with monkeypatch.context() as patch, pytest.raises(QuantkitError, match=r"l: writing failed \(No space"):
+        patch.setattr(os, "write", full)
+        ledger.add([("a", 0, 5)])
+    ledger.add([("b", 0, 5)])
+    assert ledger.load() == ({"plan": "p"}, [("b", 0, 5)])
+    ledger.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
+    process = subprocess.Popen(command(tmp_path, "--workers", "1"), stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while not list(tmp_path.glob("imatrix.gguf.state/*.safetensors")) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1 and "interrupted; run the same command again to go on" in one_line(stderr)
+    assert not (tmp_path / NAME).exists()
+    pipeline.make("tiny-r1", tmp_path, SMALL)
+    assert (tmp_path / NAME).read_bytes() == calm
+
+
+class Failing(GgmlEncoder):
+    """Raises in one job, as a worker that dies."""
+
+    def __init__(self, error: BaseException, after: int):
+        self.error, self.left = error, after
+
+    def __call__(self, *arguments):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return super().__call__(*arguments)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_costs_its_own_job(made, tmp_path, tiny, monkeypatch, workers):
+    plan, out = Plan.from_json((made / "plan.json").read_bytes()), tmp_path / NAME
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        patch.setattr(pipeline, "GgmlEncoder", lambda: Failing(RuntimeError("died"), 40))
+        pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=workers)
+    assert not out.exists()
+    recorded = len((tmp_path / (NAME + ".part.ledger")).read_bytes().splitlines()) - 1
+    assert recorded >= 39 - (workers - 1)
+    again = Failing(AssertionError(), 1 << 30)
+    monkeypatch.setattr(pipeline, "GgmlEncoder", lambda: again)
+    pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=2)
+    specs = {spec.name: spec for spec in pipeline.deepseek.specs(pipeline.DeepseekConfig.from_hf(tiny.config))}
+    n_jobs = sum(len(list(pipeline.deepseek.slices(spec))) for spec in specs.values())
+    assert (1 << 30) - again.left == n_jobs - recorded
+    assert out.read_bytes() == (made / NAME).read_bytes()
+
+
+def test_a_shard_that_shrinks_under_the_run(made, tmp_path, model_copy, monkeypatch):
+    plan, out = Plan.from_json((made / "plan.json").read_bytes()), tmp_path / NAME
+    checkpoint, shard = Checkpoint.open(model_copy), sorted(model_copy.glob("*.safetensors"))[2]
+    good = shard.read_bytes()
+    os.truncate(shard, len(good) // 2)
+    with pytest.raises(QuantkitError, match=rf"{shard.name}: truncated: tensor '.*' ends"):
+        pipeline.quantize_model(checkpoint, plan, made / "imatrix.gguf", out)
+    shard.write_bytes(good)
+    pipeline.quantize_model(Checkpoint.open(model_copy), plan, made / "imatrix.gguf", out)
+    assert out.read_bytes() == (made / NAME).read_bytes()
+
+
+@pytest.mark.parametrize(("error", "what"), [
+    (MemoryError(), "out of memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory"),
+])  # fmt: skip
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
+    monkeypatch.setattr(pipeline, "make", lambda *_: (_ for _ in ()).throw(error))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(cli.main, ["make", "-o", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert done.exit_code == 1 and what in one_line(done.output) and "same command again" in done.output
+    assert out_of_memory(RuntimeError("another")) is None
+
+
+def test_experts_that_do_not_fit_together_are_encoded_in_halves(tmp_path, monkeypatch):
+    expected = pipeline.make("tiny-r1", tmp_path / "calm", OURS)[0][0].read_bytes()
+    init, encode, sizes = onepass.LayerEncoder.__init__, onepass.LayerEncoder._encode_experts, []
+
+    def grouped(self, *arguments):
+        init(self, *arguments)
+        self.group = 7
+
+    def short(self, waiting):
+        sizes.append(len(waiting))
+        if len(waiting) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        encode(self, waiting)
+
+    monkeypatch.setattr(onepass.LayerEncoder, "__init__", grouped)
+    monkeypatch.setattr(onepass.LayerEncoder, "_encode_experts", short)
+    assert pipeline.make("tiny-r1", tmp_path / "short", OURS)[0][0].read_bytes() == expected
+    assert sizes[0] == 7 and sizes.count(7) <= 3  # once a layer, then the smaller group stays
+
+
+def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, model_copy):
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(quantize, "_encode", stop)
+        pipeline.make("tiny-r1", tmp_path / "out", SMALL)
+    more = dataclasses.replace(SMALL, calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=2048)))
+    with pytest.raises(QuantkitError, match=r"calibration\.text\.n_tokens was 1024, now 2048; choose another --output"):
+        pipeline.make("tiny-r1", tmp_path / "out", more)
+    with pytest.raises(QuantkitError, match=r"recipe was 1\.58bit, now 2\.51bit"):
+        pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, recipe="2.51bit"))
+    shard = sorted(model_copy.glob("*.safetensors"))[0]
+    data = shard.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    shard.write_bytes((n + 8).to_bytes(8, "little") + data[8 : 8 + n] + b" " * 8 + data[8 + n :])
+    with pytest.raises(QuantkitError, match="checkpoint was"):
+        pipeline.make(model_copy, tmp_path / "out", SMALL)
+    other = dataclasses.replace(SMALL, recipe="2.51bit", restart=True)
+    assert [file.name for file in pipeline.make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "provenance.json"}  # fmt: skip
+    pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
+    assert (tmp_path / "out" / NAME).read_bytes() == calm
+    assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover
+
+
+def overwrite(folder: Path, name: str, value: int) -> None:
+    """Every byte of a stored tensor."""
+    shard = folder / load_json((folder / INDEX).read_bytes(), "i")["weight_map"][name]
+    entry = Checkpoint.open(folder).entry(name)
+    with shard.open("r+b") as file:
+        file.seek(entry.begin)
+        file.write(bytes([value]) * entry.n_bytes)
+
+
+@pytest.mark.parametrize("options", [SMALL, OURS], ids=["ggml", "quantkit"])
+def test_zero_weights_and_zero_activations(model_copy, tmp_path, options):
+    """Gates of zeros: the down matrices of those experts see only zeros. Their blocks decode to finite values."""
+    for expert in range(16):
+        overwrite(model_copy, f"model.layers.2.mlp.experts.{expert}.gate_proj.weight", 0)
+    overwrite(model_copy, "model.layers.1.mlp.experts.3.down_proj.weight", 0)
+    files, _ = pipeline.make(model_copy, tmp_path / "out", options)
+    source = pipeline.GGUFSource(files[0], "cpu")
+    for layer, role in ((2, "gate"), (2, "down"), (1, "down")):
+        assert torch.isfinite(source.dense(f"blk.{layer}.ffn_{role}_exps.weight")).all()
+    assert not source.dense("blk.1.ffn_down_exps.weight")[3].any()
+    assert not source.dense("blk.2.ffn_gate_exps.weight").any()
+    assert GGUFFile.open(files[0]).tensors
+
+
+@pytest.mark.parametrize("options", [SMALL, OURS], ids=["ggml", "quantkit"])
+def test_weights_that_are_not_finite_are_named(model_copy, tmp_path, options):
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    overwrite(model_copy, name, 0x7F)  # NaN in F8_E4M3
+    with pytest.raises(QuantkitError, match=f"{name}' has weights that are not finite"):
+        pipeline.make(model_copy, tmp_path / "out", options)
+    assert not list((tmp_path / "out").glob("tiny*.gguf")) and not list((tmp_path / "out").glob("model*.gguf"))
+
+
+def test_activations_that_are_not_finite_are_named(model_copy, tmp_path):
+    """Norm weights of 3e38 (bfloat16 0x7f7f) are finite; what they multiply is not."""
+    overwrite(model_copy, "model.layers.1.post_attention_layernorm.weight", 0x7F)
+    with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
+        pipeline.make(model_copy, tmp_path / "out", SMALL)
+    shutil.rmtree(tmp_path / "out")
