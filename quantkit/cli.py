@@ -280,6 +280,31 @@ def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
     click.echo()
 
 
+@main.command()
+@click.argument("file", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can reach 0.0.0.0.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--api-key", envvar="QUANTKIT_API_KEY", default=None, help="Ask for it; or in $QUANTKIT_API_KEY.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
+@click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
+@click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
+@click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
+@device_option
+def serve(file, host, port, api_key, context, parallel, queue, max_body, device):
+    """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
+    from quantkit import pipeline
+    from quantkit.runtime.engine import open_engine
+    from quantkit.runtime.sources import GGUFSource
+
+    try:
+        from quantkit import serve as server
+    except ModuleNotFoundError as error:
+        raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
+    source = GGUFSource(file, device or pipeline.default_device())
+    limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
+    server.serve(source, open_engine(source, parallel, context), host, port, limits, api_key)
+
+
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """50G, 4096M, 123456 -> bytes (decimal units, as llama.cpp's gguf-split); 0 -> None."""
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}

@@ -6,7 +6,7 @@ from pathlib import Path
 import quantkit
 
 ORDER = ["errors", "tensors", "bundle", "ggml", "progress", "formats", "arch", "planning", "runtime", "encoders",
-         "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "cli",
+         "calibration", "evaluation", "encoding", "quantize", "onepass", "pipeline", "inspect", "serve", "cli",
          "__main__"]  # fmt: skip
 PACKAGE = Path(quantkit.__file__).parent
 

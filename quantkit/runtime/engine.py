@@ -1,0 +1,55 @@
+"""Several sequences over one model: each has a slot with its own cache and length; decoding takes all in one step."""
+
+from typing import Protocol
+
+import torch
+
+from quantkit.arch.config import DeepseekConfig
+from quantkit.runtime.generate import Model
+from quantkit.runtime.layers import KVCache
+from quantkit.runtime.sources import GGUFSource
+
+PROMPT_TOKENS = 512  # prompt tokens computed at once; others' decoding waits no longer than that
+
+
+class Engine(Protocol):
+    """A model with n_slots caches of `capacity` tokens. Calls come from one thread at a time.
+
+    `prefill` puts tokens (at most PROMPT_TOKENS) at positions begin, begin + 1, ... of a slot, forgetting what stood
+    from there on, and returns the last one's float32 logits [v]. `decode` adds one token to each of several slots and
+    returns float32 logits [n, v]; they are valid until the next call.
+    """
+
+    config: DeepseekConfig
+    n_slots: int
+    capacity: int
+
+    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor: ...
+    def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor: ...
+
+
+class TorchEngine:
+    """Layers computed one call after the other in torch: every device and every source."""
+
+    def __init__(self, model: Model, n_slots: int, capacity: int):
+        self.model, self.config, self.n_slots, self.capacity = model, model.config, n_slots, capacity
+        self.caches: list[list[KVCache] | None] = [None] * n_slots
+
+    def _caches(self, slot: int) -> list[KVCache]:
+        if (caches := self.caches[slot]) is None:
+            self.caches[slot] = caches = self.model.caches(self.capacity)
+        return caches
+
+    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+        caches = self._caches(slot)
+        for cache in caches:
+            cache.length = begin
+        return self.model.forward(torch.tensor([tokens]), caches)[0, -1]
+
+    def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
+        return self.model.step(torch.tensor(tokens), [self._caches(slot) for slot in slots])
+
+
+def open_engine(source: GGUFSource, n_slots: int, capacity: int) -> Engine:
+    """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for)."""
+    return TorchEngine(Model(source), n_slots, min(capacity, source.config.n_context))
