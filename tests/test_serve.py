@@ -11,8 +11,8 @@ import pytest
 import uvicorn
 
 from quantkit import serve
-from quantkit.runtime.engine import open_engine
-from quantkit.runtime.generate import Model, Sampling, generate
+from quantkit.runtime.engine import generate, open_engine
+from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources import GGUFSource
 
 KEY = "secret"
@@ -99,9 +99,9 @@ def test_chat_and_its_stream_say_the_same(running):
     assert running.client().chat.completions.create(**ask | {"messages": parts}).choices[0].message.content == text
 
 
-def test_completion_is_what_generate_gives(running, source):
+def test_completion_is_what_the_engine_gives(running, source):
     prompt = [0, 50, 60, 70]
-    made = list(generate(Model(source), prompt, 20, Sampling(temperature=0)))
+    made = list(generate(open_engine(source, 1, 64), prompt, 20, Sampling(temperature=0)))
     answer = running.client().completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=20)
     assert answer.choices[0].text == source.tokenizer().decode(made, skip_special_tokens=False)
     assert answer.usage.prompt_tokens == 4 and answer.usage.completion_tokens == len(made)

@@ -1,6 +1,8 @@
 """Text in, text out: prompt, chat template, generation and streaming decode."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from tokenizers import Tokenizer
 
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import Model, Sampling, generate
+from quantkit.runtime.engine import generate, open_engine
+from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources import GGUFSource
 
 CHARACTER_TOKENS = 4  # a UTF-8 character has at most that many bytes, and every token at least one
@@ -77,12 +80,68 @@ class Pieces:
         return text
 
 
-def converse(path: Path, prompt: str, chat: bool, n_tokens: int, how: Sampling, device: str) -> Iterator[str]:
-    """The prompt's continuation, piece by piece as it is generated."""
-    source = GGUFSource(path, device)
-    tokenizer = source.tokenizer()
-    text = apply_template(source.file.metadata, [{"role": "user", "content": prompt}]) if chat else prompt
-    pieces = Pieces(tokenizer)
-    for token in generate(Model(source), encode_prompt(tokenizer, text, source.config.bos), n_tokens, how):
-        yield pieces.add(token)
-    yield pieces.rest()
+def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is reasoning): the tags <think> and </think> count as reasoning."""
+    text = ""
+    for piece in chain(pieces, [None]):
+        text += piece or ""
+        while (at := text.find(tag := "</think>" if thinking else "<think>")) >= 0:
+            end = at + len(tag) if thinking else at
+            yield text[:end], thinking
+            text, thinking = text[end:], not thinking
+            if thinking:
+                yield tag, True
+                text = text.removeprefix(tag)
+        unsure = 0 if piece is None else next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+        yield text[: len(text) - unsure], thinking
+        text = text[len(text) - unsure :]
+
+
+class Conversation:
+    """Turns with one model. What the cache holds of earlier turns is not computed again."""
+
+    def __init__(self, path: Path, device: str, context: int, how: Sampling):
+        source = GGUFSource(path, device)
+        self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
+        self.engine = open_engine(source, 1, context)
+        self.messages: list[dict[str, str]] = []
+        self.cached: list[int] = []  # tokens in the cache
+        self.speed = ""
+
+    def ask(self, text: str, n_tokens: int) -> Iterator[tuple[str, bool]]:
+        """A person's turn -> pieces of the answer, and whether each is reasoning. Both turns are kept in `messages`
+        once the answer is complete (or left early)."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = apply_template(self.metadata, messages)
+        thinking = prompt.endswith("<think>\n")
+        answer = ["<think>\n"] if thinking else []
+        try:
+            if thinking:
+                yield answer[0], True
+            for piece, thought in thoughts(self.complete(prompt, n_tokens), thinking):
+                answer.append(piece)
+                yield piece, thought
+        finally:
+            if len(answer) > thinking:  # a question that does not fit must not stand in the way of the next
+                self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+
+    def complete(self, text: str, n_tokens: int) -> Iterator[str]:
+        """The text's continuation, piece by piece. `speed` then says how fast it was."""
+        prompt = encode_prompt(self.tokenizer, text, self.engine.config.bos)
+        same = next((i for i, (a, b) in enumerate(zip(prompt, self.cached, strict=False)) if a != b), len(self.cached))
+        begin = min(same, len(prompt) - 1)
+        pieces, times = Pieces(self.tokenizer), [time.perf_counter()]
+        self.cached = self.cached[:begin]
+        last: list[int] = []
+        for token in generate(self.engine, prompt, n_tokens, self.how, begin):
+            self.cached += last or prompt[begin:]  # in the cache for certain: a token came after it
+            last = [token]
+            times.append(time.perf_counter())
+            yield pieces.add(token)
+        yield pieces.rest()
+        n = len(times) - 1
+        self.speed = f"prompt {len(prompt) - begin:,} tokens"
+        if n:
+            self.speed += f", {(len(prompt) - begin) / (times[1] - times[0]):,.1f} tok/s"
+        if n > 1:
+            self.speed += f" · answer {n:,} tokens, {(n - 1) / (times[-1] - times[1]):,.1f} tok/s"

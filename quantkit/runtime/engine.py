@@ -1,11 +1,14 @@
 """Several sequences over one model: each has a slot with its own cache and length; decoding takes all in one step."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 from quantkit.arch.config import DeepseekConfig
-from quantkit.runtime.generate import Model
+from quantkit.errors import QuantkitError
+from quantkit.runtime.generate import Model, Sampling, sample
+from quantkit.runtime.graph import GraphEngine
 from quantkit.runtime.layers import KVCache
 from quantkit.runtime.sources import GGUFSource
 
@@ -51,5 +54,26 @@ class TorchEngine:
 
 
 def open_engine(source: GGUFSource, n_slots: int, capacity: int) -> Engine:
-    """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for)."""
-    return TorchEngine(Model(source), n_slots, min(capacity, source.config.n_context))
+    """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): one ggml
+    graph if all is computed on the CPU, else layer by layer."""
+    capacity = min(capacity, source.config.n_context)
+    if source.quantized_products:
+        return GraphEngine(source, n_slots, capacity)
+    return TorchEngine(Model(source), n_slots, capacity)
+
+
+def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, begin: int = 0) -> Iterator[int]:
+    """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS; in slot 0, whose cache already
+    holds the first `begin` tokens of the prompt. QuantkitError if the prompt and one more do not fit the context."""
+    if len(prompt) >= engine.capacity:
+        raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
+    generator = torch.Generator().manual_seed(how.seed)
+    for at in range(begin, len(prompt), PROMPT_TOKENS):
+        logits = engine.prefill(0, prompt[at : at + PROMPT_TOKENS], at)
+    for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
+        token = sample(logits, how, generator)
+        if token == engine.config.eos:
+            return
+        yield token
+        if left:
+            logits = engine.decode([0], [token])[0]

@@ -1,6 +1,5 @@
-"""Token by token: a loaded model with its compressed KV caches, sampling, and text generation."""
+"""Token by token: a loaded model with its compressed KV caches, and sampling."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,16 +83,3 @@ def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> i
     kept = (share.cumsum(-1) - share < how.top_p) & (best >= how.min_p * best[0])
     kept[0] = True
     return int(order[torch.multinomial(best * kept, 1, generator=generator)])
-
-
-def generate(model: Model, prompt: list[int], n_tokens: int, how: Sampling) -> Iterator[int]:
-    """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS."""
-    caches = model.caches(len(prompt) + n_tokens)
-    generator = torch.Generator().manual_seed(how.seed)
-    tokens = torch.tensor([prompt], dtype=torch.int64)
-    for _ in range(n_tokens):
-        token = sample(model.forward(tokens, caches)[0, -1], how, generator)
-        if token == model.config.eos:
-            return
-        yield token
-        tokens = torch.tensor([[token]], dtype=torch.int64)
