@@ -15,7 +15,7 @@ import time
 import torch
 
 from quantkit import ggml
-from quantkit.runtime.engine import PROMPT_TOKENS, open_engine
+from quantkit.runtime.engine import open_engine
 from quantkit.runtime.sources import GGUFSource
 
 
@@ -58,8 +58,8 @@ def main() -> None:
     prompt = torch.randint(300, source.config.n_vocab - 100, (args.prompt,)).tolist()
 
     def prefill() -> None:
-        for at in range(0, len(prompt), PROMPT_TOKENS):
-            engine.prefill(0, prompt[at : at + PROMPT_TOKENS], at)
+        for at in range(0, len(prompt), engine.piece):
+            engine.prefill(0, prompt[at : at + engine.piece], at)
 
     def decode() -> None:
         for token in prompt[: args.tokens]:

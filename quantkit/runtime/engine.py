@@ -12,13 +12,13 @@ from quantkit.runtime.graph import GraphEngine
 from quantkit.runtime.layers import KVCache
 from quantkit.runtime.sources import GGUFSource
 
-PROMPT_TOKENS = 512  # prompt tokens computed at once; others' decoding waits no longer than that
+PROMPT_TOKENS = 512  # of one prompt computed at once in torch
 
 
 class Engine(Protocol):
     """A model with n_slots caches of `capacity` tokens. Calls come from one thread at a time.
 
-    `prefill` puts tokens (at most PROMPT_TOKENS) at positions begin, begin + 1, ... of a slot, forgetting what stood
+    `prefill` puts tokens (at most `piece`) at positions begin, begin + 1, ... of a slot, forgetting what stood
     from there on, and returns the last one's float32 logits [v]. `decode` adds one token to each of several slots and
     returns float32 logits [n, v]; they are valid until the next call.
     """
@@ -26,6 +26,7 @@ class Engine(Protocol):
     config: DeepseekConfig
     n_slots: int
     capacity: int
+    piece: int
 
     def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor: ...
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor: ...
@@ -33,6 +34,8 @@ class Engine(Protocol):
 
 class TorchEngine:
     """Layers computed one call after the other in torch: every device and every source."""
+
+    piece = PROMPT_TOKENS
 
     def __init__(self, model: Model, n_slots: int, capacity: int):
         self.model, self.config, self.n_slots, self.capacity = model, model.config, n_slots, capacity
@@ -68,8 +71,8 @@ def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, be
     if len(prompt) >= engine.capacity:
         raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
     generator = torch.Generator().manual_seed(how.seed)
-    for at in range(begin, len(prompt), PROMPT_TOKENS):
-        logits = engine.prefill(0, prompt[at : at + PROMPT_TOKENS], at)
+    for at in range(begin, len(prompt), engine.piece):
+        logits = engine.prefill(0, prompt[at : at + engine.piece], at)
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
         token = sample(logits, how, generator)
         if token == engine.config.eos:

@@ -3,6 +3,9 @@
 The mathematics is that of `layers` (absorbed MLA over the compressed cache, noaux_tc routing); matrices stay quantized
 in the mapped file. Decoding gives a sequence the same bits whatever runs beside it: each column of a product is
 computed alone, and attention goes over a sequence's own cache with ggml's plain kernel.
+
+Long pieces of prompts take another way into the same cache: each layer is dequantized once and multiplied by torch,
+which is faster as soon as an expert sees enough tokens to pay for its decoding.
 """
 
 import math
@@ -12,10 +15,13 @@ import numpy as np
 import torch
 
 from quantkit.ggml import Graph, TensorP
-from quantkit.runtime.rope import frequencies
+from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
+from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.sources import GGUFSource, split_kv_b
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing
+DENSE_ROWS = 32  # tokens per expert from which on dequantizing it costs less than it saves
+PIECE_ROWS = 64  # tokens per expert that the size of prompt pieces aims at
 KEPT_GRAPHS = {True: 8, False: 2}  # decoding (small), prompt pieces (at R1's size 0.6 GB of activations each)
 LAYER_TENSORS = 192  # tensors and nodes of a layer, views included, without those of attention runs and experts
 
@@ -41,6 +47,9 @@ class GraphEngine:
                 self.weights[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
                 self.weights[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
         self.graphs: dict[tuple, Step] = {}
+        self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
+        self.dense = source.dequantizing(product_dtype())
+        self.norm, self.head = source.head()
 
     def _weight(self, name: str) -> TensorP:
         tensor = self.source.file.tensors[name]
@@ -61,8 +70,24 @@ class GraphEngine:
 
     def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
         self.length[slot] = begin + len(tokens)
+        if len(tokens) * self.config.n_used >= DENSE_ROWS * self.config.n_expert:
+            return self._dense_prefill(slot, torch.tensor([tokens]), begin)
         step = self._step((slot,), len(tokens), self._n_kv(self.length[slot]))
         return step.run(np.array(tokens), np.array([begin]))[0]
+
+    @torch.inference_mode()
+    def _dense_prefill(self, slot: int, tokens: torch.Tensor, begin: int) -> torch.Tensor:
+        """A layer at a time: no more than its matrices without routed experts, and one of those, are in memory."""
+        c = self.config
+        h = self.dense.embed(tokens)
+        cos, sin = angles(c, torch.arange(begin, begin + tokens.shape[1]))
+        for layer in range(c.n_layer):
+            block = self.dense.block(layer)
+            latent, key = self.cache[layer, slot : slot + 1].split([c.kv_lora, c.qk_rope], dim=-1)
+            h = h + attention(h, block, c, cos, sin, KVCache(latent, key, begin))
+            x = rms_norm(h, block.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dense.dtype)
+            h = h + feed_forward(x, block, c).view_as(h)
+        return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]
 
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         order = sorted(range(len(slots)), key=slots.__getitem__)
@@ -72,6 +97,12 @@ class GraphEngine:
         step = self._step(tuple(slots[i] for i in order), 1, self._n_kv(int(begin.max()) + 1))
         logits = step.run(np.array([tokens[i] for i in order]), begin)
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort()]
+
+
+def product_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it natively, else float32."""
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 class Step:

@@ -129,11 +129,13 @@ def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.
     if see:
         see("attn_kv_b", latent.reshape(-1, config.kv_lora))
         see("attn_k_b", q_nope.reshape(-1, config.n_head, config.qk_nope))
-    if cache is None and see is None:
+    first = cache is None or (cache.length == 0 and t > 1)  # nothing earlier to attend to
+    if cache is not None:
+        cached = cache.append(latent, k_rope)
+        latent, k_rope = (latent, k_rope) if first else cached
+    if first and see is None:
         values = _expanded(q_nope, q_rope, latent, k_rope, block, config.softmax_scale)
     else:
-        if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(block.k_b.dtype), block.k_b)
         mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
         if see:

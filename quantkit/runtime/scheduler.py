@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.engine import PROMPT_TOKENS, Engine
+from quantkit.runtime.engine import Engine
 from quantkit.runtime.generate import Sampling, sample
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Scheduler:
     def _step(self) -> None:
         ready = [job for job in self.running if job.done == len(job.prompt)]
         if late := next((job for job in self.running if job.done < len(job.prompt)), None):
-            piece = late.prompt[late.done : late.done + PROMPT_TOKENS]
+            piece = late.prompt[late.done : late.done + self.engine.piece]
             logits = self.engine.prefill(late.slot, piece, late.done)
             late.done += len(piece)
             if late.done == len(late.prompt):

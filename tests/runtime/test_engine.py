@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime import graph
 from quantkit.runtime.engine import TorchEngine, generate, open_engine
 from quantkit.runtime.generate import Model, Sampling, sample
 from quantkit.runtime.graph import GraphEngine
@@ -25,8 +26,10 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_graph_agrees_with_torch(source):
-    """Prompt in two pieces and then tokens, past the first KV_STEP; slot 0 is left unused."""
+@pytest.mark.parametrize("dense_rows", [1, 1000])
+def test_graph_agrees_with_torch(source, monkeypatch, dense_rows):
+    """Prompt in two pieces (both ways) and then tokens, past the first KV_STEP; slot 0 is left unused."""
+    monkeypatch.setattr(graph, "DENSE_ROWS", dense_rows)
     text = source.tokenizer().encode("The ship went down in the storm. " * 40, add_special_tokens=False).ids
     prompt, rest = [0, *text[:299]], text[299:330]
     engines = [kind(what, 2, 400) for kind, what in ((TorchEngine, Model(source)), (GraphEngine, source))]
