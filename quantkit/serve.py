@@ -86,12 +86,14 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    role: str
+    """Roles that R1's template knows; `developer` is what OpenAI's newer clients call `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatBody(Body):

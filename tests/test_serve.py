@@ -1,5 +1,6 @@
 """The server over loopback, asked by the real openai client; and by clients that misbehave."""
 
+import dataclasses
 import http.client
 import json
 import threading
@@ -63,6 +64,11 @@ class Running:
         self.thread.join(30)
         self.listener.close()
         assert not self.thread.is_alive() and not self.api.scheduler.thread.is_alive()
+
+
+def endless(engine, monkeypatch) -> None:
+    """No token ends a sequence."""
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, eos=-1))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,7 @@ def test_wrong_key(running):
         (b"\xff\xfe", 400, "Invalid JSON"),
         (b"{}", 400, "messages"),
         (b'{"messages": []}', 400, "messages"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', 400, "role"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 3}', 400, "n:"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
@@ -159,7 +166,8 @@ def test_other_refusals(running):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_hangs_up_ends_its_job(running, stream):
+def test_client_that_hangs_up_ends_its_job(running, monkeypatch, stream):
+    endless(running.engine, monkeypatch)
     body = {"prompt": [0, 50], "max_tokens": CONTEXT - 2, "temperature": 1.5, "stream": stream}
     connection = http.client.HTTPConnection("127.0.0.1", running.port)
     connection.request("POST", "/v1/completions", json.dumps(body),
@@ -168,7 +176,8 @@ def test_client_that_hangs_up_ends_its_job(running, stream):
         answer = connection.getresponse()
         assert answer.readline().startswith(b"data: {")
         answer.close()
-    while not running.api.scheduler.running:
+    deadline = time.monotonic() + 20
+    while not running.api.scheduler.running and time.monotonic() < deadline:
         time.sleep(0.001)
     job = running.api.scheduler.running[0]
     connection.close()
@@ -194,8 +203,9 @@ def test_200_parallel_requests(running):
     assert threading.active_count() <= tasks + 2
 
 
-def test_full_queue_is_429(source):
+def test_full_queue_is_429(source, monkeypatch):
     server = Running(source, n_slots=1, queue=2)
+    endless(server.engine, monkeypatch)
     body = json.dumps({"prompt": [0, 50], "max_tokens": 200, "temperature": 1.0}).encode()
     with ThreadPoolExecutor(12) as pool:
         found = [status for status, _ in pool.map(lambda _: server.post(body, path="/v1/completions"), range(12))]
@@ -207,6 +217,7 @@ def test_full_queue_is_429(source):
 def test_shutdown_ends_running_streams(source, monkeypatch):
     monkeypatch.setattr(serve, "SHUTDOWN_SECONDS", 0.2)
     server = Running(source, n_slots=1)
+    endless(server.engine, monkeypatch)
     stream = server.client().completions.create(model="tiny", prompt=[0, 50], max_tokens=500, temperature=1.5,
                                                 stream=True)  # fmt: skip
     next(iter(stream))

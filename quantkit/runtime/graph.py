@@ -118,11 +118,11 @@ class Step:
         per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used
         self.graph = Graph(engine.source.n_threads, per_layer * c.n_layer + 64)
         self.op = self.graph.op
-        tokens, self.tokens = self.graph.input((self.total,), torch.int32)
-        self.positions, self.position_values = self.graph.input((self.total,), torch.int32)
-        self.places, self.place_values = self.graph.input((self.total,), torch.int64)
-        masks, self.mask = self.graph.input((len(slots), 1, n, n_kv), torch.float16)
-        self.masks = masks
+        tokens, self.token_values = self._input((self.total,), torch.int32)
+        self.positions, self.position_values = self._input((self.total,), torch.int32)
+        self.places, self.place_values = self._input((self.total,), torch.int64)
+        self.offsets = np.repeat(np.array(slots) * engine.rows, n)
+        self.masks, self.mask = self._input((len(slots), 1, n, n_kv), torch.float16)
         h = self.op("get_rows", engine.weights["token_embd.weight"], tokens)
         for layer in range(c.n_layer):
             h = self.op("add", h, self._attention(h, layer))
@@ -136,14 +136,19 @@ class Step:
         self.logits = self.graph.result(y, (last, c.n_vocab))
         self.graph.finish(y, allocate=True, reference=n == 1)
 
+    def _input(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[TensorP, np.ndarray]:
+        tensor, storage = self.graph.input(shape, dtype)
+        return tensor, storage.numpy()
+
     def run(self, tokens: np.ndarray, begin: np.ndarray) -> torch.Tensor:
         """tokens int [N]; begin int [s]: what each slot's cache holds -> float32 logits of the last tokens."""
         places = (begin[:, None] + np.arange(self.n)).reshape(-1)
-        self.tokens.numpy()[:] = tokens
-        self.position_values.numpy()[:] = places
-        self.place_values.numpy()[:] = places + np.repeat(np.array(self.slots) * self.engine.rows, self.n)
-        later = np.arange(self.n_kv) > places.reshape(-1, 1, self.n, 1)
-        self.mask.numpy()[:] = np.where(later, np.float16(-np.inf), np.float16(0))
+        self.token_values[:] = tokens
+        self.position_values[:] = places
+        np.add(places, self.offsets, out=self.place_values)
+        for row, place in zip(self.mask.reshape(self.total, -1), places.tolist(), strict=True):
+            row[: place + 1] = 0
+            row[place + 1 :] = -np.inf
         self.graph.run()
         return self.logits
 

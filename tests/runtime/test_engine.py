@@ -1,5 +1,6 @@
 """Engines and the scheduler: the graph computes what torch does, and nobody's output depends on who else is served."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -93,7 +94,9 @@ def test_torch_engine_serves_several(source):
 
 
 def test_scheduler_refuses_and_cancels(source):
-    with Scheduler(open_engine(source, 1, 512), queue_limit=1) as scheduler:
+    engine = open_engine(source, 1, 512)
+    engine.config = dataclasses.replace(engine.config, eos=-1)  # no token ends a sequence
+    with Scheduler(engine, queue_limit=1) as scheduler:
         ends: list[str] = []
         started = threading.Event()
 
