@@ -172,7 +172,11 @@ def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, 
     values = torch.einsum("stc,hvc->shtv", latent, block.v_b)
     keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale).transpose(1, 2)
+    v_head = values.shape[-1]
+    if values.device.type == "cpu":  # torch's fused CPU kernel wants values as long as keys, else it computes all t x t
+        values = F.pad(values, (0, max(0, keys.shape[-1] - v_head)))
+    mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    return mixed[..., :v_head].transpose(1, 2)
 
 
 def _absorbed(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor,
