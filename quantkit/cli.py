@@ -1,5 +1,6 @@
 """The command line: it only translates. Each command is one stage, file to file; `make` runs them all."""
 
+import contextlib
 import functools
 import signal
 import sys
@@ -426,23 +427,83 @@ def report(folder):
 
 @main.command()
 @click.argument("file", type=FILE)
-@click.option("-p", "--prompt", required=True)
+@click.option("-p", "--prompt", default=None, help="Continue this text; without it: a chat on the terminal.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the file's chat template.")
-@click.option("-n", "--n-tokens", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.6, show_default=True, help="0 for greedy.")
-@click.option("--top-p", default=0.95, show_default=True)
+@click.option("-n", "--n-tokens", default=None, type=click.IntRange(1), help="Default: 128; in a chat, the context.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
+@click.option("--temperature", default=0.6, show_default=True, type=click.FloatRange(0), help="0 for greedy.")
+@click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens.")
+@click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
 @device_option
-def run(file, prompt, chat, n_tokens, temperature, top_p, seed, device):
-    """Generate text with a GGUF: attention on the GPU if there is one, experts on the CPU."""
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, device):
+    """Generate text with a GGUF, or chat with it: attention on the GPU if there is one, experts on the CPU."""
     from quantkit import pipeline
-    from quantkit.runtime.chat import converse
+    from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
-    how = Sampling(temperature, top_p, seed)
-    for piece in converse(file, prompt, chat, n_tokens, how, device or pipeline.default_device()):
-        click.echo(piece, nl=False)
+    how = Sampling(temperature, top_p, seed, top_k, min_p)
+    talk = Conversation(file, device or pipeline.default_device(), context, how)
+    if prompt is None:
+        return chat_on_terminal(talk, n_tokens or context)
+    if chat:
+        show_answer(talk.ask(prompt, n_tokens or 128))
+    else:
+        show_answer((piece, False) for piece in talk.complete(prompt, n_tokens or 128))
+    click.echo(talk.speed, err=True)
+
+
+def show_answer(pieces) -> None:
+    """Print pieces of an answer as they come, reasoning dimmed (on a terminal)."""
+    with contextlib.closing(pieces):
+        for piece, thought in pieces:
+            click.echo(click.style(piece, dim=True) if thought and piece else piece, nl=False)
     click.echo()
+
+
+def chat_on_terminal(talk, n_tokens: int) -> None:
+    """Read a line, answer, until /exit or Ctrl-D. Ctrl-C ends only the answer under way."""
+    click.echo("/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer", err=True)
+    while True:
+        click.echo("> ", nl=False, err=True)
+        if not (line := sys.stdin.readline()) or line.strip() == "/exit":
+            return
+        if line.strip() == "/clear":
+            talk.messages = []
+        elif line.strip():
+            try:
+                show_answer(talk.ask(line.strip(), n_tokens))
+                click.echo(click.style(talk.speed, dim=True), err=True)
+            except KeyboardInterrupt:
+                click.echo("\n(stopped)", err=True)
+            except QuantkitError as error:
+                click.echo(f"{error}; /clear starts anew", err=True)
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can reach 0.0.0.0.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--api-key", envvar="QUANTKIT_API_KEY", default=None, help="Ask for it; or in $QUANTKIT_API_KEY.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
+@click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
+@click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
+@click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
+@device_option
+def serve(file, host, port, api_key, context, parallel, queue, max_body, device):
+    """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
+    from quantkit import pipeline
+    from quantkit.runtime.engine import open_engine
+    from quantkit.runtime.sources import GGUFSource
+
+    try:
+        from quantkit import serve as server
+    except ModuleNotFoundError as error:
+        raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
+    source = GGUFSource(file, device or pipeline.default_device())
+    limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
+    server.serve(source, open_engine(source, parallel, context), host, port, limits, api_key)
 
 
 @main.command()

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, byref, c_bool, c_char, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -93,14 +93,38 @@ _SIGNATURES = {
         "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
         "ggml_get_type_traits": (POINTER(_TypeTraits), [c_int]),
         "ggml_tensor_overhead": (c_size_t, []),
-        "ggml_graph_overhead": (c_size_t, []),
         "ggml_init": (c_void_p, [_InitParams]),
         "ggml_free": (None, [c_void_p]),
         "ggml_new_tensor_3d": (TensorP, [c_void_p, c_int, c_int64, c_int64, c_int64]),
+        "ggml_new_tensor_4d": (TensorP, [c_void_p, c_int, c_int64, c_int64, c_int64, c_int64]),
         "ggml_mul_mat": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_mul_mat_id": (TensorP, [c_void_p, TensorP, TensorP, TensorP]),
         "ggml_swiglu_split": (TensorP, [c_void_p, TensorP, TensorP]),
-        "ggml_new_graph": (c_void_p, [c_void_p]),
+        "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
+        "ggml_graph_overhead_custom": (c_size_t, [c_size_t, c_bool]),
+        "ggml_backend_cpu_buffer_type": (c_void_p, []),
+        "ggml_gallocr_new": (c_void_p, [c_void_p]),
+        "ggml_gallocr_alloc_graph": (c_bool, [c_void_p, c_void_p]),
+        "ggml_gallocr_free": (None, [c_void_p]),
+        "ggml_add": (TensorP, [c_void_p, TensorP, TensorP]),
+        "ggml_mul": (TensorP, [c_void_p, TensorP, TensorP]),
+        "ggml_div": (TensorP, [c_void_p, TensorP, TensorP]),
+        "ggml_scale": (TensorP, [c_void_p, TensorP, c_float]),
+        "ggml_fill": (TensorP, [c_void_p, TensorP, c_float]),
+        "ggml_sigmoid": (TensorP, [c_void_p, TensorP]),
+        "ggml_soft_max": (TensorP, [c_void_p, TensorP]),
+        "ggml_sum_rows": (TensorP, [c_void_p, TensorP]),
+        "ggml_rms_norm": (TensorP, [c_void_p, TensorP, c_float]),
+        "ggml_get_rows": (TensorP, [c_void_p, TensorP, TensorP]),
+        "ggml_set_rows": (TensorP, [c_void_p, TensorP, TensorP, TensorP]),
+        "ggml_argsort_top_k": (TensorP, [c_void_p, TensorP, c_int]),
+        "ggml_concat": (TensorP, [c_void_p, TensorP, TensorP, c_int]),
+        "ggml_cont": (TensorP, [c_void_p, TensorP]),
+        "ggml_permute": (TensorP, [c_void_p, TensorP, c_int, c_int, c_int, c_int]),
+        "ggml_reshape_4d": (TensorP, [c_void_p, TensorP, c_int64, c_int64, c_int64, c_int64]),
+        "ggml_view_4d": (TensorP, [c_void_p, TensorP, *[c_int64] * 4, *[c_size_t] * 4]),
+        "ggml_rope_ext": (TensorP, [c_void_p, *[TensorP] * 3, *[c_int] * 3, *[c_float] * 6]),
+        "ggml_flash_attn_ext": (TensorP, [c_void_p, *[TensorP] * 4, *[c_float] * 3]),
         "ggml_build_forward_expand": (None, [c_void_p, TensorP]),
         "ggml_nbytes": (c_size_t, [TensorP]),
         "ggml_threadpool_params_default": (_ThreadpoolParams, [c_int]),
@@ -243,20 +267,38 @@ def threadpool(n_threads: int) -> int:
     return pool
 
 
+_TORCH_TYPES = {
+    torch.float32: int(gguf.GGMLQuantizationType.F32),
+    torch.float16: int(gguf.GGMLQuantizationType.F16),
+    torch.int32: int(gguf.GGMLQuantizationType.I32),
+    torch.int64: int(gguf.GGMLQuantizationType.I64),
+}
 _compute_lock = threading.Lock()  # one graph at a time may use the pool
 
 
 class Graph:
-    """A small ggml graph over memory that we own, built once for one batch size and run many times."""
+    """A ggml graph, built once for one batch size and run many times. Inputs, weights and results are memory that we
+    own; so is every intermediate node, unless `finish` is told to allocate those."""
 
     def __init__(self, n_threads: int, max_tensors: int = 32):
         self.lib = library()
         self.n_threads = n_threads
-        size = self.lib.ggml_tensor_overhead() * max_tensors + self.lib.ggml_graph_overhead() + 4096
+        size = self.lib.ggml_tensor_overhead() * max_tensors + 4096
+        size += self.lib.ggml_graph_overhead_custom(max_tensors, False)
         self.arena = ctypes.create_string_buffer(size)
         self.context = self.lib.ggml_init(_InitParams(size, ctypes.addressof(self.arena), True))
+        self.graph = self.lib.ggml_new_graph_custom(self.context, max_tensors, False)
         self.keep: list[object] = [self.arena]
         self.plan: _Cplan | None = None
+        self.allocator = None
+
+    def op(self, name: str, *arguments) -> "TensorP":
+        """A node: ggml_<name> with these arguments."""
+        return getattr(self.lib, f"ggml_{name}")(self.context, *arguments)
+
+    def expand(self, node: "TensorP") -> None:
+        """Nodes run in the order in which they are expanded: a write must come before the reads that depend on it."""
+        self.lib.ggml_build_forward_expand(self.graph, node)
 
     def weights(self, qtype: str, data: np.ndarray, n_in: int, n_out: int, n_matrices: int = 1) -> "TensorP":
         """A quantized matrix (or a stack of them) over existing bytes, usually a memory map of the file."""
@@ -270,12 +312,15 @@ class Graph:
     def input(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple["TensorP", torch.Tensor]:
         """An input and the torch tensor (numpy order) that shares its memory: fill it before `run`."""
         storage = torch.zeros(shape, dtype=dtype)
-        ne = list(reversed(shape)) + [1] * (3 - len(shape))
-        kind = gguf.GGMLQuantizationType.I32 if dtype == torch.int32 else gguf.GGMLQuantizationType.F32
-        tensor = self.lib.ggml_new_tensor_3d(self.context, int(kind), *ne)
+        return self.over(storage), storage
+
+    def over(self, storage: torch.Tensor) -> "TensorP":
+        """A tensor over a contiguous torch tensor's memory, at most four-dimensional."""
+        ne = list(reversed(storage.shape)) + [1] * (4 - storage.dim())
+        tensor = self.lib.ggml_new_tensor_4d(self.context, _TORCH_TYPES[storage.dtype], *ne)
         tensor.contents.data = storage.data_ptr()
         self.keep.append(storage)
-        return tensor, storage
+        return tensor
 
     def result(self, tensor: "TensorP", shape: tuple[int, ...]) -> torch.Tensor:
         """Give an intermediate or final float32 node its memory; returns the torch view of it."""
@@ -286,13 +331,19 @@ class Graph:
         self.keep.append(storage)
         return storage
 
-    def finish(self, *outputs: "TensorP") -> "Graph":
-        self.graph = self.lib.ggml_new_graph(self.context)
+    def finish(self, *outputs: "TensorP", allocate: bool = False, reference: bool = False) -> "Graph":
+        """allocate: give nodes without memory their place in one buffer, reused as they die. reference: ggml's plain
+        kernels, whose result for a sequence does not depend on how many others there are."""
         for output in outputs:
-            self.lib.ggml_build_forward_expand(self.graph, output)
+            self.expand(output)
+        if allocate:
+            self.allocator = self.lib.ggml_gallocr_new(self.lib.ggml_backend_cpu_buffer_type())
+            if not self.lib.ggml_gallocr_alloc_graph(self.allocator, self.graph):
+                raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
         self.plan = self.lib.ggml_graph_plan(self.graph, self.n_threads, threadpool(self.n_threads))
         self.work = torch.empty(self.plan.work_size, dtype=torch.uint8)
         self.plan.work_data = self.work.data_ptr()
+        self.plan.use_ref = reference
         return self
 
     def run(self) -> None:
@@ -302,6 +353,8 @@ class Graph:
             raise QuantkitError(f"ggml graph failed with status {status}")
 
     def __del__(self):
+        if getattr(self, "allocator", None):
+            self.lib.ggml_gallocr_free(self.allocator)
         if getattr(self, "context", None):
             self.lib.ggml_free(self.context)
 

@@ -1,6 +1,5 @@
-"""Token by token: a loaded model with its compressed KV caches, sampling, and text generation."""
+"""Token by token: a loaded model with its compressed KV caches, and sampling."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,8 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.layers import Block, KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import Source
+
+HEAD = 1024  # most probable tokens that are sorted at first
 
 
 class Model:
@@ -32,41 +33,53 @@ class Model:
         h = self.source.embed(tokens.to(self.source.device))
         cos, sin = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
         for block, cache in zip(self.blocks, caches, strict=True):
-            h = h + attention(h, block, self.config, cos, sin, cache)
-            x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
-            h = h + feed_forward(x, block, self.config).view_as(h)
-        h = h if all_logits else h[:, -1:]
+            h = self._feed(h + attention(h, block, self.config, cos, sin, cache), block)
+        return self._logits(h if all_logits else h[:, -1:])
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor, caches: list[list[KVCache]]) -> torch.Tensor:
+        """One more token of each of several sequences: tokens int64 [n], their caches -> float32 logits [n, v].
+
+        Attention is computed sequence by sequence over each one's own cache, everything else for all together.
+        """
+        h = self.source.embed(tokens.to(self.source.device))[:, None]
+        cos, sin = angles(self.config, torch.tensor([[own[0].length] for own in caches], device=h.device))
+        for layer, block in enumerate(self.blocks):
+            mixed = [attention(h[i : i + 1], block, self.config, cos[i], sin[i], own[layer])
+                     for i, own in enumerate(caches)]  # fmt: skip
+            h = self._feed(h + torch.cat(mixed), block)
+        return self._logits(h)[:, 0]
+
+    def _feed(self, h: torch.Tensor, block: Block) -> torch.Tensor:
+        x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
+        return h + feed_forward(x, block, self.config).view_as(h)
+
+    def _logits(self, h: torch.Tensor) -> torch.Tensor:
         flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d).to(self.source.dtype)
         return self.output(flat).float().view(*h.shape[:2], -1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_p: smallest set of tokens with that much probability."""
+    """temperature 0 is greedy. top_k: that many tokens (0: all); top_p: smallest set of tokens with that much
+    probability; min_p: tokens at least that probable in relation to the most probable one. All apply together."""
 
     temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
     """One token from float32 logits [n_vocab]."""
     if how.temperature <= 0:
         return int(logits.argmax())
-    p, order = (logits.cpu() / how.temperature).softmax(-1).sort(descending=True)
-    kept = p.cumsum(-1) - p < how.top_p
-    choice = torch.multinomial(p * kept, 1, generator=generator)
-    return int(order[choice])
-
-
-def generate(model: Model, prompt: list[int], n_tokens: int, how: Sampling) -> Iterator[int]:
-    """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS."""
-    caches = model.caches(len(prompt) + n_tokens)
-    generator = torch.Generator().manual_seed(how.seed)
-    tokens = torch.tensor([prompt], dtype=torch.int64)
-    for _ in range(n_tokens):
-        token = sample(model.forward(tokens, caches)[0, -1], how, generator)
-        if token == model.config.eos:
-            return
-        yield token
-        tokens = torch.tensor([[token]], dtype=torch.int64)
+    p = (logits.cpu() / how.temperature).softmax(-1)
+    best, order = p.topk(min(how.top_k or HEAD, len(p)))
+    if not how.top_k and len(best) < len(p) and best.sum() < how.top_p:  # flat: only then is everything sorted
+        best, order = p.sort(descending=True)
+    share = best / best.sum() if how.top_k else best  # top_p counts what top_k left, as in llama.cpp
+    kept = (share.cumsum(-1) - share < how.top_p) & (best >= how.min_p * best[0])
+    kept[0] = True
+    return int(order[torch.multinomial(best * kept, 1, generator=generator)])

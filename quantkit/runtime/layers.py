@@ -129,11 +129,13 @@ def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.
     if see:
         see("attn_kv_b", latent.reshape(-1, config.kv_lora))
         see("attn_k_b", q_nope.reshape(-1, config.n_head, config.qk_nope))
-    if cache is None and see is None:
+    first = cache is None or (cache.length == 0 and t > 1)  # nothing earlier to attend to
+    if cache is not None:
+        cached = cache.append(latent, k_rope)
+        latent, k_rope = (latent, k_rope) if first else cached
+    if first and see is None:
         values = _expanded(q_nope, q_rope, latent, k_rope, block, config.softmax_scale)
     else:
-        if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(block.k_b.dtype), block.k_b)
         mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
         if see:
@@ -170,7 +172,11 @@ def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, 
     values = torch.einsum("stc,hvc->shtv", latent, block.v_b)
     keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale).transpose(1, 2)
+    v_head = values.shape[-1]
+    if values.device.type == "cpu":  # torch's fused CPU kernel wants values as long as keys, else it computes all t x t
+        values = F.pad(values, (0, max(0, keys.shape[-1] - v_head)))
+    mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    return mixed[..., :v_head].transpose(1, 2)
 
 
 def _absorbed(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor,

@@ -1,5 +1,6 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -149,6 +150,13 @@ class GGUFSource:
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self._check_tensors()
+
+    def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":
+        """The same file, not hybrid."""
+        twin = copy.copy(self)
+        twin.hybrid = twin.quantized_products = False
+        twin.dtype = dtype
+        return twin
 
     def _check_tensors(self) -> None:
         mla = "combined" if "blk.0.attn_kv_b.weight" in self.file.tensors else "split"

@@ -1,0 +1,157 @@
+"""Engines and the scheduler: the graph computes what torch does, and nobody's output depends on who else is served."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime import graph
+from quantkit.runtime.engine import TorchEngine, generate, open_engine
+from quantkit.runtime.generate import Model, Sampling, sample
+from quantkit.runtime.graph import GraphEngine
+from quantkit.runtime.scheduler import Job, QueueFull, Scheduler
+from quantkit.runtime.sources import GGUFSource
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def source(made) -> GGUFSource:
+    return GGUFSource(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
+
+
+def kld(a: torch.Tensor, b: torch.Tensor) -> float:
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("dense_rows", [1, 1000])
+def test_graph_agrees_with_torch(source, monkeypatch, dense_rows):
+    """Prompt in two pieces (both ways) and then tokens, past the first KV_STEP; slot 0 is left unused."""
+    monkeypatch.setattr(graph, "DENSE_ROWS", dense_rows)
+    text = source.tokenizer().encode("The ship went down in the storm. " * 40, add_special_tokens=False).ids
+    prompt, rest = [0, *text[:299]], text[299:330]
+    engines = [kind(what, 2, 400) for kind, what in ((TorchEngine, Model(source)), (GraphEngine, source))]
+    logits = [[], []]
+    for engine, found in zip(engines, logits, strict=True):
+        engine.prefill(1, prompt[:200], 0)
+        found.append(engine.prefill(1, prompt[200:], 200).clone())
+        found.extend(engine.decode([1], [token])[0].clone() for token in rest)
+    assert kld(*map(torch.stack, logits)) < 0.01  # 8-bit activations: see test_sources
+
+
+def test_begin_forgets_what_stood_there(source):
+    engine = GraphEngine(source, 1, 64)
+    fresh = engine.prefill(0, [0, 50, 60, 70], 0).clone()
+    engine.prefill(0, [0, 50, 300, 301, 302], 0)
+    engine.decode([0], [99])
+    assert torch.equal(engine.prefill(0, [0, 50, 60, 70], 0), fresh)
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [4, 0, 2], [1, 2]])
+def test_decoding_together_gives_the_same_bits(source, slots):
+    """Different lengths, orders and gaps between slots: each row equals the one computed alone, bit for bit."""
+    engine = GraphEngine(source, 5, 512)
+    prompts = {slot: [0] + [40 + slot] * (3 + 90 * slot) for slot in slots}
+    tokens = [100 + slot for slot in slots]
+    for slot in slots:
+        engine.prefill(slot, prompts[slot], 0)
+    together = engine.decode(slots, tokens).clone()
+    for row, slot, token in zip(together, slots, tokens, strict=True):
+        engine.prefill(slot, prompts[slot], 0)
+        assert torch.equal(engine.decode([slot], [token])[0], row)
+
+
+def collect(scheduler: Scheduler, prompts: list[list[int]], n: int, how=GREEDY) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    ends = [threading.Event() for _ in prompts]
+
+    def emit(i: int):
+        return lambda token, why: ends[i].set() if token is None else found[i].append(token)
+
+    for i, prompt in enumerate(prompts):
+        scheduler.submit(Job(prompt, n, how, emit(i)))
+    assert all(end.wait(60) for end in ends)
+    return found
+
+
+def test_continuous_batching_equals_one_at_a_time(source):
+    """Twenty sequences over seven slots: they join and leave at different steps."""
+    prompts = [[0] + [30 + i, 60 + 7 * i] * (1 + 5 * i) for i in range(20)]
+    alone = [list(generate(open_engine(source, 1, 512), prompt, 8 + i, GREEDY)) for i, prompt in enumerate(prompts)]
+    with Scheduler(open_engine(source, 7, 512)) as scheduler:
+        together = collect(scheduler, prompts, 27)
+    assert [made[: 8 + i] for i, made in enumerate(together)] == alone
+    assert len({tuple(made) for made in together}) > 10
+
+
+def test_torch_engine_serves_several(source):
+    prompts = [[0, 50 + i, 60] for i in range(3)]
+    with Scheduler(TorchEngine(Model(source), 3, 64)) as scheduler:
+        assert all(len(made) == 6 for made in collect(scheduler, prompts, 6))
+
+
+def test_scheduler_refuses_and_cancels(source):
+    engine = open_engine(source, 1, 512)
+    engine.config = dataclasses.replace(engine.config, eos=-1)  # no token ends a sequence
+    with Scheduler(engine, queue_limit=1) as scheduler:
+        ends: list[str] = []
+        started = threading.Event()
+
+        def job() -> Job:
+            return Job([0, 50], 500, Sampling(temperature=1.5),
+                       lambda token, why: started.set() if token is not None else ends.append(why))  # fmt: skip
+
+        with pytest.raises(QuantkitError, match="do not fit a context of 512"):
+            scheduler.submit(Job([0] * 20, 500, GREEDY, lambda *_: None))
+        first, second = job(), job()
+        scheduler.submit(first)
+        assert started.wait(20)
+        scheduler.submit(second)
+        with pytest.raises(QueueFull):
+            scheduler.submit(job())
+        scheduler.cancel(second)
+        scheduler.cancel(first)
+    assert ends == ["cancelled"] * 2 and scheduler.free == [0] and first.n_made < 500
+
+
+def test_a_failing_step_ends_its_jobs_only(source, monkeypatch, caplog):
+    engine = open_engine(source, 2, 64)
+    with Scheduler(engine) as scheduler:
+        monkeypatch.setattr(engine, "decode", lambda *_: 1 / 0)
+        assert [len(made) for made in collect(scheduler, [[0, 50]], 5)] == [1]
+        monkeypatch.undo()
+        assert [len(made) for made in collect(scheduler, [[0, 50]], 5)] == [5]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_generation_is_repeatable_and_seeded(source):
+    engine = open_engine(source, 1, 64)
+
+    def once(seed: int, **how) -> list[int]:
+        return list(
+            generate(engine, [0, 50, 60], 24, Sampling(**{"temperature": 1.5, "top_p": 1.0, "seed": seed} | how))
+        )
+
+    assert once(1) == once(1) != once(2)
+    assert once(1, temperature=0) == once(2, temperature=0) == once(3, top_k=1)
+    with pytest.raises(QuantkitError, match="64 prompt tokens do not fit"):
+        next(generate(engine, [0] * 64, 1, GREEDY))
+
+
+def test_sampling_keeps_only_what_it_should():
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, -9.0]).repeat_interleave(400) + torch.rand(2000) * 1e-3
+    p = logits.softmax(-1)
+
+    def seen(**how) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        return {sample(logits, Sampling(temperature=1.0, **how), generator) for _ in range(300)}
+
+    best = p.argsort(descending=True).tolist()
+    assert seen(top_p=1.0, top_k=3) == set(best[:3])
+    assert seen(top_p=1.0, min_p=0.5) <= set(best[:400])
+    assert any(i >= 800 for i in seen(top_p=1.0))
+    half = int((p[best].cumsum(0) < 0.5).sum()) + 1
+    assert seen(top_p=0.5) <= set(best[:half])
