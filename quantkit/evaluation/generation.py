@@ -15,7 +15,8 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.evaluation.divergence import VOCAB_SLAB, HeadLogits
 from quantkit.progress import track
-from quantkit.runtime.generate import Model, Sampling, generate
+from quantkit.runtime.engine import Engine, TorchEngine, generate, open_engine
+from quantkit.runtime.generate import Model, Sampling
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import final_hidden
 
@@ -70,13 +71,13 @@ def check(file: GGUFSource, reference: Source, chunks: Chunks, n_prompts: int, *
     seed = number of the prompt) for n_long tokens, searched for loops.
     """
     prompts = chunks.tokens[:n_prompts, :n_prompt]
-    model = Model(file)
+    engine = open_engine(file, 1, n_prompt + n_long + 1)
     with track("generate", len(prompts) * (n_new + n_long), "tokens") as advance:
-        greedy = [_write(model, prompt.tolist(), n_new, GREEDY) for prompt in prompts]
+        greedy = [_write(engine, prompt.tolist(), n_new, GREEDY) for prompt in prompts]
         advance(len(prompts) * n_new)
         long = []
         for seed, prompt in enumerate(prompts):
-            long.append(loop_period(_write(model, prompt.tolist(), n_long, Sampling(seed=seed))))
+            long.append(loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed))))
             advance(n_long)
     chosen = _choices(reference, prompts, greedy)
     rows = []
@@ -92,10 +93,10 @@ def check(file: GGUFSource, reference: Source, chunks: Chunks, n_prompts: int, *
             "loops": sum(c.loop > 0 for c in found), "continuations": [asdict(c) for c in found]}  # fmt: skip
 
 
-def _write(model: Model, prompt: list[int], n: int, how: Sampling) -> list[int]:
+def _write(engine: Engine, prompt: list[int], n: int, how: Sampling) -> list[int]:
     """The continuation, with the EOS that ended it."""
-    tokens = list(generate(model, prompt, n, how))
-    return tokens if len(tokens) == n else [*tokens, model.config.eos]
+    tokens = list(generate(engine, prompt, n, how))
+    return tokens if len(tokens) == n else [*tokens, engine.config.eos]
 
 
 def _choices(reference: Source, prompts: torch.Tensor, continuations: list[list[int]]) -> list[list[int]]:
@@ -114,8 +115,8 @@ def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) ->
     c = reference.config
     if c.n_moe * c.n_expert * 3 * c.d * c.n_ff_exp > SMALL_WEIGHTS:
         return [None] * len(prompts)
-    model = Model(reference)
-    return [loop_period(_write(model, prompt.tolist(), n_long, Sampling(seed=seed)))
+    engine = TorchEngine(Model(reference), 1, prompts.shape[1] + n_long + 1)
+    return [loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed)))
             for seed, prompt in enumerate(prompts)]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.planning import targets
 from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
-from quantkit.runtime.generate import Model
+from quantkit.runtime.engine import Engine, open_engine
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import choose_room, memory, stream
 
@@ -231,12 +231,13 @@ def runtime_mode(runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chun
     `original`, `streamed`: divergence of this mode from the original, and of the streamed mode on the same tokens;
     `agreement`: of this mode from the streamed one. What remains there is the rounding of activations to 8 bits.
     """
-    t, model = chunks.tokens.shape[1], Model(runtime)
+    t = chunks.tokens.shape[1]
+    engine = open_engine(runtime, 1, t)
     prompt, n_chunk = first_scored(t, score), min(len(chunks.tokens), max(1, n_tokens // t))
     parts: dict[str, list[Divergence]] = {"original": [], "streamed": [], "agreement": []}
     with track("runtime", n_chunk * (t - 1), "tokens") as advance:
         for i in range(n_chunk):
-            logits = HeldLogits(stepped(model, chunks.tokens[i : i + 1], prompt, advance))
+            logits = HeldLogits(stepped(engine, chunks.tokens[i].tolist(), prompt, advance))
             rows = slice(i * logits.n, (i + 1) * logits.n)
             theirs, ours = (HeadLogits(head.source, head.hidden[rows]) for head in heads)
             targets = scored_targets(chunks.targets[i : i + 1], score)
@@ -247,14 +248,15 @@ def runtime_mode(runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chun
     return {"agree": modes_agree(figures)} | figures
 
 
-def stepped(model: Model, tokens: torch.Tensor, prompt: int, advance: Callable[[float], object]) -> torch.Tensor:
-    """float32 [t - 1 - prompt, n_vocab] of one chunk [1, t]: prompt tokens together, the others one by one."""
-    caches, rows = model.caches(tokens.shape[1]), []
-    if prompt:
-        model.forward(tokens[:, :prompt], caches)
-        advance(prompt)
-    for i in range(prompt, tokens.shape[1] - 1):
-        rows.append(model.forward(tokens[:, i : i + 1], caches)[0, 0].cpu())
+def stepped(engine: Engine, tokens: list[int], prompt: int, advance: Callable[[float], object]) -> torch.Tensor:
+    """float32 [t - 1 - prompt, n_vocab] of one chunk: prompt tokens together, the others one by one."""
+    for at in range(0, prompt, engine.piece):
+        engine.prefill(0, tokens[at : min(at + engine.piece, prompt)], at)
+    advance(prompt)
+    rows = []
+    for i in range(prompt, len(tokens) - 1):
+        row = engine.decode([0], [tokens[i]])[0] if i else engine.prefill(0, [tokens[0]], 0)
+        rows.append(row.cpu().clone())
         advance(1)
     return torch.stack(rows)
 

@@ -5,7 +5,8 @@ import torch
 
 from quantkit.calibration import corpus
 from quantkit.evaluation.generation import GREEDY, check, loop_period, top_tokens
-from quantkit.runtime.generate import Model, generate
+from quantkit.runtime.engine import TorchEngine, generate, open_engine
+from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
@@ -51,9 +52,9 @@ def test_agreement_is_what_two_greedy_runs_share(made, reference, chunks):
     path = made / "tiny-r1-1.58bit.gguf"
     found = check(GGUFSource(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
     assert found == check(GGUFSource(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
-    ours, theirs = Model(GGUFSource(path)), Model(reference)
+    ours, theirs = open_engine(GGUFSource(path), 1, 40), TorchEngine(Model(reference), 1, 40)
     for prompt, row in zip(chunks.tokens[:2, :24].tolist(), found["continuations"], strict=True):
-        a, b = (list(generate(model, prompt, 8, GREEDY)) for model in (ours, theirs))
+        a, b = (list(generate(engine, prompt, 8, GREEDY)) for engine in (ours, theirs))
         shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         assert row["matched"] in (shared, shared + 1), (row, a, b)  # both may have ended with EOS there
         assert row["loop_original"] is not None
