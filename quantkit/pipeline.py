@@ -41,6 +41,7 @@ from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
+from quantkit.formats.resume import discard
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.plans import BudgetOptions, open_model, plan_model, recipe_name
@@ -435,10 +436,12 @@ def _claim(folder: Path, identity: Mapping[str, Any], restart: bool) -> None:
         key, was, now = _difference(changed[0], old.get(changed[0]), identity[changed[0]])
         raise QuantkitError(f"{folder} holds another job: {key} was {was}, now {now}; "
                             "choose another --output, or --restart")  # fmt: skip
+    for ledger in folder.glob("*.gguf.part.ledger"):
+        discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
+    for state in folder.glob("*.gguf.state*"):
+        shutil.rmtree(state, ignore_errors=True)
     for name in (IMATRIX, VERIFY, RECOVERY):
         (folder / name).unlink(missing_ok=True)
-    for left in (*folder.glob("*.part"), *folder.glob("*.part.ledger"), *folder.glob("*.gguf.state*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:

@@ -208,9 +208,14 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     with pytest.raises(QuantkitError, match="checkpoint was"):
         pipeline.make(model_copy, tmp_path / "out", SMALL)
     other = dataclasses.replace(SMALL, recipe="2.51bit", restart=True)
+    (tmp_path / "out" / "download.gguf.part").write_bytes(b"not ours")
+    writing = Ledger(tmp_path / "out" / (NAME + ".part.ledger"))
+    with pytest.raises(QuantkitError, match="another process is writing"):
+        pipeline.make("tiny-r1", tmp_path / "out", other)
+    writing.close()
     assert [file.name for file in pipeline.make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "provenance.json"}  # fmt: skip
+        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "provenance.json", "download.gguf.part"}  # fmt: skip
     pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
     assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover

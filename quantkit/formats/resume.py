@@ -57,9 +57,7 @@ def fresh_parts(
     If the disk cannot hold them all, none is left.
     """
     ledger.clear()
-    for old in path.parent.glob("*.gguf.part"):
-        if _belongs(old.name.removesuffix(".part"), path):
-            old.unlink()
+    _remove_parts(path)
     check_space(path.parent, layouts)
     parts: list[PartFile] = []
     try:
@@ -74,6 +72,22 @@ def fresh_parts(
             part_path(item).unlink(missing_ok=True)
         raise
     return parts
+
+
+def discard(path: Path) -> None:
+    """Remove what an interrupted run of the model `path` left. QuantkitError if another process is writing it."""
+    ledger = Ledger(path.with_name(path.name + ".part.ledger"))
+    try:
+        _remove_parts(path)
+        ledger.remove()
+    finally:
+        ledger.close()
+
+
+def _remove_parts(path: Path) -> None:
+    for old in path.parent.glob("*.gguf.part"):
+        if _belongs(old.name.removesuffix(".part"), path):
+            old.unlink()
 
 
 def family(path: Path) -> list[Path]:
