@@ -54,6 +54,7 @@ DEFAULT_MODEL = "tiny-r1"
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+BASE = "base"  # folder of the file that recovery starts from
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 
 
@@ -229,7 +230,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
     write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
     if options.restart:
-        shutil.rmtree(folder / "reference.state", ignore_errors=True)
+        for left in ("reference.state", BASE):
+            shutil.rmtree(folder / left, ignore_errors=True)
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(checkpoint, options, folder, device) if options.verify and checkpoint.origin else None
     if (files := finished_files(out)) and not options.restart:
@@ -270,7 +272,7 @@ def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: Mak
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     choice = options.calibration.text
     source = recovery.open_original(checkpoint, plan, device, choice.n_tokens, options.calibration.ram)
-    folder = out.parent / "base"
+    folder = out.parent / BASE
     folder.mkdir(exist_ok=True)
     base = folder / out.name
     if (files := finished_files(base)) and not options.restart:
