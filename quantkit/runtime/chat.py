@@ -16,7 +16,7 @@ from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources import GGUFSource
 
-CHARACTER_TOKENS = 4  # a UTF-8 character has at most that many bytes, and every token at least one
+UNFINISHED_TOKENS = 16  # that many tokens without the end of a character are no text: shown as they are
 
 
 def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]]) -> str:
@@ -55,7 +55,7 @@ class Pieces:
     def add(self, token: int) -> str:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=False)
-        if text.endswith("\ufffd") and len(self.tokens) < CHARACTER_TOKENS:
+        if text.endswith("\ufffd") and len(self.tokens) < UNFINISHED_TOKENS:
             return ""
         self.tokens.clear()
         return self._certain(text)
