@@ -61,16 +61,20 @@ def test_sigkill_at_random_moments(encoder):
     assert "ended with the same bytes" in done.stdout
 
 
-@pytest.mark.parametrize(("limit", "says"), [(400_000, "cannot save layer"), (1_500_000, "no room for " + NAME)])
-def test_full_disk(tmp_path, calm, limit, says):
-    """No file may grow beyond `limit`: the calibration's state, then the model, hit it. With room the run goes on."""
+@pytest.mark.parametrize(("stage", "limit", "says"), [("calibrate", 400_000, "cannot save layer"),
+                                                      ("make", 1_500_000, "no room for " + NAME)])  # fmt: skip
+def test_full_disk(tmp_path, calm, stage, limit, says):
+    """No file may grow beyond `limit`: the calibration's state, or the model, hits it. With room the run goes on."""
+    calibrate = [sys.executable, "-m", "quantkit", "calibrate", "-o", str(tmp_path / "imatrix.gguf"),
+                 "--tokens", "1024", "--device", "cpu"]  # fmt: skip
+    run = calibrate if stage == "calibrate" else command(tmp_path)
 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = subprocess.run(command(tmp_path), capture_output=True, text=True, preexec_fn=small_disk, timeout=200)
+    done = subprocess.run(run, capture_output=True, text=True, preexec_fn=small_disk, timeout=200)
     assert done.returncode == 1 and says in one_line(done.stderr)
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / NAME).exists() and not (tmp_path / "imatrix.gguf").exists()
     pipeline.make("tiny-r1", tmp_path, SMALL)
     assert (tmp_path / NAME).read_bytes() == calm
 
@@ -97,7 +101,7 @@ def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
 def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
     process = subprocess.Popen(command(tmp_path, "--workers", "1"), stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
-    while not list(tmp_path.glob("imatrix.gguf.state/*.safetensors")) and time.monotonic() < until:
+    while not list(tmp_path.glob("*.gguf.state/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
@@ -215,7 +219,8 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     writing.close()
     assert [file.name for file in pipeline.make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "provenance.json", "download.gguf.part"}  # fmt: skip
+        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "recipe.toml", "provenance.json",
+        "download.gguf.part"}  # fmt: skip
     pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
     assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover

@@ -71,7 +71,7 @@ def check(file: GGUFSource, reference: Source, chunks: Chunks, n_prompts: int, *
     seed = number of the prompt) for n_long tokens, searched for loops.
     """
     prompts = chunks.tokens[:n_prompts, :n_prompt]
-    engine = open_engine(file, 1, n_prompt + n_long + 1)
+    engine = open_engine(file, 1, n_prompt + max(n_new, n_long) + 1)
     with track("generate", len(prompts) * (n_new + n_long), "tokens") as advance:
         greedy = [_write(engine, prompt.tolist(), n_new, GREEDY) for prompt in prompts]
         advance(len(prompts) * n_new)
