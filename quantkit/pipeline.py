@@ -132,9 +132,7 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
         found = sensitivity.measure(source, fitted, chunks.tokens, tier=tier, routed=routed, others=others,
                                     budget=budget, progress=lambda _: advance(1))  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "sensitivity.json.part"
-    part.write_text(found.to_json(), encoding="utf-8")
-    os.replace(part, folder / "sensitivity.json")
+    write_text(folder / "sensitivity.json", found.to_json())
     sensitivity.heat_map(found, folder / "sensitivity.png")
     return found
 

@@ -27,6 +27,7 @@ from quantkit import encoders, ggml
 from quantkit.arch import deepseek
 from quantkit.arch.config import DeepseekConfig
 from quantkit.calibration.measure import memory_limit
+from quantkit.encoders.format import SUPERBLOCK
 from quantkit.encoders.rescale import RESCALABLE, rescale
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
@@ -37,10 +38,9 @@ from quantkit.progress import say, track
 from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
-from quantkit.runtime.stream import final_hidden, stream
+from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.tensors import TensorSpec
 
-SUPERBLOCK = 256
 FINE_BITS = 4.0  # matrices of this many bits a weight are moved in full precision and encoded again
 LOGITS = 1 << 26  # logits of one backward pass: 256 MB as float32, of which about five copies live
 FREE_BYTES, MOVED_BYTES = 16, 20  # Adam: value, gradient and two moments; a moved matrix also its original
@@ -108,7 +108,8 @@ class Student(GGUFSource):
         return self.part(name)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        rows = self.part("token_embd.weight")[tokens.to(self.device)].float()
+        # Not by indexing, whose gradient adds up repeated tokens in the order in which threads come.
+        rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
         return rows if out is None else out.copy_(rows)
 
     def _experts(self, prefix: str) -> "HeldExperts":
@@ -121,7 +122,7 @@ class Student(GGUFSource):
         h = self.embed(tokens)
         for layer in range(self.config.n_layer):
             h = checkpoint(self._layer, layer, h, cos, sin, use_reentrant=False)
-        return head_logits(self.head(), h, self.config.rms_eps, self.dtype)
+        return head_logits(self, self.head(), h)
 
     def _layer(self, layer: int, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         block = self.block(layer)
@@ -148,11 +149,6 @@ class HeldExperts:
         return out
 
 
-def head_logits(head: tuple, h: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    norm, output = head
-    return output(rms_norm(h, norm, eps).to(dtype)).float()
-
-
 class Recovery:
     """One job: student, original and text. `run` leaves the tuned parameters in the student."""
 
@@ -170,8 +166,7 @@ class Recovery:
         with torch.no_grad():
             say("original's hidden states")
             self.target = final_hidden(original, tokens).cpu()
-            norm, output = original.head()
-        self.head = (norm, output)
+            self.head = original.head()
 
     def run(self) -> tuple[float, float]:
         """KLD on the chunks kept back: before and after."""
@@ -241,10 +236,9 @@ class Recovery:
 
     def _divergences(self, chunks: torch.Tensor) -> torch.Tensor:
         """KLD of every token of these chunks, float32 [n_chunk, t]; differentiable in the student."""
-        eps = self.original.config.rms_eps
         with torch.no_grad():
             target = self.target[chunks].to(self.original.device)
-            log_p = head_logits(self.head, target, eps, self.original.dtype).log_softmax(-1)
+            log_p = head_logits(self.original, self.head, target).log_softmax(-1)
         log_q = self.student.logits(self.tokens[chunks]).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 

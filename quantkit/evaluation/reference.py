@@ -1,11 +1,11 @@
 """The original's side of `verify`, a layer at a time beside another pass: each weight is read (or downloaded) once."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from quantkit.calibration.corpus import Chunks
+from quantkit.calibration.measure import job_of
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import scored
@@ -21,9 +21,7 @@ class ReferencePass:
 
     def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path):
         self.source, self.tokens = source, chunks.tokens
-        facts = f"{source.checkpoint.fingerprint()} {source.dtype} {source.device.type} {tuple(self.tokens.shape)} "
-        job = hashlib.sha256(facts.encode() + self.tokens.numpy().tobytes()).hexdigest()
-        self.state = PassState(folder, job)
+        self.state = PassState(folder, job_of(source, chunks))
         try:
             self.hidden, self.done = self.state.resume()
         except QuantkitError:  # of other text: this run's options decide

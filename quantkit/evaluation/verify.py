@@ -31,7 +31,7 @@ from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
 from quantkit.runtime.engine import Engine, open_engine
 from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import choose_room, memory, stream
+from quantkit.runtime.stream import choose_room, final_hidden, memory, stream
 
 PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
@@ -171,7 +171,8 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
             both = SideBySide(reference, source, chunks.tokens, dtype)
             hidden, layers = [scored(states, score) for states in both.run(advance)], both.errors
         else:
-            hidden = [known, scored(alone(source, chunks.tokens, dtype, advance), score)]
+            states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), dtype)
+            hidden = [known, scored(states, score)]
     per_chunk = t - 1 - first_scored(t, score)
     heads = HeadLogits(reference, hidden[0]), HeadLogits(source, hidden[1])
     with track("head", reference.config.n_vocab / 1e3, "ktokens of vocabulary") as advance:
@@ -191,15 +192,6 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
     if runtime is not None and prompts:
         result["generation"] = generation.check(runtime, reference, chunks, prompts)
     return result
-
-
-def alone(source: Source, tokens: torch.Tensor, dtype: torch.dtype,
-          advance: Callable[[float], object]) -> torch.Tensor:  # fmt: skip
-    """Final hidden states [n_chunk, t, d] of one model."""
-    for layer in stream(source, tokens, hidden_dtype=dtype):
-        states = layer.hidden
-        advance(tokens.numel() / 1e3)
-    return states
 
 
 def by_domain(found: Divergence, domains: Sequence[str], per_chunk: int) -> dict[str, dict[str, Any]]:

@@ -110,10 +110,11 @@ def ffn_input(hidden: torch.Tensor, block: Block, source: Source, out: torch.Ten
     return out
 
 
-def final_hidden(source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Hidden states after the last layer, float32 [n_chunk, t, d], before the output norm."""
+def final_hidden(source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None,
+                 hidden_dtype: torch.dtype = torch.float32) -> torch.Tensor:  # fmt: skip
+    """Hidden states after the last layer, [n_chunk, t, d], before the output norm."""
     hidden = None
-    for layer in stream(source, tokens):
+    for layer in stream(source, tokens, hidden_dtype=hidden_dtype):
         hidden = layer.hidden
         if progress:
             progress(layer.index)
@@ -128,10 +129,15 @@ def logit_tiles(source: Source, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     """`logit_tiles` with a head that is already loaded: (output norm, output matrix)."""
-    norm, output = head
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
-        yield output(rms_norm(part, norm, source.config.rms_eps).to(source.dtype)).float()
+        yield head_logits(source, head, part)
+
+
+def head_logits(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> torch.Tensor:
+    """float32 logits [..., n_vocab] of hidden [..., d], all at once."""
+    norm, output = head
+    return output(rms_norm(hidden, norm, source.config.rms_eps).to(source.dtype)).float()
 
 
 @dataclass(frozen=True)
