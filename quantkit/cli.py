@@ -378,11 +378,11 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
               help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
 @click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
               help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
-@click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the streams, like 16G. Default: all.")
+@click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
 @hub_options
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, ram, out,
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, memory, out,
            device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
@@ -392,7 +392,7 @@ def verify(file, reference, data, tokens, column, chunk, from_start, target, sco
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(
         file, original, choice, device or pipeline.default_device(), target, out, score=score,
-        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(ram, "--ram") if ram else None,
+        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(memory, "--memory") if memory else None,
     )  # fmt: skip
     click.echo(short_table(result, file))
 
