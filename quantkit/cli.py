@@ -382,8 +382,8 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
 @hub_options
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, memory, out,
-           device):  # fmt: skip
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, memory,
+           out, device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
