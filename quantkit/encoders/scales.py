@@ -70,11 +70,8 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
     """Cost of every block at the sampled scales, for each shift of the block: [E, N, blocks, shifts, points]."""
     levels, shifts, span = _rounding(fmt.qtype)
     e, n, _ = x.shape
-    if x.is_cuda and kernels is not None:
-        cost = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
-    else:
-        sample = _sampled_compiled if runs_compiled(x) else _sampled
-        cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
+    sample = _sampled_compiled if runs_compiled(x) else _sampled
+    cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
     cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
     if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
         cost = cost.amin(4, keepdim=True)
@@ -110,10 +107,17 @@ def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tens
     return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
 
 
+def uses_kernel(x: torch.Tensor) -> bool:
+    return x.is_cuda and kernels is not None
+
+
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
-    top = max(fmt.multipliers)
+    level, top = math.sqrt(float((fmt.grid**2).mean())), max(fmt.multipliers)
+    if uses_kernel(x) and tries is not None:
+        d, pairs = kernels.guess(fmt, x, weights, level, tries, _rounding(fmt.qtype), CURVE, CANDIDATES,
+                                 _interpolation(fmt.multipliers))  # fmt: skip
+        return Guess(d, torch.zeros_like(d), (pairs & 255).long(), (pairs >> 8).long())
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
-    level = math.sqrt(float((fmt.grid**2).mean()))
     base = (rms / level).clamp_min(1e-20)
     matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
     cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
