@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from quantkit.encoders import compiled
 from quantkit.codebooks import ggml_grid
+from quantkit.encoders import compiled
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks
 from quantkit.encoders.scales import guess, min_stretches, signed_stretches

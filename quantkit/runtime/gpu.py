@@ -3,8 +3,8 @@
 Routed experts of as many layers as fit stay in GPU memory. Those of the others are computed on the CPU, one token per
 sequence at a time, while the GPU computes the shared expert; long prompts instead move their bytes over the bus.
 
-A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Everything also runs on the CPU, without
-graphs: so the tests compare it with the other engines.
+A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Everything also runs on the CPU,
+without graphs: so the tests compare it with the other engines.
 """
 
 import logging
@@ -319,7 +319,8 @@ class GpuEngine:
     def _hand_over(self, wait: str, layer: int, n: int) -> None:
         """What the CPU does after a piece of a step."""
         if wait == "send":
-            self.sent_host.copy_(self.sent, non_blocking=True)
+            size = n * (self.config.d + 2 * self.config.n_used)
+            self.sent_host[:size].copy_(self.sent[:size], non_blocking=True)
             if self.arrived:
                 self.arrived.record()
         elif wait == "receive":
@@ -329,7 +330,7 @@ class GpuEngine:
             assert experts is not None
             x, weight, ids = self._sent_parts(self.sent_host, n)
             self.got_host[:n] = experts(x, ids, weight)
-            self.got.copy_(self.got_host, non_blocking=True)
+            self.got[:n].copy_(self.got_host[:n], non_blocking=True)
 
     def _sent_parts(self, flat: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of what goes to the CPU: x float32 [n, d], weights float32 and experts int32 [n, n_used]."""
@@ -343,7 +344,8 @@ class GpuEngine:
         c = self.config
         h = self.h[:n]
         places, positions, slots = self.at[: 3 * n].view(3, n)
-        hidden = torch.where(self.columns[:n_kv] > positions[:, None], float("-inf"), 0.0)[:, None]
+        hidden = torch.zeros(n, n_kv, device=self.device)
+        hidden = hidden.masked_fill_(self.columns[:n_kv] > positions[:, None], float("-inf"))[:, None]
         turns = positions[:, None].float() * self.turns
         turned = torch.polar(torch.ones_like(turns), turns)[:, None]
         for i, layer in enumerate(self.layers):
