@@ -102,7 +102,7 @@ def bandwidths(threads: int, source: GGUFSource) -> float:
     own = 2 * there.nbytes / timed(lambda: there.clone(), 20) / GB
     start = time.perf_counter()
     for _ in range(4):
-        copy_bytes(host.numpy(), data[: host.nbytes], source.pool, threads)
+        copy_bytes([(host.numpy(), data[: host.nbytes])], source.pool, threads)
     staging = 4 * host.nbytes / (time.perf_counter() - start) / GB
     say(f"memory: {threads} threads read {total:.0f} GB/s, copy to pinned {staging:.0f} GB/s; bus {bus:.0f} GB/s; GPU "
         f"copy {own:.0f} GB/s")  # fmt: skip

@@ -19,10 +19,12 @@ Stacks = list[tuple[str, np.ndarray, int]]
 """gate, up and down of a layer: (qtype, uint8 [n_expert, n_out, row_bytes], n_in)."""
 
 
-def copy_bytes(to: np.ndarray, data: np.ndarray, pool: ThreadPoolExecutor, workers: int) -> None:
-    """Both uint8 [n]: shared out among a pool's threads, since one alone is slower than the bus."""
-    bounds = [i * len(data) // workers for i in range(workers + 1)]
-    list(pool.map(lambda i: np.copyto(to[bounds[i] : bounds[i + 1]], data[bounds[i] : bounds[i + 1]]), range(workers)))
+def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
+    """Fill the first of each pair, uint8 [n], from the second: shared out among a pool's threads, since one alone is
+    slower than the bus."""
+    step = -(-sum(len(data) for _, data in pairs) // workers)
+    spans = [(to[i : i + step], data[i : i + step]) for to, data in pairs for i in range(0, len(data), step)]
+    list(pool.map(lambda span: np.copyto(*span), spans))
 
 
 def upload(data: np.ndarray, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
@@ -32,7 +34,7 @@ def upload(data: np.ndarray, device: torch.device, pool: ThreadPoolExecutor, wor
     buffer = torch.empty(min(SLICE, len(flat)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for begin in range(0, len(flat), SLICE):
         part = buffer[: len(flat) - begin]
-        copy_bytes(part.numpy(), flat[begin : begin + SLICE], pool, workers)
+        copy_bytes([(part.numpy(), flat[begin : begin + SLICE])], pool, workers)
         out[begin : begin + len(part)].copy_(part)
     return out.view(data.shape)
 
@@ -77,15 +79,16 @@ class Ring:
                     future.cancel()
 
     def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
-        slot, at, spans = i % SLOTS, 0, []
+        slot, at, spans, pairs = i % SLOTS, 0, [], []
         if self.on_gpu:
             self.copied[slot].synchronize()  # the buffer's last transfer
         host = self.host[slot].numpy()
         for qtype, data, n_in in stacks:
             part = data[begin : begin + CHUNK]
-            copy_bytes(host[at : at + part.nbytes], part.reshape(-1), self.pool, self.workers)
+            pairs.append((host[at : at + part.nbytes], part.reshape(-1)))
             spans.append((qtype, at, part.shape, n_in))
             at += -(-part.nbytes // ALIGN) * ALIGN
+        copy_bytes(pairs, self.pool, self.workers)
         with torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
             if self.on_gpu:
                 self.stream.wait_event(self.used[slot])
