@@ -169,6 +169,22 @@ def measure(
     return found
 
 
+def profile(engine: GpuEngine, prompt: list[int]) -> None:
+    """Where the GPU's time goes, while decoding and in a prompt."""
+    for what, work in (
+        ("decode 5", lambda: [engine.decode([0], [token]) for token in prompt[:5]]),
+        ("prefill", lambda: engine.prefill(0, prompt[: engine.piece], 0)),
+    ):
+        engine.prefill(0, prompt[:1], 0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            work()
+            torch.cuda.synchronize()
+        rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)[:14]
+        say(f"{what}: {sum(row.device_time_total for row in found.key_averages()) / 1e3:.2f} ms of kernels and copies")
+        for row in rows:
+            print(f"    {row.device_time_total / 1e3:9.3f} ms {row.count:6} x {row.key[:90]}", flush=True)
+
+
 def layer_bytes(layer: gpu.Layer) -> int:
     block, feed = layer.block, layer.block.feed
     parts = [layer.k_b, layer.v_b, block.kv_a, block.output, feed.gate, feed.up, feed.down]
@@ -221,6 +237,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--types", default="IQ1_S,IQ2_XXS,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,IQ4_XS")
+    parser.add_argument("--profile", action="store_true", help="Also list the kernels that take longest.")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -255,6 +272,8 @@ def main() -> None:
             graph = GraphEngine(GGUFSource(args.file, "cpu", n_threads=args.threads), 1, 512)
             d, same = agreement(engine, graph, prompt[:72], 64)
             say(f"logits against the CPU graph, same file: KLD {d:.5f}, top-1 {same:.3f}")
+        if args.profile:
+            profile(engine, prompt)
         del engine
         torch.cuda.empty_cache()
 

@@ -86,7 +86,8 @@ class GpuEngine:
         self.piece = self._piece()
         self._keep_experts(gpu_layers)
         self.steps: dict[tuple[int, int], list] = {}
-        self.graph_memory = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        if self.on_gpu:
+            self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     # Loading
 
@@ -304,7 +305,7 @@ class GpuEngine:
             del self.steps[next(iter(self.steps))]
         torch.cuda.synchronize()
         step = []
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(self.graph_stream):
             pieces, going = self._pieces(*key), True
             while going:
                 graph = torch.cuda.CUDAGraph()
