@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import signal
 import sys
 import warnings
@@ -137,6 +138,9 @@ effort_option = click.option("--effort", type=click.Choice(["fast", "normal", "b
                              show_default=True, help="How long quantkit's encoders search.")  # fmt: skip
 split_option = click.option("--split-max-size", default="50G", show_default=True, metavar="SIZE",
                             help="Largest file, like 50G or 4096M; 0 for a single file.")  # fmt: skip
+gpu_layers_option = click.option(
+    "--gpu-layers", default="auto", show_default=True, metavar="auto|N",
+    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.")  # fmt: skip
 restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
 
 
@@ -437,14 +441,15 @@ def report(folder):
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
 @device_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, device):
-    """Generate text with a GGUF, or chat with it: attention on the GPU if there is one, experts on the CPU."""
+@gpu_layers_option
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, device, gpu_layers):
+    """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    talk = Conversation(file, device or pipeline.default_device(), context, how)
+    talk = Conversation(file, device or pipeline.default_device(), context, how, parse_gpu_layers(gpu_layers))
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -491,7 +496,8 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
 @device_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, device):
+@gpu_layers_option
+def serve(file, host, port, api_key, context, parallel, queue, max_body, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
     from quantkit.runtime.engine import open_engine
@@ -503,7 +509,8 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, device)
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     source = GGUFSource(file, device or pipeline.default_device())
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
-    server.serve(source, open_engine(source, parallel, context), host, port, limits, api_key)
+    engine = open_engine(source, parallel, context, parse_gpu_layers(gpu_layers))
+    server.serve(source, engine, host, port, limits, api_key)
 
 
 @main.command()
@@ -535,6 +542,18 @@ def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, 
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """As sizes.parse_size; 0 -> None."""
     return sizes.parse_size(text, option) or None
+
+
+def parse_gpu_layers(text: str):
+    """auto, or a number of layers; from here on the runtime tells where it put them."""
+    logger = logging.getLogger("quantkit.runtime")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or len(text) > 4:
+        raise QuantkitError(f"--gpu-layers {text}: write auto or a number of layers")
+    return int(text)
 
 
 def parse_context(text: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, just below
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `pipeline` does
 
 from quantkit import bundle, pipeline
 from quantkit.formats.checkpoint import Checkpoint
