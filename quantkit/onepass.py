@@ -192,25 +192,36 @@ class LayerEncoder:
                 continue
             spec = self.specs[role]
             hessians = moments.hessians()
-            per_matrix = spec.n_rows // spec.n_matrices
-            for matrix in range(spec.n_matrices):
-                self._whole(role, tensor.name, spec, matrix * per_matrix, per_matrix, hessians[matrix])
+            if spec.n_matrices > 1:
+                self._heads(role, tensor.name, spec, hessians)
+            else:
+                self._whole(role, tensor.name, spec, hessians[0])
         self.out.sync()  # the state must not say that a layer is done before its bytes are safe
         return self.statistics.finish()
 
-    def _whole(self, role: str, name: str, spec: TensorSpec, first: int, count: int, hessian: Hessian) -> None:
+    def _heads(self, role: str, name: str, spec: TensorSpec, hessians: list[Hessian]) -> None:
+        """One small matrix per head, encoded together: one after the other they would leave a GPU idle."""
+        if self.out.done(name, 0, spec.n_rows):
+            return
+        per_head = spec.n_rows // spec.n_matrices
+        weights = [self._read(spec, first, first + per_head) for first in range(0, spec.n_rows, per_head)]
+        packed = self._encode(role, torch.stack(weights), hessians)
+        self.out.write(name, 0, packed.reshape(spec.n_rows, -1))
+        self.out.sync()
+
+    def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
         """One matrix, a slice of rows at a time under one factor."""
-        if self.out.done(name, first, first + count):
+        if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
         for start, stop in deepseek.slices(spec):
-            if first <= start < first + count:
-                rows = deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop,
-                                     str(self.source.device))  # fmt: skip
-                self.out.write(name, start, self._encode(role, rows[None], factor)[0])
+            self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[encoders.describe(hessian)] += 1
+
+    def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
         qtype = self.planned[role].qtype
