@@ -18,7 +18,7 @@ from quantkit.encoders.search import compiled, kernels, nearest, quadratic, runs
 if compiled is not None:
     from quantkit.encoders import cpu
 if kernels is not None:
-    from quantkit.encoders import fused
+    from quantkit.encoders import fused, fused_levels
 
 use_fused = kernels is not None  # tests and benchmarks set it to False to compare with the plain path
 
@@ -166,9 +166,11 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
         if start:
             target.baddbmm_(error[..., :start], factor.u[:, :start, part])
         if _fused(fmt, w) and effort.beta == 1:
-            _superblock_fused(fmt, state, w, target, error, factor, start, effort)
-            continue
-        if runs_compiled(w) and effort.beta == 1:
+            if fmt.grid is not None:
+                _superblock_fused(fmt, state, w, target, error, factor, start, effort)
+                continue
+            fused_levels.superblock(fmt, state, w, target, factor, start, effort)
+        elif runs_compiled(w) and effort.beta == 1:
             cpu.superblock(fmt, state, w, target, factor, start, effort)
         else:
             _superblock(fmt, state, w, target, factor, start, effort)
@@ -199,7 +201,10 @@ def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) ->
     superblocks = w.view(e, r, count, SUPERBLOCK).transpose(1, 2).flatten(0, 1)
     metric = d.view(e * count * per, fmt.block // GROUP, GROUP, GROUP)
     weights = d.diagonal(dim1=-2, dim2=-1).reshape(e * count, SUPERBLOCK)
-    first = guess(fmt, superblocks, weights, effort.tries)
+    if _fused(fmt, w) and fmt.grid is None:
+        first = fused_levels.guess(fmt, superblocks.mT.contiguous(), weights)
+    else:
+        first = guess(fmt, superblocks, weights, effort.tries)
     scales, offsets = hypotheses(fmt, first.scale, first.offset, effort.near)  # [E·count, R, blocks, H]
     s, o = block_scale(fmt, first.d, first.dmin, scales, offsets)
 
@@ -333,7 +338,8 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
 
 def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
     if _fused(fmt, w):
-        fused_descent_pass(fmt, w, factor, state)
+        run = fused_descent_pass if fmt.grid is not None else fused_levels.descent_pass
+        run(fmt, w, factor, state)
     elif runs_compiled(w):
         cpu.descent_pass(fmt, w, factor, state)
     else:
@@ -341,4 +347,4 @@ def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: Stat
 
 
 def _fused(fmt: Format, w: torch.Tensor) -> bool:
-    return use_fused and w.is_cuda and fmt.grid is not None
+    return use_fused and w.is_cuda
