@@ -416,6 +416,23 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
     sys.exit(0 if made.passed else 1)
 
 
+@main.command("export-kt")
+@click.argument("file", type=FILE)
+@click.option("--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder to make. Default: FILE-kt.")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
+@click.option("--linear", default="marlin", show_default=True, type=click.Choice(["marlin", "torch"]),
+              help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.")  # fmt: skip
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+def export_kt(file, output, gpus, linear, threads):
+    """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
+    tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
+    from quantkit.engines import kt_export
+
+    output = output or file.with_name(file.name.removesuffix(".gguf") + "-kt")
+    made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
+    click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
+
+
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(folder):
