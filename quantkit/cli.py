@@ -120,6 +120,8 @@ def hub_options(command):
 
 
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
+experts_option = click.option("--experts", default="auto", show_default=True, type=click.Choice(["auto", "ggml", "kt"]),
+                              help="Routed experts: the faster that is right, ggml, or kt-kernel.")  # fmt: skip
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
 recipe_option = click.option("--recipe", default=None, metavar="NAME|FILE",
@@ -378,12 +380,13 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
               help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
 @click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
               help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
+@experts_option
 @click.option("--ram", default=None, metavar="SIZE", help="Memory limit of the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
 @hub_options
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, ram, out,
-           device):  # fmt: skip
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, experts,
+           ram, out, device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -392,7 +395,7 @@ def verify(file, reference, data, tokens, column, chunk, from_start, target, sco
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(
         file, original, choice, device or pipeline.default_device(), target, out, score=score,
-        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(ram, "--ram") if ram else None,
+        runtime_tokens=runtime_tokens, prompts=prompts, experts=experts, ram=parse_size(ram, "--ram") if ram else None,
     )  # fmt: skip
     click.echo(short_table(result, file))
 
@@ -453,15 +456,16 @@ def report(folder):
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens.")
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
+@experts_option
 @device_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, device):
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, experts, device):
     """Generate text with a GGUF, or chat with it: attention on the GPU if there is one, experts on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    talk = Conversation(file, device or pipeline.default_device(), context, how)
+    talk = Conversation(file, device or pipeline.default_device(), context, how, experts)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -507,10 +511,12 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
+@experts_option
 @device_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, device):
+def serve(file, host, port, api_key, context, parallel, queue, max_body, experts, device):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
+    from quantkit.runtime import kt_experts
     from quantkit.runtime.engine import open_engine
     from quantkit.runtime.sources import GGUFSource
 
@@ -519,6 +525,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, device)
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     source = GGUFSource(file, device or pipeline.default_device())
+    kt_experts.select(source, experts)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
     server.serve(source, open_engine(source, parallel, context), host, port, limits, api_key)
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
+from quantkit.runtime import kt_experts
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources import GGUFSource
@@ -100,8 +101,9 @@ def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(self, path: Path, device: str, context: int, how: Sampling):
+    def __init__(self, path: Path, device: str, context: int, how: Sampling, experts: kt_experts.Choice = "auto"):
         source = GGUFSource(path, device)
+        kt_experts.select(source, experts)
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
         self.engine = open_engine(source, 1, context)
         self.messages: list[dict[str, str]] = []

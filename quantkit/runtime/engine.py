@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from quantkit import ggml
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Model, Sampling, sample
@@ -58,9 +59,9 @@ class TorchEngine:
 
 def open_engine(source: GGUFSource, n_slots: int, capacity: int) -> Engine:
     """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): one ggml
-    graph if all is computed on the CPU, else layer by layer."""
+    graph if all is computed on the CPU by ggml, else layer by layer."""
     capacity = min(capacity, source.config.n_context)
-    if source.quantized_products:
+    if source.quantized_products and source.make_experts is ggml.Experts:
         return GraphEngine(source, n_slots, capacity)
     return TorchEngine(Model(source), n_slots, capacity)
 
