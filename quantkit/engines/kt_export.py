@@ -264,9 +264,13 @@ def write_model(source: GGUFSource, folder: Path) -> None:
     c, meta = source.config, source.file.metadata
     folder.mkdir()
     auto = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-    tokens = meta["tokenizer.ggml.tokens"]
-    names = {key: tokens[meta.get(f"tokenizer.ggml.{label}_token_id", c.eos)]
-             for key, label in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}  # fmt: skip
+    tokenizer = json.loads(source.tokenizer().to_str())
+    tokenizer["model"]["merges"] = meta["tokenizer.ggml.merges"]  # "a b": tokenizers before 0.20 read no pairs
+    try:
+        names = {key: meta["tokenizer.ggml.tokens"][meta.get(f"tokenizer.ggml.{label}_token_id", c.eos)]
+                 for key, label in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}  # fmt: skip
+    except (LookupError, TypeError):
+        raise QuantkitError(f"{source.file.path}: a tokenizer.ggml.*_token_id is no token of the vocabulary") from None
     settings = {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "clean_up_tokenization_spaces": False,
                 "model_max_length": c.n_context, **names,
                 "add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", True)),
@@ -274,8 +278,6 @@ def write_model(source: GGUFSource, folder: Path) -> None:
     if template := meta.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     sampling = {"bos_token_id": c.bos, "eos_token_id": c.eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
-    tokenizer = json.loads(source.tokenizer().to_str())
-    tokenizer["model"]["merges"] = meta["tokenizer.ggml.merges"]  # "a b": tokenizers before 0.20 read no pairs
     for name, value in (("config.json", c.to_hf() | auto), ("generation_config.json", sampling),
                         ("tokenizer_config.json", settings), ("tokenizer.json", tokenizer)):  # fmt: skip
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,7 +31,6 @@ from quantkit.progress import say
 from quantkit.runtime.sources import GGUFSource
 
 Choice = Literal["auto", "ggml", "kt"]
-CHOICES = ("auto", "ggml", "kt")
 INSTALL = "pip install --no-deps kt-kernel==0.7.2"
 BLOCK = 256  # hidden and expert FFN sizes must be multiples of it
 ROWS = 256  # tokens computed at once: bounds kt-kernel's buffers

@@ -253,7 +253,7 @@ def test_failure_leaves_nothing(quantized, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_rules_do_not_cover(quantized):
+def test_what_the_rules_do_not_cover(quantized, tmp_path):
     source = GGUFSource(quantized("1.58bit", "ktransformers"), hybrid=False)
     kt_export.check(source)
     bias = source.file.tensors.pop("blk.2.exp_probs_b.bias")
@@ -263,3 +263,6 @@ def test_what_the_rules_do_not_cover(quantized):
     source.file.metadata["general.tags"] = []
     with pytest.raises(QuantkitError, match="empty array general"):
         kt_export.check(source)
+    source.file.metadata["tokenizer.ggml.padding_token_id"] = 10**6
+    with pytest.raises(QuantkitError, match="no token of the vocabulary"):
+        kt_export.write_model(source, tmp_path / "model")
