@@ -421,7 +421,9 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
 
 @main.command("export-kt")
 @click.argument("file", type=FILE)
-@click.option("--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder to make. Default: FILE-kt.")
+@click.option(
+    "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
+)
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
 @click.option("--linear", default="marlin", show_default=True, type=click.Choice(["marlin", "torch"]),
               help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.")  # fmt: skip
@@ -431,7 +433,7 @@ def export_kt(file, output, gpus, linear, threads):
     tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
     from quantkit.engines import kt_export
 
-    output = output or file.with_name(file.name.removesuffix(".gguf") + "-kt")
+    output = output or kt_export.default_output(file)
     made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
     click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
 

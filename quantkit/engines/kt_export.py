@@ -23,6 +23,7 @@ import yaml
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import row_bytes
+from quantkit.formats.gguf_reader import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.planning import targets
 from quantkit.planning.plan import split_name
@@ -105,6 +106,12 @@ class _Tensor:
     @property
     def n_bytes(self) -> int:
         return self.row_bytes * prod(self.shape[:-1])
+
+
+def default_output(path: Path) -> Path:
+    """`X.gguf`, or one of its splits, -> `X-kt` beside it."""
+    split = SPLIT_NAME.fullmatch(path.name)
+    return path.with_name((split["stem"] if split else path.name.removesuffix(".gguf")) + "-kt")
 
 
 def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = None, linear: Linear = "marlin") -> Path:

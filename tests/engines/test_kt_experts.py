@@ -56,7 +56,7 @@ def test_verdict(found, on_cpu, engine, says):
 
 
 def test_what_the_child_said():
-    lines = ['{"variant": "avx2"}', "TP MOE layer 0", '{"trying": "IQ1_S"}', '{"error": {"IQ1_S": 0.02}}']
+    lines = ['{"variant": "avx2"}', "TP MOE layer 0", "7", '{"trying": "IQ1_S"}', '{"error": {"IQ1_S": 0.02}}']
     assert kt_experts._read("\n".join([*lines, '{"ms": {"ggml": 2, "kt": 1}}']), 0, "").problem is None
     died = kt_experts._read("\n".join([*lines, '{"trying": "IQ3_S"}']), -6, "terminate called")
     assert died.problem == "kt-kernel (avx2) ended with SIGABRT on IQ3_S"

@@ -237,8 +237,9 @@ def test_all_splits_are_linked(quantized, imatrix, tmp_path):
                       "--output", tmp_path / "s.gguf", "--split-max-size", "2M")  # fmt: skip
     parts = sorted(tmp_path.glob("s-*.gguf"))
     assert len(parts) > 1
-    kt_export.export(parts[1], tmp_path / "out")
-    linked = sorted((tmp_path / "out" / "gguf").glob("s-*.gguf"))
+    assert kt_export.default_output(parts[1]) == tmp_path / "s-kt"
+    kt_export.export(parts[1], tmp_path / "s-kt")
+    linked = sorted((tmp_path / "s-kt" / "gguf").glob("s-*.gguf"))
     assert [p.resolve() for p in linked] == parts
     assert GGUFFile.open(linked[0]).tensors.keys() == GGUFFile.open(whole).tensors.keys()
 
