@@ -121,6 +121,8 @@ def hub_options(command):
 
 
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
+experts_option = click.option("--experts", default="auto", show_default=True, type=click.Choice(["auto", "ggml", "kt"]),
+                              help="Routed experts: the faster that is right, ggml, or kt-kernel.")  # fmt: skip
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
 recipe_option = click.option("--recipe", default=None, metavar="NAME|FILE",
@@ -382,12 +384,13 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
               help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
 @click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
               help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
+@experts_option
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
 @hub_options
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, memory,
-           out, device):  # fmt: skip
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, experts,
+           memory, out, device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -396,7 +399,8 @@ def verify(file, reference, data, tokens, column, chunk, from_start, target, sco
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(
         file, original, choice, device or pipeline.default_device(), target, out, score=score,
-        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(memory, "--memory") if memory else None,
+        runtime_tokens=runtime_tokens, prompts=prompts, experts=experts,
+        ram=parse_size(memory, "--memory") if memory else None,
     )  # fmt: skip
     click.echo(short_table(result, file))
 
@@ -420,6 +424,25 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
     sys.exit(0 if made.passed else 1)
 
 
+@main.command("export-kt")
+@click.argument("file", type=FILE)
+@click.option(
+    "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
+)
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
+@click.option("--linear", default="marlin", show_default=True, type=click.Choice(["marlin", "torch"]),
+              help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.")  # fmt: skip
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+def export_kt(file, output, gpus, linear, threads):
+    """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
+    tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
+    from quantkit.engines import kt_export
+
+    output = output or kt_export.default_output(file)
+    made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
+    click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
+
+
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(folder):
@@ -440,16 +463,17 @@ def report(folder):
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens.")
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
+@experts_option
 @device_option
 @gpu_layers_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, device, gpu_layers):
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, experts, device, gpu_layers):
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    talk = Conversation(file, device or pipeline.default_device(), context, how, parse_gpu_layers(gpu_layers))
+    talk = Conversation(file, device or pipeline.default_device(), context, how, parse_gpu_layers(gpu_layers), experts)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -495,11 +519,13 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
+@experts_option
 @device_option
 @gpu_layers_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, device, gpu_layers):
+def serve(file, host, port, api_key, context, parallel, queue, max_body, experts, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
+    from quantkit.runtime import kt_experts
     from quantkit.runtime.engine import open_engine
     from quantkit.runtime.sources import GGUFSource
 
@@ -508,6 +534,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, device,
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     source = GGUFSource(file, device or pipeline.default_device())
+    kt_experts.select(source, experts)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
     engine = open_engine(source, parallel, context, parse_gpu_layers(gpu_layers))
     server.serve(source, engine, host, port, limits, api_key)

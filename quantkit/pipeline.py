@@ -47,6 +47,7 @@ from quantkit.planning.recipe import Recipe
 from quantkit.plans import BudgetOptions, open_model, plan_model, recipe_name
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
+from quantkit.runtime import kt_experts
 from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
 from quantkit.tensors import Imatrix
 
@@ -140,7 +141,8 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
                 out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0, prompts: int = 0,
-                ram: int | None = None, passed: ReferencePass | None = None) -> dict[str, Any]:  # fmt: skip
+                experts: kt_experts.Choice = "auto", ram: int | None = None, passed: ReferencePass | None = None
+                ) -> dict[str, Any]:  # fmt: skip
     """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`.
 
     passed: the original's side, if it has run along with another pass.
@@ -152,6 +154,8 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
+    if runtime is not None:
+        kt_experts.select(runtime, experts)
     result = verify(quantized, original, chunks, target, score=score, runtime=runtime, runtime_tokens=runtime_tokens,
                     prompts=prompts, ram=ram, known=passed.scored() if passed else None)  # fmt: skip
     result |= {"text": text.name, "text_sha256": text.digest}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
+from quantkit.runtime import kt_experts
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.gpu import GpuLayers
@@ -101,8 +102,10 @@ def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(self, path: Path, device: str, context: int, how: Sampling, gpu_layers: GpuLayers = "auto"):
+    def __init__(self, path: Path, device: str, context: int, how: Sampling, gpu_layers: GpuLayers = "auto",
+                 experts: kt_experts.Choice = "auto"):  # fmt: skip
         source = GGUFSource(path, device)
+        kt_experts.select(source, experts)
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
         self.engine = open_engine(source, 1, context, gpu_layers)
         self.messages: list[dict[str, str]] = []

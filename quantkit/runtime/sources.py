@@ -149,6 +149,7 @@ class GGUFSource:
         self.n_threads = n_threads or torch.get_num_threads()
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
+        self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
         self._check_tensors()
 
     def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":
@@ -244,7 +245,8 @@ class GGUFSource:
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
         stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
-        return CpuExperts(ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads), self.device)
+        made = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return CpuExperts(made, self.device)
 
     def _expert(self, names: list[str], expert: int) -> Projections:
         def matrix(name: str) -> torch.Tensor:
@@ -281,9 +283,9 @@ class Batched:
 
 
 class CpuExperts:
-    """ggml experts for inputs that may live on a GPU."""
+    """Experts on the CPU for inputs that may live on a GPU."""
 
-    def __init__(self, experts: ggml.Experts, device: torch.device):
+    def __init__(self, experts: Experts, device: torch.device):
         self.experts, self.device = experts, device
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
