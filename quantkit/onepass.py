@@ -35,9 +35,6 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
 }  # fmt: skip
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
-# Types without a fused GPU kernel. With feedback R1's would take hours there, so where a plan has many such weights (a
-# minute's work and more) `normal` encodes experts of these types without it and leaves other matrices to ggml.
-UNFUSED, MANY_UNFUSED = frozenset("Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS".split()), 1_000_000_000
 # Experts encoded together on a GPU: share of its free memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
 
@@ -91,14 +88,7 @@ class LayerEncoder:
     def __init__(self, layer: int, source: CheckpointSource, plan: Plan, specs: Mapping[str, TensorSpec],
                  out: GGUFWriter, how: EncoderOptions, used: Counter[str]):  # fmt: skip
         self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
-        n_unfused = sum(tensor.n_weights for tensor in plan.tensors if tensor.qtype in UNFUSED)
-        many = source.device.type == "cuda" and how.effort == "normal" and n_unfused > MANY_UNFUSED
-        self.unfused = skipped = UNFUSED if many else frozenset()
-        mine = [
-            tensor for tensor in plan.tensors
-            if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED
-            and (tensor.is_routed or tensor.qtype not in skipped)
-        ]  # fmt: skip
+        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
         self.statistics = Accumulator(layer, source.config.n_expert)
@@ -226,14 +216,12 @@ class LayerEncoder:
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
         qtype = self.planned[role].qtype
         routed = self.specs[role].is_routed
-        gamma, effort = self.how.gamma.get(qtype, 1.0) if routed else 1.0, self.how.effort
-        if routed and qtype in self.unfused:
-            gamma, effort = 1.0, "fast"
+        gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
             self.used.update(encoders.describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(qtype, weights, knowledge, effort=effort,
+        return encoders.encode_batch(qtype, weights, knowledge, effort=self.how.effort,
                                      gamma=gamma, device=self.source.device)  # fmt: skip
 
 
