@@ -100,18 +100,17 @@ def _fit_signed(x, w, stretches, low, high, halves):
         if abs(x[i]) > abs(peak):
             peak = x[i]
     best_s, best_gain = F(0), F(0)
-    for end in (low, high):
-        for stretch in stretches:
-            s = peak / end * stretch
-            inverse = F(1) / s if s != 0 else F(1)
-            xq, qq = F(0), F(0)
-            for i in range(len(x)):
-                value = _nearest_level(x[i] * inverse, low, high, halves)
-                xq += w[i] * value * x[i]
-                qq += w[i] * value * value
-            gain = xq * xq / max(qq, F(1e-30))
-            if gain > best_gain:
-                best_gain, best_s = gain, xq / max(qq, F(1e-30))
+    for stretch in stretches:
+        s = peak * stretch
+        inverse = F(1) / s if s != 0 else F(1)
+        xq, qq = F(0), F(0)
+        for i in range(len(x)):
+            value = _nearest_level(x[i] * inverse, low, high, halves)
+            xq += w[i] * value * x[i]
+            qq += w[i] * value * value
+        gain = xq * xq / max(qq, F(1e-30))
+        if gain > best_gain:
+            best_gain, best_s = gain, xq / max(qq, F(1e-30))
     return best_s
 
 
