@@ -8,7 +8,7 @@ from ..errors import QuantkitError
 from .gguf_encode import PlannedTensor
 from .gguf_layout import FileLayout
 from .gguf_reader import SPLIT_NAME
-from .ledger import Coverage, Ledger, Slice
+from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
 from .part_file import PartFile, check_space, part_path, sync_folder
 
 
@@ -25,7 +25,19 @@ def resumable(path: Path, ledger: Ledger, identity: Mapping[str, str]) -> list[S
         raise QuantkitError(
             f"{path}: cannot resume, {' and '.join(changed)} changed since that run; restart it, or use another name"
         )
+    for other in ledger_paths(path):
+        slices += _of_rank(other, identity)
     return slices
+
+
+def _of_rank(path: Path, identity: Mapping[str, str]) -> list[Slice]:
+    """Slices in another rank's ledger; none if it is of an older run, whose rank 0 is not there to ask."""
+    ledger = Ledger(path)
+    try:
+        found, slices = ledger.load()
+        return slices if found == dict(identity) else []
+    finally:
+        ledger.close()
 
 
 def all_written(tensors: Iterable[PlannedTensor], slices: Iterable[Slice]) -> bool:
@@ -58,6 +70,7 @@ def fresh_parts(
     """
     ledger.clear()
     _remove_parts(path)
+    remove_ledgers(path)
     check_space(path.parent, layouts)
     parts: list[PartFile] = []
     try:
@@ -76,11 +89,20 @@ def fresh_parts(
 
 def discard(path: Path) -> None:
     """Remove what an interrupted run of the model `path` left. QuantkitError if another process is writing it."""
-    ledger = Ledger(path.with_name(path.name + ".part.ledger"))
+    ledger = Ledger(ledger_path(path))
     try:
         _remove_parts(path)
+        remove_ledgers(path)
         ledger.remove()
     finally:
+        ledger.close()
+
+
+def remove_ledgers(path: Path) -> None:
+    """Those of ranks beyond the first. QuantkitError if a process is still writing one."""
+    for other in ledger_paths(path):
+        ledger = Ledger(other)
+        ledger.remove()
         ledger.close()
 
 
