@@ -31,7 +31,12 @@ LOST = 90.0  # without one: a rank, or its host, is gone (compiling kernels may 
 GRACE = 15.0  # to save what is done, once another rank has failed; then this process ends, whatever it waits for
 PATIENCE = timedelta(days=7)  # of one exchange: a rank may encode for hours; the watch finds those that are gone
 FAILED, ALIVE = "quantkit/failed", "quantkit/alive/"
-LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"}
+LAUNCHERS = {  # where torchrun (and with it accelerate), Intel MPI or MPICH, Open MPI and MVAPICH2 say who one is
+    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "count": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "local rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "local count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+}
 
 
 @dataclass
@@ -66,16 +71,13 @@ def launched_index() -> int:
 
 def _launched() -> tuple[int, int, int, int]:
     """(rank, ranks, rank on this host, ranks on this host) as the launcher says."""
-    if not LAUNCHER & {*os.environ}:
-        return 0, 1, 0, 1
-    from accelerate.utils import get_cpu_distributed_information
-
-    found = get_cpu_distributed_information()
+    found = {what: next((int(os.environ[name]) for name in names if name in os.environ), None)
+             for what, names in LAUNCHERS.items()}  # fmt: skip
     asked = "MASTER_ADDR" in os.environ and any(key.startswith("ACCELERATE_") for key in os.environ)
-    if asked and "RANK" not in os.environ and found.world_size == 1:
+    if asked and found["rank"] is None:
         raise QuantkitError("accelerate launch was asked for several processes and started one; with --multi_gpu it "
                             "starts them all, on CPUs too (then -m quantkit ... --device cpu)")  # fmt: skip
-    return found.rank, found.world_size, found.local_rank, found.local_world_size
+    return found["rank"] or 0, found["count"] or 1, found["local rank"] or 0, found["local count"] or 1
 
 
 def join() -> None:

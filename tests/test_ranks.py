@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import pipeline, ranks
+from quantkit import bundle, pipeline, ranks
 from quantkit.errors import QuantkitError
 from quantkit.plans import BudgetOptions
 from quantkit.runtime.experts import StreamedExperts
@@ -25,16 +25,21 @@ OURS = pipeline.MakeOptions(
     device="cpu", verify=False,
 )  # fmt: skip
 NAME = "tiny-r1-1.58bit.gguf"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def launch(n: int, *arguments: object) -> subprocess.Popen:
     """`accelerate launch` of n ranks; what they say comes on stderr, with the launcher's own report of a failure."""
+    return launch_script(n, "-m", "quantkit", *arguments)
+
+
+def launch_script(n: int, *arguments: object) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1,
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]  # fmt: skip
-    command = [*launcher, "--num_processes", n, "-m", "quantkit", *arguments]
+    command = [*launcher, "--num_processes", n, *arguments]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -227,3 +232,31 @@ def test_shared_experts_add_up_as_one_rank_does(monkeypatch, n_ranks):
     for rank in range(n_ranks):
         waiting = {owner: iter(rows) for owner, rows in handed.items()}
         assert torch.equal(run(rank, receive), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_have_the_bytes_of_one(tmp_path):
+    """Compares one and two ranks, rows travelling by NCCL."""
+    done = subprocess.run([sys.executable, SCRIPTS / "bench_ranks.py", bundle.models_dir() / "tiny-r1", "--out", tmp_path,
+                           "--tokens", "8192", "--device", "cuda"], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "same bytes" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_on_a_gpu_does_not_leave_the_other_waiting(tmp_path, victim):
+    process = launch_script(2, SCRIPTS / "bench_onepass.py", bundle.models_dir() / "tiny-r1", "--out", tmp_path,
+                            "--tokens", 65536, "--device", "cuda")  # fmt: skip
+    until = time.monotonic() + 150
+    while not (tmp_path / "synthetic.gguf.part.ledger.1").exists():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.005)
+    started = processes_of(process.pid)
+    os.kill(started[victim], signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert not [pid for pid in started.values() if Path(f"/proc/{pid}").exists()]
+    assert not (tmp_path / "synthetic.gguf").exists()
