@@ -238,8 +238,8 @@ def test_shared_experts_add_up_as_one_rank_does(monkeypatch, n_ranks):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_have_the_bytes_of_one(tmp_path):
     """Compares one and two ranks, rows travelling by NCCL."""
-    done = subprocess.run([sys.executable, SCRIPTS / "bench_ranks.py", bundle.models_dir() / "tiny-r1", "--out", tmp_path,
-                           "--tokens", "8192", "--device", "cuda"], capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, SCRIPTS / "bench_ranks.py", bundle.models_dir() / "tiny-r1", "--out", tmp_path]
+    done = subprocess.run([*command, "--tokens", "8192", "--device", "cuda"], capture_output=True, text=True)
     assert done.returncode == 0 and "same bytes" in done.stdout, done.stdout + done.stderr
 
 
