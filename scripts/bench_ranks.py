@@ -43,8 +43,9 @@ def run(model: Path, out: Path, n: int, more: list[str]) -> dict:
         whole = hashlib.file_digest(file, "sha256").hexdigest()
     made = GGUFFile.open(out / "synthetic.gguf")
     tensors = {name: hashlib.sha256(made.data(name)).hexdigest() for name in made.tensors}
+    found = json.loads(figures.read_text()) | {"ranks": n, "sha256": whole, "tensors": tensors}
     shutil.rmtree(out)
-    return json.loads(figures.read_text()) | {"ranks": n, "sha256": whole, "tensors": tensors}
+    return found
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
