@@ -1,6 +1,6 @@
 """The one-pass job on a synthetic checkpoint of R1's geometry: seconds a layer, weights/s, GB/s, peak memory.
 
-    python scripts/make_synthetic.py synthetic --dense 0 --moe 1
+    python scripts/make_synthetic.py synthetic --dense 1 --moe 1
     python scripts/bench_onepass.py synthetic --tokens 32768 --out /tmp/one
 
 Random tokens, the real recipe, the real writer; only the tokenizer's metadata are missing from the file. Under
