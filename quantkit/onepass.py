@@ -43,15 +43,16 @@ GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S":
 UNFUSED, MANY_UNFUSED = frozenset("Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS".split()), 1_000_000_000
 # Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
+LEAST_GROUPS = 8  # in a layer, for as many ranks
 
 
-def group_size(device: torch.device, n_in: int) -> int:
+def group_size(device: torch.device, n_in: int, n_expert: int) -> int:
     """Experts encoded together: one on a CPU. A GPU's bytes may depend on it, so it follows from the GPU's size, not
     from what is free of it, and is a power of two; all ranks take the smallest."""
     if device.type != "cuda":
         return 1
     fit = int(GROUP_SHARE * torch.cuda.get_device_properties(device).total_memory) // (FACTOR_COPIES * 4 * n_in * n_in)
-    fit = max(1, min(MOST_EXPERTS, fit))
+    fit = max(1, min(fit, MOST_EXPERTS, n_expert // LEAST_GROUPS))
     return min(ranks.gather(1 << (fit.bit_length() - 1)))
 
 
@@ -120,7 +121,7 @@ class LayerEncoder:
         self.weights: list[torch.Tensor] = []
         self.shared: Hessian | None = None
         self.waiting: Group = []
-        self.group = group_size(source.device, source.config.d)
+        self.group = group_size(source.device, source.config.d, source.config.n_expert)
         self.block = self.group if self.group > 1 else self.statistics.block
 
     def _share(self) -> set[str]:

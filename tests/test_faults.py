@@ -23,7 +23,8 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.planning.plan import Plan
 
-KILL_TEST = Path(__file__).parents[1] / "scripts" / "kill_test.py"
+ROOT = Path(__file__).parents[1]
+KILL_TEST = ROOT / "scripts" / "kill_test.py"
 SMALL = pipeline.MakeOptions(
     calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=1024)),
     evaluation=pipeline.TextChoice(n_tokens=512),
@@ -265,3 +266,44 @@ def test_activations_that_are_not_finite_are_named(model_copy, tmp_path):
     with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
         pipeline.make(model_copy, tmp_path / "out", SMALL)
     shutil.rmtree(tmp_path / "out")
+
+
+SMALL_GPU = """
+import sys, torch
+from quantkit import cli, onepass
+
+torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)))
+encode = onepass.LayerEncoder._encode_experts
+
+def noted(self, waiting):
+    encode(self, waiting)
+    print("group", len(waiting), torch.cuda.max_memory_reserved(), file=sys.stderr)
+
+onepass.LayerEncoder._encode_experts = noted
+cli.main()
+"""
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_really_too_small(tmp_path):
+    """It gives less and less of its memory: groups shrink, then one clear line. With all of it the run goes on."""
+    device = torch.cuda.get_device_properties(0).total_memory
+
+    def run(n_bytes: int, folder: Path) -> tuple[int, list[int], int, str]:
+        """Exit code, sizes of groups, memory used, stderr. The text is the documentation's."""
+        done = subprocess.run([sys.executable, "-c", SMALL_GPU, str(min(1.0, n_bytes / device)), "make", "-o", folder,
+                               "--data", ROOT / "docs", "--tokens", "4096", "--encoder", "quantkit", "--no-verify",
+                               "--device", "cuda"], capture_output=True, text=True)  # fmt: skip
+        groups = [list(map(int, line.split()[1:])) for line in done.stderr.splitlines() if line.startswith("group ")]
+        return done.returncode, [size for size, _ in groups], max((n for _, n in groups), default=0), done.stderr
+
+    code, sizes, n_bytes, stderr = run(device, tmp_path / "calm")
+    assert code == 0 and min(sizes) == max(sizes) > 1, stderr
+    shrunk = 0
+    while code == 0:
+        n_bytes = int(0.85 * n_bytes)
+        code, sizes, _, stderr = run(n_bytes, folder := tmp_path / str(n_bytes))
+        shrunk += bool(sizes) and min(sizes) == 1
+    assert shrunk, stderr
+    assert "out of GPU memory" in one_line(stderr) and not (folder / NAME).exists()
+    assert run(device, folder)[0] == 0 and (folder / NAME).exists()

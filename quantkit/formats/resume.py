@@ -1,6 +1,7 @@
 """What an interrupted run left behind: whether it can be continued, and with which files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -25,19 +26,25 @@ def resumable(path: Path, ledger: Ledger, identity: Mapping[str, str]) -> list[S
         raise QuantkitError(
             f"{path}: cannot resume, {' and '.join(changed)} changed since that run; restart it, or use another name"
         )
-    for other in ledger_paths(path):
-        slices += _of_rank(other, identity)
+    with other_ledgers(path) as others:
+        for other in others:
+            found, more = other.load()
+            if found == dict(identity):  # else of an older run, whose first ledger is gone
+                slices += more
     return slices
 
 
-def _of_rank(path: Path, identity: Mapping[str, str]) -> list[Slice]:
-    """Slices in another rank's ledger; none if it is of an older run, whose rank 0 is not there to ask."""
-    ledger = Ledger(path)
+@contextmanager
+def other_ledgers(path: Path) -> Iterator[list[Ledger]]:
+    """Those of ranks beyond the first, locked. QuantkitError if a process is writing one."""
+    ledgers: list[Ledger] = []
     try:
-        found, slices = ledger.load()
-        return slices if found == dict(identity) else []
+        for other in ledger_paths(path):
+            ledgers.append(Ledger(other))
+        yield ledgers
     finally:
-        ledger.close()
+        for ledger in ledgers:
+            ledger.close()
 
 
 def all_written(tensors: Iterable[PlannedTensor], slices: Iterable[Slice]) -> bool:
@@ -68,9 +75,11 @@ def fresh_parts(
 
     If the disk cannot hold them all, none is left.
     """
-    ledger.clear()
-    _remove_parts(path)
-    remove_ledgers(path)
+    with other_ledgers(path) as others:
+        ledger.clear()
+        _remove_parts(path)
+        for other in others:
+            other.remove()
     check_space(path.parent, layouts)
     parts: list[PartFile] = []
     try:
@@ -91,18 +100,11 @@ def discard(path: Path) -> None:
     """Remove what an interrupted run of the model `path` left. QuantkitError if another process is writing it."""
     ledger = Ledger(ledger_path(path))
     try:
-        _remove_parts(path)
-        remove_ledgers(path)
-        ledger.remove()
+        with other_ledgers(path) as others:
+            _remove_parts(path)
+            for each in (ledger, *others):
+                each.remove()
     finally:
-        ledger.close()
-
-
-def remove_ledgers(path: Path) -> None:
-    """Those of ranks beyond the first. QuantkitError if a process is still writing one."""
-    for other in ledger_paths(path):
-        ledger = Ledger(other)
-        ledger.remove()
         ledger.close()
 
 
