@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,6 +45,7 @@ class _Team:
     count: int = 1
     local_count: int = 1
     store: Any = None
+    gpus: Any = None  # the group that carries what lives on GPUs
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -71,13 +72,21 @@ def launched_index() -> int:
 
 def _launched() -> tuple[int, int, int, int]:
     """(rank, ranks, rank on this host, ranks on this host) as the launcher says."""
-    found = {what: next((int(os.environ[name]) for name in names if name in os.environ), None)
-             for what, names in LAUNCHERS.items()}  # fmt: skip
+    found = {what: _number(names) for what, names in LAUNCHERS.items()}
     asked = "MASTER_ADDR" in os.environ and any(key.startswith("ACCELERATE_") for key in os.environ)
     if asked and found["rank"] is None:
         raise QuantkitError("accelerate launch was asked for several processes and started one; with --multi_gpu it "
                             "starts them all, on CPUs too (then -m quantkit ... --device cpu)")  # fmt: skip
     return found["rank"] or 0, found["count"] or 1, found["local rank"] or 0, found["local count"] or 1
+
+
+def _number(names: Sequence[str]) -> int | None:
+    for name in names:
+        if name in os.environ:
+            if not os.environ[name].isdecimal():
+                raise QuantkitError(f"the environment's {name} is {os.environ[name]}, not a number: unset it")
+            return int(os.environ[name])
+    return None
 
 
 def join() -> None:
@@ -88,19 +97,22 @@ def join() -> None:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     os.environ["CUDA_VISIBLE_DEVICES"] = (visible[local : local + 1] or [""])[0] if visible else str(local)
     os.environ.setdefault("MASTER_PORT", "29500")
+    if world == local_count:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise QuantkitError(f"rank {rank} of {world} cannot meet the others: {str(error).splitlines()[0]}") from None
     store = dist.distributed_c10d._get_default_store()
     _team.index, _team.count, _team.local_count = rank, world, local_count
     _team.store, _team.stop = store, threading.Event()
     store.set(f"{ALIVE}{rank}", "0")
-    barrier()
+    if all(gather(torch.cuda.is_available() and dist.is_nccl_available())):
+        with _exchange():
+            _team.gpus = dist.new_group(backend="nccl", timeout=PATIENCE)
     threading.Thread(target=_watch, args=(store.clone(), rank, world, _team.stop), daemon=True).start()
 
 
@@ -164,7 +176,7 @@ def spread(tensor: "torch.Tensor", owner: int) -> "torch.Tensor":
 
     if _team.count > 1 and tensor.numel():
         with _exchange() as dist:
-            dist.broadcast(tensor.view(-1).view(torch.uint8), owner)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), owner, _team.gpus if tensor.is_cuda else None)
     return tensor
 
 

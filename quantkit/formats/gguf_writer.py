@@ -82,24 +82,9 @@ class GGUFWriter:
         layouts = layout(path, tensors, metadata, split_max_bytes)
         identity = {**fingerprint, "layout": digest(layouts)}
         make_folder(path.parent)
+        ranks.same(identity, "job")
         if ranks.index():
-            finished, complete = ranks.agree(lambda: None)
-            ledger = Ledger(ledger_path(path, ranks.index()))
-            parts: list[PartFile] = []
-            try:
-                if not any(part_path(item).exists() or item.path.exists() for item in layouts):
-                    raise QuantkitError(f"{path.parent}: rank {ranks.index()} does not see the file that rank 0 began "
-                                        "there; all ranks must work in one shared folder")  # fmt: skip
-                parts = old_parts(layouts, complete)
-                if ledger.load()[0] != identity:
-                    ledger.clear()
-                    ledger.start(identity)
-            except BaseException:
-                for part in parts:
-                    part.close()
-                ledger.close(discard_empty=True)
-                raise
-            return cls(path, tensors, layouts, parts, ledger, map(tuple, finished))
+            return cls(path, tensors, layouts, *cls._follow(path, layouts, identity))
         ledger = Ledger(ledger_path(path))
         try:
             finished = None if restart else resumable(path, ledger, identity)
@@ -113,6 +98,28 @@ class GGUFWriter:
             raise
         ranks.agree(lambda: (finished or [], complete))
         return cls(path, tensors, layouts, parts, ledger, finished or [])
+
+    @staticmethod
+    def _follow(
+        path: Path, layouts: Sequence[FileLayout], identity: Mapping[str, str]
+    ) -> tuple[list[PartFile], Ledger, list[Slice]]:
+        """Open what rank 0 has begun or found; what is done of it is what rank 0 says."""
+        finished, complete = ranks.agree(lambda: None)
+        ledger, parts = Ledger(ledger_path(path, ranks.index())), []
+        try:
+            if not any(part_path(item).exists() or item.path.exists() for item in layouts):
+                raise QuantkitError(f"{path.parent}: rank {ranks.index()} does not see the file that rank 0 began "
+                                    "there; all ranks must work in one shared folder")  # fmt: skip
+            parts = old_parts(layouts, complete)
+            if ledger.load()[0] != identity:
+                ledger.clear()
+                ledger.start(identity)
+        except BaseException:
+            for part in parts:
+                part.close()
+            ledger.close(discard_empty=True)
+            raise
+        return parts, ledger, [(name, start, stop) for name, start, stop in finished]
 
     def write(self, name: str, row_start: int, data: np.ndarray) -> None:
         """Rows of one tensor, encoded.
