@@ -64,16 +64,22 @@ def main(folder: Path, out: Path, recipe: str, target: str, tokens: int, encoder
     state.remove()
     ranks.barrier()
     started = time.perf_counter()
-    stamps = [started]
+    stamps, cpu = [started], [time.process_time()]
+
+    def stamp(_: int) -> None:
+        stamps.append(time.perf_counter())
+        cpu.append(time.process_time())
+
     with GGUFWriter.open(out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True,
                          overwrite=True) as writer:  # fmt: skip
         how = onepass.EncoderOptions(effort) if encoder == "quantkit" else None
         imatrix, used = onepass.run(source, plan, ids, writer, how, state, hidden_dtype=torch.bfloat16,
                                     min_expert_tokens=None if how else 0,
-                                    progress=lambda _: stamps.append(time.perf_counter()))  # fmt: skip
+                                    progress=stamp)  # fmt: skip
         passed = time.perf_counter()
         layers = [after - before for before, after in pairwise(stamps)]
         show("seconds a layer: " + ", ".join(f"{took:.1f}" for took in layers))
+        show("CPU seconds a layer: " + ", ".join(f"{after - before:.1f}" for before, after in pairwise(cpu)))
         encode_pending(checkpoint, plan, fit_importance(plan, imatrix), writer, GgmlEncoder())
     whole = time.perf_counter() - started
     state.remove()
@@ -81,7 +87,8 @@ def main(folder: Path, out: Path, recipe: str, target: str, tokens: int, encoder
         weights = sum(t.n_weights for t in plan.tensors if t.layer == layer)
         rate = weights / took / 1e9
         show(f"layer {layer}: {took:.1f} s, {rate:.3g} G weights/s, {rate:.3g} GB/s of FP8")
-    show(f"left to ggml (embeddings, output, norms): {started + whole - passed:.1f} s")
+    show(f"left to ggml (embeddings, output, norms): {started + whole - passed:.1f} s, "
+         f"{time.process_time() - cpu[-1]:.1f} CPU seconds")  # fmt: skip
     show(f"moments used: {dict(used)}")
     show(f"file {sum(file.stat().st_size for file in writer.files) / 1e9:.2f} GB, whole run {whole:.0f} s")
     rss = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
