@@ -272,38 +272,46 @@ SMALL_GPU = """
 import sys, torch
 from quantkit import cli, onepass
 
-torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)))
-encode = onepass.LayerEncoder._encode_experts
+room, total = int(sys.argv.pop(1)), torch.cuda.get_device_properties(0).total_memory
+encode, onepass.LEAST_GROUPS = onepass.LayerEncoder._encode_experts, 1
 
-def noted(self, waiting):
-    encode(self, waiting)
-    print("group", len(waiting), torch.cuda.max_memory_reserved(), file=sys.stderr)
+def limited(self, waiting):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (before + room) / total))
+    try:
+        encode(self, waiting)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    print("group", len(waiting), torch.cuda.max_memory_reserved() - before, file=sys.stderr)
 
-onepass.LayerEncoder._encode_experts = noted
+onepass.LayerEncoder._encode_experts = limited
 cli.main()
 """
 
 
 @pytest.mark.gpu
 def test_a_gpu_that_is_really_too_small(tmp_path):
-    """It gives less and less of its memory: groups shrink, then one clear line. With all of it the run goes on."""
-    device = torch.cuda.get_device_properties(0).total_memory
+    """Encoding experts gets less and less memory: groups shrink, then one clear line. With all the run goes on."""
+    everything = torch.cuda.get_device_properties(0).total_memory
 
-    def run(n_bytes: int, folder: Path) -> tuple[int, list[int], int, str]:
-        """Exit code, sizes of groups, memory used, stderr. The text is the documentation's."""
-        done = subprocess.run([sys.executable, "-c", SMALL_GPU, str(min(1.0, n_bytes / device)), "make", "-o", folder,
-                               "--data", ROOT / "docs", "--tokens", "4096", "--encoder", "quantkit", "--no-verify",
-                               "--device", "cuda"], capture_output=True, text=True)  # fmt: skip
+    def run(room: int, folder: Path) -> tuple[int, list[int], int, str]:
+        """Exit code, sizes of groups, memory that encoding took, stderr. The text is the documentation's."""
+        text = ["--data", ROOT / "docs" / "encoders.md", "--tokens", "4096"]
+        make = ["make", "-o", folder, "--encoder", "quantkit", "--no-verify", "--device", "cuda", *text]
+        done = subprocess.run([sys.executable, "-c", SMALL_GPU, str(room), *make], capture_output=True, text=True)
         groups = [list(map(int, line.split()[1:])) for line in done.stderr.splitlines() if line.startswith("group ")]
         return done.returncode, [size for size, _ in groups], max((n for _, n in groups), default=0), done.stderr
 
-    code, sizes, n_bytes, stderr = run(device, tmp_path / "calm")
-    assert code == 0 and min(sizes) == max(sizes) > 1, stderr
-    shrunk = 0
-    while code == 0:
-        n_bytes = int(0.85 * n_bytes)
-        code, sizes, _, stderr = run(n_bytes, folder := tmp_path / str(n_bytes))
-        shrunk += bool(sizes) and min(sizes) == 1
+    code, sizes, room, stderr = run(everything, tmp_path / "calm")
+    assert code == 0 and min(sizes) > 2, stderr
+    shrunk, folder = 0, tmp_path
+    while code == 0 and room:
+        room //= 2
+        folder = tmp_path / str(room)
+        code, found, _, stderr = run(room, folder)
+        shrunk += bool(found) and min(found) < min(sizes)
     assert shrunk, stderr
     assert "out of GPU memory" in one_line(stderr) and not (folder / NAME).exists()
-    assert run(device, folder)[0] == 0 and (folder / NAME).exists()
+    assert run(everything, folder)[0] == 0 and (folder / NAME).exists()

@@ -148,6 +148,29 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+FAILING = """
+from quantkit import cli, onepass, ranks
+from quantkit.errors import QuantkitError
+
+def fail(self, waiting):
+    raise QuantkitError("this expert is damaged")
+
+encode = onepass.LayerEncoder._encode_experts
+onepass.LayerEncoder._encode_experts = lambda self, waiting: (fail if ranks.index() == 1 else encode)(self, waiting)
+cli.main()
+"""
+
+
+def test_an_error_of_one_rank_ends_all(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    process = launch_script(2, script, "make", "-o", tmp_path / "out", "--tokens", TOKENS, "--device", "cpu",
+                            "--no-verify", "--encoder", "quantkit", "--effort", "fast")  # fmt: skip
+    code, stderr = end(process)
+    assert code != 0 and complaints(stderr) == ["quantkit: rank 1: this expert is damaged"], stderr
+    assert not (tmp_path / "out" / NAME).exists()
+
+
 def test_a_launcher_that_starts_one_of_several_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
