@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import logging
+import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from quantkit import __version__, sizes
+from quantkit import __version__, progress, ranks, sizes
 from quantkit.errors import QuantkitError, out_of_memory
 
+TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
 
@@ -24,20 +27,35 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context):
         signal.signal(signal.SIGTERM, _stop)
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            ranks.leave()
+            return done
         except QuantkitError as error:
-            click.echo(f"quantkit: {error}", err=True)
+            _complain(str(error))
         except KeyboardInterrupt:
-            click.echo("quantkit: interrupted; run the same command again to go on", err=True)
+            _complain("interrupted; run the same command again to go on")
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"quantkit: {where}{error.strerror or error}", err=True)
-        except (MemoryError, RuntimeError) as error:
-            if not (what := out_of_memory(error)):
+            _complain(f"{where}{error.strerror or error}")
+        except Exception as error:
+            if what := out_of_memory(error):
+                _complain(f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
+                          "command again (fewer --tokens need --restart)")  # fmt: skip
+            elif ranks.count() == 1 or isinstance(error, click.exceptions.Exit):
                 raise
-            click.echo(f"quantkit: out of {what}; what is done is kept: free some, or use fewer --workers, and run the "
-                       "same command again (fewer --tokens need --restart)", err=True)  # fmt: skip
+            elif ranks.may_speak():
+                if isinstance(error, click.ClickException):
+                    raise
+                traceback.print_exc()
+        ranks.end(1)
         sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    """One line, from the first rank that has one."""
+    if ranks.may_speak():
+        where = f"rank {ranks.index()}: " if ranks.index() else ""
+        click.echo(f"quantkit: {where}{message}", err=True)
 
 
 def _stop(*_: object) -> None:
@@ -48,9 +66,17 @@ def _stop(*_: object) -> None:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Dynamic low-bit GGUF files of DeepSeek-R1 and its family."""
     warnings.filterwarnings("ignore", message=".*beta state.*")
+    if ctx.invoked_subcommand in TOGETHER:
+        ranks.join()
+    if ranks.launched_index():
+        if ranks.index() == 0:
+            ctx.exit(0)
+        progress.be_quiet()
+        sys.stdout = open(os.devnull, "w")
 
 
 def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
