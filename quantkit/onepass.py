@@ -228,12 +228,14 @@ class LayerEncoder:
         self.out.sync()
 
     def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
-        """One matrix, a slice of rows at a time under one factor."""
+        """One matrix under one factor, on a CPU a slice of rows at a time. A GPU waits for launches, which are as many for
+        a slice as for all rows; encode_batch cuts what does not fit its memory."""
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
-        for start, stop in deepseek.slices(spec):
+        whole = self.source.device.type == "cuda"
+        for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[encoders.describe(hessian)] += 1
