@@ -77,7 +77,7 @@ class Moments:
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
         scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
-        product = scaled.T @ scaled if x.ndim == 2 else torch.einsum("nhi,nhj->hij", scaled, scaled)
+        product = encoders.gram(scaled)
         self.matrix = product if self.matrix is None else self.matrix.add_(product)
         self.total += float(weight.sum())
         self.squares += float(weight.double().square().sum())
