@@ -8,10 +8,8 @@ import ctypes
 import importlib.util
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -241,19 +239,6 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None =
         return out
     traits = library().ggml_get_type_traits(type_id(qtype)).contents
     traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
-    return out
-
-
-def dequantize_parallel(qtype: str, data: np.ndarray, n_in: int, pool: ThreadPoolExecutor, workers: int) -> np.ndarray:
-    """`dequantize` with the rows shared out among a pool's threads."""
-    data = data.reshape(-1, row_bytes(qtype, n_in))
-    n_parts = min(workers, max(1, len(data) // 64))
-    if n_parts == 1:
-        return dequantize(qtype, data, n_in)
-    out = np.empty((len(data), n_in), dtype=np.float32)
-    bounds = [i * len(data) // n_parts for i in range(n_parts + 1)]
-    spans = [slice(*pair) for pair in pairwise(bounds)]
-    list(pool.map(lambda span: dequantize(qtype, data[span], n_in, out[span]), spans))
     return out
 
 

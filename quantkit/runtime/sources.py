@@ -2,11 +2,13 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from quantkit import ggml
@@ -18,9 +20,12 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.runtime.experts import Projections, StreamedExperts
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+from quantkit.runtime.unpack import unpack
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
+DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
+CODEBOOK_ROWS = 12  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
 
 
 class Source(Protocol):
@@ -146,16 +151,18 @@ class GGUFSource:
         on_cpu = self.device.type == "cpu"
         self.hybrid, self.quantized_products = hybrid, hybrid and on_cpu
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        self.scratch: Scratch | None = None
         self.n_threads = n_threads or torch.get_num_threads()
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self._check_tensors()
 
-    def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":
-        """The same file, not hybrid."""
+    def for_prompts(self, dtype: torch.dtype) -> "GGUFSource":
+        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, into
+        memory that the next one takes over, and so is an expert with enough rows; others are multiplied by ggml."""
         twin = copy.copy(self)
         twin.hybrid = twin.quantized_products = False
-        twin.dtype = dtype
+        twin.dtype, twin.scratch = dtype, Scratch(dtype)
         return twin
 
     def _check_tensors(self) -> None:
@@ -178,8 +185,12 @@ class GGUFSource:
     def _values(self, name: str, data: np.ndarray) -> torch.Tensor:
         """Packed rows of a tensor -> float32 [rows, n_in] on the CPU, by all threads."""
         tensor = self.file.tensors[name]
-        values = ggml.dequantize_parallel(tensor.qtype, data, tensor.shape[-1], self.pool, self.n_threads)
-        return torch.from_numpy(values)
+        values = torch.from_numpy(np.empty((data.size // tensor.row_bytes, tensor.shape[-1]), np.float32))
+        return self.unpack(name, data, values)
+
+    def unpack(self, name: str, data: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads."""
+        return unpack(self.file.tensors[name].qtype, data, out, self.pool, self.n_threads)
 
     def _small(self, name: str) -> torch.Tensor:
         return self.dense(name).to(self.device)
@@ -188,11 +199,13 @@ class GGUFSource:
         return self.dense(name).to(self.device, self.dtype)
 
     def linear(self, name: str) -> Linear:
+        tensor = self.file.tensors[name]
+        n_out, n_in = tensor.shape
+        if (scratch := self.scratch) is not None:
+            return lambda x: x @ self.unpack(name, self.file.data(name), scratch.take(n_out, n_in)).T
         if not self.quantized_products:
             weight = self._matrix(name)
             return lambda x: x @ weight.T
-        tensor = self.file.tensors[name]
-        n_out, n_in = tensor.shape
         return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
 
     def fingerprint(self) -> str:
@@ -220,15 +233,19 @@ class GGUFSource:
             k_b, v_b = split_kv_b(self._matrix(p + "attn_kv_b.weight"), c)
         else:
             k_b, v_b = self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
-        moe = c.is_moe(layer)
-        feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
-        router = self._router(p) if moe else None
         return Block(
             attn_norm=self._small(p + "attn_norm.weight"), q=q, kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
             kv_a_norm=self._small(p + "attn_kv_a_norm.weight"), k_b=k_b, v_b=v_b,
             output=self.linear(p + "attn_output.weight"), ffn_norm=self._small(p + "ffn_norm.weight"),
-            feed=feed, router=router, experts=self._experts(p) if moe else None,
+            **self.feed_forward(layer),
         )  # fmt: skip
+
+    def feed_forward(self, layer: int) -> dict[str, Any]:
+        """feed, router and experts of a `Block`."""
+        c, p = self.config, f"blk.{layer}."
+        moe = c.is_moe(layer)
+        feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
+        return {"feed": feed, "router": self._router(p) if moe else None, "experts": self._experts(p) if moe else None}
 
     def _feed(self, prefix: str, suffix: str) -> Feed:
         return Feed(*(self.linear(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
@@ -241,6 +258,8 @@ class GGUFSource:
     def _experts(self, prefix: str) -> Experts:
         c = self.config
         names = [f"{prefix}ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        if self.scratch is not None:
+            return PromptExperts(self, names, self.scratch)
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
         stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
@@ -266,6 +285,58 @@ class GGUFSource:
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output matrix, dequantized: [stop - start, d] in the compute dtype."""
         return self._values(self._head_name, self.file.data(self._head_name)[start:stop]).to(self.device, self.dtype)
+
+
+class Scratch:
+    """Memory for one dequantized matrix at a time: fresh pages for each would cost as much time as decoding it."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.memory = torch.empty(0, dtype=dtype)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """Contiguous, not initialized; the earlier one's contents are lost."""
+        if (size := prod(shape)) > len(self.memory):
+            fresh = np.empty(size * self.memory.itemsize, np.uint8)  # numpy asks for huge pages
+            self.memory = torch.from_numpy(fresh).view(self.memory.dtype)
+        return self.memory[:size].view(shape)
+
+
+class PromptExperts:
+    """Routed experts of a long piece: those with many rows are dequantized once, the others multiplied by ggml."""
+
+    def __init__(self, source: GGUFSource, names: list[str], scratch: Scratch):
+        self.source, self.names, self.scratch = source, names, scratch
+        self.stacks = [(source.file.tensors[name].qtype, source.file.data(name)) for name in names]
+        short = scratch.memory.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
+        self.many = CODEBOOK_ROWS if short else DECODED_ROWS
+
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> float32 [n, d]."""
+        c, out, chosen, share = self.source.config, torch.zeros(x.shape), expert.flatten(), weight.flatten()
+        slot = torch.argsort(chosen, stable=True)  # tokens in order within an expert: sums are reproducible
+        counts = torch.bincount(chosen, minlength=c.n_expert)
+        bounds = [0, *counts.cumsum(0).tolist()]
+        for e in (counts >= self.many).nonzero().flatten().tolist():
+            mine = slot[bounds[e] : bounds[e + 1]]
+            tokens = mine // expert.shape[1]
+            out.index_add_(0, tokens, self._dequantized(e, x[tokens]).float() * share[mine, None])
+        few = slot[(counts < self.many)[chosen[slot]]]
+        if len(few):
+            products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, 1, self.source.n_threads)
+            for mine in few.split(GGML_BATCH):
+                tokens = mine // expert.shape[1]
+                y = products(x[tokens].float(), chosen[mine, None].int(), share[mine, None])
+                out.index_add_(0, tokens, y)
+        return out
+
+    def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        c, file = self.source.config, self.source.file
+        both = self.scratch.take(2, c.n_ff_exp, c.d)
+        for name, matrix in zip(self.names[:2], both, strict=True):
+            self.source.unpack(name, file.matrix(name, e), matrix)
+        gate, up = (x @ both.view(-1, c.d).T).chunk(2, dim=-1)
+        down = self.scratch.take(c.d, c.n_ff_exp)
+        return F.silu(gate) * up @ self.source.unpack(self.names[2], file.matrix(self.names[2], e), down).T
 
 
 class Batched:
