@@ -25,6 +25,7 @@ from quantkit.runtime.unpack import unpack
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
+TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
 CODEBOOK_ROWS = 12  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
 
 
@@ -158,8 +159,8 @@ class GGUFSource:
         self._check_tensors()
 
     def for_prompts(self, dtype: torch.dtype) -> "GGUFSource":
-        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, into
-        memory that the next one takes over, and so is an expert with enough rows; others are multiplied by ggml."""
+        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, in tiles, and
+        so is an expert with enough rows; others are multiplied by ggml."""
         twin = copy.copy(self)
         twin.hybrid = twin.quantized_products = False
         twin.dtype, twin.scratch = dtype, Scratch(dtype)
@@ -192,6 +193,17 @@ class GGUFSource:
         """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads."""
         return unpack(self.file.tensors[name].qtype, data, out, self.pool, self.n_threads)
 
+    def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch") -> torch.Tensor:
+        """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch.
+        So many rows are dequantized at a time that they are multiplied while in the cache."""
+        n_out, n_in = len(data), x.shape[-1]
+        step = max(64, TILE_WEIGHTS // n_in) * self.n_threads
+        out = x.new_empty(len(x), n_out)
+        for start in range(0, n_out, step):
+            rows = data[start : start + step]
+            out[:, start : start + step] = x @ self.unpack(name, rows, scratch.take(len(rows), n_in)).T
+        return out
+
     def _small(self, name: str) -> torch.Tensor:
         return self.dense(name).to(self.device)
 
@@ -202,7 +214,7 @@ class GGUFSource:
         tensor = self.file.tensors[name]
         n_out, n_in = tensor.shape
         if (scratch := self.scratch) is not None:
-            return lambda x: x @ self.unpack(name, self.file.data(name), scratch.take(n_out, n_in)).T
+            return lambda x: self.tiled_product(x, name, self.file.data(name), scratch)
         if not self.quantized_products:
             weight = self._matrix(name)
             return lambda x: x @ weight.T
@@ -288,16 +300,15 @@ class GGUFSource:
 
 
 class Scratch:
-    """Memory for one dequantized matrix at a time: fresh pages for each would cost as much time as decoding it."""
+    """Memory for one tile of a dequantized matrix, used again and again."""
 
     def __init__(self, dtype: torch.dtype):
         self.memory = torch.empty(0, dtype=dtype)
 
     def take(self, *shape: int) -> torch.Tensor:
-        """Contiguous, not initialized; the earlier one's contents are lost."""
+        """Contiguous, not initialized; what was taken before is overwritten."""
         if (size := prod(shape)) > len(self.memory):
-            fresh = np.empty(size * self.memory.itemsize, np.uint8)  # numpy asks for huge pages
-            self.memory = torch.from_numpy(fresh).view(self.memory.dtype)
+            self.memory = torch.empty(size, dtype=self.memory.dtype)
         return self.memory[:size].view(shape)
 
 
@@ -330,13 +341,11 @@ class PromptExperts:
         return out
 
     def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
-        c, file = self.source.config, self.source.file
-        both = self.scratch.take(2, c.n_ff_exp, c.d)
-        for name, matrix in zip(self.names[:2], both, strict=True):
-            self.source.unpack(name, file.matrix(name, e), matrix)
-        gate, up = (x @ both.view(-1, c.d).T).chunk(2, dim=-1)
-        down = self.scratch.take(c.d, c.n_ff_exp)
-        return F.silu(gate) * up @ self.source.unpack(self.names[2], file.matrix(self.names[2], e), down).T
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            return self.source.tiled_product(x, name, self.source.file.matrix(name, e), self.scratch)
+
+        gate, up, down = self.names
+        return product(down, F.silu(product(gate, x)) * product(up, x))
 
 
 class Batched:

@@ -23,10 +23,11 @@ SPAN_ROWS = 64  # rows below which a thread is not worth starting
 F, U8, U16, U32, U64, I32 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64, np.int32
 DELTA = F(0.125)  # by which IQ1_S shifts its grid
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+HOW = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
+jit, part = numba.njit(**HOW), numba.njit(**HOW, forceinline=True)
 
 
-@jit
+@part
 def _put(values, at, single, half):
     """A superblock to float32, or rounded to bfloat16 (to nearest, ties to even). The other output is None: numba
     compiles each kernel once for either. Casts keep numba's 64-bit integers out of the vector registers."""
@@ -40,9 +41,41 @@ def _put(values, at, single, half):
             out[i] = U16(U32(U32(b + U32(0x7FFF)) + U32(U32(b >> U32(16)) & U32(1))) >> U32(16))
 
 
+@part
+def _steps(block, d, low, out):
+    """The eight six-bit scales and minima of a Q4_K block, times d and low: out [8, 2]."""
+    for j in range(8):
+        if j < 4:
+            s, m = block[4 + j] & U8(63), block[8 + j] & U8(63)
+        else:
+            s = (block[8 + j] & U8(15)) | ((block[j] >> U8(6)) << U8(4))
+            m = (block[8 + j] >> U8(4)) | ((block[4 + j] >> U8(6)) << U8(4))
+        out[j, 0], out[j, 1] = d * F(I32(s)), low * F(I32(m))
+
+
+@part
+def _four_bits(q, y, d1, m1, d2, m2, width):
+    """width: 32, as an argument since LLVM would unroll a constant loop before it could become vectors."""
+    for i in range(width):
+        y[i] = d1 * F(I32(q[i] & U8(15))) - m1
+        y[i + 32] = d2 * F(I32(q[i] >> U8(4))) - m2
+
+
 @jit
+def _q4_k(blocks, scales, single, half, tables, width):
+    values, steps = np.empty(SUPERBLOCK, F), np.empty((8, 2), F)
+    for n in range(len(blocks)):
+        block = blocks[n]
+        _steps(block, scales[n, 0], scales[n, 1], steps)
+        for j in range(4):
+            _four_bits(block[16 + 32 * j : 48 + 32 * j], values[64 * j : 64 * j + 64], steps[2 * j, 0], steps[2 * j, 1],
+                       steps[2 * j + 1, 0], steps[2 * j + 1, 1], 2 * width)  # fmt: skip
+        _put(values, n * SUPERBLOCK, single, half)
+
+
+@part
 def _six_bits(low, low2, high, y, d1, d2, d3, d4, width):
-    """width: 16, as an argument since LLVM would unroll a constant loop before it could become vectors."""
+    """width: 16; see _four_bits."""
     for i in range(width):
         a, b, h = low[i], low2[i], high[i]
         y[i] = d1 * F(I32(I32((a & U8(15)) | ((h & U8(3)) << U8(4))) - I32(32)))
@@ -55,7 +88,7 @@ def _six_bits(low, low2, high, y, d1, d2, d3, d4, width):
 def _q6_k(blocks, scales, single, half, tables, width):
     values = np.empty(SUPERBLOCK, F)
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n]
+        block, d = blocks[n], scales[n, 0]
         for j in range(2):
             for k in range(2):
                 s, low, y = block[192 + 8 * j + k : 208].view(np.int8), 64 * j + 16 * k, values[128 * j + 16 * k :]
@@ -64,7 +97,7 @@ def _q6_k(blocks, scales, single, half, tables, width):
         _put(values, n * SUPERBLOCK, single, half)
 
 
-@jit
+@part
 def _eight(table, at):
     """Eight numbers, all read before any is written: else LLVM must suppose that a write changes the next one."""
     at = U64(at) * U64(8)
@@ -76,7 +109,7 @@ def _eight(table, at):
 def _iq1_s(blocks, scales, single, half, tables, width):
     values, grid = np.empty(SUPERBLOCK, F), tables[0]
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n]
+        block, d = blocks[n], scales[n, 0]
         for b in range(8):
             high = U32(U32(block[34 + 2 * b]) | U32(U32(block[35 + 2 * b]) << U32(8)))
             s = d * F(I32(2 * ((high >> U32(12)) & U32(7)) + 1))
@@ -95,7 +128,7 @@ def _iq1_s(blocks, scales, single, half, tables, width):
 def _iq2_xxs(blocks, scales, single, half, tables, width):
     values, grid, signs = np.empty(SUPERBLOCK, F), tables[0], tables[1]
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n]
+        block, d = blocks[n], scales[n, 0]
         for b in range(8):
             q = block[2 + 8 * b : 10 + 8 * b]
             high = U64(q[4]) | U64(q[5]) << U64(8) | U64(q[6]) << U64(16) | U64(q[7]) << U64(24)
@@ -110,8 +143,9 @@ def _iq2_xxs(blocks, scales, single, half, tables, width):
         _put(values, n * SUPERBLOCK, single, half)
 
 
-KERNELS = {"Q6_K": (_q6_k, slice(208, 210)), "IQ1_S": (_iq1_s, slice(0, 2)), "IQ2_XXS": (_iq2_xxs, slice(0, 2))}
-"""With the bytes of a block's float16 scale."""
+KERNELS = {"Q4_K": (_q4_k, slice(0, 4)), "Q6_K": (_q6_k, slice(208, 210)), "IQ1_S": (_iq1_s, slice(0, 2)),
+           "IQ2_XXS": (_iq2_xxs, slice(0, 2))}  # fmt: skip
+"""With the bytes of a block's float16 scales."""
 FASTER_SINGLE = frozenset({"IQ2_XXS"})  # faster than ggml's as float32 too
 
 
@@ -144,7 +178,7 @@ def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
         return
     kernel, where = KERNELS[qtype]
     blocks = np.ascontiguousarray(data).reshape(-1, ggml.row_bytes(qtype, SUPERBLOCK))
-    scales = np.ascontiguousarray(blocks[:, where]).view(np.float16).astype(F)[:, 0]
+    scales = np.ascontiguousarray(blocks[:, where]).view(np.float16).astype(F)
     numbers = (out.view(-1) if single else out.view(-1).view(torch.uint16)).numpy()
     kernel(blocks, scales, *((numbers, None) if single else (None, numbers)), _tables(qtype), GROUP)
 
