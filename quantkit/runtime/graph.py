@@ -10,13 +10,15 @@ which is faster as soon as an expert sees enough tokens to pay for its decoding.
 
 import math
 from dataclasses import replace
+from functools import partial, reduce
 from itertools import pairwise
 from math import prod
 
 import numpy as np
 import torch
 
-from quantkit.ggml import Graph, TensorP
+from quantkit.ggml import Graph, TensorP, library
+from quantkit.progress import say
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.sources import GGUFSource, split_kv_b
@@ -26,6 +28,7 @@ DENSE_ROWS = 32  # rows of a product from which on dequantizing a matrix may cos
 DENSE_MACS = 1 << 30  # ... if a layer has so much to multiply that going through it in Python does not show
 PIECE_ROWS = 64  # tokens per expert that the size of prompt pieces aims at
 KEPT_GRAPHS = {True: 8, False: 2}  # decoding (small), prompt pieces (at R1's size 0.6 GB of activations each)
+PART_TENSORS = 10  # of the experts of some tokens
 LAYER_TENSORS = 192  # tensors and nodes of a layer, views included, without those of attention runs and experts
 
 
@@ -35,6 +38,7 @@ class GraphEngine:
 
     def __init__(self, source: GGUFSource, n_slots: int, capacity: int):
         self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
+        say(f"computing with {library()}")
         c = self.config
         self.rows = -(-capacity // KV_STEP) * KV_STEP
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, c.kv_lora + c.qk_rope)
@@ -129,7 +133,9 @@ class Step:
         self.engine, self.config, self.slots, self.n, self.n_kv = engine, engine.config, slots, n, n_kv
         c = self.config
         self.total = len(slots) * n
-        per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used
+        residency = engine.source.residency
+        self.rows = residency.most // c.n_used if residency else self.total  # tokens whose experts are computed at once
+        per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used + PART_TENSORS * -(-self.total // self.rows)
         self.graph = Graph(engine.source.n_threads, per_layer * c.n_layer + 64)
         self.op = self.graph.op
         tokens, self.token_values = self._input((self.total,), torch.int32)
@@ -272,15 +278,27 @@ class Step:
             flat = self._reshape(weight, c.n_used, n)
             weight = self._reshape(self.op("div", flat, self.op("sum_rows", flat)), 1, c.n_used, n)
         weight = self.op("scale", weight, c.weights_scale)
-        one = self._reshape(x, c.d, 1, n)
-        gate, up = (self.op("mul_mat_id", w[f"{p}ffn_{part}_exps.weight"], one, chosen) for part in ("gate", "up"))
-        y = self.op("mul_mat_id", w[p + "ffn_down_exps.weight"], self.op("swiglu_split", gate, up), chosen)
-        y = self.op("mul", y, weight)  # [d, n_used, n]
+        parts = [self._chosen(x, chosen, layer, at, min(self.rows, n - at)) for at in range(0, n, self.rows)]
+        y = self.op("mul", reduce(lambda a, b: self.op("concat", a, b, 2), parts), weight)  # [d, n_used, n]
         views = [self._view(y, (c.d, n), (4 * c.d * c.n_used,), 4 * c.d * i) for i in range(c.n_used)]
         out = views[0]
         for view in views[1:]:
             out = self.op("add", out, view)
         return self.op("cont", out) if c.n_used == 1 else out
+
+    def _chosen(self, x: TensorP, chosen: TensorP, layer: int, begin: int, n: int) -> TensorP:
+        """Outputs [d, n_used, n] of the experts of n tokens. If only some experts are in memory: of as many tokens as
+        they are certain to serve, and done before the next ones are asked for."""
+        c, w, p = self.config, self.engine.weights, f"blk.{layer}.ffn_"
+        row = chosen.contents.nb[1]
+        ids = self._view(chosen, (c.n_used, n), (row,), begin * row)
+        if residency := self.engine.source.residency:
+            ids = self.graph.watch(ids, partial(residency.need, layer))
+        one = self._view(x, (c.d, 1, n), offset=begin * 4 * c.d)
+        gate, up = (self.op("mul_mat_id", w[f"{p}{part}_exps.weight"], one, ids) for part in ("gate", "up"))
+        y = self.op("mul_mat_id", w[p + "down_exps.weight"], self.op("swiglu_split", gate, up), ids)
+        self.graph.expand(y)
+        return y
 
     def _choice(self, scores: TensorP, p: str) -> TensorP:
         """What experts are chosen by: scores [n_expert, N] with bias, those of groups left out at -inf."""

@@ -1,7 +1,9 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
 import copy
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +20,17 @@ from quantkit.arch.deepseek import source_shapes, specs
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.progress import say
 from quantkit.runtime.experts import Projections, StreamedExperts
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+from quantkit.runtime.residency import Residency
 from quantkit.runtime.unpack import unpack
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
-CODEBOOK_ROWS = 12  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
+CODEBOOK_ROWS = 8  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
 
 
 class Source(Protocol):
@@ -142,10 +146,12 @@ class GGUFSource:
     if `device` is the CPU; on a GPU the others are dequantized to `dtype`. This is how a person runs the file.
     Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
     `device`: right for many tokens at once, when each layer is visited once.
+
+    ram: bytes that the file's pages may take in memory (hybrid only); None: as many as the system gives.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                 n_threads: int | None = None, hybrid: bool = True):  # fmt: skip
+                 n_threads: int | None = None, hybrid: bool = True, ram: int | None = None):  # fmt: skip
         self.file = GGUFFile.open(path)
         self.name = Path(path).name
         self.device = torch.device(device)
@@ -157,10 +163,13 @@ class GGUFSource:
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self._check_tensors()
+        self.residency = None if ram is None else Residency(self.file, self.config, ram)
+        if self.residency:
+            say(str(self.residency))
 
     def for_prompts(self, dtype: torch.dtype) -> "GGUFSource":
-        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, in tiles, and
-        so is an expert with enough rows; others are multiplied by ggml."""
+        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, in
+        tiles, and so is an expert with enough rows; others are multiplied by ggml."""
         twin = copy.copy(self)
         twin.hybrid = twin.quantized_products = False
         twin.dtype, twin.scratch = dtype, Scratch(dtype)
@@ -257,7 +266,8 @@ class GGUFSource:
         c, p = self.config, f"blk.{layer}."
         moe = c.is_moe(layer)
         feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
-        return {"feed": feed, "router": self._router(p) if moe else None, "experts": self._experts(p) if moe else None}
+        router, experts = (self._router(p), self._experts(layer)) if moe else (None, None)
+        return {"feed": feed, "router": router, "experts": experts}
 
     def _feed(self, prefix: str, suffix: str) -> Feed:
         return Feed(*(self.linear(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
@@ -267,15 +277,24 @@ class GGUFSource:
         weight = self._small(prefix + "ffn_gate_inp.weight")
         return Router(weight, self._small(bias) if bias in self.file.tensors else None)
 
-    def _experts(self, prefix: str) -> Experts:
+    def _experts(self, layer: int) -> Experts:
         c = self.config
-        names = [f"{prefix}ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         if self.scratch is not None:
-            return PromptExperts(self, names, self.scratch)
+            return PromptExperts(self, layer, names, self.scratch)
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
         stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
-        return CpuExperts(ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads), self.device)
+        experts = ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
+
+    def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
+        """Call it with the experts of the layer that are about to be computed."""
+        return partial(self.residency.need, layer) if self.residency else lambda _: None
+
+    def at_once(self, n_used: int) -> int:
+        """Rows with n_used experts each that may be computed at once."""
+        return min(GGML_BATCH, self.residency.most // n_used) if self.residency else GGML_BATCH
 
     def _expert(self, names: list[str], expert: int) -> Projections:
         def matrix(name: str) -> torch.Tensor:
@@ -315,8 +334,8 @@ class Scratch:
 class PromptExperts:
     """Routed experts of a long piece: those with many rows are dequantized once, the others multiplied by ggml."""
 
-    def __init__(self, source: GGUFSource, names: list[str], scratch: Scratch):
-        self.source, self.names, self.scratch = source, names, scratch
+    def __init__(self, source: GGUFSource, layer: int, names: list[str], scratch: Scratch):
+        self.source, self.names, self.scratch, self.need = source, names, scratch, source.needs(layer)
         self.stacks = [(source.file.tensors[name].qtype, source.file.data(name)) for name in names]
         short = scratch.memory.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
@@ -330,12 +349,14 @@ class PromptExperts:
         for e in (counts >= self.many).nonzero().flatten().tolist():
             mine = slot[bounds[e] : bounds[e + 1]]
             tokens = mine // expert.shape[1]
+            self.need([e])
             out.index_add_(0, tokens, self._dequantized(e, x[tokens]).float() * share[mine, None])
         few = slot[(counts < self.many)[chosen[slot]]]
         if len(few):
             products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, 1, self.source.n_threads)
-            for mine in few.split(GGML_BATCH):
+            for mine in few.split(self.source.at_once(1)):
                 tokens = mine // expert.shape[1]
+                self.need(chosen[mine].tolist())
                 y = products(x[tokens].float(), chosen[mine, None].int(), share[mine, None])
                 out.index_add_(0, tokens, y)
         return out
@@ -363,10 +384,13 @@ class Batched:
 class CpuExperts:
     """ggml experts for inputs that may live on a GPU."""
 
-    def __init__(self, experts: ggml.Experts, device: torch.device):
-        self.experts, self.device = experts, device
+    def __init__(self, experts: ggml.Experts, device: torch.device, need: Callable[[Iterable[int]], None], rows: int):
+        self.experts, self.device, self.need, self.rows = experts, device, need, rows
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         inputs = (x.float().cpu(), expert.int().cpu(), weight.cpu())
-        parts = [self.experts(*part) for part in zip(*(value.split(GGML_BATCH) for value in inputs), strict=True)]
+        parts = []
+        for part in zip(*(value.split(self.rows) for value in inputs), strict=True):
+            self.need(part[1].flatten().tolist())
+            parts.append(self.experts(*part))
         return torch.cat(parts).to(self.device)
