@@ -15,7 +15,6 @@ from .byte_source import open_regular
 from .gguf_header import GGUFTensor, Header, MetaValue, parse_header
 
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-ADVICE_BYTES = 1 << 16  # Linux maps up to so many aligned bytes at a time, if they are cached: fault_around_bytes
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -40,7 +39,6 @@ class GGUFFile:
         maps: Mapping[Path, mmap.mmap],
     ) -> None:
         self.path, self.files, self.metadata, self.tensors, self._maps = path, files, metadata, tensors, maps
-        self._fds: dict[Path, int] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -73,37 +71,29 @@ class GGUFFile:
             raise QuantkitError(f"{self.path}: tensor {name!r} {list(data.shape[:-1])} has no matrix {index}")
         return data[index]
 
-    def random(self, name: str) -> None:
-        """The matrices of a 3-D tensor will be read in no order: no page is read ahead of those asked for."""
+    def set_apart(self, name: str) -> None:
+        """The tensor will not be read through the mapping: reading its neighbours must not map pages of it, as Linux
+        does with what it has cached nearby, unless they are advised differently."""
         tensor = self._tensor(name)
-        self._advise(tensor, 0, tensor.n_bytes, mmap.MADV_RANDOM)
+        begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.offset + tensor.n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._maps[tensor.file].madvise(mmap.MADV_RANDOM, begin, end - begin)
 
-    def prefetch(self, name: str, index: int) -> None:
-        """Start to read one matrix of a 3-D tensor into memory."""
-        tensor, start, size = self._span(name, index)
-        self._advise(tensor, start, size, mmap.MADV_WILLNEED)
-
-    def evict(self, name: str, index: int) -> None:
-        """Take one matrix of a 3-D tensor out of memory, and out of the system's cache unless others use it there."""
-        tensor, start, size = self._span(name, index)
-        self._advise(tensor, start, size, mmap.MADV_DONTNEED, ADVICE_BYTES)
-        if tensor.file not in self._fds:
-            self._fds[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-        os.posix_fadvise(self._fds[tensor.file], tensor.offset + start, size, os.POSIX_FADV_DONTNEED)
-
-    def _span(self, name: str, index: int) -> tuple[GGUFTensor, int, int]:
+    def read_into(self, name: str, index: int, out: np.ndarray) -> None:
+        """Copy one matrix of a 3-D tensor to `out` (uint8, contiguous), past the mapping: neither this process nor the
+        system keeps the pages it was read from. May be called from several threads."""
         tensor = self._tensor(name)
         size = tensor.n_bytes // tensor.shape[0]
-        return tensor, index * size, size
-
-    def _advise(self, tensor: GGUFTensor, start: int, size: int, advice: int, unit: int = mmap.PAGESIZE) -> None:
-        """Whole units around `size` bytes from `start` within the tensor."""
-        mapped, begin = self._maps[tensor.file], (tensor.offset + start) // unit * unit
-        end = min(-(-(tensor.offset + start + size) // unit) * unit, len(mapped))
-        mapped.madvise(advice, begin, end - begin)
-
-    def __del__(self):
-        for fd in getattr(self, "_fds", {}).values():
+        offset, rest = tensor.offset + index * size, memoryview(out.reshape(-1))
+        fd = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while rest:
+                if not (n := os.preadv(fd, [rest], offset + size - len(rest))):
+                    raise QuantkitError(f"{tensor.file}: the file ends within tensor {name!r}: was it changed?")
+                rest = rest[n:]
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+        finally:
             os.close(fd)
 
     def fingerprint(self) -> str:

@@ -102,7 +102,7 @@ class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
     def __init__(self, path: Path, device: str, context: int, how: Sampling, ram: int | None = None):
-        """ram: bytes that the file's pages may take."""
+        """ram: bytes that the file may take in memory."""
         source = GGUFSource(path, device, ram=ram)
         self.residency = source.residency
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how

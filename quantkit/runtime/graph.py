@@ -64,7 +64,7 @@ class GraphEngine:
     def _weight(self, name: str) -> TensorP:
         tensor = self.source.file.tensors[name]
         n_matrices, n_out, n_in = (1, 1, *tensor.shape)[-3:]
-        return self.holder.weights(tensor.qtype, self.source.file.data(name), n_in, n_out, n_matrices)
+        return self.holder.weights(tensor.qtype, self.source.data(name), n_in, n_out, n_matrices)
 
     def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
         key = (slots, n, n_kv)

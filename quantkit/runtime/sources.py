@@ -147,7 +147,7 @@ class GGUFSource:
     Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
     `device`: right for many tokens at once, when each layer is visited once.
 
-    ram: bytes that the file's pages may take in memory (hybrid only); None: as many as the system gives.
+    ram: bytes that the file may take in memory (hybrid only); None: as many as the system gives.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
@@ -187,6 +187,11 @@ class GGUFSource:
 
     def tokenizer(self) -> Tokenizer:
         return tokenizers.from_gguf(self.file.metadata)
+
+    def data(self, name: str) -> np.ndarray:
+        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
+        stack = self.residency.stacks.get(name) if self.residency else None
+        return self.file.data(name) if stack is None else stack
 
     def dense(self, name: str) -> torch.Tensor:
         """A whole tensor, dequantized to float32 on the CPU in its own shape."""
@@ -284,7 +289,7 @@ class GGUFSource:
             return PromptExperts(self, layer, names, self.scratch)
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
-        stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
+        stacks = [(self.file.tensors[name].qtype, self.data(name)) for name in names]
         experts = ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
         return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
 
@@ -336,7 +341,7 @@ class PromptExperts:
 
     def __init__(self, source: GGUFSource, layer: int, names: list[str], scratch: Scratch):
         self.source, self.names, self.scratch, self.need = source, names, scratch, source.needs(layer)
-        self.stacks = [(source.file.tensors[name].qtype, source.file.data(name)) for name in names]
+        self.stacks = [(source.file.tensors[name].qtype, source.data(name)) for name in names]
         short = scratch.memory.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
 
@@ -363,7 +368,7 @@ class PromptExperts:
 
     def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
-            return self.source.tiled_product(x, name, self.source.file.matrix(name, e), self.scratch)
+            return self.source.tiled_product(x, name, self.source.data(name)[e], self.scratch)
 
         gate, up, down = self.names
         return product(down, F.silu(product(gate, x)) * product(up, x))
