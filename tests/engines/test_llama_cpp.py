@@ -131,8 +131,8 @@ def test_long_context(plain, chunks: Chunks):
 @pytest.mark.parametrize("n", [5120, pytest.param(16384, marks=pytest.mark.large)])
 @pytest.mark.parametrize("piece", [512, 100])
 def test_engine_of_run_and_serve_over_a_long_context(n, piece, plain, chunks: Chunks):
-    """Beyond the 4,096 positions before YaRN: pieces through whole layers (512) and through the graph (100), of each its
-    last token, then 16 tokens one by one."""
+    """Beyond the 4,096 positions before YaRN: pieces through whole layers (512) and through the graph (100), of each
+    its last token, then 16 tokens one by one."""
     tokens = chunks(1, n)
     theirs = torch.from_numpy(llama_oracle.logits(plain("F32"), tokens.numpy(), step=512)[0])
     engine = open_engine(GGUFSource(plain("F32"), n_threads=1), 1, n)
