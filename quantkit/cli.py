@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import signal
 import sys
 import warnings
@@ -137,6 +138,9 @@ effort_option = click.option("--effort", type=click.Choice(["fast", "normal", "b
                              show_default=True, help="How long quantkit's encoders search.")  # fmt: skip
 split_option = click.option("--split-max-size", default="50G", show_default=True, metavar="SIZE",
                             help="Largest file, like 50G or 4096M; 0 for a single file.")  # fmt: skip
+gpu_layers_option = click.option(
+    "--gpu-layers", default="auto", show_default=True, metavar="auto|N",
+    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.")  # fmt: skip
 restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
 
 
@@ -442,15 +446,17 @@ def report(folder):
 @click.option("--seed", default=0, show_default=True)
 @run_ram_option
 @device_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, device):
-    """Generate text with a GGUF, or chat with it: attention on the GPU if there is one, experts on the CPU."""
+@gpu_layers_option
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, device, gpu_layers):
+    """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
     limit = sizes.parse_memory(ram, "--ram") if ram else None
-    talk = Conversation(file, device or pipeline.default_device(), context, how, limit)
+    layers = parse_gpu_layers(gpu_layers)
+    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, limit)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -498,7 +504,8 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
 @run_ram_option
 @device_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, device):
+@gpu_layers_option
+def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
     from quantkit.runtime.engine import open_engine
@@ -511,7 +518,8 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, de
     limit = sizes.parse_memory(ram, "--ram") if ram else None
     source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
-    server.serve(source, open_engine(source, parallel, context), host, port, limits, api_key)
+    engine = open_engine(source, parallel, context, parse_gpu_layers(gpu_layers))
+    server.serve(source, engine, host, port, limits, api_key)
 
 
 @main.command()
@@ -543,6 +551,18 @@ def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, 
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """As sizes.parse_size; 0 -> None."""
     return sizes.parse_size(text, option) or None
+
+
+def parse_gpu_layers(text: str):
+    """auto, or a number of layers; from here on the runtime tells where it put them."""
+    logger = logging.getLogger("quantkit.runtime")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or len(text) > 4:
+        raise QuantkitError(f"--gpu-layers {text}: write auto or a number of layers")
+    return int(text)
 
 
 def parse_context(text: str) -> int:

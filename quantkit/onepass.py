@@ -35,9 +35,6 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
 }  # fmt: skip
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
-# Types without a fused GPU kernel. With feedback R1's would take hours there, so where a plan has many such weights (a
-# minute's work and more) `normal` encodes experts of these types without it and leaves other matrices to ggml.
-UNFUSED, MANY_UNFUSED = frozenset("Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_XS".split()), 1_000_000_000
 # Experts encoded together on a GPU: share of its free memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
 
@@ -91,14 +88,7 @@ class LayerEncoder:
     def __init__(self, layer: int, source: CheckpointSource, plan: Plan, specs: Mapping[str, TensorSpec],
                  out: GGUFWriter, how: EncoderOptions, used: Counter[str]):  # fmt: skip
         self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
-        n_unfused = sum(tensor.n_weights for tensor in plan.tensors if tensor.qtype in UNFUSED)
-        many = source.device.type == "cuda" and how.effort == "normal" and n_unfused > MANY_UNFUSED
-        self.unfused = skipped = UNFUSED if many else frozenset()
-        mine = [
-            tensor for tensor in plan.tensors
-            if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED
-            and (tensor.is_routed or tensor.qtype not in skipped)
-        ]  # fmt: skip
+        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
         self.statistics = Accumulator(layer, source.config.n_expert)
@@ -192,37 +182,46 @@ class LayerEncoder:
                 continue
             spec = self.specs[role]
             hessians = moments.hessians()
-            per_matrix = spec.n_rows // spec.n_matrices
-            for matrix in range(spec.n_matrices):
-                self._whole(role, tensor.name, spec, matrix * per_matrix, per_matrix, hessians[matrix])
+            if spec.n_matrices > 1:
+                self._heads(role, tensor.name, spec, hessians)
+            else:
+                self._whole(role, tensor.name, spec, hessians[0])
         self.out.sync()  # the state must not say that a layer is done before its bytes are safe
         return self.statistics.finish()
 
-    def _whole(self, role: str, name: str, spec: TensorSpec, first: int, count: int, hessian: Hessian) -> None:
+    def _heads(self, role: str, name: str, spec: TensorSpec, hessians: list[Hessian]) -> None:
+        """One small matrix per head, encoded together: one after the other they would leave a GPU idle."""
+        if self.out.done(name, 0, spec.n_rows):
+            return
+        per_head = spec.n_rows // spec.n_matrices
+        weights = [self._read(spec, first, first + per_head) for first in range(0, spec.n_rows, per_head)]
+        packed = self._encode(role, torch.stack(weights), hessians)
+        self.out.write(name, 0, packed.reshape(spec.n_rows, -1))
+        self.out.sync()
+
+    def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
         """One matrix, a slice of rows at a time under one factor."""
-        if self.out.done(name, first, first + count):
+        if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
         for start, stop in deepseek.slices(spec):
-            if first <= start < first + count:
-                rows = deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop,
-                                     str(self.source.device))  # fmt: skip
-                self.out.write(name, start, self._encode(role, rows[None], factor)[0])
+            self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[encoders.describe(hessian)] += 1
+
+    def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
         qtype = self.planned[role].qtype
         routed = self.specs[role].is_routed
-        gamma, effort = self.how.gamma.get(qtype, 1.0) if routed else 1.0, self.how.effort
-        if routed and qtype in self.unfused:
-            gamma, effort = 1.0, "fast"
+        gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
             self.used.update(encoders.describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(qtype, weights, knowledge, effort=effort,
+        return encoders.encode_batch(qtype, weights, knowledge, effort=self.how.effort,
                                      gamma=gamma, device=self.source.device)  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_gg
     t1 = clock(device)
     factor = prepare(hessians, n, device, full=effort != "fast")
     t2 = clock(device)
-    encode_batch(qtype, w[:1, :64].contiguous(), factor.of(slice(0, 1)), effort=effort, device=device)  # compile
+    few = (w, factor) if device.type == "cuda" else (w[:1, :64].contiguous(), factor.of(slice(0, 1)))
+    encode_batch(qtype, *few, effort=effort, device=device)  # compile; on a GPU also its memory, as from layer to layer
     t3 = clock(device)
     packed = encode_batch(qtype, w, factor, effort=effort, device=device)
     seconds = clock(device) - t3

@@ -1,10 +1,14 @@
 """The bundled model, and one file made of it that several tests look at."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `pipeline` does
 
 from quantkit import bundle, pipeline
 from quantkit.formats.checkpoint import Checkpoint

@@ -100,7 +100,7 @@ def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iter
     effort = EFFORTS[effort] if isinstance(effort, str) else effort
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     e, rows, n_in = weights.shape
-    matrices, tile = _tiles(device, e, rows, n_in, effort.feedback)
+    matrices, tile = _tiles(device, e, rows, n_in, effort.feedback and not isinstance(hessians, Factor))
     for i in range(0, e, matrices):
         part = slice(i, i + matrices)
         with torch.inference_mode():
@@ -113,12 +113,13 @@ def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iter
             yield here, state
 
 
-def _tiles(device: torch.device, e: int, rows: int, n_in: int, full: bool) -> tuple[int, int]:
+def _tiles(device: torch.device, e: int, rows: int, n_in: int, factorise: bool) -> tuple[int, int]:
     """Matrices and rows that are encoded at once."""
     if device.type == "cpu":
         return 1, CPU_ROWS
-    free = torch.cuda.mem_get_info(device)[0] * GPU_SHARE
-    own = 28 * n_in * n_in if full else 0  # H, its factor and the copies on the way
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, for reuse
+    free = (torch.cuda.mem_get_info(device)[0] + kept) * GPU_SHARE
+    own = 28 * n_in * n_in if factorise else 0  # H, its factor and the copies on the way
     matrices = max(1, min(e, int(free / (own + GPU_BYTES * rows * n_in))))
     return matrices, max(1, min(rows, int((free - own) / (GPU_BYTES * n_in))))
 

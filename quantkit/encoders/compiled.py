@@ -528,18 +528,16 @@ def descent_levels(gradient, d, dmin, multipliers, levels, halves, h, inverse, u
 
 
 @jit
-def products(image, unit, w, a, b, k):
-    """The sums in refit.normal_equations: image, w [R, n], unit [R, kinds, n] -> a[:, k, :] [R, K, K], b[:, k]."""
+def products(image, unit, a, k):
+    """The sums in refit.normal_equations: image [R, m], unit [R, kinds, n] -> a[:, k] from superblock k // kinds on."""
     kinds = unit.shape[1]
+    first = k // kinds
     for r in range(image.shape[0]):
-        total, row = F(0), image[r]
-        for c in range(len(row)):
-            total += row[c] * w[r, c]
-        b[r, k] = total
         for at in range(image.shape[1] // SUPERBLOCK):
+            left = image[r, at * SUPERBLOCK : (at + 1) * SUPERBLOCK]
             for i in range(kinds):
-                left, right = row[at * SUPERBLOCK : (at + 1) * SUPERBLOCK], unit[r, i, at * SUPERBLOCK :]
+                right = unit[r, i, (first + at) * SUPERBLOCK :]
                 total = F(0)
                 for c in range(SUPERBLOCK):
                     total += left[c] * right[c]
-                a[r, k, at * kinds + i] = total
+                a[r, k, (first + at) * kinds + i] = total

@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 import torch
 
+from quantkit.codebooks import ggml_grid
 from quantkit.encoders import compiled
-from quantkit.encoders.format import SUPERBLOCK, Format, ggml_grid
+from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks
 from quantkit.encoders.scales import guess, min_stretches, signed_stretches
 from quantkit.encoders.search import half_steps, unit_upper

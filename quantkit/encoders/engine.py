@@ -11,14 +11,14 @@ import torch
 
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks, factorize
-from quantkit.encoders.refit import refit
+from quantkit.encoders.refit import pull, refit
 from quantkit.encoders.scales import block_scale, guess, refresh
 from quantkit.encoders.search import compiled, kernels, nearest, quadratic, runs_compiled
 
 if compiled is not None:
     from quantkit.encoders import cpu
 if kernels is not None:
-    from quantkit.encoders import fused
+    from quantkit.encoders import fused, fused_levels
 
 use_fused = kernels is not None  # tests and benchmarks set it to False to compare with the plain path
 
@@ -166,7 +166,10 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
         if start:
             target.baddbmm_(error[..., :start], factor.u[:, :start, part])
         if _fused(fmt, w) and effort.beta == 1:
-            _superblock_fused(fmt, state, w, target, factor, start, effort)
+            if fmt.grid is not None:
+                _superblock_fused(fmt, state, w, target, error, factor, start, effort)
+                continue
+            fused_levels.superblock(fmt, state, w, target, factor, start, effort)
         elif runs_compiled(w) and effort.beta == 1:
             cpu.superblock(fmt, state, w, target, factor, start, effort)
         else:
@@ -175,8 +178,8 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
     return state
 
 
-def _superblock_fused(fmt, state, w, target, factor, start, effort) -> None:
-    """As _superblock, with a kernel for each block."""
+def _superblock_fused(fmt, state, w, target, error, factor, start, effort) -> None:
+    """As _superblock, with a kernel for each block; the block's errors go to `error` [E, R, n]."""
     metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
     first = guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1), effort.tries)
     state.d[..., start // SUPERBLOCK] = first.d
@@ -184,12 +187,11 @@ def _superblock_fused(fmt, state, w, target, factor, start, effort) -> None:
     prepared = grid, *fused.score_tables(fmt, metric, grid)
     codes = (first.scale + 256 * first.offset).int().contiguous()
     for lo in range(0, SUPERBLOCK, fmt.block):
-        hi = lo + fmt.block
+        before, here = slice(start, start + lo), slice(start + lo, start + lo + fmt.block)
+        if lo:
+            target[..., lo : lo + fmt.block].baddbmm_(error[..., before], factor.u[:, before, here])
         fused.feedback_block(fmt, state, w, target, factor, metric, prepared, codes, start + lo, lo)
-        if hi < SUPERBLOCK:
-            here = slice(start + lo, start + hi)
-            error = w[..., here] - state.q[..., here]
-            target[..., hi:].baddbmm_(error, factor.u[:, here, start + hi : start + SUPERBLOCK])
+        torch.sub(w[..., here], state.q[..., here], out=error[..., here])
 
 
 def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) -> State:
@@ -199,7 +201,10 @@ def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) ->
     superblocks = w.view(e, r, count, SUPERBLOCK).transpose(1, 2).flatten(0, 1)
     metric = d.view(e * count * per, fmt.block // GROUP, GROUP, GROUP)
     weights = d.diagonal(dim1=-2, dim2=-1).reshape(e * count, SUPERBLOCK)
-    first = guess(fmt, superblocks, weights, effort.tries)
+    if _fused(fmt, w) and fmt.grid is None:
+        first = fused_levels.guess(fmt, superblocks.mT.contiguous(), weights)
+    else:
+        first = guess(fmt, superblocks, weights, effort.tries)
     scales, offsets = hypotheses(fmt, first.scale, first.offset, effort.near)  # [E·count, R, blocks, H]
     s, o = block_scale(fmt, first.d, first.dmin, scales, offsets)
 
@@ -249,17 +254,18 @@ def fused_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: Stat
     h, grid = factor.h, fused.padded_grid(fmt, w.device)
     metrics = blocks(h)
     inverses = torch.linalg.inv(metrics)
-    error = state.q - w
+    error, change = state.q - w, w.new_empty(*w.shape[:2], SUPERBLOCK)
     for start in range(0, w.shape[-1], SUPERBLOCK):
         groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
         gradient = error @ h[:, :, start : start + SUPERBLOCK]
         metric, inverse = metrics[:, groups].contiguous(), inverses[:, groups].contiguous()
         prepared = grid, *fused.score_tables(fmt, metric, grid)
         for lo in range(0, SUPERBLOCK, 32):
-            change = fused.descent_block(fmt, state, gradient, h, metric, inverse, prepared, start + lo, lo)
-            here, rest = slice(start + lo, start + lo + 32), slice(start + lo + 32, start + SUPERBLOCK)
-            error[..., here] += change
-            gradient[..., lo + 32 :].baddbmm_(change, h[:, here, rest])
+            before, here = slice(start, start + lo), slice(start + lo, start + lo + 32)
+            if lo:
+                gradient[..., lo : lo + 32].baddbmm_(change[..., :lo], h[:, before, here])
+            fused.descent_block(fmt, state, gradient, change, h, metric, inverse, prepared, start + lo, lo)
+        error[..., start : start + SUPERBLOCK] += change
 
 
 def descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State, span: int) -> None:
@@ -316,20 +322,24 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
             state = plain_pass(fmt, w, factor.d, effort)
     else:
         state = feedback_pass(fmt, w, factor, effort)
+    pulled = pull(w, factor) if effort.refit else None
+    if effort.feedback and factor.u is not None:
         for i in range(max(effort.passes, effort.block_passes)):
-            refit(fmt, w, factor, state)  # before descent: codes chosen under a d that is too small shrink the output
+            if pulled is not None:  # before descent: codes chosen under a d that is too small shrink the output
+                refit(fmt, pulled, factor, state)
             if i < effort.block_passes:
                 descent_pass(fmt, w, factor, state, fmt.block)
             if i < effort.passes:
                 group_descent_pass(fmt, w, factor, state)
-    if effort.refit:
-        refit(fmt, w, factor, state)
+    if pulled is not None:
+        refit(fmt, pulled, factor, state)
     return state
 
 
 def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
     if _fused(fmt, w):
-        fused_descent_pass(fmt, w, factor, state)
+        run = fused_descent_pass if fmt.grid is not None else fused_levels.descent_pass
+        run(fmt, w, factor, state)
     elif runs_compiled(w):
         cpu.descent_pass(fmt, w, factor, state)
     else:
@@ -337,4 +347,4 @@ def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: Stat
 
 
 def _fused(fmt: Format, w: torch.Tensor) -> bool:
-    return use_fused and w.is_cuda and fmt.grid is not None
+    return use_fused and w.is_cuda

@@ -59,13 +59,6 @@ class Format:
         return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.qtype]][1]
 
 
-def ggml_grid(qtype: str) -> np.ndarray:
-    """The codebook inside gguf's dequantizer of this type, float32 [entries, width]."""
-    quant = getattr(gguf.quants, qtype)
-    quant.init_grid()
-    return np.ascontiguousarray(quant.grid.reshape(quant.grid_shape), dtype=np.float32)
-
-
 def as_bytes(*parts: torch.Tensor) -> torch.Tensor:
     """float16 [n], bytes, or integers below 256 [n, …] -> their little-endian bytes side by side, uint8 [n, k]."""
     out = []

@@ -102,7 +102,7 @@ def _put(g: tl.constexpr, at, start, n, s, o, a, b, bits, mask, grid, entry, sig
     tl.store(q + here, s[:, None] * v + o[:, None], mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["superblock"])
 def _feedback(target, w, q, value, entry, sign, scale, offset, d, guesses, multipliers, shifts, metric, table, factor,
               grid, u, n, r, lo, start, superblock, tries: tl.constexpr,
               blocks: tl.constexpr, groups: tl.constexpr, signs: tl.constexpr, halves: tl.constexpr,
@@ -190,11 +190,11 @@ def _descend(g: tl.constexpr, at, start, n, gradient, s, o, mask, metric, invers
     better = (cost < tl.sum(_times(r, metric + g * 64, 8) * r, axis=1) * (1 - 1e-6)) & mask
     _put(g, at, start, n, s, o, a, b, bits, better, grid, entry, sign, value, q, signs, halves, entries)
     moved = tl.where(better[:, None], s[:, None] * v + o[:, None] - old, 0.0)
-    tl.store(change + at[:, None] * 32 + g * 8 + k[None, :], moved, mask=mask[:, None])
+    tl.store(change + at[:, None] * 256 + g * 8 + k[None, :], moved, mask=mask[:, None])
     return moved
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["superblock"])
 def _descent(gradient, change, q, value, entry, sign, scale, offset, d, multipliers, shifts, metric, inverse, table,
              factor, grid, hessian, n, r, lo, start, superblock, per_block: tl.constexpr, signs: tl.constexpr,
              halves: tl.constexpr, entries: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
@@ -209,6 +209,7 @@ def _descent(gradient, change, q, value, entry, sign, scale, offset, d, multipli
     table += (e * 32 + lo // 8) * halves * 16 * entries
     factor += (e * 32 + lo // 8) * halves
     hessian += e * n * n + start * n + start
+    change += lo
     t = gradient + at[:, None] * 256 + lo + k[None, :]
     step = tl.load(d + at * (n // 256) + superblock, mask=mask, other=0.0)
     index = at * (n // (per_block * 8)) + start // (per_block * 8)
@@ -285,41 +286,35 @@ def feedback_block(fmt: Format, state, w, target, factor: Factor, metric, prepar
     )  # fmt: skip
 
 
-def descent_block(fmt: Format, state, gradient, h, metric, inverse, prepared, start: int, lo: int) -> torch.Tensor:
-    """Revise 32 columns of every row; returns the change of q [E, R, 32]."""
+def descent_block(fmt: Format, state, gradient, change, h, metric, inverse, prepared, start: int, lo: int) -> None:
+    """Revise 32 columns of every row, `lo` in their superblock; the change of q goes to change [E, R, 256]."""
     e, r, n = state.q.shape
     t, (grid, table, unit) = tables(fmt, h.device), prepared
-    change = torch.empty(e, r, 32, device=h.device)
     _descent[(triton.cdiv(r, ROWS), e)](
         gradient, change, state.q, state.value, state.entry, state.sign, state.scale, state.offset, state.d,
         t.multipliers, t.shifts, metric, inverse, table, unit, grid, h, n, r, lo, start, start // SUPERBLOCK,
         fmt.block // GROUP, SIGNS[fmt.signs], GROUP // fmt.width, len(t.grid), ROWS, min(TILE, len(t.grid)),
         num_warps=WARPS,
     )  # fmt: skip
-    return change
 
 
-@triton.jit
-def _products(image, unit, w, a, b, r, n, blocks: tl.constexpr, k, kinds: tl.constexpr, rows: tl.constexpr):
-    """image [E, R, n] against every superblock of unit [E, R, kinds, n] and against w: one row block of A, and of b."""
-    e = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["first", "count", "k", "width"])
+def _products(image, unit, a, r, n, first, count, k, width, kinds: tl.constexpr, rows: tl.constexpr):
+    """One superblock of image [E, R, 256 count] against that of unit [E, R, kinds, n] it stands for: row k of A."""
+    e, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     mask = row < r
     at = e * r + row
-    column = tl.arange(0, 256)
-    total = tl.zeros([rows], tl.float32)
-    for block in range(0, blocks):
-        here = block * 256 + column[None, :]
-        x = tl.load(image + at[:, None] * n + here, mask=mask[:, None], other=0.0)
-        total += tl.sum(x * tl.load(w + at[:, None] * n + here, mask=mask[:, None], other=0.0), axis=1)
-        for kind in tl.static_range(kinds):
-            y = tl.load(unit + (at[:, None] * kinds + kind) * n + here, mask=mask[:, None], other=0.0)
-            column_a = (at * blocks * kinds + k) * blocks * kinds + block * kinds + kind
-            tl.store(a + column_a, tl.sum(x * y, axis=1), mask=mask)
-    tl.store(b + at * blocks * kinds + k, total, mask=mask)
+    column = block * 256 + tl.arange(0, 256)
+    x = tl.load(image + at[:, None] * (count * 256) + column[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+    for kind in tl.static_range(kinds):
+        right = unit + (at[:, None] * kinds + kind) * n + first * 256 + column[None, :]
+        y = tl.load(right, mask=mask[:, None], other=0.0).to(tl.float32)
+        tl.store(a + (at * width + k) * width + (first + block) * kinds + kind, tl.sum(x * y, axis=1), mask=mask)
 
 
-def products(image, unit, w, a, b, k: int) -> None:
-    """Twin of the sums in refit.normal_equations: fills a[..., k, :] [E, R, K, K] and b[..., k]."""
+def products(image, unit, a, k: int) -> None:
+    """Twin of the sums in refit.normal_equations: fills a[..., k, :] [E, R, K, K] from superblock k // kinds on."""
     e, r, kinds, n = unit.shape
-    _products[(triton.cdiv(r, 16), e)](image, unit, w, a, b, r, n, n // SUPERBLOCK, k, kinds, 16)
+    count = image.shape[-1] // SUPERBLOCK
+    _products[(triton.cdiv(r, 16), e, count)](image, unit, a, r, n, k // kinds, count, k, a.shape[-1], kinds, 16)

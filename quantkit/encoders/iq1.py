@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from quantkit.encoders.format import Codes, Format, as_bytes, gather_bits, ggml_grid, words
+from quantkit.codebooks import ggml_grid
+from quantkit.encoders.format import Codes, Format, as_bytes, gather_bits, words
 
 ODD = tuple(2.0 * code + 1 for code in range(8))
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from quantkit.encoders.format import Codes, Format, as_bytes, gather_bits, ggml_grid, words
+from quantkit.codebooks import ggml_grid
+from quantkit.encoders.format import Codes, Format, as_bytes, gather_bits, words
 
 
 def pack_iq3_xxs(c: Codes) -> torch.Tensor:

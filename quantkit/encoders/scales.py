@@ -37,7 +37,7 @@ def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None
     """tries: how many pairs of scale and shift of a codebook type to keep for each block; None for all."""
     if fmt.grid is not None:
         return _guess_codebook(fmt, x, weights, tries)
-    return _guess_mins(fmt, x, weights) if fmt.n_mins else _guess_signed(fmt, x, weights)
+    return _guess_levels(fmt, x, weights)
 
 
 # -- codebooks ------------------------------------------------------------------------------------------------------
@@ -70,11 +70,8 @@ def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Ten
     """Cost of every block at the sampled scales, for each shift of the block: [E, N, blocks, shifts, points]."""
     levels, shifts, span = _rounding(fmt.qtype)
     e, n, _ = x.shape
-    if x.is_cuda and kernels is not None:
-        cost = kernels.curves(x, weights, base, CURVE, levels, shifts, span, fmt.signs != "grid")
-    else:
-        sample = _sampled_compiled if runs_compiled(x) else _sampled
-        cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
+    sample = _sampled_compiled if runs_compiled(x) else _sampled
+    cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
     cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
     if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
         cost = cost.amin(4, keepdim=True)
@@ -110,10 +107,17 @@ def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tens
     return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
 
 
+def uses_kernel(x: torch.Tensor) -> bool:
+    return x.is_cuda and kernels is not None
+
+
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
-    top = max(fmt.multipliers)
+    level, top = math.sqrt(float((fmt.grid**2).mean())), max(fmt.multipliers)
+    if uses_kernel(x) and tries is not None:
+        d, pairs = kernels.guess(fmt, x, weights, level, tries, _rounding(fmt.qtype), CURVE, CANDIDATES,
+                                 _interpolation(fmt.multipliers))  # fmt: skip
+        return Guess(d, torch.zeros_like(d), (pairs & 255).long(), (pairs >> 8).long())
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
-    level = math.sqrt(float((fmt.grid**2).mean()))
     base = (rms / level).clamp_min(1e-20)
     matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
     cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
@@ -218,24 +222,27 @@ def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.T
     return (value / safe).round().clamp(low, high).long()
 
 
-def _guess_signed(fmt: Format, x, weights) -> Guess:
+def _guess_levels(fmt: Format, x, weights) -> Guess:
     xb, wb = _blocks(fmt, x, weights)
-    s = _fit_compiled(fmt, xb, wb)[0] if runs_compiled(x) else fit_signed(fmt, xb, wb)
+    if runs_compiled(x):
+        s, m = _fit_compiled(fmt, xb, wb)
+    else:
+        s, m = fit_mins(fmt, xb, wb) if fmt.n_mins else (fit_signed(fmt, xb, wb), None)
+    return share(fmt, s, m, wb.sum(-1))
+
+
+def share(fmt: Format, s: torch.Tensor, m: torch.Tensor | None, energy: torch.Tensor) -> Guess:
+    """d (and dmin) for scales (and mins) [E, N, blocks] that were fitted to each block alone; energy: Σ weights of each
+    block, [E, 1, blocks]."""
+    if fmt.n_mins:
+        d, scale = _shared(s, len(fmt.multipliers) - 1, energy * s.square().clamp_min(1e-30))
+        dmin, offset = _shared(m, fmt.n_mins - 1, energy)
+        return Guess(d, dmin, scale[..., None], offset[..., None])
     low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
     peak = s.gather(-1, s.abs().argmax(-1, keepdim=True))[..., 0]
     d = to_fp16(peak / low)  # the longest scale takes the longer side, as in ggml
     code = _codes(s, d, low, high) - low
     return Guess(d, torch.zeros_like(d), code[..., None], torch.zeros_like(code)[..., None])
-
-
-def _guess_mins(fmt: Format, x, weights) -> Guess:
-    xb, wb = _blocks(fmt, x, weights)
-    s, m = (_fit_compiled if runs_compiled(x) else fit_mins)(fmt, xb, wb)
-    energy = wb.sum(-1)
-    top = len(fmt.multipliers) - 1
-    d, scale = _shared(s, top, energy * s.square().clamp_min(1e-30))
-    dmin, offset = _shared(m, fmt.n_mins - 1, energy)
-    return Guess(d, dmin, scale[..., None], offset[..., None])
 
 
 def _shared(value: torch.Tensor, top: int, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

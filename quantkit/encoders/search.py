@@ -62,17 +62,18 @@ def runs_compiled(t: torch.Tensor) -> bool:
     return use_compiled and t.device.type == "cpu"
 
 
-def best_entry(linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """argmin over entries m of linear · grid_m + square · bias_m.
+def best_entry(linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor,
+               bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The entry m with the least linear · grid_m + square · bias_m: its index, int32 [E, N], and grid_m [E, N, k].
 
-    linear [E, N, k], square [E, N] ≥ 0, grid [entries, k], bias [E, entries] -> int64 [E, N].
+    linear [E, N, k], square [E, N] ≥ 0, grid [entries, k], bias [E, entries].
     """
     if linear.is_cuda and kernels is not None:
         return kernels.best_entry(linear, square, grid, bias)
     entries = len(grid)
     a = torch.cat([linear, square[..., None]], -1)
     b = torch.cat([grid.T.expand(len(bias), -1, -1), bias[:, None]], 1)
-    out = torch.empty(square.shape, dtype=torch.int64, device=linear.device)
+    out = torch.empty(square.shape, dtype=torch.int32, device=linear.device)
     chunk = CPU_CHUNK if a.device.type == "cpu" else max(1, 2**28 // entries)
     for e in range(len(a)):
         for i in range(0, a.shape[1], chunk):
@@ -80,7 +81,7 @@ def best_entry(linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, b
             part = scores.amin(-1).argmin(-1)
             row = torch.arange(len(part), device=a.device)
             out[e, i : i + chunk] = part * SPLIT + scores[row, part].argmin(-1)
-    return out
+    return out, grid[out]
 
 
 def quadratic(r: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,8 @@ def nearest(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor) -> C
 def _nearest_full(fmt: Format, x, s, d) -> Choice:
     grid = tables(fmt, x.device).grid
     bias = ((grid @ d) * grid).sum(-1)  # [E, entries]
-    index = best_entry((x @ d) * (-2 * s)[..., None], s * s, grid, bias)
-    return Choice(index.int()[..., None], torch.zeros_like(index, dtype=torch.int32), grid[index])
+    index, value = best_entry((x @ d) * (-2 * s)[..., None], s * s, grid, bias)
+    return Choice(index[..., None], torch.zeros_like(index), value)
 
 
 def _nearest_signed(fmt: Format, x, s, d) -> Choice:
@@ -124,11 +125,11 @@ def _nearest_signed(fmt: Format, x, s, d) -> Choice:
     bias = torch.einsum("mk,ehk->ehm", t.grid**2, w).flatten(0, 1)
     linear = (magnitude * weights[:, None] * (-2 * s)[..., None]).view(e, n, halves, fmt.width).transpose(1, 2)
     squared = (s * s)[:, None].expand(e, halves, n)
-    index = best_entry(linear.flatten(0, 1), squared.flatten(0, 1), t.grid, bias)
+    index, value = best_entry(linear.flatten(0, 1), squared.flatten(0, 1), t.grid, bias)
     index = index.view(e, halves, n).transpose(1, 2)
-    value = t.grid[index].reshape(e, n, GROUP)
+    value = value.view(e, halves, n, fmt.width).transpose(1, 2).reshape(e, n, GROUP)
     sign = (negative.int() * t.bits).sum(-1, dtype=torch.int32)
-    return Choice(index.int(), sign, torch.where(negative, -value, value))
+    return Choice(index, sign, torch.where(negative, -value, value))
 
 
 def round_to_levels(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

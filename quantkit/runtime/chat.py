@@ -14,6 +14,7 @@ from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
+from quantkit.runtime.gpu import GpuLayers
 from quantkit.runtime.sources import GGUFSource
 from quantkit.sizes import gib
 
@@ -101,12 +102,13 @@ def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(self, path: Path, device: str, context: int, how: Sampling, ram: int | None = None):
+    def __init__(self, path: Path, device: str, context: int, how: Sampling, gpu_layers: GpuLayers = "auto",
+                 ram: int | None = None):  # fmt: skip
         """ram: bytes that the file may take in memory."""
         source = GGUFSource(path, device, ram=ram)
         self.residency = source.residency
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
-        self.engine = open_engine(source, 1, context)
+        self.engine = open_engine(source, 1, context, gpu_layers)
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""

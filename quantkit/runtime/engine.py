@@ -8,6 +8,7 @@ import torch
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Model, Sampling, sample
+from quantkit.runtime.gpu import GpuEngine, GpuLayers
 from quantkit.runtime.graph import GraphEngine
 from quantkit.runtime.layers import KVCache
 from quantkit.runtime.sources import GGUFSource
@@ -56,10 +57,14 @@ class TorchEngine:
         return self.model.step(torch.tensor(tokens), [self._caches(slot) for slot in slots])
 
 
-def open_engine(source: GGUFSource, n_slots: int, capacity: int) -> Engine:
+def open_engine(source: GGUFSource, n_slots: int, capacity: int, gpu_layers: GpuLayers = "auto") -> Engine:
     """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): one ggml
-    graph if all is computed on the CPU, else layer by layer."""
+    graph if all is computed on the CPU, else CUDA graphs and, for experts that are not on the GPU, ggml."""
     capacity = min(capacity, source.config.n_context)
+    if source.device.type == "cuda":
+        return GpuEngine(source, n_slots, capacity, gpu_layers)
+    if gpu_layers not in ("auto", 0):
+        raise QuantkitError(f"--gpu-layers {gpu_layers}: needs a GPU and --device cuda")
     if source.quantized_products:
         return GraphEngine(source, n_slots, capacity)
     return TorchEngine(Model(source), n_slots, capacity)

@@ -147,7 +147,7 @@ class GGUFSource:
     Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
     `device`: right for many tokens at once, when each layer is visited once.
 
-    ram: bytes that the file may take in memory (hybrid only); None: as many as the system gives.
+    ram: bytes that the file may take in memory (hybrid, on the CPU); None: as many as the system gives.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
@@ -163,6 +163,8 @@ class GGUFSource:
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self._check_tensors()
+        if ram is not None and not on_cpu:
+            raise QuantkitError("--ram needs --device cpu: with a GPU, experts are read through the mapped file")
         self.residency = None if ram is None else Residency(self.file, self.config, ram)
         if self.residency:
             say(str(self.residency))

@@ -1,10 +1,5 @@
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 
 @pytest.fixture(autouse=True, scope="package")

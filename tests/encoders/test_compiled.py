@@ -84,5 +84,5 @@ def test_products(monkeypatch):
     g = torch.Generator().manual_seed(3)
     unit, w, h = (torch.randn(s, generator=g) for s in ((1, 5, 2, 512), (1, 5, 512), (1, 512, 512)))
     factor = type(prepare([None], 512, CPU))(h @ h.mT, None, None)
-    (a, b), (got_a, got_b) = both(monkeypatch, lambda: normal_equations(w, unit, factor))
+    (a, b), (got_a, got_b) = both(monkeypatch, lambda: normal_equations(unit, w @ factor.h, factor))
     assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)

@@ -7,12 +7,12 @@ pytest.importorskip("triton")
 
 from test_bytes import data, output_error
 
-from quantkit.encoders import engine, fused, kernels, search
+from quantkit.encoders import engine, fused, kernels, scales, search
 from quantkit.encoders.api import formats
 from quantkit.encoders.engine import Effort, encode_rows
-from quantkit.encoders.hessian import prepare
+from quantkit.encoders.hessian import Factor, prepare
 from quantkit.encoders.refit import normal_equations
-from quantkit.encoders.scales import CURVE, _rounding, _sampled
+from quantkit.encoders.scales import guess
 from quantkit.encoders.search import best_entry
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs them on the GPU")
@@ -24,16 +24,26 @@ def test_best_entry():
     grid = torch.from_numpy(formats()["IQ2_XXS"].grid)
     x, s = torch.rand(2, 70, 8, generator=g), torch.rand(2, 70, generator=g) * 0.02 + 0.01
     args = (x * -2 * s[..., None], s * s, grid, (grid**2).sum(-1).expand(2, -1).contiguous())
-    assert (kernels.best_entry(*args) == best_entry(*args)).float().mean() > 0.97
+    index, value = kernels.best_entry(*args)
+    assert (index == best_entry(*args)[0]).float().mean() > 0.97
+    assert torch.equal(value, grid[index])
 
 
-@pytest.mark.parametrize("qtype", ["IQ1_S", "IQ2_XXS"])
-def test_curves(qtype):
+@pytest.mark.parametrize("qtype", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ3_S"])
+def test_guess(qtype, monkeypatch):
+    """Kernel and reference choose alike but for near-ties; a row of zeros gets d = 0."""
     g = torch.Generator().manual_seed(2)
-    x, weights, base = (torch.rand(s, generator=g) + 0.1 for s in ((1, 9, 256), (1, 256), (1, 9)))
-    levels, shifts, span = _rounding(qtype)
-    got = kernels.curves(x, weights, base, CURVE, levels, shifts, span, qtype != "IQ1_S")
-    assert torch.allclose(got, _sampled(x, weights, base, levels, shifts, span), rtol=1e-3, atol=1e-4)
+    fmt, x, weights = formats()[qtype], torch.randn(2, 9, 256, generator=g), torch.rand(2, 256, generator=g) + 0.1
+    x[1, 3] = 0
+    monkeypatch.setattr(search, "use_compiled", False)
+    want = guess(fmt, x, weights, 2)
+    monkeypatch.setattr(scales, "uses_kernel", lambda x: True)
+    got = guess(fmt, x, weights, 2)
+    assert got.d[1, 3] == 0 and torch.allclose(got.d, want.d, rtol=0.1)
+    same = got.d == want.d
+    assert same.float().mean() > 0.9
+    for ours, theirs in ((got.scale, want.scale), (got.offset, want.offset)):
+        assert (ours[same] == theirs[same])[..., 0].float().mean() > 0.97
 
 
 @pytest.mark.parametrize("qtype", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ3_S"])
@@ -44,6 +54,7 @@ def test_fused_feedback_and_descent(qtype, monkeypatch):
     monkeypatch.setattr(search, "use_compiled", False)
     plain = encode_rows(fmt, w[None], factor, how)
     monkeypatch.setattr(engine, "_fused", lambda fmt, w: True)
+    monkeypatch.setattr(scales, "uses_kernel", lambda x: True)
     ours = encode_rows(fmt, w[None], factor, how)
     assert output_error(w, ours.q[0], hessian) == pytest.approx(output_error(w, plain.q[0], hessian), rel=0.03)
     assert (ours.entry == plain.entry).float().mean() > 0.7  # near-ties go their own way, and take later groups along
@@ -52,12 +63,16 @@ def test_fused_feedback_and_descent(qtype, monkeypatch):
 def test_products(monkeypatch):
     monkeypatch.setattr(search, "use_compiled", False)
     g = torch.Generator().manual_seed(3)
-    unit, w, h = (torch.randn(s, generator=g) for s in ((1, 5, 2, 512), (1, 5, 512), (1, 512, 512)))
-    factor = prepare([None], 512, CPU)
-    factor = type(factor)(h @ h.mT, None, factor.d)
-    a, b = normal_equations(w, unit, factor)
-    got_a, got_b = torch.empty_like(a), torch.empty_like(b)
+    unit, h = torch.randn(1, 5, 2, 512, generator=g), torch.randn(1, 512, 512, generator=g)
+    factor = Factor(h @ h.mT, None, torch.empty(0))
+    want = normal_equations(unit, unit[:, :, 0], factor)[0]
+    got = torch.zeros_like(want)
     for k in range(4):
-        image = unit[:, :, k % 2, k // 2 * 256 : k // 2 * 256 + 256] @ factor.h[:, k // 2 * 256 : k // 2 * 256 + 256]
-        fused.products(image, unit, w, got_a, got_b, k)
-    assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)
+        part = slice(k // 2 * 256, k // 2 * 256 + 256)
+        fused.products(unit[:, :, k % 2, part] @ factor.h[:, part, part.start :], unit, got, k)
+    assert torch.allclose(want.triu(), got.triu(), rtol=1e-3, atol=0.1)
+    whole = unit.unflatten(-1, (2, 256)).permute(0, 1, 3, 2, 4).reshape(5, 4, 256)  # [row, superblock · kind, column]
+    wide = torch.zeros(5, 4, 512)
+    for k in range(4):
+        wide[:, k, k // 2 * 256 : k // 2 * 256 + 256] = whole[:, k]
+    assert torch.allclose(want[0], wide @ factor.h[0] @ wide.mT, rtol=1e-3, atol=0.1)

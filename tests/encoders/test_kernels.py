@@ -7,7 +7,7 @@ from test_bytes import data, decode, output_error
 from quantkit.encoders import encode, second_moment
 from quantkit.encoders.api import formats
 from quantkit.encoders.hessian import blocked_cholesky, factorize
-from quantkit.encoders.scales import _curves
+from quantkit.encoders.scales import guess
 from quantkit.encoders.search import best_entry
 
 GPU = pytest.mark.gpu
@@ -40,7 +40,8 @@ def test_best_entry_kernel(qtype):
     x = torch.randn(e, n, k, generator=g).abs() * s[..., None] * grid.abs().mean()
     bias = (grid**2) @ metric.T
     args = (x * metric[:, None] * -2 * s[..., None], s * s, grid, bias.T.contiguous())
-    want, got = best_entry(*args), best_entry(*(a.cuda() for a in args)).cpu()
+    want, (got, value) = best_entry(*args)[0], (t.cpu() for t in best_entry(*(a.cuda() for a in args)))
+    assert torch.equal(value, grid[got])
     energy = (x.square() * metric[:, None]).sum(-1)
 
     def score(index):
@@ -51,13 +52,14 @@ def test_best_entry_kernel(qtype):
 
 
 @GPU
-@pytest.mark.parametrize("qtype", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS", "IQ3_S"])
-def test_curves_kernel(qtype):
+@pytest.mark.parametrize("qtype", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_guess_kernel(qtype):
     g = torch.Generator().manual_seed(2)
     fmt, x, weights = formats()[qtype], torch.randn(2, 77, 256, generator=g), torch.rand(2, 256, generator=g)
-    base = torch.rand(2, 77, generator=g) + 0.1
-    want, got = _curves(fmt, x, weights, base), _curves(fmt, x.cuda(), weights.cuda(), base.cuda()).cpu()
-    assert torch.allclose(want, got, rtol=1e-3, atol=1e-4)
+    want, got = guess(fmt, x, weights, 2), guess(fmt, x.cuda(), weights.cuda(), 2)
+    same = got.d.cpu() == want.d
+    assert torch.allclose(got.d.cpu(), want.d, rtol=0.1) and same.float().mean() > 0.9
+    assert (got.scale.cpu() == want.scale)[same][..., 0].float().mean() > 0.97
 
 
 @GPU

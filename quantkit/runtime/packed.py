@@ -1,0 +1,94 @@
+"""Matrices as quantized bytes on a device, multiplied there without ever being whole in another form for long."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from quantkit.runtime import blocks
+
+FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
+
+
+@cache
+def use_kernels(kind: str) -> bool:
+    """Triton's kernels on a GPU."""
+    return kind == "cuda" and find_spec("triton") is not None
+
+
+class Packed:
+    """n matrices [n_out, n_in] of a type in `blocks.TYPES`.
+
+    data: uint8 [n, n_out, row_bytes] on any device. dtype: of what is dequantized. Results have their input's dtype.
+    """
+
+    def __init__(self, qtype: str, data: torch.Tensor, n_in: int, dtype: torch.dtype):
+        self.qtype, self.data, self.n_in, self.dtype = qtype, data, n_in, dtype
+        self._order: dict[int, torch.Tensor] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return self.data.nbytes
+
+    def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Matrices begin ... end, dequantized: [end - begin, n_out, n_in]."""
+        data = self.data[begin:end]
+        if not use_kernels(data.device.type):
+            return blocks.dequantize(self.qtype, data).to(self.dtype)
+        from quantkit.runtime import kernels
+
+        out = torch.empty(*data.shape[:2], self.n_in, dtype=self.dtype, device=data.device)
+        kernels.dequantize(self.qtype, data.flatten(0, 1), out.view(-1, self.n_in))
+        return out
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The first matrix: x [n, n_in] -> [n, n_out]."""
+        if len(x) > FEW:
+            return (x.to(self.dtype) @ self.dense(0, 1)[0].T).to(x.dtype)
+        return self._products(x, None).to(x.dtype)
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
+        n, n_matrices, _ = x.shape
+        if n not in self._order:
+            self._order[n] = torch.arange(n_matrices, dtype=torch.int32, device=x.device).repeat(n)
+        return self._products(x.flatten(0, 1), self._order[n]).view(n, n_matrices, -1).to(x.dtype)
+
+    def chosen(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]."""
+        return self._products(x, ids).to(x.dtype)
+
+    def _products(self, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        x = x.float()
+        if use_kernels(x.device.type):
+            from quantkit.runtime import kernels
+
+            return kernels.products(self.qtype, self.data, x, ids)
+        if ids is None:
+            return x @ blocks.dequantize(self.qtype, self.data[0]).T
+        used, at = ids.unique(return_inverse=True)
+        weights = blocks.dequantize(self.qtype, self.data[used.long()])
+        return torch.einsum("pi,poi->po", x.repeat_interleave(len(ids) // len(x), 0), weights[at])
+
+
+class Plain:
+    """As Packed, of matrices that are kept dequantized: [n, n_out, n_in]."""
+
+    def __init__(self, weights: torch.Tensor):
+        self.weights = weights
+
+    @property
+    def n_bytes(self) -> int:
+        return self.weights.nbytes
+
+    def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        return self.weights[begin:end]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.to(self.weights.dtype) @ self.weights[0].T).to(x.dtype)
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("nmi,moi->nmo", x.to(self.weights.dtype), self.weights).to(x.dtype)
+
+
+Matrix = Packed | Plain
