@@ -224,6 +224,9 @@ class GGUFSource:
         return self.dense(name).to(self.device)
 
     def _matrix(self, name: str) -> torch.Tensor:
+        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
+            out = torch.empty(self.file.tensors[name].shape, dtype=self.dtype)
+            return self.unpack(name, self.file.data(name), out)
         return self.dense(name).to(self.device, self.dtype)
 
     def linear(self, name: str) -> Linear:
@@ -359,14 +362,22 @@ class PromptExperts:
             self.need([e])
             out.index_add_(0, tokens, self._dequantized(e, x[tokens]).float() * share[mine, None])
         few = slot[(counts < self.many)[chosen[slot]]]
+        if len(few) == len(slot):
+            return self._quantized(x, expert, weight)
         if len(few):
-            products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, 1, self.source.n_threads)
-            for mine in few.split(self.source.at_once(1)):
-                tokens = mine // expert.shape[1]
-                self.need(chosen[mine].tolist())
-                y = products(x[tokens].float(), chosen[mine, None].int(), share[mine, None])
-                out.index_add_(0, tokens, y)
+            tokens = few // expert.shape[1]
+            out.index_add_(0, tokens, self._quantized(x[tokens], chosen[few, None], share[few, None]))
         return out
+
+    def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """By ggml, with as many experts a row as `expert` has."""
+        c, n_used = self.source.config, expert.shape[1]
+        products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.source.n_threads)
+        parts = []
+        for part in zip(*(v.split(self.source.at_once(n_used)) for v in (x.float(), expert, weight)), strict=True):
+            self.need(part[1].flatten().tolist())
+            parts.append(products(part[0], part[1].int(), part[2]))
+        return torch.cat(parts)
 
     def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
