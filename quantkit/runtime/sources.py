@@ -169,12 +169,18 @@ class GGUFSource:
         if self.residency:
             say(str(self.residency))
 
+    def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":
+        """The same file, not hybrid."""
+        twin = copy.copy(self)
+        twin.hybrid = twin.quantized_products = False
+        twin.dtype = dtype
+        return twin
+
     def for_prompts(self, dtype: torch.dtype) -> "GGUFSource":
         """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, in
         tiles, and so is an expert with enough rows; others are multiplied by ggml."""
-        twin = copy.copy(self)
-        twin.hybrid = twin.quantized_products = False
-        twin.dtype, twin.scratch = dtype, Scratch(dtype)
+        twin = self.dequantizing(dtype)
+        twin.scratch = Scratch(dtype)
         return twin
 
     def _check_tensors(self) -> None:
