@@ -29,8 +29,8 @@ from quantkit.runtime.unpack import unpack
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
-TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
 CODEBOOK_ROWS = 8  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
+TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
 
 
 class Source(Protocol):
