@@ -172,6 +172,10 @@ gpu_layers_option = click.option(
 restart_option = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
 
 
+run_ram_option = click.option("--ram", default=None, metavar="SIZE",
+                              help="RAM for the file; experts beyond it are read as needed. Default: all.")  # fmt: skip
+
+
 def budget_options(command):
     """--size, --bpw, --ram, --vram and how to spend them; collected into one BudgetOptions."""
     options = [
@@ -489,17 +493,21 @@ def report(folder):
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens.")
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
+@run_ram_option
 @experts_option
 @device_option
 @gpu_layers_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, experts, device, gpu_layers):
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device,
+        gpu_layers):  # fmt: skip
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
     from quantkit.runtime.generate import Sampling
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    talk = Conversation(file, device or pipeline.default_device(), context, how, parse_gpu_layers(gpu_layers), experts)
+    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    layers = parse_gpu_layers(gpu_layers)
+    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, experts, limit)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -545,10 +553,11 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
+@run_ram_option
 @experts_option
 @device_option
 @gpu_layers_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, experts, device, gpu_layers):
+def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, experts, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
     from quantkit.runtime import kt_experts
@@ -559,7 +568,8 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, experts
         from quantkit import serve as server
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
-    source = GGUFSource(file, device or pipeline.default_device())
+    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
     kt_experts.select(source, experts)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
     engine = open_engine(source, parallel, context, parse_gpu_layers(gpu_layers))

@@ -8,10 +8,9 @@ import ctypes
 import importlib.util
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -45,6 +44,9 @@ class Tensor(ctypes.Structure):
 
 
 TensorP = POINTER(Tensor)
+
+
+CUSTOM = ctypes.CFUNCTYPE(None, TensorP, TensorP, c_int, c_int, c_void_p)
 
 
 class _InitParams(ctypes.Structure):
@@ -86,6 +88,7 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
+FEATURES = ("avx2", "avx512", "avx512_vnni", "neon", "dotprod", "sve")  # that builds differ in
 _SIGNATURES = {
     "base": {
         "ggml_quantize_init": (None, [c_int]),
@@ -93,6 +96,7 @@ _SIGNATURES = {
         "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
         "ggml_get_type_traits": (POINTER(_TypeTraits), [c_int]),
         "ggml_tensor_overhead": (c_size_t, []),
+        "ggml_version": (ctypes.c_char_p, []),
         "ggml_init": (c_void_p, [_InitParams]),
         "ggml_free": (None, [c_void_p]),
         "ggml_new_tensor_3d": (TensorP, [c_void_p, c_int, c_int64, c_int64, c_int64]),
@@ -106,6 +110,7 @@ _SIGNATURES = {
         "ggml_gallocr_new": (c_void_p, [c_void_p]),
         "ggml_gallocr_alloc_graph": (c_bool, [c_void_p, c_void_p]),
         "ggml_gallocr_free": (None, [c_void_p]),
+        "ggml_map_custom1_inplace": (TensorP, [c_void_p, TensorP, CUSTOM, c_int, c_void_p]),
         "ggml_add": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_mul": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_div": (TensorP, [c_void_p, TensorP, TensorP]),
@@ -131,6 +136,7 @@ _SIGNATURES = {
     },
     "cpu": {
         "ggml_cpu_init": (None, []),
+        **{f"ggml_cpu_has_{feature}": (c_int, []) for feature in FEATURES},
         "ggml_graph_plan": (_Cplan, [c_void_p, c_int, c_void_p]),
         "ggml_graph_compute": (c_int, [c_void_p, POINTER(_Cplan)]),
         "ggml_threadpool_new": (c_void_p, [POINTER(_ThreadpoolParams)]),
@@ -159,6 +165,10 @@ class Library:
             raise QuantkitError(f"{folder} holds another ggml than 0.20: install libggml-python==0.20.2.post1")
         self.ggml_cpu_init()
 
+    def __str__(self) -> str:
+        features = [name for name in FEATURES if getattr(self, f"ggml_cpu_has_{name}")()]
+        return f"ggml {self.ggml_version().decode()} ({' '.join(features) or 'plain'}) of {self.folder}"
+
 
 @cache
 def library() -> Library:
@@ -168,7 +178,8 @@ def library() -> Library:
     spec = importlib.util.find_spec("libggml")
     if spec is None or not spec.submodule_search_locations:
         raise QuantkitError("ggml is missing: pip install libggml-python==0.20.2.post1")
-    return Library(Path(spec.submodule_search_locations[0]) / "lib64")
+    package = Path(spec.submodule_search_locations[0])
+    return Library(next((package / name for name in ("lib64", "lib") if (package / name).is_dir()), package))
 
 
 def type_id(qtype: str) -> int:
@@ -244,19 +255,6 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None =
     return out
 
 
-def dequantize_parallel(qtype: str, data: np.ndarray, n_in: int, pool: ThreadPoolExecutor, workers: int) -> np.ndarray:
-    """`dequantize` with the rows shared out among a pool's threads."""
-    data = data.reshape(-1, row_bytes(qtype, n_in))
-    n_parts = min(workers, max(1, len(data) // 64))
-    if n_parts == 1:
-        return dequantize(qtype, data, n_in)
-    out = np.empty((len(data), n_in), dtype=np.float32)
-    bounds = [i * len(data) // n_parts for i in range(n_parts + 1)]
-    spans = [slice(*pair) for pair in pairwise(bounds)]
-    list(pool.map(lambda span: dequantize(qtype, data[span], n_in, out[span]), spans))
-    return out
-
-
 @cache
 def threadpool(n_threads: int) -> int:
     """A persistent ggml thread pool: without one every product would start and join its own threads."""
@@ -295,6 +293,20 @@ class Graph:
     def op(self, name: str, *arguments) -> "TensorP":
         """A node: ggml_<name> with these arguments."""
         return getattr(self.lib, f"ggml_{name}")(self.context, *arguments)
+
+    def watch(self, ids: "TensorP", visitor: Callable[[list[int]], None]) -> "TensorP":
+        """Call visitor with the int32 values of a node of at most two dimensions as soon as they are computed, and
+        before anything that is computed from what is returned here: the same node."""
+
+        @CUSTOM
+        def call(_, node, thread, n_threads, data):
+            if thread == 0:
+                width, rows, stride = node.contents.ne[0], node.contents.ne[1], node.contents.nb[1]
+                starts = range(node.contents.data, node.contents.data + rows * stride, stride)
+                visitor([i for start in starts for i in (c_int32 * width).from_address(start)])
+
+        self.keep.append(call)
+        return self.op("map_custom1_inplace", ids, call, 1, None)
 
     def expand(self, node: "TensorP") -> None:
         """Nodes run in the order in which they are expanded: a write must come before the reads that depend on it."""

@@ -228,8 +228,10 @@ class LayerEncoder:
         self.out.sync()
 
     def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
-        """One matrix under one factor, on a CPU a slice of rows at a time. A GPU waits for launches, which are as many for
-        a slice as for all rows; encode_batch cuts what does not fit its memory."""
+        """One matrix under one factor, on a CPU a slice of rows at a time.
+
+        A GPU waits for launches, as many for a slice as for all rows; encode_batch cuts what does not fit its memory.
+        """
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"

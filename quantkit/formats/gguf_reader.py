@@ -71,6 +71,31 @@ class GGUFFile:
             raise QuantkitError(f"{self.path}: tensor {name!r} {list(data.shape[:-1])} has no matrix {index}")
         return data[index]
 
+    def set_apart(self, name: str) -> None:
+        """The tensor will not be read through the mapping: reading its neighbours must not map pages of it, as Linux
+        does with what it has cached nearby, unless they are advised differently."""
+        tensor = self._tensor(name)
+        begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.offset + tensor.n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._maps[tensor.file].madvise(mmap.MADV_RANDOM, begin, end - begin)
+
+    def read_into(self, name: str, index: int, out: np.ndarray) -> None:
+        """Copy one matrix of a 3-D tensor to `out` (uint8, contiguous), past the mapping: neither this process nor the
+        system keeps the pages it was read from. May be called from several threads."""
+        tensor = self._tensor(name)
+        size = tensor.n_bytes // tensor.shape[0]
+        offset, rest = tensor.offset + index * size, memoryview(out.reshape(-1))
+        fd = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while rest:
+                if not (n := os.preadv(fd, [rest], offset + size - len(rest))):
+                    raise QuantkitError(f"{tensor.file}: the file ends within tensor {name!r}: was it changed?")
+                rest = rest[n:]
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
     def fingerprint(self) -> str:
         """Of the headers, and of where and how large the files are: reading a 131 GB file to hash it takes minutes."""
         facts = [(t.name, t.qtype, t.shape, t.file.name, t.offset) for t in self.tensors.values()]

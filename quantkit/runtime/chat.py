@@ -17,6 +17,7 @@ from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.gpu import GpuLayers
 from quantkit.runtime.sources import GGUFSource
+from quantkit.sizes import gib
 
 UNFINISHED_TOKENS = 16  # that many tokens without the end of a character are no text: shown as they are
 
@@ -103,9 +104,11 @@ class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
     def __init__(self, path: Path, device: str, context: int, how: Sampling, gpu_layers: GpuLayers = "auto",
-                 experts: kt_experts.Choice = "auto"):  # fmt: skip
-        source = GGUFSource(path, device)
+                 experts: kt_experts.Choice = "auto", ram: int | None = None):  # fmt: skip
+        """ram: bytes that the file may take in memory."""
+        source = GGUFSource(path, device, ram=ram)
         kt_experts.select(source, experts)
+        self.residency = source.residency
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
         self.engine = open_engine(source, 1, context, gpu_layers)
         self.messages: list[dict[str, str]] = []
@@ -135,6 +138,7 @@ class Conversation:
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.cached, strict=False)) if a != b), len(self.cached))
         begin = min(same, len(prompt) - 1)
         pieces, times = Pieces(self.tokenizer), [time.perf_counter()]
+        read = self.residency.read if self.residency else 0
         self.cached = self.cached[:begin]
         last: list[int] = []
         for token in generate(self.engine, prompt, n_tokens, self.how, begin):
@@ -149,3 +153,5 @@ class Conversation:
             self.speed += f", {(len(prompt) - begin) / (times[1] - times[0]):,.1f} tok/s"
         if n > 1:
             self.speed += f" · answer {n:,} tokens, {(n - 1) / (times[-1] - times[1]):,.1f} tok/s"
+        if self.residency:
+            self.speed += f" · {gib(self.residency.read - read)} of experts read"

@@ -9,20 +9,26 @@ which is faster as soon as an expert sees enough tokens to pay for its decoding.
 """
 
 import math
+from dataclasses import replace
+from functools import partial, reduce
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
 
-from quantkit.ggml import Graph, TensorP
+from quantkit.ggml import Graph, TensorP, library
+from quantkit.progress import say
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.sources import GGUFSource, split_kv_b
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing
-DENSE_ROWS = 32  # tokens per expert from which on dequantizing it costs less than it saves
+DENSE_ROWS = 32  # rows of a product from which on dequantizing a matrix may cost less than it saves ...
+DENSE_MACS = 1 << 30  # ... if a layer has so much to multiply that going through it in Python does not show
 PIECE_ROWS = 64  # tokens per expert that the size of prompt pieces aims at
 KEPT_GRAPHS = {True: 8, False: 2}  # decoding (small), prompt pieces (at R1's size 0.6 GB of activations each)
+PART_TENSORS = 10  # of the experts of some tokens
 LAYER_TENSORS = 192  # tensors and nodes of a layer, views included, without those of attention runs and experts
 
 
@@ -32,6 +38,7 @@ class GraphEngine:
 
     def __init__(self, source: GGUFSource, n_slots: int, capacity: int):
         self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
+        say(f"computing with {library()}")
         c = self.config
         self.rows = -(-capacity // KV_STEP) * KV_STEP
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, c.kv_lora + c.qk_rope)
@@ -48,13 +55,16 @@ class GraphEngine:
                 self.weights[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
         self.graphs: dict[tuple, Step] = {}
         self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
-        self.dense = source.dequantizing(product_dtype())
+        self.by_layers = source.for_prompts(product_dtype())
         self.norm, self.head = source.head()
+        self.last_feed = source.feed_forward(c.n_layer - 1)
+        shapes = [tensor.shape for tensor in source.file.tensors.values() if tensor.name.startswith("blk.")]
+        self.layer_weights = sum(prod(shape) for shape in shapes if len(shape) == 2) // c.n_layer
 
     def _weight(self, name: str) -> TensorP:
         tensor = self.source.file.tensors[name]
         n_matrices, n_out, n_in = (1, 1, *tensor.shape)[-3:]
-        return self.holder.weights(tensor.qtype, self.source.file.data(name), n_in, n_out, n_matrices)
+        return self.holder.weights(tensor.qtype, self.source.data(name), n_in, n_out, n_matrices)
 
     def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
         key = (slots, n, n_kv)
@@ -70,22 +80,30 @@ class GraphEngine:
 
     def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
         self.length[slot] = begin + len(tokens)
-        if len(tokens) * self.config.n_used >= DENSE_ROWS * self.config.n_expert:
-            return self._dense_prefill(slot, torch.tensor([tokens]), begin)
+        if self._by_layers(len(tokens)):
+            return self._prefill_by_layers(slot, torch.tensor([tokens]), begin)
         step = self._step((slot,), len(tokens), self._n_kv(self.length[slot]))
         return step.run(np.array(tokens), np.array([begin]))[0]
 
+    def _by_layers(self, n: int) -> bool:
+        """Whether a piece of n tokens is to be multiplied by dequantized matrices."""
+        experts_pay = n * self.config.n_used >= DENSE_ROWS * self.config.n_expert
+        return experts_pay or (n >= DENSE_ROWS and n * self.layer_weights >= DENSE_MACS)
+
     @torch.inference_mode()
-    def _dense_prefill(self, slot: int, tokens: torch.Tensor, begin: int) -> torch.Tensor:
-        """A layer at a time: no more than its matrices without routed experts, and one of those, are in memory."""
-        c = self.config
-        h = self.dense.embed(tokens)
+    def _prefill_by_layers(self, slot: int, tokens: torch.Tensor, begin: int) -> torch.Tensor:
+        """A layer at a time, a matrix at a time: no more is dequantized than one matrix, or two of an expert."""
+        c, source = self.config, self.by_layers
+        h = source.embed(tokens)
         cos, sin = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for layer in range(c.n_layer):
-            block = self.dense.block(layer)
+            block = source.block(layer)
             latent, key = self.cache[layer, slot : slot + 1].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, block, c, cos, sin, KVCache(latent, key, begin))
-            x = rms_norm(h, block.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dense.dtype)
+            dtype = source.dtype
+            if layer == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
+                h, block, dtype = h[:, -1:], replace(block, **self.last_feed), torch.float32
+            x = rms_norm(h, block.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
             h = h + feed_forward(x, block, c).view_as(h)
         return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]
 
@@ -115,7 +133,9 @@ class Step:
         self.engine, self.config, self.slots, self.n, self.n_kv = engine, engine.config, slots, n, n_kv
         c = self.config
         self.total = len(slots) * n
-        per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used
+        residency = engine.source.residency
+        self.rows = residency.most // c.n_used if residency else self.total  # tokens whose experts are computed at once
+        per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used + PART_TENSORS * -(-self.total // self.rows)
         self.graph = Graph(engine.source.n_threads, per_layer * c.n_layer + 64)
         self.op = self.graph.op
         tokens, self.token_values = self._input((self.total,), torch.int32)
@@ -123,13 +143,14 @@ class Step:
         self.places, self.place_values = self._input((self.total,), torch.int64)
         self.offsets = np.repeat(np.array(slots) * engine.rows, n)
         self.masks, self.mask = self._input((len(slots), 1, n, n_kv), torch.float16)
+        last = len(slots) if n == 1 else 1
         h = self.op("get_rows", engine.weights["token_embd.weight"], tokens)
         for layer in range(c.n_layer):
             h = self.op("add", h, self._attention(h, layer))
+            if layer == c.n_layer - 1:  # only the last tokens go on
+                h = self._view(h, (c.d, last), offset=(self.total - last) * 4 * c.d)
             x = self._norm(h, f"blk.{layer}.ffn_norm.weight")
             h = self.op("add", h, self._feed_forward(x, layer))
-        last = len(slots) if n == 1 else 1
-        h = self._view(h, (c.d, last), offset=(self.total - last) * 4 * c.d)
         head = "output.weight" if "output.weight" in engine.weights else "token_embd.weight"
         x = self._reshape(self._norm(h, "output_norm.weight"), c.d, 1, last)  # see _product
         y = self.op("mul_mat", engine.weights[head], x)
@@ -248,23 +269,36 @@ class Step:
 
     def _experts(self, x: TensorP, layer: int) -> TensorP:
         c, w, p = self.config, self.engine.weights, f"blk.{layer}."
+        n = x.contents.ne[1]
         scores = self._product(w[p + "ffn_gate_inp.weight"], x)
         scores = self.op("sigmoid" if c.scoring == "sigmoid" else "soft_max", scores)
         chosen = self.op("argsort_top_k", self._choice(scores, p), c.n_used)
-        weight = self.op("get_rows", self._reshape(scores, 1, c.n_expert, self.total), chosen)
+        weight = self.op("get_rows", self._reshape(scores, 1, c.n_expert, n), chosen)
         if c.norm_weights:
-            flat = self._reshape(weight, c.n_used, self.total)
-            weight = self._reshape(self.op("div", flat, self.op("sum_rows", flat)), 1, c.n_used, self.total)
+            flat = self._reshape(weight, c.n_used, n)
+            weight = self._reshape(self.op("div", flat, self.op("sum_rows", flat)), 1, c.n_used, n)
         weight = self.op("scale", weight, c.weights_scale)
-        one = self._reshape(x, c.d, 1, self.total)
-        gate, up = (self.op("mul_mat_id", w[f"{p}ffn_{part}_exps.weight"], one, chosen) for part in ("gate", "up"))
-        y = self.op("mul_mat_id", w[p + "ffn_down_exps.weight"], self.op("swiglu_split", gate, up), chosen)
-        y = self.op("mul", y, weight)  # [d, n_used, N]
-        views = [self._view(y, (c.d, self.total), (4 * c.d * c.n_used,), 4 * c.d * i) for i in range(c.n_used)]
+        parts = [self._chosen(x, chosen, layer, at, min(self.rows, n - at)) for at in range(0, n, self.rows)]
+        y = self.op("mul", reduce(lambda a, b: self.op("concat", a, b, 2), parts), weight)  # [d, n_used, n]
+        views = [self._view(y, (c.d, n), (4 * c.d * c.n_used,), 4 * c.d * i) for i in range(c.n_used)]
         out = views[0]
         for view in views[1:]:
             out = self.op("add", out, view)
         return self.op("cont", out) if c.n_used == 1 else out
+
+    def _chosen(self, x: TensorP, chosen: TensorP, layer: int, begin: int, n: int) -> TensorP:
+        """Outputs [d, n_used, n] of the experts of n tokens. If only some experts are in memory: of as many tokens as
+        they are certain to serve, and done before the next ones are asked for."""
+        c, w, p = self.config, self.engine.weights, f"blk.{layer}.ffn_"
+        row = chosen.contents.nb[1]
+        ids = self._view(chosen, (c.n_used, n), (row,), begin * row)
+        if residency := self.engine.source.residency:
+            ids = self.graph.watch(ids, partial(residency.need, layer))
+        one = self._view(x, (c.d, 1, n), offset=begin * 4 * c.d)
+        gate, up = (self.op("mul_mat_id", w[f"{p}{part}_exps.weight"], one, ids) for part in ("gate", "up"))
+        y = self.op("mul_mat_id", w[p + "down_exps.weight"], self.op("swiglu_split", gate, up), ids)
+        self.graph.expand(y)
+        return y
 
     def _choice(self, scores: TensorP, p: str) -> TensorP:
         """What experts are chosen by: scores [n_expert, N] with bias, those of groups left out at -inf."""
@@ -273,12 +307,12 @@ class Step:
             scores = self.op("add", scores, self.engine.weights[bias])
         if c.n_group == 1:
             return scores
-        size, n_best = c.n_expert // c.n_group, 2 if c.group_score == "top2" else 1
-        grouped = self._reshape(scores, size, c.n_group, self.total)
+        n, size, n_best = scores.contents.ne[1], c.n_expert // c.n_group, 2 if c.group_score == "top2" else 1
+        grouped = self._reshape(scores, size, c.n_group, n)
         best = self.op("argsort_top_k", grouped, n_best)
-        best = self.op("get_rows", self._reshape(scores, 1, size, c.n_group, self.total), best)
-        per_group = self.op("sum_rows", self._reshape(best, n_best, c.n_group, self.total))
-        kept = self.op("argsort_top_k", self._reshape(per_group, c.n_group, self.total), c.n_group_used)
+        best = self.op("get_rows", self._reshape(scores, 1, size, c.n_group, n), best)
+        per_group = self.op("sum_rows", self._reshape(best, n_best, c.n_group, n))
+        kept = self.op("argsort_top_k", self._reshape(per_group, c.n_group, n), c.n_group_used)
         out = self.op("fill", grouped, -math.inf)
         out = self.op("set_rows", out, self.op("get_rows", grouped, kept), kept)
-        return self._reshape(out, c.n_expert, self.total)
+        return self._reshape(out, c.n_expert, n)

@@ -136,6 +136,10 @@ def select(source: GGUFSource, wanted: Choice = "auto") -> None:
     """
     if wanted == "ggml" or not source.hybrid or not source.config.n_moe:
         return
+    if source.residency:
+        if wanted == "kt":
+            raise QuantkitError("--experts kt reads the whole mapped file: leave out --ram, or use --experts ggml")
+        return
     if not available():
         if wanted == "kt":
             raise QuantkitError(f"--experts kt needs kt-kernel: {INSTALL}")

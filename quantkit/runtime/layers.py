@@ -169,7 +169,8 @@ def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, 
     """
     n_seq, t, n_head, _ = q_nope.shape
     k_nope = torch.einsum("stc,hcn->shtn", latent, block.k_b)
-    values = torch.einsum("stc,hvc->shtv", latent, block.v_b)
+    # One product: the einsum of bfloat16 on the CPU first copies v_b, which takes ten times as long.
+    values = (latent @ block.v_b.flatten(0, 1).T).view(n_seq, t, n_head, -1).transpose(1, 2)
     keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
     v_head = values.shape[-1]

@@ -1,12 +1,16 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
 import copy
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from quantkit import ggml
@@ -16,11 +20,17 @@ from quantkit.arch.deepseek import source_shapes, specs
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.progress import say
 from quantkit.runtime.experts import Projections, StreamedExperts
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+from quantkit.runtime.residency import Residency
+from quantkit.runtime.unpack import unpack
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
+DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
+CODEBOOK_ROWS = 8  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
+TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
 
 
 class Source(Protocol):
@@ -136,27 +146,42 @@ class GGUFSource:
     if `device` is the CPU; on a GPU the others are dequantized to `dtype`. This is how a person runs the file.
     Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
     `device`: right for many tokens at once, when each layer is visited once.
+
+    ram: bytes that the file may take in memory (hybrid, on the CPU); None: as many as the system gives.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                 n_threads: int | None = None, hybrid: bool = True):  # fmt: skip
+                 n_threads: int | None = None, hybrid: bool = True, ram: int | None = None):  # fmt: skip
         self.file = GGUFFile.open(path)
         self.name = Path(path).name
         self.device = torch.device(device)
         on_cpu = self.device.type == "cpu"
         self.hybrid, self.quantized_products = hybrid, hybrid and on_cpu
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+        self.scratch: Scratch | None = None
         self.n_threads = n_threads or torch.get_num_threads()
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
         self._check_tensors()
+        if ram is not None and not on_cpu:
+            raise QuantkitError("--ram needs --device cpu: with a GPU, experts are read through the mapped file")
+        self.residency = None if ram is None else Residency(self.file, self.config, ram)
+        if self.residency:
+            say(str(self.residency))
 
     def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":
         """The same file, not hybrid."""
         twin = copy.copy(self)
         twin.hybrid = twin.quantized_products = False
         twin.dtype = dtype
+        return twin
+
+    def for_prompts(self, dtype: torch.dtype) -> "GGUFSource":
+        """The same file for long pieces of prompts on the CPU: a matrix is dequantized anew for each product, in
+        tiles, and so is an expert with enough rows; others are multiplied by ggml."""
+        twin = self.dequantizing(dtype)
+        twin.scratch = Scratch(dtype)
         return twin
 
     def _check_tensors(self) -> None:
@@ -172,6 +197,11 @@ class GGUFSource:
     def tokenizer(self) -> Tokenizer:
         return tokenizers.from_gguf(self.file.metadata)
 
+    def data(self, name: str) -> np.ndarray:
+        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
+        stack = self.residency.stacks.get(name) if self.residency else None
+        return self.file.data(name) if stack is None else stack
+
     def dense(self, name: str) -> torch.Tensor:
         """A whole tensor, dequantized to float32 on the CPU in its own shape."""
         return self._values(name, self.file.data(name)).view(*self.file.tensors[name].shape)
@@ -179,21 +209,41 @@ class GGUFSource:
     def _values(self, name: str, data: np.ndarray) -> torch.Tensor:
         """Packed rows of a tensor -> float32 [rows, n_in] on the CPU, by all threads."""
         tensor = self.file.tensors[name]
-        values = ggml.dequantize_parallel(tensor.qtype, data, tensor.shape[-1], self.pool, self.n_threads)
-        return torch.from_numpy(values)
+        values = torch.from_numpy(np.empty((data.size // tensor.row_bytes, tensor.shape[-1]), np.float32))
+        return self.unpack(name, data, values)
+
+    def unpack(self, name: str, data: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads."""
+        return unpack(self.file.tensors[name].qtype, data, out, self.pool, self.n_threads)
+
+    def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch") -> torch.Tensor:
+        """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch.
+        So many rows are dequantized at a time that they are multiplied while in the cache."""
+        n_out, n_in = len(data), x.shape[-1]
+        step = max(64, TILE_WEIGHTS // n_in) * self.n_threads
+        out = x.new_empty(len(x), n_out)
+        for start in range(0, n_out, step):
+            rows = data[start : start + step]
+            out[:, start : start + step] = x @ self.unpack(name, rows, scratch.take(len(rows), n_in)).T
+        return out
 
     def _small(self, name: str) -> torch.Tensor:
         return self.dense(name).to(self.device)
 
     def _matrix(self, name: str) -> torch.Tensor:
+        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
+            out = torch.empty(self.file.tensors[name].shape, dtype=self.dtype)
+            return self.unpack(name, self.file.data(name), out)
         return self.dense(name).to(self.device, self.dtype)
 
     def linear(self, name: str) -> Linear:
+        tensor = self.file.tensors[name]
+        n_out, n_in = tensor.shape
+        if (scratch := self.scratch) is not None:
+            return lambda x: self.tiled_product(x, name, self.file.data(name), scratch)
         if not self.quantized_products:
             weight = self._matrix(name)
             return lambda x: x @ weight.T
-        tensor = self.file.tensors[name]
-        n_out, n_in = tensor.shape
         return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
 
     def fingerprint(self) -> str:
@@ -221,15 +271,20 @@ class GGUFSource:
             k_b, v_b = split_kv_b(self._matrix(p + "attn_kv_b.weight"), c)
         else:
             k_b, v_b = self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
-        moe = c.is_moe(layer)
-        feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
-        router = self._router(p) if moe else None
         return Block(
             attn_norm=self._small(p + "attn_norm.weight"), q=q, kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
             kv_a_norm=self._small(p + "attn_kv_a_norm.weight"), k_b=k_b, v_b=v_b,
             output=self.linear(p + "attn_output.weight"), ffn_norm=self._small(p + "ffn_norm.weight"),
-            feed=feed, router=router, experts=self._experts(p) if moe else None,
+            **self.feed_forward(layer),
         )  # fmt: skip
+
+    def feed_forward(self, layer: int) -> dict[str, Any]:
+        """feed, router and experts of a `Block`."""
+        c, p = self.config, f"blk.{layer}."
+        moe = c.is_moe(layer)
+        feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
+        router, experts = (self._router(p), self._experts(layer)) if moe else (None, None)
+        return {"feed": feed, "router": router, "experts": experts}
 
     def _feed(self, prefix: str, suffix: str) -> Feed:
         return Feed(*(self.linear(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
@@ -239,14 +294,24 @@ class GGUFSource:
         weight = self._small(prefix + "ffn_gate_inp.weight")
         return Router(weight, self._small(bias) if bias in self.file.tensors else None)
 
-    def _experts(self, prefix: str) -> Experts:
+    def _experts(self, layer: int) -> Experts:
         c = self.config
-        names = [f"{prefix}ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        if self.scratch is not None:
+            return PromptExperts(self, layer, names, self.scratch)
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
-        stacks = [(self.file.tensors[name].qtype, self.file.data(name)) for name in names]
-        made = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
-        return CpuExperts(made, self.device)
+        stacks = [(self.file.tensors[name].qtype, self.data(name)) for name in names]
+        experts = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
+
+    def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
+        """Call it with the experts of the layer that are about to be computed."""
+        return partial(self.residency.need, layer) if self.residency else lambda _: None
+
+    def at_once(self, n_used: int) -> int:
+        """Rows with n_used experts each that may be computed at once."""
+        return min(GGML_BATCH, self.residency.most // n_used) if self.residency else GGML_BATCH
 
     def _expert(self, names: list[str], expert: int) -> Projections:
         def matrix(name: str) -> torch.Tensor:
@@ -270,6 +335,65 @@ class GGUFSource:
         return self._values(self._head_name, self.file.data(self._head_name)[start:stop]).to(self.device, self.dtype)
 
 
+class Scratch:
+    """Memory for one tile of a dequantized matrix, used again and again."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.memory = torch.empty(0, dtype=dtype)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """Contiguous, not initialized; what was taken before is overwritten."""
+        if (size := prod(shape)) > len(self.memory):
+            self.memory = torch.empty(size, dtype=self.memory.dtype)
+        return self.memory[:size].view(shape)
+
+
+class PromptExperts:
+    """Routed experts of a long piece: those with many rows are dequantized once, the others multiplied by ggml."""
+
+    def __init__(self, source: GGUFSource, layer: int, names: list[str], scratch: Scratch):
+        self.source, self.names, self.scratch, self.need = source, names, scratch, source.needs(layer)
+        self.stacks = [(source.file.tensors[name].qtype, source.data(name)) for name in names]
+        short = scratch.memory.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
+        self.many = CODEBOOK_ROWS if short else DECODED_ROWS
+
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> float32 [n, d]."""
+        c, out, chosen, share = self.source.config, torch.zeros(x.shape), expert.flatten(), weight.flatten()
+        slot = torch.argsort(chosen, stable=True)  # tokens in order within an expert: sums are reproducible
+        counts = torch.bincount(chosen, minlength=c.n_expert)
+        bounds = [0, *counts.cumsum(0).tolist()]
+        for e in (counts >= self.many).nonzero().flatten().tolist():
+            mine = slot[bounds[e] : bounds[e + 1]]
+            tokens = mine // expert.shape[1]
+            self.need([e])
+            out.index_add_(0, tokens, self._dequantized(e, x[tokens]).float() * share[mine, None])
+        few = slot[(counts < self.many)[chosen[slot]]]
+        if len(few) == len(slot):
+            return self._quantized(x, expert, weight)
+        if len(few):
+            tokens = few // expert.shape[1]
+            out.index_add_(0, tokens, self._quantized(x[tokens], chosen[few, None], share[few, None]))
+        return out
+
+    def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """By ggml, with as many experts a row as `expert` has."""
+        c, n_used = self.source.config, expert.shape[1]
+        products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.source.n_threads)
+        parts = []
+        for part in zip(*(v.split(self.source.at_once(n_used)) for v in (x.float(), expert, weight)), strict=True):
+            self.need(part[1].flatten().tolist())
+            parts.append(products(part[0], part[1].int(), part[2]))
+        return torch.cat(parts)
+
+    def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            return self.source.tiled_product(x, name, self.source.data(name)[e], self.scratch)
+
+        gate, up, down = self.names
+        return product(down, F.silu(product(gate, x)) * product(up, x))
+
+
 class Batched:
     """A ggml product over at most GGML_BATCH rows at a time."""
 
@@ -285,10 +409,13 @@ class Batched:
 class CpuExperts:
     """Experts on the CPU for inputs that may live on a GPU."""
 
-    def __init__(self, experts: Experts, device: torch.device):
-        self.experts, self.device = experts, device
+    def __init__(self, experts: Experts, device: torch.device, need: Callable[[Iterable[int]], None], rows: int):
+        self.experts, self.device, self.need, self.rows = experts, device, need, rows
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         inputs = (x.float().cpu(), expert.int().cpu(), weight.cpu())
-        parts = [self.experts(*part) for part in zip(*(value.split(GGML_BATCH) for value in inputs), strict=True)]
+        parts = []
+        for part in zip(*(value.split(self.rows) for value in inputs), strict=True):
+            self.need(part[1].flatten().tolist())
+            parts.append(self.experts(*part))
         return torch.cat(parts).to(self.device)

@@ -18,6 +18,7 @@ import torch
 
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.engines import llama_oracle
+from quantkit.runtime.engine import open_engine
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import final_hidden, logit_tiles
@@ -125,6 +126,28 @@ def test_long_context(plain, chunks: Chunks):
     ours = streamed(reference(), tokens)
     assert_exact(theirs, ours)
     assert_exact(theirs[:, 1792:], ours[:, 1792:])
+
+
+@pytest.mark.parametrize("n", [5120, pytest.param(16384, marks=pytest.mark.large)])
+def test_engine_of_run_and_serve_over_a_long_context(n, plain, chunks: Chunks):
+    """Beyond the 4,096 positions before YaRN: pieces through whole layers (512) and through the graph (100), of each
+    its last token, then 16 tokens one by one."""
+    tokens = chunks(1, n)
+    theirs = torch.from_numpy(llama_oracle.logits(plain("F32"), tokens.numpy(), step=512)[0])
+    prompt, last = tokens[0].tolist(), n - 16
+    for piece in (512, 100):
+        engine = open_engine(GGUFSource(plain("F32"), n_threads=1), 1, n)
+        ours, places = [], []
+        for at in range(0, last, piece):
+            part = prompt[at : min(at + piece, last)]
+            ours.append(engine.prefill(0, part, at).clone())
+            places.append(at + len(part) - 1)
+        for place in range(last, n):
+            ours.append(engine.decode([0], [prompt[place]])[0].clone())
+            places.append(place)
+        late = torch.tensor(places) >= 4096
+        assert agreement(theirs[places], torch.stack(ours)).kld < MAX_KLD
+        assert agreement(theirs[places][late], torch.stack(ours)[late]).kld < MAX_KLD
 
 
 TEXTS = [

@@ -1,0 +1,95 @@
+"""A file larger than the RAM it may take: routed experts are read when a token chooses them, and the ones that have not
+been used for longest make room.
+
+Experts are copied to memory of our own, which is as large as all of them but of which only the pages in use exist. A
+mapping would not do: Linux maps what lies around a page as well, up to megabytes of it. All other tensors stay mapped:
+they are needed for every token.
+"""
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from quantkit.arch.config import DeepseekConfig
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.sizes import gib
+
+PARTS = ("gate", "up", "down")
+READERS = 8  # reads under way at once
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+class Residency:
+    """Which routed experts are in memory. `need` is called before a layer's experts are computed.
+
+    limit: bytes that the file may take in memory. stacks: uint8 [n_expert, n_out, row_bytes] by tensor, valid where
+    `need` has put experts. read: bytes of experts read so far.
+    """
+
+    def __init__(self, file: GGUFFile, config: DeepseekConfig, limit: int):
+        self.file, self.limit, self.held, self.read = file, limit, 0, 0
+        self.order: OrderedDict[tuple[int, int], None] = OrderedDict()  # the one used longest ago first
+        self.names = {layer: [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
+                      for layer in range(config.n_layer) if config.is_moe(layer)}  # fmt: skip
+        self.n_expert, self.n_used = config.n_expert, config.n_used
+        self.memory: dict[str, mmap.mmap] = {}
+        self.stacks: dict[str, np.ndarray] = {}
+        for name in (name for names in self.names.values() for name in names):
+            file.set_apart(name)
+            tensor = file.tensors[name]
+            kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+            self.memory[name] = mmap.mmap(-1, tensor.n_bytes, flags=kind)
+            flat = np.frombuffer(self.memory[name], np.uint8)
+            self.stacks[name] = flat.reshape(*tensor.shape[:-1], tensor.row_bytes)
+        self.size = {layer: sum(self.stacks[name][0].nbytes for name in names) for layer, names in self.names.items()}
+        # Pages that two experts share are never given back.
+        seams = mmap.PAGESIZE * self.n_expert * sum(s[0].nbytes % mmap.PAGESIZE > 0 for s in self.stacks.values())
+        self.rest = seams + sum(tensor.n_bytes for name, tensor in file.tensors.items() if name not in self.stacks)
+        self.room = limit - self.rest
+        largest = max(self.size.values(), default=0)
+        self.most = self.room // largest if largest else 0  # experts that fit at once
+        if self.most < self.n_used:
+            least = f"{gib(self.rest)} and {gib(self.n_used * largest)} for experts of a layer"
+            raise QuantkitError(f"--ram {gib(limit)} is too little for {file.path.name}: every token needs {least}")
+        self.pool = ThreadPoolExecutor(READERS)
+
+    def __str__(self) -> str:
+        experts = sum(size * self.n_expert for size in self.size.values())
+        share = min(1, self.room / experts)
+        a_token = self.n_used * sum(self.size.values()) * (1 - share)
+        fits = f"{gib(self.rest)} stay, {100 * share:.0f} % of the experts fit"
+        cost = f"if all are chosen equally often, {gib(int(a_token))} are read for each token"
+        return f"file {gib(self.file.n_bytes)}, RAM limit {gib(self.limit)}: {fits}; {cost}"
+
+    def need(self, layer: int, experts: Iterable[int]) -> None:
+        """These experts (at most `most` different ones) are about to be computed: read those that are not in memory,
+        after others have made room."""
+        wanted = dict.fromkeys((layer, e) for e in experts)
+        missing = [key for key in wanted if key not in self.order]
+        for key in wanted:
+            if key in self.order:
+                self.order.move_to_end(key)
+        self.held += len(missing) * self.size[layer]
+        while self.held > self.room:
+            (other, e), _ = self.order.popitem(last=False)
+            self.held -= self.size[other]
+            for name in self.names[other]:
+                self._drop(name, e)
+        list(self.pool.map(self._read, [(name, e) for _, e in missing for name in self.names[layer]]))
+        self.order |= dict.fromkeys(missing)
+        self.read += len(missing) * self.size[layer]
+
+    def _read(self, matrix: tuple[str, int]) -> None:
+        name, e = matrix
+        self.file.read_into(name, e, self.stacks[name][e])
+
+    def _drop(self, name: str, e: int) -> None:
+        """Give back the pages that hold nothing but this matrix."""
+        size = self.stacks[name][e].nbytes
+        begin, end = -(-e * size // mmap.PAGESIZE), (e + 1) * size // mmap.PAGESIZE
+        if end > begin:
+            self.memory[name].madvise(mmap.MADV_DONTNEED, begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE)

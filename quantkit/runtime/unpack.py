@@ -1,0 +1,82 @@
+"""Quantized rows to float32 or bfloat16, without a detour over float32 in memory; by compiled code for types that ggml
+decodes slowly.
+
+The formulas are those of ggml's dequantize_row_* (ggml-quants.c), products rounded as there: float32 values are ggml's
+bit for bit, bfloat16 ones theirs rounded to nearest.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+
+import gguf
+import numpy as np
+import torch
+
+from quantkit import ggml
+
+CACHED = 1 << 16  # weights that are converted from float32 while in the cache
+SPAN_ROWS = 64  # rows below which a thread is not worth starting
+SCALES = {"Q4_K": slice(0, 4), "Q6_K": slice(208, 210), "IQ1_S": slice(0, 2), "IQ2_XXS": slice(0, 2)}
+"""Types with a kernel of our own: the bytes of a block's float16 numbers."""
+FASTER_SINGLE = frozenset({"IQ2_XXS"})  # faster than ggml's as float32 too
+
+
+@cache
+def compiled() -> ModuleType | None:
+    """Our kernels, loaded on first use (numba takes half a second); None where numba is not installed."""
+    try:
+        from quantkit.runtime import block_kernels
+    except ModuleNotFoundError:
+        return None
+    return block_kernels
+
+
+@cache
+def _tables(qtype: str) -> tuple[np.ndarray, ...]:
+    """A codebook as float32 [entries x 8]; for IQ2_XXS also signs [128 x 8], the eighth making their product +1."""
+    if qtype == "IQ1_S":
+        gguf.quants.IQ1_S.init_grid()
+        return (gguf.quants.IQ1_S.grid.reshape(-1).astype(np.float32),)
+    if qtype == "IQ2_XXS":
+        gguf.quants.IQ2_XXS.init_grid()
+        bits = (np.arange(128)[:, None] >> np.arange(7)) & 1
+        signs = 1 - 2 * np.concatenate([bits, bits.sum(1, keepdims=True) % 2], axis=1)
+        return gguf.quants.IQ2_XXS.grid.reshape(-1).astype(np.float32), signs.reshape(-1).astype(np.float32)
+    return ()
+
+
+def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
+    single = out.dtype == torch.float32
+    kernels = compiled() if qtype in (FASTER_SINGLE if single else SCALES) else None
+    if kernels is None:
+        if single:
+            ggml.dequantize(qtype, data, n_in, out.numpy())
+            return
+        n_rows = max(1, CACHED // n_in)
+        buffer = np.empty((n_rows, n_in), np.float32)
+        for start in range(0, len(data), n_rows):
+            rows = data[start : start + n_rows]
+            values = ggml.dequantize(qtype, rows, n_in, buffer[: len(rows)])
+            out[start : start + n_rows].copy_(torch.from_numpy(values))
+        return
+    blocks = np.ascontiguousarray(data).reshape(-1, ggml.row_bytes(qtype, kernels.SUPERBLOCK))
+    scales = np.ascontiguousarray(blocks[:, SCALES[qtype]]).view(np.float16).astype(np.float32)
+    numbers = (out.view(-1) if single else out.view(-1).view(torch.uint16)).numpy()
+    outputs = (numbers, None) if single else (None, numbers)
+    kernels.KERNELS[qtype](blocks, scales, *outputs, _tables(qtype), kernels.GROUP)
+
+
+def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+    """Packed rows into `out`, contiguous float32 or bfloat16 [n, n_in] on the CPU, by up to `workers` threads of the
+    pool. Returns it."""
+    n_in = out.shape[-1]
+    rows, flat = data.reshape(-1, ggml.row_bytes(qtype, n_in)), out.view(-1, n_in)
+    n_parts = max(1, min(workers, len(rows) // SPAN_ROWS))
+    if n_parts == 1:
+        _span(qtype, rows, n_in, flat)
+        return out
+    bounds = [i * len(rows) // n_parts for i in range(n_parts + 1)]
+    list(pool.map(lambda span: _span(qtype, rows[slice(*span)], n_in, flat[slice(*span)]), pairwise(bounds)))
+    return out

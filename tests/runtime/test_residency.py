@@ -1,0 +1,124 @@
+"""A file larger than the RAM it may take gives the same tokens, and keeps to its limit."""
+
+import ctypes
+import json
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantkit import bundle, ggml
+from quantkit.arch import deepseek, tokenizer
+from quantkit.arch.config import DeepseekConfig
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.runtime.chat import Conversation
+from quantkit.runtime.engine import generate, open_engine
+from quantkit.runtime.generate import Sampling
+from quantkit.runtime.residency import Residency
+from quantkit.runtime.sources import GGUFSource
+
+TINY = bundle.models_dir() / "tiny-r1"
+RULES = """name = "random"
+description = "all in one type"
+target = "llama.cpp"
+[[rules]]
+match = "*"
+qtype = "Q8_0"
+why = "fast to make"
+"""
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """tiny-r1 with 32 experts four times as wide, random: 90 MB, of which experts are 95 %."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"n_routed_experts": 32, "moe_intermediate_size": 1024}
+    c = DeepseekConfig.from_hf(config)
+    (folder / "rules.toml").write_text(RULES)
+    plan = make_plan(deepseek.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
+    metadata = deepseek.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab)
+    rng = np.random.default_rng(0)
+    with GGUFWriter.open(folder / "random.gguf", plan.tensors, metadata, fingerprint={}) as out:
+        for tensor in plan.tensors:
+            n_in, n_rows = tensor.shape[-1], tensor.n_bytes // tensor.row_bytes
+            rows = rng.standard_normal((n_rows, n_in), np.float32) / np.float32(n_in**0.5)
+            if len(tensor.shape) == 1:
+                rows[:] = "norm" in tensor.name
+            packed = rows.view(np.uint8) if tensor.qtype == "F32" else ggml.quantize(tensor.qtype, rows)
+            out.write(tensor.name, 0, packed)
+    return folder / "random.gguf"
+
+
+def resident(source: GGUFSource) -> int:
+    """Bytes of the file in this process's memory: of its mapping, and of experts that were read."""
+    file, total, inside = source.file, 0, False
+    base = file.data("output.weight").ctypes.data - file.tensors["output.weight"].offset
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(" ", 1)[0].endswith(":"):
+            start = int(line.split("-", 1)[0], 16)
+            inside = base <= start < base + file.n_bytes
+        elif inside and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    for stack in source.residency.stacks.values():
+        pages = (ctypes.c_ubyte * -(-stack.nbytes // mmap.PAGESIZE))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(stack.ctypes.data), ctypes.c_size_t(stack.nbytes), pages)
+        total += mmap.PAGESIZE * sum(page & 1 for page in pages)
+    return total
+
+
+@pytest.mark.parametrize("n_prompt", [5, 40, 200])
+def test_same_tokens_within_the_limit(path, n_prompt):
+    """Prompts through the graph, in one part and in several, and through whole layers; then decoding."""
+    prompt = [0, *range(100, 100 + n_prompt)]
+    free = GGUFSource(path, n_threads=1)
+    expected = list(generate(open_engine(free, 1, 512), prompt, 24, GREEDY))
+    limit = path.stat().st_size // 3
+    source = GGUFSource(path, n_threads=1, ram=limit)
+    engine = open_engine(source, 1, 512)
+    found, most = [], 0
+    for token in generate(engine, prompt, 24, GREEDY):
+        found.append(token)
+        most = max(most, resident(source))
+    assert found == expected and len(set(found)) > 2
+    assert 0 < most <= limit
+    assert source.residency.held <= source.residency.room < source.residency.read
+
+
+def test_several_sequences(path):
+    source, free = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3), GGUFSource(path, n_threads=1)
+    ours, theirs = open_engine(source, 12, 64), open_engine(free, 12, 64)
+    for engine in (ours, theirs):
+        for slot in range(12):
+            engine.prefill(slot, [0, 100 + slot], 0)
+    slots = list(range(12))
+    assert (ours.decode(slots, slots) == theirs.decode(slots, slots)).all()
+
+
+def test_experts_used_last_stay(path):
+    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
+    residency: Residency = source.residency
+    most = residency.most
+    residency.need(1, range(most))
+    read = residency.read
+    residency.need(1, [0, 1])
+    assert residency.read == read and read == most * residency.size[1]
+    residency.need(2, [5])  # makes room by dropping expert 2
+    residency.need(1, [0, 1, *range(3, most)])
+    assert residency.read == read + residency.size[2]
+    residency.need(1, [2])
+    assert residency.read == read + residency.size[2] + residency.size[1]
+
+
+def test_too_little_is_refused_and_the_cost_is_said(path, capsys):
+    with pytest.raises(QuantkitError, match=r"--ram 2.0 MiB is too little for random.gguf: every token needs"):
+        GGUFSource(path, ram=2 << 20)
+    talk = Conversation(path, "cpu", 64, GREEDY, ram=30 << 20)
+    assert "RAM limit 30.0 MiB" in (said := capsys.readouterr().err) and "read for each token" in said
+    list(talk.complete("abc", 4))
+    assert talk.speed.endswith("of experts read")
