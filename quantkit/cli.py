@@ -53,6 +53,8 @@ class Commands(click.Group):
 
 def _complain(message: str) -> None:
     """One line, from the first rank that has one."""
+    if ranks.count() > 1:  # the launcher, which has seen another rank end, must not cut this one short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if ranks.may_speak():
         where = f"rank {ranks.index()}: " if ranks.index() else ""
         click.echo(f"quantkit: {where}{message}", err=True)
