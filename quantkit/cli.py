@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import logging
+import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from quantkit import __version__, sizes
+from quantkit import __version__, progress, ranks, sizes
 from quantkit.errors import QuantkitError, out_of_memory
 
+TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
 
@@ -24,20 +27,35 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context):
         signal.signal(signal.SIGTERM, _stop)
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            ranks.leave()
+            return done
         except QuantkitError as error:
-            click.echo(f"quantkit: {error}", err=True)
+            _complain(str(error))
         except KeyboardInterrupt:
-            click.echo("quantkit: interrupted; run the same command again to go on", err=True)
+            _complain("interrupted; run the same command again to go on")
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"quantkit: {where}{error.strerror or error}", err=True)
-        except (MemoryError, RuntimeError) as error:
-            if not (what := out_of_memory(error)):
+            _complain(f"{where}{error.strerror or error}")
+        except Exception as error:
+            if what := out_of_memory(error):
+                _complain(f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
+                          "command again (fewer --tokens need --restart)")  # fmt: skip
+            elif ranks.count() == 1 or isinstance(error, click.exceptions.Exit):
                 raise
-            click.echo(f"quantkit: out of {what}; what is done is kept: free some, or use fewer --workers, and run the "
-                       "same command again (fewer --tokens need --restart)", err=True)  # fmt: skip
+            elif ranks.may_speak():
+                if isinstance(error, click.ClickException):
+                    raise
+                traceback.print_exc()
+        ranks.end(1)
         sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    """One line, from the first rank that has one."""
+    if ranks.may_speak():
+        where = f"rank {ranks.index()}: " if ranks.index() else ""
+        click.echo(f"quantkit: {where}{message}", err=True)
 
 
 def _stop(*_: object) -> None:
@@ -48,9 +66,17 @@ def _stop(*_: object) -> None:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Dynamic low-bit GGUF files of DeepSeek-R1 and its family."""
     warnings.filterwarnings("ignore", message=".*beta state.*")
+    if ctx.invoked_subcommand in TOGETHER:
+        ranks.join()
+    if ranks.launched_index():
+        if ranks.index() == 0:
+            ctx.exit(0)
+        progress.be_quiet()
+        sys.stdout = open(os.devnull, "w")
 
 
 def text_options(n_tokens: int, prefix: str = "", what: str = "calibration"):
@@ -121,6 +147,8 @@ def hub_options(command):
 
 
 device_option = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
+experts_option = click.option("--experts", default="auto", show_default=True, type=click.Choice(["auto", "ggml", "kt"]),
+                              help="Routed experts: the faster that is right, ggml, or kt-kernel.")  # fmt: skip
 target_option = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
                              help="Engine the file is for; overrides the recipe's.")  # fmt: skip
 recipe_option = click.option("--recipe", default=None, metavar="NAME|FILE",
@@ -386,12 +414,13 @@ def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart
               help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
 @click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
               help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
+@experts_option
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @device_option
 @hub_options
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, memory,
-           out, device):  # fmt: skip
+def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, experts,
+           memory, out, device):  # fmt: skip
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
@@ -400,7 +429,8 @@ def verify(file, reference, data, tokens, column, chunk, from_start, target, sco
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(
         file, original, choice, device or pipeline.default_device(), target, out, score=score,
-        runtime_tokens=runtime_tokens, prompts=prompts, ram=parse_size(memory, "--memory") if memory else None,
+        runtime_tokens=runtime_tokens, prompts=prompts, experts=experts,
+        ram=parse_size(memory, "--memory") if memory else None,
     )  # fmt: skip
     click.echo(short_table(result, file))
 
@@ -424,6 +454,25 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
     sys.exit(0 if made.passed else 1)
 
 
+@main.command("export-kt")
+@click.argument("file", type=FILE)
+@click.option(
+    "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
+)
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
+@click.option("--linear", default="marlin", show_default=True, type=click.Choice(["marlin", "torch"]),
+              help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.")  # fmt: skip
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+def export_kt(file, output, gpus, linear, threads):
+    """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
+    tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
+    from quantkit.engines import kt_export
+
+    output = output or kt_export.default_output(file)
+    made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
+    click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
+
+
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(folder):
@@ -445,9 +494,11 @@ def report(folder):
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
 @run_ram_option
+@experts_option
 @device_option
 @gpu_layers_option
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, device, gpu_layers):
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device,
+        gpu_layers):  # fmt: skip
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit import pipeline
     from quantkit.runtime.chat import Conversation
@@ -456,7 +507,7 @@ def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p,
     how = Sampling(temperature, top_p, seed, top_k, min_p)
     limit = sizes.parse_memory(ram, "--ram") if ram else None
     layers = parse_gpu_layers(gpu_layers)
-    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, limit)
+    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, experts, limit)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -503,11 +554,13 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
 @run_ram_option
+@experts_option
 @device_option
 @gpu_layers_option
-def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, device, gpu_layers):
+def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, experts, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit import pipeline
+    from quantkit.runtime import kt_experts
     from quantkit.runtime.engine import open_engine
     from quantkit.runtime.sources import GGUFSource
 
@@ -517,6 +570,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, de
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     limit = sizes.parse_memory(ram, "--ram") if ram else None
     source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
+    kt_experts.select(source, experts)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
     engine = open_engine(source, parallel, context, parse_gpu_layers(gpu_layers))
     server.serve(source, engine, host, port, limits, api_key)

@@ -5,6 +5,9 @@ are never stored: while an expert's weights and tokens are at hand, its moments 
 and written, and everything is dropped. Attention, shared and dense matrices follow at the end of their layer, and then
 what our encoders leave of it (norms, experts that no token reached, types without an encoder of ours): ggml writes that
 from the importance just measured. Only embedding and head are left for after the pass.
+
+Ranks share a layer's experts in blocks, and its other matrices, one moment each: a rank forms and factors only the
+moments of what it encodes.
 """
 
 from collections import Counter
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from quantkit import encoders
+from quantkit import encoders, ranks
 from quantkit.arch import deepseek
 from quantkit.calibration.collect import Accumulator, Watcher, collect
 from quantkit.calibration.coverage import shrink
@@ -35,8 +38,19 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
 }  # fmt: skip
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
-# Experts encoded together on a GPU: share of its free memory, moments and factors and copies of them, upper limit.
+# Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
+LEAST_GROUPS = 8  # in a layer, for as many ranks
+
+
+def group_size(device: torch.device, n_in: int, n_expert: int) -> int:
+    """Experts encoded together: one on a CPU. A GPU's bytes may depend on it, so it follows from the GPU's size, not
+    from what is free of it, and is a power of two; all ranks take the smallest."""
+    if device.type != "cuda":
+        return 1
+    fit = int(GROUP_SHARE * torch.cuda.get_device_properties(device).total_memory) // (FACTOR_COPIES * 4 * n_in * n_in)
+    fit = max(1, min(fit, MOST_EXPERTS, n_expert // LEAST_GROUPS))
+    return min(ranks.gather(1 << (fit.bit_length() - 1)))
 
 
 @dataclass(frozen=True)
@@ -91,22 +105,34 @@ class LayerEncoder:
         mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
+        self.own = self._share()
         self.statistics = Accumulator(layer, source.config.n_expert)
         self.moments: dict[str, Moments] = {}
         self.weights: list[torch.Tensor] = []
         self.shared: Hessian | None = None
         self.waiting: Group = []
-        n_in = source.config.d
-        self.group = 1
-        if source.device.type == "cuda":
-            free = torch.cuda.mem_get_info(source.device)[0]
-            self.group = max(1, min(MOST_EXPERTS, int(GROUP_SHARE * free) // (FACTOR_COPIES * 4 * n_in * n_in)))
+        self.group = group_size(source.device, source.config.d, source.config.n_expert)
+        self.block = self.group if self.group > 1 else self.statistics.block
+
+    def _share(self) -> set[str]:
+        """Roles, routed ones aside, that this rank encodes: those of one input together, the largest work first."""
+        work: Counter[str] = Counter()
+        for role, spec in self.specs.items():
+            if not spec.is_routed:
+                work[SAME_INPUT.get(role, role)] += spec.n_rows * spec.n_in + spec.n_in**2
+        load, mine = [0] * ranks.count(), set()
+        for key, amount in sorted(work.items(), key=lambda item: (-item[1], item[0])):
+            rank = load.index(min(load))
+            load[rank] += amount
+            if rank == ranks.index():
+                mine |= {role for role in self.specs if SAME_INPUT.get(role, role) == key}
+        return mine
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         self.statistics.observe(role, x, weight)
         if role == "ffn_gate_inp":  # comes before the experts, with all the rows that they will share out
             self.weights.append(weight)
-        if role == "ffn_gate_inp" or (role in self.planned and role not in SAME_INPUT):
+        if role == "ffn_gate_inp" or (role in self.own and role not in SAME_INPUT):
             self.moments.setdefault(role, Moments()).add(x, weight)
 
     def observe_expert(self, visit: ExpertVisit) -> None:
@@ -114,10 +140,12 @@ class LayerEncoder:
         if self.shared is None:
             self.shared = self.moments["ffn_gate_inp"].hessians()[0]
             self.weight = torch.cat(self.weights)
+        if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
+            self.flush()
         weight = self.weight[visit.tokens] * visit.weight.float().square()
         own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
         self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))
-        if len(self.waiting) >= self.group:
+        if (visit.expert + 1) % self.group == 0:
             self.flush()
 
     def flush(self) -> None:
@@ -178,7 +206,7 @@ class LayerEncoder:
         self.flush()
         for role, tensor in self.planned.items():
             moments = self.moments.get(SAME_INPUT.get(role, role))
-            if moments is None or self.specs[role].is_routed:
+            if moments is None or role not in self.own:
                 continue
             spec = self.specs[role]
             hessians = moments.hessians()
@@ -186,7 +214,7 @@ class LayerEncoder:
                 self._heads(role, tensor.name, spec, hessians)
             else:
                 self._whole(role, tensor.name, spec, hessians[0])
-        self.out.sync()  # the state must not say that a layer is done before its bytes are safe
+        self.out.meet()  # the state must not say that a layer is done before its bytes, of all ranks, are safe
         return self.statistics.finish()
 
     def _heads(self, role: str, name: str, spec: TensorSpec, hessians: list[Hessian]) -> None:
@@ -236,13 +264,12 @@ class WithRest:
         self.inner, self.checkpoint, self.out = inner, checkpoint, out
         self.plan = layer_plan(plan, layer)
         self.min_expert_tokens, self.workers = min_expert_tokens, workers
-        self.observe, self.observe_expert = inner.observe, inner.observe_expert
+        self.observe, self.observe_expert, self.block = inner.observe, inner.observe_expert, inner.block
 
     def finish(self) -> dict[str, Importance]:
         entries = self.inner.finish()
         fitted = fit_importance(self.plan, shrink(entries, self.min_expert_tokens))
         encode_pending(self.checkpoint, self.plan, fitted, self.out, GgmlEncoder(), self.workers)
-        self.out.sync()
         return entries
 
 
@@ -267,4 +294,4 @@ def run(source: CheckpointSource, plan: Plan, tokens: torch.Tensor, out: GGUFWri
         return WithRest(inner, layer, source.checkpoint, plan, out, min_expert_tokens, workers)
 
     imatrix = collect(source, tokens, state, hidden_dtype=hidden_dtype, room=room, progress=progress, watch=watch)
-    return imatrix, used
+    return imatrix, sum(map(Counter, ranks.gather(used)), Counter())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit import __version__, onepass, recovery
+from quantkit import __version__, onepass, ranks, recovery
 from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
 from quantkit.calibration import coverage, sensitivity
@@ -47,6 +47,7 @@ from quantkit.planning.recipe import Recipe
 from quantkit.plans import BudgetOptions, open_model, plan_model, recipe_name
 from quantkit.progress import say, track
 from quantkit.quantize import encode_pending, fit_importance, open_writer, quantize
+from quantkit.runtime import kt_experts
 from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
 from quantkit.tensors import Imatrix
 
@@ -140,7 +141,8 @@ def measure_sensitivity(source: CheckpointSource, imatrix_path: Path, choice: Te
 @torch.inference_mode()
 def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: str, target: str | None = None,
                 out: Path | None = None, *, score: Score = "half", runtime_tokens: int = 0, prompts: int = 0,
-                ram: int | None = None, passed: ReferencePass | None = None) -> dict[str, Any]:  # fmt: skip
+                experts: kt_experts.Choice = "auto", ram: int | None = None, passed: ReferencePass | None = None
+                ) -> dict[str, Any]:  # fmt: skip
     """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`.
 
     passed: the original's side, if it has run along with another pass.
@@ -152,6 +154,8 @@ def verify_file(path: Path, reference: Checkpoint, choice: TextChoice, device: s
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
+    if runtime is not None:
+        kt_experts.select(runtime, experts)
     result = verify(quantized, original, chunks, target, score=score, runtime=runtime, runtime_tokens=runtime_tokens,
                     prompts=prompts, ram=ram, known=passed.scored() if passed else None)  # fmt: skip
     result |= {"text": text.name, "text_sha256": text.digest}
@@ -213,34 +217,42 @@ class MakeOptions:
 def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
     """The main job. Leaves GGUF(s), imatrix.gguf, plan.json, recipe.toml, verify.json, provenance.json in `folder`.
 
-    What an earlier, interrupted run of the same job left there is used; that of another job is refused.
+    What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
+    and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
     """
     device = options.device or default_device()
     plan = plan_model(model, options.recipe, options.target, options.mla, options.budget, options.split_max_bytes)
     checkpoint = open_weights(model)
+    check_ranks(checkpoint, device)
+    ranks.same(plan.digest(), "plan")
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(checkpoint, plan, options)
-    _claim(folder, identity, options.restart)
-    write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
-    write_text(folder / PLAN, plan.to_json())
-    write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
     out = folder / f"{plan.model}-{plan.recipe}.gguf"
-    if options.restart:
-        for left in ("reference.state", BASE):
-            shutil.rmtree(folder / left, ignore_errors=True)
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder, identity, options.restart)
+        write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
+        write_text(folder / PLAN, plan.to_json())
+        write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
+        if options.restart:
+            for left in ("reference.state", BASE):
+                shutil.rmtree(folder / left, ignore_errors=True)
+
+    ranks.agree(begin)
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(checkpoint, options, folder, device) if options.verify and checkpoint.origin else None
-    if (files := finished_files(out)) and not options.restart:
+    if (files := agreed_files(out)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
         PassState(out.with_name(out.name + ".state"), "").remove()  # if that run was stopped just before its end
     elif options.recover:
         files = make_and_recover(checkpoint, plan, out, options, device, reference)
     else:
         files = make_file(checkpoint, plan, out, folder / IMATRIX, options, device, reference)
+    ranks.leave()
     result = None
-    if options.verify:
+    if options.verify and ranks.index() == 0:
         result = verify_file(files[0], checkpoint, options.evaluation, device, plan.target, folder / VERIFY,
                              passed=reference)  # fmt: skip
     if reference:
@@ -259,7 +271,7 @@ def make_file(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Path, opti
               reference: ReferencePass | None) -> list[Path]:  # fmt: skip
     """One pass over the layers, unless an imatrix is there already or takes more than one."""
     encoder = choose_encoder(options, plan, device)
-    repeated = imatrix.exists() or options.calibration.expert_tokens
+    repeated = ranks.agree(imatrix.exists) or options.calibration.expert_tokens
     if options.imatrix or (encoder == "ggml" and repeated):
         return make_in_two_steps(checkpoint, plan, out, imatrix, options, device, reference)
     return make_in_one_pass(source_of(checkpoint, device), plan, out, imatrix, options, encoder, reference)
@@ -273,10 +285,13 @@ def make_and_recover(checkpoint: Checkpoint, plan: Plan, out: Path, options: Mak
     folder = out.parent / BASE
     folder.mkdir(exist_ok=True)
     base = folder / out.name
-    if (files := finished_files(base)) and not options.restart:
+    if (files := agreed_files(base)) and not options.restart:
         say(f"using {files[0]} from an earlier run")
     else:
         files = make_file(checkpoint, plan, base, out.parent / IMATRIX, options, device, reference)
+    ranks.leave()
+    if ranks.index():
+        return []
     chunks = cut(choice.corpus("calibration"), source, choice)
     job = hashlib.sha256(repr((job_of(source, chunks), GGUFFile.open(files[0]).fingerprint())).encode()).hexdigest()
     files, gained = recovery.recover(files[0], out.parent, source, plan, chunks.tokens, job)
@@ -290,7 +305,7 @@ def make_in_two_steps(checkpoint: Checkpoint, plan: Plan, out: Path, imatrix: Pa
     """Calibrate (or take an imatrix that is there), then encode with ggml."""
     if options.imatrix:
         imatrix = options.imatrix
-    elif imatrix.exists():
+    elif ranks.agree(imatrix.exists):
         say(f"using {imatrix} from an earlier run")
     else:
         calibrate(source_of(checkpoint, device), options.calibration, imatrix, options.restart)
@@ -339,8 +354,9 @@ def make_in_one_pass(source: CheckpointSource, plan: Plan, out: Path, imatrix_pa
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
         report_coverage(measured, n_tokens, how.min_expert_tokens)
         measured = coverage.shrink(measured, how.min_expert_tokens)
-        save_imatrix(imatrix_path, measured, datasets=[text.name], chunk_count=len(chunks.tokens),
-                     chunk_size=how.text.chunk)  # fmt: skip
+        if ranks.index() == 0:
+            save_imatrix(imatrix_path, measured, datasets=[text.name], chunk_count=len(chunks.tokens),
+                         chunk_size=how.text.chunk)  # fmt: skip
         encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
     state.remove()
     return writer.files
@@ -366,6 +382,23 @@ def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
     if share > MOST_OVERLAP:
         raise QuantkitError(f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
                             "choose other text with --eval-data")  # fmt: skip
+
+
+def check_ranks(checkpoint: Checkpoint, device: str) -> None:
+    """Refuse, before any work, ranks that cannot do one job together."""
+    if ranks.count() == 1:
+        return
+    if checkpoint.origin:
+        raise QuantkitError(f"{checkpoint.path}: several ranks read a model from a folder that they all see; download "
+                            "it first (hf download)")  # fmt: skip
+    ranks.same(checkpoint.fingerprint(), "checkpoint")
+    ranks.same(device, "device")
+    ranks.same(__version__, "version of quantkit")
+
+
+def agreed_files(path: Path) -> list[Path]:
+    """`finished_files`, as rank 0 finds them."""
+    return [path.with_name(name) for name in ranks.agree(lambda: [file.name for file in finished_files(path)])]
 
 
 def finished_files(path: Path) -> list[Path]:
@@ -406,6 +439,7 @@ def _circumstances(checkpoint: Checkpoint, plan: Plan, options: MakeOptions, dev
         "evaluation": json.loads(json.dumps(asdict(options.evaluation))) if options.verify else None,
         "split_max_bytes": options.split_max_bytes,
         "device": device,
+        "ranks": ranks.count() if ranks.count() > 1 else None,
     }
     return {key: value for key, value in facts.items() if value is not None}
 

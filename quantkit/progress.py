@@ -35,6 +35,11 @@ def track(what: str, total: float, unit: str) -> Iterator[Advance]:
         yield lambda amount=1: progress.advance(task, amount)
 
 
+def be_quiet() -> None:
+    """For all ranks but the first."""
+    console.quiet = True
+
+
 def say(text: str) -> None:
     """A line for the person who watches: what was decided, what to beware of."""
     console.print(text, markup=False, soft_wrap=True)

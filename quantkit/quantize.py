@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from quantkit import __version__, ggml
+from quantkit import __version__, ggml, ranks
 from quantkit.arch import deepseek, tokenizer
 from quantkit.arch.config import DeepseekConfig
 from quantkit.encoding import Encoder
@@ -90,11 +90,12 @@ def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GG
                    workers: int | None = None, advance: Advance | None = None) -> None:  # fmt: skip
     """Write every row of the plan's tensors that is still missing. advance: told of each million weights.
 
+    Ranks share the jobs; when this returns, all jobs of all ranks are on disk.
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
     config = DeepseekConfig.from_hf(checkpoint.config)
     specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
-    workers = workers or os.cpu_count() or 1
+    workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         ggml.prepare(qtype)
@@ -107,10 +108,12 @@ def encode_pending(checkpoint: Checkpoint, plan: Plan, imatrix: Imatrix, out: GG
     if advance:
         total = sum(tensor.n_weights for tensor in plan.tensors)
         advance((total - sum(map(_n_weights, jobs))) / 1e6)
+    # Jobs of a tensor are alike and stand together, so every n-th of them is a fair share.
     with ThreadPoolExecutor(workers) as pool:
-        for job in _run(pool, jobs, work, workers):
+        for job in _run(pool, jobs[ranks.index() :: ranks.count()], work, workers):
             if advance:
-                advance(_n_weights(job) / 1e6)
+                advance(ranks.count() * _n_weights(job) / 1e6)
+    out.meet()
 
 
 def _n_weights(job: Job) -> int:

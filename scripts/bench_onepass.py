@@ -1,11 +1,13 @@
 """The one-pass job on a synthetic checkpoint of R1's geometry: seconds a layer, weights/s, GB/s, peak memory.
 
-    python scripts/make_synthetic.py synthetic --dense 0 --moe 1
+    python scripts/make_synthetic.py synthetic --dense 1 --moe 1
     python scripts/bench_onepass.py synthetic --tokens 32768 --out /tmp/one
 
-Random tokens, the real recipe, the real writer; only the tokenizer's metadata are missing from the file.
+Random tokens, the real recipe, the real writer; only the tokenizer's metadata are missing from the file. Under
+`accelerate launch` the ranks share the work (scripts/bench_ranks.py compares).
 """
 
+import json
 import resource
 import time
 from itertools import pairwise
@@ -14,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from quantkit import onepass
+from quantkit import onepass, progress, ranks
 from quantkit.arch import deepseek
 from quantkit.calibration.state import PassState
 from quantkit.encoding import GgmlEncoder
@@ -34,46 +36,71 @@ R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
 @click.option("--recipe", default="1.58bit", show_default=True)
 @click.option("--target", default="ktransformers", show_default=True)
 @click.option("--tokens", default=32768, show_default=True)
+@click.option("--encoder", default="quantkit", type=click.Choice(["quantkit", "ggml"]), show_default=True)
 @click.option("--effort", default="normal", show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--device", default=None, help="Default: a GPU if there is one.")
+@click.option("--json", "figures", type=click.Path(path_type=Path), default=None, help="Write the figures here.")
 @torch.inference_mode()
-def main(folder: Path, out: Path, recipe: str, target: str, tokens: int, effort: str, device: str) -> None:
+def main(folder: Path, out: Path, recipe: str, target: str, tokens: int, encoder: str, effort: str,
+         device: str | None, figures: Path | None) -> None:  # fmt: skip
     """Run it and print what it took."""
+    ranks.join()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if first := ranks.index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        progress.be_quiet()
+
+    def show(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
     checkpoint = Checkpoint.open(folder)
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
     plan = make_plan(deepseek.specs(source.config), Recipe.load(recipe), target, model="synthetic")
     ids = torch.randint(0, source.config.n_vocab, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
     metadata = deepseek.metadata(source.config, plan.mla, "synthetic")
     state = PassState(out / "state", "bench")
+    state.remove()
+    ranks.barrier()
     started = time.perf_counter()
-    stamps = [started]
+    stamps, cpu = [started], [time.process_time()]
+
+    def stamp(_: int) -> None:
+        stamps.append(time.perf_counter())
+        cpu.append(time.process_time())
+
     with GGUFWriter.open(out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True,
                          overwrite=True) as writer:  # fmt: skip
-        imatrix, used = onepass.run(source, plan, ids, writer, onepass.EncoderOptions(effort), state,
-                                    hidden_dtype=torch.bfloat16,
-                                    progress=lambda _: stamps.append(time.perf_counter()))  # fmt: skip
+        how = onepass.EncoderOptions(effort) if encoder == "quantkit" else None
+        imatrix, used = onepass.run(source, plan, ids, writer, how, state, hidden_dtype=torch.bfloat16,
+                                    min_expert_tokens=None if how else 0,
+                                    progress=stamp)  # fmt: skip
         passed = time.perf_counter()
-        print("seconds a layer: " + ", ".join(f"{b - a:.1f}" for a, b in pairwise(stamps)), flush=True)
+        layers = [after - before for before, after in pairwise(stamps)]
+        show("seconds a layer: " + ", ".join(f"{took:.1f}" for took in layers))
+        show("CPU seconds a layer: " + ", ".join(f"{after - before:.1f}" for before, after in pairwise(cpu)))
         encode_pending(checkpoint, plan, fit_importance(plan, imatrix), writer, GgmlEncoder())
+    whole = time.perf_counter() - started
     state.remove()
-    weights = {layer: sum(t.n_weights for t in plan.tensors if t.layer == layer) for layer in range(plan_layers(plan))}
-    for layer, (before, after) in enumerate(pairwise(stamps)):
-        took = after - before
-        print(f"layer {layer}: {took:.1f} s, {weights[layer] / took / 1e9:.2f} G weights/s, "
-              f"{weights[layer] / took / 1e9:.2f} GB/s of FP8")  # fmt: skip
-    print(f"left to ggml (embeddings, output, norms): {time.perf_counter() - passed:.1f} s")
-    print(f"moments used: {dict(used)}")
-    size = sum(file.stat().st_size for file in writer.files)
-    print(f"file {size / 1e9:.2f} GB, whole run {time.perf_counter() - started:.0f} s")
-    print(f"peak RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
-    if device == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    moe = stamps[-1] - stamps[-2]
-    print(f"R1: {R1_MOE} MoE layers x {moe:.1f} s = {R1_MOE * moe / 60:.0f} min on one such device")
-
-
-def plan_layers(plan) -> int:
-    return 1 + max(tensor.layer for tensor in plan.tensors if tensor.layer is not None)
+    for layer, took in enumerate(layers):
+        weights = sum(t.n_weights for t in plan.tensors if t.layer == layer)
+        rate = weights / took / 1e9
+        show(f"layer {layer}: {took:.1f} s, {rate:.3g} G weights/s, {rate:.3g} GB/s of FP8")
+    show(f"left to ggml (embeddings, output, norms): {started + whole - passed:.1f} s, "
+         f"{time.process_time() - cpu[-1]:.1f} CPU seconds")  # fmt: skip
+    show(f"moments used: {dict(used)}")
+    show(f"file {sum(file.stat().st_size for file in writer.files) / 1e9:.2f} GB, whole run {whole:.0f} s")
+    rss = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+    show(f"peak RSS {rss:.2f} GB" + (" of a rank" if ranks.count() > 1 else ""))
+    vram = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    if vram is not None:
+        show(f"peak GPU memory {vram:.2f} GB")
+        devices = f"{ranks.count()} such devices" if ranks.count() > 1 else "one such device"
+        show(f"R1: {R1_MOE} MoE layers x {layers[-1]:.1f} s = {R1_MOE * layers[-1] / 60:.0f} min on {devices}")
+    if figures and first:
+        figures.write_text(json.dumps({"layers": layers, "whole": whole, "rss": rss, "vram": vram}))
+    ranks.leave()
 
 
 if __name__ == "__main__":

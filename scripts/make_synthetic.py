@@ -4,7 +4,8 @@
 
 Names, shapes, dtypes and shard sizes (about 4.3 GB) are R1's. Weights are drawn from one random block that is repeated
 at a different offset for every tensor, so writing is cheap; scales give each matrix a spread of about
-1 / sqrt(n_in), so activations stay finite. One MoE layer is 11.5 GB.
+1 / sqrt(n_in), so activations stay finite. One MoE layer is 11.5 GB; with fewer --experts, each of them has its true
+dimensions and about the true number of tokens for 1/8 of the text (one expert a token).
 """
 
 import json
@@ -50,8 +51,9 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str, pool: Pool, n_in: dict
     return (torch.randn(shape) / shape[-1] ** 0.5).to(torch.bfloat16)
 
 
-def layout(dense: int, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
-    """config.json and {name: (shape, dtype)} of a model of `dense` + `moe` layers, renumbered from R1's."""
+def layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
+    """config.json and {name: (shape, dtype)} of a model of `dense` + `moe` layers, renumbered from R1's, with as many
+    experts in each."""
     geometry = Geometry.load(bundle.models_dir() / "deepseek-r1")
     wanted = {**{i: i for i in range(dense)}, **{3 + i: dense + i for i in range(moe)}}
     found = {}
@@ -61,9 +63,15 @@ def layout(dense: int, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...],
             if int(parts[2]) not in wanted:
                 continue
             parts[2] = str(wanted[int(parts[2])])
-        found[".".join(parts)] = (tuple(entry.shape), entry.dtype)
+            if "experts" in parts and int(parts[parts.index("experts") + 1]) >= experts:
+                continue
+        shape = tuple(entry.shape)
+        found[".".join(parts)] = ((experts, *shape[1:]) if "gate" in parts else shape, entry.dtype)
     config = geometry.config | {"num_hidden_layers": dense + moe, "first_k_dense_replace": dense,
                                 "num_nextn_predict_layers": 0}  # fmt: skip
+    if experts < config["n_routed_experts"]:
+        used = max(1, config["num_experts_per_tok"] * experts // config["n_routed_experts"])
+        config |= {"n_routed_experts": experts, "num_experts_per_tok": used, "n_group": 1, "topk_group": 1}
     # A scale follows its weight: it is made from that weight's row length.
     return config, dict(sorted(found.items(), key=lambda item: item[0].replace("weight_scale_inv", "weight~")))
 
@@ -72,11 +80,12 @@ def layout(dense: int, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...],
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", default=1, show_default=True, type=click.IntRange(0, 3))
 @click.option("--moe", default=2, show_default=True, type=click.IntRange(0, 58))
+@click.option("--experts", default=256, show_default=True, type=click.IntRange(2, 256), help="Of each MoE layer.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, dense: int, moe: int, seed: int) -> None:
+def main(out: Path, dense: int, moe: int, experts: int, seed: int) -> None:
     """Write a random R1-shaped checkpoint folder."""
     out.mkdir(parents=True, exist_ok=True)
-    config, tensors = layout(dense, moe)
+    config, tensors = layout(dense, moe, experts)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(seed)
     pool, n_in = Pool(seed), {}

@@ -23,7 +23,8 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.planning.plan import Plan
 
-KILL_TEST = Path(__file__).parents[1] / "scripts" / "kill_test.py"
+ROOT = Path(__file__).parents[1]
+KILL_TEST = ROOT / "scripts" / "kill_test.py"
 SMALL = pipeline.MakeOptions(
     calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=1024)),
     evaluation=pipeline.TextChoice(n_tokens=512),
@@ -265,3 +266,52 @@ def test_activations_that_are_not_finite_are_named(model_copy, tmp_path):
     with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
         pipeline.make(model_copy, tmp_path / "out", SMALL)
     shutil.rmtree(tmp_path / "out")
+
+
+SMALL_GPU = """
+import sys, torch
+from quantkit import cli, onepass
+
+room, total = int(sys.argv.pop(1)), torch.cuda.get_device_properties(0).total_memory
+encode, onepass.LEAST_GROUPS = onepass.LayerEncoder._encode_experts, 1
+
+def limited(self, waiting):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (before + room) / total))
+    try:
+        encode(self, waiting)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    print("group", len(waiting), torch.cuda.max_memory_reserved() - before, file=sys.stderr)
+
+onepass.LayerEncoder._encode_experts = limited
+cli.main()
+"""
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_really_too_small(tmp_path):
+    """Encoding experts gets less and less memory: groups shrink, then one clear line. With all the run goes on."""
+    everything = torch.cuda.get_device_properties(0).total_memory
+
+    def run(room: int, folder: Path) -> tuple[int, list[int], int, str]:
+        """Exit code, sizes of groups, memory that encoding took, stderr. The text is the documentation's."""
+        text = ["--data", ROOT / "docs" / "encoders.md", "--tokens", "4096"]
+        make = ["make", "-o", folder, "--encoder", "quantkit", "--no-verify", "--device", "cuda", *text]
+        done = subprocess.run([sys.executable, "-c", SMALL_GPU, str(room), *make], capture_output=True, text=True)
+        groups = [list(map(int, line.split()[1:])) for line in done.stderr.splitlines() if line.startswith("group ")]
+        return done.returncode, [size for size, _ in groups], max((n for _, n in groups), default=0), done.stderr
+
+    code, sizes, room, stderr = run(everything, tmp_path / "calm")
+    assert code == 0 and min(sizes) > 2, stderr
+    shrunk, folder = 0, tmp_path
+    while code == 0 and room:
+        room //= 2
+        folder = tmp_path / str(room)
+        code, found, _, stderr = run(room, folder)
+        shrunk += bool(found) and min(found) < min(sizes)
+    assert shrunk, stderr
+    assert "out of GPU memory" in one_line(stderr) and not (folder / NAME).exists()
+    assert run(everything, folder)[0] == 0 and (folder / NAME).exists()

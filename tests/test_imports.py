@@ -5,9 +5,38 @@ from pathlib import Path
 
 import quantkit
 
-ORDER = ["errors", "sizes", "tensors", "bundle", "codebooks", "ggml", "progress", "probe", "formats", "remote", "arch",
-         "planning", "runtime", "engines", "encoders", "calibration", "evaluation", "encoding", "quantize", "plans",
-         "onepass", "recovery", "pipeline", "report", "inspect", "publish", "serve", "cli", "__main__"]  # fmt: skip
+ORDER = [
+    "errors",
+    "sizes",
+    "tensors",
+    "bundle",
+    "codebooks",
+    "ggml",
+    "ranks",
+    "progress",
+    "probe",
+    "formats",
+    "remote",
+    "arch",
+    "planning",
+    "runtime",
+    "engines",
+    "encoders",
+    "calibration",
+    "evaluation",
+    "encoding",
+    "quantize",
+    "plans",
+    "onepass",
+    "recovery",
+    "pipeline",
+    "report",
+    "inspect",
+    "publish",
+    "serve",
+    "cli",
+    "__main__",
+]
 PACKAGE = Path(quantkit.__file__).parent
 
 

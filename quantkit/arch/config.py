@@ -196,6 +196,36 @@ class DeepseekConfig:
         config._check("GGUF metadata")
         return config
 
+    def to_hf(self) -> dict[str, Any]:
+        """config.json as DeepSeek writes it, all keys that modelling code reads. Floats of a GGUF are float32: six
+        digits restore the numbers they were made from."""
+        v3 = self.scoring == "sigmoid"
+        yarn = None if self.yarn is None else {
+            "type": "yarn", "factor": _short(self.yarn.factor),
+            "original_max_position_embeddings": self.yarn.original_context,
+            "beta_fast": _short(self.yarn.beta_fast), "beta_slow": _short(self.yarn.beta_slow),
+            "mscale": _short(self.yarn.mscale_all_dim), "mscale_all_dim": _short(self.yarn.mscale_all_dim),
+        }  # fmt: skip
+        grouped = "group_limited_greedy" if self.n_group > 1 else "greedy"
+        return {
+            "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v3" if v3 else "deepseek_v2", "torch_dtype": "bfloat16",
+            "vocab_size": self.n_vocab, "hidden_size": self.d, "intermediate_size": self.n_ff,
+            "moe_intermediate_size": self.n_ff_exp, "num_hidden_layers": self.n_layer,
+            "first_k_dense_replace": self.n_dense, "moe_layer_freq": 1, "num_attention_heads": self.n_head,
+            "num_key_value_heads": self.n_head, "q_lora_rank": self.q_lora, "kv_lora_rank": self.kv_lora,
+            "qk_nope_head_dim": self.qk_nope, "qk_rope_head_dim": self.qk_rope, "v_head_dim": self.v_head,
+            "n_routed_experts": self.n_expert, "num_experts_per_tok": self.n_used,
+            "n_shared_experts": self.n_shared or None, "n_group": self.n_group, "topk_group": self.n_group_used,
+            "topk_method": "noaux_tc" if self.has_bias else grouped, "scoring_func": self.scoring,
+            "norm_topk_prob": self.norm_weights, "routed_scaling_factor": _short(self.weights_scale), "ep_size": 1,
+            "seq_aux": True, "aux_loss_alpha": 0.001,
+            "rms_norm_eps": _short(self.rms_eps), "rope_theta": _short(self.rope_base), "rope_scaling": yarn,
+            "max_position_embeddings": self.n_context, "hidden_act": "silu", "attention_bias": False,
+            "attention_dropout": 0.0, "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True,
+            "tie_word_embeddings": self.tied, "bos_token_id": self.bos, "eos_token_id": self.eos,
+        }  # fmt: skip
+
     def _check(self, where: str) -> None:
         sizes = (self.n_layer, self.d, self.n_head, self.kv_lora, self.qk_nope, self.qk_rope, self.v_head, self.n_ff,
                  self.n_ff_exp, self.n_expert, self.n_used, self.n_group, self.n_group_used, self.n_vocab)  # fmt: skip
@@ -223,6 +253,10 @@ class DeepseekConfig:
             raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
         if self.qk_rope % 2:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")
 
 
 def _token_id(config: Mapping[str, Any], key: str, default: int) -> int:

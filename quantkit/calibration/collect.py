@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from quantkit import ranks
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
@@ -19,12 +20,18 @@ from quantkit.runtime.sources import Source
 from quantkit.runtime.stream import stream
 from quantkit.tensors import Importance
 
+BLOCKS = 32  # of experts in a layer, unless an encoder works on larger ones: what ranks take turns with
+
 
 class Accumulator:
-    """in_sum2 of one layer, summed in float64 on the device where the inputs are."""
+    """in_sum2 of one layer, summed in float64 on the device where the inputs are.
+
+    Each rank sees its own experts; `finish` puts those of all together.
+    """
 
     def __init__(self, layer: int, n_expert: int):
         self.layer, self.n_expert = layer, n_expert
+        self.block = max(1, n_expert // BLOCKS)
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
@@ -51,12 +58,25 @@ class Accumulator:
         if "ffn_gate_exps" in self.sums:  # gate and up read the same rows
             for table in (self.sums, self.counts):
                 table["ffn_up_exps"] = table["ffn_gate_exps"]
-        return {
+        entries = {
             f"blk.{self.layer}.{role}.weight": Importance(
                 self.sums[role].float().cpu().numpy(), self.counts[role].float().cpu().numpy()
             )
             for role in sorted(self.sums)
         }
+        return _of_all_ranks(entries) if ranks.count() > 1 else entries
+
+
+def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
+    """Sums of experts: a rank has zeros for those of others, so adding is exact. All else every rank has."""
+    mine = {name: list(entry.in_sum2.shape) for name, entry in entries.items() if "_exps." in name}
+    shapes: dict[str, list[int]] = {}
+    for found in ranks.gather(mine):
+        shapes |= found
+    for name, (n, n_in) in sorted(shapes.items()):
+        own = entries.get(name) or Importance(np.zeros((n, n_in), np.float32), np.zeros(n, np.float32))
+        entries[name] = Importance(ranks.total(own.in_sum2), ranks.total(own.counts))
+    return dict(sorted(entries.items()))
 
 
 def _check_finite(entries: dict[str, Importance]) -> None:
@@ -68,7 +88,12 @@ def _check_finite(entries: dict[str, Importance]) -> None:
 
 
 class Watcher(Protocol):
-    """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer."""
+    """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer.
+
+    block: experts that one rank computes, and this watcher sees, together.
+    """
+
+    block: int
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None: ...
     def observe_expert(self, visit: ExpertVisit) -> None: ...
@@ -84,8 +109,12 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
 
     state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer
     with the number of layers finished, once at the start if some were finished before. watch: makes the watcher of a
-    layer (default: an `Accumulator`). room: where hidden states live.
+    layer (default: an `Accumulator`). room: where hidden states live. Ranks share the experts, and each computes all
+    the rest.
     """
+    ranks.same(
+        state and state.job, "text, checkpoint or device"
+    )  # and nobody resumes before rank 0 has removed a state
     hidden, start = state.resume() if state else (None, 0)
     imatrix: dict[str, Importance] = state.entries(start) if state else {}
     if progress and start:
@@ -97,6 +126,7 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
         current = watch(layer) if watch else Accumulator(layer, source.config.n_expert)
         if isinstance(block.experts, StreamedExperts):
             block.experts.observe = current.observe_expert
+            block.experts.shared, block.experts.block = True, current.block
         return current.observe
 
     for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
@@ -61,9 +62,11 @@ def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False
         n_chunks = len(more.tokens)
     report_coverage(imatrix, n_chunks * how.text.chunk, how.min_expert_tokens)
     imatrix = coverage.shrink(imatrix, how.min_expert_tokens)
-    save_imatrix(out, imatrix, datasets=[text.name], chunk_count=n_chunks, chunk_size=how.text.chunk)
-    for folder in states:
-        shutil.rmtree(folder, ignore_errors=True)
+    if ranks.index() == 0:
+        save_imatrix(out, imatrix, datasets=[text.name], chunk_count=n_chunks, chunk_size=how.text.chunk)
+        for folder in states:
+            shutil.rmtree(folder, ignore_errors=True)
+    ranks.barrier()
     return imatrix
 
 
@@ -131,7 +134,8 @@ def memory_limit(ram: int | None, device: torch.device) -> tuple[int, str]:
 
 
 def machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """This rank's share of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.local_count()
 
 
 def report_coverage(imatrix: dict[str, Importance], n_tokens: int, threshold: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.tensors import Importance
 
@@ -27,7 +28,10 @@ WRITE_BYTES = 64 << 20
 
 
 class PassState:
-    """The state folder of one pass. `job` names what it depends on; the state of another job is an error."""
+    """The state folder of one pass. `job` names what it depends on; the state of another job is an error.
+
+    All ranks resume from it, rank 0 alone saves.
+    """
 
     def __init__(self, folder: Path, job: str):
         self.folder, self.job = folder, job
@@ -50,6 +54,8 @@ class PassState:
 
     def save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
         """Record that `layer` is finished; QuantkitError if the disk does not take it (the layer before stays)."""
+        if ranks.index():
+            return
         try:
             self._save(layer, hidden, entries)
         except (SafetensorError, OSError) as error:
@@ -103,4 +109,5 @@ class PassState:
         return found
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if ranks.index() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -114,14 +114,22 @@ def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iter
 
 
 def _tiles(device: torch.device, e: int, rows: int, n_in: int, factorise: bool) -> tuple[int, int]:
-    """Matrices and rows that are encoded at once."""
+    """Matrices and rows that are encoded at once.
+
+    On a GPU powers of two (or all), by the memory that nothing holds, torch's own reserve included: a GPU's bytes may
+    depend on the tiles, so these should not depend on what ran before.
+    """
     if device.type == "cpu":
         return 1, CPU_ROWS
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch's allocator, for reuse
-    free = (torch.cuda.mem_get_info(device)[0] + kept) * GPU_SHARE
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = (torch.cuda.mem_get_info(device)[0] + unused) * GPU_SHARE
     own = 28 * n_in * n_in if factorise else 0  # H, its factor and the copies on the way
-    matrices = max(1, min(e, int(free / (own + GPU_BYTES * rows * n_in))))
-    return matrices, max(1, min(rows, int((free - own) / (GPU_BYTES * n_in))))
+    matrices = int(free / (own + GPU_BYTES * rows * n_in))
+    return _tile(e, matrices), _tile(rows, int((free - own) / (GPU_BYTES * n_in)))
+
+
+def _tile(n: int, most: int) -> int:
+    return n if n <= most else 1 << (max(1, most).bit_length() - 1)
 
 
 @contextmanager

@@ -20,7 +20,11 @@ BIG = F(3e38)  # infinities are outside fastmath's promises
 EVEN, FREE, GRID = 2, 1, 0
 SIGNS = {"grid": GRID, "free": FREE, "even": EVEN}
 
-jit = numba.njit(fastmath=True, nogil=True, cache=True, error_model="numpy", boundscheck=False)
+HOW = {"fastmath": True, "nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
+jit = numba.njit(**HOW)
+# What kernels call is inlined: of several copies the loader takes the one that this process compiled or read first, and
+# under fastmath they differ in the last bit: a first run would give other bytes than those after it.
+part = numba.njit(**HOW, forceinline=True)
 
 
 # -- first guesses ----------------------------------------------------------------------------------------------------
@@ -47,7 +51,7 @@ def sampled(x, weights, unit, offset, squared, top, span, out):
                     out[n, b, k, p] = total
 
 
-@jit
+@part
 def _nearest_level(y, low, high, halves):
     """Rounded and clamped; halves: None for levels 1 apart, else the level for each half step above the lowest one.
 
@@ -58,7 +62,7 @@ def _nearest_level(y, low, high, halves):
     return halves[np.int32((min(max(y, low), high) - low) * F(2))]
 
 
-@jit
+@part
 def _fit_mins(x, w, stretches, top):
     """scales.fit_mins of one block: (s, m)."""
     low, high, sw, sx, sxx = F(0), F(0), F(0), F(0), F(0)
@@ -92,7 +96,7 @@ def _fit_mins(x, w, stretches, top):
     return best_s, best_m
 
 
-@jit
+@part
 def _fit_signed(x, w, stretches, low, high, halves):
     """scales.fit_signed of one block."""
     peak = x[0]
@@ -100,18 +104,17 @@ def _fit_signed(x, w, stretches, low, high, halves):
         if abs(x[i]) > abs(peak):
             peak = x[i]
     best_s, best_gain = F(0), F(0)
-    for end in (low, high):
-        for stretch in stretches:
-            s = peak / end * stretch
-            inverse = F(1) / s if s != 0 else F(1)
-            xq, qq = F(0), F(0)
-            for i in range(len(x)):
-                value = _nearest_level(x[i] * inverse, low, high, halves)
-                xq += w[i] * value * x[i]
-                qq += w[i] * value * value
-            gain = xq * xq / max(qq, F(1e-30))
-            if gain > best_gain:
-                best_gain, best_s = gain, xq / max(qq, F(1e-30))
+    for stretch in stretches:
+        s = peak * stretch
+        inverse = F(1) / s if s != 0 else F(1)
+        xq, qq = F(0), F(0)
+        for i in range(len(x)):
+            value = _nearest_level(x[i] * inverse, low, high, halves)
+            xq += w[i] * value * x[i]
+            qq += w[i] * value * value
+        gain = xq * xq / max(qq, F(1e-30))
+        if gain > best_gain:
+            best_gain, best_s = gain, xq / max(qq, F(1e-30))
     return best_s
 
 
@@ -134,7 +137,7 @@ def fit_signed(x, w, stretches, low, high, halves, s):
 # -- codebooks --------------------------------------------------------------------------------------------------------
 
 
-@jit
+@part
 def _scan8(a, b, c, d, e, f, g, h, square, grid, bias, low, at):
     """argmin of a grid_m0 + … + h grid_m7 + square · bias_m; grid [tiles, 8, TILE], bias [tiles, TILE].
 
@@ -154,7 +157,7 @@ def _scan8(a, b, c, d, e, f, g, h, square, grid, bias, low, at):
     return _least_lane(low, at)
 
 
-@jit
+@part
 def _scan4(a, b, c, d, square, grid, bias, low, at):
     """As _scan8 for entries of 4."""
     for k in range(TILE):
@@ -170,7 +173,7 @@ def _scan4(a, b, c, d, square, grid, bias, low, at):
     return _least_lane(low, at)
 
 
-@jit
+@part
 def _least_lane(low, at):
     best = 0
     for k in range(1, TILE):
@@ -179,7 +182,7 @@ def _least_lane(low, at):
     return np.int32(at[best]) * TILE + best
 
 
-@jit
+@part
 def _scan_near(x, s, metric, near, points, middles, weight):
     """argmin of the diagonal cost over a short list.
 
@@ -201,7 +204,7 @@ def _scan_near(x, s, metric, near, points, middles, weight):
     return entry
 
 
-@jit
+@part
 def _nearest(x, s, metric, grid, bias, near, points, middles, signs, linear, low, at, entry, value):
     """search.nearest for one group x [8]: fills entry [8/width] and value [8], returns the sign bits."""
     sign, width = 0, grid.shape[1]
@@ -239,7 +242,7 @@ def _nearest(x, s, metric, grid, bias, near, points, middles, signs, linear, low
     return sign
 
 
-@jit
+@part
 def _quadratic(r, metric):
     total = F(0)
     for i in range(GROUP):
@@ -349,14 +352,14 @@ def descent_grid(gradient, d, multipliers, shifts, h, metric, inverse, grid, bia
 # -- weights rounded alone --------------------------------------------------------------------------------------------
 
 
-@jit
+@part
 def _code(value, step, low, high):
     """Rounded value / step, clamped, as an integer."""
     y = value / step if step != 0 else value
     return np.int32(min(max(y, F(low)), F(high)) - F(low) + F(0.5)) + low
 
 
-@jit
+@part
 def _add8(out, rows, at, f):
     """out [LANES] += Σ_k rows[at + k] · f[k], k < 8: one load and store of `out` for eight products."""
     f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]

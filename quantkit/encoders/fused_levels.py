@@ -49,7 +49,7 @@ def _code(value, step, low: tl.constexpr, high: tl.constexpr):
 def _fit_signed(x, stride, mask, weights, stretches, halves, tries: tl.constexpr, block: tl.constexpr,
                 low: tl.constexpr, high: tl.constexpr, uneven: tl.constexpr, rows: tl.constexpr):  # fmt: skip
     """scales.fit_signed of one block: columns [rows] at x, `stride` apart, weights [block] -> s [rows]. stretches
-    [tries] are of the peak: those of the lowest level, then those of the highest, each divided by its level."""
+    [tries] are multiples of the peak."""
     zero = tl.zeros([rows], tl.float32)
     peak, best, best_s = zero, zero, zero
     for k in range(0, block, 8):
@@ -272,10 +272,7 @@ def _descent(gradient, value, change, s, halves, inverse, upper, diagonal, h, r,
 def constants(fmt: Format, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """What the kernels take as stretches, as halves, and by name."""
     low, high, halves = fmt.levels[0], fmt.levels[-1], half_steps(fmt)
-    if fmt.n_mins:
-        stretches = min_stretches(fmt)
-    else:
-        stretches = [stretch / end for end in (low, high) for stretch in signed_stretches(fmt)]
+    stretches = min_stretches(fmt) if fmt.n_mins else signed_stretches(fmt)
     named = {"block": fmt.block, "low": low, "high": high, "uneven": halves is not None, **LAUNCH}
     return table(stretches, device), table([0] if halves is None else halves, device), named
 

@@ -150,7 +150,10 @@ def _blocks(fmt: Format, x, weights):
 
 
 def signed_stretches(fmt: Format) -> tuple[float, ...]:
-    return (0.85, 0.925, 1.0, 1.075) if len(fmt.levels) < 32 else (0.97, 1.0, 1.03)
+    """Scales to try, as multiples of a block's largest weight: it lies near the lowest level or near the highest."""
+    if len(fmt.levels) < 32:
+        return tuple(s / end for end in (fmt.levels[0], fmt.levels[-1]) for s in (0.85, 0.925, 1.0, 1.075))
+    return tuple(s / fmt.levels[0] for s in (1.0, 1.04, 1.08, 1.12))  # of 64 levels, the ends hardly differ
 
 
 def min_stretches(fmt: Format) -> tuple[float, ...]:
@@ -161,17 +164,15 @@ def fit_signed(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     """Least-squares scale of each block [..., block] -> [...]; negative where that serves the longer side better."""
     peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     best_s, best_gain = torch.zeros_like(peak[..., 0]), torch.zeros_like(peak[..., 0])
-    low, high = fmt.levels[0], fmt.levels[-1]
-    for end in (low, high):
-        for stretch in signed_stretches(fmt):
-            s = peak / end * stretch
-            value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
-            wq = weights * value
-            xq, qq = (wq * x).sum(-1), (wq * value).sum(-1)
-            gain = xq.square() / qq.clamp_min(1e-30)
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            best_s = torch.where(better, xq / qq.clamp_min(1e-30), best_s)
+    for stretch in signed_stretches(fmt):
+        s = peak * stretch
+        value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
+        wq = weights * value
+        xq, qq = (wq * x).sum(-1), (wq * value).sum(-1)
+        gain = xq.square() / qq.clamp_min(1e-30)
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best_s = torch.where(better, xq / qq.clamp_min(1e-30), best_s)
     return best_s
 
 

@@ -10,11 +10,12 @@ from typing import Self
 
 import numpy as np
 
+from .. import ranks
 from ..errors import QuantkitError
 from .gguf_encode import F32, F64, I32, I64, U8, U16, U32, U64, I32List, PlannedTensor, Value
 from .gguf_layout import FileLayout, digest, layout
-from .ledger import Coverage, Ledger, Slice
-from .part_file import PartFile, make_folder, sync_folder
+from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
+from .part_file import PartFile, make_folder, part_path, sync_folder
 from .resume import all_written, family, fresh_parts, old_parts, resumable
 
 __all__ = ["F32", "F64", "I32", "I64", "U8", "U16", "U32", "U64", "GGUFWriter", "I32List", "PlannedTensor", "Value"]
@@ -29,6 +30,8 @@ class GGUFWriter:
     Slices go to `NAME.gguf.part`; those that are safely on disk are noted in `NAME.gguf.part.ledger`, so that the same
     call after a crash goes on where the first stopped. Leaving the `with` block with every row written renames the
     files; leaving it early keeps them for the next run. `write` and `done` may be called from many threads.
+
+    Several ranks open the same model together, and each writes what it likes; `meet` tells each what the others wrote.
 
     files: the final paths. n_bytes: of all files together.
     """
@@ -48,6 +51,7 @@ class GGUFWriter:
         self._parts, self._ledger, self._coverage = parts, ledger, Coverage()
         self._file_of = {name: part for part in parts for name in part.layout.offsets}
         self._unsynced: list[Slice] = []
+        self._untold: list[Slice] = []  # to the other ranks
         self._unsynced_bytes, self._synced_at = 0, time.monotonic()
         self._lock, self._sync_lock = threading.Lock(), threading.Lock()
         for item in finished:
@@ -78,7 +82,10 @@ class GGUFWriter:
         layouts = layout(path, tensors, metadata, split_max_bytes)
         identity = {**fingerprint, "layout": digest(layouts)}
         make_folder(path.parent)
-        ledger = Ledger(path.with_name(path.name + ".part.ledger"))
+        ranks.same(identity, "job")
+        if ranks.index():
+            return cls(path, tensors, layouts, *cls._follow(path, layouts, identity))
+        ledger = Ledger(ledger_path(path))
         try:
             finished = None if restart else resumable(path, ledger, identity)
             complete = finished is not None and all_written(tensors, finished)
@@ -89,7 +96,30 @@ class GGUFWriter:
         except BaseException:
             ledger.close(discard_empty=True)
             raise
+        ranks.agree(lambda: (finished or [], complete))
         return cls(path, tensors, layouts, parts, ledger, finished or [])
+
+    @staticmethod
+    def _follow(
+        path: Path, layouts: Sequence[FileLayout], identity: Mapping[str, str]
+    ) -> tuple[list[PartFile], Ledger, list[Slice]]:
+        """Open what rank 0 has begun or found; what is done of it is what rank 0 says."""
+        finished, complete = ranks.agree(lambda: None)
+        ledger, parts = Ledger(ledger_path(path, ranks.index())), []
+        try:
+            if not any(part_path(item).exists() or item.path.exists() for item in layouts):
+                raise QuantkitError(f"{path.parent}: rank {ranks.index()} does not see the file that rank 0 began "
+                                    "there; all ranks must work in one shared folder")  # fmt: skip
+            parts = old_parts(layouts, complete)
+            if ledger.load()[0] != identity:
+                ledger.clear()
+                ledger.start(identity)
+        except BaseException:
+            for part in parts:
+                part.close()
+            ledger.close(discard_empty=True)
+            raise
+        return parts, ledger, [(name, start, stop) for name, start, stop in finished]
 
     def write(self, name: str, row_start: int, data: np.ndarray) -> None:
         """Rows of one tensor, encoded.
@@ -104,6 +134,8 @@ class GGUFWriter:
         with self._lock:
             self._coverage.add(name, row_start, row_start + len(rows))
             self._unsynced.append((name, row_start, row_start + len(rows)))
+            if ranks.count() > 1:
+                self._untold.append(self._unsynced[-1])
             self._unsynced_bytes += rows.nbytes
             due = self._unsynced_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
         if due and self._sync_lock.acquire(blocking=False):  # one thread syncs, the others go on writing
@@ -130,6 +162,16 @@ class GGUFWriter:
         with self._sync_lock:
             self._sync()
 
+    def meet(self) -> None:
+        """`sync` of all ranks together: after it, what any of them wrote before is `done` for all."""
+        self.sync()
+        with self._lock:
+            told, self._untold = self._untold, []
+        for slices in ranks.gather(told):
+            with self._lock:
+                for name, start, stop in slices:
+                    self._coverage.add(name, start, stop)
+
     @property
     def done_bytes(self) -> int:
         """Bytes of tensor data written so far, earlier runs included."""
@@ -151,8 +193,12 @@ class GGUFWriter:
             self._ledger.close()
 
     def _finish(self) -> None:
-        with self._sync_lock:
-            self._sync()
+        self.meet()
+        if ranks.index() == 0:
+            self._publish()
+        ranks.barrier()
+
+    def _publish(self) -> None:
         for tensor in self._tensors.values():
             if not self._coverage.covers(tensor.name, 0, prod(tensor.shape[:-1])):
                 raise QuantkitError(f"{self.path}: tensor {tensor.name!r} is not all written; run again to resume")
@@ -163,7 +209,9 @@ class GGUFWriter:
         for stale in set(family(self.path)) - set(self.files):  # another split of the model that was overwritten
             stale.unlink()
         sync_folder(self.path.parent)
-        self._ledger.remove()
+        self._ledger.remove()  # the first: without it the others count for nothing
+        for other in ledger_paths(self.path):
+            other.unlink(missing_ok=True)
 
     def _keep(self) -> None:
         """Save what can be saved for the next run; the error that ended this one is the one to report."""

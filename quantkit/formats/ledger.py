@@ -1,6 +1,11 @@
-"""Which slices of a part file are safely on disk: an append-only text file beside it, so that a rerun can go on."""
+"""Which slices of a part file are safely on disk: an append-only text file beside it, so that a rerun can go on.
+
+Each rank of a run appends to a file of its own (`X.gguf.part.ledger`, `X.gguf.part.ledger.1`, ...); what was done is
+what all of them say, however many ranks there are now.
+"""
 
 import fcntl
+import glob
 import json
 import os
 from bisect import bisect_right
@@ -111,6 +116,17 @@ class Ledger:
         except OSError as error:
             os.ftruncate(self._fd, end)  # half a line, with others after it, would make the whole ledger unreadable
             raise QuantkitError(f"{self.path}: writing failed ({error.strerror}); run again to resume") from None
+
+
+def ledger_path(model: Path, rank: int = 0) -> Path:
+    """The ledger that this rank of a run that makes `model` writes."""
+    return model.with_name(f"{model.name}.part.ledger" + (f".{rank}" if rank else ""))
+
+
+def ledger_paths(model: Path) -> list[Path]:
+    """Ledgers of ranks 1, 2, ... that runs left behind, as many as they were."""
+    first = ledger_path(model)
+    return sorted(path for path in first.parent.glob(f"{glob.escape(first.name)}.*") if path.suffix[1:].isdecimal())
 
 
 def _slice(value: object) -> Slice:

@@ -1,6 +1,7 @@
 """What an interrupted run left behind: whether it can be continued, and with which files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ..errors import QuantkitError
 from .gguf_encode import PlannedTensor
 from .gguf_layout import FileLayout
 from .gguf_reader import SPLIT_NAME
-from .ledger import Coverage, Ledger, Slice
+from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
 from .part_file import PartFile, check_space, part_path, sync_folder
 
 
@@ -25,7 +26,25 @@ def resumable(path: Path, ledger: Ledger, identity: Mapping[str, str]) -> list[S
         raise QuantkitError(
             f"{path}: cannot resume, {' and '.join(changed)} changed since that run; restart it, or use another name"
         )
+    with other_ledgers(path) as others:
+        for other in others:
+            found, more = other.load()
+            if found == dict(identity):  # else of an older run, whose first ledger is gone
+                slices += more
     return slices
+
+
+@contextmanager
+def other_ledgers(path: Path) -> Iterator[list[Ledger]]:
+    """Those of ranks beyond the first, locked. QuantkitError if a process is writing one."""
+    ledgers: list[Ledger] = []
+    try:
+        for other in ledger_paths(path):
+            ledgers.append(Ledger(other))
+        yield ledgers
+    finally:
+        for ledger in ledgers:
+            ledger.close()
 
 
 def all_written(tensors: Iterable[PlannedTensor], slices: Iterable[Slice]) -> bool:
@@ -56,8 +75,11 @@ def fresh_parts(
 
     If the disk cannot hold them all, none is left.
     """
-    ledger.clear()
-    _remove_parts(path)
+    with other_ledgers(path) as others:
+        ledger.clear()
+        _remove_parts(path)
+        for other in others:
+            other.remove()
     check_space(path.parent, layouts)
     parts: list[PartFile] = []
     try:
@@ -76,10 +98,12 @@ def fresh_parts(
 
 def discard(path: Path) -> None:
     """Remove what an interrupted run of the model `path` left. QuantkitError if another process is writing it."""
-    ledger = Ledger(path.with_name(path.name + ".part.ledger"))
+    ledger = Ledger(ledger_path(path))
     try:
-        _remove_parts(path)
-        ledger.remove()
+        with other_ledgers(path) as others:
+            _remove_parts(path)
+            for each in (ledger, *others):
+                each.remove()
     finally:
         ledger.close()
 

@@ -163,8 +163,10 @@ def commands(plan: Plan, placed: Placement, machine: Machine, context: int, file
             f"--kt-cpuinfer {threads} --kt-threadpool-count 1 --kt-num-gpu-experts 0 --max-total-tokens {context} "
             "--trust-remote-code"
         ]
+        made = "kt" if folder == "." else f"{folder}-kt"
         out["KTransformers 0.2.3 to 0.3.x"] = [
-            f"python -m ktransformers.local_chat --model_path {original} --gguf_path {folder} --cpu_infer {threads}"
+            f"quantkit export-kt {file} --output {made} --threads {threads}",
+            f"{made}/launch.sh chat",
         ]
     if plan.target == "ollama":
         out["ollama"] = [f"printf 'FROM %s\\nPARAMETER num_ctx {context}\\n' {file} > Modelfile",

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
+from quantkit.runtime import kt_experts
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.gpu import GpuLayers
@@ -103,9 +104,10 @@ class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
     def __init__(self, path: Path, device: str, context: int, how: Sampling, gpu_layers: GpuLayers = "auto",
-                 ram: int | None = None):  # fmt: skip
+                 experts: kt_experts.Choice = "auto", ram: int | None = None):  # fmt: skip
         """ram: bytes that the file may take in memory."""
         source = GGUFSource(path, device, ram=ram)
+        kt_experts.select(source, experts)
         self.residency = source.residency
         self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
         self.engine = open_engine(source, 1, context, gpu_layers)

@@ -6,6 +6,7 @@ The interface is `layers.Experts` with tensors on the CPU: x float32 [n, d], exp
 
 import torch
 
+from quantkit import ggml
 from quantkit.ggml import Graph
 from quantkit.runtime.layers import Experts
 from quantkit.runtime.sources import GGUFSource
@@ -19,8 +20,12 @@ def expert_names(layer: int) -> list[str]:
 
 
 def open_experts(source: GGUFSource, layer: int) -> Experts:
-    """The engine for one layer's experts on this machine's CPU."""
-    return GgmlExperts(source, layer)
+    """The engine for one layer's experts on this machine's CPU: ggml as one graph, or what was chosen instead."""
+    if source.make_experts is ggml.Experts:
+        return GgmlExperts(source, layer)
+    c, file = source.config, source.file
+    stacks = [(file.tensors[name].qtype, file.data(name)) for name in expert_names(layer)]
+    return source.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, source.n_threads)
 
 
 class GgmlExperts:

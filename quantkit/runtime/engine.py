@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from quantkit import ggml
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Model, Sampling, sample
@@ -59,13 +60,14 @@ class TorchEngine:
 
 def open_engine(source: GGUFSource, n_slots: int, capacity: int, gpu_layers: GpuLayers = "auto") -> Engine:
     """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): one ggml
-    graph if all is computed on the CPU, else CUDA graphs and, for experts that are not on the GPU, ggml."""
+    graph if all is computed on the CPU by ggml, else layer by layer; on a GPU CUDA graphs and, for experts that are not
+    there, the CPU's engine."""
     capacity = min(capacity, source.config.n_context)
     if source.device.type == "cuda":
         return GpuEngine(source, n_slots, capacity, gpu_layers)
     if gpu_layers not in ("auto", 0):
         raise QuantkitError(f"--gpu-layers {gpu_layers}: needs a GPU and --device cuda")
-    if source.quantized_products:
+    if source.quantized_products and source.make_experts is ggml.Experts:
         return GraphEngine(source, n_slots, capacity)
     return TorchEngine(Model(source), n_slots, capacity)
 

@@ -162,6 +162,7 @@ class GGUFSource:
         self.n_threads = n_threads or torch.get_num_threads()
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
+        self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
         self._check_tensors()
         if ram is not None and not on_cpu:
             raise QuantkitError("--ram needs --device cpu: with a GPU, experts are read through the mapped file")
@@ -301,8 +302,8 @@ class GGUFSource:
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
         stacks = [(self.file.tensors[name].qtype, self.data(name)) for name in names]
-        experts = ggml.Experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
-        return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
+        made = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return CpuExperts(made, self.device, self.needs(layer), self.at_once(c.n_used))
 
     def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
         """Call it with the experts of the layer that are about to be computed."""
@@ -406,9 +407,9 @@ class Batched:
 
 
 class CpuExperts:
-    """ggml experts for inputs that may live on a GPU."""
+    """Experts on the CPU for inputs that may live on a GPU."""
 
-    def __init__(self, experts: ggml.Experts, device: torch.device, need: Callable[[Iterable[int]], None], rows: int):
+    def __init__(self, experts: Experts, device: torch.device, need: Callable[[Iterable[int]], None], rows: int):
         self.experts, self.device, self.need, self.rows = experts, device, need, rows
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -68,3 +68,14 @@ def test_v2_lite_shape():
     parsed = DeepseekConfig.from_hf(config)
     roles = {spec.role for spec in deepseek.specs(parsed)}
     assert "attn_q" in roles and "attn_q_a" not in roles and "exp_probs_b" not in roles
+
+
+def test_config_json_of_a_gguf_is_the_original_one():
+    """Keys of training and of the FP8 encoding are not a GGUF's to know."""
+    original = r1()
+    config = DeepseekConfig.from_hf(original)
+    back = DeepseekConfig.from_gguf(plain(deepseek.metadata(config, "split", "R1")))
+    found = back.to_hf()
+    assert DeepseekConfig.from_hf(found) == config
+    unknown = {"auto_map", "num_nextn_predict_layers", "quantization_config", "transformers_version"}
+    assert {k: v for k, v in original.items() if k not in unknown}.items() <= found.items()

@@ -1,5 +1,9 @@
 """The kernels that numba compiles for the CPU, against the plain reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,3 +90,19 @@ def test_products(monkeypatch):
     factor = type(prepare([None], 512, CPU))(h @ h.mT, None, None)
     (a, b), (got_a, got_b) = both(monkeypatch, lambda: normal_equations(unit, w @ factor.h, factor))
     assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)
+
+
+FRESH = """
+import hashlib, torch
+from quantkit import encoders
+w = torch.randn(1, 32, 512, generator=torch.Generator().manual_seed(0))
+print(hashlib.sha256(encoders.encode_batch("Q4_K", w, effort="fast", device="cpu").tobytes()).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_gives_the_bytes_of_those_that_load(tmp_path):
+    """Kernels just compiled and kernels from numba's cache: a run that is resumed must not see the difference."""
+    around = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", FRESH]
+    first, second = (subprocess.run(run, env=around, capture_output=True, text=True, check=True) for _ in range(2))
+    assert first.stdout == second.stdout and list(tmp_path.rglob("*.nbc"))

@@ -1,5 +1,6 @@
 """Interrupted runs: resumed, killed, changed, damaged, repeated; and what the ledger promises."""
 
+import json
 import os
 import signal
 import subprocess
@@ -187,3 +188,48 @@ def test_ledger_without_a_whole_first_line_is_empty(tmp_path):
     assert ledger.load() == (None, [])
     ledger.close(discard_empty=True)
     assert not (tmp_path / "l").exists()
+
+
+def of_another_rank(path: Path, rank: int, first: int, last: int, **changed: str) -> Path:
+    """Move the ledger's lines first:last into the ledger of another rank, as if that one had written the slices."""
+    ledger, other = path.with_name(path.name + ".part.ledger"), path.with_name(f"{path.name}.part.ledger.{rank}")
+    identity, *lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([identity, *lines[:first], *lines[last:]]) + "\n")
+    other.write_text("\n".join([json.dumps(json.loads(identity) | changed), *lines[first:last]]) + "\n")
+    return other
+
+
+def test_what_other_ranks_wrote_counts_however_many_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_writer, "SYNC_BYTES", 1)  # a line for every slice
+    path = tmp_path / "m.gguf"
+    interrupt(path, 20)
+    of_another_rank(path, 1, 4, 9)
+    of_another_rank(path, 12, 2, 4)
+    with begin(path) as out:
+        left = [(tensor, row) for tensor, row in slices() if not out.done(tensor.name, row, row + 1)]
+        assert left == slices()[20:]
+        fill(out, left)
+    assert path.read_bytes() == write(tmp_path / "whole.gguf")[0].read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "whole.gguf"]
+
+
+def test_ledgers_of_other_ranks_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_writer, "SYNC_BYTES", 1)
+    path = tmp_path / "m.gguf"
+    interrupt(path, 20)
+    other = of_another_rank(path, 1, 4, 9, checkpoint="of another job")
+    with pytest.raises(RuntimeError), begin(path) as out:
+        assert sum(out.done(tensor.name, row, row + 1) for tensor, row in slices()) == 15
+        raise RuntimeError
+    held = Ledger(other)
+    for restart in (False, True):
+        with pytest.raises(QuantkitError, match=r"ledger\.1: another process is writing"):
+            begin(path, restart=restart)
+    held.close()
+    other.write_text("{}\n[]\n")
+    with pytest.raises(QuantkitError, match=r"ledger\.1: damaged"):
+        begin(path)
+    with begin(path, restart=True) as out:
+        assert not other.exists()
+        fill(out, slices())
+    assert path.read_bytes() == write(tmp_path / "whole.gguf")[0].read_bytes()
