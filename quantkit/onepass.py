@@ -77,7 +77,7 @@ class Moments:
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
         scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
-        product = scaled.T @ scaled if x.ndim == 2 else torch.einsum("nhi,nhj->hij", scaled, scaled)
+        product = encoders.gram(scaled)
         self.matrix = product if self.matrix is None else self.matrix.add_(product)
         self.total += float(weight.sum())
         self.squares += float(weight.double().square().sum())
@@ -228,12 +228,16 @@ class LayerEncoder:
         self.out.sync()
 
     def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
-        """One matrix, a slice of rows at a time under one factor."""
+        """One matrix under one factor, on a CPU a slice of rows at a time.
+
+        A GPU waits for launches, as many for a slice as for all rows; encode_batch cuts what does not fit its memory.
+        """
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
-        for start, stop in deepseek.slices(spec):
+        whole = self.source.device.type == "cuda"
+        for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[encoders.describe(hessian)] += 1

@@ -1,13 +1,12 @@
 """The one-pass job with 1, 2, 4 ... ranks: the same bytes? How much sooner? On CPUs or on as many GPUs.
 
     python scripts/make_synthetic.py /dev/shm/r1 --dense 1 --moe 2
-    python scripts/make_synthetic.py /dev/shm/small --dense 1 --moe 2 --experts 16
-    python scripts/bench_ranks.py /dev/shm/r1 --ranks 1 --ranks 2 --warm /dev/shm/small --out /dev/shm/out
+    python scripts/bench_ranks.py /dev/shm/r1 --ranks 1 --ranks 2 --warm --out /dev/shm/out
     python scripts/bench_ranks.py models/tiny-r1 --ranks 1 --ranks 2 --tokens 4096 --device cpu --out /tmp/out
 
 Each run is `scripts/bench_onepass.py` (random tokens, the real recipe and writer), started by `accelerate launch` if it
-has several ranks, which share the cores. --warm: run a smaller model first, so that no run that counts compiles
-kernels. A number of ranks may be repeated, to see whether one number always gives the same bytes.
+has several ranks, which share the cores. --warm: a run before the others, whose time does not count, because it
+compiles kernels. A number of ranks may be repeated, to see whether one number always gives the same bytes.
 """
 
 import hashlib
@@ -52,18 +51,15 @@ def run(model: Path, out: Path, n: int, more: list[str]) -> dict:
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A scratch folder; its files are removed.")
 @click.option("--ranks", "counts", type=click.IntRange(1), multiple=True, default=(1, 2), show_default=True)
-@click.option("--warm", type=click.Path(exists=True, path_type=Path), default=None)
+@click.option("--warm", is_flag=True, help="Run the first number once more before.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def main(model: Path, out: Path, counts: tuple[int, ...], warm: Path | None, more: tuple[str, ...]) -> None:
+def main(model: Path, out: Path, counts: tuple[int, ...], warm: bool, more: tuple[str, ...]) -> None:
     """Options that are not named here go to bench_onepass.py."""
-    if warm:
-        print("# warming up", flush=True)
-        run(warm, out / "warm", 1, list(more))
     found = []
-    for n in counts:
+    for n in (*counts[:warm], *counts):
         print(f"# {n} rank{'s' * (n > 1)}", flush=True)
         found.append(run(model, out / str(n), n, list(more)))
-    base = found[0]
+    base = found[int(warm)]
     print(f"\n{'ranks':>5} {'seconds a layer':>24} {'last layer':>16} {'whole run':>18}  sha256")
     for one in found:
         layers = " ".join(f"{took:.1f}" for took in one["layers"])

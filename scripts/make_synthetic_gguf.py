@@ -67,7 +67,7 @@ def vector(tensor: PlannedTensor, blocks: Blocks) -> np.ndarray:
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -> None:
     """Write a random R1-shaped GGUF file."""
-    config = layout(dense, moe)[0]
+    config = layout(dense, moe, 256)[0]
     c = DeepseekConfig.from_hf(config)
     plan = make_plan(deepseek.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
     metadata = deepseek.metadata(c, plan.mla, plan.model) | tokenizer.metadata(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit import onepass, pipeline
+from quantkit import encoders, onepass, pipeline
 from quantkit.calibration.state import PassState
 from quantkit.encoders import Hessian
 from quantkit.encoding import GgmlEncoder
@@ -74,6 +74,19 @@ def test_moments_are_weighted_means_over_batches():
     torch.testing.assert_close(found.matrix, expected, rtol=1e-4, atol=1e-6)
     assert found.tokens == pytest.approx(float(weight.sum() ** 2 / weight.square().sum()), rel=1e-4)
     assert onepass.Moments().hessians() == [Hessian()]
+
+
+@pytest.mark.parametrize("shape", [(4096, 256), (3000, 4, 64), (700, 320)])
+def test_moments_do_not_depend_on_the_number_of_threads(shape):
+    x, before, found = torch.randn(shape), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5, 8):
+            torch.set_num_threads(n)
+            found.append(encoders.gram(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+    torch.testing.assert_close(found[0], torch.einsum("n...i,n...j->...ij", x, x), rtol=1e-4, atol=1e-2)
 
 
 def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):

@@ -1,7 +1,7 @@
 """quantkit's own low-bit encoders: stock ggml blocks, chosen with error feedback under a calibration Hessian."""
 
 from quantkit.encoders.api import SUPPORTED, encode, encode_batch, encode_values
-from quantkit.encoders.hessian import Factor, Hessian, blend, damp, describe, prepare, second_moment
+from quantkit.encoders.hessian import Factor, Hessian, blend, damp, describe, gram, prepare, second_moment
 from quantkit.encoders.targets import cross_moment, retarget
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "encode",
     "encode_batch",
     "encode_values",
+    "gram",
     "prepare",
     "retarget",
     "second_moment",

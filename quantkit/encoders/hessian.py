@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
+GRAM_ROWS = 512  # rows whose products are summed together on a CPU
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,23 @@ def second_moment(x: torch.Tensor, weight: torch.Tensor | None = None) -> Hessia
     if not total > 0:
         return Hessian()
     xw = x * (weight / total).sqrt()[:, None]
-    matrix = xw.T @ xw
+    matrix = gram(xw)
     return Hessian(matrix, matrix.diagonal().clone(), total**2 / float(weight.double().square().sum()))
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """xᵀ x of float32 [n, d], or of every head of [n, n_head, d] -> [d, d] or [n_head, d, d].
+
+    On a CPU a few rows at a time: MKL shares long sums out to its threads, so the last bits of small matrices would
+    depend on how many there are.
+    """
+    if x.device.type != "cpu":
+        return x.T @ x if x.ndim == 2 else torch.einsum("nhi,nhj->hij", x, x)
+    heads = x.transpose(0, 1) if x.ndim == 3 else x[None]
+    out = x.new_zeros(heads.shape[0], x.shape[-1], x.shape[-1])
+    for part in heads.split(GRAM_ROWS, dim=1):
+        out.baddbmm_(part.mT, part)
+    return out if x.ndim == 3 else out[0]
 
 
 def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:

@@ -138,7 +138,7 @@ def select(source: GGUFSource, wanted: Choice = "auto") -> None:
         return
     if source.residency:
         if wanted == "kt":
-            raise QuantkitError("--experts kt cannot keep to --ram: it reads the mapped file; use --experts ggml")
+            raise QuantkitError("--experts kt reads the whole mapped file: leave out --ram, or use --experts ggml")
         return
     if not available():
         if wanted == "kt":

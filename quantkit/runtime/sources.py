@@ -302,8 +302,8 @@ class GGUFSource:
         if not self.hybrid:
             return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
         stacks = [(self.file.tensors[name].qtype, self.data(name)) for name in names]
-        made = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
-        return CpuExperts(made, self.device, self.needs(layer), self.at_once(c.n_used))
+        experts = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
 
     def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
         """Call it with the experts of the layer that are about to be computed."""
