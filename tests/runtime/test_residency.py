@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime import kt_experts
 from quantkit.runtime.chat import Conversation
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
@@ -118,6 +119,8 @@ def test_experts_used_last_stay(path):
 def test_too_little_is_refused_and_the_cost_is_said(path, capsys):
     with pytest.raises(QuantkitError, match=r"--ram 2.0 MiB is too little for random.gguf: every token needs"):
         GGUFSource(path, ram=2 << 20)
+    with pytest.raises(QuantkitError, match="leave out --ram"):
+        kt_experts.select(GGUFSource(path, ram=30 << 20), "kt")
     talk = Conversation(path, "cpu", 64, GREEDY, ram=30 << 20)
     assert "RAM limit 30.0 MiB" in (said := capsys.readouterr().err) and "read for each token" in said
     list(talk.complete("abc", 4))
