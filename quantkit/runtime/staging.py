@@ -78,6 +78,7 @@ class Ring:
                 for future in ahead:
                     future.cancel()
 
+    @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
     def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
         slot, at, spans, pairs = i % SLOTS, 0, [], []
         if self.on_gpu:

@@ -111,6 +111,15 @@ def test_a_broken_transfer_ends_the_prompt_only(source, monkeypatch):
     assert torch.equal(engine.prefill(0, tokens, 0), good)
 
 
+def test_made_in_inference_mode(source, monkeypatch):
+    """As verification does: the thread that moves experts is not in that mode by itself."""
+    monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
+    tokens = text(source, 140)
+    with torch.inference_mode():
+        inside = GpuEngine(source, 1, 300, 0).prefill(0, tokens, 0)
+    assert torch.equal(inside, GpuEngine(source, 1, 300, 0).prefill(0, tokens, 0))
+
+
 def test_gpu_layers_without_gpu(source):
     with pytest.raises(QuantkitError, match="--gpu-layers 3: needs a GPU"):
         open_engine(source, 1, 64, 3)
