@@ -112,8 +112,8 @@ class Student(GGUFSource):
         rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
         return rows if out is None else out.copy_(rows)
 
-    def _experts(self, prefix: str) -> "HeldExperts":
-        names = [f"{prefix}ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+    def _experts(self, layer: int) -> "HeldExperts":
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         return HeldExperts(self, names)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
