@@ -107,6 +107,9 @@ class Student(GGUFSource):
     def dense(self, name: str) -> torch.Tensor:
         return self.part(name)
 
+    def _matrix(self, name: str) -> torch.Tensor:
+        return self.part(name).to(self.device, self.dtype)
+
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         # Not by indexing, whose gradient adds up repeated tokens in the order in which threads come.
         rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
