@@ -47,6 +47,7 @@ def _tables(qtype: str) -> tuple[np.ndarray, ...]:
     return ()
 
 
+@torch.inference_mode()  # of each thread its own, and `out` may have been made in it
 def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
     single = out.dtype == torch.float32
     kernels = compiled() if qtype in (FASTER_SINGLE if single else SCALES) else None

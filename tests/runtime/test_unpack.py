@@ -30,7 +30,7 @@ def test_values_are_ggmls(qtype, dtype, workers):
     n_rows, n_in = 200, 768
     data = packed(qtype, n_rows, n_in)
     expected = torch.from_numpy(ggml.dequantize(qtype, data, n_in)).to(dtype)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, torch.inference_mode():  # a mode that the pool's threads do not have
         found = unpack(qtype, data, torch.full((n_rows, n_in), torch.nan, dtype=dtype), pool, workers)
     assert expected.isfinite().all() and expected.float().std() > 0
     if qtype == "Q4_K" and dtype == torch.bfloat16:  # ggml's compiler may fuse multiplication and subtraction
