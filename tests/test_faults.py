@@ -100,7 +100,9 @@ def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
-    process = subprocess.Popen(command(tmp_path, "--workers", "1"), stderr=subprocess.PIPE, text=True)
+    # A suite that runs in the background of a shell hands its children a SIGINT that is ignored.
+    process = subprocess.Popen(command(tmp_path, "--workers", "1"), stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     until = time.monotonic() + 100
     while not list(tmp_path.glob("*.gguf.state/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.005)

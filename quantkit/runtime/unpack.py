@@ -79,5 +79,9 @@ def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExec
         _span(qtype, rows, n_in, flat)
         return out
     bounds = [i * len(rows) // n_parts for i in range(n_parts + 1)]
-    list(pool.map(lambda span: _span(qtype, rows[slice(*span)], n_in, flat[slice(*span)]), pairwise(bounds)))
+    spans = [slice(*span) for span in pairwise(bounds)]
+    others = [pool.submit(_span, qtype, rows[span], n_in, flat[span]) for span in spans[1:]]
+    _span(qtype, rows[spans[0]], n_in, flat[spans[0]])  # this thread has its share too: it need not wait to be woken
+    for other in others:
+        other.result()
     return out
