@@ -1,8 +1,9 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 8  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
 TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
+THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
 
 
 class Source(Protocol):
@@ -212,19 +214,31 @@ class GGUFSource:
         values = torch.from_numpy(np.empty((data.size // tensor.row_bytes, tensor.shape[-1]), np.float32))
         return self.unpack(name, data, values)
 
-    def unpack(self, name: str, data: np.ndarray, out: torch.Tensor) -> torch.Tensor:
-        """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads."""
-        return unpack(self.file.tensors[name].qtype, data, out, self.pool, self.n_threads)
+    def unpack(self, name: str, data: np.ndarray, out: torch.Tensor, workers: int | None = None) -> torch.Tensor:
+        """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads or so many."""
+        return unpack(self.file.tensors[name].qtype, data, out, self.pool, workers or self.n_threads)
 
     def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch") -> torch.Tensor:
         """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch.
         So many rows are dequantized at a time that they are multiplied while in the cache."""
         n_out, n_in = len(data), x.shape[-1]
-        step = max(64, TILE_WEIGHTS // n_in) * self.n_threads
+        step = max(64, TILE_WEIGHTS // n_in)
         out = x.new_empty(len(x), n_out)
-        for start in range(0, n_out, step):
-            rows = data[start : start + step]
-            out[:, start : start + step] = x @ self.unpack(name, rows, scratch.take(len(rows), n_in)).T
+
+        @torch.inference_mode()
+        def part(worker: int, begin: int, end: int) -> None:
+            for start in range(begin, end, step):
+                rows = data[start : min(start + step, end)]
+                tile = scratch.take(worker, len(rows), n_in)
+                out[:, start : start + len(rows)] = x @ self.unpack(name, rows, tile, 1).T
+
+        workers = max(1, min(self.n_threads, n_out * n_in // THREAD_WEIGHTS))
+        bounds = [i * n_out // workers for i in range(workers + 1)]
+        with one_thread_each(workers):
+            others = [self.pool.submit(part, i, *bounds[i : i + 2]) for i in range(1, workers)]
+            part(0, *bounds[:2])
+            for other in others:
+                other.result()
         return out
 
     def _small(self, name: str) -> torch.Tensor:
@@ -335,17 +349,30 @@ class GGUFSource:
         return self._values(self._head_name, self.file.data(self._head_name)[start:stop]).to(self.device, self.dtype)
 
 
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[None]:
+    """Several threads multiply: let torch not divide each of their products once more."""
+    before = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if workers > 1:
+            torch.set_num_threads(before)
+
+
 class Scratch:
-    """Memory for one tile of a dequantized matrix, used again and again."""
+    """Memory for one tile of a dequantized matrix for each thread, used again and again."""
 
     def __init__(self, dtype: torch.dtype):
-        self.memory = torch.empty(0, dtype=dtype)
+        self.dtype, self.memory = dtype, dict[int, torch.Tensor]()
 
-    def take(self, *shape: int) -> torch.Tensor:
-        """Contiguous, not initialized; what was taken before is overwritten."""
-        if (size := prod(shape)) > len(self.memory):
-            self.memory = torch.empty(size, dtype=self.memory.dtype)
-        return self.memory[:size].view(shape)
+    def take(self, worker: int, *shape: int) -> torch.Tensor:
+        """Contiguous, not initialized; what the thread took before is overwritten."""
+        if (size := prod(shape)) > len(self.memory.get(worker, ())):
+            self.memory[worker] = torch.empty(size, dtype=self.dtype)
+        return self.memory[worker][:size].view(shape)
 
 
 class PromptExperts:
@@ -354,7 +381,7 @@ class PromptExperts:
     def __init__(self, source: GGUFSource, layer: int, names: list[str], scratch: Scratch):
         self.source, self.names, self.scratch, self.need = source, names, scratch, source.needs(layer)
         self.stacks = [(source.file.tensors[name].qtype, source.data(name)) for name in names]
-        short = scratch.memory.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
+        short = scratch.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
