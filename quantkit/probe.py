@@ -23,9 +23,12 @@ def free_ram() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def free_vram() -> int:
-    """Bytes free on the GPU; 0 without one."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+def free_vram(device: torch.device | None = None) -> int:
+    """Bytes of GPU memory that nothing holds, what torch's allocator keeps for reuse included; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def ram_bandwidth(n_bytes: int = RAM_BYTES, repeats: int = 3) -> float:

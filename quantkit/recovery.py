@@ -35,6 +35,7 @@ from quantkit.onepass import SAME_INPUT, Moments
 from quantkit.planning import qtypes
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
+from quantkit.runtime.experts import expert_names
 from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
@@ -116,8 +117,7 @@ class Student(GGUFSource):
         return rows if out is None else out.copy_(rows)
 
     def _experts(self, layer: int) -> "HeldExperts":
-        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
-        return HeldExperts(self, names)
+        return HeldExperts(self, expert_names(layer))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""

@@ -100,7 +100,7 @@ def main() -> None:
     if args.file:
         source = GGUFSource(args.file, n_threads=args.threads)
         c = source.config
-        compare(kt_experts.expert_stacks(source, c.n_dense), c.d, c.n_ff_exp, c.n_expert, c.n_used, args)
+        compare(source.expert_stacks(c.n_dense), c.d, c.n_ff_exp, c.n_expert, c.n_used, args)
         decode(args)
     else:
         d, n_ff = 7168, 2048

@@ -112,9 +112,8 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
     layer (default: an `Accumulator`). room: where hidden states live. Ranks share the experts, and each computes all
     the rest.
     """
-    ranks.same(
-        state and state.job, "text, checkpoint or device"
-    )  # and nobody resumes before rank 0 has removed a state
+    # Also: nobody resumes before rank 0 has removed a state.
+    ranks.same(state and state.job, "text, checkpoint or device")
     hidden, start = state.resume() if state else (None, 0)
     imatrix: dict[str, Importance] = state.entries(start) if state else {}
     if progress and start:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from quantkit import ggml
+from quantkit import ggml, probe
 from quantkit.encoders import iq1, iq2, iq3, kquants
 from quantkit.encoders.engine import EFFORTS, Effort, State, encode_rows
 from quantkit.encoders.format import SUPERBLOCK, Codes, Format
@@ -121,8 +121,7 @@ def _tiles(device: torch.device, e: int, rows: int, n_in: int, factorise: bool) 
     """
     if device.type == "cpu":
         return 1, CPU_ROWS
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = (torch.cuda.mem_get_info(device)[0] + unused) * GPU_SHARE
+    free = probe.free_vram(device) * GPU_SHARE
     own = 28 * n_in * n_in if factorise else 0  # H, its factor and the copies on the way
     matrices = int(free / (own + GPU_BYTES * rows * n_in))
     return _tile(e, matrices), _tile(rows, int((free - own) / (GPU_BYTES * n_in)))

@@ -13,14 +13,12 @@ from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import GROUP, Factor, blocks, factorize
 from quantkit.encoders.refit import pull, refit
 from quantkit.encoders.scales import block_scale, guess, refresh
-from quantkit.encoders.search import compiled, kernels, nearest, quadratic, runs_compiled
+from quantkit.encoders.search import compiled, kernels, nearest, quadratic, runs_compiled, runs_fused
 
 if compiled is not None:
     from quantkit.encoders import cpu
 if kernels is not None:
     from quantkit.encoders import fused, fused_levels
-
-use_fused = kernels is not None  # tests and benchmarks set it to False to compare with the plain path
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def feedback_pass(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) 
         target = w[..., part].clone(memory_format=torch.contiguous_format)
         if start:
             target.baddbmm_(error[..., :start], factor.u[:, :start, part])
-        if _fused(fmt, w) and effort.beta == 1:
+        if runs_fused(w) and effort.beta == 1:
             if fmt.grid is not None:
                 _superblock_fused(fmt, state, w, target, error, factor, start, effort)
                 continue
@@ -201,7 +199,7 @@ def plain_pass(fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) ->
     superblocks = w.view(e, r, count, SUPERBLOCK).transpose(1, 2).flatten(0, 1)
     metric = d.view(e * count * per, fmt.block // GROUP, GROUP, GROUP)
     weights = d.diagonal(dim1=-2, dim2=-1).reshape(e * count, SUPERBLOCK)
-    if _fused(fmt, w) and fmt.grid is None:
+    if runs_fused(w) and fmt.grid is None:
         first = fused_levels.guess(fmt, superblocks.mT.contiguous(), weights)
     else:
         first = guess(fmt, superblocks, weights, effort.tries)
@@ -314,16 +312,16 @@ def _revise(fmt, state, target, h, d, u, start, span) -> torch.Tensor:
 
 def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) -> State:
     """w float32 [E, R, n], finite -> State."""
-    if factor.u is None or not effort.feedback:
-        if runs_compiled(w):
-            state = State.empty(fmt, w)
-            cpu.plain_pass(fmt, state, w, factor.d, effort)
-        else:
-            state = plain_pass(fmt, w, factor.d, effort)
-    else:
+    coupled = effort.feedback and factor.u is not None
+    if coupled:
         state = feedback_pass(fmt, w, factor, effort)
+    elif runs_compiled(w):
+        state = State.empty(fmt, w)
+        cpu.plain_pass(fmt, state, w, factor.d, effort)
+    else:
+        state = plain_pass(fmt, w, factor.d, effort)
     pulled = pull(w, factor) if effort.refit else None
-    if effort.feedback and factor.u is not None:
+    if coupled:
         for i in range(max(effort.passes, effort.block_passes)):
             if pulled is not None:  # before descent: codes chosen under a d that is too small shrink the output
                 refit(fmt, pulled, factor, state)
@@ -337,14 +335,10 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort) ->
 
 
 def group_descent_pass(fmt: Format, w: torch.Tensor, factor: Factor, state: State) -> None:
-    if _fused(fmt, w):
+    if runs_fused(w):
         run = fused_descent_pass if fmt.grid is not None else fused_levels.descent_pass
         run(fmt, w, factor, state)
     elif runs_compiled(w):
         cpu.descent_pass(fmt, w, factor, state)
     else:
         descent_pass(fmt, w, factor, state, GROUP)
-
-
-def _fused(fmt: Format, w: torch.Tensor) -> bool:
-    return use_fused and w.is_cuda

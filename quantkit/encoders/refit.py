@@ -7,12 +7,10 @@ import torch
 from quantkit.encoders.format import SUPERBLOCK, Format
 from quantkit.encoders.hessian import Factor
 from quantkit.encoders.scales import block_scale, to_fp16
-from quantkit.encoders.search import compiled, kernels, runs_compiled
+from quantkit.encoders.search import compiled, kernels, runs_compiled, runs_fused
 
 if kernels is not None:
     from quantkit.encoders import fused
-else:
-    fused = None
 
 LOW, HIGH = 0.3, 3.0  # a refitted d outside this range of the old one is a sign of a near-singular system
 
@@ -42,7 +40,7 @@ def normal_equations(unit: torch.Tensor, pulled: torch.Tensor, factor: Factor) -
         unit, factor = unit.bfloat16(), replace(factor, h=factor.h.bfloat16())
     for k in range(blocks * kinds):  # A is symmetric: each superblock meets itself and those after it
         image = _image(unit[:, :, k % kinds], k // kinds, factor)
-        if unit.is_cuda and fused is not None:
+        if runs_fused(unit):
             fused.products(image, unit, a, k)
         elif runs_compiled(unit):
             for i in range(e):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quantkit.encoders.format import SUPERBLOCK, Format
-from quantkit.encoders.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, tables
+from quantkit.encoders.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, runs_fused, tables
 
 FP16_MAX = 65504.0
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
@@ -107,13 +107,9 @@ def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tens
     return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
 
 
-def uses_kernel(x: torch.Tensor) -> bool:
-    return x.is_cuda and kernels is not None
-
-
 def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
     level, top = math.sqrt(float((fmt.grid**2).mean())), max(fmt.multipliers)
-    if uses_kernel(x) and tries is not None:
+    if runs_fused(x) and tries is not None:
         d, pairs = kernels.guess(fmt, x, weights, level, tries, _rounding(fmt.qtype), CURVE, CANDIDATES,
                                  _interpolation(fmt.multipliers))  # fmt: skip
         return Guess(d, torch.zeros_like(d), (pairs & 255).long(), (pairs >> 8).long())

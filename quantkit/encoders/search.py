@@ -20,6 +20,7 @@ try:
 except ImportError:  # no numba for this Python
     compiled = None
 
+use_fused = kernels is not None  # as the next
 use_compiled = compiled is not None  # tests and benchmarks set it to False to compare with the plain path
 CPU_CHUNK = 256  # rows of scores at a time: 256 × 2048 floats stay in a core's L2 cache
 SPLIT = 64  # entries per partial minimum: amin is vectorised in torch, argmin is not
@@ -56,6 +57,10 @@ def tables(fmt: Format, device: torch.device) -> Tables:
         bits = 2 ** torch.arange(GROUP, device=device, dtype=torch.int32)
         _tables[key] = Tables(grid, levels, table(fmt.multipliers, device), table(fmt.shifts, device), bits)
     return _tables[key]
+
+
+def runs_fused(t: torch.Tensor) -> bool:
+    return use_fused and t.is_cuda
 
 
 def runs_compiled(t: torch.Tensor) -> bool:

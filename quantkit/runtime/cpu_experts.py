@@ -8,24 +8,18 @@ import torch
 
 from quantkit import ggml
 from quantkit.ggml import Graph
+from quantkit.runtime.experts import expert_names
 from quantkit.runtime.layers import Experts
 from quantkit.runtime.sources import GGUFSource
 
 ROWS = 128  # tokens computed at once: bounds the activations
-PARTS = ("gate", "up", "down")
-
-
-def expert_names(layer: int) -> list[str]:
-    return [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
 
 
 def open_experts(source: GGUFSource, layer: int) -> Experts:
     """The engine for one layer's experts on this machine's CPU: ggml as one graph, or what was chosen instead."""
     if source.make_experts is ggml.Experts:
         return GgmlExperts(source, layer)
-    c, file = source.config, source.file
-    stacks = [(file.tensors[name].qtype, file.data(name)) for name in expert_names(layer)]
-    return source.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, source.n_threads)
+    return source.cpu_experts(layer)
 
 
 class GgmlExperts:

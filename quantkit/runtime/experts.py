@@ -12,6 +12,12 @@ from quantkit import ranks
 
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """gate [n_ff, d], up [n_ff, d], down [d, n_ff]."""
+PARTS = ("gate", "up", "down")
+
+
+def expert_names(layer: int) -> list[str]:
+    """Of the three stacks of a layer's routed experts in a GGUF, in the order of `Projections`."""
+    return [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
 
 
 @dataclass

@@ -16,11 +16,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from quantkit import probe
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.runtime import blocks
-from quantkit.runtime.cpu_experts import expert_names, open_experts
+from quantkit.runtime.cpu_experts import open_experts
+from quantkit.runtime.experts import expert_names
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
     Block,
@@ -165,8 +167,7 @@ class GpuEngine:
         self.arrived = torch.cuda.Event() if self.on_gpu else None
 
     def _free(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return probe.free_vram(self.device)
 
     def _piece(self) -> int:
         """Tokens of a prompt at once."""

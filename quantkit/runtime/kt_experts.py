@@ -220,7 +220,7 @@ def _serve(request: dict[str, Any]) -> None:
     source = GGUFSource(request["path"], n_threads=request["threads"])
     torch.set_num_threads(request["threads"])
     c = source.config
-    stacks = {layer: expert_stacks(source, layer) for layer in range(c.n_dense, c.n_layer)}
+    stacks = {layer: source.expert_stacks(layer) for layer in range(c.n_dense, c.n_layer)}
     types = {qtype: data for layer in stacks.values() for qtype, data in layer}
     for qtype, data in sorted(types.items()):
         _tell(trying=qtype)
@@ -241,11 +241,6 @@ def _serve(request: dict[str, Any]) -> None:
 
 def _tell(**what: Any) -> None:
     print(json.dumps(what), flush=True)
-
-
-def expert_stacks(source: GGUFSource, layer: int) -> list[tuple[str, np.ndarray]]:
-    names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
-    return [(source.file.tensors[name].qtype, source.file.data(name)) for name in names]
 
 
 def self_test(qtype: str, data: np.ndarray, n_threads: int) -> float:

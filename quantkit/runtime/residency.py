@@ -16,9 +16,9 @@ import numpy as np
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.runtime.experts import expert_names
 from quantkit.sizes import gib
 
-PARTS = ("gate", "up", "down")
 READERS = 8  # reads under way at once
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -33,8 +33,7 @@ class Residency:
     def __init__(self, file: GGUFFile, config: DeepseekConfig, limit: int):
         self.file, self.limit, self.held, self.read = file, limit, 0, 0
         self.order: OrderedDict[tuple[int, int], None] = OrderedDict()  # the one used longest ago first
-        self.names = {layer: [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
-                      for layer in range(config.n_layer) if config.is_moe(layer)}  # fmt: skip
+        self.names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
         self.n_expert, self.n_used = config.n_expert, config.n_used
         self.memory: dict[str, mmap.mmap] = {}
         self.stacks: dict[str, np.ndarray] = {}

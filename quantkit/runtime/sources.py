@@ -22,7 +22,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.progress import say
-from quantkit.runtime.experts import Projections, StreamedExperts
+from quantkit.runtime.experts import Projections, StreamedExperts, expert_names
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.unpack import unpack
@@ -309,15 +309,20 @@ class GGUFSource:
         return Router(weight, self._small(bias) if bias in self.file.tensors else None)
 
     def _experts(self, layer: int) -> Experts:
-        c = self.config
-        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         if self.scratch is not None:
-            return PromptExperts(self, layer, names, self.scratch)
+            return PromptExperts(self, layer, self.scratch)
         if not self.hybrid:
-            return StreamedExperts(lambda e: self._expert(names, e), c.n_expert)
-        stacks = [(self.file.tensors[name].qtype, self.data(name)) for name in names]
-        experts = self.make_experts(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
-        return CpuExperts(experts, self.device, self.needs(layer), self.at_once(c.n_used))
+            return StreamedExperts(lambda e: self._expert(expert_names(layer), e), self.config.n_expert)
+        return CpuExperts(self.cpu_experts(layer), self.device, self.needs(layer), self.at_once(self.config.n_used))
+
+    def expert_stacks(self, layer: int) -> list[tuple[str, np.ndarray]]:
+        """qtype and bytes of gate, up and down of a layer's routed experts."""
+        return [(self.file.tensors[name].qtype, self.data(name)) for name in expert_names(layer)]
+
+    def cpu_experts(self, layer: int) -> Experts:
+        """A layer's routed experts by the chosen engine, from tensors on the CPU."""
+        c = self.config
+        return self.make_experts(*self.expert_stacks(layer), c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
 
     def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
         """Call it with the experts of the layer that are about to be computed."""
@@ -378,9 +383,9 @@ class Scratch:
 class PromptExperts:
     """Routed experts of a long piece: those with many rows are dequantized once, the others multiplied by ggml."""
 
-    def __init__(self, source: GGUFSource, layer: int, names: list[str], scratch: Scratch):
-        self.source, self.names, self.scratch, self.need = source, names, scratch, source.needs(layer)
-        self.stacks = [(source.file.tensors[name].qtype, source.data(name)) for name in names]
+    def __init__(self, source: GGUFSource, layer: int, scratch: Scratch):
+        self.source, self.names, self.scratch, self.need = source, expert_names(layer), scratch, source.needs(layer)
+        self.stacks = source.expert_stacks(layer)
         short = scratch.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
 

@@ -117,7 +117,7 @@ def test_interpreted_matrix(monkeypatch):
     w, factor, (hessian,) = matrices(11, count=1)
     fmt, how = formats()["Q4_K"], Effort(feedback=True, tries=2, near=0, passes=1)
     plain = encode_rows(fmt, w, factor, how)
-    monkeypatch.setattr(engine, "_fused", lambda fmt, w: True)
+    monkeypatch.setattr(engine, "runs_fused", lambda w: True)
     ours = encode_rows(fmt, w, factor, how)
     assert (ours.entry == plain.entry).float().mean() > 0.9
     assert output_error(w[0], ours.q[0], hessian) == pytest.approx(output_error(w[0], plain.q[0], hessian), rel=0.01)
@@ -141,7 +141,7 @@ def test_matrices_on_the_gpu(qtype, effort, monkeypatch):
     fmt, how = formats()[qtype], EFFORTS[effort]
     factor = factor if how.feedback else prepare(hessians, 768, DEVICE, full=False)
     ours = encode_rows(fmt, w, factor, how)
-    monkeypatch.setattr(engine, "use_fused", False)
+    monkeypatch.setattr(search, "use_fused", False)
     plain = encode_rows(fmt, w, factor, how)
     assert (ours.entry == plain.entry).float().mean() > 0.9
     for i, hessian in enumerate(hessians):

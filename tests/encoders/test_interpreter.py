@@ -37,7 +37,7 @@ def test_guess(qtype, monkeypatch):
     x[1, 3] = 0
     monkeypatch.setattr(search, "use_compiled", False)
     want = guess(fmt, x, weights, 2)
-    monkeypatch.setattr(scales, "uses_kernel", lambda x: True)
+    monkeypatch.setattr(scales, "runs_fused", lambda x: True)
     got = guess(fmt, x, weights, 2)
     assert got.d[1, 3] == 0 and torch.allclose(got.d, want.d, rtol=0.1)
     same = got.d == want.d
@@ -53,8 +53,8 @@ def test_fused_feedback_and_descent(qtype, monkeypatch):
     factor = prepare([hessian], 256, CPU)
     monkeypatch.setattr(search, "use_compiled", False)
     plain = encode_rows(fmt, w[None], factor, how)
-    monkeypatch.setattr(engine, "_fused", lambda fmt, w: True)
-    monkeypatch.setattr(scales, "uses_kernel", lambda x: True)
+    monkeypatch.setattr(engine, "runs_fused", lambda w: True)
+    monkeypatch.setattr(scales, "runs_fused", lambda x: True)
     ours = encode_rows(fmt, w[None], factor, how)
     assert output_error(w, ours.q[0], hessian) == pytest.approx(output_error(w, plain.q[0], hessian), rel=0.03)
     assert (ours.entry == plain.entry).float().mean() > 0.7  # near-ties go their own way, and take later groups along

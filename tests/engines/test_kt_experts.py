@@ -89,7 +89,7 @@ def test_agrees_with_ggml(path, capfd):
     source = open_source(path)
     c, random = source.config, torch.Generator().manual_seed(0)
     for layer in range(c.n_dense, c.n_layer):
-        stacks = kt_experts.expert_stacks(source, layer)
+        stacks = source.expert_stacks(layer)
         pair = [make(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, 1) for make in (ggml.Experts, KtExperts)]
         for n in (1, 9, kt_experts.ROWS + 5):
             x = torch.randn((n, c.d), generator=random).bfloat16().float()
