@@ -49,7 +49,7 @@ def search_flops(qtype: str, effort: str) -> float:
     return tried * len(fmt.grid) * 2 * 16 / fmt.width
 
 
-def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_ggml: bool) -> None:
+def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_ggml: bool, repeat: int) -> None:
     experts, rows, n = shape
     w = torch.randn(shape, device=device) * 0.02
     t0 = clock(device)
@@ -59,9 +59,11 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_gg
     t2 = clock(device)
     few = (w, factor) if device.type == "cuda" else (w[:1, :64].contiguous(), factor.of(slice(0, 1)))
     encode_batch(qtype, *few, effort=effort, device=device)  # compile; on a GPU also its memory, as from layer to layer
-    t3 = clock(device)
-    packed = encode_batch(qtype, w, factor, effort=effort, device=device)
-    seconds = clock(device) - t3
+    seconds = float("inf")
+    for _ in range(repeat):
+        t3 = clock(device)
+        packed = encode_batch(qtype, w, factor, effort=effort, device=device)
+        seconds = min(seconds, clock(device) - t3)
     rate = w.numel() / seconds
     line = f"{qtype:8s} {effort:6s} {rows}x{n} x{experts}: {rate / 1e9:.4f} G weights/s"
     line += f" | H {(t1 - t0) / experts * 1e3:.1f} + factor {(t2 - t1) / experts * 1e3:.1f} ms/matrix"
@@ -104,6 +106,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=0, help="0 with --columns 0: R1's gate and down")
     p.add_argument("--columns", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--repeat", type=int, default=1, help="Time the fastest of so many calls.")
     p.add_argument("--profile", action="store_true")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -114,7 +117,7 @@ def main() -> None:
             for effort in a.effort:
                 if a.profile:
                     profile(qtype, (a.experts, rows, n), effort, device)
-                bench(qtype, (a.experts, rows, n), effort, device, device.type == "cpu")
+                bench(qtype, (a.experts, rows, n), effort, device, device.type == "cpu", a.repeat)
 
 
 if __name__ == "__main__":
