@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_bool, c_char, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.progress import say
 
 NO_TABLES = frozenset({"F32", "F16", "BF16"})
 
@@ -47,6 +49,8 @@ TensorP = POINTER(Tensor)
 
 
 CUSTOM = ctypes.CFUNCTYPE(None, TensorP, TensorP, c_int, c_int, c_void_p)
+LOG = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)
+WARNING, ERROR = 3, 4  # enum ggml_log_level
 
 
 class _InitParams(ctypes.Structure):
@@ -132,10 +136,20 @@ _SIGNATURES = {
         "ggml_flash_attn_ext": (TensorP, [c_void_p, *[TensorP] * 4, *[c_float] * 3]),
         "ggml_build_forward_expand": (None, [c_void_p, TensorP]),
         "ggml_nbytes": (c_size_t, [TensorP]),
+        "ggml_log_set": (None, [LOG, c_void_p]),
+        "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
+        "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, ctypes.c_char_p]),
+        "ggml_backend_buft_name": (ctypes.c_char_p, [c_void_p]),
+        "ggml_backend_buft_alloc_buffer": (c_void_p, [c_void_p, c_size_t]),
+        "ggml_backend_buffer_get_base": (c_void_p, [c_void_p]),
+        "ggml_backend_buffer_free": (None, [c_void_p]),
+        "ggml_backend_tensor_alloc": (c_int, [c_void_p, TensorP, c_void_p]),
+        "ggml_backend_tensor_set": (None, [TensorP, c_void_p, c_size_t, c_size_t]),
         "ggml_threadpool_params_default": (_ThreadpoolParams, [c_int]),
     },
     "cpu": {
         "ggml_cpu_init": (None, []),
+        "ggml_backend_cpu_reg": (c_void_p, []),
         **{f"ggml_cpu_has_{feature}": (c_int, []) for feature in FEATURES},
         "ggml_graph_plan": (_Cplan, [c_void_p, c_int, c_void_p]),
         "ggml_graph_compute": (c_int, [c_void_p, POINTER(_Cplan)]),
@@ -163,11 +177,19 @@ class Library:
         # A context charges sizeof(ggml_object) + sizeof(ggml_tensor) a tensor: another layout would corrupt memory.
         if self.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + GRAPH_OBJECT_BYTES:
             raise QuantkitError(f"{folder} holds another ggml than 0.20: install libggml-python==0.20.2.post1")
+        self.log = LOG(_log)
+        self.ggml_log_set(self.log, None)
         self.ggml_cpu_init()
 
     def __str__(self) -> str:
         features = [name for name in FEATURES if getattr(self, f"ggml_cpu_has_{name}")()]
         return f"ggml {self.ggml_version().decode()} ({' '.join(features) or 'plain'}) of {self.folder}"
+
+
+def _log(level: int, text: bytes, _: object) -> None:
+    """Warnings and errors only: ggml reports every matrix that it repacks."""
+    if level in (WARNING, ERROR):
+        say(text.decode(errors="replace").rstrip())
 
 
 @cache
@@ -180,6 +202,17 @@ def library() -> Library:
         raise QuantkitError("ggml is missing: pip install libggml-python==0.20.2.post1")
     package = Path(spec.submodule_search_locations[0])
     return Library(next((package / name for name in ("lib64", "lib") if (package / name).is_dir()), package))
+
+
+@cache
+def repacking() -> int | None:
+    """ggml's kind of memory in which the rows of a matrix are interleaved, for products with several rows at once; None
+    if this build has none."""
+    lib = library()
+    registry = lib.ggml_backend_cpu_reg()
+    address = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    kinds = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(lib.ggml_backend_reg_dev_get(registry, 0))
+    return next((kind for kind in takewhile(bool, kinds) if lib.ggml_backend_buft_name(kind) == b"CPU_REPACK"), None)
 
 
 def type_id(qtype: str) -> int:
@@ -287,6 +320,8 @@ class Graph:
         self.context = self.lib.ggml_init(_InitParams(size, ctypes.addressof(self.arena), True))
         self.graph = self.lib.ggml_new_graph_custom(self.context, max_tensors, False)
         self.keep: list[object] = [self.arena]
+        self.buffers: list[int] = []
+        self.copied = 0  # bytes of weights in those buffers
         self.plan: _Cplan | None = None
         self.allocator = None
 
@@ -312,14 +347,32 @@ class Graph:
         """Nodes run in the order in which they are expanded: a write must come before the reads that depend on it."""
         self.lib.ggml_build_forward_expand(self.graph, node)
 
-    def weights(self, qtype: str, data: np.ndarray, n_in: int, n_out: int, n_matrices: int = 1) -> "TensorP":
-        """A quantized matrix (or a stack of them) over existing bytes, usually a memory map of the file."""
+    def weights(self, qtype: str, data: np.ndarray, n_in: int, n_out: int, n_matrices: int = 1,
+                repack: bool = False) -> "TensorP":  # fmt: skip
+        """A quantized matrix (or a stack of them) over existing bytes, usually a memory map of the file. repack:
+        if ggml has faster products for this type with rows interleaved, then over a copy of that form."""
         tensor = self.lib.ggml_new_tensor_3d(self.context, type_id(qtype), n_in, n_out, n_matrices)
         if data.nbytes != self.lib.ggml_nbytes(tensor) or not data.flags.c_contiguous:
             raise ValueError(f"{data.nbytes} bytes for {n_matrices}x{n_out}x{n_in} {qtype}")
-        tensor.contents.data = data.ctypes.data
-        self.keep.append(data)
+        if not (repack and self._repacked(tensor, data)):
+            tensor.contents.data = data.ctypes.data
+            self.keep.append(data)
         return tensor
+
+    def _repacked(self, tensor: "TensorP", data: np.ndarray) -> bool:
+        kind = repacking()
+        buffer = kind and self.lib.ggml_backend_buft_alloc_buffer(kind, data.nbytes)
+        if not buffer:
+            return False
+        self.lib.ggml_backend_tensor_alloc(buffer, tensor, self.lib.ggml_backend_buffer_get_base(buffer))
+        if not tensor.contents.extra:  # ggml has no other form of this type, or not on this CPU
+            tensor.contents.buffer = tensor.contents.data = None
+            self.lib.ggml_backend_buffer_free(buffer)
+            return False
+        self.lib.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+        self.buffers.append(buffer)
+        self.copied += data.nbytes
+        return True
 
     def input(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple["TensorP", torch.Tensor]:
         """An input and the torch tensor (numpy order) that shares its memory: fill it before `run`."""
@@ -365,6 +418,8 @@ class Graph:
             raise QuantkitError(f"ggml graph failed with status {status}")
 
     def __del__(self):
+        for buffer in getattr(self, "buffers", ()):
+            self.lib.ggml_backend_buffer_free(buffer)
         if getattr(self, "allocator", None):
             self.lib.ggml_gallocr_free(self.allocator)
         if getattr(self, "context", None):

@@ -67,6 +67,37 @@ def test_products(qtype):
         assert (experts(x, expert, share) - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q4_0", "Q8_0", "Q6_K", "IQ1_S", "F32"])
+@pytest.mark.parametrize("n_out", [64, 63])  # interleaved are 8 rows, or none
+def test_products_of_interleaved_rows(qtype, n_out):
+    data = ggml.quantize(qtype, rows(n_out), np.ones(512, np.float32))
+    weight = torch.from_numpy(ggml.dequantize(qtype, data, 512))
+    inputs = torch.randn(7, 512)
+
+    def product(x: torch.Tensor, repack: bool) -> tuple[torch.Tensor, int]:
+        """x [..., 512]: of several columns each by itself, or all together."""
+        graph = ggml.Graph(2)
+        tensor, values = graph.input(tuple(x.shape))
+        values.copy_(x)
+        y = graph.op("mul_mat", graph.weights(qtype, data, 512, n_out, repack=repack), tensor)
+        out = graph.result(y, (*x.shape[:-1], n_out))
+        graph.finish(y).run()
+        return out, graph.copied
+
+    for x in (inputs, inputs[:1], inputs[:, None]):
+        plain, copied = product(x, repack=False)
+        assert copied == 0
+        interleaved, copied = product(x, repack=True)
+        assert copied in ((0, data.nbytes) if n_out % 8 == 0 else (0,))
+        assert (interleaved - plain).norm() < 0.01 * plain.norm()
+        assert (interleaved - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()
+    if qtype == "Q4_K" and n_out == 64 and ggml.library().ggml_cpu_has_avx2():
+        assert copied == data.nbytes
+    apart, _ = product(inputs[:, None], repack=True)
+    alone = [product(x[None, None], repack=True)[0][0] for x in inputs]
+    assert torch.equal(apart, torch.stack(alone))
+
+
 def test_bad_lengths_and_names():
     with pytest.raises(QuantkitError, match="row of 128 is not a multiple"):
         ggml.quantize("Q4_K", np.zeros((1, 128), np.float32))

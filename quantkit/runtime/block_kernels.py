@@ -1,39 +1,62 @@
 """Decoders of ggml blocks for the CPU, compiled by numba (LLVM in a wheel: no compiler is needed on the machine) and
 cached on disk.
 
-Each takes blocks uint8 [n, bytes], scales float32 [n, 1 or 2] (the blocks' float16 numbers), one flat output of float32
-or of bfloat16 bits (uint16), the other being None, the tables of `unpack`, and GROUP.
+Each takes blocks uint8 [n, bytes], one flat output of float32 or of bfloat16 bits (uint16), the other being None, the
+values of all float16 numbers (float32 [65536], by their bits), the tables of `unpack`, and WIDTH. bfloat16 is rounded
+to nearest, ties away from zero. Codebook entries are read as bfloat16, which holds them exactly: 16 bytes for 8.
 """
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 SUPERBLOCK = 256
-GROUP = 16  # weights of a Q6_K block with one scale
+WIDTH = 32  # weights of the inner loops; an argument, since LLVM would unroll a constant loop before making it vectors
 F, U8, U16, U32, U64, I32 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64, np.int32
-DELTA = F(0.125)  # by which IQ1_S shifts its grid
 
 HOW = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 jit, part = numba.njit(**HOW), numba.njit(**HOW, forceinline=True)
 
 
+@intrinsic
+def _as_float(_, bits):
+    return types.float32(types.uint32), lambda c, build, sig, args: build.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(_, value):
+    return types.uint32(types.float32), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(32))
+
+
 @part
-def _put(values, at, single, half):
-    """A superblock to float32, or rounded to bfloat16 (to nearest, ties to even). The other output is None: numba
-    compiles each kernel once for either. Casts keep numba's 64-bit integers out of the vector registers."""
+def _cut(out, at, width):
+    """Views, since numba checks whether an index that is a sum is negative, which no vector loop survives. (Of `if` and
+    `else`, numba leaves out the one that is not of the argument's type; without `else` it could not.)"""
+    if out is None:
+        return None
+    else:
+        return out[at : at + width]
+
+
+@part
+def _put(value, single, half, i):
     if single is not None:
-        for i in range(SUPERBLOCK):
-            single[at + i] = values[i]
+        single[i] = value
     if half is not None:
-        bits, out = values.view(U32), half[at : at + SUPERBLOCK]
-        for i in range(SUPERBLOCK):
-            b = bits[i]
-            out[i] = U16(U32(U32(b + U32(0x7FFF)) + U32(U32(b >> U32(16)) & U32(1))) >> U32(16))
+        half[i] = U16(U32(_as_bits(value) + U32(0x8000)) >> U32(16))
 
 
 @part
-def _steps(block, d, low, out):
-    """The eight six-bit scales and minima of a Q4_K block, times d and low: out [8, 2]."""
+def _word(block, at):
+    return U32(block[at]) | U32(U32(block[at + 1]) << U32(8))
+
+
+@part
+def _steps(block, halves, out):
+    """The eight six-bit scales and minima of a Q4_K or Q5_K block, times its two numbers: out [8, 2]."""
+    d, low = halves[_word(block, 0)], halves[_word(block, 2)]
     for j in range(8):
         if j < 4:
             s, m = block[4 + j] & U8(63), block[8 + j] & U8(63)
@@ -44,93 +67,111 @@ def _steps(block, d, low, out):
 
 
 @part
-def _four_bits(q, y, d1, m1, d2, m2, width):
-    """width: 32, from an argument of the kernel: LLVM would unroll a constant loop before it could become vectors."""
+def _four_bits(q, shift, step, single, half, at, width):
+    d, m, single, half = step[0], step[1], _cut(single, at, width), _cut(half, at, width)
     for i in range(width):
-        y[i] = d1 * F(I32(q[i] & U8(15))) - m1
-        y[i + 32] = d2 * F(I32(q[i] >> U8(4))) - m2
+        _put(d * F(I32((q[i] >> shift) & U8(15))) - m, single, half, i)
 
 
 @jit
-def _q4_k(blocks, scales, single, half, tables, width):
-    values, steps = np.empty(SUPERBLOCK, F), np.empty((8, 2), F)
+def _q4_k(blocks, single, half, halves, tables, width):
+    steps = np.empty((8, 2), F)
     for n in range(len(blocks)):
         block = blocks[n]
-        _steps(block, scales[n, 0], scales[n, 1], steps)
+        _steps(block, halves, steps)
         for j in range(4):
-            _four_bits(block[16 + 32 * j : 48 + 32 * j], values[64 * j : 64 * j + 64], steps[2 * j, 0], steps[2 * j, 1],
-                       steps[2 * j + 1, 0], steps[2 * j + 1, 1], 2 * width)  # fmt: skip
-        _put(values, n * SUPERBLOCK, single, half)
+            q, at = block[16 + 32 * j : 48 + 32 * j], SUPERBLOCK * n + 64 * j
+            _four_bits(q, U8(0), steps[2 * j], single, half, at, width)
+            _four_bits(q, U8(4), steps[2 * j + 1], single, half, at + 32, width)
 
 
 @part
-def _six_bits(low, low2, high, y, d1, d2, d3, d4, width):
-    """width: GROUP; see _four_bits."""
+def _five_bits(q, shift, high, bit, step, single, half, at, width):
+    d, m, single, half = step[0], step[1], _cut(single, at, width), _cut(half, at, width)
     for i in range(width):
-        a, b, h = low[i], low2[i], high[i]
-        y[i] = d1 * F(I32(I32((a & U8(15)) | ((h & U8(3)) << U8(4))) - I32(32)))
-        y[i + 32] = d2 * F(I32(I32((b & U8(15)) | (((h >> U8(2)) & U8(3)) << U8(4))) - I32(32)))
-        y[i + 64] = d3 * F(I32(I32((a >> U8(4)) | (((h >> U8(4)) & U8(3)) << U8(4))) - I32(32)))
-        y[i + 96] = d4 * F(I32(I32((b >> U8(4)) | ((h >> U8(6)) << U8(4))) - I32(32)))
+        fifth = U8(U8(high[i] >> bit) & U8(1)) << U8(4)
+        _put(d * F(I32(((q[i] >> shift) & U8(15)) | fifth)) - m, single, half, i)
 
 
 @jit
-def _q6_k(blocks, scales, single, half, tables, width):
-    values = np.empty(SUPERBLOCK, F)
+def _q5_k(blocks, single, half, halves, tables, width):
+    steps = np.empty((8, 2), F)
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n, 0]
-        for j in range(2):
-            for k in range(2):
-                s, low, y = block[192 + 8 * j + k : 208].view(np.int8), 64 * j + 16 * k, values[128 * j + 16 * k :]
-                _six_bits(block[low:], block[low + 32 :], block[128 + 32 * j + 16 * k :], y,
-                          d * F(s[0]), d * F(s[2]), d * F(s[4]), d * F(s[6]), width)  # fmt: skip
-        _put(values, n * SUPERBLOCK, single, half)
+        block = blocks[n]
+        high = block[16:48]
+        _steps(block, halves, steps)
+        for j in range(4):
+            q, at = block[48 + 32 * j : 80 + 32 * j], SUPERBLOCK * n + 64 * j
+            _five_bits(q, U8(0), high, U8(2 * j), steps[2 * j], single, half, at, width)
+            _five_bits(q, U8(4), high, U8(2 * j + 1), steps[2 * j + 1], single, half, at + 32, width)
 
 
 @part
-def _eight(table, at):
-    """Eight numbers, all read before any is written: else LLVM must suppose that a write changes the next one."""
-    at = U64(at) * U64(8)
-    return (table[at], table[at + U64(1)], table[at + U64(2)], table[at + U64(3)], table[at + U64(4)],
-            table[at + U64(5)], table[at + U64(6)], table[at + U64(7)])  # fmt: skip
+def _six_bits(low, shift, high, up, d, d2, single, half, at, width):
+    """d for the first 16 weights, d2 for the others."""
+    single, half = _cut(single, at, width), _cut(half, at, width)
+    for i in range(width):
+        q = ((low[i] >> shift) & U8(15)) | (U8(U8(high[i] >> up) & U8(3)) << U8(4))
+        _put((d if i < 16 else d2) * F(I32(I32(q) - I32(32))), single, half, i)
 
 
 @jit
-def _iq1_s(blocks, scales, single, half, tables, width):
-    values, grid = np.empty(SUPERBLOCK, F), tables[0]
+def _q6_k(blocks, single, half, halves, tables, width):
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n, 0]
-        for b in range(8):
-            high = U32(U32(block[34 + 2 * b]) | U32(U32(block[35 + 2 * b]) << U32(8)))
-            s = d * F(I32(2 * ((high >> U32(12)) & U32(7)) + 1))
-            t = -DELTA if high & U32(0x8000) else DELTA
+        block = blocks[n]
+        d, s = halves[_word(block, 208)], block[192:208].view(np.int8)
+        for j in range(2):
+            high = block[128 + 32 * j : 160 + 32 * j]
             for k in range(4):
-                e = _eight(grid, U64(block[2 + 4 * b + k]) | U64(U64(high >> U32(3 * k)) & U64(7)) << U64(8))
-                v = (s * (e[0] + t), s * (e[1] + t), s * (e[2] + t), s * (e[3] + t),
-                     s * (e[4] + t), s * (e[5] + t), s * (e[6] + t), s * (e[7] + t))  # fmt: skip
-                y = 32 * b + 8 * k
-                values[y], values[y + 1], values[y + 2], values[y + 3] = v[0], v[1], v[2], v[3]
-                values[y + 4], values[y + 5], values[y + 6], values[y + 7] = v[4], v[5], v[6], v[7]
-        _put(values, n * SUPERBLOCK, single, half)
+                low, at = block[64 * j + 32 * (k & 1) :], SUPERBLOCK * n + 128 * j + 32 * k
+                one, other = d * F(s[8 * j + 2 * k]), d * F(s[8 * j + 2 * k + 1])
+                _six_bits(low[:32], U8(4 * (k >> 1)), high, U8(2 * k), one, other, single, half, at, width)
+
+
+@part
+def _scaled(codes, d, single, half, at, width):
+    single, half = _cut(single, at, width), _cut(half, at, width)
+    for i in range(width):
+        _put(_as_float(U32(U32(codes[i]) << U32(16))) * d, single, half, i)
 
 
 @jit
-def _iq2_xxs(blocks, scales, single, half, tables, width):
-    values, grid, signs = np.empty(SUPERBLOCK, F), tables[0], tables[1]
+def _iq1_s(blocks, single, half, halves, tables, width):
+    entries, grid = np.empty(SUPERBLOCK // 4, U64), tables[0]
+    codes = entries.view(U16)
     for n in range(len(blocks)):
-        block, d = blocks[n], scales[n, 0]
+        block = blocks[n]
+        d = halves[_word(block, 0)]
+        for b in range(8):
+            high = _word(block, 34 + 2 * b)
+            shifted = U64(U32(high >> U32(15)) << U32(11))  # the second half of the table: a grid moved the other way
+            for k in range(4):
+                e = shifted | U64(block[2 + 4 * b + k]) | (U64(U64(high >> U32(3 * k)) & U64(7)) << U64(8))
+                # both are read before any is written: else LLVM must suppose that a write changes the other one
+                first, second = grid[e << U64(1)], grid[(e << U64(1)) + U64(1)]
+                entries[8 * b + 2 * k], entries[8 * b + 2 * k + 1] = first, second
+        for b in range(8):
+            s = d * F(I32(2 * ((block[35 + 2 * b] >> U8(4)) & U8(7)) + 1))
+            _scaled(codes[32 * b : 32 * b + 32], s, single, half, SUPERBLOCK * n + 32 * b, width)
+
+
+@jit
+def _iq2_xxs(blocks, single, half, halves, tables, width):
+    entries, grid, signs = np.empty(SUPERBLOCK // 4, U64), tables[0], tables[1]
+    codes = entries.view(U16)
+    for n in range(len(blocks)):
+        block = blocks[n]
+        d = halves[_word(block, 0)]
         for b in range(8):
             q = block[2 + 8 * b : 10 + 8 * b]
-            high = U64(q[4]) | U64(q[5]) << U64(8) | U64(q[6]) << U64(16) | U64(q[7]) << U64(24)
-            s = d * (F(0.5) + F(I32(high >> U64(28)))) * F(0.25)
+            high = _word(q, 4) | U32(_word(q, 6) << U32(16))
             for k in range(4):
-                e, t = _eight(grid, q[k]), _eight(signs, (high >> U64(7 * k)) & U64(127))
-                v = (s * e[0] * t[0], s * e[1] * t[1], s * e[2] * t[2], s * e[3] * t[3],
-                     s * e[4] * t[4], s * e[5] * t[5], s * e[6] * t[6], s * e[7] * t[7])  # fmt: skip
-                y = 32 * b + 8 * k
-                values[y], values[y + 1], values[y + 2], values[y + 3] = v[0], v[1], v[2], v[3]
-                values[y + 4], values[y + 5], values[y + 6], values[y + 7] = v[4], v[5], v[6], v[7]
-        _put(values, n * SUPERBLOCK, single, half)
+                e, s = U64(q[k]) << U64(1), U64(U64(high >> U32(7 * k)) & U64(127)) << U64(1)
+                first, second = grid[e] ^ signs[s], grid[e + U64(1)] ^ signs[s + U64(1)]
+                entries[8 * b + 2 * k], entries[8 * b + 2 * k + 1] = first, second
+        for b in range(8):
+            s = d * (F(0.5) + F(I32(block[9 + 8 * b] >> U8(4)))) * F(0.25)
+            _scaled(codes[32 * b : 32 * b + 32], s, single, half, SUPERBLOCK * n + 32 * b, width)
 
 
-KERNELS = {"Q4_K": _q4_k, "Q6_K": _q6_k, "IQ1_S": _iq1_s, "IQ2_XXS": _iq2_xxs}
+KERNELS = {"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ1_S": _iq1_s, "IQ2_XXS": _iq2_xxs}

@@ -22,12 +22,14 @@ from quantkit.progress import say
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.sources import GGUFSource, split_kv_b
+from quantkit.sizes import gib
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing
 DENSE_ROWS = 32  # rows of a product from which on dequantizing a matrix may cost less than it saves ...
 DENSE_MACS = 1 << 30  # ... if a layer has so much to multiply that going through it in Python does not show
 PIECE_ROWS = 64  # tokens per expert that the size of prompt pieces aims at
 KEPT_GRAPHS = {True: 8, False: 2}  # decoding (small), prompt pieces (at R1's size 0.6 GB of activations each)
+WORTH_SAYING = 1 << 27  # bytes of memory
 PART_TENSORS = 10  # of the experts of some tokens
 LAYER_TENSORS = 192  # tensors and nodes of a layer, views included, without those of attention runs and experts
 
@@ -47,6 +49,8 @@ class GraphEngine:
         self.holder = Graph(source.n_threads, len(source.file.tensors) + 3 * c.n_layer + 1)
         self.rope_factors = self.holder.over((plain / frequencies(c).double()).float())
         self.weights = {name: self._weight(name) for name in source.file.tensors}
+        if self.holder.copied >= WORTH_SAYING:
+            say(f"{gib(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
         self.caches = [self.holder.over(layer.view(n_slots * self.rows, -1)) for layer in self.cache]
         for layer in range(c.n_layer):
             if (name := f"blk.{layer}.attn_kv_b.weight") in source.file.tensors:
@@ -64,7 +68,9 @@ class GraphEngine:
     def _weight(self, name: str) -> TensorP:
         tensor = self.source.file.tensors[name]
         n_matrices, n_out, n_in = (1, 1, *tensor.shape)[-3:]
-        return self.holder.weights(tensor.qtype, self.source.data(name), n_in, n_out, n_matrices)
+        # Experts would need as much memory again, and rows of the embedding are read one by one.
+        repack = n_matrices == 1 and name != "token_embd.weight" and self.source.residency is None
+        return self.holder.weights(tensor.qtype, self.source.data(name), n_in, n_out, n_matrices, repack)
 
     def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
         key = (slots, n, n_kv)

@@ -1,13 +1,14 @@
 """Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,9 +31,13 @@ from quantkit.runtime.unpack import unpack
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
-CODEBOOK_ROWS = 8  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
-TILE_WEIGHTS = 1 << 20  # dequantized at once by a thread: they stay in its cache until they are multiplied
+CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
+EXPERTS_AT_ONCE = 64  # whose results wait to be added up: 59 MB in R1
+TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory, fewer more time between the products
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
+
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Source(Protocol):
@@ -218,28 +223,47 @@ class GGUFSource:
         """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads or so many."""
         return unpack(self.file.tensors[name].qtype, data, out, self.pool, workers or self.n_threads)
 
-    def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch") -> torch.Tensor:
-        """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch.
-        So many rows are dequantized at a time that they are multiplied while in the cache."""
+    def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch",
+                      worker: int | None = None) -> torch.Tensor:  # fmt: skip
+        """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch:
+        so many rows at a time are dequantized, multiplied and forgotten. worker: the caller is that thread of several;
+        None: by all threads."""
         n_out, n_in = len(data), x.shape[-1]
-        step = max(64, TILE_WEIGHTS // n_in)
-        out = x.new_empty(len(x), n_out)
+        workers = 1 if worker is not None else max(1, min(self.n_threads, n_out * n_in // THREAD_WEIGHTS))
+        n_tiles = workers * -(-n_out * n_in // (TILE_WEIGHTS * workers))
+        bounds = [i * n_out // n_tiles for i in range(n_tiles + 1)]
+        out = x.new_empty(n_out, len(x))  # weights come first in the product: there they need no packing
+
+        def product(thread: int, span: tuple[int, int]) -> None:
+            rows = data[slice(*span)]
+            tile = self.unpack(name, rows, scratch.take(thread, len(rows), n_in), 1)
+            torch.mm(tile, x.T, out=out[slice(*span)])
+
+        if worker is None:
+            self.share_out(product, list(pairwise(bounds)), workers)
+        else:
+            for span in pairwise(bounds):
+                product(worker, span)
+        return out.T
+
+    def share_out(self, work: Callable[[int, Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
+        """work(worker, item) of all items, by so many threads (at most n_threads), each taking the next item."""
+        results: list[Result | None] = [None] * len(items)
+        left, workers = iter(range(len(items))), min(workers, len(items))
 
         @torch.inference_mode()
-        def part(worker: int, begin: int, end: int) -> None:
-            for start in range(begin, end, step):
-                rows = data[start : min(start + step, end)]
-                tile = scratch.take(worker, len(rows), n_in)
-                out[:, start : start + len(rows)] = x @ self.unpack(name, rows, tile, 1).T
+        def run(worker: int) -> None:
+            if worker:  # a thread of the pool has a number of its own, by default all cores
+                torch.set_num_threads(1)
+            for i in left:
+                results[i] = work(worker, items[i])
 
-        workers = max(1, min(self.n_threads, n_out * n_in // THREAD_WEIGHTS))
-        bounds = [i * n_out // workers for i in range(workers + 1)]
         with one_thread_each(workers):
-            others = [self.pool.submit(part, i, *bounds[i : i + 2]) for i in range(1, workers)]
-            part(0, *bounds[:2])
+            others = [self.pool.submit(run, i) for i in range(1, workers)]
+            run(0)
             for other in others:
                 other.result()
-        return out
+        return results
 
     def _small(self, name: str) -> torch.Tensor:
         return self.dense(name).to(self.device)
@@ -388,6 +412,7 @@ class PromptExperts:
         self.stacks = source.expert_stacks(layer)
         short = scratch.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
+        self.at_once = min(EXPERTS_AT_ONCE, source.residency.most) if source.residency else EXPERTS_AT_ONCE
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> float32 [n, d]."""
@@ -395,11 +420,16 @@ class PromptExperts:
         slot = torch.argsort(chosen, stable=True)  # tokens in order within an expert: sums are reproducible
         counts = torch.bincount(chosen, minlength=c.n_expert)
         bounds = [0, *counts.cumsum(0).tolist()]
-        for e in (counts >= self.many).nonzero().flatten().tolist():
-            mine = slot[bounds[e] : bounds[e + 1]]
-            tokens = mine // expert.shape[1]
-            self.need([e])
-            out.index_add_(0, tokens, self._dequantized(e, x[tokens]).float() * share[mine, None])
+        many = (counts >= self.many).nonzero().flatten().tolist()
+        for first in range(0, len(many), self.at_once):
+            group = many[first : first + self.at_once]
+            mine = [slot[bounds[e] : bounds[e + 1]] for e in group]
+            rows = [slots // expert.shape[1] for slots in mine]
+            self.need(group)
+            visits = [(e, x[tokens]) for e, tokens in zip(group, rows, strict=True)]
+            results = self.source.share_out(self._dequantized, visits, self.source.n_threads)
+            for tokens, slots, y in zip(rows, mine, results, strict=True):
+                out.index_add_(0, tokens, y.float() * share[slots, None])
         few = slot[(counts < self.many)[chosen[slot]]]
         if len(few) == len(slot):
             return self._quantized(x, expert, weight)
@@ -418,9 +448,11 @@ class PromptExperts:
             parts.append(products(part[0], part[1].int(), part[2]))
         return torch.cat(parts)
 
-    def _dequantized(self, e: int, x: torch.Tensor) -> torch.Tensor:
+    def _dequantized(self, worker: int, visit: tuple[int, torch.Tensor]) -> torch.Tensor:
+        e, x = visit
+
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
-            return self.source.tiled_product(x, name, self.source.data(name)[e], self.scratch)
+            return self.source.tiled_product(x, name, self.source.data(name)[e], self.scratch, worker)
 
         gate, up, down = self.names
         return product(down, F.silu(product(gate, x)) * product(up, x))

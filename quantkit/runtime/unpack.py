@@ -2,7 +2,7 @@
 decodes slowly.
 
 The formulas are those of ggml's dequantize_row_* (ggml-quants.c), products rounded as there: float32 values are ggml's
-bit for bit, bfloat16 ones theirs rounded to nearest.
+bit for bit, bfloat16 ones theirs rounded to nearest (ties to even, in compiled code away from zero).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +18,8 @@ from quantkit import ggml
 
 CACHED = 1 << 16  # weights that are converted from float32 while in the cache
 SPAN_ROWS = 64  # rows below which a thread is not worth starting
-SCALES = {"Q4_K": slice(0, 4), "Q6_K": slice(208, 210), "IQ1_S": slice(0, 2), "IQ2_XXS": slice(0, 2)}
-"""Types with a kernel of our own: the bytes of a block's float16 numbers."""
-FASTER_SINGLE = frozenset({"IQ2_XXS"})  # faster than ggml's as float32 too
+COMPILED = frozenset({"Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ2_XXS"})  # types with a kernel of our own
+FASTER_SINGLE = frozenset({"Q6_K", "IQ1_S", "IQ2_XXS"})  # faster than ggml's as float32 too
 
 
 @cache
@@ -34,23 +33,36 @@ def compiled() -> ModuleType | None:
 
 
 @cache
+def _halves() -> np.ndarray:
+    """What each float16 is, by its bits: float32 [65536]."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def _entries(values: np.ndarray) -> np.ndarray:
+    """float32 [n, 8], exact as bfloat16, -> its bits, uint64 [2 n]."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint64)
+
+
+@cache
 def _tables(qtype: str) -> tuple[np.ndarray, ...]:
-    """A codebook as float32 [entries x 8]; for IQ2_XXS also signs [128 x 8], the eighth making their product +1."""
+    """IQ1_S: its grid shifted up, then down. IQ2_XXS: its grid, and the sign bits of 128 patterns, of which the eighth
+    makes their product +1."""
     if qtype == "IQ1_S":
         gguf.quants.IQ1_S.init_grid()
-        return (gguf.quants.IQ1_S.grid.reshape(-1).astype(np.float32),)
+        grid, delta = gguf.quants.IQ1_S.grid.reshape(-1, 8), gguf.quants.IQ1_S.delta
+        return (_entries(np.concatenate([grid + delta, grid - delta])),)
     if qtype == "IQ2_XXS":
         gguf.quants.IQ2_XXS.init_grid()
         bits = (np.arange(128)[:, None] >> np.arange(7)) & 1
-        signs = 1 - 2 * np.concatenate([bits, bits.sum(1, keepdims=True) % 2], axis=1)
-        return gguf.quants.IQ2_XXS.grid.reshape(-1).astype(np.float32), signs.reshape(-1).astype(np.float32)
+        signs = np.concatenate([bits, bits.sum(1, keepdims=True) % 2], axis=1).astype(np.uint16) << 15
+        return _entries(gguf.quants.IQ2_XXS.grid.reshape(-1, 8)), signs.reshape(-1).view(np.uint64)
     return ()
 
 
 @torch.inference_mode()  # of each thread its own, and `out` may have been made in it
 def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
     single = out.dtype == torch.float32
-    kernels = compiled() if qtype in (FASTER_SINGLE if single else SCALES) else None
+    kernels = compiled() if qtype in (FASTER_SINGLE if single else COMPILED) else None
     if kernels is None:
         if single:
             ggml.dequantize(qtype, data, n_in, out.numpy())
@@ -63,10 +75,9 @@ def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
             out[start : start + n_rows].copy_(torch.from_numpy(values))
         return
     blocks = np.ascontiguousarray(data).reshape(-1, ggml.row_bytes(qtype, kernels.SUPERBLOCK))
-    scales = np.ascontiguousarray(blocks[:, SCALES[qtype]]).view(np.float16).astype(np.float32)
     numbers = (out.view(-1) if single else out.view(-1).view(torch.uint16)).numpy()
     outputs = (numbers, None) if single else (None, numbers)
-    kernels.KERNELS[qtype](blocks, scales, *outputs, _tables(qtype), kernels.GROUP)
+    kernels.KERNELS[qtype](blocks, *outputs, _halves(), _tables(qtype), kernels.WIDTH)
 
 
 def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
