@@ -53,6 +53,14 @@ LOG = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)
 WARNING, ERROR = 3, 4  # enum ggml_log_level
 
 
+@LOG
+def _log(level: int, text: bytes, _: object) -> None:
+    """Warnings and errors only: ggml reports every matrix that it repacks. Of the module, not of a `Library`: threads
+    that load ggml at the same time make several, and ggml goes on calling what the last one gave it."""
+    if level in (WARNING, ERROR):
+        say(text.decode(errors="replace").rstrip())
+
+
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
@@ -177,19 +185,12 @@ class Library:
         # A context charges sizeof(ggml_object) + sizeof(ggml_tensor) a tensor: another layout would corrupt memory.
         if self.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + GRAPH_OBJECT_BYTES:
             raise QuantkitError(f"{folder} holds another ggml than 0.20: install libggml-python==0.20.2.post1")
-        self.log = LOG(_log)
-        self.ggml_log_set(self.log, None)
+        self.ggml_log_set(_log, None)
         self.ggml_cpu_init()
 
     def __str__(self) -> str:
         features = [name for name in FEATURES if getattr(self, f"ggml_cpu_has_{name}")()]
         return f"ggml {self.ggml_version().decode()} ({' '.join(features) or 'plain'}) of {self.folder}"
-
-
-def _log(level: int, text: bytes, _: object) -> None:
-    """Warnings and errors only: ggml reports every matrix that it repacks."""
-    if level in (WARNING, ERROR):
-        say(text.decode(errors="replace").rstrip())
 
 
 @cache

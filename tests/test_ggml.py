@@ -1,5 +1,7 @@
 """The ctypes binding: encoders and decoders agree with gguf's, products agree with dequantized matrices."""
 
+import gc
+
 import gguf
 import numpy as np
 import pytest
@@ -96,6 +98,17 @@ def test_products_of_interleaved_rows(qtype, n_out):
     apart, _ = product(inputs[:, None], repack=True)
     alone = [product(x[None, None], repack=True)[0][0] for x in inputs]
     assert torch.equal(apart, torch.stack(alone))
+
+
+def test_what_ggml_logs_to_outlives_a_library():
+    """Threads that load ggml at once make several libraries and keep one; ggml calls the log of whichever was last."""
+    ggml.Library(ggml.library().folder)
+    gc.collect()
+    calls: list[tuple] = []
+    others = [ggml.LOG(lambda *what: calls.append(what)) for _ in range(100)]  # take the place of what was freed
+    data = ggml.quantize("Q4_K", rows(64), np.ones(512, np.float32))
+    ggml.Graph(1).weights("Q4_K", data, 512, 64, repack=True)  # ggml logs this
+    assert others and not calls
 
 
 def test_bad_lengths_and_names():
