@@ -1,7 +1,6 @@
 """The two functions that the pipeline calls: weights in, packed ggml blocks out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -12,7 +11,7 @@ from quantkit import ggml, probe
 from quantkit.encoders import iq1, iq2, iq3, kquants
 from quantkit.encoders.engine import EFFORTS, Effort, State, encode_rows
 from quantkit.encoders.format import SUPERBLOCK, Codes, Format
-from quantkit.encoders.hessian import Factor, Hessian, describe, prepare
+from quantkit.encoders.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoders.refit import redecode
 from quantkit.encoders.scales import FP16_MAX, to_fp16
 
@@ -107,7 +106,7 @@ def _encode_tiles(fmt: Format, weights, hessians, effort, gamma, device) -> Iter
             factor = _factor(hessians, part, n_in, device, effort, min(matrices, e - i))
         for j in range(0, rows, tile):
             here = part, slice(j, j + tile)
-            with torch.inference_mode(), _tf32():
+            with torch.inference_mode(), tf32():
                 state = encode_rows(fmt, _finite(weights[here].to(device)), factor, effort)
                 state = _scaled(fmt, state, gamma)
             yield here, state
@@ -129,17 +128,6 @@ def _tiles(device: torch.device, e: int, rows: int, n_in: int, factorise: bool) 
 
 def _tile(n: int, most: int) -> int:
     return n if n <= most else 1 << (max(1, most).bit_length() - 1)
-
-
-@contextmanager
-def _tf32():
-    """Let a GPU's products of errors with U and H round to 10 bits: targets move by 0.1 % of an error."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _factor(hessians, part: slice, n_in: int, device, effort: Effort, count: int) -> Factor:

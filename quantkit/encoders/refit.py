@@ -36,7 +36,7 @@ def normal_equations(unit: torch.Tensor, pulled: torch.Tensor, factor: Factor) -
     blocks = n // SUPERBLOCK
     b = (unit * pulled[:, :, None]).view(e, r, kinds, blocks, SUPERBLOCK).sum(-1).mT.flatten(2)
     a = torch.zeros(e, r, blocks * kinds, blocks * kinds, device=unit.device)
-    if unit.is_cuda and factor.h is not None:  # sums of 256 and more products: 8 bits of each are enough for d
+    if runs_fused(unit) and factor.h is not None:  # sums of 256 and more products: 8 bits of each are enough for d
         unit, factor = unit.bfloat16(), replace(factor, h=factor.h.bfloat16())
     for k in range(blocks * kinds):  # A is symmetric: each superblock meets itself and those after it
         image = _image(unit[:, :, k % kinds], k // kinds, factor)

@@ -1,7 +1,8 @@
 """Routed experts of the original checkpoint, an expert at a time: read, dequantized, multiplied, dropped."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -34,15 +35,15 @@ class ExpertVisit:
 
 
 class StreamedExperts:
-    """Experts read through a callback; the next expert is read while this one computes.
+    """Experts read through a callback; the next ones (`ahead` of them) are read while this one computes.
 
     shared: ranks take turns with blocks of `block` experts, so that each reads and observes its own only, and hand each
     other what comes out. All add it up in the order of experts, as one rank would: sums are the same to the bit.
     """
 
-    def __init__(self, read: Callable[[int], Projections], n_expert: int):
+    def __init__(self, read: Callable[[int], Projections], n_expert: int, ahead: int = 1):
         self.read = read
-        self.n_expert = n_expert
+        self.n_expert, self.ahead = n_expert, ahead
         self.observe: Callable[[ExpertVisit], None] | None = None
         self.shared, self.block = False, 1
 
@@ -91,8 +92,9 @@ class StreamedExperts:
 
     def _prefetched(self, experts: list[int]) -> Iterator[tuple[int, Projections]]:
         with ThreadPoolExecutor(1) as reader:
-            ahead: Future | None = reader.submit(self.read, experts[0]) if experts else None
-            for e, following in zip(experts, [*experts[1:], None], strict=True):
-                weights = ahead.result()
-                ahead = reader.submit(self.read, following) if following is not None else None
+            waiting = deque(reader.submit(self.read, e) for e in experts[: self.ahead])
+            for i, e in enumerate(experts):
+                weights = waiting.popleft().result()
+                if i + self.ahead < len(experts):
+                    waiting.append(reader.submit(self.read, experts[i + self.ahead]))
                 yield e, weights

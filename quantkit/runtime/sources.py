@@ -32,6 +32,7 @@ VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
+MOST_AHEAD, AHEAD_SHARE = 16, 32  # experts read ahead on a GPU: a 32nd of its memory
 EXPERTS_AT_ONCE = 64  # whose results wait to be added up: 59 MB in R1
 TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory, fewer more time between the products
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
@@ -111,7 +112,7 @@ class CheckpointSource:
         if moe:
             bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
             router = Router(self._vector(p + "mlp.gate.weight"), bias)
-            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, read_ahead(self))
         return Block(
             attn_norm=self._vector(p + "input_layernorm.weight"), q=q, kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
             kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"), k_b=k_b, v_b=v_b,
@@ -138,6 +139,16 @@ class CheckpointSource:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
         name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
+
+
+def read_ahead(source: Source) -> int:
+    """Experts that are read while others are computed. On a GPU as many as are encoded together, or the disk would
+    wait meanwhile, if they take no more than a share of its memory (of 80 GB: 16 of R1's); on a CPU one."""
+    if source.device.type != "cuda":
+        return 1
+    size = 3 * source.config.d * source.config.n_ff_exp * source.dtype.itemsize
+    share = torch.cuda.get_device_properties(source.device).total_memory // AHEAD_SHARE
+    return max(1, min(MOST_AHEAD, share // size))
 
 
 def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,7 +347,8 @@ class GGUFSource:
         if self.scratch is not None:
             return PromptExperts(self, layer, self.scratch)
         if not self.hybrid:
-            return StreamedExperts(lambda e: self._expert(expert_names(layer), e), self.config.n_expert)
+            names = expert_names(layer)
+            return StreamedExperts(lambda e: self._expert(names, e), self.config.n_expert, read_ahead(self))
         return CpuExperts(self.cpu_experts(layer), self.device, self.needs(layer), self.at_once(self.config.n_used))
 
     def expert_stacks(self, layer: int) -> list[tuple[str, np.ndarray]]:

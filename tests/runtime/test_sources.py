@@ -8,6 +8,7 @@ from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.runtime.chat import apply_template
+from quantkit.runtime.experts import StreamedExperts
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
@@ -74,3 +75,21 @@ def test_missing_tensor_is_named(path, monkeypatch):
     monkeypatch.setattr(GGUFFile, "open", classmethod(lambda cls, _: file))
     with pytest.raises(QuantkitError, match=r"blk\.2\.attn_k_b\.weight is missing"):
         GGUFSource(path)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 50])
+def test_experts_are_read_ahead_but_no_further(ahead):
+    weights = torch.randn(8, 3, 16, 16)
+    begun, taken = [], []
+
+    def read(e):
+        assert len(begun) <= len(taken) + ahead
+        begun.append(e)
+        return tuple(weights[e])
+
+    experts = StreamedExperts(read, 8, ahead)
+    experts.observe = lambda visit: taken.append(visit.expert)
+    x, expert, share = torch.randn(40, 16), torch.randint(0, 7, (40, 2)), torch.rand(40, 2)
+    expected = StreamedExperts(lambda e: tuple(weights[e]), 8)(x, expert, share)
+    assert torch.equal(experts(x, expert, share), expected)
+    assert begun == taken == expert.unique().tolist()
