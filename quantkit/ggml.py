@@ -6,6 +6,7 @@ the same version runs faster). Everything here is safe to call from several thre
 
 import ctypes
 import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.progress import say
 
 NO_TABLES = frozenset({"F32", "F16", "BF16"})
 
@@ -58,7 +58,7 @@ def _log(level: int, text: bytes, _: object) -> None:
     """Warnings and errors only: ggml reports every matrix that it repacks. Of the module, not of a `Library`: threads
     that load ggml at the same time make several, and ggml goes on calling what the last one gave it."""
     if level in (WARNING, ERROR):
-        say(text.decode(errors="replace").rstrip())
+        logging.getLogger(__name__).warning(text.decode(errors="replace").rstrip())
 
 
 class _InitParams(ctypes.Structure):
