@@ -80,6 +80,11 @@ class GGUFFile:
         if end > begin:
             self._maps[tensor.file].madvise(mmap.MADV_RANDOM, begin, end - begin)
 
+    def let_go(self) -> None:
+        """Give back the mapped pages that were read so far; they are mapped again if they are read again."""
+        for file in self._maps.values():
+            file.madvise(mmap.MADV_DONTNEED)
+
     def read_into(self, name: str, index: int, out: np.ndarray) -> None:
         """Copy one matrix of a 3-D tensor to `out` (uint8, contiguous), past the mapping: neither this process nor the
         system keeps the pages it was read from. May be called from several threads."""

@@ -26,7 +26,8 @@ class GgmlExperts:
     """ggml's mul_mat_id on the mapped bytes, weighted and summed in the same graph."""
 
     def __init__(self, source: GGUFSource, layer: int):
-        self.source, self.names = source, expert_names(layer)
+        self.source, self.names, self.need = source, expert_names(layer), source.needs(layer)
+        self.rows = min(ROWS, source.at_once(source.config.n_used))
         self.graphs: dict[int, tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def _graph(self, n: int) -> tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,7 +38,7 @@ class GgmlExperts:
         ids, ids_data = graph.input((n, c.n_used), torch.int32)
         weight, weight_data = graph.input((n, c.n_used, 1))
         gate, up, down = (
-            graph.weights(file.tensors[name].qtype, file.data(name), *reversed(file.tensors[name].shape))
+            graph.weights(file.tensors[name].qtype, self.source.data(name), *reversed(file.tensors[name].shape))
             for name in self.names
         )
         hidden = op("swiglu_split", op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids))
@@ -52,8 +53,8 @@ class GgmlExperts:
         return graph.finish(out, allocate=True), x_data, ids_data, weight_data, result
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if len(x) > ROWS:
-            parts = zip(x.split(ROWS), expert.split(ROWS), weight.split(ROWS), strict=True)
+        if len(x) > self.rows:
+            parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
             return torch.cat([self(*part).clone() for part in parts])
         n = len(x)
         if n not in self.graphs:
@@ -64,5 +65,6 @@ class GgmlExperts:
         x_data[:, 0] = x
         ids_data.copy_(expert)
         weight_data[:, :, 0] = weight
+        self.need(expert.flatten().tolist())
         graph.run()
         return result

@@ -38,7 +38,7 @@ from quantkit.runtime.layers import (
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.sources import GGUFSource, split_kv_b
-from quantkit.runtime.staging import CHUNK, Ring, Stacks, upload
+from quantkit.runtime.staging import CHUNK, Ring, Stack, Stacks, upload, upload_experts
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Layer:
     v_b: Matrix
     resident: list[Packed] | None = None
     on_cpu: Experts | None = None
-    stacks: Stacks | None = None  # the mapped bytes of experts that can be streamed
+    stacks: Stacks | None = None  # experts that can be streamed
 
 
 class GpuEngine:
@@ -83,7 +83,7 @@ class GpuEngine:
         streamed = [layer.stacks for layer in self.layers if layer.stacks]
         self.ring = None
         if streamed:
-            largest = max(streamed, key=lambda stacks: sum(data.nbytes for _, data, _ in stacks))
+            largest = max(streamed, key=lambda stacks: sum(stack.data.nbytes for stack in stacks))
             self.ring = Ring(largest, self.device, self.dtype, source.pool, source.n_threads)
         self.piece = self._piece()
         self._keep_experts(gpu_layers)
@@ -146,8 +146,13 @@ class GpuEngine:
             if unknown := {tensor.qtype for tensor in tensors} - set(blocks.TYPES):
                 log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
             else:
-                layer.stacks = [(t.qtype, self.source.file.data(t.name), t.shape[-1]) for t in tensors]
+                layer.stacks = [self._stack(tensor) for tensor in tensors]
         return layer
+
+    def _stack(self, tensor: GGUFTensor) -> Stack:
+        residency = self.source.residency
+        read = partial(residency.copy, tensor.name) if residency else None
+        return Stack(tensor.qtype, self.source.data(tensor.name), tensor.shape[-1], read)
 
     def _buffers(self) -> None:
         """What CUDA graphs read and write, and its pinned twins on the CPU."""
@@ -179,7 +184,7 @@ class GpuEngine:
     def _keep_experts(self, gpu_layers: GpuLayers) -> None:
         """Upload the experts of the first layers that can be; `auto`: as many as fit beside the workspace."""
         able = [layer for layer in self.layers if layer.stacks]
-        size = [sum(data.nbytes for _, data, _ in layer.stacks or ()) for layer in able]
+        size = [sum(stack.data.nbytes for stack in layer.stacks or ()) for layer in able]
         wanted = len(able) if gpu_layers == "auto" else min(gpu_layers, len(able))
         if gpu_layers != "auto" and gpu_layers > len(able):
             log.warning("--gpu-layers %d: only %d layers have experts that the GPU can hold", gpu_layers, len(able))
@@ -193,13 +198,18 @@ class GpuEngine:
         for layer in able[:wanted]:
             assert layer.stacks
             layer.resident = [
-                Packed(qtype, upload(data, self.device, self.source.pool, self.source.n_threads), n_in, self.dtype)
-                for qtype, data, n_in in layer.stacks
-            ]
+                Packed(stack.qtype, upload_experts(stack, self.device, self.source.pool, self.source.n_threads),
+                       stack.n_in, self.dtype)
+                for stack in layer.stacks
+            ]  # fmt: skip
             layer.on_cpu = None
         n_moe = self.config.n_moe
         log.info("experts of %d of %d layers in GPU memory (%.1f GB), %d on the CPU; prompts in pieces of %d", wanted,
                  n_moe, sum(size[:wanted]) / 1e9, n_moe - wanted, self.piece)  # fmt: skip
+        if residency := self.source.residency:
+            residency.leave_out(i for i, layer in enumerate(self.layers) if layer.resident is not None)
+            self.source.file.let_go()  # everything else is on the GPU now
+            log.info("%s", residency)
 
     # Prompts
 

@@ -7,6 +7,7 @@ they are needed for every token.
 """
 
 import mmap
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,15 +27,18 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class Residency:
     """Which routed experts are in memory. `need` is called before a layer's experts are computed.
 
-    limit: bytes that the file may take in memory. stacks: uint8 [n_expert, n_out, row_bytes] by tensor, valid where
-    `need` has put experts. read: bytes of experts read so far.
+    limit: bytes that the file may take in memory. on_gpu: of all tensors but routed experts only the embedding is still
+    needed once the engine is made. stacks: uint8 [n_expert, n_out, row_bytes] by tensor, valid where `need` has put
+    experts. read: bytes of experts read so far.
     """
 
-    def __init__(self, file: GGUFFile, config: DeepseekConfig, limit: int):
+    def __init__(self, file: GGUFFile, config: DeepseekConfig, limit: int, on_gpu: bool = False):
         self.file, self.limit, self.held, self.read = file, limit, 0, 0
         self.order: OrderedDict[tuple[int, int], None] = OrderedDict()  # the one used longest ago first
         self.names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
+        self.layer = {name: layer for layer, names in self.names.items() for name in names}
         self.n_expert, self.n_used = config.n_expert, config.n_used
+        self.lock = threading.Lock()
         self.memory: dict[str, mmap.mmap] = {}
         self.stacks: dict[str, np.ndarray] = {}
         for name in (name for names in self.names.values() for name in names):
@@ -47,7 +51,8 @@ class Residency:
         self.size = {layer: sum(self.stacks[name][0].nbytes for name in names) for layer, names in self.names.items()}
         # Pages that two experts share are never given back.
         seams = mmap.PAGESIZE * self.n_expert * sum(s[0].nbytes % mmap.PAGESIZE > 0 for s in self.stacks.values())
-        self.rest = seams + sum(tensor.n_bytes for name, tensor in file.tensors.items() if name not in self.stacks)
+        stay = ["token_embd.weight"] if on_gpu else [name for name in file.tensors if name not in self.stacks]
+        self.rest = seams + sum(file.tensors[name].n_bytes for name in stay)
         self.room = limit - self.rest
         largest = max(self.size.values(), default=0)
         self.most = self.room // largest if largest else 0  # experts that fit at once
@@ -58,15 +63,33 @@ class Residency:
 
     def __str__(self) -> str:
         experts = sum(size * self.n_expert for size in self.size.values())
-        share = min(1, self.room / experts)
+        share = min(1, self.room / experts) if experts else 1
         a_token = self.n_used * sum(self.size.values()) * (1 - share)
         fits = f"{gib(self.rest)} stay, {100 * share:.0f} % of the experts fit"
         cost = f"if all are chosen equally often, {gib(int(a_token))} are read for each token"
         return f"file {gib(self.file.n_bytes)}, RAM limit {gib(self.limit)}: {fits}; {cost}"
 
+    def leave_out(self, layers: Iterable[int]) -> None:
+        """The experts of these layers are elsewhere, and will not be needed."""
+        for layer in layers:
+            del self.size[layer]
+
+    def copy(self, name: str, e: int, out: np.ndarray) -> None:
+        """An expert's matrix to `out`, uint8 [n_bytes]: from memory if it is there, else from the file; nothing makes
+        room for it. May be called from several threads, also beside `need`."""
+        with self.lock:
+            if (self.layer[name], e) in self.order:
+                np.copyto(out, self.stacks[name][e].reshape(-1))
+                return
+        self.file.read_into(name, e, out)
+
     def need(self, layer: int, experts: Iterable[int]) -> None:
         """These experts (at most `most` different ones) are about to be computed: read those that are not in memory,
         after others have made room."""
+        with self.lock:
+            self._need(layer, experts)
+
+    def _need(self, layer: int, experts: Iterable[int]) -> None:
         wanted = dict.fromkeys((layer, e) for e in experts)
         missing = [key for key in wanted if key not in self.order]
         for key in wanted:

@@ -165,7 +165,7 @@ class GGUFSource:
     Not hybrid: every matrix is dequantized when its layer's turn comes (an expert at a time) and multiplied on
     `device`: right for many tokens at once, when each layer is visited once.
 
-    ram: bytes that the file may take in memory (hybrid, on the CPU); None: as many as the system gives.
+    ram: bytes that the file may take in memory (hybrid); None: as many as the system gives.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
@@ -182,10 +182,8 @@ class GGUFSource:
         self.pool = ThreadPoolExecutor(self.n_threads)
         self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
         self._check_tensors()
-        if ram is not None and not on_cpu:
-            raise QuantkitError("--ram needs --device cpu: with a GPU, experts are read through the mapped file")
-        self.residency = None if ram is None else Residency(self.file, self.config, ram)
-        if self.residency:
+        self.residency = None if ram is None else Residency(self.file, self.config, ram, on_gpu=not on_cpu)
+        if self.residency and on_cpu:  # with a GPU the cost depends on what it holds
             say(str(self.residency))
 
     def dequantizing(self, dtype: torch.dtype) -> "GGUFSource":

@@ -1,9 +1,10 @@
 """Moving expert bytes from the mapped file to a device, ahead of their use."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,8 +16,23 @@ SLOTS = 3
 SLICE = 64 << 20
 ALIGN = 256
 
-Stacks = list[tuple[str, np.ndarray, int]]
-"""gate, up and down of a layer: (qtype, uint8 [n_expert, n_out, row_bytes], n_in)."""
+
+@dataclass(frozen=True)
+class Stack:
+    """One of the three matrices of all experts of a layer: data uint8 [n_expert, n_out, row_bytes], mapped.
+
+    read: where memory is limited, what fills uint8 [n_out * row_bytes] with an expert's bytes, from any thread; then
+    `data` has only the right shape.
+    """
+
+    qtype: str
+    data: np.ndarray
+    n_in: int
+    read: Callable[[int, np.ndarray], None] | None = None
+
+
+Stacks = list[Stack]
+"""gate, up and down of a layer."""
 
 
 def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
@@ -25,6 +41,32 @@ def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], pool: ThreadPoolExecu
     step = -(-sum(len(data) for _, data in pairs) // workers)
     spans = [(to[i : i + step], data[i : i + step]) for to, data in pairs for i in range(0, len(data), step)]
     list(pool.map(lambda span: np.copyto(*span), spans))
+
+
+def fill(jobs: list[tuple[Stack, int, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
+    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by a pool's threads."""
+    pairs, reads = [], []
+    for stack, begin, to in jobs:
+        size = stack.data[0].nbytes
+        if stack.read is None:
+            pairs.append((to, stack.data[begin : begin + len(to) // size].reshape(-1)))
+        else:
+            reads += [(stack.read, begin + i, to[i * size : (i + 1) * size]) for i in range(len(to) // size)]
+    if pairs:
+        copy_bytes(pairs, pool, workers)
+    list(pool.map(lambda job: job[0](*job[1:]), reads))
+
+
+def upload_experts(stack: Stack, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+    """A copy of all experts' bytes on a device, in the shape of `data`."""
+    if stack.read is None:
+        return upload(stack.data, device, pool, workers)
+    out = torch.empty(stack.data.shape, dtype=torch.uint8, device=device)
+    buffer = torch.empty(CHUNK * stack.data[0].nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for begin, part in zip(range(0, len(out), CHUNK), out.split(CHUNK), strict=True):
+        fill([(stack, begin, buffer[: part.numel()].numpy())], pool, workers)
+        part.view(-1).copy_(buffer[: part.numel()])
+    return out
 
 
 def upload(data: np.ndarray, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
@@ -46,7 +88,7 @@ class Ring:
     def __init__(self, largest: Stacks, device: torch.device, dtype: torch.dtype, pool: ThreadPoolExecutor,
                  workers: int):  # fmt: skip
         """largest: the layer with most bytes."""
-        size = sum(CHUNK * data[0].nbytes + ALIGN for _, data, _ in largest)
+        size = sum(CHUNK * stack.data[0].nbytes + ALIGN for stack in largest)
         self.on_gpu, self.dtype, self.pool, self.workers = device.type == "cuda", dtype, pool, workers
         self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(SLOTS)]
         self.there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
@@ -61,7 +103,7 @@ class Ring:
     def chunks(self, layers: list[Stacks]) -> Iterator[tuple[int, list[Packed]]]:
         """All experts of these layers in order: (first expert, matrices of CHUNK experts or fewer). They are valid
         until the next is asked for."""
-        plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0][1]), CHUNK)]
+        plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0].data), CHUNK)]
         with ThreadPoolExecutor(1) as mover:
             ahead: deque[Future] = deque(mover.submit(self._move, i, *plan[i]) for i in range(min(SLOTS, len(plan))))
             try:
@@ -80,16 +122,16 @@ class Ring:
 
     @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
     def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
-        slot, at, spans, pairs = i % SLOTS, 0, [], []
+        slot, at, spans, jobs = i % SLOTS, 0, [], []
         if self.on_gpu:
             self.copied[slot].synchronize()  # the buffer's last transfer
         host = self.host[slot].numpy()
-        for qtype, data, n_in in stacks:
-            part = data[begin : begin + CHUNK]
-            pairs.append((host[at : at + part.nbytes], part.reshape(-1)))
-            spans.append((qtype, at, part.shape, n_in))
+        for stack in stacks:
+            part = stack.data[begin : begin + CHUNK]
+            jobs.append((stack, begin, host[at : at + part.nbytes]))
+            spans.append((stack.qtype, at, part.shape, stack.n_in))
             at += -(-part.nbytes // ALIGN) * ALIGN
-        copy_bytes(pairs, self.pool, self.workers)
+        fill(jobs, self.pool, self.workers)
         with torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
             if self.on_gpu:
                 self.stream.wait_event(self.used[slot])

@@ -19,6 +19,7 @@ from quantkit.runtime import kt_experts
 from quantkit.runtime.chat import Conversation
 from quantkit.runtime.engine import generate, open_engine
 from quantkit.runtime.generate import Sampling
+from quantkit.runtime.gpu import GpuEngine
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources import GGUFSource
 
@@ -89,6 +90,29 @@ def test_same_tokens_within_the_limit(path, n_prompt):
     assert found == expected and len(set(found)) > 2
     assert 0 < most <= limit
     assert source.residency.held <= source.residency.room < source.residency.read
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("gpu_layers", [0, 1])
+@pytest.mark.parametrize("n_prompt", [40, 200])
+def test_the_rest_on_a_gpu(path, device, gpu_layers, n_prompt, caplog):
+    """Prompts whose experts the CPU computes, and such that send all of them to the GPU; then decoding."""
+    caplog.set_level("INFO")
+    prompt = [0, *range(100, 100 + n_prompt)]
+    free = GpuEngine(GGUFSource(path, device, n_threads=2), 1, 512, gpu_layers)
+    expected = list(generate(free, prompt, 12, GREEDY))
+    del free
+    limit = path.stat().st_size // 3
+    source = GGUFSource(path, device, n_threads=2, ram=limit)
+    engine = GpuEngine(source, 1, 512, gpu_layers)
+    assert "read for each token" in caplog.text and len(source.residency.size) == source.config.n_moe - gpu_layers
+    found, most = [], resident(source)
+    for token in generate(engine, prompt, 12, GREEDY):
+        found.append(token)
+        most = max(most, resident(source))
+    assert found == expected and len(set(found)) > 2
+    assert 0 < most <= limit
+    assert source.residency.held <= source.residency.room and source.residency.read > 0
 
 
 def test_several_sequences(path):
