@@ -422,7 +422,8 @@ class PromptExperts:
         self.stacks = source.expert_stacks(layer)
         short = scratch.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
-        self.at_once = min(EXPERTS_AT_ONCE, source.residency.most) if source.residency else EXPERTS_AT_ONCE
+        most = source.residency.most if source.residency else 2 * EXPERTS_AT_ONCE
+        self.at_once = min(EXPERTS_AT_ONCE, most // 2)  # the next ones need room too
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> float32 [n, d]."""
@@ -431,11 +432,9 @@ class PromptExperts:
         counts = torch.bincount(chosen, minlength=c.n_expert)
         bounds = [0, *counts.cumsum(0).tolist()]
         many = (counts >= self.many).nonzero().flatten().tolist()
-        for first in range(0, len(many), self.at_once):
-            group = many[first : first + self.at_once]
+        for group in self._in_turn(many):
             mine = [slot[bounds[e] : bounds[e + 1]] for e in group]
             rows = [slots // expert.shape[1] for slots in mine]
-            self.need(group)
             visits = [(e, x[tokens]) for e, tokens in zip(group, rows, strict=True)]
             results = self.source.share_out(self._dequantized, visits, self.source.n_threads)
             for tokens, slots, y in zip(rows, mine, results, strict=True):
@@ -447,6 +446,16 @@ class PromptExperts:
             tokens = few // expert.shape[1]
             out.index_add_(0, tokens, self._quantized(x[tokens], chosen[few, None], share[few, None]))
         return out
+
+    def _in_turn(self, experts: list[int]) -> Iterator[list[int]]:
+        """Groups of them, in memory as long as they are looked at; the next group is read meanwhile."""
+        groups = [experts[i : i + self.at_once] for i in range(0, len(experts), self.at_once)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.need, group) for group in groups[:1]]
+            for i, group in enumerate(groups):
+                ahead.pop().result()
+                ahead += [reader.submit(self.need, following) for following in groups[i + 1 : i + 2]]
+                yield group
 
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""
