@@ -56,7 +56,8 @@ class Residency:
         self.room = limit - self.rest
         largest = max(self.size.values(), default=0)
         self.most = self.room // largest if largest else 0  # experts that fit at once
-        if self.most < (fewest := max(2, self.n_used)):  # prompts read one while another is computed
+        fewest = max(2, self.n_used)  # prompts read one while another is computed
+        if self.room < fewest * largest:
             least = f"{gib(self.rest)} and {gib(fewest * largest)} for experts of a layer"
             raise QuantkitError(f"--ram {gib(limit)} is too little for {file.path.name}: every token needs {least}")
         self.pool = ThreadPoolExecutor(READERS)
