@@ -67,6 +67,11 @@ class Body(BaseModel):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    repeat_penalty: Literal[1] | None = None  # this and the next four: not OpenAI's, but chat front ends offer them
+    repetition_penalty: Literal[1] | None = None
+    mirostat: Literal[0] | None = None
+    tfs_z: Literal[1] | None = None
+    format: None = None
 
     def sampling(self) -> Sampling:
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
@@ -96,11 +101,25 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class ResponseFormat(BaseModel):
+    type: Literal["text"]
+
+
 class ChatBody(Body):
+    """Front ends send `tools` with every chat. R1's template has no place for them, so the model answers as without;
+    `chat` refuses them where a template has one."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
-    tools: Annotated[list, Field(max_length=0)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    functions: Annotated[list, Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["medium"] | None = None
+    think: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+    add_generation_prompt: Literal[True] | None = None
 
 
 class CompletionBody(Body):
@@ -254,9 +273,10 @@ class Api:
         try:
             body = kind.model_validate_json(await self._read(request))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise Refused(400, f"{where}: {first['msg']}" if where else first["msg"]) from None
+            errors = error.errors(include_url=False, include_input=False)
+            worst = max(errors, key=lambda each: len(each["loc"]))  # of a union: the kind that came closest
+            where = ".".join(map(str, worst["loc"]))
+            raise Refused(400, f"{where}: {worst['msg']}" if where else worst["msg"]) from None
         self._check_name(body.model)
         return body
 
@@ -287,7 +307,11 @@ class Api:
         body = await self._parse(request, ChatBody)
 
         def prepare() -> tuple[list[int], str]:
-            text = apply_template(self.metadata, [message.plain() for message in body.messages])
+            messages = [message.plain() for message in body.messages]
+            text = apply_template(self.metadata, messages)
+            if body.tools and apply_template(self.metadata, messages, tools=body.tools) != text:
+                raise Refused(400, "tools: this file's chat template describes them to the model, but calls of tools "
+                                   "are not supported; leave them out")  # fmt: skip
             opening = "<think>\n" if text.endswith("<think>\n") else ""
             return encode_prompt(self.tokenizer, text, self.engine.config.bos), opening
 

@@ -105,6 +105,93 @@ def test_chat_and_its_stream_say_the_same(running):
     assert running.client().chat.completions.create(**ask | {"messages": parts}).choices[0].message.content == text
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "get_current_timestamp", "description": "Get the current Unix timestamp.",
+                                      "parameters": {"properties": {}, "type": "object"}}},
+    {"type": "function", "function": {"name": "search_notes", "description": "Search the user's notes.", "parameters": {
+        "properties": {"query": {"description": "What to look for", "type": "string"},
+                       "count": {"default": 5, "type": "integer"}}, "required": ["query"], "type": "object"}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"stream": True, "model": "tiny", "messages": HELLO, "tools": TOOLS},
+        {"stream": True, "model": "tiny", "messages": [{"role": "system", "content": "Be brief."}, *HELLO],
+         "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": 42, "max_tokens": 60,
+         "stop": ["END", "\n\n\n"], "frequency_penalty": 0, "presence_penalty": 0, "tools": TOOLS},
+        {"stream": True, "model": "tiny", "max_tokens": 40, "tools": TOOLS, "stream_options": {"include_usage": True},
+         "messages": [*HELLO, {"role": "assistant", "content": "It is blue."},
+                      {"role": "user", "content": "And the sky?"}]},
+        {"stream": True, "model": "tiny", "messages": [*HELLO, *HELLO], "max_tokens": 40, "tools": TOOLS},
+        {"stream": True, "model": "tiny", "messages": [*HELLO, {"role": "assistant", "content": "It is"}],
+         "max_tokens": 40, "tools": TOOLS},
+        {"model": "tiny", "stream": False, "max_tokens": 100, "messages": [
+            {"role": "user", "content": "### Task:\nGenerate a concise title summarizing the chat history."}]},
+    ],
+    ids=["default", "all-settings", "second-turn", "turn-without-answer", "continue", "title"],
+)  # fmt: skip
+def test_requests_of_open_webui(running, body):
+    """As Open-WebUI 0.12.4 sends them, shortened: its own tools come with every chat."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body),
+                       {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", "Accept": "*/*",
+                        "Accept-Encoding": "gzip, deflate, br"})  # fmt: skip
+    answer = connection.getresponse()
+    raw = answer.read().decode()
+    connection.close()
+    assert answer.status == 200, raw
+    if not body["stream"]:
+        choice = json.loads(raw)["choices"][0]
+        assert choice["message"]["content"].startswith("<think>\n") and "tool_calls" not in choice["message"]
+        return
+    events = [line.removeprefix("data: ") for line in raw.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    deltas = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert "".join(delta["delta"].get("content", "") for delta in deltas).startswith("<think>\n")
+    assert deltas[-1]["finish_reason"] in ("stop", "length")
+    assert ("usage" in chunks[-1]) == ("stream_options" in body)
+
+
+def test_fields_without_effect_are_accepted(running):
+    ask = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 24}
+    plain = running.post(json.dumps(ask).encode())[1]
+    neutral = {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False,
+               "repeat_penalty": 1.0, "repetition_penalty": 1, "mirostat": 0, "tfs_z": 1, "format": None,
+               "tools": TOOLS, "tool_choice": "auto", "functions": [], "response_format": {"type": "text"},
+               "reasoning_effort": "medium", "think": True, "continue_final_message": False,
+               "add_generation_prompt": True, "user": "ann", "metadata": {"chat": "1"}}  # fmt: skip
+    for field, value in neutral.items():
+        status, answer = running.post(json.dumps({**ask, field: value}).encode())
+        assert status == 200, (field, answer)
+        assert (answer["choices"], answer["usage"]) == (plain["choices"], plain["usage"]), field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("frequency_penalty", 0.5), ("repeat_penalty", 1.1), ("repetition_penalty", 1.1), ("mirostat", 1), ("tfs_z", 0.5),
+     ("format", "json"), ("logit_bias", {"5432": 10}), ("tool_choice", "required"), ("functions", [{"name": "f"}]),
+     ("tool_choice", {"type": "function", "function": {"name": "search_notes"}}), ("logprobs", True),
+     ("response_format", {"type": "json_object"}), ("reasoning_effort", "low"), ("think", False),
+     ("continue_final_message", True), ("add_generation_prompt", False)],
+)  # fmt: skip
+def test_fields_that_would_change_the_answer_are_refused(running, field, value):
+    status, answer = running.post(json.dumps({"messages": HELLO, "max_tokens": 2, field: value}).encode())
+    assert status == 400 and answer["error"]["message"].startswith(field)
+
+
+def test_tools_are_refused_where_the_template_describes_them(running, monkeypatch):
+    template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+    monkeypatch.setattr(running.api, "metadata", {**running.api.metadata, "tokenizer.chat_template": template})
+    ask = {"messages": HELLO, "max_tokens": 2}
+    status, answer = running.post(json.dumps({**ask, "tools": TOOLS}).encode())
+    assert status == 400 and answer["error"]["message"].startswith("tools: this file's chat template describes them")
+    for harmless in ({}, {"tools": []}):
+        assert running.post(json.dumps(ask | harmless).encode())[0] == 200
+
+
 def test_completion_is_what_the_engine_gives(running, source):
     prompt = [0, 50, 60, 70]
     made = list(generate(open_engine(source, 1, 64), prompt, 20, Sampling(temperature=0)))
@@ -143,6 +230,8 @@ def test_wrong_key(running):
         (b'{"messages": []}', 400, "messages"),
         (b'{"messages": [{"role": "tool", "content": "x"}]}', 400, "role"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url", '
+         b'"image_url": {"url": "data:image/png;base64,iVBORw0K"}}]}]}', 400, "1.type: Input should be 'text'"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 3}', 400, "n:"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 9999}', 400, "do not fit the context"),
@@ -150,7 +239,7 @@ def test_wrong_key(running):
         (b'{"messages": [{"role": "user", "content": "' + b"word " * 2000 + b'"}]}', 400, "do not fit the context"),
         (b" " * (5 << 20), 413, "longer than"),
     ],
-)
+)  # fmt: skip
 def test_bad_requests(running, body, status, text):
     found, answer = running.post(body)
     assert found == status and text in answer["error"]["message"]

@@ -22,8 +22,9 @@ from quantkit.sizes import gib
 UNFINISHED_TOKENS = 16  # that many tokens without the end of a character are no text: shown as they are
 
 
-def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]]) -> str:
-    """The file's own chat template, in jinja2's sandbox: templates come from strangers."""
+def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], **given: Any) -> str:
+    """The file's own chat template, in jinja2's sandbox: templates come from strangers. given: what else it may name,
+    such as `tools`."""
     if "tokenizer.chat_template" not in metadata:
         raise QuantkitError("this file has no chat template; run without --chat")
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -31,7 +32,7 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]]) 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
         template = environment.from_string(metadata["tokenizer.chat_template"])
-        return template.render(messages=messages, add_generation_prompt=True, **names)
+        return template.render(messages=messages, add_generation_prompt=True, **names, **given)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise QuantkitError(f"the file's chat template fails: {error}") from None
 
