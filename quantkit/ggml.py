@@ -323,6 +323,7 @@ class Graph:
         self.keep: list[object] = [self.arena]
         self.buffers: list[int] = []
         self.copied = 0  # bytes of weights in those buffers
+        self.failure: BaseException | None = None
         self.plan: _Cplan | None = None
         self.allocator = None
 
@@ -332,14 +333,17 @@ class Graph:
 
     def watch(self, ids: "TensorP", visitor: Callable[[list[int]], None]) -> "TensorP":
         """Call visitor with the int32 values of a node of at most two dimensions as soon as they are computed, and
-        before anything that is computed from what is returned here: the same node."""
+        before anything that is computed from what is returned here: the same node. What it raises, `run` raises."""
 
         @CUSTOM
         def call(_, node, thread, n_threads, data):
-            if thread == 0:
+            if thread == 0 and self.failure is None:
                 width, rows, stride = node.contents.ne[0], node.contents.ne[1], node.contents.nb[1]
                 starts = range(node.contents.data, node.contents.data + rows * stride, stride)
-                visitor([i for start in starts for i in (c_int32 * width).from_address(start)])
+                try:
+                    visitor([i for start in starts for i in (c_int32 * width).from_address(start)])
+                except BaseException as error:  # ctypes would print it and go on; `run` raises it
+                    self.failure = error
 
         self.keep.append(call)
         return self.op("map_custom1_inplace", ids, call, 1, None)
@@ -413,8 +417,11 @@ class Graph:
         return self
 
     def run(self) -> None:
+        self.failure = None
         with _compute_lock:
             status = self.lib.ggml_graph_compute(self.graph, byref(self.plan))
+        if self.failure is not None:
+            raise self.failure
         if status:
             raise QuantkitError(f"ggml graph failed with status {status}")
 

@@ -113,6 +113,7 @@ class LayerEncoder:
         self.waiting: Group = []
         self.group = group_size(source.device, source.config.d, source.config.n_expert)
         self.block = self.group if self.group > 1 else self.statistics.block
+        self.ahead = self.group  # while a group is encoded the next one is read
 
     def _share(self) -> set[str]:
         """Roles, routed ones aside, that this rank encodes: those of one input together, the largest work first."""
@@ -268,7 +269,8 @@ class WithRest:
         self.inner, self.checkpoint, self.out = inner, checkpoint, out
         self.plan = layer_plan(plan, layer)
         self.min_expert_tokens, self.workers = min_expert_tokens, workers
-        self.observe, self.observe_expert, self.block = inner.observe, inner.observe_expert, inner.block
+        self.observe, self.observe_expert = inner.observe, inner.observe_expert
+        self.block, self.ahead = inner.block, inner.ahead
 
     def finish(self) -> dict[str, Importance]:
         entries = self.inner.finish()

@@ -31,7 +31,7 @@ class Accumulator:
 
     def __init__(self, layer: int, n_expert: int):
         self.layer, self.n_expert = layer, n_expert
-        self.block = max(1, n_expert // BLOCKS)
+        self.block, self.ahead = max(1, n_expert // BLOCKS), 1
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
@@ -90,10 +90,12 @@ def _check_finite(entries: dict[str, Importance]) -> None:
 class Watcher(Protocol):
     """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer.
 
-    block: experts that one rank computes, and this watcher sees, together.
+    block: experts that one rank computes, and this watcher sees, together. ahead: experts to be read while it looks at
+    one; as many as it may keep waiting.
     """
 
     block: int
+    ahead: int
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None: ...
     def observe_expert(self, visit: ExpertVisit) -> None: ...
@@ -125,7 +127,7 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
         current = watch(layer) if watch else Accumulator(layer, source.config.n_expert)
         if isinstance(block.experts, StreamedExperts):
             block.experts.observe = current.observe_expert
-            block.experts.shared, block.experts.block = True, current.block
+            block.experts.shared, block.experts.block, block.experts.ahead = True, current.block, current.ahead
         return current.observe
 
     for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):

@@ -48,7 +48,7 @@ class Factor:
 
 
 def second_moment(x: torch.Tensor, weight: torch.Tensor | None = None) -> Hessian:
-    """x [n, d], weight [n] or None (all alike) -> the weighted mean of x xᵀ in float32.
+    """x [n, d], weight [n] or None (all alike) -> the weighted mean of x xᵀ, float32 (on a GPU of TF32 products).
 
     Weights to use: 1 / mean(resid²) of the residual stream after the block, so that tokens count alike in the logits,
     times the squared routing weight for the experts of a mixture.

@@ -23,7 +23,7 @@ def open_experts(source: GGUFSource, layer: int) -> Experts:
 
 
 class GgmlExperts:
-    """ggml's mul_mat_id on the mapped bytes, weighted and summed in the same graph."""
+    """ggml's mul_mat_id on the file's bytes, weighted and summed in the same graph."""
 
     def __init__(self, source: GGUFSource, layer: int):
         self.source, self.names, self.need = source, expert_names(layer), source.needs(layer)

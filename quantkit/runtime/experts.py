@@ -41,9 +41,9 @@ class StreamedExperts:
     other what comes out. All add it up in the order of experts, as one rank would: sums are the same to the bit.
     """
 
-    def __init__(self, read: Callable[[int], Projections], n_expert: int, ahead: int = 1):
+    def __init__(self, read: Callable[[int], Projections], n_expert: int):
         self.read = read
-        self.n_expert, self.ahead = n_expert, ahead
+        self.n_expert, self.ahead = n_expert, 1
         self.observe: Callable[[ExpertVisit], None] | None = None
         self.shared, self.block = False, 1
 
@@ -93,8 +93,12 @@ class StreamedExperts:
     def _prefetched(self, experts: list[int]) -> Iterator[tuple[int, Projections]]:
         with ThreadPoolExecutor(1) as reader:
             waiting = deque(reader.submit(self.read, e) for e in experts[: self.ahead])
-            for i, e in enumerate(experts):
-                weights = waiting.popleft().result()
-                if i + self.ahead < len(experts):
-                    waiting.append(reader.submit(self.read, experts[i + self.ahead]))
-                yield e, weights
+            try:
+                for i, e in enumerate(experts):
+                    weights = waiting.popleft().result()
+                    if i + self.ahead < len(experts):
+                        waiting.append(reader.submit(self.read, experts[i + self.ahead]))
+                    yield e, weights
+            finally:
+                for future in waiting:
+                    future.cancel()

@@ -76,7 +76,11 @@ class GpuEngine:
         self.length = [0] * n_slots
         self.output_norm = self._vector("output_norm.weight")
         self.head = self._matrix("output.weight" if "output.weight" in source.file.tensors else "token_embd.weight")
-        self.layers = [self._layer(i, make_experts) for i in range(c.n_layer)]
+        self.layers = []
+        for i in range(c.n_layer):
+            self.layers.append(self._layer(i, make_experts))
+            if source.residency:  # what was read of the file is on the GPU now
+                source.file.let_go()
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots * self.rows, width, dtype=self.dtype, device=self.device)
         self._buffers()
@@ -208,7 +212,6 @@ class GpuEngine:
                  n_moe, sum(size[:wanted]) / 1e9, n_moe - wanted, self.piece)  # fmt: skip
         if residency := self.source.residency:
             residency.leave_out(i for i, layer in enumerate(self.layers) if layer.resident is not None)
-            self.source.file.let_go()  # everything else is on the GPU now
             log.info("%s", residency)
 
     # Prompts

@@ -48,7 +48,8 @@ class GraphEngine:
         plain = c.rope_base ** (-torch.arange(c.qk_rope // 2, dtype=torch.float64) / (c.qk_rope // 2))
         self.holder = Graph(source.n_threads, len(source.file.tensors) + 3 * c.n_layer + 1)
         self.rope_factors = self.holder.over((plain / frequencies(c).double()).float())
-        self.weights = {name: self._weight(name) for name in source.file.tensors}
+        # attn_kv_b is used in two parts, see below
+        self.weights = {name: self._weight(name) for name in source.file.tensors if ".attn_kv_b." not in name}
         if self.holder.copied >= WORTH_SAYING:
             say(f"{gib(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
         self.caches = [self.holder.over(layer.view(n_slots * self.rows, -1)) for layer in self.cache]
@@ -98,7 +99,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def _prefill_by_layers(self, slot: int, tokens: torch.Tensor, begin: int) -> torch.Tensor:
-        """A layer at a time, a matrix at a time: no more is dequantized than one matrix, or two of an expert."""
+        """A layer at a time, a matrix at a time: no more is dequantized than a tile for each thread."""
         c, source = self.config, self.by_layers
         h = source.embed(tokens)
         cos, sin = angles(c, torch.arange(begin, begin + tokens.shape[1]))

@@ -2,15 +2,16 @@
 been used for longest make room.
 
 Experts are copied to memory of our own, which is as large as all of them but of which only the pages in use exist. A
-mapping would not do: Linux maps what lies around a page as well, up to megabytes of it. All other tensors stay mapped:
-they are needed for every token.
+mapping would not do: Linux maps what lies around a page as well, up to megabytes of it. All other tensors stay mapped,
+since every token needs them, or are moved to a GPU.
 """
 
 import mmap
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -38,7 +39,9 @@ class Residency:
         self.names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
         self.layer = {name: layer for layer, names in self.names.items() for name in names}
         self.n_expert, self.n_used = config.n_expert, config.n_used
-        self.lock = threading.Lock()
+        self.elsewhere: set[int] = set()
+        self.changing = threading.Condition()
+        self.copying = 0  # copies out of memory that are under way: nothing is dropped then
         self.memory: dict[str, mmap.mmap] = {}
         self.stacks: dict[str, np.ndarray] = {}
         for name in (name for names in self.names.values() for name in names):
@@ -55,7 +58,7 @@ class Residency:
         self.rest = seams + sum(file.tensors[name].n_bytes for name in stay)
         self.room = limit - self.rest
         largest = max(self.size.values(), default=0)
-        self.most = self.room // largest if largest else 0  # experts that fit at once
+        self.most = self.room // largest if largest else sys.maxsize  # experts that fit at once
         fewest = max(2, self.n_used)  # prompts read one while another is computed
         if self.room < fewest * largest:
             least = f"{gib(self.rest)} and {gib(fewest * largest)} for experts of a layer"
@@ -63,31 +66,38 @@ class Residency:
         self.pool = ThreadPoolExecutor(READERS)
 
     def __str__(self) -> str:
-        experts = sum(size * self.n_expert for size in self.size.values())
-        share = min(1, self.room / experts) if experts else 1
-        a_token = self.n_used * sum(self.size.values()) * (1 - share)
+        sizes = [size for layer, size in self.size.items() if layer not in self.elsewhere]
+        share = min(1, self.room / (sum(sizes) * self.n_expert)) if sizes else 1
+        a_token = self.n_used * sum(sizes) * (1 - share)
         fits = f"{gib(self.rest)} stay, {100 * share:.0f} % of the experts fit"
         cost = f"if all are chosen equally often, {gib(int(a_token))} are read for each token"
         return f"file {gib(self.file.n_bytes)}, RAM limit {gib(self.limit)}: {fits}; {cost}"
 
     def leave_out(self, layers: Iterable[int]) -> None:
         """The experts of these layers are elsewhere, and will not be needed."""
-        for layer in layers:
-            del self.size[layer]
+        self.elsewhere = set(layers)
 
     def copy(self, name: str, e: int, out: np.ndarray) -> None:
         """An expert's matrix to `out`, uint8 [n_bytes]: from memory if it is there, else from the file; nothing makes
         room for it. May be called from several threads, also beside `need`."""
-        with self.lock:
-            if (self.layer[name], e) in self.order:
-                np.copyto(out, self.stacks[name][e].reshape(-1))
-                return
-        self.file.read_into(name, e, out)
+        with self.changing:
+            here = (self.layer[name], e) in self.order
+            self.copying += here
+        if not here:
+            self.file.read_into(name, e, out)
+            return
+        try:
+            np.copyto(out, self.stacks[name][e].reshape(-1))
+        finally:
+            with self.changing:
+                self.copying -= 1
+                self.changing.notify()
 
     def need(self, layer: int, experts: Iterable[int]) -> None:
         """These experts (at most `most` different ones) are about to be computed: read those that are not in memory,
-        after others have made room."""
-        with self.lock:
+        after others have made room. If that fails, none of the missing ones is there."""
+        with self.changing:
+            self.changing.wait_for(lambda: not self.copying)
             self._need(layer, experts)
 
     def _need(self, layer: int, experts: Iterable[int]) -> None:
@@ -96,18 +106,27 @@ class Residency:
         for key in wanted:
             if key in self.order:
                 self.order.move_to_end(key)
-        self.held += len(missing) * self.size[layer]
-        while self.held > self.room:
+        size = len(missing) * self.size[layer]
+        while self.held + size > self.room:
             (other, e), _ = self.order.popitem(last=False)
             self.held -= self.size[other]
             for name in self.names[other]:
                 self._drop(name, e)
-        list(self.pool.map(self._read, [(name, e) for _, e in missing for name in self.names[layer]]))
+        reads = [self.pool.submit(self._read, name, e) for _, e in missing for name in self.names[layer]]
+        wait(reads)
+        try:
+            for read in reads:
+                read.result()
+        except BaseException:
+            for _, e in missing:
+                for name in self.names[layer]:
+                    self._drop(name, e)
+            raise
         self.order |= dict.fromkeys(missing)
-        self.read += len(missing) * self.size[layer]
+        self.held += size
+        self.read += size
 
-    def _read(self, matrix: tuple[str, int]) -> None:
-        name, e = matrix
+    def _read(self, name: str, e: int) -> None:
         self.file.read_into(name, e, self.stacks[name][e])
 
     def _drop(self, name: str, e: int) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -32,8 +32,7 @@ VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
-MOST_AHEAD, AHEAD_SHARE = 16, 32  # experts read ahead on a GPU: a 32nd of its memory
-EXPERTS_AT_ONCE = 64  # whose results wait to be added up: 59 MB in R1
+EXPERTS_AT_ONCE = 64  # whose inputs and results are held: 120 MB in R1 at even routing
 TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory, fewer more time between the products
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
 
@@ -112,7 +111,7 @@ class CheckpointSource:
         if moe:
             bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
             router = Router(self._vector(p + "mlp.gate.weight"), bias)
-            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, read_ahead(self))
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
         return Block(
             attn_norm=self._vector(p + "input_layernorm.weight"), q=q, kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
             kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"), k_b=k_b, v_b=v_b,
@@ -139,16 +138,6 @@ class CheckpointSource:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
         name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
-
-
-def read_ahead(source: Source) -> int:
-    """Experts that are read while others are computed. On a GPU as many as are encoded together, or the disk would
-    wait meanwhile, if they take no more than a share of its memory (of 80 GB: 16 of R1's); on a CPU one."""
-    if source.device.type != "cuda":
-        return 1
-    size = 3 * source.config.d * source.config.n_ff_exp * source.dtype.itemsize
-    share = torch.cuda.get_device_properties(source.device).total_memory // AHEAD_SHARE
-    return max(1, min(MOST_AHEAD, share // size))
 
 
 def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,9 +258,13 @@ class GGUFSource:
 
         with one_thread_each(workers):
             others = [self.pool.submit(run, i) for i in range(1, workers)]
-            run(0)
-            for other in others:
-                other.result()
+            try:
+                run(0)
+            finally:  # nobody works on after an error: scratch and results will be used again
+                list(left)
+                wait(others)
+        for other in others:
+            other.result()
         return results
 
     def _small(self, name: str) -> torch.Tensor:
@@ -345,8 +338,7 @@ class GGUFSource:
         if self.scratch is not None:
             return PromptExperts(self, layer, self.scratch)
         if not self.hybrid:
-            names = expert_names(layer)
-            return StreamedExperts(lambda e: self._expert(names, e), self.config.n_expert, read_ahead(self))
+            return StreamedExperts(lambda e: self._expert(expert_names(layer), e), self.config.n_expert)
         return CpuExperts(self.cpu_experts(layer), self.device, self.needs(layer), self.at_once(self.config.n_used))
 
     def expert_stacks(self, layer: int) -> list[tuple[str, np.ndarray]]:
@@ -436,7 +428,10 @@ class PromptExperts:
             mine = [slot[bounds[e] : bounds[e + 1]] for e in group]
             rows = [slots // expert.shape[1] for slots in mine]
             visits = [(e, x[tokens]) for e, tokens in zip(group, rows, strict=True)]
-            results = self.source.share_out(self._dequantized, visits, self.source.n_threads)
+            if len(visits) < self.source.n_threads:  # a matrix is then shared by all
+                results = [self._dequantized(None, visit) for visit in visits]
+            else:
+                results = self.source.share_out(self._dequantized, visits, self.source.n_threads)
             for tokens, slots, y in zip(rows, mine, results, strict=True):
                 out.index_add_(0, tokens, y.float() * share[slots, None])
         few = slot[(counts < self.many)[chosen[slot]]]
@@ -467,7 +462,7 @@ class PromptExperts:
             parts.append(products(part[0], part[1].int(), part[2]))
         return torch.cat(parts)
 
-    def _dequantized(self, worker: int, visit: tuple[int, torch.Tensor]) -> torch.Tensor:
+    def _dequantized(self, worker: int | None, visit: tuple[int, torch.Tensor]) -> torch.Tensor:
         e, x = visit
 
         def product(name: str, x: torch.Tensor) -> torch.Tensor:

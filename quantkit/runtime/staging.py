@@ -19,10 +19,10 @@ ALIGN = 256
 
 @dataclass(frozen=True)
 class Stack:
-    """One of the three matrices of all experts of a layer: data uint8 [n_expert, n_out, row_bytes], mapped.
+    """One of the three matrices of all experts of a layer: data uint8 [n_expert, n_out, row_bytes].
 
-    read: where memory is limited, what fills uint8 [n_out * row_bytes] with an expert's bytes, from any thread; then
-    `data` has only the right shape.
+    read: None if `data` is mapped. Where memory is limited `data` has only the right shape, and this fills uint8
+    [n_out * row_bytes] with an expert's bytes, from any thread.
     """
 
     qtype: str

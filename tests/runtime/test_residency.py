@@ -3,6 +3,7 @@
 import ctypes
 import json
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,12 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     """tiny-r1 with 32 experts four times as wide, random: 90 MB, of which experts are 95 %."""
-    folder = tmp_path_factory.mktemp("wide")
-    config = json.loads((TINY / "config.json").read_text())
-    config |= {"n_routed_experts": 32, "moe_intermediate_size": 1024}
+    return random_file(tmp_path_factory.mktemp("wide"), n_routed_experts=32, moe_intermediate_size=1024)
+
+
+def random_file(folder: Path, **changes: int) -> Path:
+    """tiny-r1 with another configuration and random weights."""
+    config = json.loads((TINY / "config.json").read_text()) | changes
     c = DeepseekConfig.from_hf(config)
     (folder / "rules.toml").write_text(RULES)
     plan = make_plan(deepseek.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
@@ -105,7 +109,7 @@ def test_the_rest_on_a_gpu(path, device, gpu_layers, n_prompt, caplog):
     limit = path.stat().st_size // 3
     source = GGUFSource(path, device, n_threads=2, ram=limit)
     engine = GpuEngine(source, 1, 512, gpu_layers)
-    assert "read for each token" in caplog.text and len(source.residency.size) == source.config.n_moe - gpu_layers
+    assert "read for each token" in caplog.text and len(source.residency.elsewhere) == gpu_layers
     found, most = [], resident(source)
     for token in generate(engine, prompt, 12, GREEDY):
         found.append(token)
@@ -123,6 +127,57 @@ def test_several_sequences(path):
             engine.prefill(slot, [0, 100 + slot], 0)
     slots = list(range(12))
     assert (ours.decode(slots, slots) == theirs.decode(slots, slots)).all()
+
+
+@pytest.mark.parametrize("n_prompt", [5, 200])
+def test_a_read_that_fails_fails_the_step_and_no_later_one(path, n_prompt, monkeypatch):
+    prompt = [0, *range(100, 100 + n_prompt)]
+    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
+    engine = open_engine(source, 1, 512)
+    expected = list(generate(engine, prompt, 12, GREEDY))
+    real, left = source.file.read_into, [20]
+
+    def failing(*where):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the disk is gone")
+        real(*where)
+
+    monkeypatch.setattr(source.file, "read_into", failing)
+    for _ in range(3):
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(generate(engine, prompt, 12, GREEDY))
+        left[0] = 20
+    left[0] = 1 << 30
+    assert list(generate(engine, prompt, 12, GREEDY)) == expected
+    assert source.residency.held <= source.residency.room
+
+
+def test_copies_beside_reads(path):
+    """Threads copy experts, some of which others drop meanwhile."""
+    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
+    residency, name = source.residency, "blk.1.ffn_up_exps.weight"
+    size = residency.stacks[name][0].nbytes
+
+    def copied(i: int) -> bool:
+        out = np.empty(size, np.uint8)
+        residency.copy(name, i % 32, out)
+        return bool((out == source.file.matrix(name, i % 32).reshape(-1)).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(copied, i) for i in range(200)]
+        for i in range(60):
+            residency.need(1 + i % 2, [i % 32, (i + 7) % 32])
+        assert all(future.result() for future in found)
+
+
+def test_a_file_without_experts(tmp_path):
+    file = random_file(tmp_path, num_hidden_layers=1, first_k_dense_replace=1)
+    tokens = [
+        list(generate(open_engine(GGUFSource(file, n_threads=1, ram=ram), 1, 256), [0, 200, 201], 8, GREEDY))
+        for ram in (None, 30 << 20)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_experts_used_last_stay(path):

@@ -1,5 +1,7 @@
 """A file runs the same way through every path: streamed, hybrid, and token by token with its cache."""
 
+import time
+
 import pytest
 import torch
 
@@ -87,9 +89,33 @@ def test_experts_are_read_ahead_but_no_further(ahead):
         begun.append(e)
         return tuple(weights[e])
 
-    experts = StreamedExperts(read, 8, ahead)
-    experts.observe = lambda visit: taken.append(visit.expert)
-    x, expert, share = torch.randn(40, 16), torch.randint(0, 7, (40, 2)), torch.rand(40, 2)
+    def observe(visit):
+        until = time.monotonic() + 20
+        while len(begun) < min(7, len(taken) + 1 + ahead):  # so many are read while this one is looked at
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        taken.append(visit.expert)
+
+    experts = StreamedExperts(read, 8)
+    experts.ahead, experts.observe = ahead, observe
+    x, expert, share = torch.randn(40, 16), torch.arange(80).view(40, 2) % 7, torch.rand(40, 2)
     expected = StreamedExperts(lambda e: tuple(weights[e]), 8)(x, expert, share)
     assert torch.equal(experts(x, expert, share), expected)
     assert begun == taken == expert.unique().tolist()
+
+
+def test_an_error_in_one_thread_ends_the_work_of_all(path):
+    source, done = GGUFSource(path, n_threads=3), []
+
+    def work(worker, item):
+        if item == 3:
+            raise ValueError("three")
+        time.sleep(0.01)
+        done.append(item)
+
+    with pytest.raises(ValueError, match="three"):
+        source.share_out(work, range(100), 3)
+    before = len(done)
+    time.sleep(0.1)
+    assert len(done) == before < 100
+    assert source.share_out(lambda worker, item: 2 * item, range(50), 3) == list(range(0, 100, 2))
