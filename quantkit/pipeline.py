@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -42,6 +41,7 @@ from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
 from quantkit.formats.resume import discard
+from quantkit.formats.whole_file import write_whole
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.plans import BudgetOptions, open_model, plan_model, recipe_name
@@ -181,14 +181,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written whole and durably, or not at all."""
-    part = path.with_name(path.name + ".part")
+    """Written whole or not at all."""
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
 

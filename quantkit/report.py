@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from quantkit import __version__
 from quantkit.calibration.coverage import coverage
 from quantkit.errors import QuantkitError
 from quantkit.formats.imatrix import ImatrixInfo, load_imatrix
+from quantkit.formats.whole_file import write_whole
 from quantkit.pipeline import CERTIFY, IMATRIX, PLAN, PROVENANCE, VERIFY, imatrix_digest
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
@@ -91,22 +91,17 @@ def write_report(folder: Path) -> list[Path]:
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES.items():
-            if (made := draw(material)) is not None:
-                figures[name] = made
+            if (figure := draw(material)) is not None:
+                figures[name] = figure
         page = _page(material, {name: _svg(figure, name) for name, figure in figures.items()})
-        paths = [_write(folder / REPORT, page.encode())]
+        made = {REPORT: page.encode()}
         for name, figure in figures.items():
             out = io.BytesIO()
             figure.savefig(out, format="png", dpi=DPI)
-            paths.append(_write(folder / f"report-{name}.png", out.getvalue()))
-    return paths
-
-
-def _write(path: Path, data: bytes) -> Path:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-    return path
+            made[f"report-{name}.png"] = out.getvalue()
+    for name, data in made.items():
+        write_whole(folder / name, data)
+    return [folder / name for name in made]
 
 
 def _svg(figure: Figure, name: str) -> Markup:

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from encoder_proxy import layer, load, logits, rms_norm, yarn_tables
+from encoder_proxy import layer, load, logits, positions
 from tokenizers import Tokenizer
 
 from quantkit import ggml
+from quantkit.arch.config import DeepseekConfig
 from quantkit.encoders import Hessian, blend, encode_values, second_moment
 from quantkit.encoders.api import SUPPORTED
+from quantkit.runtime.layers import rms_norm
 
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 DYN158 = {
@@ -45,7 +47,7 @@ DYN158 = {
 }
 
 
-def plan_types(name: str, config: dict) -> dict[str, str]:
+def plan_types(name: str, config: DeepseekConfig) -> dict[str, str]:
     """Tensor name -> type. 'dyn158', 'experts:TYPE' (routed experts alone) or a type for all that can take it."""
     base = DYN158
     if name == "dyn158+f32":  # the experts of dyn158; the other matrices may be re-targeted, not rounded
@@ -54,12 +56,12 @@ def plan_types(name: str, config: dict) -> dict[str, str]:
         base = dict.fromkeys(EXPERT_ROLES, name.split(":")[1].replace("dyn158", "IQ1_S"))
     elif name != "dyn158":
         base = {role: name for role in DYN158} | {"token_embd": "Q4_K", "output": "Q6_K", "attn_k_b": "Q8_0"}
-    types, dense = {}, config["first_k_dense_replace"]
+    types, dense = {}, config.n_dense
     for role, qtype in base.items():
         if role in ("token_embd", "output"):
             types[role] = qtype
             continue
-        for i in range(config["num_hidden_layers"]):
+        for i in range(config.n_layer):
             ffn_dense = role in ("ffn_gate", "ffn_up", "ffn_down")
             if role.startswith("ffn") and ffn_dense != (i < dense):
                 continue
@@ -108,17 +110,16 @@ def see_layer(moments: Moments, seen: list, after: torch.Tensor) -> None:
     norm = norm / norm.mean()
     for name, inputs in seen:
         if not name.endswith(".exps"):
-            x = inputs.reshape(-1, inputs.shape[-1])
-            moments.add(name, "plain", x, torch.ones(len(x), device=x.device))
-            moments.add(name, "norm", x, norm)
+            moments.add(name, "plain", inputs, torch.ones(len(inputs), device=inputs.device))
+            moments.add(name, "norm", inputs, norm)
             continue
-        e, token, x, h, w = inputs
-        for role, t in (("gate", x), ("down", h)):
-            key = f"{name[:-4]}ffn_{role}_exps.{e}"
+        w = inputs.weight
+        for role, t in (("gate", inputs.x), ("down", inputs.hidden)):
+            key = f"{name[:-4]}ffn_{role}_exps.{inputs.expert}"
             for kind, weight in (
                 ("plain", torch.ones(len(t), device=t.device)),
                 ("w2", w**2),
-                ("norm", w**2 * norm[token]),
+                ("norm", w**2 * norm[inputs.tokens]),
             ):
                 moments.add(key, kind, t, weight)
 
@@ -126,10 +127,10 @@ def see_layer(moments: Moments, seen: list, after: torch.Tensor) -> None:
 @torch.inference_mode()
 def calibrate(config, w, ids, batch: int = 8) -> dict[tuple, Hessian]:
     """(matrix, kind) -> Hessian, of the model with weights w."""
-    states, tables, moments = w["token_embd"][ids], yarn_tables(config, ids.shape[1], ids.device), Moments()
-    for i in range(config["num_hidden_layers"]):
+    states, tables, moments = w["token_embd"][ids], positions(ids.shape[1], config, ids.device), Moments()
+    for i in range(config.n_layer):
         states = calibrate_layer(config, w, i, states, tables, moments, batch)
-    x = rms_norm(states, w["output_norm"]).flatten(0, 1)
+    x = rms_norm(states, w["output_norm"], config.rms_eps).flatten(0, 1)
     for kind in ("plain", "norm"):
         moments.add("output", kind, x, torch.ones(len(x), device=x.device))
     return moments.result()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from encoder_harness import Harness, Variant, build, encode_tensor, evaluate, plan_types
-from encoder_proxy import layer, nothing, rms_norm, swiglu, yarn_tables
+from encoder_proxy import final, layer, positions, swiglu
 
 SUPERBLOCK = 256
 MATRICES = ("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "attn_v_b", "ffn_gate", "ffn_up", "ffn_down",
@@ -84,13 +84,9 @@ def tune_model(h: Harness, q: dict, a, what) -> dict:
     if "mats" in what:  # moved in full precision, encoded again afterwards
         q = {n: h.w[n] if n.rpartition(".")[2] in MATRICES else t for n, t in q.items()}
     free = Free(q, list(q), what)
-    tables = yarn_tables(h.config, h.calib_ids.shape[1], h.calib_ids.device)
 
     def logits(w, ids):
-        x = w["token_embd"][ids]
-        for i in range(h.config["num_hidden_layers"]):
-            x = layer(h.config, w, i, x, tables, nothing)
-        return F.log_softmax(rms_norm(x, w["output_norm"]) @ w["output"].T, -1)
+        return F.log_softmax(final(h.config, w, ids) @ w["output"].T, -1)
 
     def loss(w, pick):
         ids = h.calib_ids[pick]
@@ -111,21 +107,21 @@ def tune_model(h: Harness, q: dict, a, what) -> dict:
 
 def tune_layers(h: Harness, q: dict, a, what) -> dict:
     """Layer after layer: the original's output behind the recovered layers below."""
-    q, tables = dict(q), yarn_tables(h.config, h.calib_ids.shape[1], h.calib_ids.device)
+    q, tables = dict(q), positions(h.calib_ids.shape[1], h.config, h.calib_ids.device)
     x, xq = h.w["token_embd"][h.calib_ids], q["token_embd"][h.calib_ids]
 
     def run(w, i, s):
         with torch.no_grad():
-            return torch.cat([layer(h.config, w, i, part, tables, nothing) for part in s.split(8)])
+            return torch.cat([layer(h.config, w, i, part, tables) for part in s.split(8)])
 
-    for i in range(h.config["num_hidden_layers"]):
+    for i in range(h.config.n_layer):
         y = run(h.w, i, x)
         names = [n for n in q if n.startswith(f"blk.{i}.")]
         free = Free({n: q[n] for n in names}, names, what)
         start = xq if a.inputs == "quantized" else x
 
         def loss(w, pick, i=i, y=y, start=start):
-            out, want = layer(h.config, w, i, start[pick], tables, nothing), y[pick]
+            out, want = layer(h.config, w, i, start[pick], tables), y[pick]
             return ((out - want).square().mean(-1) / want.square().mean(-1)).mean()
 
         train(free, loss, len(x), a)
@@ -137,9 +133,9 @@ def tune_layers(h: Harness, q: dict, a, what) -> dict:
 
 def tune_experts(h: Harness, q: dict, a, what) -> dict:
     """Each expert's output on its own tokens, weighted by routing weight² / mean(resid²)."""
-    q, tables = dict(q), yarn_tables(h.config, h.calib_ids.shape[1], h.calib_ids.device)
+    q, tables = dict(q), positions(h.calib_ids.shape[1], h.config, h.calib_ids.device)
     x = h.w["token_embd"][h.calib_ids]
-    for i in range(h.config["num_hidden_layers"]):
+    for i in range(h.config.n_layer):
         seen, after = [], []
         with torch.no_grad():
             for base, part in enumerate(x.split(8)):
@@ -154,7 +150,7 @@ def tune_experts(h: Harness, q: dict, a, what) -> dict:
         rows = {}
         for base, n, t in seen:
             if n.endswith(".exps"):
-                rows.setdefault(t[0], []).append((t[2], t[4].square() * norm[base][t[1]]))
+                rows.setdefault(t.expert, []).append((t.x, t.weight.square() * norm[base][t.tokens]))
         done = {n: q[n].clone() for n in names}
         for e, found in rows.items():
             xe, we = (torch.cat(t) for t in zip(*found, strict=True))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from encoder_harness import Harness, Variant, evaluate, plan_types, quantized
-from encoder_proxy import attention, moe, nothing, rms_norm, route, swiglu, yarn_tables
+from encoder_proxy import block_of, observer, positions, swiglu
 
 from quantkit.encoders import blend, cross_moment, retarget, second_moment
 from quantkit.encoders.engine import EFFORTS, Effort
+from quantkit.runtime.layers import attention, feed_forward, rms_norm, route
 
 
 def sensitivity(x, gate, up, down) -> torch.Tensor:
@@ -63,37 +64,38 @@ class Sequential:
     @torch.inference_mode()
     def run(self) -> dict:
         ids = self.h.calib_ids
-        tables = yarn_tables(self.config, ids.shape[1], ids.device)
+        tables = positions(ids.shape[1], self.config, ids.device)
         x, xq = self.w["token_embd"][ids], self.q["token_embd"][ids]
-        for i in range(self.config["num_hidden_layers"]):
+        for i in range(self.config.n_layer):
             x, xq = self.block(i, x, xq, tables)
         return self.q
 
     def block(self, i, x, xq, tables):
         b = f"blk.{i}."
-        mid, norm = self.attention_matrices(b, x, xq, tables)
-        midq = self.attend(self.q, b, xq, tables)
-        h, hq = (rms_norm(t, self.w[b + "ffn_norm"]).flatten(0, 1) for t in (mid, midq))
+        mid, norm = self.attention_matrices(i, x, xq, tables)
+        midq = self.attend(self.q, i, xq, tables)
+        h, hq = (rms_norm(t, self.w[b + "ffn_norm"], self.config.rms_eps).flatten(0, 1) for t in (mid, midq))
         owed = (mid - midq).flatten(0, 1) if "repair" in self.options else None
-        if i < self.config["first_k_dense_replace"]:
-            self.mlp(b, "", [h], [hq], [norm], None, None if owed is None else [owed])
-            y, yq = (swiglu(t, w[b + "ffn_gate"], w[b + "ffn_up"]) @ w[b + "ffn_down"].T
-                     for w, t in ((self.w, h), (self.q, hq)))  # fmt: skip
+        if self.config.is_moe(i):
+            self.experts(i, h, hq, norm, owed)
         else:
-            self.experts(b, h, hq, norm, owed)
-            y, yq = (moe(self.config, w, b, t, nothing) for w, t in ((self.w, h), (self.q, hq)))
+            self.mlp(b, "", [h], [hq], [norm], None, None if owed is None else [owed])
+        y, yq = self.ffn(self.w, i, h), self.ffn(self.q, i, hq)
         return mid + y.view_as(mid), midq + yq.view_as(mid)
 
-    def attention_matrices(self, b, x, xq, tables):
+    def ffn(self, w, i, x):
+        return feed_forward(x, block_of(self.config, w, i), self.config)
+
+    def attention_matrices(self, i, x, xq, tables):
         """Encode one layer's attention; returns the original stream after it, and each token's weight."""
-        seen, seen_q = {}, {}
-        mid = self.attend(self.w, b, x, tables, seen)
-        self.attend(self.w, b, xq, tables, seen_q)
+        b, seen, seen_q = f"blk.{i}.", {}, {}
+        mid = self.attend(self.w, i, x, tables, seen)
+        self.attend(self.w, i, xq, tables, seen_q)
         norm = 1 / mid.flatten(0, 1).square().mean(-1)
         for name, parts in seen.items():
             if name.endswith("attn_output"):
                 seen_q = {}
-                self.attend(self.q, b, xq, tables, seen_q)  # now through the quantized q, k and v
+                self.attend(self.q, i, xq, tables, seen_q)  # now through the quantized q, k and v
             xs, xqs = torch.cat(parts), torch.cat(seen_q[name])
             hessian, cross = self.pair(xs, xqs, norm)
             extra = None
@@ -105,16 +107,10 @@ class Sequential:
         self.q[b + "attn_k_b"] = self.encode([b + "attn_k_b"], w, [None] * len(w))
         return mid, norm
 
-    def attend(self, w, b, x, tables, seen: dict | None = None):
-        out = []
-        for part in x.split(8):
-
-            def see(name, t):
-                if seen is not None:
-                    seen.setdefault(name, []).append(t.flatten(0, 1))
-
-            out.append(part + attention(self.config, w, b, rms_norm(part, w[b + "attn_norm"]), tables, see))
-        return torch.cat(out)
+    def attend(self, w, i, x, tables, seen: dict | None = None):
+        observe = None if seen is None else observer(i, lambda name, t: seen.setdefault(name, []).append(t))
+        now = block_of(self.config, w, i)
+        return torch.cat([part + attention(part, now, self.config, *tables, observe=observe) for part in x.split(8)])
 
     def mlp(self, b, suffix, h, hq, weight, shared, owed=None) -> None:
         """gate and up, then down on what the quantized ones give. h, hq, weight, owed: one entry for each expert;
@@ -145,10 +141,11 @@ class Sequential:
         for n, q in zip(names.values(), (gate, up, down), strict=True):
             self.q[n] = q if suffix == "_exps" else q[0]
 
-    def experts(self, b, h, hq, norm, owed) -> None:
+    def experts(self, i, h, hq, norm, owed) -> None:
         """The routed experts, then the shared one, which can make good what they owe."""
-        ids, weights = route(self.config, self.w, b, hq)
-        each = range(self.config["n_routed_experts"])
+        b = f"blk.{i}."
+        ids, weights = route(hq, block_of(self.config, self.w, i).router, self.config)
+        each = range(self.config.n_expert)
         tokens, slots = zip(*((ids == e).nonzero(as_tuple=True) for e in each), strict=True)
         gates = [weights[t, s] for t, s in zip(tokens, slots, strict=True)]
         scale = [norm[t] * g**2 for t, g in zip(tokens, gates, strict=True)]
@@ -158,8 +155,8 @@ class Sequential:
         self.mlp(b, "_exps", [h[t] for t in tokens], [hq[t] for t in tokens], scale, self.pair(h, hq, norm), part)
         if owed is not None:
             without = {f"{b}ffn_down_shexp": torch.zeros_like(self.w[f"{b}ffn_down_shexp"])}
-            owed = owed + moe(self.config, self.w | without, b, h, nothing)
-            owed = [owed - moe(self.config, self.q | without, b, hq, nothing)]
+            owed = owed + self.ffn(self.w | without, i, h)
+            owed = [owed - self.ffn(self.q | without, i, hq)]
         self.mlp(b, "_shexp", [h], [hq], [norm], None, owed)
 
 

@@ -262,11 +262,13 @@ def test_weights_that_are_not_finite_are_named(model_copy, tmp_path, options):
     assert not list((tmp_path / "out").glob("tiny*.gguf")) and not list((tmp_path / "out").glob("model*.gguf"))
 
 
-def test_activations_that_are_not_finite_are_named(model_copy, tmp_path):
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("options", [SMALL, OURS], ids=["ggml", "quantkit"])
+def test_activations_that_are_not_finite_are_named(model_copy, tmp_path, options):
     """Norm weights of 3e38 (bfloat16 0x7f7f) are finite; what they multiply is not."""
     overwrite(model_copy, "model.layers.1.post_attention_layernorm.weight", 0x7F)
     with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
-        pipeline.make(model_copy, tmp_path / "out", SMALL)
+        pipeline.make(model_copy, tmp_path / "out", options)
     shutil.rmtree(tmp_path / "out")
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from quantkit import ranks
+from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
-from quantkit.errors import QuantkitError
 from quantkit.runtime.experts import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Observer
 from quantkit.runtime.room import Room
@@ -26,7 +26,7 @@ BLOCKS = 32  # of experts in a layer, unless an encoder works on larger ones: wh
 class Accumulator:
     """in_sum2 of one layer, summed in float64 on the device where the inputs are.
 
-    Each rank sees its own experts; `finish` puts those of all together.
+    Each rank sees its own experts; `finish` puts those of all together, and refuses what is not finite.
     """
 
     def __init__(self, layer: int, n_expert: int):
@@ -64,7 +64,9 @@ class Accumulator:
             )
             for role in sorted(self.sums)
         }
-        return _of_all_ranks(entries) if ranks.count() > 1 else entries
+        entries = _of_all_ranks(entries) if ranks.count() > 1 else entries
+        check_finite(entries)  # here, before a watcher encodes with them
+        return entries
 
 
 def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
@@ -77,14 +79,6 @@ def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
         own = entries.get(name) or Importance(np.zeros((n, n_in), np.float32), np.zeros(n, np.float32))
         entries[name] = Importance(ranks.total(own.in_sum2), ranks.total(own.counts))
     return dict(sorted(entries.items()))
-
-
-def _check_finite(entries: dict[str, Importance]) -> None:
-    """QuantkitError naming the weight: one layer whose inputs overflow spoils all that follow."""
-    for name, entry in entries.items():
-        if not np.isfinite(entry.in_sum2).all():
-            raise QuantkitError(f"{name}: inputs that are not finite reach this weight; the checkpoint's layers before "
-                                "it are damaged, or the text holds what the model cannot compute")  # fmt: skip
 
 
 class Watcher(Protocol):
@@ -133,7 +127,6 @@ def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None
     for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):
         assert current is not None
         entries = current.finish()
-        _check_finite(entries)
         imatrix |= entries
         if state:
             state.save(layer.index, layer.hidden, entries)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantkit.errors import QuantkitError
 from quantkit.tensors import Importance
 
 ROUTED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -48,11 +49,20 @@ def tokens_needed(rows: list[LayerCoverage], n_tokens: int, threshold: int) -> i
     return n_tokens if least >= threshold else math.ceil(n_tokens * threshold / max(1, least))
 
 
+def check_finite(imatrix: Mapping[str, Importance]) -> None:
+    """QuantkitError naming the weight: one layer whose inputs overflow spoils all that follow."""
+    for name, entry in imatrix.items():
+        if not np.isfinite(entry.in_sum2).all():
+            raise QuantkitError(f"{name}: inputs that are not finite, or too large to add up, reach this weight; the "
+                                "checkpoint's layers before it are damaged, or the text holds what the model cannot "
+                                "compute")  # fmt: skip
+
+
 def shrink(imatrix: Mapping[str, Importance], threshold: int) -> dict[str, Importance]:
     """Experts with fewer than `threshold` tokens are filled up to it with tokens of the layer's mean statistics.
 
     in_sum2 and counts stay those of so many tokens, so any reader of the imatrix sees the blend; llama-quantize would
-    give an unseen expert ones. Experts above the threshold are untouched.
+    give an unseen expert ones. Experts above the threshold are untouched. QuantkitError if a sum is not finite.
     """
     out = dict(imatrix)
     for name, entry in imatrix.items():
@@ -60,8 +70,10 @@ def shrink(imatrix: Mapping[str, Importance], threshold: int) -> dict[str, Impor
             continue
         missing = np.maximum(0, threshold - entry.counts).astype(np.float32)
         mean = entry.in_sum2.sum(0, dtype=np.float64) / entry.counts.sum(dtype=np.float64)
-        sums = entry.in_sum2 + missing[:, None] * mean.astype(np.float32)
+        with np.errstate(all="ignore"):  # the check below names the weight
+            sums = entry.in_sum2 + missing[:, None] * mean.astype(np.float32)
         out[name] = Importance(sums, entry.counts + missing)
+    check_finite(out)
     return out
 
 

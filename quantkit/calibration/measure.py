@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit import ranks
+from quantkit import probe, ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
@@ -129,7 +129,7 @@ def memory_limit(ram: int | None, device: torch.device) -> tuple[int, str]:
     if ram is not None:
         return ram, "--memory"
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], "free GPU memory"
+        return probe.free_vram(device), "free GPU memory"
     return machine_memory(), "this machine's memory"
 
 

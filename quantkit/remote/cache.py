@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.whole_file import write_whole
 
 NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
 READ = 1 << 24
@@ -161,15 +162,12 @@ def copy_range(fd: int, offset: int, out: torch.Tensor) -> None:
         done += count
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
     """A small file, whole or not at all; any process may write it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        write_whole(path, data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise failed(path.parent, error) from None
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import FolderSource
 from quantkit.formats.checkpoint import INDEX, Checkpoint
-from quantkit.remote.cache import failed, write_whole
+from quantkit.remote.cache import failed, keep
 from quantkit.remote.client import Repo, with_retry
 from quantkit.remote.source import HubSource
 
@@ -112,8 +112,8 @@ def list_files(repo: Repo, home: Path) -> Listing:
         raise QuantkitError(f"{repo} at {repo.endpoint}: no config.json there; not a checkpoint in safetensors")
     license_name = (info.card_data or {}).get("license") if info.card_data else None
     listing = Listing(repo.id, info.sha, files, license_name if isinstance(license_name, str) else None)
-    write_whole(known / info.sha / "listing.json", json.dumps(asdict(listing)).encode())
-    write_whole(reference, info.sha.encode())
+    keep(known / info.sha / "listing.json", json.dumps(asdict(listing)).encode())
+    keep(reference, info.sha.encode())
     return listing
 
 

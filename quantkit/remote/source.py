@@ -24,7 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import Extents, FolderSource
 from quantkit.formats.safetensors_header import header_length
 from quantkit.progress import say
-from quantkit.remote.cache import Range, RangeCache, copy_range, is_sound, write_whole
+from quantkit.remote.cache import Range, RangeCache, copy_range, is_sound, keep
 from quantkit.remote.client import RangeReader, Repo
 
 PIECE = 32 << 20
@@ -162,7 +162,7 @@ class HubSource:
         self.reader.fetch(file, 0, min(8, size), data.extend, "the header length")
         length = header_length(bytes(data), size, f"{self.repo}/{file}")
         self.reader.fetch(file, 8, 8 + length, data.extend, "the header")
-        write_whole(kept / f"{etag}-{zlib.crc32(data):08x}", bytes(data))
+        keep(kept / f"{etag}-{zlib.crc32(data):08x}", bytes(data))
         return bytes(data)
 
     # Reading through the cache.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from quantkit.calibration import coverage
+from quantkit.errors import QuantkitError
 from quantkit.tensors import Importance
 
 NAME = "blk.3.ffn_down_exps.weight"
@@ -37,6 +38,15 @@ def test_shrinking_blends_towards_the_layer_and_leaves_the_rest(imatrix):
     np.testing.assert_allclose(shrunk.mean(0), mean, rtol=1e-6)
     np.testing.assert_allclose(shrunk.mean(1), (10 * np.array([3, 4]) + 22 * mean) / 32, rtol=1e-6)
     assert np.array_equal(shrunk.in_sum2[2:], imatrix[NAME].in_sum2[2:])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38], ids=["infinite", "NaN", "overflows in the blend"])
+def test_sums_that_are_not_finite_are_refused_by_name(imatrix, value):
+    imatrix[NAME].in_sum2[1] = value
+    imatrix[NAME].counts[:] = 1
+    with pytest.raises(QuantkitError, match=rf"{NAME}: inputs that are not finite, or too large"):
+        coverage.shrink(imatrix, 32)
 
 
 def test_merging_adds(imatrix):

@@ -2,35 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from formats.small_gguf import Planned
 
 from quantkit import ggml
 from quantkit.formats.gguf_encode import F32, U32, I32List
-from quantkit.formats.gguf_header import row_bytes
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(Planned):
     """A tensor to be written: data uint8 [rows, row_bytes]."""
 
-    name: str
-    shape: tuple[int, ...]
-    qtype: str
     data: np.ndarray
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.qtype, self.shape[-1])
-
-    @property
-    def n_bytes(self) -> int:
-        return prod(self.shape[:-1]) * self.row_bytes
 
     @property
     def matrices(self) -> np.ndarray:

@@ -1,0 +1,38 @@
+"""Small files: whole or not at all."""
+
+import os
+import resource
+import signal
+
+import pytest
+
+from quantkit.formats.whole_file import write_whole
+
+
+def test_replaces_what_was_there_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "scores.json"
+    write_whole(path, b"old")
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_keeps_the_old_file_and_is_named(tmp_path):
+    path = tmp_path / "scores.json"
+    write_whole(path, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_whole(path, bytes(1 << 17))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_whole(tmp_path / "none" / "scores.json", b"new")
+    assert caught.value.filename == str(tmp_path / "none" / "scores.json")
