@@ -11,10 +11,7 @@ from quantkit.cli.options import FILE, OUT, parse_size
 
 @click.command()
 @click.argument("model", default="tiny-r1")
-@options.recipe
-@options.target
-@options.mla
-@options.budget
+@options.types
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=None,
               help="Folder for the results. Default: MODEL-RECIPE here.")  # fmt: skip
 @options.text(131072)
@@ -116,10 +113,7 @@ def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start,
 
 @click.command()
 @click.argument("model", default="tiny-r1")
-@options.recipe
-@options.target
-@options.mla
-@options.budget
+@options.types
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
 @click.option("--plot", type=OUT, default=None, help="Draw the bit map here: a .png or .svg file.")
 @click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here (with .png or .svg: as --plot).")

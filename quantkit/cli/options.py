@@ -132,6 +132,9 @@ def budget(command):
     return collected
 
 
+types = together(recipe, target, mla, budget)  # what decides the type of every tensor
+
+
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:
     """As sizes.parse_size; 0 -> None."""
     return sizes.parse_size(text, option) or None

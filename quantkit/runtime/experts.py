@@ -1,8 +1,6 @@
 """Routed experts of the original checkpoint, an expert at a time: read, dequantized, multiplied, dropped."""
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit import ranks
+from quantkit.runtime.ahead import read_ahead
 
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """gate [n_ff, d], up [n_ff, d], down [d, n_ff]."""
@@ -59,7 +58,8 @@ class StreamedExperts:
         slots = slot.split(counts)
         used = [e for e in range(self.n_expert) if counts[e]]
         blocks = [list(block) for _, block in groupby(used, lambda e: e // self.block)]
-        visits = self._prefetched([e for block in blocks[rank::n_ranks] for e in block])
+        mine = [e for block in blocks[rank::n_ranks] for e in block]
+        visits = zip(mine, read_ahead(self.read, mine, self.ahead), strict=True)
 
         def add(e: int, part: torch.Tensor) -> None:
             tokens = slots[e] // expert.shape[1]
@@ -89,16 +89,3 @@ class StreamedExperts:
                 for e, part in zip(block, ranks.spread(rows, owner).split(sizes), strict=True):
                     add(e, part)
         return out
-
-    def _prefetched(self, experts: list[int]) -> Iterator[tuple[int, Projections]]:
-        with ThreadPoolExecutor(1) as reader:
-            waiting = deque(reader.submit(self.read, e) for e in experts[: self.ahead])
-            try:
-                for i, e in enumerate(experts):
-                    weights = waiting.popleft().result()
-                    if i + self.ahead < len(experts):
-                        waiting.append(reader.submit(self.read, experts[i + self.ahead]))
-                    yield e, weights
-            finally:
-                for future in waiting:
-                    future.cancel()

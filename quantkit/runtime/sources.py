@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.progress import say
+from quantkit.runtime.ahead import Item, Result, read_ahead
 from quantkit.runtime.experts import Projections, StreamedExperts, expert_names
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
 from quantkit.runtime.residency import Residency
@@ -35,9 +36,6 @@ CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU mul
 EXPERTS_AT_ONCE = 64  # whose inputs and results are held: 120 MB in R1 at even routing
 TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory, fewer more time between the products
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
-
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Source(Protocol):
@@ -445,12 +443,8 @@ class PromptExperts:
     def _in_turn(self, experts: list[int]) -> Iterator[list[int]]:
         """Groups of them, in memory as long as they are looked at; the next group is read meanwhile."""
         groups = [experts[i : i + self.at_once] for i in range(0, len(experts), self.at_once)]
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(self.need, group) for group in groups[:1]]
-            for i, group in enumerate(groups):
-                ahead.pop().result()
-                ahead += [reader.submit(self.need, following) for following in groups[i + 1 : i + 2]]
-                yield group
+        for group, _ in zip(groups, read_ahead(self.need, groups), strict=True):
+            yield group
 
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""

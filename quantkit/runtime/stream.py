@@ -5,13 +5,13 @@ experts are in memory, whatever the number of layers.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
+from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
     Block,
@@ -71,14 +71,9 @@ def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *
         buffers.hidden.copy_(hidden)
     hidden = buffers.hidden
     cos, sin = angles(source.config, torch.arange(tokens.shape[1], device=source.device))
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(source.block, start) if start < source.config.n_layer else None
-        for index in range(start, source.config.n_layer):
-            assert ahead is not None
-            block = ahead.result()
-            ahead = reader.submit(source.block, index + 1) if index + 1 < source.config.n_layer else None
-            apply_block(buffers, block, source, cos, sin, before(index, block) if before else None)
-            yield Layer(index, block, hidden)
+    for index, block in enumerate(read_ahead(source.block, range(start, source.config.n_layer)), start):
+        apply_block(buffers, block, source, cos, sin, before(index, block) if before else None)
+        yield Layer(index, block, hidden)
 
 
 def apply_block(buffers: Buffers, block: Block, source: Source, cos: torch.Tensor, sin: torch.Tensor,
