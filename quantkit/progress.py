@@ -28,8 +28,15 @@ class _Rate(ProgressColumn):
 @contextmanager
 def track(what: str, total: float, unit: str) -> Iterator[Advance]:
     """`with track("encode", n, "Mweights") as advance: ... advance(k)`."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), _Rate(unit),
-               TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        _Rate(unit),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount=1: progress.advance(task, amount)

@@ -75,8 +75,10 @@ def _launched() -> tuple[int, int, int, int]:
     found = {what: _number(names) for what, names in LAUNCHERS.items()}
     asked = "MASTER_ADDR" in os.environ and any(key.startswith("ACCELERATE_") for key in os.environ)
     if asked and found["rank"] is None:
-        raise QuantkitError("accelerate launch was asked for several processes and started one; with --multi_gpu it "
-                            "starts them all, on CPUs too (then -m quantkit ... --device cpu)")  # fmt: skip
+        raise QuantkitError(
+            "accelerate launch was asked for several processes and started one; with --multi_gpu it "
+            "starts them all, on CPUs too (then -m quantkit ... --device cpu)"
+        )
     return found["rank"] or 0, found["count"] or 1, found["local rank"] or 0, found["local count"] or 1
 
 
@@ -213,8 +215,10 @@ def _exchange() -> Iterator[Any]:
         yield dist
     except RuntimeError as error:
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]  # without the place in its source
-        raise QuantkitError(f"another rank was lost, so all end; run the same command again, with any number of ranks, "
-                            f"to go on ({reason})") from None  # fmt: skip
+        raise QuantkitError(
+            f"another rank was lost, so all end; run the same command again, with any number of ranks, "
+            f"to go on ({reason})"
+        ) from None
 
 
 def _watch(store: Any, rank: int, world: int, stop: threading.Event) -> None:
@@ -239,8 +243,11 @@ def _watch(store: Any, rank: int, world: int, stop: threading.Event) -> None:
         if stop.wait(BEAT):  # this process is ending already
             return
         if spoke:
-            os.write(2, f"quantkit: rank {silent} was not heard of for {LOST:.0f} s, so all end; run the same command "
-                        "again to go on\n".encode())  # fmt: skip
+            os.write(
+                2,
+                f"quantkit: rank {silent} was not heard of for {LOST:.0f} s, so all end; run the same command "
+                "again to go on\n".encode(),
+            )
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if not stop.wait(GRACE):
             os._exit(1)

@@ -10,8 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `pipeline` does
 
-from quantkit import bundle, pipeline
+from quantkit import bundle
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job import make as pipeline
 
 TINY = bundle.models_dir() / "tiny-r1"
 

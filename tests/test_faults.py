@@ -15,16 +15,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from quantkit import cli, onepass, pipeline, quantize
-from quantkit.encoding import GgmlEncoder
+from quantkit import cli
+from quantkit.encoding import jobs as quantize
+from quantkit.encoding import layer as onepass
+from quantkit.encoding.ggml_encoder import GgmlEncoder
 from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.formats.checkpoint import INDEX, Checkpoint, load_json
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
+from quantkit.job import make as pipeline
 from quantkit.planning.plan import Plan
 
 ROOT = Path(__file__).parents[1]
-KILL_TEST = ROOT / "scripts" / "kill_test.py"
+KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
 SMALL = pipeline.MakeOptions(
     calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=1024)),
     evaluation=pipeline.TextChoice(n_tokens=512),
@@ -37,8 +40,22 @@ NAME = "tiny-r1-1.58bit.gguf"
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "quantkit", "make", "-o", str(folder), "--tokens", "1024", "--encoder", "ggml",
-            "--no-verify", "--device", "cpu", *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "make",
+        "-o",
+        str(folder),
+        "--tokens",
+        "1024",
+        "--encoder",
+        "ggml",
+        "--no-verify",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def one_line(stderr: str) -> str:
@@ -56,18 +73,34 @@ def calm(tmp_path_factory) -> bytes:
 @pytest.mark.parametrize("encoder", ["ggml", pytest.param("quantkit", marks=pytest.mark.large)])
 def test_sigkill_at_random_moments(encoder):
     """The script checks: every rerun resumes, bytes are those of a calm run, at most one job a worker is lost."""
-    done = subprocess.run([sys.executable, KILL_TEST, "--kills", "2", "--encoder", encoder, "--tokens", "512"],
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, KILL_TEST, "--kills", "2", "--encoder", encoder, "--tokens", "512"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "ended with the same bytes" in done.stdout
 
 
-@pytest.mark.parametrize(("stage", "limit", "says"), [("calibrate", 400_000, "cannot save layer"),
-                                                      ("make", 1_500_000, "no room for " + NAME)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "limit", "says"),
+    [("calibrate", 400_000, "cannot save layer"), ("make", 1_500_000, "no room for " + NAME)],
+)
 def test_full_disk(tmp_path, calm, stage, limit, says):
     """No file may grow beyond `limit`: the calibration's state, or the model, hits it. With room the run goes on."""
-    calibrate = [sys.executable, "-m", "quantkit", "calibrate", "-o", str(tmp_path / "imatrix.gguf"),
-                 "--tokens", "1024", "--device", "cpu"]  # fmt: skip
+    calibrate = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "calibrate",
+        "-o",
+        str(tmp_path / "imatrix.gguf"),
+        "--tokens",
+        "1024",
+        "--device",
+        "cpu",
+    ]
     run = calibrate if stage == "calibrate" else command(tmp_path)
 
     def small_disk() -> None:
@@ -101,8 +134,12 @@ def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
     # A suite that runs in the background of a shell hands its children a SIGINT that is ignored.
-    process = subprocess.Popen(command(tmp_path, "--workers", "1"), stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    process = subprocess.Popen(
+        command(tmp_path, "--workers", "1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 100
     while not list(tmp_path.glob("*.gguf.state/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.005)
@@ -157,11 +194,14 @@ def test_a_shard_that_shrinks_under_the_run(made, tmp_path, model_copy, monkeypa
     assert out.read_bytes() == (made / NAME).read_bytes()
 
 
-@pytest.mark.parametrize(("error", "what"), [
-    (MemoryError(), "out of memory"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory"),
+    ],
+)
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
     monkeypatch.setattr(pipeline, "make", lambda *_: (_ for _ in ()).throw(error))
     handler = signal.getsignal(signal.SIGTERM)
@@ -222,8 +262,13 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     writing.close()
     assert [file.name for file in pipeline.make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tiny-r1-2.51bit.gguf", "imatrix.gguf", "plan.json", "recipe.toml", "provenance.json",
-        "download.gguf.part"}  # fmt: skip
+        "tiny-r1-2.51bit.gguf",
+        "imatrix.gguf",
+        "plan.json",
+        "recipe.toml",
+        "provenance.json",
+        "download.gguf.part",
+    }
     pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
     assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover

@@ -1,4 +1,4 @@
-"""A few thousand cases of scripts/fuzz.py, and the ways out of a folder that it cannot make by chance."""
+"""A few thousand cases of scripts/torture/fuzz.py, and the ways out of a folder that it cannot make by chance."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import pytest
 from quantkit.errors import MAX_MESSAGE, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "torture" / "fuzz.py"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from quantkit import ranks
 from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
-from quantkit.runtime.experts import ExpertVisit, StreamedExperts
+from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Observer
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources import Source
@@ -97,10 +97,16 @@ class Watcher(Protocol):
         """The layer's importance. All that the layer owes must be safe on disk when this returns."""
 
 
-def collect(source: Source, tokens: torch.Tensor, state: PassState | None = None, *,
-            hidden_dtype: torch.dtype = torch.float32, room: Room | None = None,
-            progress: Callable[[int], None] | None = None,
-            watch: Callable[[int], Watcher] | None = None) -> dict[str, Importance]:  # fmt: skip
+def collect(
+    source: Source,
+    tokens: torch.Tensor,
+    state: PassState | None = None,
+    *,
+    hidden_dtype: torch.dtype = torch.float32,
+    room: Room | None = None,
+    progress: Callable[[int], None] | None = None,
+    watch: Callable[[int], Watcher] | None = None,
+) -> dict[str, Importance]:
     """Importance of every weight for tokens int64 [n_chunk, t].
 
     state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer

@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import torch
 from tokenizers import Tokenizer
 
-from quantkit.arch import tokenizer as tokenizers
 from quantkit.errors import QuantkitError
+from quantkit.models import tokenizer as tokenizers
 
 Part = Literal["calibration", "evaluation"]
 Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
@@ -29,11 +29,19 @@ DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\
 
 _BUNDLED: dict[Domain, tuple[str, ...]] = {
     "prose": ("eng/history.txt", "eng/philosophy.txt", "eng/eng.txt", "eng/weird.txt", "eng/jobs.txt"),
-    "code": ("coding/python/python.txt", "coding/c++/c++.txt", "coding/rust/rust.txt", "coding/java/java.txt",
-             "coding/sql/sql.txt", "coding/bash/bash.txt", "coding/html/html.txt", "coding/typescript/typescript.txt"),
+    "code": (
+        "coding/python/python.txt",
+        "coding/c++/c++.txt",
+        "coding/rust/rust.txt",
+        "coding/java/java.txt",
+        "coding/sql/sql.txt",
+        "coding/bash/bash.txt",
+        "coding/html/html.txt",
+        "coding/typescript/typescript.txt",
+    ),
     "math": ("coding/math/math.txt",),
     "chinese": ("zho/zho.txt",),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -206,8 +214,14 @@ class Chunks:
     domains: tuple[str, ...]
 
 
-def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, limit: int | None = None,
-          from_start: bool = False) -> Chunks:  # fmt: skip
+def chunk(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    bos: int,
+    length: int = 512,
+    limit: int | None = None,
+    from_start: bool = False,
+) -> Chunks:
     """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks).
 
     Fewer chunks than the text has are spread evenly over it, not taken from its start: files are often sorted by
@@ -221,8 +235,10 @@ def chunk(corpus: Corpus, tokenizer: Tokenizer, bos: int, length: int = 512, lim
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)
     if n_chunk == 0:
-        raise QuantkitError(f"{corpus.name}: {min(len(ids), limit or len(ids))} tokens of text, but a chunk needs "
-                            f"{length}; give more text")  # fmt: skip
+        raise QuantkitError(
+            f"{corpus.name}: {min(len(ids), limit or len(ids))} tokens of text, but a chunk needs "
+            f"{length}; give more text"
+        )
     chosen = range(n_chunk) if from_start or n_chunk == n_all else spread(n_all)[:n_chunk]
     targets = torch.tensor(ids[: n_all * length], dtype=torch.int64).view(n_all, length)[list(chosen)]
     tokens = targets.clone()

@@ -29,8 +29,15 @@ def coverage(imatrix: Mapping[str, Importance], threshold: int) -> list[LayerCov
     for name, entry in imatrix.items():
         if name.endswith(".ffn_down_exps.weight"):
             counts = entry.counts
-            rows.append(LayerCoverage(int(name.split(".")[1]), int(counts.min()), int(np.median(counts)),
-                                      int(counts.max()), int((counts < threshold).sum())))  # fmt: skip
+            rows.append(
+                LayerCoverage(
+                    int(name.split(".")[1]),
+                    int(counts.min()),
+                    int(np.median(counts)),
+                    int(counts.max()),
+                    int((counts < threshold).sum()),
+                )
+            )
     return sorted(rows, key=lambda row: row.layer)
 
 
@@ -53,9 +60,11 @@ def check_finite(imatrix: Mapping[str, Importance]) -> None:
     """QuantkitError naming the weight: one layer whose inputs overflow spoils all that follow."""
     for name, entry in imatrix.items():
         if not np.isfinite(entry.in_sum2).all():
-            raise QuantkitError(f"{name}: inputs that are not finite, or too large to add up, reach this weight; the "
-                                "checkpoint's layers before it are damaged, or the text holds what the model cannot "
-                                "compute")  # fmt: skip
+            raise QuantkitError(
+                f"{name}: inputs that are not finite, or too large to add up, reach this weight; the "
+                "checkpoint's layers before it are damaged, or the text holds what the model cannot "
+                "compute"
+            )
 
 
 def shrink(imatrix: Mapping[str, Importance], threshold: int) -> dict[str, Importance]:

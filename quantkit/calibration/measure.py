@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from quantkit import probe, ranks
+from quantkit import machine as probe
+from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, chunk
@@ -74,8 +75,9 @@ def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
     return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 
-def _pass(source: Source, text: Corpus, chunks: Chunks, how: Calibration, folder: Path,
-          restart: bool) -> dict[str, Importance]:  # fmt: skip
+def _pass(
+    source: Source, text: Corpus, chunks: Chunks, how: Calibration, folder: Path, restart: bool
+) -> dict[str, Importance]:
     """One pass over the layers, resumable: its state is in `folder`."""
     n_tokens = chunks.tokens.numel()
     hidden_dtype, room = chosen_room(source, n_tokens, how, folder.parent)
@@ -99,8 +101,9 @@ class Steps:
         self.done = layers
 
 
-def chosen_room(source: Source, n_tokens: int, how: Calibration, folder: Path,
-                beside: int = 0) -> tuple[torch.dtype, Room]:  # fmt: skip
+def chosen_room(
+    source: Source, n_tokens: int, how: Calibration, folder: Path, beside: int = 0
+) -> tuple[torch.dtype, Room]:
     """float32 while hidden states are small; their place, in `folder` if on disk. Refuses a pass that fits nowhere.
 
     beside: tokens of another pass that runs along, in float32, with weights of its own in memory.
@@ -113,8 +116,10 @@ def chosen_room(source: Source, n_tokens: int, how: Calibration, folder: Path,
         option += ", less what the evaluation's pass needs,"
     place = choose_room(need, n_tokens, how.hidden, limit, option, machine_memory(), source.device.type != "cpu")
     if place != "device":
-        say(f"hidden states of {n_tokens:,} tokens ({need.per_token * n_tokens / 1e9:.1f} GB) live "
-            f"{'on disk' if place == 'disk' else 'in RAM'}")  # fmt: skip
+        say(
+            f"hidden states of {n_tokens:,} tokens ({need.per_token * n_tokens / 1e9:.1f} GB) live "
+            f"{'on disk' if place == 'disk' else 'in RAM'}"
+        )
     return hidden_dtype, Room(place, source.device, folder)
 
 
@@ -146,5 +151,7 @@ def report_coverage(imatrix: dict[str, Importance], n_tokens: int, threshold: in
     say(coverage.table(rows))
     if short := sum(row.below for row in rows):
         needed = coverage.tokens_needed(rows, n_tokens, threshold)
-        say(f"warning: {short} experts saw fewer than {threshold} tokens; they lean on their layer's mean statistics. "
-            f"About {needed:,} tokens would reach them all (--tokens {needed})")  # fmt: skip
+        say(
+            f"warning: {short} experts saw fewer than {threshold} tokens; they lean on their layer's mean statistics. "
+            f"About {needed:,} tokens would reach them all (--tokens {needed})"
+        )

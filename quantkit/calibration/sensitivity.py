@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quantkit import ggml
-from quantkit.arch import deepseek
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
-from quantkit.runtime.experts import ExpertVisit, StreamedExperts
+from quantkit.ggml import library as ggml
+from quantkit.models import deepseek2 as deepseek
+from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Feed, Linear, attention, route
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import CheckpointSource
@@ -109,8 +109,9 @@ class Fork:
 class Measurement:
     """One pass. Streams are chunks of one tensor: the first n_chunk are clean, then n_chunk for each fork."""
 
-    def __init__(self, source: CheckpointSource, imatrix: Imatrix, tier: Tier, routed: Sequence[str],
-                 others: Sequence[str]):  # fmt: skip
+    def __init__(
+        self, source: CheckpointSource, imatrix: Imatrix, tier: Tier, routed: Sequence[str], others: Sequence[str]
+    ):
         self.source, self.config, self.imatrix, self.tier = source, source.config, imatrix, tier
         self.plan = {spec: candidates(spec, routed, others) for spec in deepseek.specs(source.config)}
         self.forks: list[Fork] = []
@@ -164,8 +165,9 @@ class Measurement:
             if progress:
                 progress(layer + 1)
 
-    def _fork(self, streams: torch.Tensor, forks: list[Fork], made: list[torch.Tensor],
-              clean: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def _fork(
+        self, streams: torch.Tensor, forks: list[Fork], made: list[torch.Tensor], clean: torch.Tensor
+    ) -> torch.Tensor:
         """Append the variants' streams, or (cheap) keep only their relative error against the clean states."""
         if self.tier == "full":
             self.forks += forks
@@ -182,7 +184,7 @@ class Measurement:
         forks = self.variants(layer, lambda role: role.startswith("attn_"))
         attended = [
             before + attention(before, self._replaced(block, fork), self.config, self.cos, self.sin) for fork in forks
-        ]  # fmt: skip
+        ]
         if self.tier == "cheap":  # their error is judged after the whole layer, so they pass its feed-forward too
             middle = torch.cat([self.streams, *attended])
         else:
@@ -214,8 +216,9 @@ class Measurement:
             return replace(block, q=(linear, norm, q_b) if role == "attn_q_a" else (q_a, norm, linear))
         return replace(block, **{{"attn_q": "q", "attn_kv_a_mqa": "kv_a", "attn_output": "output"}[role]: linear})
 
-    def _feed_forward(self, layer: int, block: Block,
-                      middle: torch.Tensor) -> tuple[torch.Tensor, list[Fork], list[torch.Tensor]]:  # fmt: skip
+    def _feed_forward(
+        self, layer: int, block: Block, middle: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Fork], list[torch.Tensor]]:
         """All streams after the clean feed-forward, and the clean stream after each of its variants."""
         x = ffn_input(middle, block, self.source)
         clean_x = x[: self.n_clean]
@@ -277,8 +280,13 @@ class Measurement:
             variant = (head[0], _linear(self.whole(fork)))
             yield self._entry(fork, *self._divergence(head, streams[0], variant, streams[0]))
 
-    def _divergence(self, head: tuple[torch.Tensor, Linear], clean: torch.Tensor, other: tuple[torch.Tensor, Linear],
-                    hidden: torch.Tensor) -> tuple[float, float]:  # fmt: skip
+    def _divergence(
+        self,
+        head: tuple[torch.Tensor, Linear],
+        clean: torch.Tensor,
+        other: tuple[torch.Tensor, Linear],
+        hidden: torch.Tensor,
+    ) -> tuple[float, float]:
         rows = [state[:, self.t // 2 : self.t - 1].reshape(-1, self.config.d) for state in (clean, hidden)]
         tiles = zip(head_tiles(self.source, head, rows[0]), head_tiles(self.source, other, rows[1]), strict=True)
         parts = []
@@ -302,8 +310,9 @@ def _replaced_feed(feed: Feed, role: str, linear: Linear) -> Feed:
     return replace(feed, **{role.removeprefix("ffn_").removesuffix("_shexp"): linear})
 
 
-def choose_tier(source: CheckpointSource, tokens: torch.Tensor, routed: Sequence[str], others: Sequence[str],
-                budget: int) -> tuple[Tier, int]:  # fmt: skip
+def choose_tier(
+    source: CheckpointSource, tokens: torch.Tensor, routed: Sequence[str], others: Sequence[str], budget: int
+) -> tuple[Tier, int]:
     """Full if `budget` stream-tokens (tokens x forks) hold a chunk for each fork, else cheap; and how many chunks."""
     specs = deepseek.specs(source.config)
     n_forks = 1 + sum(len(candidates(spec, routed, others)) for spec in specs)
@@ -314,9 +323,17 @@ def choose_tier(source: CheckpointSource, tokens: torch.Tensor, routed: Sequence
 
 
 @torch.inference_mode()
-def measure(source: CheckpointSource, imatrix: Imatrix, tokens: torch.Tensor, *, tier: Tier | None = None,
-            routed: Sequence[str] = ROUTED_TYPES, others: Sequence[str] = OTHER_TYPES, budget: int = 1 << 21,
-            progress: Callable[[int], None] | None = None) -> Sensitivity:  # fmt: skip
+def measure(
+    source: CheckpointSource,
+    imatrix: Imatrix,
+    tokens: torch.Tensor,
+    *,
+    tier: Tier | None = None,
+    routed: Sequence[str] = ROUTED_TYPES,
+    others: Sequence[str] = OTHER_TYPES,
+    budget: int = 1 << 21,
+    progress: Callable[[int], None] | None = None,
+) -> Sensitivity:
     """Sensitivity of every quantizable tensor to every candidate type, for tokens int64 [n_chunk, t]."""
     chosen, n_chunk = choose_tier(source, tokens, routed, others, budget)
     run = Measurement(source, imatrix, tier or chosen, routed, others)

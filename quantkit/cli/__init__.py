@@ -33,8 +33,10 @@ class Commands(click.Group):
             _complain(f"{where}{error.strerror or error}")
         except Exception as error:
             if what := out_of_memory(error):
-                _complain(f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
-                          "command again (fewer --tokens need --restart)")  # fmt: skip
+                _complain(
+                    f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
+                    "command again (fewer --tokens need --restart)"
+                )
             elif ranks.count() == 1 or isinstance(error, click.exceptions.Exit):
                 raise
             elif ranks.may_speak():
@@ -75,7 +77,20 @@ def main(ctx: click.Context) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-for command in (making.make, making.calibrate, making.sensitivity, making.plan, making.hardware, making.quantize,
-                using.inspect, using.verify, using.certify, using.export_kt, using.report, using.run, using.serve,
-                using.publish):  # fmt: skip
+for command in (
+    making.make,
+    making.calibrate,
+    making.sensitivity,
+    making.plan,
+    making.hardware,
+    making.quantize,
+    using.inspect,
+    using.verify,
+    using.certify,
+    using.export_kt,
+    using.report,
+    using.run,
+    using.serve,
+    using.publish,
+):
     main.add_command(command)

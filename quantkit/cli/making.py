@@ -12,8 +12,13 @@ from quantkit.cli.options import FILE, OUT, parse_size
 @click.command()
 @click.argument("model", default="tiny-r1")
 @options.types
-@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=None,
-              help="Folder for the results. Default: MODEL-RECIPE here.")  # fmt: skip
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Folder for the results. Default: MODEL-RECIPE here.",
+)
 @options.text(131072)
 @options.text(32768, "eval-", "evaluation")
 @options.common_text
@@ -33,25 +38,64 @@ from quantkit.cli.options import FILE, OUT, parse_size
 )
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
 @options.hub
-def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, eval_tokens, column, chunk, from_start,
-         min_expert_tokens, expert_tokens, memory, hidden, imatrix, encoder, effort, device, workers, split_max_size,
-         restart, recover, verify):  # fmt: skip
+def make(
+    model,
+    recipe,
+    target,
+    mla,
+    budget,
+    output,
+    data,
+    tokens,
+    eval_data,
+    eval_tokens,
+    column,
+    chunk,
+    from_start,
+    min_expert_tokens,
+    expert_tokens,
+    memory,
+    hidden,
+    imatrix,
+    encoder,
+    effort,
+    device,
+    workers,
+    split_max_size,
+    restart,
+    recover,
+    verify,
+):
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
-    from quantkit import pipeline, plans
     from quantkit.evaluation.verify import short_table
+    from quantkit.job import make as pipeline
+    from quantkit.job import plan as plans
 
     name = Path(plans.recipe_name(recipe, budget)).name.removesuffix(".toml")
     folder = output or Path(f"{Path(model).name}-{name}")
     asked = pipeline.MakeOptions(
-        recipe=recipe, target=target, mla=mla, budget=budget,
+        recipe=recipe,
+        target=target,
+        mla=mla,
+        budget=budget,
         calibration=pipeline.Calibration(
-            pipeline.TextChoice(data, column, tokens, chunk, from_start), min_expert_tokens, expert_tokens,
-            parse_size(memory, "--memory") if memory else None, hidden,
+            pipeline.TextChoice(data, column, tokens, chunk, from_start),
+            min_expert_tokens,
+            expert_tokens,
+            parse_size(memory, "--memory") if memory else None,
+            hidden,
         ),
         evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
-        imatrix=imatrix, encoder=encoder, effort=effort, device=device, workers=workers,
-        split_max_bytes=parse_size(split_max_size), restart=restart, verify=verify, recover=recover,
-    )  # fmt: skip
+        imatrix=imatrix,
+        encoder=encoder,
+        effort=effort,
+        device=device,
+        workers=workers,
+        split_max_bytes=parse_size(split_max_size),
+        restart=restart,
+        verify=verify,
+        recover=recover,
+    )
     files, result = pipeline.make(model, folder, asked)
     click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
@@ -65,13 +109,26 @@ def make(model, recipe, target, mla, budget, output, data, tokens, eval_data, ev
 @options.device
 @options.restart
 @options.hub
-def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert_tokens, expert_tokens, memory, hidden,
-              device, restart):  # fmt: skip
+def calibrate(
+    model,
+    output,
+    data,
+    tokens,
+    column,
+    chunk,
+    from_start,
+    min_expert_tokens,
+    expert_tokens,
+    memory,
+    hidden,
+    device,
+    restart,
+):
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
     MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
-    from quantkit import pipeline
+    from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     limit = parse_size(memory, "--memory") if memory else None
@@ -84,30 +141,46 @@ def calibrate(model, output, data, tokens, column, chunk, from_start, min_expert
 @click.command()
 @click.argument("model", default="tiny-r1")
 @click.option("--imatrix", type=FILE, required=True, help="Importance, for encoding the variants.")
-@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=Path("."),
-              help="Folder for sensitivity.json and sensitivity.png.")  # fmt: skip
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("."),
+    help="Folder for sensitivity.json and sensitivity.png.",
+)
 @options.text(8192, "", "measurement")
 @options.common_text
 @click.option("--tier", type=click.Choice(["full", "cheap"]), default=None, help="Default: full if --budget allows.")
-@click.option("--budget", default=1 << 21, show_default=True, type=click.IntRange(1),
-              help="Stream-tokens: tokens x forks carried through the layers.")  # fmt: skip
+@click.option(
+    "--budget",
+    default=1 << 21,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Stream-tokens: tokens x forks carried through the layers.",
+)
 @click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
 @click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @options.device
 @options.hub
-def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types,
-                device):  # fmt: skip
+def sensitivity(
+    model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types, device
+):
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
-    from quantkit import pipeline
     from quantkit.calibration.sensitivity import OTHER_TYPES, ROUTED_TYPES
+    from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
     pipeline.measure_sensitivity(
-        source, imatrix, choice, output, tier=tier, budget=budget,
+        source,
+        imatrix,
+        choice,
+        output,
+        tier=tier,
+        budget=budget,
         routed=types.split(",") if types else ROUTED_TYPES,
         others=other_types.split(",") if other_types else OTHER_TYPES,
-    )  # fmt: skip
+    )
     click.echo(str(output / "sensitivity.json"))
 
 
@@ -121,7 +194,7 @@ def sensitivity(model, imatrix, output, data, tokens, column, chunk, from_start,
 def plan(model, recipe, target, mla, budget, compare, plot, output):
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 131GB`."""
-    from quantkit import plans
+    from quantkit.job import plan as plans
     from quantkit.planning import table
 
     if compare:
@@ -143,8 +216,13 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
 
 @click.command()
 @click.argument("model", default="deepseek-r1")
-@click.option("--recipe", "recipes", multiple=True, metavar="NAME|FILE",
-              help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.")  # fmt: skip
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
+)
 @options.target
 @options.mla
 @click.option("--ram", default=None, metavar="SIZE", help="RAM for the model. Default: this machine's.")
@@ -155,10 +233,11 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
 @click.option("--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading.")
 @options.context
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
-def hardware(model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context,
-             threads):  # fmt: skip
+def hardware(
+    model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context, threads
+):
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
-    from quantkit import plans
+    from quantkit.job import plan as plans
 
     named = (("--ram", ram), ("--vram", vram))
     given = [sizes.parse_memory(text, name) if text is not None else None for name, text in named]
@@ -178,12 +257,18 @@ def hardware(model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidt
 @options.hub
 def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
-    from quantkit import pipeline
+    from quantkit.job import make as pipeline
     from quantkit.planning.plan import Plan
 
     chosen = Plan.from_json(plan_file.read_bytes(), str(plan_file))
     files = pipeline.quantize_model(
-        pipeline.open_weights(model), chosen, imatrix, output, workers=workers,
-        split_max_bytes=parse_size(split_max_size), restart=restart, overwrite=overwrite,
-    )  # fmt: skip
+        pipeline.open_weights(model),
+        chosen,
+        imatrix,
+        output,
+        workers=workers,
+        split_max_bytes=parse_size(split_max_size),
+        restart=restart,
+        overwrite=overwrite,
+    )
     click.echo("\n".join(map(str, files)))

@@ -26,12 +26,21 @@ def together(*options):
 def text(n_tokens: int, prefix: str = "", what: str = "calibration"):
     """--data and --tokens, with names of their own for a second text."""
     return together(
-        click.option(f"--{prefix}data", multiple=True, metavar="TEXT",
-                     help=f"{what.capitalize()} text: file, folder or Hugging Face dataset id; may be repeated. "
-                          "Default: the bundled mix."),
-        click.option(f"--{prefix}tokens", default=n_tokens, show_default=True, type=click.IntRange(1),
-                     help=f"Most tokens of {what} text to use."),
-    )  # fmt: skip
+        click.option(
+            f"--{prefix}data",
+            multiple=True,
+            metavar="TEXT",
+            help=f"{what.capitalize()} text: file, folder or Hugging Face dataset id; may be repeated. "
+            "Default: the bundled mix.",
+        ),
+        click.option(
+            f"--{prefix}tokens",
+            default=n_tokens,
+            show_default=True,
+            type=click.IntRange(1),
+            help=f"Most tokens of {what} text to use.",
+        ),
+    )
 
 
 def common_text(command):
@@ -40,10 +49,11 @@ def common_text(command):
     @together(
         click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk."),
         click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl."),
-        click.option("--template", default=None, metavar="TEXT",
-                     help='Text made of several columns: "{question}\\n\\n{answer}".'),
+        click.option(
+            "--template", default=None, metavar="TEXT", help='Text made of several columns: "{question}\\n\\n{answer}".'
+        ),
         click.option("--from-start", is_flag=True, help="Take the text's first chunks, not ones spread over it."),
-    )  # fmt: skip
+    )
     @functools.wraps(command)
     def with_template(*arguments, template, **options):
         if template is not None:
@@ -54,22 +64,41 @@ def common_text(command):
 
 
 calibration = together(
-    click.option("--min-expert-tokens", default=32, show_default=True, type=click.IntRange(0),
-                 help="Experts with fewer tokens lean on their layer's mean statistics."),
-    click.option("--expert-tokens", default=0, show_default=True, type=click.IntRange(0),
-                 help="Keep drawing text until every expert saw this many tokens."),
+    click.option(
+        "--min-expert-tokens",
+        default=32,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Experts with fewer tokens lean on their layer's mean statistics.",
+    ),
+    click.option(
+        "--expert-tokens",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Keep drawing text until every expert saw this many tokens.",
+    ),
     click.option("--memory", default=None, metavar="SIZE", help="Memory for the pass, like 16G. Default: all."),
-    click.option("--hidden", type=click.Choice(["device", "ram", "disk"]), default=None,
-                 help="Where hidden states live. Default: the first of these that has room."),
-)  # fmt: skip
+    click.option(
+        "--hidden",
+        type=click.Choice(["device", "ram", "disk"]),
+        default=None,
+        help="Where hidden states live. Default: the first of these that has room.",
+    ),
+)
 
 
 def hub(command):
     """--revision and --cache-size, handed on with the model's name."""
 
     @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub. Default: main.")
-    @click.option("--cache-size", default="60G", show_default=True, metavar="SIZE",
-                  help="Disk for downloaded weights (HF_HOME/quantkit); finished layers make room.")  # fmt: skip
+    @click.option(
+        "--cache-size",
+        default="60G",
+        show_default=True,
+        metavar="SIZE",
+        help="Disk for downloaded weights (HF_HOME/quantkit); finished layers make room.",
+    )
     @functools.wraps(command)
     def with_model(*arguments, revision, cache_size, **options):
         from quantkit.remote.repo import Model
@@ -82,28 +111,64 @@ def hub(command):
 
 
 device = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
-experts = click.option("--experts", default="auto", show_default=True, type=click.Choice(["auto", "ggml", "kt"]),
-                       help="Routed experts: the faster that is right, ggml, or kt-kernel.")  # fmt: skip
-target = click.option("--target", default=None, metavar="ktransformers|llama.cpp|ollama",
-                      help="Engine the file is for; overrides the recipe's.")  # fmt: skip
-recipe = click.option("--recipe", default=None, metavar="NAME|FILE",
-                      help="Default: 1.58bit, or auto if a budget is given.")  # fmt: skip
-context = click.option("--context", default="16k", show_default=True, metavar="TOKENS",
-                       help="Tokens that the KV cache is to hold.")  # fmt: skip
-mla = click.option("--mla", type=click.Choice(["split", "combined"]), default=None,
-                   help="Layout of kv_b: two tensors (current engines) or one (old ones).")  # fmt: skip
+experts = click.option(
+    "--experts",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "ggml", "kt"]),
+    help="Routed experts: the faster that is right, ggml, or kt-kernel.",
+)
+target = click.option(
+    "--target",
+    default=None,
+    metavar="ktransformers|llama.cpp|ollama",
+    help="Engine the file is for; overrides the recipe's.",
+)
+recipe = click.option(
+    "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."
+)
+context = click.option(
+    "--context", default="16k", show_default=True, metavar="TOKENS", help="Tokens that the KV cache is to hold."
+)
+mla = click.option(
+    "--mla",
+    type=click.Choice(["split", "combined"]),
+    default=None,
+    help="Layout of kv_b: two tensors (current engines) or one (old ones).",
+)
 workers = click.option("--workers", type=click.IntRange(1), default=None, help="Encoding threads. Default: cores.")
-encoder = click.option("--encoder", default="auto", show_default=True, metavar="auto|quantkit|ggml",
-                       help="Who packs the blocks. auto: quantkit on a GPU and for small models.")  # fmt: skip
-effort = click.option("--effort", type=click.Choice(["fast", "normal", "best"]), default="normal",
-                      show_default=True, help="How long quantkit's encoders search.")  # fmt: skip
-split = click.option("--split-max-size", default="50G", show_default=True, metavar="SIZE",
-                     help="Largest file, like 50G or 4096M; 0 for a single file.")  # fmt: skip
-gpu_layers = click.option("--gpu-layers", default="auto", show_default=True, metavar="auto|N",
-                          help="Layers whose routed experts stay in GPU memory; auto: as many as fit.")  # fmt: skip
+encoder = click.option(
+    "--encoder",
+    default="auto",
+    show_default=True,
+    metavar="auto|quantkit|ggml",
+    help="Who packs the blocks. auto: quantkit on a GPU and for small models.",
+)
+effort = click.option(
+    "--effort",
+    type=click.Choice(["fast", "normal", "best"]),
+    default="normal",
+    show_default=True,
+    help="How long quantkit's encoders search.",
+)
+split = click.option(
+    "--split-max-size",
+    default="50G",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest file, like 50G or 4096M; 0 for a single file.",
+)
+gpu_layers = click.option(
+    "--gpu-layers",
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
+)
 restart = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
-run_ram = click.option("--ram", default=None, metavar="SIZE",
-                       help="RAM for the file; experts beyond it are read as needed. Default: all.")  # fmt: skip
+run_ram = click.option(
+    "--ram", default=None, metavar="SIZE", help="RAM for the file; experts beyond it are read as needed. Default: all."
+)
 
 
 def budget(command):
@@ -111,21 +176,32 @@ def budget(command):
 
     @together(
         click.option("--size", default=None, metavar="SIZE", help="Budget: the whole file, like 131GB (GB is 2^30)."),
-        click.option("--bpw", default=None, type=click.FloatRange(0, 32, min_open=True),
-                     help="Budget: bits per weight of the whole model."),
+        click.option(
+            "--bpw",
+            default=None,
+            type=click.FloatRange(0, 32, min_open=True),
+            help="Budget: bits per weight of the whole model.",
+        ),
         click.option("--ram", default=None, metavar="SIZE", help="Budget: RAM for the model where it will run."),
         click.option("--vram", default=None, metavar="SIZE", help="Budget: VRAM there, for all but the experts."),
         context,
-        click.option("--sensitivity", "measured", type=FILE, default=None,
-                     help="sensitivity.json of this model. Default: a prior that knows no model."),
+        click.option(
+            "--sensitivity",
+            "measured",
+            type=FILE,
+            default=None,
+            help="sensitivity.json of this model. Default: a prior that knows no model.",
+        ),
         click.option("--solver", type=click.Choice(["lagrange", "milp"]), default="lagrange", show_default=True),
-    )  # fmt: skip
+    )
     @functools.wraps(command)
     def collected(*args, size, bpw, ram, vram, context, measured, solver, **rest):
-        from quantkit.plans import BudgetOptions
+        from quantkit.job.plan import BudgetOptions
 
-        limits = [sizes.parse_memory(text, option) if text is not None else None
-                 for option, text in (("--size", size), ("--ram", ram), ("--vram", vram))]  # fmt: skip
+        limits = [
+            sizes.parse_memory(text, option) if text is not None else None
+            for option, text in (("--size", size), ("--ram", ram), ("--vram", vram))
+        ]
         budget = BudgetOptions(limits[0], bpw, limits[1], limits[2], parse_context(context), measured, solver)
         return command(*args, budget=budget, **rest)
 

@@ -18,7 +18,7 @@ from quantkit.errors import QuantkitError
 @options.hub
 def inspect(path):
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
-    from quantkit.inspect import describe
+    from quantkit.job.inspect import describe
 
     Console(width=100).print(describe(path), markup=False, highlight=False)
 
@@ -26,35 +26,74 @@ def inspect(path):
 @click.command()
 @click.argument("file", type=FILE)
 @click.option("--reference", default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
-@click.option("--text", "data", multiple=True, metavar="[DOMAIN=]TEXT",
-              help="Evaluation text. Default: the bundled mix.")  # fmt: skip
+@click.option(
+    "--text", "data", multiple=True, metavar="[DOMAIN=]TEXT", help="Evaluation text. Default: the bundled mix."
+)
 @click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1))
 @options.common_text
 @options.target
-@click.option("--score", type=click.Choice(["half", "all"]), default="half", show_default=True,
-              help="half: the second half of each chunk, as llama-perplexity.")  # fmt: skip
-@click.option("--runtime-tokens", default=0, show_default=True, type=click.IntRange(0),
-              help="Also compute this many tokens one by one, as `run` does, and compare.")  # fmt: skip
-@click.option("--prompts", default=0, show_default=True, type=click.IntRange(0),
-              help="Also continue this many texts: greedy agreement with the original, and loops.")  # fmt: skip
+@click.option(
+    "--score",
+    type=click.Choice(["half", "all"]),
+    default="half",
+    show_default=True,
+    help="half: the second half of each chunk, as llama-perplexity.",
+)
+@click.option(
+    "--runtime-tokens",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Also compute this many tokens one by one, as `run` does, and compare.",
+)
+@click.option(
+    "--prompts",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Also continue this many texts: greedy agreement with the original, and loops.",
+)
 @options.experts
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
 @options.hub
-def verify(file, reference, data, tokens, column, chunk, from_start, target, score, runtime_tokens, prompts, experts,
-           memory, out, device):  # fmt: skip
+def verify(
+    file,
+    reference,
+    data,
+    tokens,
+    column,
+    chunk,
+    from_start,
+    target,
+    score,
+    runtime_tokens,
+    prompts,
+    experts,
+    memory,
+    out,
+    device,
+):
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
-    from quantkit import pipeline
     from quantkit.evaluation.verify import short_table
+    from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     original = pipeline.open_weights(reference)
     result = pipeline.verify_file(
-        file, original, choice, device or pipeline.default_device(), target, out, score=score,
-        runtime_tokens=runtime_tokens, prompts=prompts, experts=experts,
+        file,
+        original,
+        choice,
+        device or pipeline.default_device(),
+        target,
+        out,
+        score=score,
+        runtime_tokens=runtime_tokens,
+        prompts=prompts,
+        experts=experts,
         ram=parse_size(memory, "--memory") if memory else None,
-    )  # fmt: skip
+    )
     click.echo(short_table(result, file))
 
 
@@ -69,10 +108,18 @@ def verify(file, reference, data, tokens, column, chunk, from_start, target, sco
 @options.device
 def certify(file, target, reference, imatrix, engine, values, out, device):
     """Is this file right for that engine? A table of checks, certify.json, and exit code 1 if one fails."""
-    from quantkit import pipeline
+    from quantkit.job import make as pipeline
 
-    made = pipeline.certify_file(file, target, reference, imatrix, out or file.with_name(pipeline.CERTIFY),
-                                 engine=engine, values=values, device=device or pipeline.default_device())  # fmt: skip
+    made = pipeline.certify_file(
+        file,
+        target,
+        reference,
+        imatrix,
+        out or file.with_name(pipeline.CERTIFY),
+        engine=engine,
+        values=values,
+        device=device or pipeline.default_device(),
+    )
     Console(width=110).print(made.table())
     sys.exit(0 if made.passed else 1)
 
@@ -83,13 +130,18 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
     "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
 )
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
-@click.option("--linear", default="marlin", show_default=True, type=click.Choice(["marlin", "torch"]),
-              help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.")  # fmt: skip
+@click.option(
+    "--linear",
+    default="marlin",
+    show_default=True,
+    type=click.Choice(["marlin", "torch"]),
+    help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.",
+)
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
 def export_kt(file, output, gpus, linear, threads):
     """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
     tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
-    from quantkit.engines import kt_export
+    from quantkit.job import kt_export
 
     output = output or kt_export.default_output(file)
     made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
@@ -100,7 +152,7 @@ def export_kt(file, output, gpus, linear, threads):
 @click.argument("folder", type=FOLDER)
 def report(folder):
     """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs."""
-    from quantkit.report import write_report
+    from quantkit.job.report import write_report
 
     click.echo("\n".join(map(str, write_report(folder))))
 
@@ -120,12 +172,13 @@ def report(folder):
 @options.experts
 @options.device
 @options.gpu_layers
-def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device,
-        gpu_layers):  # fmt: skip
+def run(
+    file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device, gpu_layers
+):
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
-    from quantkit import pipeline
-    from quantkit.runtime.chat import Conversation
+    from quantkit.job import make as pipeline
     from quantkit.runtime.generate import Sampling
+    from quantkit.serving.chat import Conversation
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
     limit = sizes.parse_memory(ram, "--ram") if ram else None
@@ -182,13 +235,13 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @options.gpu_layers
 def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, experts, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
-    from quantkit import pipeline
-    from quantkit.runtime import kt_experts
-    from quantkit.runtime.engine import open_engine
+    from quantkit.job import make as pipeline
+    from quantkit.runtime.engines.open import open_engine
+    from quantkit.runtime.experts import kt as kt_experts
     from quantkit.runtime.sources import GGUFSource
 
     try:
-        from quantkit import serve as server
+        from quantkit.serving import http as server
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     limit = sizes.parse_memory(ram, "--ram") if ram else None
@@ -211,8 +264,8 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, ex
 @click.option("--force", is_flag=True, help="Publish what is incomplete or not certified.")
 def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
-    from quantkit.publish.folder import read_folder
-    from quantkit.publish.upload import Target, Uploader
+    from quantkit.job.publish.folder import read_folder
+    from quantkit.job.publish.upload import Target, Uploader
 
     quant = read_folder(folder, name)
     if quant.problems and not force:

@@ -15,10 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantkit import __version__, bundle
-from quantkit.arch import deepseek
-from quantkit.arch import tokenizer as tokenizers
-from quantkit.arch.config import DeepseekConfig
-from quantkit.arch.deepseek import Mla
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import engine_checks
 from quantkit.evaluation.verify import FileTensor
@@ -26,6 +22,10 @@ from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models import tokenizer as tokenizers
+from quantkit.models.config import DeepseekConfig
+from quantkit.models.deepseek2 import Mla
 from quantkit.planning import targets
 from quantkit.planning.plan import split_name
 from quantkit.tensors import Imatrix
@@ -35,14 +35,30 @@ SHOWN = 6  # problems spelled out for each check
 MOST_EXPERTS = 1 << 16
 LONG_CONTEXT = 32768  # beyond this every DeepSeek model needs YaRN
 
-REQUIRED = ("block_count", "context_length", "embedding_length", "attention.layer_norm_rms_epsilon",
-            "attention.kv_lora_rank", "expert_feed_forward_length", "expert_shared_count", "feed_forward_length",
-            "attention.head_count", "leading_dense_block_count", "expert_count", "expert_used_count")  # fmt: skip
+REQUIRED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.kv_lora_rank",
+    "expert_feed_forward_length",
+    "expert_shared_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "leading_dense_block_count",
+    "expert_count",
+    "expert_used_count",
+)
 # What llama.cpp takes for a key that is absent (src/llama-model.cpp); vocab_size it counts in the tokenizer.
 ABSENT: Mapping[str, Any] = {
-    "expert_group_count": 1, "expert_group_used_count": 1, "expert_weights_norm": False, "expert_gating_func": 1,
-    "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0, "rope.freq_base": 10000.0,
-}  # fmt: skip
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+    "expert_weights_norm": False,
+    "expert_gating_func": 1,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.freq_base": 10000.0,
+}
 CONSEQUENCE: Mapping[str, str] = {
     "expert_gating_func": "llama.cpp would take softmax",
     "expert_weights_norm": "llama.cpp would not normalise expert weights",
@@ -52,9 +68,12 @@ CONSEQUENCE: Mapping[str, str] = {
     "rope.scaling.type": "llama.cpp would compute without YaRN",
     "rope.scaling.yarn_log_multiplier": "llama.cpp would scale attention wrongly",
 }
-SAMPLES = ("It was the best of times, it was the worst of times; 12345 people said so.",
-           "def f(x):\n    return {k: v for k, v in x.items() if v != 'no'}  # keep\n",
-           "深度求索的模型有671B个参数。", "<｜User｜>What is 2+2?<｜Assistant｜><think>\n")  # fmt: skip
+SAMPLES = (
+    "It was the best of times, it was the worst of times; 12345 people said so.",
+    "def f(x):\n    return {k: v for k, v in x.items() if v != 'no'}  # keep\n",
+    "深度求索的模型有671B个参数。",
+    "<｜User｜>What is 2+2?<｜Assistant｜><think>\n",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,13 @@ class Certificate:
         return bool(self.checks) and all(check.status != "fail" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        out = {"passed": self.passed, "target": self.target, "quantkit": __version__, "files": self.files,
-               "checks": [asdict(check) for check in self.checks]}  # fmt: skip
+        out = {
+            "passed": self.passed,
+            "target": self.target,
+            "quantkit": __version__,
+            "files": self.files,
+            "checks": [asdict(check) for check in self.checks],
+        }
         return out | ({"weights": self.weights} if self.weights else {})
 
     def table(self) -> Table:
@@ -90,8 +114,16 @@ class Certificate:
         return table
 
 
-def certify(path: Path, target: str, reference: Checkpoint | Geometry | None = None, imatrix: Imatrix | None = None,
-            *, engine: bool = True, values: bool = True, device: str = "cpu") -> Certificate:  # fmt: skip
+def certify(
+    path: Path,
+    target: str,
+    reference: Checkpoint | Geometry | None = None,
+    imatrix: Imatrix | None = None,
+    *,
+    engine: bool = True,
+    values: bool = True,
+    device: str = "cpu",
+) -> Certificate:
     """Run every check that can run. A file that cannot be opened fails the first one, and that is the result.
 
     reference: the original; without it, a bundled description of the same geometry stands in for its metadata.
@@ -101,8 +133,9 @@ def certify(path: Path, target: str, reference: Checkpoint | Geometry | None = N
     try:
         file = GGUFFile.open(path)
     except QuantkitError as error:
-        return Certificate(target, {path.name: path.stat().st_size if path.is_file() else 0},
-                           [Check("files", "fail", str(error))])  # fmt: skip
+        return Certificate(
+            target, {path.name: path.stat().st_size if path.is_file() else 0}, [Check("files", "fail", str(error))]
+        )
     made = Certificate(target, {part.name: part.stat().st_size for part in file.files})
     add = made.checks.append
     whole = f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"
@@ -110,16 +143,29 @@ def certify(path: Path, target: str, reference: Checkpoint | Geometry | None = N
     if warning := beside(file, target):
         add(Check("folder", "warn", warning))
     known, where = known_config(file, reference)
-    add(_check("metadata", metadata(file, known), f"as in {where}" if known else
-               "consistent; not compared with the original (--reference)"))  # fmt: skip
+    add(
+        _check(
+            "metadata",
+            metadata(file, known),
+            f"as in {where}" if known else "consistent; not compared with the original (--reference)",
+        )
+    )
     add(_check("tensors", tensors(file, known), "names, shapes and fixed types"))
     add(_check("types", types(file, target), f"{target} computes all of them, by its table"))
-    add(_check("tokenizer", tokenizer(file, reference), "consistent" if _tokenizer_folder(reference) is None else
-               "the original's vocabulary, merges and ids"))  # fmt: skip
+    add(
+        _check(
+            "tokenizer",
+            tokenizer(file, reference),
+            "consistent" if _tokenizer_folder(reference) is None else "the original's vocabulary, merges and ids",
+        )
+    )
     config = _config(file)
     if values and config:
-        add(_weights(made, file, known or config, reference if isinstance(reference, Checkpoint) else None, imatrix,
-                     device))  # fmt: skip
+        add(
+            _weights(
+                made, file, known or config, reference if isinstance(reference, Checkpoint) else None, imatrix, device
+            )
+        )
     if any(check.status == "fail" and check.name != "types" for check in made.checks):
         add(Check("engine", "skip", "the file has failed already"))
     elif not engine:
@@ -361,8 +407,14 @@ def _or_none(make: Callable[[], Any]) -> Any:
         return None
 
 
-def _weights(made: Certificate, file: GGUFFile, config: DeepseekConfig, checkpoint: Checkpoint | None,
-             imatrix: Imatrix | None, device: str) -> Check:  # fmt: skip
+def _weights(
+    made: Certificate,
+    file: GGUFFile,
+    config: DeepseekConfig,
+    checkpoint: Checkpoint | None,
+    imatrix: Imatrix | None,
+    device: str,
+) -> Check:
     try:
         found = WeightCheck(file, config, checkpoint, imatrix, device).run()
     except QuantkitError as error:

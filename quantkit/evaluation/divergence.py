@@ -187,8 +187,13 @@ def _percentile(values: torch.Tensor, share: float) -> float:
     return float(values.kthvalue(max(1, math.ceil(share * len(values)))).values)
 
 
-def diverge(reference: Logits, model: Logits, targets: torch.Tensor, n_vocab: int,
-            progress: Callable[[int], object] | None = None) -> Divergence:  # fmt: skip
+def diverge(
+    reference: Logits,
+    model: Logits,
+    targets: torch.Tensor,
+    n_vocab: int,
+    progress: Callable[[int], object] | None = None,
+) -> Divergence:
     """Divergence of `model` from `reference` for rows whose true next tokens are targets int64 [n].
 
     Memory: one slab of each output matrix and one tile of logits, whatever n and the vocabulary.

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from quantkit.arch import tokenizer as tokenizers
-from quantkit.arch.config import DeepseekConfig
-from quantkit.engines import kt_oracle, llama_oracle
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
+from quantkit.evaluation.oracles import kt as kt_oracle
+from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.models import tokenizer as tokenizers
+from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import final_hidden
@@ -68,8 +69,10 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
     ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
     found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
-    what = (f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
-            f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})")  # fmt: skip
+    what = (
+        f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
+        f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
+    )
     return name, "pass" if kld < MOST_KLD else "fail", what
 
 

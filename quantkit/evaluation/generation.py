@@ -15,7 +15,7 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.evaluation.divergence import VOCAB_SLAB, HeadLogits
 from quantkit.progress import track
-from quantkit.runtime.engine import Engine, TorchEngine, generate, open_engine
+from quantkit.runtime.engines.open import Engine, TorchEngine, generate, open_engine
 from quantkit.runtime.generate import Model, Sampling
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import final_hidden
@@ -63,8 +63,16 @@ def top_tokens(source: Source, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def check(file: GGUFSource, reference: Source, chunks: Chunks, n_prompts: int, *, n_prompt: int = 32, n_new: int = 64,
-          n_long: int = 256) -> dict[str, Any]:  # fmt: skip
+def check(
+    file: GGUFSource,
+    reference: Source,
+    chunks: Chunks,
+    n_prompts: int,
+    *,
+    n_prompt: int = 32,
+    n_new: int = 64,
+    n_long: int = 256,
+) -> dict[str, Any]:
     """Continue the first n_prompt tokens of the first n_prompts chunks. The same file and text give the same result.
 
     Greedily for n_new tokens, compared with the original; sampled as R1 is meant to be (temperature 0.6, top-p 0.95,
@@ -87,10 +95,16 @@ def check(file: GGUFSource, reference: Source, chunks: Chunks, n_prompts: int, *
         rows.append((chunks.domains[i], len(tokens), matched, 100 * sum(same) / len(same), long[i]))
     loops = _loops_of_original(reference, prompts, n_long)
     found = [Continuation(*row, loop) for row, loop in zip(rows, loops, strict=True)]
-    return {"prompts": len(found), "new_tokens": n_new, "long_tokens": n_long, "summary": summary(found),
-            "matched_median": statistics.median(c.matched for c in found),
-            "agreed": _agreed(found),
-            "loops": sum(c.loop > 0 for c in found), "continuations": [asdict(c) for c in found]}  # fmt: skip
+    return {
+        "prompts": len(found),
+        "new_tokens": n_new,
+        "long_tokens": n_long,
+        "summary": summary(found),
+        "matched_median": statistics.median(c.matched for c in found),
+        "agreed": _agreed(found),
+        "loops": sum(c.loop > 0 for c in found),
+        "continuations": [asdict(c) for c in found],
+    }
 
 
 def _write(engine: Engine, prompt: list[int], n: int, how: Sampling) -> list[int]:
@@ -116,17 +130,20 @@ def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) ->
     if c.n_moe * c.n_expert * 3 * c.d * c.n_ff_exp > SMALL_WEIGHTS:
         return [None] * len(prompts)
     engine = TorchEngine(Model(reference), 1, prompts.shape[1] + n_long + 1)
-    return [loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed)))
-            for seed, prompt in enumerate(prompts)]  # fmt: skip
+    return [
+        loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed))) for seed, prompt in enumerate(prompts)
+    ]
 
 
 def summary(found: Sequence[Continuation]) -> str:
     matched, agreed = statistics.median(c.matched for c in found), _agreed(found)
     originals = [c.loop_original for c in found if c.loop_original is not None]
     theirs = f" (the original: {sum(map(bool, originals))})" if originals else ""
-    return (f"{len(found)} prompts: greedy text is the original's for {matched:g} tokens (median), {agreed:.1f} % of "
-            f"its tokens are the original's choice; {sum(map(bool, (c.loop for c in found)))} long texts end in a "
-            f"loop{theirs}")  # fmt: skip
+    return (
+        f"{len(found)} prompts: greedy text is the original's for {matched:g} tokens (median), {agreed:.1f} % of "
+        f"its tokens are the original's choice; {sum(map(bool, (c.loop for c in found)))} long texts end in a "
+        f"loop{theirs}"
+    )
 
 
 def _agreed(found: Sequence[Continuation]) -> float:

@@ -29,7 +29,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.planning import targets
 from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
-from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.engines.open import Engine, open_engine
 from quantkit.runtime.sources import GGUFSource, Source
 from quantkit.runtime.stream import choose_room, final_hidden, memory, stream
 
@@ -110,15 +110,19 @@ class SideBySide:
         ours = torch.cat((ours, theirs[:k].to(ours.device)))
         before = theirs[:k].clone()
         doubled = torch.cat((self.tokens, self.tokens[:k]))
-        streams = (stream(self.reference, self.tokens, hidden=theirs, hidden_dtype=self.dtype),
-                   stream(self.source, doubled, hidden=ours, hidden_dtype=self.dtype))  # fmt: skip
+        streams = (
+            stream(self.reference, self.tokens, hidden=theirs, hidden_dtype=self.dtype),
+            stream(self.source, doubled, hidden=ours, hidden_dtype=self.dtype),
+        )
         for layer, other in zip(*streams, strict=True):
             theirs, ours = layer.hidden, other.hidden
             error = relative_error(theirs, ours[:n])
             own = relative_error(theirs[:k] - before, ours[n:].to(before.device) - before)
             if not (math.isfinite(error) and math.isfinite(own)):
-                raise QuantkitError(f"{self.source.name}: layer {layer.index} computes numbers that are not finite; "
-                                    "`quantkit certify` names the tensor")  # fmt: skip
+                raise QuantkitError(
+                    f"{self.source.name}: layer {layer.index} computes numbers that are not finite; "
+                    "`quantkit certify` names the tensor"
+                )
             self.errors.append(LayerError(layer.index, error, own))
             ours[n:] = theirs[:k]
             before.copy_(theirs[:k])
@@ -146,9 +150,19 @@ def bad_layers(errors: Sequence[LayerError]) -> list[int]:
     return [layer.layer for layer in errors if layer.own > max(OUTLIER * middle, OUTLIER_LEAST) or layer.own > MOST_OWN]
 
 
-def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | None = None, *,
-           score: Score = "half", runtime: GGUFSource | None = None, runtime_tokens: int = 0, prompts: int = 0,
-           ram: int | None = None, known: torch.Tensor | None = None) -> dict[str, Any]:  # fmt: skip
+def verify(
+    source: GGUFSource,
+    reference: Source,
+    chunks: Chunks,
+    target: str | None = None,
+    *,
+    score: Score = "half",
+    runtime: GGUFSource | None = None,
+    runtime_tokens: int = 0,
+    prompts: int = 0,
+    ram: int | None = None,
+    known: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """Structure, types, then perplexity and divergence from the reference over the scored tokens of every chunk.
 
     score: "half" scores the second half of each chunk, as llama-perplexity does; "all" every token but a chunk's
@@ -176,17 +190,28 @@ def verify(source: GGUFSource, reference: Source, chunks: Chunks, target: str | 
     per_chunk = t - 1 - first_scored(t, score)
     heads = HeadLogits(reference, hidden[0]), HeadLogits(source, hidden[1])
     with track("head", reference.config.n_vocab / 1e3, "ktokens of vocabulary") as advance:
-        found = diverge(*heads, scored_targets(chunks.targets, score), reference.config.n_vocab,
-                        lambda k: advance(k / 1e3))  # fmt: skip
-    about = {"file": source.name, "reference": reference.name, "chunks": len(chunks.tokens), "chunk_length": t,
-             "score": score}  # fmt: skip
-    result = about | sizes(source.file) | found.summary(per_chunk) | {
-        "domains": by_domain(found, chunks.domains, per_chunk),
-        "layers": [asdict(layer) for layer in layers],
-        "bad_layers": bad_layers(layers),
-        "kld_histogram": found.histogram(),
-        "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+        found = diverge(
+            *heads, scored_targets(chunks.targets, score), reference.config.n_vocab, lambda k: advance(k / 1e3)
+        )
+    about = {
+        "file": source.name,
+        "reference": reference.name,
+        "chunks": len(chunks.tokens),
+        "chunk_length": t,
+        "score": score,
+    }
+    result = (
+        about
+        | sizes(source.file)
+        | found.summary(per_chunk)
+        | {
+            "domains": by_domain(found, chunks.domains, per_chunk),
+            "layers": [asdict(layer) for layer in layers],
+            "bad_layers": bad_layers(layers),
+            "kld_histogram": found.histogram(),
+            "seconds": time.perf_counter() - started,
+        }
+    )
     if runtime is not None and runtime_tokens:
         result["runtime"] = runtime_mode(runtime, heads, chunks, score, runtime_tokens)
     if runtime is not None and prompts:
@@ -215,8 +240,9 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
     return torch.bfloat16
 
 
-def runtime_mode(runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score,
-                 n_tokens: int) -> dict[str, Any]:  # fmt: skip
+def runtime_mode(
+    runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score, n_tokens: int
+) -> dict[str, Any]:
     """The file as a person runs it: what is not scored as a prompt, then token by token through the KV cache, routed
     experts multiplied from their quantized bytes. heads: of the original's and the streamed file's scored states.
 
@@ -233,8 +259,11 @@ def runtime_mode(runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chun
             rows = slice(i * logits.n, (i + 1) * logits.n)
             theirs, ours = (HeadLogits(head.source, head.hidden[rows]) for head in heads)
             targets = scored_targets(chunks.targets[i : i + 1], score)
-            for key, (p, q) in {"original": (theirs, logits), "streamed": (theirs, ours),
-                                "agreement": (ours, logits)}.items():  # fmt: skip
+            for key, (p, q) in {
+                "original": (theirs, logits),
+                "streamed": (theirs, ours),
+                "agreement": (ours, logits),
+            }.items():
                 parts[key].append(diverge(p, q, targets, runtime.config.n_vocab))
     figures = {key: join(values).summary(t - 1 - prompt) for key, values in parts.items()}
     return {"agree": modes_agree(figures)} | figures
@@ -287,11 +316,14 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
         ("size", f"{result['bytes']:,} bytes"),
         ("bpw", f"{result['bpw']:.3f} (routed experts {result['bpw_routed']:.3f})"),
         ("perplexity", f"{result['ppl']:.4f} (original {result['ppl_reference']:.4f})"),
-        ("KLD", f"mean {result['kld_mean']:.5f} ± {result['kld_mean_error']:.5f}, median {result['kld_median']:.5f}, "
-                f"99 % {result['kld_p99']:.4f}"),
+        (
+            "KLD",
+            f"mean {result['kld_mean']:.5f} ± {result['kld_mean_error']:.5f}, median {result['kld_median']:.5f}, "
+            f"99 % {result['kld_p99']:.4f}",
+        ),
         ("same top-1", f"{result['top1_agreement']:.2f} %"),
         ("tokens", f"{result['tokens']:,} scored"),
-    ]  # fmt: skip
+    ]
     if len(domains := result["domains"]) > 1:
         rows.append(("by domain", ", ".join(f"{name} {d['kld_mean']:.3f}" for name, d in domains.items())))
     if result["layers"]:

@@ -17,21 +17,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit import ggml
-from quantkit.arch import deepseek
-from quantkit.arch.config import DeepseekConfig
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
+from quantkit.ggml import library as ggml
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models.config import DeepseekConfig
 from quantkit.progress import track
 from quantkit.tensors import Imatrix, TensorSpec
 
 # Relative root mean square error of ggml's encoders (unit importance) on 64 rows of 2048 normal weights.
 TYPICAL: Mapping[str, float] = {
-    "IQ1_S": 0.486, "IQ1_M": 0.452, "IQ2_XXS": 0.344, "IQ2_XS": 0.300, "IQ2_S": 0.249, "Q2_K": 0.297, "IQ3_XXS": 0.182,
-    "IQ3_S": 0.166, "Q3_K": 0.151, "IQ4_XS": 0.0768, "IQ4_NL": 0.0762, "Q4_K": 0.0716, "Q5_K": 0.0363, "Q6_K": 0.0178,
-    "Q8_0": 0.00536, "F16": 0.000207, "BF16": 0.00166, "F32": 0.0,
-}  # fmt: skip
+    "IQ1_S": 0.486,
+    "IQ1_M": 0.452,
+    "IQ2_XXS": 0.344,
+    "IQ2_XS": 0.300,
+    "IQ2_S": 0.249,
+    "Q2_K": 0.297,
+    "IQ3_XXS": 0.182,
+    "IQ3_S": 0.166,
+    "Q3_K": 0.151,
+    "IQ4_XS": 0.0768,
+    "IQ4_NL": 0.0762,
+    "Q4_K": 0.0716,
+    "Q5_K": 0.0363,
+    "Q6_K": 0.0178,
+    "Q8_0": 0.00536,
+    "F16": 0.000207,
+    "BF16": 0.00166,
+    "F32": 0.0,
+}
 # Above the typical error: weights are not normal, and error feedback trades plain error for weighted error. Where a
 # type's error is large, less room is left to 1, the error of a matrix that is not there at all.
 SLACK, COARSE_SLACK, COARSE = 2.0, 1.6, 0.25
@@ -104,8 +119,15 @@ class WeightCheck:
     Memory: a job (an expert, or a slab of 64 MB) of each side for every worker.
     """
 
-    def __init__(self, file: GGUFFile, config: DeepseekConfig, checkpoint: Checkpoint | None = None,
-                 imatrix: Imatrix | None = None, device: str = "cpu", workers: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: DeepseekConfig,
+        checkpoint: Checkpoint | None = None,
+        imatrix: Imatrix | None = None,
+        device: str = "cpu",
+        workers: int | None = None,
+    ):
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
         self.device, self.workers = device, workers or os.cpu_count() or 1
         mla = "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"
@@ -135,10 +157,12 @@ class WeightCheck:
             kinds[error.qtype].append(error.error)
         return {
             "problems": [str(problem) for problem in self.problems],
-            "types": {qtype: {"tensors": len(found), "median_error": statistics.median(found), "limit": limit(qtype)}
-                      for qtype, found in kinds.items()},
+            "types": {
+                qtype: {"tensors": len(found), "median_error": statistics.median(found), "limit": limit(qtype)}
+                for qtype, found in kinds.items()
+            },
             "tensors": [_finite(asdict(error)) for error in self.errors],
-        }  # fmt: skip
+        }
 
     def decoded(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the file."""

@@ -84,10 +84,16 @@ Value = PlainValue | Typed | I32List
 """A metadata value. Plain ones: bool, str, int >= 0 as u32, int < 0 as i32, float as f32, ints in a list as i32."""
 
 LAYOUT = {
-    GGUFValueType.UINT8: "<B", GGUFValueType.UINT16: "<H", GGUFValueType.UINT32: "<I", GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT32: "<i", GGUFValueType.INT64: "<q", GGUFValueType.FLOAT32: "<f", GGUFValueType.FLOAT64: "<d",
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
-}  # fmt: skip
+}
 
 
 def encode_metadata(metadata: Mapping[str, Value]) -> list[bytes]:

@@ -108,8 +108,10 @@ class GGUFWriter:
         ledger, parts = Ledger(ledger_path(path, ranks.index())), []
         try:
             if not any(part_path(item).exists() or item.path.exists() for item in layouts):
-                raise QuantkitError(f"{path.parent}: rank {ranks.index()} does not see the file that rank 0 began "
-                                    "there; all ranks must work in one shared folder")  # fmt: skip
+                raise QuantkitError(
+                    f"{path.parent}: rank {ranks.index()} does not see the file that rank 0 began "
+                    "there; all ranks must work in one shared folder"
+                )
             parts = old_parts(layouts, complete)
             if ledger.load()[0] != identity:
                 ledger.clear()

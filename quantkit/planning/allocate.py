@@ -229,8 +229,13 @@ def _milp(items: Sequence[Item], limits: Limits) -> Allocation:
     if limits.resident is not None:
         inside = np.array([items[i].resident for i in owner])
         rules.append(LinearConstraint((size * inside / max(1, limits.resident))[None], -np.inf, 1))
-    found = milp(damage / scale, constraints=rules, integrality=np.ones(len(flat)), bounds=Bounds(0, 1),
-                 options={"time_limit": MILP_SECONDS, "mip_rel_gap": 1e-5})  # fmt: skip
+    found = milp(
+        damage / scale,
+        constraints=rules,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": MILP_SECONDS, "mip_rel_gap": 1e-5},
+    )
     if found.x is None:
         raise QuantkitError(f"the MILP solver found nothing in {MILP_SECONDS} s ({found.message}); use lagrange")
     chosen = [flat[j] for j in np.flatnonzero(found.x > 0.5)]

@@ -6,8 +6,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
 from quantkit.planning.plan import Plan
 
 SHADES = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import allocate, qtypes, targets
+from quantkit.planning import allocate, targets
 from quantkit.planning.allocate import Infeasible, Item, Limits, Option, Solver
 from quantkit.planning.damage import Damage
 from quantkit.planning.plan import ALIGNMENT, Outlook, Plan, make_plan, rule_of_each
@@ -34,8 +35,10 @@ def plan_within(
     target = target or recipe.target
     ruled = rule_of_each(specs, recipe, target)
     if not recipe.is_open or not any(rule and rule.allocate for _, rule in ruled):
-        raise QuantkitError(f"{recipe.source}: its rules fix every type, so a budget has nothing to choose; "
-                            "leave tensors open with allocate, or use --recipe auto")  # fmt: skip
+        raise QuantkitError(
+            f"{recipe.source}: its rules fix every type, so a budget has nothing to choose; "
+            "leave tensors open with allocate, or use --recipe auto"
+        )
     items = [_item(spec, rule, recipe, target, damage) for spec, rule in ruled]
     first = {item.name: item.options[0].qtype for item in items}
     smallest = make_plan(specs, recipe, target, model, first)
@@ -94,8 +97,10 @@ def _limits(budget: Budget, smallest: Plan, overhead: int) -> Limits:
 def _too_small(error: Infeasible, budget: Budget, smallest: Plan, overhead: int, recipe: Recipe) -> str:
     what = f"recipe {recipe.name}, target {smallest.target}: the smallest feasible"
     if "GPU" in error.what:
-        return (f"{what} set of tensors that stay on the GPU (all but the routed experts) is {error.smallest:,} bytes; "
-                f"the budget leaves {error.limit:,}")  # fmt: skip
+        return (
+            f"{what} set of tensors that stay on the GPU (all but the routed experts) is {error.smallest:,} bytes; "
+            f"the budget leaves {error.limit:,}"
+        )
     if budget.bpw:
         return f"{what} is {8 * error.smallest / sum(t.n_weights for t in smallest.tensors):.4f} bpw, not {budget.bpw}"
     needed, given = error.smallest + overhead, budget.size or 0

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import TensorSpec
 

@@ -12,8 +12,8 @@ is taken to be used equally often. It is a bound: kernels, synchronisation and t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import Plan, PlannedTensor
 
 WORKSPACE = 1_500_000_000  # CUDA context and compute buffers of llama.cpp at R1's width with ubatches of 512
@@ -70,8 +70,10 @@ def gpu_room(config: DeepseekConfig, mla: str, vram: int, context: int) -> int:
     room = vram - WORKSPACE - context * kv_bytes(config, mla)
     if vram and room <= 0:
         kv = context * kv_bytes(config, mla)
-        raise QuantkitError(f"--vram {vram:,}: {kv:,} bytes of KV cache at a context of {context:,} and {WORKSPACE:,} "
-                            "of buffers leave no room for weights; lower --context")  # fmt: skip
+        raise QuantkitError(
+            f"--vram {vram:,}: {kv:,} bytes of KV cache at a context of {context:,} and {WORKSPACE:,} "
+            "of buffers leave no room for weights; lower --context"
+        )
     return room
 
 
@@ -84,8 +86,10 @@ def place(plan: Plan, config: DeepseekConfig, machine: Machine, context: int) ->
     if machine.vram:
         left = gpu_room(config, plan.mla, machine.vram, context) - resident
         if left < 0:
-            raise QuantkitError(f"{plan.recipe}: attention, shared experts and the rest take {resident:,} bytes, "
-                                f"{-left:,} more than the GPU has beside its KV cache and buffers")  # fmt: skip
+            raise QuantkitError(
+                f"{plan.recipe}: attention, shared experts and the rest take {resident:,} bytes, "
+                f"{-left:,} more than the GPU has beside its KV cache and buffers"
+            )
         for layer in sorted(experts, reverse=True):
             if experts[layer] > left:
                 break
@@ -96,9 +100,7 @@ def place(plan: Plan, config: DeepseekConfig, machine: Machine, context: int) ->
     everything = (0 if machine.vram else resident + cache + WORKSPACE) + cpu_experts
     ram = min(machine.ram, everything)
     gpu = resident + cache + gpu_experts + WORKSPACE if machine.vram else 0
-    return Placement(
-        tuple(sorted(on_gpu)), cpu, resident, gpu_experts, cpu_experts, cache, gpu, ram, everything - ram
-    )  # fmt: skip
+    return Placement(tuple(sorted(on_gpu)), cpu, resident, gpu_experts, cpu_experts, cache, gpu, ram, everything - ram)
 
 
 def speed(plan: Plan, config: DeepseekConfig, machine: Machine, placed: Placement) -> Speed:
@@ -141,8 +143,9 @@ def unsloths_layers(vram: int, n_bytes: int, n_layer: int) -> int:
     return max(0, min(n_layer, int(vram / n_bytes * n_layer - 4)))
 
 
-def commands(plan: Plan, placed: Placement, machine: Machine, context: int, file: str, original: str,
-             threads: int) -> dict[str, list[str]]:  # fmt: skip
+def commands(
+    plan: Plan, placed: Placement, machine: Machine, context: int, file: str, original: str, threads: int
+) -> dict[str, list[str]]:
     """Engine -> command lines. file: the GGUF (its first split). original: the checkpoint folder."""
     first_on_gpu = placed.gpu_layers[0] if placed.gpu_layers else (max(placed.cpu_layers, default=-1) + 1)
     base = f"llama-server -m {file} -c {context} -t {threads}"
@@ -153,8 +156,10 @@ def commands(plan: Plan, placed: Placement, machine: Machine, context: int, file
     else:
         some = "|".join(map(str, placed.cpu_layers))
         blocks = f"blk\\.({some})\\." if placed.gpu_layers else ""
-        llama = [f"{base} -ngl 99 --n-cpu-moe {first_on_gpu}",
-                 f"{base} -ngl 99 -ot '{blocks}ffn_(gate|up|down)_exps=CPU'"]  # fmt: skip
+        llama = [
+            f"{base} -ngl 99 --n-cpu-moe {first_on_gpu}",
+            f"{base} -ngl 99 -ot '{blocks}ffn_(gate|up|down)_exps=CPU'",
+        ]
     out = {"llama.cpp": llama}
     if plan.target == "ktransformers":
         folder = file.rpartition("/")[0] or "."
@@ -169,9 +174,11 @@ def commands(plan: Plan, placed: Placement, machine: Machine, context: int, file
             f"{made}/launch.sh chat",
         ]
     if plan.target == "ollama":
-        out["ollama"] = [f"printf 'FROM %s\\nPARAMETER num_ctx {context}\\n' {file} > Modelfile",
-                         f"ollama create {plan.model}-{plan.recipe} -f Modelfile",
-                         f"ollama run {plan.model}-{plan.recipe}"]  # fmt: skip
+        out["ollama"] = [
+            f"printf 'FROM %s\\nPARAMETER num_ctx {context}\\n' {file} > Modelfile",
+            f"ollama create {plan.model}-{plan.recipe} -f Modelfile",
+            f"ollama run {plan.model}-{plan.recipe}",
+        ]
     out["quantkit"] = [f"quantkit run {file} --chat -p 'Hello'" + ("" if machine.vram else " --device cpu")]
     return out
 

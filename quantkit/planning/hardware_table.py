@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning import hardware
 from quantkit.planning.hardware import Machine, Placement
 from quantkit.planning.plan import Plan
@@ -13,13 +13,21 @@ GB = 10**9
 FORMULA = "tok/s ≤ 1 / (gpu bytes / gpu bandwidth + ram bytes / ram bandwidth + disk bytes / disk bandwidth)"
 
 
-def report(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, machine: Machine, context: int,
-           original: str, threads: int) -> str:  # fmt: skip
+def report(
+    plans: Sequence[tuple[Plan, int, str]],
+    config: DeepseekConfig,
+    machine: Machine,
+    context: int,
+    original: str,
+    threads: int,
+) -> str:
     """plans: each with the bytes of its file(s) and the first one's name. original: the checkpoint folder. The commands
     are those of the first plan that fits in memory, else of the first one that can be placed at all."""
     lines = [_machine(machine), ""]
-    lines += [f"{'recipe':<12} {'file':>9} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} "
-              f"{'from disk':>9} {'GB a token gpu/ram/disk':>24} {'tok/s':>7}"]  # fmt: skip
+    lines += [
+        f"{'recipe':<12} {'file':>9} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} "
+        f"{'from disk':>9} {'GB a token gpu/ram/disk':>24} {'tok/s':>7}"
+    ]
     lines.append("─" * len(lines[-1]))
     placed: list[tuple[Plan, Placement, str]] = []
     for plan, n_bytes, file in plans:
@@ -30,10 +38,15 @@ def report(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, machi
             continue
         placed.append((plan, where, file))
         lines.append(_row(plan, n_bytes, config, machine, where))
-    lines += ["", FORMULA, f"per token: all tensors but the embedding, the KV cache of {context:,} tokens "
-              f"({hardware.kv_bytes(config, plans[0][0].mla):,} bytes each), and {config.n_used} of {config.n_expert} "
-              "experts of each layer;", "a bound: experts equally often used, no time for kernels or transfers; "
-              f"{gib(hardware.WORKSPACE)} of buffers are set aside"]  # fmt: skip
+    lines += [
+        "",
+        FORMULA,
+        f"per token: all tensors but the embedding, the KV cache of {context:,} tokens "
+        f"({hardware.kv_bytes(config, plans[0][0].mla):,} bytes each), and {config.n_used} of {config.n_expert} "
+        "experts of each layer;",
+        "a bound: experts equally often used, no time for kernels or transfers; "
+        f"{gib(hardware.WORKSPACE)} of buffers are set aside",
+    ]
     if placed:
         plan, where, file = next((one for one in placed if one[1].disk == 0), placed[0])
         lines += ["", f"To start {plan.recipe}:"]
@@ -55,18 +68,27 @@ def _row(plan: Plan, n_bytes: int, config: DeepseekConfig, machine: Machine, whe
     layers = f"{len(where.gpu_layers)} of {len(where.gpu_layers) + len(where.cpu_layers)}"
     token = "/".join(f"{n / GB:.2f}" for n in (speed.gpu, speed.ram, speed.disk))
     rate = f"{speed.tokens_per_second:.1f}" if speed.tokens_per_second else "?"
-    return (f"{plan.recipe:<12} {gib(n_bytes):>9} {gib(where.resident):>9} {gib(where.kv_cache):>8} {layers:>15} "
-            f"{gib(where.ram):>9} {gib(where.disk) if where.disk else '–':>9} {token:>24} {rate:>7}")  # fmt: skip
+    return (
+        f"{plan.recipe:<12} {gib(n_bytes):>9} {gib(where.resident):>9} {gib(where.kv_cache):>8} {layers:>15} "
+        f"{gib(where.ram):>9} {gib(where.disk) if where.disk else '–':>9} {token:>24} {rate:>7}"
+    )
 
 
 def _offload(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, context: int) -> list[str]:
     """Whole layers on the GPU, by Unsloth's rule and by the bytes of this plan."""
     cards = (24, 80, 160)
-    lines = [f"Whole layers on the GPU (-ngl, {config.n_layer} layers): Unsloth's floor(VRAM / file × layers - 4), and "
-             f"by bytes with a context of {context:,}", f"{'recipe':<12} {'file':>9}" + "".join(
-                 f" {f'{card} GB: rule':>14} {'by bytes':>9}" for card in cards)]  # fmt: skip
+    lines = [
+        f"Whole layers on the GPU (-ngl, {config.n_layer} layers): Unsloth's floor(VRAM / file × layers - 4), and "
+        f"by bytes with a context of {context:,}",
+        f"{'recipe':<12} {'file':>9}" + "".join(f" {f'{card} GB: rule':>14} {'by bytes':>9}" for card in cards),
+    ]
     for plan, n_bytes, _ in plans:
-        cells = [(hardware.unsloths_layers(card << 30, n_bytes, config.n_layer),
-                  hardware.whole_layers(plan, config, card << 30, context)) for card in cards]  # fmt: skip
+        cells = [
+            (
+                hardware.unsloths_layers(card << 30, n_bytes, config.n_layer),
+                hardware.whole_layers(plan, config, card << 30, context),
+            )
+            for card in cards
+        ]
         lines.append(f"{plan.recipe:<12} {gib(n_bytes):>9}" + "".join(f" {a:>14} {b:>9}" for a, b in cells))
     return lines

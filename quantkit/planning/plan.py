@@ -12,8 +12,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes, targets
+from quantkit.planning import targets
 from quantkit.planning.recipe import MLA, Recipe, Rule
 from quantkit.tensors import TensorSpec
 
@@ -165,9 +166,7 @@ def make_plan(
     return Plan(model, recipe.name, target, mla, tensors, outlook)
 
 
-def rule_of_each(
-    specs: Sequence[TensorSpec], recipe: Recipe, target: str
-) -> list[tuple[TensorSpec, Rule | None]]:  # fmt: skip
+def rule_of_each(specs: Sequence[TensorSpec], recipe: Recipe, target: str) -> list[tuple[TensorSpec, Rule | None]]:
     """Every tensor with the rule that decides it (None where the format does). A rule without use is refused."""
     targets.get(target)
     rules = recipe.rules_for(target)

@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import bundle
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes, targets
+from quantkit.planning import targets
 from quantkit.planning.targets import TARGETS
 from quantkit.sizes import parse_memory
 from quantkit.tensors import TensorSpec

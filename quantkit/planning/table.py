@@ -55,8 +55,11 @@ def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
     for role in roles:
         one, two = (layer_ranges(t for t in plan.tensors if t.role == role) for plan in (a, b))
         if one != two:
-            lines += [role, *wrap(f"A {one}", 96, initial_indent="  ", subsequent_indent="      "),
-                      *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      ")]  # fmt: skip
+            lines += [
+                role,
+                *wrap(f"A {one}", 96, initial_indent="  ", subsequent_indent="      "),
+                *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      "),
+            ]
     return "\n".join(lines)
 
 

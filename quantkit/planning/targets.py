@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
 
 TensorClass = Literal["routed experts", "k_b", "other matrices"]
 EXPERTS: TensorClass = "routed experts"

@@ -60,8 +60,9 @@ class RangeCache:
             self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise QuantkitError(f"{self.folder}: another quantkit is using this cache; wait for it, or give this run "
-                                "its own HF_HOME") from None  # fmt: skip
+            raise QuantkitError(
+                f"{self.folder}: another quantkit is using this cache; wait for it, or give this run its own HF_HOME"
+            ) from None
         except OSError as error:
             raise failed(self.folder, error) from None
         found: list[tuple[float, Range, Path]] = []
@@ -174,8 +175,10 @@ def keep(path: Path, data: bytes) -> None:
 def failed(folder: Path, error: OSError) -> QuantkitError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return QuantkitError(f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
-                             "--cache-size, or set HF_HOME to another disk")  # fmt: skip
+        return QuantkitError(
+            f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
+            "--cache-size, or set HF_HOME to another disk"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")
     return QuantkitError(f"{folder}: {error.strerror or error}")

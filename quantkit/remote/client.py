@@ -238,8 +238,13 @@ class RangeReader:
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         if location is None:
             headers |= build_hf_headers(token=self.repo.token, library_name="quantkit")
-        return get_session().stream("GET", location or self.repo.url(file), headers=headers, follow_redirects=True,
-                                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)  # fmt: skip
+        return get_session().stream(
+            "GET",
+            location or self.repo.url(file),
+            headers=headers,
+            follow_redirects=True,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        )
 
     def _check(self, file: str, begin: int, end: int, response: httpx2.Response, location: str | None) -> None:
         """It is the pinned file and the range that was asked for; QuantkitError or HfHubHTTPError else."""
@@ -254,8 +259,10 @@ class RangeReader:
         linked, served = normalised(linked), normalised(response.headers.get("ETag"))
         etag, size = self.files[file]
         if location is None and (linked or served) != etag:
-            raise ChangedError(f"{self.repo}: {file} changed on the Hub: its ETag was {etag}, now it is "
-                               f"{linked or served}; run again to use what is there now")  # fmt: skip
+            raise ChangedError(
+                f"{self.repo}: {file} changed on the Hub: its ETag was {etag}, now it is "
+                f"{linked or served}; run again to use what is there now"
+            )
         if location and served != self._served.get(location):
             raise Refused(response)  # something else lies there now: the Hub knows whether it is the same file
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))

@@ -82,8 +82,11 @@ def open_remote(repo: Repo, cache_bytes: int = CACHE_BYTES) -> Checkpoint:
     source.load_headers(shards)
     checkpoint = Checkpoint.open(folder, source)
     shard_facts = json.dumps([(shard, *listing.files[shard]) for shard in shards])
-    checkpoint.origin = {"repo": repo.id, "commit": listing.commit,
-                         "weights": hashlib.sha256(shard_facts.encode()).hexdigest()}  # fmt: skip
+    checkpoint.origin = {
+        "repo": repo.id,
+        "commit": listing.commit,
+        "weights": hashlib.sha256(shard_facts.encode()).hexdigest(),
+    }
     if listing.license:
         checkpoint.origin["license"] = listing.license
     return checkpoint
@@ -131,8 +134,15 @@ def download(repo: Repo, file: str) -> Path:
     found = try_to_load_from_cache(repo.id, file, revision=repo.commit)
     if isinstance(found, str):
         return Path(found)
-    call = partial(hf_hub_download, repo.id, file, revision=repo.commit, endpoint=repo.endpoint, token=repo.token,
-                   library_name="quantkit")  # fmt: skip
+    call = partial(
+        hf_hub_download,
+        repo.id,
+        file,
+        revision=repo.commit,
+        endpoint=repo.endpoint,
+        token=repo.token,
+        library_name="quantkit",
+    )
     return Path(with_retry(call, repo, file))
 
 

@@ -49,8 +49,15 @@ class HubSource:
     folder: of headers and ranges. limit: bytes that those may take on disk.
     """
 
-    def __init__(self, repo: Repo, files: Mapping[str, tuple[str, int]], folder: Path, limit: int,
-                 local: FolderSource | None = None, connections: int = CONNECTIONS):  # fmt: skip
+    def __init__(
+        self,
+        repo: Repo,
+        files: Mapping[str, tuple[str, int]],
+        folder: Path,
+        limit: int,
+        local: FolderSource | None = None,
+        connections: int = CONNECTIONS,
+    ):
         self.repo, self.files, self.folder, self.limit, self.local = repo, files, folder, limit, local
         self.reader = RangeReader(repo, files)
         self.connections = connections
@@ -260,8 +267,10 @@ class HubSource:
                 layers[piece.layer] += piece.key.length
         need = min(sum(layers), 2 * max(layers, default=0)) + kept
         if need > self.limit:
-            say(f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
-                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once")  # fmt: skip
+            say(
+                f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
+                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
+            )
 
     def _distance(self, layer: int) -> int:
         """Layers until this one is read, going round."""

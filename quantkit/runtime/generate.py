@@ -45,8 +45,9 @@ class Model:
         h = self.source.embed(tokens.to(self.source.device))[:, None]
         cos, sin = angles(self.config, torch.tensor([[own[0].length] for own in caches], device=h.device))
         for layer, block in enumerate(self.blocks):
-            mixed = [attention(h[i : i + 1], block, self.config, cos[i], sin[i], own[layer])
-                     for i, own in enumerate(caches)]  # fmt: skip
+            mixed = [
+                attention(h[i : i + 1], block, self.config, cos[i], sin[i], own[layer]) for i, own in enumerate(caches)
+            ]
             h = self._feed(h + torch.cat(mixed), block)
         return self._logits(h)[:, 0]
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit.arch.config import DeepseekConfig
-from quantkit.runtime.blocks import grid
+from quantkit.codecs.blocks import grid
+from quantkit.models.config import DeepseekConfig
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program: one per thread
@@ -203,9 +203,24 @@ def _signed(word, i: tl.constexpr):
 
 
 @triton.jit
-def _products(data, x, ids, out, table, n_out, row_bytes, matrix_bytes, x_share, n_in: tl.constexpr,
-              qtype: tl.constexpr, size: tl.constexpr, per_block: tl.constexpr, chosen: tl.constexpr,
-              rows: tl.constexpr, groups: tl.constexpr):  # fmt: skip
+def _products(
+    data,
+    x,
+    ids,
+    out,
+    table,
+    n_out,
+    row_bytes,
+    matrix_bytes,
+    x_share,
+    n_in: tl.constexpr,
+    qtype: tl.constexpr,
+    size: tl.constexpr,
+    per_block: tl.constexpr,
+    chosen: tl.constexpr,
+    rows: tl.constexpr,
+    groups: tl.constexpr,
+):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x."""
     pair = tl.program_id(1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -235,8 +250,17 @@ def _products(data, x, ids, out, table, n_out, row_bytes, matrix_bytes, x_share,
 
 
 @triton.jit
-def _weights(data, out, table, row_bytes, n_in: tl.constexpr, qtype: tl.constexpr, size: tl.constexpr,
-             per_block: tl.constexpr, groups: tl.constexpr):  # fmt: skip
+def _weights(
+    data,
+    out,
+    table,
+    row_bytes,
+    n_in: tl.constexpr,
+    qtype: tl.constexpr,
+    size: tl.constexpr,
+    per_block: tl.constexpr,
+    groups: tl.constexpr,
+):
     """Dequantize `groups` groups of row program_id(0)."""
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * groups + tl.arange(0, groups)
@@ -251,9 +275,24 @@ def _weights(data, out, table, row_bytes, n_in: tl.constexpr, qtype: tl.constexp
 
 
 @triton.jit
-def _route(logits, bias, ids, weights, n_expert, factor, n_group: tl.constexpr, n_group_used: tl.constexpr,
-           n_used: tl.constexpr, best: tl.constexpr, sigmoid: tl.constexpr, norm: tl.constexpr, has_bias: tl.constexpr,
-           size: tl.constexpr, groups: tl.constexpr, slots: tl.constexpr):  # fmt: skip
+def _route(
+    logits,
+    bias,
+    ids,
+    weights,
+    n_expert,
+    factor,
+    n_group: tl.constexpr,
+    n_group_used: tl.constexpr,
+    n_used: tl.constexpr,
+    best: tl.constexpr,
+    sigmoid: tl.constexpr,
+    norm: tl.constexpr,
+    has_bias: tl.constexpr,
+    size: tl.constexpr,
+    groups: tl.constexpr,
+    slots: tl.constexpr,
+):
     """One token's experts, as layers.route: groups (padded to `groups`) of `size` (padded) experts."""
     token = tl.program_id(0)
     a, b = tl.arange(0, groups)[:, None], tl.arange(0, size)[None, :]
@@ -327,9 +366,23 @@ def products(qtype: str, data: torch.Tensor, x: torch.Tensor, ids: torch.Tensor 
     groups = _tile(n_in)
     rows = max(1, min(8 if n_out * pairs >= 8 * 512 else 4, 1024 // groups))
     _products[(triton.cdiv(n_out, rows), pairs)](
-        data, x.contiguous(), ids, out, grid(qtype, data.device), n_out, row_bytes, n_out * row_bytes, pairs // n, n_in,
-        qtype, *_shape(qtype), ids is not None, rows, groups, num_warps=WARPS,
-    )  # fmt: skip
+        data,
+        x.contiguous(),
+        ids,
+        out,
+        grid(qtype, data.device),
+        n_out,
+        row_bytes,
+        n_out * row_bytes,
+        pairs // n,
+        n_in,
+        qtype,
+        *_shape(qtype),
+        ids is not None,
+        rows,
+        groups,
+        num_warps=WARPS,
+    )
     return out
 
 
@@ -350,8 +403,20 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, c: DeepseekConfig) ->
     weights = torch.empty(n, c.n_used, dtype=torch.float32, device=logits.device)
     powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
     _route[(n,)](
-        logits, bias, ids, weights, c.n_expert, c.weights_scale, c.n_group, c.n_group_used, c.n_used,
-        2 if c.group_score == "top2" else 1, c.scoring == "sigmoid", c.norm_weights, bias is not None, *powers,
+        logits,
+        bias,
+        ids,
+        weights,
+        c.n_expert,
+        c.weights_scale,
+        c.n_group,
+        c.n_group_used,
+        c.n_used,
+        2 if c.group_score == "top2" else 1,
+        c.scoring == "sigmoid",
+        c.norm_weights,
+        bias is not None,
+        *powers,
         num_warps=1,
-    )  # fmt: skip
+    )
     return ids, weights

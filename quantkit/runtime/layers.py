@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from quantkit.arch.config import DeepseekConfig
-from quantkit.runtime.experts import StreamedExperts
+from quantkit.models.config import DeepseekConfig
+from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.rope import rotate
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -109,8 +109,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def attention(h: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
-              cache: KVCache | None = None, observe: Observer | None = None) -> torch.Tensor:  # fmt: skip
+def attention(
+    h: torch.Tensor,
+    block: Block,
+    config: DeepseekConfig,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: KVCache | None = None,
+    observe: Observer | None = None,
+) -> torch.Tensor:
     """Causal attention output (residual not added) for h [n_seq, t, d], computed in the dtype of the weights.
 
     cos, sin: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
@@ -161,8 +168,9 @@ def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, see: See | Non
     return q_b(low)
 
 
-def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, block: Block,
-              scale: float) -> torch.Tensor:  # fmt: skip
+def _expanded(
+    q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, block: Block, scale: float
+) -> torch.Tensor:
     """Whole chunks without a cache: keys and values per head are cheaper than attention over the latent.
 
     q_nope [s, t, h, n], q_rope [s, t, h, r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v].
@@ -180,8 +188,9 @@ def _expanded(q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, 
     return mixed[..., :v_head].transpose(1, 2)
 
 
-def _absorbed(q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor,
-              scale: float) -> torch.Tensor:  # fmt: skip
+def _absorbed(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Softmax over the compressed cache, which all heads share; in tiles of queries, so that scores stay few.
 
     q_latent [s, t, h, c], q_rope [s, t, h, r], latent [s, n, c], k_rope [s, n, r] -> [s, t, h, c]. The t queries are
@@ -228,9 +237,14 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
     return expert, weight * config.weights_scale
 
 
-def feed_forward(x: torch.Tensor, block: Block, config: DeepseekConfig, observe: Observer | None = None,
-                 weight_of_token: torch.Tensor | None = None, sums: torch.Tensor | None = None
-                 ) -> torch.Tensor:  # fmt: skip
+def feed_forward(
+    x: torch.Tensor,
+    block: Block,
+    config: DeepseekConfig,
+    observe: Observer | None = None,
+    weight_of_token: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: for the observer.
 
     Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries. x and sums

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from quantkit.runtime import blocks
+from quantkit.codecs import blocks
 
 FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
 

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.runtime.experts import expert_names
+from quantkit.models.config import DeepseekConfig
+from quantkit.runtime.experts.streamed import expert_names
 from quantkit.sizes import gib
 
 READERS = 8  # reads under way at once

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from quantkit.arch.config import DeepseekConfig, Yarn
+from quantkit.models.config import DeepseekConfig, Yarn
 
 
 def frequencies(config: DeepseekConfig) -> torch.Tensor:
@@ -22,9 +22,9 @@ def _correction_range(config: DeepseekConfig, yarn: Yarn) -> tuple[int, int]:
     """Pairs that turn more than beta_fast times within the original context are kept, under beta_slow interpolated."""
 
     def pair(turns: float) -> float:
-        return config.qk_rope * math.log(yarn.original_context / (turns * 2 * math.pi)) / (
-            2 * math.log(config.rope_base)
-        )  # fmt: skip
+        return (
+            config.qk_rope * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+        )
 
     return max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), config.qk_rope - 1)
 

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from quantkit import ggml
-from quantkit.arch import tokenizer as tokenizers
-from quantkit.arch.config import DeepseekConfig
-from quantkit.arch.deepseek import source_shapes, specs
+from quantkit.codecs.unpack import unpack
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.ggml import library as ggml
+from quantkit.models import tokenizer as tokenizers
+from quantkit.models.config import DeepseekConfig
+from quantkit.models.deepseek2 import source_shapes, specs
 from quantkit.progress import say
 from quantkit.runtime.ahead import Item, Result, read_ahead
-from quantkit.runtime.experts import Projections, StreamedExperts, expert_names
+from quantkit.runtime.experts.streamed import Projections, StreamedExperts, expert_names
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
 from quantkit.runtime.residency import Residency
-from quantkit.runtime.unpack import unpack
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
@@ -111,11 +111,18 @@ class CheckpointSource:
             router = Router(self._vector(p + "mlp.gate.weight"), bias)
             experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
         return Block(
-            attn_norm=self._vector(p + "input_layernorm.weight"), q=q, kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
-            kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"), k_b=k_b, v_b=v_b,
-            output=self._linear(attn + "o_proj"), ffn_norm=self._vector(p + "post_attention_layernorm.weight"),
-            feed=feed, router=router, experts=experts,
-        )  # fmt: skip
+            attn_norm=self._vector(p + "input_layernorm.weight"),
+            q=q,
+            kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
+            kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"),
+            k_b=k_b,
+            v_b=v_b,
+            output=self._linear(attn + "o_proj"),
+            ffn_norm=self._vector(p + "post_attention_layernorm.weight"),
+            feed=feed,
+            router=router,
+            experts=experts,
+        )
 
     def _feed(self, prefix: str) -> Feed:
         return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))
@@ -155,8 +162,15 @@ class GGUFSource:
     ram: bytes that the file may take in memory (hybrid); None: as many as the system gives.
     """
 
-    def __init__(self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                 n_threads: int | None = None, hybrid: bool = True, ram: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        n_threads: int | None = None,
+        hybrid: bool = True,
+        ram: int | None = None,
+    ):
         self.file = GGUFFile.open(path)
         self.name = Path(path).name
         self.device = torch.device(device)
@@ -219,8 +233,9 @@ class GGUFSource:
         """Packed rows of a tensor into `out` [n, n_in] (float32 or bfloat16, on the CPU), by all threads or so many."""
         return unpack(self.file.tensors[name].qtype, data, out, self.pool, workers or self.n_threads)
 
-    def tiled_product(self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch",
-                      worker: int | None = None) -> torch.Tensor:  # fmt: skip
+    def tiled_product(
+        self, x: torch.Tensor, name: str, data: np.ndarray, scratch: "Scratch", worker: int | None = None
+    ) -> torch.Tensor:
         """x [n, n_in] times packed rows [n_out, row_bytes] of a tensor -> [n, n_out], both in the dtype of the scratch:
         so many rows at a time are dequantized, multiplied and forgotten. worker: the caller is that thread of several;
         None: by all threads."""
@@ -310,11 +325,16 @@ class GGUFSource:
         else:
             k_b, v_b = self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
         return Block(
-            attn_norm=self._small(p + "attn_norm.weight"), q=q, kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
-            kv_a_norm=self._small(p + "attn_kv_a_norm.weight"), k_b=k_b, v_b=v_b,
-            output=self.linear(p + "attn_output.weight"), ffn_norm=self._small(p + "ffn_norm.weight"),
+            attn_norm=self._small(p + "attn_norm.weight"),
+            q=q,
+            kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
+            kv_a_norm=self._small(p + "attn_kv_a_norm.weight"),
+            k_b=k_b,
+            v_b=v_b,
+            output=self.linear(p + "attn_output.weight"),
+            ffn_norm=self._small(p + "ffn_norm.weight"),
             **self.feed_forward(layer),
-        )  # fmt: skip
+        )
 
     def feed_forward(self, layer: int) -> dict[str, Any]:
         """feed, router and experts of a `Block`."""

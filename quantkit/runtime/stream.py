@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
+from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
@@ -55,9 +55,16 @@ class Buffers:
         self.sums = room.empty((shape[0] * shape[1], shape[2]), hidden)
 
 
-def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *,
-           hidden: torch.Tensor | None = None, start: int = 0, hidden_dtype: torch.dtype = torch.float32,
-           room: Room | None = None) -> Iterator[Layer]:  # fmt: skip
+def stream(
+    source: Source,
+    tokens: torch.Tensor,
+    before: Before | None = None,
+    *,
+    hidden: torch.Tensor | None = None,
+    start: int = 0,
+    hidden_dtype: torch.dtype = torch.float32,
+    room: Room | None = None,
+) -> Iterator[Layer]:
     """Run tokens int64 [n_chunk, t] (independent chunks) through all layers, yielding after each.
 
     hidden, start: resume with these states before layer `start`. hidden_dtype: bfloat16 saves memory in large jobs.
@@ -76,8 +83,14 @@ def stream(source: Source, tokens: torch.Tensor, before: Before | None = None, *
         yield Layer(index, block, hidden)
 
 
-def apply_block(buffers: Buffers, block: Block, source: Source, cos: torch.Tensor, sin: torch.Tensor,
-                observe: Observer | None = None) -> None:  # fmt: skip
+def apply_block(
+    buffers: Buffers,
+    block: Block,
+    source: Source,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    observe: Observer | None = None,
+) -> None:
     """One layer, in place, on buffers.hidden [n_chunk, t, d]."""
     hidden = buffers.hidden
     apply_attention(hidden, block, source.config, cos, sin, observe)
@@ -87,8 +100,14 @@ def apply_block(buffers: Buffers, block: Block, source: Source, cos: torch.Tenso
     flat += feed_forward(x, block, source.config, observe, weight, buffers.sums)
 
 
-def apply_attention(hidden: torch.Tensor, block: Block, config: DeepseekConfig, cos: torch.Tensor, sin: torch.Tensor,
-                    observe: Observer | None = None) -> None:  # fmt: skip
+def apply_attention(
+    hidden: torch.Tensor,
+    block: Block,
+    config: DeepseekConfig,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    observe: Observer | None = None,
+) -> None:
     """The attention half of a layer, in place, a few chunks at a time."""
     step = max(1, ATTENTION_TOKENS // hidden.shape[1])
     for part in hidden.split(step):
@@ -105,8 +124,12 @@ def ffn_input(hidden: torch.Tensor, block: Block, source: Source, out: torch.Ten
     return out
 
 
-def final_hidden(source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None,
-                 hidden_dtype: torch.dtype = torch.float32) -> torch.Tensor:  # fmt: skip
+def final_hidden(
+    source: Source,
+    tokens: torch.Tensor,
+    progress: Callable[[int], None] | None = None,
+    hidden_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Hidden states after the last layer, [n_chunk, t, d], before the output norm."""
     hidden = None
     for layer in stream(source, tokens, hidden_dtype=hidden_dtype):
@@ -166,8 +189,9 @@ def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) ->
     return Memory(BASE_BYTES + weights + tile + ffn, routing, c.d * (2 * hidden.itemsize + size))
 
 
-def choose_room(need: Memory, n_tokens: int, wanted: Place | None, limit: int, option: str, ram: int,
-                on_gpu: bool) -> Place:  # fmt: skip
+def choose_room(
+    need: Memory, n_tokens: int, wanted: Place | None, limit: int, option: str, ram: int, on_gpu: bool
+) -> Place:
     """Where hidden states shall live. Refuses, before any work, tokens that fit nowhere, and says what would.
 
     limit: bytes for the pass where the weights are, called `option`; ram: the machine's memory. By default the first
@@ -183,5 +207,7 @@ def choose_room(need: Memory, n_tokens: int, wanted: Place | None, limit: int, o
     least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
     advice = f"at most {most:,} tokens fit" if most else least
     more = "; --hidden disk needs less" if place != "disk" and most else ""
-    raise QuantkitError(f"{n_tokens:,} tokens need {need.total(n_tokens, place) / 1e9:.1f} GB, but {option} is "
-                        f"{limit / 1e9:.1f} GB; {advice}{more}")  # fmt: skip
+    raise QuantkitError(
+        f"{n_tokens:,} tokens need {need.total(n_tokens, place) / 1e9:.1f} GB, but {option} is "
+        f"{limit / 1e9:.1f} GB; {advice}{more}"
+    )

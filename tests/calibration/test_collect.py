@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.arch import deepseek
 from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
-from quantkit.encoding import GgmlEncoder
+from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.jobs import quantize
 from quantkit.errors import QuantkitError
+from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.quantize import quantize
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
@@ -114,9 +114,7 @@ def test_observing_changes_nothing(source, tokens):
     """A pass with observers takes the absorbed attention; its hidden states must be those of the plain pass."""
     with torch.inference_mode():
         plain = [layer.hidden.clone() for layer in stream(source, tokens)]
-        seen = [
-            layer.hidden.clone() for layer in stream(source, tokens, lambda i, _: Accumulator(i, 16).observe)
-        ]  # fmt: skip
+        seen = [layer.hidden.clone() for layer in stream(source, tokens, lambda i, _: Accumulator(i, 16).observe)]
     for a, b in zip(plain, seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

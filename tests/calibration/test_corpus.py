@@ -6,9 +6,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from quantkit.arch import tokenizer
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
+from quantkit.models import tokenizer
 
 
 def test_default_parts_are_disjoint_and_of_every_domain():
@@ -16,9 +16,7 @@ def test_default_parts_are_disjoint_and_of_every_domain():
     assert {d.domain for d in calibration.documents} == {"prose", "code", "math", "chinese", "dialogue"}
     assert {d.domain for d in evaluation.documents} == {"prose", "code", "math", "chinese"}
     seen = "".join(d.text for d in calibration.documents)
-    shared = [
-        line for d in evaluation.documents for line in d.text.splitlines() if len(line) > 200 and line in seen
-    ]  # fmt: skip
+    shared = [line for d in evaluation.documents for line in d.text.splitlines() if len(line) > 200 and line in seen]
     assert not shared
 
 

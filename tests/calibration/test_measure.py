@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from quantkit import pipeline
 from quantkit.calibration.corpus import Corpus, Document, TextChoice, overlap
 from quantkit.calibration.measure import Calibration, calibrate
 from quantkit.errors import QuantkitError
 from quantkit.formats.imatrix import load_imatrix
+from quantkit.job import make as pipeline
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from quantkit import ggml, pipeline
-from quantkit.arch import deepseek
 from quantkit.calibration import sensitivity
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.ggml import library as ggml
+from quantkit.job import make as pipeline
+from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
@@ -73,8 +74,14 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     specs = deepseek.specs(source.config)
     plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
-    pipeline.quantize(source.checkpoint, plan, {k: v for k, v in imatrix.items() if k == name}, path,
-                      pipeline.GgmlEncoder(), fingerprint={})  # fmt: skip
+    pipeline.quantize(
+        source.checkpoint,
+        plan,
+        {k: v for k, v in imatrix.items() if k == name},
+        path,
+        pipeline.GgmlEncoder(),
+        fingerprint={},
+    )
     file = GGUFSource(path, hybrid=False)
     with torch.inference_mode():
         rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from formats.small_gguf import Planned
 
-from quantkit import ggml
 from quantkit.formats.gguf_encode import F32, U32, I32List
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.ggml import library as ggml
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ class Model:
         self.tensors[name] = how(self.tensors[name])
 
     def rename(self, old: str, new: str) -> None:
-        self.tensors = {new if name == old else name: replace(t, name=new) if name == old else t
-                        for name, t in self.tensors.items()}  # fmt: skip
+        self.tensors = {
+            new if name == old else name: replace(t, name=new) if name == old else t for name, t in self.tensors.items()
+        }
 
 
 def _typed(value: Any) -> Any:
@@ -157,47 +158,80 @@ def _change(name: str, how: Callable[[Tensor], Tensor]) -> Callable[[Model], Non
 MUTATIONS: dict[str, tuple[Callable[[Model], Any], str, str]] = {
     "swapped experts": (_change(DOWN, swap(3, 5)), "weights", f"{DOWN} expert 3: holds the weights of 5: wrong order"),
     "experts shifted by one": (
-        _change(GATE, lambda t: t.with_data(np.roll(t.matrices, 1, 0))), "weights",
-        f"{GATE} expert 1: holds the weights of 0"),
+        _change(GATE, lambda t: t.with_data(np.roll(t.matrices, 1, 0))),
+        "weights",
+        f"{GATE} expert 1: holds the weights of 0",
+    ),
     "zeroed expert": (_change(UP, on_matrix(7, zero)), "weights", f"{UP} expert 7: all zeros"),
     "NaN scale": (_change(DOWN, on_matrix(2, nan_scale)), "weights", f"{DOWN} expert 2: 256 weights are NaN"),
     "infinite norm": (
-        _change("blk.1.attn_norm.weight", on_values(from_value(5, np.inf))), "weights",
-        "blk.1.attn_norm.weight: 1 weights are NaN or infinite"),
+        _change("blk.1.attn_norm.weight", on_values(from_value(5, np.inf))),
+        "weights",
+        "blk.1.attn_norm.weight: 1 weights are NaN or infinite",
+    ),
     "doubled expert": (
-        _change(UP, on_matrix(1, lambda d: d.__setitem__((slice(None), slice(0, 2)), _doubled(d)))), "weights",
-        f"{UP} expert 1: scaled by"),
+        _change(UP, on_matrix(1, lambda d: d.__setitem__((slice(None), slice(0, 2)), _doubled(d)))),
+        "weights",
+        f"{UP} expert 1: scaled by",
+    ),
     "k_b not transposed": (
-        _change("blk.1.attn_k_b.weight", on_values(untransposed_k_b)), "weights",
-        "blk.1.attn_k_b.weight head 0: stored transposed"),
+        _change("blk.1.attn_k_b.weight", on_values(untransposed_k_b)),
+        "weights",
+        "blk.1.attn_k_b.weight head 0: stored transposed",
+    ),
     "heads of v_b swapped": (
-        _change("blk.0.attn_v_b.weight", swap(0, 1)), "weights",
-        "blk.0.attn_v_b.weight head 0: holds the weights of 1"),
+        _change("blk.0.attn_v_b.weight", swap(0, 1)),
+        "weights",
+        "blk.0.attn_v_b.weight head 0: holds the weights of 1",
+    ),
     "gate and up swapped": (
-        lambda m: swap_tensors(m, GATE, UP), "weights", f"{GATE} expert 0: holds the weights of {UP}"),
+        lambda m: swap_tensors(m, GATE, UP),
+        "weights",
+        f"{GATE} expert 0: holds the weights of {UP}",
+    ),
     "layers swapped": (
-        lambda m: swap_tensors(m, "blk.1.attn_output.weight", "blk.3.attn_output.weight"), "weights",
-        "blk.1.attn_output.weight: holds the weights of blk.3.attn_output.weight"),
+        lambda m: swap_tensors(m, "blk.1.attn_output.weight", "blk.3.attn_output.weight"),
+        "weights",
+        "blk.1.attn_output.weight: holds the weights of blk.3.attn_output.weight",
+    ),
     "router rows permuted": (
-        _change("blk.2.ffn_gate_inp.weight", on_values(lambda v: np.roll(v, 1, 0))), "weights",
-        "blk.2.ffn_gate_inp.weight: rows in wrong order: row 0 holds row 15"),
+        _change("blk.2.ffn_gate_inp.weight", on_values(lambda v: np.roll(v, 1, 0))),
+        "weights",
+        "blk.2.ffn_gate_inp.weight: rows in wrong order: row 0 holds row 15",
+    ),
     "embeddings shifted by a row": (
-        _change("token_embd.weight", on_values(lambda v: np.roll(v, 1, 0))), "weights",
-        "token_embd.weight: rows in wrong order"),
+        _change("token_embd.weight", on_values(lambda v: np.roll(v, 1, 0))),
+        "weights",
+        "token_embd.weight: rows in wrong order",
+    ),
     "router bias lost": (
-        _change("blk.2.exp_probs_b.bias", on_values(np.zeros_like)), "weights", "blk.2.exp_probs_b.bias: all zeros"),
+        _change("blk.2.exp_probs_b.bias", on_values(np.zeros_like)),
+        "weights",
+        "blk.2.exp_probs_b.bias: all zeros",
+    ),
     "FP8 scales forgotten": (
-        _change("blk.1.attn_q_a.weight", on_values(lambda v: v * 30)), "weights",
-        "blk.1.attn_q_a.weight: scaled by 30"),
+        _change("blk.1.attn_q_a.weight", on_values(lambda v: v * 30)),
+        "weights",
+        "blk.1.attn_q_a.weight: scaled by 30",
+    ),
     "softmax gating": (_meta("expert_gating_func", U32(1)), "metadata", "expert_gating_func is 1, must be 2"),
     "gating key missing": (
-        _meta("expert_gating_func"), "metadata", "expert_gating_func is missing, must be 2: llama.cpp would"),
+        _meta("expert_gating_func"),
+        "metadata",
+        "expert_gating_func is missing, must be 2: llama.cpp would",
+    ),
     "YaRN multiplier missing": (
-        _meta("rope.scaling.yarn_log_multiplier"), "metadata", "yarn_log_multiplier is missing"),
+        _meta("rope.scaling.yarn_log_multiplier"),
+        "metadata",
+        "yarn_log_multiplier is missing",
+    ),
     "YaRN missing": (_meta("rope.scaling.type"), "metadata", "rope.scaling.type is missing, must be yarn"),
     "expert weights not normalised": (_meta("expert_weights_norm", False), "metadata", "expert_weights_norm is False"),
     "expert scale of another model": (
-        _meta("expert_weights_scale", F32(16.0)), "metadata", "expert_weights_scale is 16"),
+        _meta("expert_weights_scale", F32(16.0)),
+        "metadata",
+        "expert_weights_scale is 16",
+    ),
     "groups missing": (_meta("expert_group_used_count"), "metadata", "expert_group_used_count is missing"),
     "key lengths of the old layout": (_meta("attention.key_length_mla"), "metadata", "key_length_mla is missing"),
     "heads of the old layout": (_meta("attention.head_count_kv", U32(4)), "metadata", "head_count_kv is 4, must be 1"),
@@ -207,28 +241,45 @@ MUTATIONS: dict[str, tuple[Callable[[Model], Any], str, str]] = {
     "tensor misnamed": (lambda m: m.rename(UP, UP.replace("_exps", "_experts")), "tensors", "belongs to no deepseek2"),
     "both MLA layouts": (combined_too, "tensors", "attn_kv_b and attn_k_b/attn_v_b in one file"),
     "matrix stored transposed": (
-        _change("blk.0.attn_kv_a_mqa.weight", lambda t: t.with_values(t.values().T, "F16")), "tensors",
-        "blk.0.attn_kv_a_mqa.weight has shape"),
+        _change("blk.0.attn_kv_a_mqa.weight", lambda t: t.with_values(t.values().T, "F16")),
+        "tensors",
+        "blk.0.attn_kv_a_mqa.weight has shape",
+    ),
     "square matrix stored transposed": (
-        _change("blk.0.attn_q_a.weight", on_values(np.transpose)), "weights",
-        "blk.0.attn_q_a.weight: stored transposed"),
+        _change("blk.0.attn_q_a.weight", on_values(np.transpose)),
+        "weights",
+        "blk.0.attn_q_a.weight: stored transposed",
+    ),
     "router quantized": (
-        _change("blk.1.ffn_gate_inp.weight", lambda t: t.with_values(t.values(), "Q8_0")), "tensors",
-        "blk.1.ffn_gate_inp.weight is Q8_0, must be F32"),
+        _change("blk.1.ffn_gate_inp.weight", lambda t: t.with_values(t.values(), "Q8_0")),
+        "tensors",
+        "blk.1.ffn_gate_inp.weight is Q8_0, must be F32",
+    ),
     "IQ2_XXS experts": (
-        _change(GATE, lambda t: t.with_values(t.values(), "IQ2_XXS")), "types", f"{GATE}: IQ2_XXS is refused"),
+        _change(GATE, lambda t: t.with_values(t.values(), "IQ2_XXS")),
+        "types",
+        f"{GATE}: IQ2_XXS is refused",
+    ),
     "IQ3_S experts": (
-        _change(DOWN, lambda t: t.with_values(t.values(), "IQ3_S")), "types", f"{DOWN}: IQ3_S is refused"),
+        _change(DOWN, lambda t: t.with_values(t.values(), "IQ3_S")),
+        "types",
+        f"{DOWN}: IQ3_S is refused",
+    ),
     "merges in another order": (swap_merges, "tokenizer", "merges[10]"),
     "merges cut off": (
-        lambda m: m.metadata.update({"tokenizer.ggml.merges": m.metadata["tokenizer.ggml.merges"][:-50]}), "tokenizer",
-        "tokenizer.ggml.merges has"),
+        lambda m: m.metadata.update({"tokenizer.ggml.merges": m.metadata["tokenizer.ggml.merges"][:-50]}),
+        "tokenizer",
+        "tokenizer.ggml.merges has",
+    ),
     "another pre-tokenizer": (_tokens("pre", "llama-bpe"), "tokenizer", "tokenizer.ggml.pre is 'llama-bpe'"),
     "BOS is another token": (_tokens("bos_token_id", U32(7)), "tokenizer", "bos_token_id is 7, in the original 0"),
     "no BOS": (_tokens("add_bos_token", False), "tokenizer", "add_bos_token is not true"),
     "token renamed": (
-        lambda m: m.metadata["tokenizer.ggml.tokens"].__setitem__(5, "?!"), "tokenizer", "tokenizer.ggml.tokens[5]"),
-}  # fmt: skip
+        lambda m: m.metadata["tokenizer.ggml.tokens"].__setitem__(5, "?!"),
+        "tokenizer",
+        "tokenizer.ggml.tokens[5]",
+    ),
+}
 
 
 def _doubled(data: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit import bundle, cli
-from quantkit.engines import kt_oracle, llama_oracle
 from quantkit.evaluation import engine_checks
 from quantkit.evaluation.certify import Certificate, certify
+from quantkit.evaluation.oracles import kt as kt_oracle
+from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import F32, U32
 from quantkit.formats.gguf_reader import GGUFFile
@@ -91,8 +92,9 @@ def test_splits_are_refused_for_ollama(good, tmp_path):
     assert "3 splits" in failures(certify(first, "ollama", engine=False, values=False))["files"]
 
 
-@pytest.mark.parametrize("key", ["expert_gating_func", "rope.scaling.type", "rope.scaling.yarn_log_multiplier",
-                                 "attention.value_length_mla"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key", ["expert_gating_func", "rope.scaling.type", "rope.scaling.yarn_log_multiplier", "attention.value_length_mla"]
+)
 def test_metadata_rules_need_no_original(key, good, tmp_path):
     """With another hidden FFN size no bundled model knows the geometry; the keys must still fit each other."""
     model = Model(good)
@@ -108,9 +110,15 @@ def test_metadata_rules_need_no_original(key, good, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("block_count", U32(4_000_000_000)), ("expert_count", U32(4_000_000_000)), ("attention.kv_lora_rank", "much"),
-     ("attention.head_count", F32(4.0)), ("embedding_length", U32(0)), ("expert_gating_func", "sigmoid")],
-)  # fmt: skip
+    [
+        ("block_count", U32(4_000_000_000)),
+        ("expert_count", U32(4_000_000_000)),
+        ("attention.kv_lora_rank", "much"),
+        ("attention.head_count", F32(4.0)),
+        ("embedding_length", U32(0)),
+        ("expert_gating_func", "sigmoid"),
+    ],
+)
 def test_hostile_metadata_fail_without_harm(key, value, good, tmp_path):
     model = Model(good)
     model.key("feed_forward_length", U32(999))  # no bundled model has this geometry

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.calibration import corpus
 from quantkit.evaluation.generation import GREEDY, check, loop_period, top_tokens
-from quantkit.runtime.engine import TorchEngine, generate, open_engine
+from quantkit.runtime.engines.open import TorchEngine, generate, open_engine
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
@@ -64,11 +64,11 @@ def test_agreement_is_what_two_greedy_runs_share(made, reference, chunks):
 @torch.inference_mode()
 def test_a_lossless_file_agrees_in_every_token(tiny, reference, chunks, tmp_path):
     """An F32 file is the original; only ties could part them."""
-    from quantkit.arch import deepseek
-    from quantkit.encoding import GgmlEncoder
+    from quantkit.encoding.ggml_encoder import GgmlEncoder
+    from quantkit.encoding.jobs import quantize
+    from quantkit.models import deepseek2 as deepseek
     from quantkit.planning.plan import make_plan
     from quantkit.planning.recipe import Recipe
-    from quantkit.quantize import quantize
 
     text = 'name = "f32"\ndescription = "x"\ntarget = "llama.cpp"\nmla = "split"\n'
     (tmp_path / "f32.toml").write_text(text + '[[rules]]\nmatch = "*"\nqtype = "F32"\nwhy = "a test"\n')

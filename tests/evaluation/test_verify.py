@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import pipeline
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.evaluation.verify import LayerError, bad_layers, short_table, verify
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job import make as pipeline
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
 

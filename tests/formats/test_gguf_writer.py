@@ -28,9 +28,16 @@ def test_gguf_py_reads_it(tmp_path):
         assert np.array_equal(found.data.view(np.uint8).reshape(-1, tensor.row_bytes), data_of(tensor))
     types = gguf.GGUFValueType
     expected = {
-        "u8": types.UINT8, "u16": types.UINT16, "u32": types.UINT32, "plain": types.UINT32, "negative": types.INT32,
-        "i64": types.INT64, "f32": types.FLOAT32, "float": types.FLOAT32, "yes": types.BOOL,
-    }  # fmt: skip
+        "u8": types.UINT8,
+        "u16": types.UINT16,
+        "u32": types.UINT32,
+        "plain": types.UINT32,
+        "negative": types.INT32,
+        "i64": types.INT64,
+        "f32": types.FLOAT32,
+        "float": types.FLOAT32,
+        "yes": types.BOOL,
+    }
     assert {key: reader.fields[key].types[0] for key in expected} == expected
     assert reader.fields["types"].types == [types.ARRAY, types.INT32] == reader.fields["numbers"].types
     assert reader.fields["tokens"].contents() == METADATA["tokens"]

@@ -5,9 +5,9 @@ import time
 import pytest
 import r1_shapes
 
-from quantkit import plans
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
+from quantkit.job import plan as plans
 from quantkit.planning.budget import plan_within, predict
 from quantkit.planning.damage import Prior
 from quantkit.planning.plan import Plan
@@ -150,8 +150,9 @@ def test_the_smallest_feasible_size_is_feasible():
         within(REST, smallest - 1)
 
 
-@pytest.mark.parametrize("text, n", [("50G", 50e9), ("1.5 GiB", 1.5 * 2**30), ("123", 123), ("4096MB", 4096e6),
-                                     ("1.31e11", 1.31e11)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, n", [("50G", 50e9), ("1.5 GiB", 1.5 * 2**30), ("123", 123), ("4096MB", 4096e6), ("1.31e11", 1.31e11)]
+)
 def test_sizes(text, n):
     assert parse_size(text, "--x") == n
     assert parse_memory("2GB", "--x") == parse_memory("2GiB", "--x") == 2 << 30

@@ -6,9 +6,9 @@ import random
 import pytest
 import r1_shapes
 
-from quantkit import plans
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes
+from quantkit.job import plan as plans
 from quantkit.planning.damage import Measured, Prior, interact
 from quantkit.planning.prior import ERROR, GAIN
 

@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-from quantkit import plans, probe
-from quantkit.arch.config import DeepseekConfig
+from quantkit import machine as probe
 from quantkit.errors import QuantkitError
+from quantkit.job import plan as plans
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning import bitmap, hardware, table
 from quantkit.planning.hardware import Machine
 
@@ -30,8 +31,9 @@ def test_kv_cache(config):
 
 
 # Unsloth's table of layers to offload, for 24, 80 and 160 GB of VRAM.
-@pytest.mark.parametrize("file_gb, layers", [(131, (7, 33, 61)), (158, (5, 26, 57)), (183, (4, 22, 49)),
-                                             (212, (2, 19, 42))])  # fmt: skip
+@pytest.mark.parametrize(
+    "file_gb, layers", [(131, (7, 33, 61)), (158, (5, 26, 57)), (183, (4, 22, 49)), (212, (2, 19, 42))]
+)
 def test_unsloths_rule(file_gb, layers):
     assert tuple(hardware.unsloths_layers(vram, file_gb, 61) for vram in (24, 80, 160)) == layers
 

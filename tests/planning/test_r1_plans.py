@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import r1_shapes
 
-from quantkit import bundle, plans
-from quantkit.arch import deepseek
-from quantkit.arch.config import DeepseekConfig
+from quantkit import bundle
+from quantkit.job import plan as plans
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning import table
 from quantkit.planning.hardware import Machine
 from quantkit.planning.plan import Plan, make_plan

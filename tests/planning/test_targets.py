@@ -1,8 +1,9 @@
 import pytest
 import r1_shapes
 
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.planning import qtypes, targets
+from quantkit.planning import targets
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 

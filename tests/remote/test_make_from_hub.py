@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import pipeline
-from quantkit.arch import deepseek
-from quantkit.arch.config import DeepseekConfig
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job import make as pipeline
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models.config import DeepseekConfig
 from quantkit.remote.repo import Model
 
 TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
@@ -103,8 +103,10 @@ def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, fr
     assert results(tmp_path / "out") == from_folder
     total, twice = downloaded(hub)
     assert twice == 0 and total == needed_bytes(sharded)  # so nothing of the MTP layer
-    print(f"\n{total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} of them twice; "
-          f"the cache held at most {watch.most:,} of {LIMIT:,} bytes")  # fmt: skip
+    print(
+        f"\n{total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} of them twice; "
+        f"the cache held at most {watch.most:,} of {LIMIT:,} bytes"
+    )
     listing = sum(path.stat().st_size for path in (env / "quantkit" / "models").rglob("*") if not path.is_symlink())
     assert LIMIT // 2 < watch.most <= LIMIT + listing
 
@@ -122,9 +124,27 @@ def test_fifty_dropped_connections(hub, env, from_folder, tmp_path, monkeypatch)
 
 def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
     """SIGKILL three times, each time after more of the weights have arrived."""
-    command = [sys.executable, "-m", "quantkit", "make", "user/tiny-r1", "-o", tmp_path / "out", "--recipe", "2.51bit",
-               "--encoder", "ggml", "--tokens", "1024", "--eval-tokens", "1024", "--chunk", "128",
-               "--cache-size", str(LIMIT)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "make",
+        "user/tiny-r1",
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        "2.51bit",
+        "--encoder",
+        "ggml",
+        "--tokens",
+        "1024",
+        "--eval-tokens",
+        "1024",
+        "--chunk",
+        "128",
+        "--cache-size",
+        str(LIMIT),
+    ]
     needed = needed_bytes(sharded)
     for share in (0.3, 0.6, 0.9):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -145,8 +165,9 @@ def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
     for wanted in (needed_bytes(sharded), 0):
         hub.reset()
         remote = pipeline.open_weights(Model("user/tiny-r1"))
-        for name in flat([names for group in deepseek.reading_order(DeepseekConfig.from_hf(remote.config))
-                          for names in group]):  # fmt: skip
+        for name in flat(
+            [names for group in deepseek.reading_order(DeepseekConfig.from_hf(remote.config)) for names in group]
+        ):
             assert torch.equal(remote.read(name), local.read(name))
         remote.close()
         assert downloaded(hub) == (wanted, 0)

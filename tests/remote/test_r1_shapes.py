@@ -25,8 +25,11 @@ def shards(geometry: Geometry) -> dict[str, Sparse]:
         if position + entry.n_bytes > SHARD_BYTES and len(held) < N_SHARDS:
             held.append({})
             position = 0
-        held[-1][name] = {"dtype": entry.dtype, "shape": list(entry.shape),
-                          "data_offsets": [position, position + entry.n_bytes]}  # fmt: skip
+        held[-1][name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.n_bytes],
+        }
         position += entry.n_bytes
     out = {}
     for number, header in enumerate(held, 1):
@@ -65,8 +68,10 @@ def test_inspect_and_plan_in_seconds(hub, env, r1, capsys):
         assert done.exit_code == 0, done.output
         sent, asked = sum(hub.sent.values()), len(hub.log)
         with capsys.disabled():
-            print(f"\n{command}: {seconds:.2f} s ({timings[command]:.2f} s of CPU, server included), {asked} requests, "
-                  f"{sent:,} bytes")  # fmt: skip
+            print(
+                f"\n{command}: {seconds:.2f} s ({timings[command]:.2f} s of CPU, server included), {asked} requests, "
+                f"{sent:,} bytes"
+            )
         if command == "inspect":
             assert "688,574,839,360" in done.output and sent < 30_000_000
         else:

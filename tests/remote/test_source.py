@@ -2,8 +2,8 @@
 
 import torch
 
-from quantkit import pipeline
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job import make as pipeline
 from quantkit.remote.repo import Model
 
 

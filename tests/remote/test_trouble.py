@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from loopback_hub import TOKEN, Blob
 
-from quantkit import pipeline
 from quantkit.cli import main
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job import make as pipeline
 from quantkit.remote import client
 from quantkit.remote.cache import Range, RangeCache
 from quantkit.remote.repo import Model, parse
@@ -44,14 +44,17 @@ def test_inspect_and_plan_need_headers_only(hub, env, sharded):
     assert not hub.sent  # small files and headers were kept
 
 
-@pytest.mark.parametrize(("model", "says"), [
-    ("user/none", "no such model, or it is private"),
-    ("user/private", "no such model, or it is private"),
-    ("user/gated", "gated; ask for access on its page"),
-    ("user/empty", "no config.json"),
-    ("nothing-here", "no such folder"),
-    ("http://127.0.0.1:9/a/b", "check the network"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("user/none", "no such model, or it is private"),
+        ("user/private", "no such model, or it is private"),
+        ("user/gated", "gated; ask for access on its page"),
+        ("user/empty", "no config.json"),
+        ("nothing-here", "no such folder"),
+        ("http://127.0.0.1:9/a/b", "check the network"),
+    ],
+)
 def test_one_line_for_a_model_that_cannot_be_had(model, says, hub, env, fast, sharded):
     files = {path.name: path for path in sharded.iterdir()}
     hub.add("user/private", files, private=True)
@@ -88,8 +91,12 @@ def test_lasting_trouble_gives_up_with_one_line(status, says, hub, env, fast, mo
 
 def test_passing_trouble_is_outlived(hub, env, fast, sharded):
     hub.shorten = lambda file: file.endswith(".safetensors") and len(hub.log) % 3 == 0
-    with hub.fault("/api/models", 503, 2), hub.fault("GET", 500, 3), hub.fault("config.json", 0, 1), \
-            hub.fault("model-00003", 429, 2, Retry_After="0"):  # fmt: skip
+    with (
+        hub.fault("/api/models", 503, 2),
+        hub.fault("GET", 500, 3),
+        hub.fault("config.json", 0, 1),
+        hub.fault("model-00003", 429, 2, Retry_After="0"),
+    ):
         remote = pipeline.open_weights(Model("user/tiny-r1"))
         assert torch.equal(remote.read(NAME), Checkpoint.open(sharded).read(NAME))
         remote.close()
@@ -216,16 +223,19 @@ def test_full_disk(hub, env, tmp_path):
     assert not (tmp_path / "i.gguf").exists()
 
 
-@pytest.mark.parametrize(("text", "id_", "revision"), [
-    ("user/name", "user/name", None),
-    ("user/name@v1.0", "user/name", "v1.0"),
-    ("hf://user/name", "user/name", None),
-    ("https://huggingface.co/user/name/tree/refs%2Fpr%2F1", "user/name", "refs/pr/1"),
-    ("https://hf.co/user/name", "user/name", None),
-    ("./user/name", None, None),
-    ("a/b/c", None, None),
-    ("name", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "id_", "revision"),
+    [
+        ("user/name", "user/name", None),
+        ("user/name@v1.0", "user/name", "v1.0"),
+        ("hf://user/name", "user/name", None),
+        ("https://huggingface.co/user/name/tree/refs%2Fpr%2F1", "user/name", "refs/pr/1"),
+        ("https://hf.co/user/name", "user/name", None),
+        ("./user/name", None, None),
+        ("a/b/c", None, None),
+        ("name", None, None),
+    ],
+)
 def test_what_a_name_means(text, id_, revision):
     repo = parse(text)
     assert (repo and (repo.id, repo.revision)) == (id_ and (id_, revision))

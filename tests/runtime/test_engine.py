@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime import graph
-from quantkit.runtime.engine import TorchEngine, generate, open_engine
+from quantkit.runtime.engines import graph
+from quantkit.runtime.engines.graph import GraphEngine
+from quantkit.runtime.engines.open import TorchEngine, generate, open_engine
 from quantkit.runtime.generate import Model, Sampling, sample
-from quantkit.runtime.graph import GraphEngine
-from quantkit.runtime.scheduler import Job, QueueFull, Scheduler
 from quantkit.runtime.sources import GGUFSource
+from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 GREEDY = Sampling(temperature=0)
 
@@ -101,8 +101,12 @@ def test_scheduler_refuses_and_cancels(source):
         started = threading.Event()
 
         def job() -> Job:
-            return Job([0, 50], 500, Sampling(temperature=1.5),
-                       lambda token, why: started.set() if token is not None else ends.append(why))  # fmt: skip
+            return Job(
+                [0, 50],
+                500,
+                Sampling(temperature=1.5),
+                lambda token, why: started.set() if token is not None else ends.append(why),
+            )
 
         with pytest.raises(QuantkitError, match="do not fit a context of 512"):
             scheduler.submit(Job([0] * 20, 500, GREEDY, lambda *_: None))

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from quantkit import bundle
-from quantkit.arch import deepseek
-from quantkit.arch.config import DeepseekConfig
 from quantkit.errors import QuantkitError
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime import gpu
-from quantkit.runtime.engine import TorchEngine, open_engine
+from quantkit.runtime.engines import gpu
+from quantkit.runtime.engines.gpu import GpuEngine
+from quantkit.runtime.engines.open import TorchEngine, open_engine
 from quantkit.runtime.generate import Model
-from quantkit.runtime.gpu import GpuEngine
 from quantkit.runtime.sources import GGUFSource
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

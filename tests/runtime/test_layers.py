@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from quantkit.arch.config import DeepseekConfig
+from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import Block, KVCache, Router, attention, rms_norm, route
 from quantkit.runtime.rope import angles, frequencies, rotate
 from quantkit.runtime.sources import CheckpointSource
@@ -77,8 +77,9 @@ def test_route_matches_loops(source):
 
 
 def test_softmax_routing_without_groups(source):
-    c = dataclasses.replace(source.config, scoring="softmax", n_group=1, n_group_used=1, norm_weights=False,
-                            weights_scale=1.0)  # fmt: skip
+    c = dataclasses.replace(
+        source.config, scoring="softmax", n_group=1, n_group_used=1, norm_weights=False, weights_scale=1.0
+    )
     x, weight = torch.randn(9, c.d), torch.randn(c.n_expert, c.d)
     _, chosen = route(x, Router(weight, None), c)
     torch.testing.assert_close(chosen, (x @ weight.T).softmax(-1).topk(c.n_used).values)

@@ -9,20 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantkit import bundle, ggml
-from quantkit.arch import deepseek, tokenizer
-from quantkit.arch.config import DeepseekConfig
+from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.ggml import library as ggml
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models import tokenizer
+from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime import kt_experts
-from quantkit.runtime.chat import Conversation
-from quantkit.runtime.engine import generate, open_engine
+from quantkit.runtime.engines.gpu import GpuEngine
+from quantkit.runtime.engines.open import generate, open_engine
+from quantkit.runtime.experts import kt as kt_experts
 from quantkit.runtime.generate import Sampling
-from quantkit.runtime.gpu import GpuEngine
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources import GGUFSource
+from quantkit.serving.chat import Conversation
 
 TINY = bundle.models_dir() / "tiny-r1"
 RULES = """name = "random"

@@ -5,15 +5,15 @@ import time
 import pytest
 import torch
 
-from quantkit.arch import tokenizer
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.runtime.chat import apply_template
-from quantkit.runtime.experts import StreamedExperts
+from quantkit.models import tokenizer
+from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.serving.chat import apply_template
 
 
 @pytest.fixture(scope="module")

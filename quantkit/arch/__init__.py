@@ -1,1 +1,0 @@
-"""Model families: names, shapes and metadata. One module each."""

@@ -1,0 +1,249 @@
+"""Checkpoint, plan and importance -> GGUF. Jobs are row ranges of planned tensors and may finish in any order."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from quantkit import __version__, ranks
+from quantkit.encoding.ggml_encoder import Encoder
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.imatrix import fit
+from quantkit.ggml import library as ggml
+from quantkit.models import deepseek2 as deepseek
+from quantkit.models import tokenizer
+from quantkit.models.config import DeepseekConfig
+from quantkit.planning.plan import Plan, PlannedTensor
+from quantkit.progress import Advance, track
+from quantkit.tensors import Imatrix, Importance, TensorSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows start:stop of one planned tensor, within one of its matrices."""
+
+    spec: TensorSpec
+    tensor: PlannedTensor
+    start: int
+    stop: int
+
+    @property
+    def matrix(self) -> int:
+        return self.start // (self.spec.n_rows // self.spec.n_matrices)
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    imatrix: Imatrix,
+    path: Path,
+    encoder: Encoder,
+    *,
+    fingerprint: Mapping[str, str],
+    extra_metadata: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    split_max_bytes: int | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    after_layer: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
+
+    imatrix: as `fit_importance` returns it for this plan. after_layer: called when a layer's tensors are written, with
+    the number of layers that are.
+    """
+    writer = open_writer(
+        checkpoint,
+        plan,
+        path,
+        fingerprint=dict(fingerprint) | {"encoder": encoder.name},
+        extra_metadata=extra_metadata,
+        split_max_bytes=split_max_bytes,
+        restart=restart,
+        overwrite=overwrite,
+    )
+    with writer as out:
+        n_weights = sum(tensor.n_weights for tensor in plan.tensors)
+        with track("quantize", n_weights / 1e6, "Mweights") as advance:
+            for part, done in by_layer(plan):
+                encode_pending(checkpoint, part, imatrix, out, encoder, workers, advance)
+                if after_layer and done is not None:
+                    after_layer(done)
+    return out.files
+
+
+def by_layer(plan: Plan) -> Iterator[tuple[Plan, int | None]]:
+    """The plan in the order in which a checkpoint is read: a plan for each layer and the number of layers done with it,
+    then one (with None) for what is outside the layers."""
+    for layer in range(1 + max((t.layer for t in plan.tensors if t.layer is not None), default=-1)):
+        yield layer_plan(plan, layer), layer + 1
+    yield layer_plan(plan, None), None
+
+
+def layer_plan(plan: Plan, layer: int | None) -> Plan:
+    """The plan's tensors of one layer; None: of no layer."""
+    return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.layer == layer))
+
+
+def open_writer(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    path: Path,
+    *,
+    fingerprint: Mapping[str, str],
+    extra_metadata: Mapping[str, Any] | None = None,
+    split_max_bytes: int | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> GGUFWriter:
+    """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
+    config = DeepseekConfig.from_hf(checkpoint.config)
+    checkpoint.validate(deepseek.source_shapes(config))
+    check_plan(plan, {spec.name: spec for spec in deepseek.specs(config, plan.mla)})
+    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
+    return GGUFWriter.open(
+        path,
+        plan.tensors,
+        metadata,
+        fingerprint=fingerprint,
+        split_max_bytes=split_max_bytes,
+        restart=restart,
+        overwrite=overwrite,
+    )
+
+
+def encode_pending(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    imatrix: Imatrix,
+    out: GGUFWriter,
+    encoder: Encoder,
+    workers: int | None = None,
+    advance: Advance | None = None,
+) -> None:
+    """Write every row of the plan's tensors that is still missing. advance: told of each million weights.
+
+    Ranks share the jobs; when this returns, all jobs of all ranks are on disk.
+    Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
+    """
+    config = DeepseekConfig.from_hf(checkpoint.config)
+    specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
+    workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
+    jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
+    for qtype in sorted({job.tensor.qtype for job in jobs}):
+        ggml.prepare(qtype)
+
+    def work(job: Job) -> None:
+        """One job, recorded before its worker takes the next: a crash costs at most one job per worker."""
+        out.write(job.tensor.name, job.start, _encode(checkpoint, config, job, imatrix, encoder))
+        out.sync()
+
+    if advance:
+        total = sum(tensor.n_weights for tensor in plan.tensors)
+        advance((total - sum(map(_n_weights, jobs))) / 1e6)
+    # Jobs of a tensor are alike and stand together, so every n-th of them is a fair share.
+    with ThreadPoolExecutor(workers) as pool:
+        for job in _run(pool, jobs[ranks.index() :: ranks.count()], work, workers):
+            if advance:
+                advance(ranks.count() * _n_weights(job) / 1e6)
+    out.meet()
+
+
+def _n_weights(job: Job) -> int:
+    return (job.stop - job.start) * job.spec.n_in
+
+
+def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:
+    for start, stop in out.pending(spec.name, deepseek.slices(spec)):
+        yield Job(spec, tensor, start, stop)
+
+
+def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None], workers: int) -> Iterator[Job]:
+    """Jobs as they are finished. At most two a worker are queued, so that the first error soon ends them all."""
+    waiting = iter(jobs)
+    running: dict[Future, Job] = {}
+    try:
+        while True:
+            for job in waiting:
+                running[pool.submit(work, job)] = job
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                yield running.pop(future)
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _encode(checkpoint: Checkpoint, config: DeepseekConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
+    rows = deepseek.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
+    entry = imatrix.get(job.tensor.name)
+    importance = None if entry is None else entry.mean(job.matrix)
+    return encoder(job.tensor.qtype, rows, importance)
+
+
+def check_plan(plan: Plan, specs: Mapping[str, TensorSpec]) -> None:
+    """The plan must name exactly the tensors of this model, with their shapes."""
+    if missing := [name for name in specs if name not in plan.by_name]:
+        raise QuantkitError(f"plan has no tensor {missing[0]} ({len(missing)} missing): it is for another model")
+    for tensor in plan.tensors:
+        if tensor.name not in specs or specs[tensor.name].shape != tensor.shape:
+            raise QuantkitError(
+                f"plan's tensor {tensor.name} {tensor.shape} is not in this model: it is for another one"
+            )
+
+
+def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
+    """The entries that this plan uses, in its tensors' shapes. Refused before any work if one is missing or misfits."""
+    fitted = {}
+    for tensor in plan.tensors:
+        if len(tensor.shape) == 1:
+            continue
+        entry = imatrix.get(tensor.name)
+        if entry is not None:
+            n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+            fitted[tensor.name] = fit(entry, n_matrices, tensor.shape[-1], tensor.name)
+        elif ggml.requires_importance(tensor.qtype):
+            raise QuantkitError(
+                f"imatrix has no {tensor.name}, and {tensor.qtype} cannot be encoded without it: "
+                "calibrate this model (quantkit calibrate)"
+            )
+    return fitted
+
+
+def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:
+    """All metadata but the provenance of a run: the same model and plan always give the same header."""
+    folder = Path(checkpoint.path)
+    types = Counter()
+    for tensor in plan.tensors:
+        types[tensor.qtype] += tensor.n_weights
+    general = {
+        "general.quantization_version": U32(2),
+        "general.file_type": U32(_file_type(types.most_common(1)[0][0])),
+        "general.quantized_by": f"quantkit {__version__}",
+        "quantkit.recipe": plan.recipe,
+        "quantkit.target": plan.target,
+    }
+    name = plan.model or folder.name
+    return deepseek.metadata(config, plan.mla, name) | general | tokenizer.metadata(folder, config.n_vocab)
+
+
+def _file_type(qtype: str) -> int:
+    """llama.cpp's label for the file: the type that holds most weights (informative only)."""
+    named = {kind.name: int(kind) for kind in gguf.LlamaFileType}
+    for label in (f"MOSTLY_{qtype}", f"MOSTLY_{qtype}_M", f"MOSTLY_{qtype}_S", "ALL_" + qtype):
+        if label in named:
+            return named[label]
+    return int(gguf.LlamaFileType.GUESSED)

@@ -1,0 +1,1 @@
+"""Other programs that compute a file: what ours is checked against."""

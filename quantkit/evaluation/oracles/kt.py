@@ -1,0 +1,130 @@
+"""One MoE layer of a GGUF, computed by KTransformers' own kernels (kt-kernel, LLAMAFILE backend), in its own process.
+
+Run as a script, this file is the child. A GPU is not needed: the wrapper class loads the file as sglang would, and its
+C++ module is then called on ordinary memory.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+WHEEL = "kt-kernel==0.7.2"
+VARIANTS = ("amx", "avx512_bf16", "avx512_vbmi", "avx512_vnni", "avx512_base", "avx2")  # the wheel's, best first
+TIMEOUT = 300
+
+
+class OracleError(RuntimeError):
+    """kt-kernel could not answer; the message says why."""
+
+
+def available() -> bool:
+    return importlib.util.find_spec("kt_kernel") is not None
+
+
+def experts(
+    path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, variant: str
+) -> torch.Tensor:
+    """float32 [n, d]: weighted sum of routed experts for x [n, d], expert int64 [n, n_used], weight float32.
+
+    Rows go through the prefill kernel together; the first few are computed again one by one, and must agree.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder) / "given.pt", Path(folder) / "answer.pt"
+        shape = {"n_expert": config.n_expert, "n_used": config.n_used, "d": config.d, "n_ff": config.n_ff_exp}
+        torch.save({"x": x.bfloat16(), "expert": expert, "weight": weight}, given)
+        request = {"path": str(path), "layer": layer, "given": str(given), "answer": str(answer)} | shape
+        environment = os.environ | {"KT_KERNEL_CPU_VARIANT": variant, "KT_FORCE_SYNC_SUBMIT": "1"}
+        try:
+            child = subprocess.run(
+                [sys.executable, __file__, json.dumps(request)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT,
+                check=False,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            raise OracleError(f"kt-kernel ({variant}) did not answer in {TIMEOUT} s") from None
+        if child.returncode == -signal.SIGILL:
+            raise NotImplementedError(f"this CPU does not run kt-kernel's {variant} variant")
+        if child.returncode:
+            raise OracleError(f"kt-kernel ({variant}) ended with {child.returncode}:\n{child.stderr[-3000:]}")
+        found = torch.load(answer)
+        if found["variant"] != variant:
+            raise NotImplementedError(f"kt-kernel loaded {found['variant']} instead of {variant}")
+        return found["out"]
+
+
+def runnable(path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> str:
+    """The best variant that this machine runs: a CPU may name AMX among its flags and not have it."""
+    for variant in [os.environ["KT_KERNEL_CPU_VARIANT"]] if "KT_KERNEL_CPU_VARIANT" in os.environ else VARIANTS:
+        try:
+            experts(path, layer, config, x[:16], expert[:16], weight[:16], variant)
+        except NotImplementedError:
+            continue
+        return variant
+    raise OracleError("no variant of kt-kernel runs here")
+
+
+# The child.
+
+
+def _serve(request: dict) -> None:
+    _without_pinned_memory()
+    import kt_kernel
+
+    given = torch.load(request["given"])
+    n = len(given["x"])
+    wrapper = kt_kernel.KTMoEWrapper(
+        layer_idx=request["layer"],
+        num_experts=request["n_expert"],
+        num_experts_per_tok=request["n_used"],
+        hidden_size=request["d"],
+        moe_intermediate_size=request["n_ff"],
+        gpu_experts_mask=None,
+        cpuinfer_threads=2,
+        threadpool_count=1,
+        weight_path=request["path"],
+        chunked_prefill_size=max(n, 32),
+        method="LLAMAFILE",
+    )
+    wrapper.load_weights()
+    out = _forward(wrapper, given["x"], given["expert"], given["weight"])
+    for i in range(min(4, n)):
+        alone = _forward(wrapper, *(given[key][i : i + 1] for key in ("x", "expert", "weight")))[0]
+        if (alone - out[i]).norm() > 0.03 * out[i].norm():
+            sys.exit(f"row {i} alone differs from the same row in a batch by {(alone - out[i]).norm() / out[i].norm()}")
+    torch.save({"out": out, "variant": kt_kernel.__cpu_variant__}, request["answer"])
+    sys.stdout.flush()
+    os._exit(0)  # its worker threads may not join
+
+
+def _forward(wrapper, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x, expert, weight = x.contiguous(), expert.long().contiguous(), weight.float().contiguous()
+    out, n = torch.zeros_like(x), torch.tensor([len(x)], dtype=torch.int32)
+    pointers = [tensor.data_ptr() for tensor in (n, expert, weight, x, out)]
+    wrapper.cpu_infer.submit(wrapper.moe.forward_task(pointers[0], expert.shape[1], *pointers[1:], False))
+    wrapper.cpu_infer.sync()
+    return out.float()
+
+
+def _without_pinned_memory() -> None:
+    """Pinned memory needs CUDA; kt-kernel asks for it everywhere."""
+
+    def unpinned(make):
+        return lambda *args, pin_memory=False, **options: make(*args, **options)
+
+    for name in ("zeros", "empty", "full", "ones"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""The ggml library: binding, reference codecs, graphs."""

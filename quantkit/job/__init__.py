@@ -1,0 +1,1 @@
+"""The commands' work from start to end, and what they leave in a folder."""

@@ -1,0 +1,67 @@
+"""`quantkit inspect`: what a model or a file holds, from headers alone."""
+
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.geometry import Geometry
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.models.config import DeepseekConfig
+from quantkit.models.deepseek2 import source_shapes
+
+
+def describe(name: str) -> str:
+    """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
+    from quantkit.job.make import open_model
+
+    if name.endswith(".gguf"):
+        return _gguf(GGUFFile.open(Path(name)))
+    return _checkpoint(name, open_model(name))
+
+
+def _model_lines(c: DeepseekConfig) -> list[str]:
+    q = f"q_lora {c.q_lora}" if c.q_lora else "plain q"
+    return [
+        f"layers      {c.n_layer} ({c.n_dense} dense, {c.n_moe} MoE), hidden {c.d}, vocabulary {c.n_vocab:,}",
+        f"attention   {c.n_head} heads, {q}, kv_lora {c.kv_lora}, nope {c.qk_nope} + rope {c.qk_rope}, v {c.v_head}",
+        f"experts     {c.n_expert} routed + {c.n_shared} shared, top-{c.n_used}, {c.scoring}, "
+        f"{c.n_group_used} of {c.n_group} groups, FFN {c.n_ff_exp} (dense {c.n_ff})",
+    ]
+
+
+def _types(rows: Iterable[tuple[str, int, int]]) -> list[str]:
+    """rows: (type, weights, bytes) per tensor."""
+    count, weights, size = Counter[str](), Counter[str](), Counter[str]()
+    for kind, n_weights, n_bytes in rows:
+        count[kind] += 1
+        weights[kind] += n_weights
+        size[kind] += n_bytes
+    head = f"{'type':<10}{'tensors':>9}{'weights':>18}{'bytes':>18}"
+    body = [f"{k:<10}{count[k]:>9,}{weights[k]:>18,}{size[k]:>18,}" for k, _ in size.most_common()]
+    total = f"{'total':<10}{sum(count.values()):>9,}{sum(weights.values()):>18,}{sum(size.values()):>18,}"
+    return [head, *body, total]
+
+
+def _checkpoint(name: str, source: Checkpoint | Geometry) -> str:
+    config = DeepseekConfig.from_hf(source.config)
+    needed = source_shapes(config)
+    source.validate(needed)
+    rows = [(entry.dtype, prod(entry.shape), entry.n_bytes) for entry in source.tensors.values()]
+    extra = sum(1 for name in source.tensors if name.removesuffix("_scale_inv") not in needed)
+    lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
+    if extra:
+        lines.append(f"{extra} tensors are not used (multi-token prediction)")
+    return "\n".join(lines)
+
+
+def _gguf(file: GGUFFile) -> str:
+    rows = [(tensor.qtype, prod(tensor.shape), tensor.n_bytes) for tensor in file.tensors.values()]
+    bits = 8 * sum(row[2] for row in rows) / max(1, sum(row[1] for row in rows))
+    keys = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
+    shown = [f"{key:<48} {value}" for key, value in keys.items() if not isinstance(value, list)]
+    lines = [f"file        {file.path} ({len(file.files)} file(s), {file.n_bytes:,} bytes, {bits:.3f} bpw)"]
+    if file.metadata.get("general.architecture") == "deepseek2":
+        lines += _model_lines(DeepseekConfig.from_gguf(file.metadata))
+    return "\n".join([*lines, "", *_types(rows), "", *shown])

@@ -1,0 +1,189 @@
+"""Upload: each large file by itself, so that a break costs at most one, then one commit with the card."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors_header import load_json
+from quantkit.job.publish.card import Row, layer_plot, render_card
+from quantkit.job.publish.folder import Quant, refuse_secrets, reproduce
+from quantkit.progress import say
+from quantkit.remote.client import Repo, with_retry
+
+CARD = "README.md"
+CONFLICTS = 3  # others may commit while we upload
+CONFLICT_STATUS = (409, 412)
+FIGURES = {
+    "bytes",
+    "bpw",
+    "bpw_routed",
+    "ppl",
+    "ppl_reference",
+    "kld_mean",
+    "kld_mean_error",
+    "top1_agreement",
+    "tokens",
+    "text",
+}
+UNKNOWN = {"target": "unknown", "quantkit": "unknown", "calibration": {}}  # where a repository has no provenance.json
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: private and create decide only when the repository is new; pr opens a pull request."""
+
+    repo: str
+    private: bool = False
+    pr: bool = False
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a repository holds already. files: path -> bytes."""
+
+    commit: str | None
+    files: Mapping[str, int]
+
+
+class Uploader:
+    """One publication. base, license_name: None to take what `make` recorded about the source."""
+
+    def __init__(self, quant: Quant, target: Target, base: str | None = None, license_name: str | None = None):
+        self.quant, self.target = quant, target
+        source = quant.provenance.get("source") or {}
+        self.base, self.license = base or source.get("repo"), license_name or source.get("license")
+        if not self.base:
+            raise QuantkitError(f"{quant.folder}: made from a local folder; name its origin (--base-model user/name)")
+        self.api = HfApi(library_name="quantkit")
+        self.repo = Repo(target.repo, constants.ENDPOINT)
+        self.plot = layer_plot(quant.plan)
+
+    def present(self) -> Present:
+        """The repository as it is; nothing if there is none yet."""
+
+        def look() -> Present:
+            try:
+                info = self.api.model_info(self.target.repo, files_metadata=True, timeout=30)
+            except RepositoryNotFoundError:
+                return Present(None, {})
+            return Present(info.sha, {each.rfilename: each.size or 0 for each in info.siblings or ()})
+
+        return with_retry(look, self.repo, "its listing")
+
+    def rows(self, present: Present) -> list[Row]:
+        """This quantization and those that are there, by size."""
+        quant = self.quant
+        sizes = {path: local.stat().st_size for path, local in quant.files.items()}
+        sizes[f"{quant.name}/layers.png"] = len(self.plot)
+        rows = [self._row(quant.name, sizes, quant.verify, quant.provenance)]
+        others = sorted({path.split("/")[0] for path in present.files if path.endswith("/plan.json")} - {quant.name})
+        for name in others:
+            known = [self._remote_json(f"{name}/{each}", present) for each in ("verify.json", "provenance.json")]
+            rows.append(self._row(name, present.files, *known))
+        return sorted((row for row in rows if row.gguf), key=lambda row: row.verify.get("bytes", 0))
+
+    def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], made: Mapping[str, Any]) -> Row:
+        complete = verify if verify.keys() >= FIGURES else {}
+        commands = reproduce(made, str(self.base), name, self.target.repo)
+        return Row(name, files, complete, UNKNOWN | dict(made), commands)
+
+    def _remote_json(self, path: str, present: Present) -> dict[str, Any]:
+        if path not in present.files:
+            return {}
+        get = partial(self.api.hf_hub_download, self.target.repo, path, revision=present.commit)
+        value = load_json(Path(with_retry(get, self.repo, path)).read_bytes(), f"{self.repo}/{path}")
+        if not isinstance(value, dict):
+            raise QuantkitError(f"{self.repo}/{path}: not a JSON object")
+        return value
+
+    def card(self, present: Present) -> str:
+        text = render_card(self.target.repo, self.quant.plan.model, str(self.base), self.license, self.rows(present))
+        ModelCard(text)  # parses the head
+        refuse_secrets(CARD, text.encode())
+        return text
+
+    def run(self) -> str:
+        """Create the repository if need be, upload, commit; returns the address of the commit or pull request."""
+        with quiet():
+            with_retry(self.api.whoami, self.repo, "your account")
+            if not self.target.pr:
+                create = partial(self.api.create_repo, self.target.repo, private=self.target.private, exist_ok=True)
+                with_retry(create, self.repo, "the new repository")
+            additions = [CommitOperationAdd(path, str(local)) for path, local in self.quant.files.items()]
+            additions.append(CommitOperationAdd(f"{self.quant.name}/layers.png", self.plot))
+            for number, addition in enumerate(additions, 1):
+                size = addition.upload_info.size
+                say(f"{number} of {len(additions)}: {addition.path_in_repo} ({size:,} bytes)")
+                send = partial(
+                    self.api.preupload_lfs_files,
+                    self.target.repo,
+                    [addition],
+                    create_pr=self.target.pr,
+                    free_memory=False,
+                )
+                with_retry(send, self.repo, addition.path_in_repo)
+            return self._commit(additions)
+
+    def _commit(self, additions: Sequence[CommitOperationAdd]) -> str:
+        """The card lists what is there at the parent commit; if someone commits in between, it is written anew."""
+        for attempt in range(CONFLICTS):
+            present = self.present()
+            card = CommitOperationAdd(CARD, self.card(present).encode())
+            ours = {CARD, *(addition.path_in_repo for addition in additions)}
+            # Parts of an earlier upload under this name would be taken for parts of this one.
+            stale = [
+                CommitOperationDelete(path)
+                for path in present.files
+                if path.startswith(f"{self.quant.name}/") and path not in ours
+            ]
+            commit = partial(
+                self.api.create_commit,
+                self.target.repo,
+                [*additions, card, *stale],
+                create_pr=self.target.pr,
+                commit_message=f"{self.quant.plan.model} {self.quant.name}, made by quantkit",
+                parent_commit=present.commit,
+            )
+            try:
+                done = with_retry(partial(_unless_conflict, commit), self.repo, "the commit")
+                return done.pr_url or done.commit_url
+            except Conflict:
+                say(f"{self.repo} changed while this was uploaded; writing the card anew ({attempt + 1})")
+        raise QuantkitError(f"{self.repo}: keeps changing; run the same command again (nothing is sent twice)")
+
+
+class Conflict(QuantkitError):
+    """Someone else committed."""
+
+
+def _unless_conflict(commit):
+    try:
+        return commit()
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in CONFLICT_STATUS:
+            raise Conflict("someone else committed") from None
+        raise
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """huggingface_hub warns of each retry with the address it asked, signature included; its bars are for terminals."""
+    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if bars and not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()

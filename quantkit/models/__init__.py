@@ -1,0 +1,1 @@
+"""Families of models: their numbers, tensors, metadata and tokenizers; and how one is opened."""

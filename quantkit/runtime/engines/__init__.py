@@ -1,0 +1,1 @@
+"""Ways to generate from a file: torch, one ggml graph, a GPU beside the CPU."""

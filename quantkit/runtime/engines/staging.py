@@ -1,0 +1,145 @@
+"""Moving expert bytes from the mapped file to a device, ahead of their use."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from quantkit.runtime.packed import Packed
+
+CHUNK = 4  # experts moved and dequantized at once: at R1's size 34 MB of IQ1_S, 352 MB dequantized
+SLOTS = 3
+SLICE = 64 << 20
+ALIGN = 256
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One of the three matrices of all experts of a layer: data uint8 [n_expert, n_out, row_bytes].
+
+    read: None if `data` is mapped. Where memory is limited `data` has only the right shape, and this fills uint8
+    [n_out * row_bytes] with an expert's bytes, from any thread.
+    """
+
+    qtype: str
+    data: np.ndarray
+    n_in: int
+    read: Callable[[int, np.ndarray], None] | None = None
+
+
+Stacks = list[Stack]
+"""gate, up and down of a layer."""
+
+
+def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
+    """Fill the first of each pair, uint8 [n], from the second: shared out among a pool's threads, since one alone is
+    slower than the bus."""
+    step = -(-sum(len(data) for _, data in pairs) // workers)
+    spans = [(to[i : i + step], data[i : i + step]) for to, data in pairs for i in range(0, len(data), step)]
+    list(pool.map(lambda span: np.copyto(*span), spans))
+
+
+def fill(jobs: list[tuple[Stack, int, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
+    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by a pool's threads."""
+    pairs, reads = [], []
+    for stack, begin, to in jobs:
+        size = stack.data[0].nbytes
+        if stack.read is None:
+            pairs.append((to, stack.data[begin : begin + len(to) // size].reshape(-1)))
+        else:
+            reads += [(stack.read, begin + i, to[i * size : (i + 1) * size]) for i in range(len(to) // size)]
+    if pairs:
+        copy_bytes(pairs, pool, workers)
+    list(pool.map(lambda job: job[0](*job[1:]), reads))
+
+
+def upload_experts(stack: Stack, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+    """A copy of all experts' bytes on a device, in the shape of `data`."""
+    if stack.read is None:
+        return upload(stack.data, device, pool, workers)
+    out = torch.empty(stack.data.shape, dtype=torch.uint8, device=device)
+    buffer = torch.empty(CHUNK * stack.data[0].nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for begin, part in zip(range(0, len(out), CHUNK), out.split(CHUNK), strict=True):
+        fill([(stack, begin, buffer[: part.numel()].numpy())], pool, workers)
+        part.view(-1).copy_(buffer[: part.numel()])
+    return out
+
+
+def upload(data: np.ndarray, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+    """A copy of mapped bytes on a device."""
+    flat = data.reshape(-1)
+    out = torch.empty(flat.shape, dtype=torch.uint8, device=device)
+    buffer = torch.empty(min(SLICE, len(flat)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for begin in range(0, len(flat), SLICE):
+        part = buffer[: len(flat) - begin]
+        copy_bytes([(part.numpy(), flat[begin : begin + SLICE])], pool, workers)
+        out[begin : begin + len(part)].copy_(part)
+    return out.view(data.shape)
+
+
+class Ring:
+    """Buffers through which chunks of experts reach the device: while one is computed with, the next is on its way and
+    the one after that is read. A thread moves them, in order."""
+
+    def __init__(
+        self, largest: Stacks, device: torch.device, dtype: torch.dtype, pool: ThreadPoolExecutor, workers: int
+    ):
+        """largest: the layer with most bytes."""
+        size = sum(CHUNK * stack.data[0].nbytes + ALIGN for stack in largest)
+        self.on_gpu, self.dtype, self.pool, self.workers = device.type == "cuda", dtype, pool, workers
+        self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(SLOTS)]
+        self.there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        if self.on_gpu:
+            self.stream = torch.cuda.Stream(device)
+            self.copied, self.used = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.there)
+
+    def chunks(self, layers: list[Stacks]) -> Iterator[tuple[int, list[Packed]]]:
+        """All experts of these layers in order: (first expert, matrices of CHUNK experts or fewer). They are valid
+        until the next is asked for."""
+        plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0].data), CHUNK)]
+        with ThreadPoolExecutor(1) as mover:
+            ahead: deque[Future] = deque(mover.submit(self._move, i, *plan[i]) for i in range(min(SLOTS, len(plan))))
+            try:
+                for i, (_, begin) in enumerate(plan):
+                    matrices = ahead.popleft().result()
+                    if self.on_gpu:
+                        torch.cuda.current_stream().wait_event(self.copied[i % SLOTS])
+                    yield begin, matrices
+                    if self.on_gpu:
+                        self.used[i % SLOTS].record()
+                    if i + SLOTS < len(plan):
+                        ahead.append(mover.submit(self._move, i + SLOTS, *plan[i + SLOTS]))
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
+    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
+        slot, at, spans, jobs = i % SLOTS, 0, [], []
+        if self.on_gpu:
+            self.copied[slot].synchronize()  # the buffer's last transfer
+        host = self.host[slot].numpy()
+        for stack in stacks:
+            part = stack.data[begin : begin + CHUNK]
+            jobs.append((stack, begin, host[at : at + part.nbytes]))
+            spans.append((stack.qtype, at, part.shape, stack.n_in))
+            at += -(-part.nbytes // ALIGN) * ALIGN
+        fill(jobs, self.pool, self.workers)
+        with torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
+            if self.on_gpu:
+                self.stream.wait_event(self.used[slot])
+            self.there[slot][:at].copy_(self.host[slot][:at], non_blocking=True)
+            if self.on_gpu:
+                self.copied[slot].record(self.stream)
+        return [
+            Packed(qtype, self.there[slot][at : at + int(np.prod(shape))].view(shape), n_in, self.dtype)
+            for qtype, at, shape, n_in in spans
+        ]

@@ -1,0 +1,148 @@
+"""Continuous batching: one thread owns the engine; sequences join and leave between its steps.
+
+A step is one piece of the oldest unfinished prompt, then one token for every sequence whose prompt is done
+(iteration-level scheduling of Orca, Yu et al., OSDI 2022), so a long prompt delays others by a piece at most.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.engines.open import Engine
+from quantkit.runtime.generate import Sampling, sample
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[int | None, str | None], None]
+"""Called in the scheduler's thread: (token, None) for each new token, then once (None, why it ended): `stop` (EOS),
+`length`, `cancelled` or `error`."""
+
+
+class QueueFull(QuantkitError):
+    """More requests wait than allowed: try again later."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones."""
+
+    prompt: list[int]
+    n_tokens: int
+    how: Sampling
+    emit: Emit
+    cancelled: bool = False
+    slot: int = -1
+    done: int = 0  # prompt tokens in the cache
+    n_made: int = 0
+    last: int = -1
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+class Scheduler:
+    """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager."""
+
+    def __init__(self, engine: Engine, queue_limit: int = 256):
+        self.engine, self.queue_limit = engine, queue_limit
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.free = list(range(engine.n_slots))
+        self.closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._loop, name="quantkit-scheduler", daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> "Scheduler":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. QueueFull: too many wait; QuantkitError: it can never fit the context."""
+        if not job.prompt:
+            raise QuantkitError("the prompt is empty")
+        if len(job.prompt) + job.n_tokens > self.engine.capacity:
+            raise QuantkitError(
+                f"{len(job.prompt)} prompt tokens and {job.n_tokens} new ones do not fit a context of "
+                f"{self.engine.capacity}"
+            )
+        job.generator.manual_seed(job.how.seed)
+        with self.changed:
+            if self.closed:
+                raise QuantkitError("the scheduler is closed")
+            if len(self.waiting) >= self.queue_limit:
+                raise QueueFull(f"{len(self.waiting)} requests are waiting already; try again later")
+            self.waiting.append(job)
+            self.changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """The job ends before its next token. Harmless if it has ended."""
+        with self.changed:
+            job.cancelled = True
+            self.changed.notify()
+
+    def close(self) -> None:
+        """End all jobs as cancelled after the step under way, and the thread."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()
+
+    def _loop(self) -> None:
+        while self._admit():
+            try:
+                self._step()
+            except Exception:  # whatever it was, other requests must be served on
+                log.exception("a step failed; its %d sequences end", len(self.running))
+                for job in list(self.running):
+                    self._end(job, "error")
+        for job in [*self.running, *self.waiting]:
+            self._end(job, "cancelled")
+
+    def _admit(self) -> bool:
+        """Wait for work; give slots to waiting jobs. False: closed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or self.waiting or self.running)
+            gone = [job for job in self.waiting if job.cancelled]
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
+            while self.waiting and self.free and not self.closed:
+                job = self.waiting.popleft()
+                self.free.sort()  # low slots first: neighbours in memory are cheaper to batch
+                job.slot = self.free.pop(0)
+                self.running.append(job)
+        for job in gone + [job for job in self.running if job.cancelled]:
+            self._end(job, "cancelled")
+        return not self.closed
+
+    def _step(self) -> None:
+        ready = [job for job in self.running if job.done == len(job.prompt)]
+        if late := next((job for job in self.running if job.done < len(job.prompt)), None):
+            piece = late.prompt[late.done : late.done + self.engine.piece]
+            logits = self.engine.prefill(late.slot, piece, late.done)
+            late.done += len(piece)
+            if late.done == len(late.prompt):
+                self._take(late, logits)
+        if ready:
+            logits = self.engine.decode([job.slot for job in ready], [job.last for job in ready])
+            for job, own in zip(ready, logits, strict=True):
+                self._take(job, own)
+
+    def _take(self, job: Job, logits: torch.Tensor) -> None:
+        job.last = sample(logits, job.how, job.generator)
+        if job.last == self.engine.config.eos:
+            return self._end(job, "stop")
+        job.n_made += 1
+        job.emit(job.last, None)
+        if job.n_made == job.n_tokens:
+            self._end(job, "length")
+
+    def _end(self, job: Job, why: str) -> None:
+        if job in self.running:
+            self.running.remove(job)
+            self.free.append(job.slot)
+        job.emit(None, why)

@@ -1,0 +1,309 @@
+"""A file on a GPU against llama-bench on the CPU, in one run: decoding and prefill, experts on the CPU and in VRAM.
+
+    python scripts/bench/synthetic_gguf.py /dev/shm/r1.gguf --dense 1 --moe 4
+    python scripts/bench/gpu_decode.py /dev/shm/r1.gguf --llama-bench llama-bench --check tiny-r1.gguf
+
+Prints as it goes: correctness and speed of the kernels, bandwidths, then each engine. --check: a small file whose
+logits are compared with those of the exactly dequantized one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from quantkit.codecs import blocks
+from quantkit.runtime import kernels
+from quantkit.runtime.engines import gpu
+from quantkit.runtime.engines.gpu import GpuEngine
+from quantkit.runtime.engines.graph import GraphEngine
+from quantkit.runtime.engines.open import TorchEngine
+from quantkit.runtime.engines.staging import copy_bytes
+from quantkit.runtime.experts.cpu import GgmlExperts
+from quantkit.runtime.generate import Model
+from quantkit.runtime.sources import GGUFSource
+
+GB = 1e9
+BEGUN = time.perf_counter()
+
+
+def say(*parts) -> None:
+    print(f"[{time.perf_counter() - BEGUN:5.1f}s]", *parts, flush=True)
+
+
+def timed(work, repeats: int) -> float:
+    """Seconds of one call on the GPU, after one to warm up."""
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def kld(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Mean KLD, share of equal most probable tokens."""
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean()), float((a.argmax(-1) == b.argmax(-1)).float().mean())
+
+
+def kernel_report(types: list[str]) -> None:
+    """Each type: greatest error against torch, and the rates of decoding in registers and of dequantizing."""
+    for qtype in types:
+        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
+        n, n_out, n_in = 16, 4096, 7168
+        data = torch.randint(0, 256, (n, n_out, n_in // weights, size), dtype=torch.uint8, device="cuda")
+        if qtype == "IQ1_M":
+            data[..., 49::2] &= 0x3F
+        else:
+            at = size - 4 if qtype == "Q2_K" else size - 2 if qtype in ("Q3_K", "Q6_K") else 0
+            data[..., at + 1] &= 0x3B  # finite d
+            if qtype in ("Q2_K", "Q4_K", "Q5_K"):
+                data[..., at + 3] &= 0x3B
+        data = data.view(n, n_out, -1)
+        x = torch.randn(1, n_in, device="cuda")
+        ids = torch.tensor([3, 0, 15, 7, 8, 1, 12, 5], dtype=torch.int32, device="cuda")
+        few = blocks.dequantize(qtype, data[:, :64])
+        expected = torch.einsum("poi,i->po", few[ids.long()].double(), x[0].double())
+        error = float((kernels.products(qtype, data, x, ids)[:, :64] - expected).abs().max() / expected.abs().max())
+        out = torch.empty(n_out, n_in, dtype=torch.bfloat16, device="cuda")
+        rounded = kernels.dequantize(qtype, data[1], out)[:64].float()
+        worst = float((rounded - few[1]).abs().max() / few[1].abs().max())
+        begin, rates = [0], []
+
+        def one(matrices=data, begin=begin, x=x, ids=ids, qtype=qtype) -> None:
+            begin[0] ^= 8  # other matrices each time: they do not stay in the cache
+            kernels.products(qtype, matrices[begin[0] : begin[0] + 8], x, ids % 8)
+
+        product = timed(one, 20)
+        rates = (8 * data[0].nbytes / product / GB, 8 * n_out * n_in / product / 1e12)
+        dense = timed(lambda data=data, out=out, qtype=qtype: kernels.dequantize(qtype, data[1], out), 20)
+        say(
+            f"{qtype:8} product error {error:.1e}, {rates[0]:6.0f} GB/s, {rates[1]:.2f} Tweights/s; dequantize error "
+            f"{worst:.1e}, {n_out * n_in / dense / 1e12:.2f} Tweights/s"
+        )
+
+
+def bandwidths(threads: int, source: GGUFSource) -> float:
+    """GB/s that all threads read; also printed: the bus, and the GPU's own memory."""
+    data = np.ones(2 << 30, np.uint8)
+    spans = np.array_split(data.view(np.int64), threads)
+    total = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        list(source.pool.map(np.add.reduce, spans))
+        total = max(total, data.nbytes / (time.perf_counter() - start) / GB)
+    host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    bus = host.nbytes / timed(lambda: there.copy_(host, non_blocking=True), 5) / GB
+    own = 2 * there.nbytes / timed(lambda: there.clone(), 20) / GB
+    start = time.perf_counter()
+    for _ in range(4):
+        copy_bytes([(host.numpy(), data[: host.nbytes])], source.pool, threads)
+    staging = 4 * host.nbytes / (time.perf_counter() - start) / GB
+    say(
+        f"memory: {threads} threads read {total:.0f} GB/s, copy to pinned {staging:.0f} GB/s; bus {bus:.0f} GB/s; GPU "
+        f"copy {own:.0f} GB/s"
+    )
+    return total
+
+
+class Watch:
+    """Seconds in the CPU's experts."""
+
+    def __init__(self):
+        self.seconds, call = 0.0, GgmlExperts.__call__
+
+        def watched(experts, *arguments):
+            start = time.perf_counter()
+            out = call(experts, *arguments)
+            self.seconds += time.perf_counter() - start
+            return out
+
+        GgmlExperts.__call__ = watched
+
+
+def measure(
+    engine: GpuEngine, name: str, prompt: list[int], n_tokens: int, watch: Watch, read: int
+) -> dict[str, float]:
+    """tok/s of decoding and prefill. read: bytes of experts that a token needs on the CPU."""
+    n_layer = engine.config.n_layer
+    torch.cuda.reset_peak_memory_stats()
+
+    def decode(n: int) -> float:
+        engine.prefill(0, prompt[:1], 0)
+        start = time.perf_counter()
+        for token in prompt[:n]:
+            engine.decode([0], [token]).argmax()
+        return n / (time.perf_counter() - start)
+
+    decode(4)
+    watch.seconds = 0.0
+    tg = decode(n_tokens)
+    inside = watch.seconds / (n_tokens + 1)
+    rest = (1 / tg - inside) / n_layer
+    say(
+        f"{name}: decode {tg:.2f} tok/s; experts on the CPU {1e3 * inside:.2f} ms a token"
+        + (f" ({read / inside / GB:.1f} GB/s)" if read else "")
+        + f", all else {1e6 * rest:.0f} us per layer"
+    )
+    found = {"decode": tg}
+    for round_ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for at in range(0, len(prompt), engine.piece):
+            engine.prefill(0, prompt[at : at + engine.piece], at)
+        found["prefill"] = len(prompt) / (time.perf_counter() - start)
+        say(f"{name}: prefill {len(prompt)}, round {round_}: {found['prefill']:.1f} tok/s")
+    for n in range(2, engine.n_slots + 1, 2):
+        slots = list(range(n))
+        for slot in slots:
+            engine.prefill(slot, prompt[:8], 0)
+        for _ in range(2):
+            engine.decode(slots, prompt[:n])
+        start = time.perf_counter()
+        for _ in range(10):
+            engine.decode(slots, prompt[:n])
+        say(f"{name}: {n} sequences {10 * n / (time.perf_counter() - start):.2f} tok/s in all")
+    say(
+        f"{name}: peak of torch's GPU memory {torch.cuda.max_memory_allocated() / GB:.2f} GB allocated, "
+        f"{torch.cuda.max_memory_reserved() / GB:.2f} reserved"
+    )
+    return found
+
+
+def profile(engine: GpuEngine, prompt: list[int]) -> None:
+    """Where the GPU's time goes, while decoding and in a prompt."""
+    for what, work in (
+        ("decode 5", lambda: [engine.decode([0], [token]) for token in prompt[:5]]),
+        ("prefill", lambda: engine.prefill(0, prompt[: engine.piece], 0)),
+    ):
+        engine.prefill(0, prompt[:1], 0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            work()
+            torch.cuda.synchronize()
+        rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)[:14]
+        say(f"{what}: {sum(row.device_time_total for row in found.key_averages()) / 1e3:.2f} ms of kernels and copies")
+        for row in rows:
+            print(f"    {row.device_time_total / 1e3:9.3f} ms {row.count:6} x {row.key[:90]}", flush=True)
+
+
+def layer_bytes(layer: gpu.Layer) -> int:
+    block, feed = layer.block, layer.block.feed
+    parts = [layer.k_b, layer.v_b, block.kv_a, block.output, feed.gate, feed.up, feed.down]
+    return sum(part.n_bytes for part in parts + [part for part in block.q if hasattr(part, "n_bytes")])
+
+
+def theirs(binary: str, file: str, threads: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
+    command = [
+        binary,
+        "-m",
+        file,
+        "-t",
+        str(threads),
+        "-p",
+        str(n_prompt),
+        "-n",
+        str(n_tokens),
+        "-r",
+        "1",
+        "-ngl",
+        "0",
+        "-o",
+        "json",
+    ]
+    paths = os.environ | {"LD_LIBRARY_PATH": str(Path(binary).resolve().parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=paths)
+    if done.returncode:
+        say("llama-bench failed:", done.stderr[-500:])
+        return {}
+    return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in json.loads(done.stdout)}
+
+
+def agreement(engine, other, tokens: list[int], n_prompt: int) -> tuple[float, float]:
+    found = []
+    for one in (engine, other):
+        rows = [one.prefill(0, tokens[:n_prompt], 0).clone()]
+        rows += [one.decode([0], [token])[0].clone() for token in tokens[n_prompt:]]
+        found.append(torch.stack(rows))
+    return kld(found[1], found[0])
+
+
+def check(file: str, threads: int) -> None:
+    """A small file: engines on the GPU against the exactly dequantized file."""
+    source = GGUFSource(file, "cpu", n_threads=threads)
+    exact = TorchEngine(Model(source.dequantizing(torch.float32)), 1, 700)
+    tokens = torch.randint(300, source.config.n_vocab - 100, (640,)).tolist()
+    text = source.tokenizer().encode("The ship went down in the storm, and nobody came home. " * 80).ids
+    for what, ids in (("text", [0, *text[:639]]), ("random tokens", tokens)):
+        for layers in (0, source.config.n_moe):
+            engine = GpuEngine(GGUFSource(file, "cuda", n_threads=threads), 1, 700, layers)
+            d, same = agreement(engine, exact, ids, 600)
+            say(
+                f"{Path(file).name}, {what}, {layers} layers' experts in VRAM: KLD from exact {d:.5f}, top-1 {same:.3f}"
+            )
+        d, same = agreement(GraphEngine(source, 1, 700), exact, ids, 600)
+        say(f"{Path(file).name}, {what}, CPU graph: KLD from exact {d:.5f}, top-1 {same:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file")
+    parser.add_argument("--llama-bench", default=None)
+    parser.add_argument("--check", default=None)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--types", default="IQ1_S,IQ2_XXS,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,IQ4_XS")
+    parser.add_argument("--profile", action="store_true", help="Also list the kernels that take longest.")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    say(torch.cuda.get_device_name(), "torch", torch.__version__, "threads", args.threads)
+    kernel_report(args.types.split(","))
+    if args.check:
+        check(args.check, args.threads)
+    source = GGUFSource(args.file, "cuda", n_threads=args.threads)
+    c, watch = source.config, Watch()
+    prompt = torch.randint(300, min(8000, c.n_vocab), (args.prompt,)).tolist()
+    speed = bandwidths(args.threads, source)
+    names = [name for i in range(c.n_dense, c.n_layer) for name in gpu.expert_names(i)]
+    read = sum(source.file.tensors[name].n_bytes for name in names) * c.n_used // c.n_expert
+    peer: dict[str, float] = {}
+    for layers in (0, c.n_moe):
+        name = f"{layers} of {c.n_moe} layers' experts in VRAM"
+        before = torch.cuda.memory_allocated()
+        engine = GpuEngine(source, 4, args.prompt + 256, layers)
+        say(
+            f"{name}: loaded, {(torch.cuda.memory_allocated() - before) / GB:.3f} GB on the GPU, piece {engine.piece}; "
+            f"planned {gpu.fixed_bytes(source.file.tensors, c, 4 * engine.rows)}, workspace "
+            f"{gpu.workspace(c, engine.piece) / GB:.2f} GB"
+        )
+        for i in (0, c.n_layer - 1):
+            say(f"  layer {i}: {layer_bytes(engine.layers[i]) / 1e6:.1f} MB of matrices beside routed experts")
+        found = measure(engine, name, prompt, args.tokens, watch, 0 if layers else read)
+        if not layers:
+            say(f"experts: {read / GB:.3f} GB a token; the CPU's memory gives {speed:.0f} GB/s")
+            if args.llama_bench:
+                peer = theirs(args.llama_bench, args.file, args.threads, args.prompt, args.tokens)
+                say("llama-bench on the CPU:", {what: round(rate, 2) for what, rate in peer.items()})
+        say(f"{name}: ratio to llama-bench", {what: round(found[what] / rate, 2) for what, rate in peer.items()})
+        if layers:
+            graph = GraphEngine(GGUFSource(args.file, "cpu", n_threads=args.threads), 1, 512)
+            d, same = agreement(engine, graph, prompt[:72], 64)
+            say(f"logits against the CPU graph, same file: KLD {d:.5f}, top-1 {same:.3f}")
+        if args.profile:
+            profile(engine, prompt)
+        del engine
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

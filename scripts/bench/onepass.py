@@ -1,0 +1,128 @@
+"""The one-pass job on a synthetic checkpoint of R1's geometry: seconds a layer, weights/s, GB/s, peak memory.
+
+    python scripts/bench/synthetic.py synthetic --dense 1 --moe 1
+    python scripts/bench/onepass.py synthetic --tokens 32768 --out /tmp/one
+
+Random tokens, the real recipe, the real writer; only the tokenizer's metadata are missing from the file. Under
+`accelerate launch` the ranks share the work (scripts/bench/ranks.py compares).
+"""
+
+import json
+import resource
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import torch
+
+from quantkit import progress, ranks
+from quantkit.calibration.state import PassState
+from quantkit.encoding import layer as onepass
+from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.jobs import encode_pending, fit_importance
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.models import deepseek2 as deepseek
+from quantkit.planning.plan import make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.runtime.sources import CheckpointSource
+
+R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--recipe", default="1.58bit", show_default=True)
+@click.option("--target", default="ktransformers", show_default=True)
+@click.option("--tokens", default=32768, show_default=True)
+@click.option("--encoder", default="quantkit", type=click.Choice(["quantkit", "ggml"]), show_default=True)
+@click.option("--effort", default="normal", show_default=True)
+@click.option("--device", default=None, help="Default: a GPU if there is one.")
+@click.option("--json", "figures", type=click.Path(path_type=Path), default=None, help="Write the figures here.")
+@torch.inference_mode()
+def main(
+    folder: Path,
+    out: Path,
+    recipe: str,
+    target: str,
+    tokens: int,
+    encoder: str,
+    effort: str,
+    device: str | None,
+    figures: Path | None,
+) -> None:
+    """Run it and print what it took."""
+    ranks.join()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if first := ranks.index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        progress.be_quiet()
+
+    def show(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
+    checkpoint = Checkpoint.open(folder)
+    source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    plan = make_plan(deepseek.specs(source.config), Recipe.load(recipe), target, model="synthetic")
+    ids = torch.randint(0, source.config.n_vocab, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+    metadata = deepseek.metadata(source.config, plan.mla, "synthetic")
+    state = PassState(out / "state", "bench")
+    state.remove()
+    ranks.barrier()
+    started = time.perf_counter()
+    stamps, cpu = [started], [time.process_time()]
+
+    def stamp(_: int) -> None:
+        stamps.append(time.perf_counter())
+        cpu.append(time.process_time())
+
+    with GGUFWriter.open(
+        out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True
+    ) as writer:
+        how = onepass.EncoderOptions(effort) if encoder == "quantkit" else None
+        imatrix, used = onepass.run(
+            source,
+            plan,
+            ids,
+            writer,
+            how,
+            state,
+            hidden_dtype=torch.bfloat16,
+            min_expert_tokens=None if how else 0,
+            progress=stamp,
+        )
+        passed = time.perf_counter()
+        layers = [after - before for before, after in pairwise(stamps)]
+        show("seconds a layer: " + ", ".join(f"{took:.1f}" for took in layers))
+        show("CPU seconds a layer: " + ", ".join(f"{after - before:.1f}" for before, after in pairwise(cpu)))
+        encode_pending(checkpoint, plan, fit_importance(plan, imatrix), writer, GgmlEncoder())
+    whole = time.perf_counter() - started
+    state.remove()
+    for layer, took in enumerate(layers):
+        weights = sum(t.n_weights for t in plan.tensors if t.layer == layer)
+        rate = weights / took / 1e9
+        show(f"layer {layer}: {took:.1f} s, {rate:.3g} G weights/s, {rate:.3g} GB/s of FP8")
+    show(
+        f"left to ggml (embeddings, output, norms): {started + whole - passed:.1f} s, "
+        f"{time.process_time() - cpu[-1]:.1f} CPU seconds"
+    )
+    show(f"moments used: {dict(used)}")
+    show(f"file {sum(file.stat().st_size for file in writer.files) / 1e9:.2f} GB, whole run {whole:.0f} s")
+    rss = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+    show(f"peak RSS {rss:.2f} GB" + (" of a rank" if ranks.count() > 1 else ""))
+    vram = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    if vram is not None:
+        show(f"peak GPU memory {vram:.2f} GB")
+        devices = f"{ranks.count()} such devices" if ranks.count() > 1 else "one such device"
+        show(f"R1: {R1_MOE} MoE layers x {layers[-1]:.1f} s = {R1_MOE * layers[-1] / 60:.0f} min on {devices}")
+    if figures and first:
+        figures.write_text(json.dumps({"layers": layers, "whole": whole, "rss": rss, "vram": vram}))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Blocks taken apart with torch, and by the Triton kernels (interpreted on the CPU), against ggml's decoders."""
+
+import dataclasses
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from quantkit import bundle
+from quantkit.codecs import blocks
+from quantkit.ggml import library as ggml
+from quantkit.models.config import DeepseekConfig
+from quantkit.runtime.layers import Router, route
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random bytes, every field in its whole range but for numbers that are not finite: uint8 [*shape, row_bytes] and
+    their values."""
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
+    generator = np.random.default_rng(3)
+    data = generator.integers(0, 256, (int(np.prod(shape)) * n_in // weights, size), np.uint8)
+    data[~np.isfinite(ggml.dequantize(qtype, data, weights)).all(1)] = 0
+    data = data.reshape(*shape, -1)
+    values = ggml.dequantize(qtype, data.reshape(-1, data.shape[-1]), n_in).reshape(*shape, n_in)
+    return torch.from_numpy(data), torch.from_numpy(values)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, error: float) -> bool:
+    return float((a.cpu() - b.cpu()).abs().max()) <= error * float(b.abs().max())
+
+
+@pytest.mark.parametrize("qtype", blocks.TYPES)
+def test_torch_agrees_with_ggml(qtype):
+    data, values = random_blocks(qtype, (23,), 512)
+    assert torch.allclose(blocks.dequantize(qtype, data), values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("qtype", blocks.TYPES)
+def test_kernels_agree_with_torch(qtype, device):
+    """Whole, tail and partly masked tiles; one matrix and chosen ones; rows of x shared by pairs."""
+    pytest.importorskip("triton")
+    from quantkit.runtime import kernels
+
+    data, values = random_blocks(qtype, (3, 5), 768)
+    data, there = data.to(device), values.to(device)
+    out = kernels.dequantize(qtype, data.flatten(0, 1), torch.empty(15, 768, device=device))
+    assert close(out, blocks.dequantize(qtype, data).flatten(0, 1), 1e-6)
+    rounded = kernels.dequantize(qtype, data[0], torch.empty(5, 768, device=device, dtype=torch.bfloat16))
+    assert close(rounded.float(), values[0], 2**-7)  # the interpreter cuts off
+    x, ids = torch.randn(2, 768, device=device), torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
+    expected = torch.stack([there[e] @ x[i // 2] for i, e in enumerate(ids.tolist())])
+    assert close(kernels.products(qtype, data, x, ids), expected, 1e-5)
+    alone = kernels.products(qtype, data[:1], x)
+    assert close(alone, x @ there[0].T, 1e-5)
+    assert torch.equal(kernels.products(qtype, data[:1], x[1:]), alone[1:])  # whoever else is in the batch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_in", [128, 1536, 2048])
+def test_products_of_other_lengths(n_in, device):
+    pytest.importorskip("triton")
+    from quantkit.runtime import kernels
+
+    data, values = random_blocks("Q8_0", (2, 5), n_in)
+    x = torch.randn(2, n_in, device=device)
+    ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    expected = torch.stack([values[1].to(device) @ x[0], values[0].to(device) @ x[1]])
+    assert close(kernels.products("Q8_0", data.to(device), x, ids), expected, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_routing_kernel(device):
+    pytest.importorskip("triton")
+    from quantkit.runtime import kernels
+
+    folder = bundle.models_dir()
+    r1, tiny = (
+        DeepseekConfig.from_hf(json.loads((folder / name / "config.json").read_text()))
+        for name in ("deepseek-r1", "tiny-r1")
+    )
+    v2 = dataclasses.replace(
+        r1,
+        n_expert=160,
+        n_group_used=3,
+        n_used=6,
+        scoring="softmax",
+        norm_weights=False,
+        group_score="max",
+        weights_scale=16.0,
+    )
+    ungrouped = dataclasses.replace(r1, n_expert=60, n_group=1, n_group_used=1, n_used=4, scoring="softmax")
+    for c in (r1, tiny, v2, ungrouped):
+        x = torch.randn(7, 64, device=device)
+        bias = torch.randn(c.n_expert, device=device) * 0.1 if c.scoring == "sigmoid" else None
+        router = Router(torch.randn(c.n_expert, 64, device=device) * 0.3, bias)
+        expert, weight = route(x, router, c)
+        ids, weights = kernels.route(x @ router.weight.T, bias, c)
+        assert torch.equal(ids.long(), expert) and torch.allclose(weights, weight, rtol=1e-4)

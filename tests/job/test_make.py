@@ -1,0 +1,248 @@
+"""The main job: what it leaves behind, that it resumes to the same bytes, and how it refuses."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+
+from quantkit import bundle
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.job import make as pipeline
+from quantkit.planning.plan import Plan
+
+SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--workers", "2"]
+
+
+def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    if check and done.returncode:
+        raise AssertionError(done.stderr)
+    return done
+
+
+def gguf_of(folder: Path) -> Path:
+    return next(folder.glob("*.gguf.part"), None) or next(p for p in folder.glob("*.gguf") if p.name != "imatrix.gguf")
+
+
+def test_make_leaves_everything(made):
+    names = {path.name for path in made.iterdir()}
+    records = {"plan.json", "recipe.toml", "verify.json", "provenance.json"}
+    assert names == {"tiny-r1-1.58bit.gguf", "imatrix.gguf"} | records
+    result = json.loads((made / "verify.json").read_text())
+    needed = {"tokens", "ppl", "ppl_reference", "kld_mean", "kld_median", "kld_p99", "top1_agreement", "bpw", "bytes"}
+    assert needed <= result.keys()
+    assert result["bytes"] == (made / "tiny-r1-1.58bit.gguf").stat().st_size
+    assert result["ppl_reference"] < result["ppl"] < 10 * result["ppl_reference"]
+
+
+def test_file_is_what_the_plan_says_and_gguf_reads_it(made):
+    plan = Plan.from_json((made / "plan.json").read_bytes())
+    reader = gguf.GGUFReader(made / "tiny-r1-1.58bit.gguf")
+    assert [tensor.name for tensor in reader.tensors] == [tensor.name for tensor in plan.tensors]
+    for tensor, planned in zip(reader.tensors, plan.tensors, strict=True):
+        assert tensor.tensor_type.name == planned.qtype
+        assert tuple(reversed(tensor.shape.tolist())) == planned.shape
+    assert all(len(field.parts) for field in reader.fields.values())
+
+
+def test_rerun_uses_what_is_there_and_another_job_is_refused(made):
+    before = (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns
+    options = pipeline.MakeOptions(
+        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
+        evaluation=pipeline.TextChoice(n_tokens=4096),
+        encoder="ggml",
+        verify=False,
+    )
+    pipeline.make("tiny-r1", made, options)
+    assert (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns == before
+    with pytest.raises(QuantkitError, match=r"holds another job: recipe was 1\.58bit, now 2\.51bit"):
+        pipeline.make("tiny-r1", made, dataclasses.replace(options, recipe="2.51bit"))
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path):
+    """SIGKILL after ever longer times until a run finishes, then compare with an undisturbed run."""
+    command = [sys.executable, "-m", "quantkit", "make", "-o", tmp_path / "killed", "--no-verify", *SMALL]
+    delay, kills, early = 3.0, 0, {}
+    while True:
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait(delay)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            delay *= 1.5
+            early |= {p.name: p.read_bytes() for p in (tmp_path / "killed").glob("tiny-r1*.gguf")}
+    assert code == 0 and kills >= 2
+    run("make", "-o", tmp_path / "calm", "--no-verify", *SMALL)
+    for name in ("imatrix.gguf", "plan.json", "tiny-r1-1.58bit.gguf"):
+        calm = (tmp_path / "calm" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == calm, name
+        assert early.get(name, calm) == calm, "a killed run left a final name on an unfinished file"
+
+
+def test_stages_by_hand_give_the_same_file(made, tmp_path):
+    run("plan", "tiny-r1", "--recipe", "1.58bit", "-o", tmp_path / "plan.json")
+    run(
+        "quantize",
+        "tiny-r1",
+        "--plan",
+        tmp_path / "plan.json",
+        "--imatrix",
+        made / "imatrix.gguf",
+        "-o",
+        tmp_path / "out.gguf",
+        "--workers",
+        "1",
+    )
+    ours, theirs = GGUFFile.open(tmp_path / "out.gguf"), GGUFFile.open(made / "tiny-r1-1.58bit.gguf")
+    for name in theirs.tensors:
+        assert (ours.data(name) == theirs.data(name)).all(), name
+    out = run("inspect", tmp_path / "out.gguf").stdout
+    assert "IQ1_S" in out and "16 routed + 1 shared" in out
+
+
+def test_splits_load_and_measure_the_same(made, tmp_path):
+    run(
+        "quantize",
+        "tiny-r1",
+        "--plan",
+        made / "plan.json",
+        "--imatrix",
+        made / "imatrix.gguf",
+        "-o",
+        tmp_path / "s.gguf",
+        "--split-max-size",
+        "1500K",
+    )
+    files = sorted(tmp_path.glob("s-0000*-of-*.gguf"))
+    assert len(files) >= 3 and max(f.stat().st_size for f in files) <= 1_500_000
+    done = run("verify", files[0], "--json", tmp_path / "v.json", "--tokens", "1024")
+    assert "same top-1" in done.stdout
+    whole = run("verify", made / "tiny-r1-1.58bit.gguf", "--json", tmp_path / "w.json", "--tokens", "1024")
+    assert whole.returncode == 0
+    a, b = (json.loads((tmp_path / name).read_text())["kld_mean"] for name in ("v.json", "w.json"))
+    assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
+    size = 4 << 20
+    done = run(
+        "plan",
+        "tiny-r1",
+        "--size",
+        "4MB",
+        "--target",
+        "llama.cpp",
+        "-o",
+        tmp_path / "p.json",
+        "--plot",
+        tmp_path / "p.png",
+    )
+    planned = Plan.from_json((tmp_path / "p.json").read_bytes())
+    assert "predicted   KLD" in done.stdout and (tmp_path / "p.png").stat().st_size > 10_000
+    run(
+        "make",
+        "tiny-r1",
+        "--size",
+        "4MB",
+        "--target",
+        "llama.cpp",
+        "--imatrix",
+        made / "imatrix.gguf",
+        "--no-verify",
+        "-o",
+        tmp_path / "out",
+    )
+    assert (tmp_path / "out" / "plan.json").read_text() == (tmp_path / "p.json").read_text()
+    written = (tmp_path / "out" / "tiny-r1-auto.gguf").stat().st_size
+    assert 0.998 * size < written <= size
+    assert {t.name: t.qtype for t in GGUFFile.open(tmp_path / "out" / "tiny-r1-auto.gguf").tensors.values()} == {
+        t.name: t.qtype for t in planned.tensors
+    }
+    both = run("plan", "tiny-r1", "--target", "llama.cpp", "--compare", "1.58bit", tmp_path / "p.json")
+    assert "A: 1.58bit" in both.stdout and "B: auto" in both.stdout
+
+
+BROKEN = [
+    (["make", "no-such-model"], "no-such-model: no such folder"),
+    (["make", "--recipe", "9bit"], "9bit"),
+    (["make", "--target", "vllm"], "vllm"),
+    (["make", "deepseek-r1", "-o", "{tmp}/x"], "description without weights"),
+    (["make", "--encoder", "magic", "-o", "{tmp}/y", *SMALL, "--no-verify"], "--encoder magic"),
+    (["make", "--data", "{tmp}/none.txt", "-o", "{tmp}/z"], "none.txt: no such file"),
+    (
+        [
+            "quantize",
+            "tiny-r1",
+            "--plan",
+            "{made}/verify.json",
+            "--imatrix",
+            "{made}/imatrix.gguf",
+            "-o",
+            "{tmp}/o.gguf",
+        ],
+        "verify.json",
+    ),
+    (
+        [
+            "quantize",
+            "tiny-r1",
+            "--plan",
+            "{made}/plan.json",
+            "--imatrix",
+            "{made}/tiny-r1-1.58bit.gguf",
+            "-o",
+            "{tmp}/o.gguf",
+        ],
+        "imatrix",
+    ),
+    (["verify", "{made}/imatrix.gguf"], "deepseek2"),
+    (["make", "--split-max-size", "huge"], "--split-max-size huge"),
+    (["make", "--size", "1MB"], "smallest feasible size is"),
+    (["plan", "--size", "4MB", "--bpw", "2"], "--size and --bpw contradict each other"),
+    (["plan", "--size", "much"], "--size much: not a size"),
+    (["plan", "--vram", "1GB"], "--vram needs --ram"),
+    (["plan", "--recipe", "1.58bit", "--size", "4MB"], "its rules fix every type"),
+    (["plan", "--recipe", "auto"], "give one, such as --size"),
+    (["plan", "--size", "4MB", "--sensitivity", "{made}/verify.json"], "not a sensitivity file"),
+    (["plan", "-o", "{tmp}/map.svg", "--size", "1"], "smallest feasible size is"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BROKEN, ids=lambda value: value if isinstance(value, str) else "")
+def test_one_clear_line_and_nothing_half_written(arguments, says, made, tmp_path):
+    done = run(*(a.format(tmp=tmp_path, made=made) for a in arguments), check=False, cwd=tmp_path)
+    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("quantkit: ")]
+    assert done.returncode != 0 and len(lines) == 1 and says in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not [p for p in tmp_path.rglob("*.gguf") if p.name != "imatrix.gguf"]
+
+
+def test_damaged_checkpoint_is_refused_before_work(model_copy, tmp_path):
+    shard = sorted(model_copy.glob("*.safetensors"))[1]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    started = time.monotonic()
+    done = run("make", model_copy, "-o", tmp_path / "out", check=False)
+    assert done.returncode == 1 and shard.name in done.stderr and time.monotonic() - started < 60
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.gguf"))
+
+
+def test_recipe_with_a_type_that_kt_kernel_gets_wrong_is_refused(tmp_path):
+    source = (Path(bundle.recipes_dir()) / "1.58bit.toml").read_text()
+    shutil.copy(Path(bundle.recipes_dir()) / "1.58bit.toml", tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_text(source.replace('qtype = "IQ1_S"', 'qtype = "IQ2_XXS"'))
+    done = run("plan", "deepseek-r1", "--recipe", tmp_path / "r.toml", check=False)
+    assert done.returncode == 1 and "IQ2_XXS is refused for ktransformers" in done.stderr

@@ -1,0 +1,77 @@
+"""KTransformers' own kernels compute every MoE layer of the files that are made for it.
+
+    pip install --no-deps kt-kernel==0.7.2
+    pytest -m large tests/engines/test_kt_kernel.py -s
+
+KT_KERNEL_CPU_VARIANT chooses a variant of the wheel (amx, avx512_bf16, ..., avx2); by default the best that runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import bundle
+from quantkit.evaluation.oracles import kt as kt_oracle
+from quantkit.runtime.layers import Block
+from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.stream import stream
+
+pytestmark = [
+    pytest.mark.large,
+    pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}"),
+]
+
+MAX_ERROR = 0.03
+
+
+@dataclass
+class Visit:
+    """What the routed experts of a layer were given, and what they gave, with dequantized weights."""
+
+    x: torch.Tensor
+    expert: torch.Tensor
+    weight: torch.Tensor
+    out: torch.Tensor
+
+
+@torch.inference_mode()
+def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
+    """Real inputs of every MoE layer, rounded to BF16 as kt-kernel takes them, and what the experts answer."""
+    found: dict[int, Visit] = {}
+
+    def before(layer: int, block: Block) -> None:
+        inner = block.experts
+        if inner is None:
+            return
+
+        def recorded(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            x = x.bfloat16().float()
+            found[layer] = Visit(x, expert, weight, inner(x, expert, weight))
+            return found[layer].out
+
+        block.experts = recorded
+
+    for _ in stream(source, tokens, before):
+        pass
+    return found
+
+
+@pytest.mark.parametrize("recipe", bundle.recipe_names())
+def test_moe_layers(recipe: str, quantized: Callable[..., Path], chunks):
+    path = quantized(recipe, "ktransformers")
+    source = GGUFSource(path, hybrid=False)
+    variant = None
+    for layer, visit in visits(source, chunks(1, 256)).items():
+        inputs = (path, layer, source.config, visit.x, visit.expert, visit.weight)
+        variant = variant or kt_oracle.runnable(*inputs)
+        found = kt_oracle.experts(*inputs, variant)
+        error = float((found - visit.out).norm() / visit.out.norm())
+        worst = float(((found - visit.out).norm(dim=1) / visit.out.norm(dim=1)).max())
+        types = "/".join(
+            source.file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].qtype for part in ("gate", "up", "down")
+        )
+        print(f"{recipe} layer {layer} {types} {variant}: relative error {error:.4f}, worst token {worst:.4f}")
+        assert error < MAX_ERROR, (recipe, layer, types, variant, error)

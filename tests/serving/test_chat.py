@@ -1,0 +1,84 @@
+"""Text of tokens as they come, reasoning told apart, and a conversation that remembers."""
+
+import pytest
+from click.testing import CliRunner
+
+from quantkit import cli
+from quantkit.models import tokenizer as tokenizers
+from quantkit.runtime.generate import Sampling
+from quantkit.serving.chat import Conversation, Pieces, thoughts
+
+
+@pytest.fixture(scope="module")
+def path(made):
+    return next(made.glob("tiny-r1-*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tokenizers.load(tiny.path)
+
+
+def test_pieces_join_to_the_text(tokenizer):
+    text = "naïve 你好, 世界! 🙂🙃 end"
+    pieces = Pieces(tokenizer)
+    parts = [pieces.add(token) for token in tokenizers.encode(tokenizer, text)] + [pieces.rest()]
+    assert "".join(parts) == text and not any("\ufffd" in part for part in parts)
+
+
+def test_half_a_character_is_not_swallowed(tokenizer):
+    pieces = Pieces(tokenizer)
+    ids = tokenizers.encode(tokenizer, "🙂")
+    assert len(ids) > 1 and [pieces.add(token) for token in ids[:-1]] == [""] * (len(ids) - 1)
+    assert pieces.rest()
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(["storm"], "a dark "), (["xyz"], "a dark stormy night"), (["k s", "dark"], "a ")]
+)
+def test_stop_strings(tokenizer, stop, expected):
+    pieces = Pieces(tokenizer, stop)
+    shown = ""
+    for token in tokenizers.encode(tokenizer, "a dark stormy night"):
+        shown += pieces.add(token)
+        assert expected.startswith(shown)
+    assert shown + pieces.rest() == expected
+    assert pieces.stopped == (expected != "a dark stormy night")
+
+
+def test_thoughts():
+    def told(text: str, thinking: bool) -> tuple[str, str]:
+        parts = list(thoughts(list(text), thinking))
+        assert "".join(part for part, _ in parts) == text
+        return "".join(part for part, own in parts if own), "".join(part for part, own in parts if not own)
+
+    assert told("so</think>yes", True) == ("so</think>", "yes")
+    assert told("a <think>b</think> c < d", False) == ("<think>b</think>", "a  c < d")
+    assert told("never ends </thin", True) == ("never ends </thin", "")
+
+
+def test_conversation_computes_only_what_is_new(path):
+    def ask(talk: Conversation, text: str) -> str:
+        return "".join(piece for piece, _ in talk.ask(text, 12))
+
+    talk, other = (Conversation(path, "cpu", 512, Sampling(temperature=0)) for _ in range(2))
+    ask(talk, "Tell me about the sea, the ships and the storms of winter.")
+    first = len(talk.cached)
+    pieces = talk.ask("Go on.", 12)  # left early, as by Ctrl-C
+    assert next(pieces)[0] == "<think>\n" and next(pieces)
+    pieces.close()
+    prefilled = []
+    talk.engine.prefill, compute = lambda *args: prefilled.append(args) or compute(*args), talk.engine.prefill
+    other.messages = list(talk.messages)
+    assert ask(talk, "And then?") == ask(other, "And then?")
+    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"] * 3
+    assert len(prefilled) == 1 and prefilled[0][2] >= first // 2
+
+
+def test_run_on_the_command_line(path):
+    once = CliRunner().invoke(cli.main, ["run", str(path), "-p", "The ", "-n", "8", "--temperature", "0"])
+    assert once.exit_code == 0 and "tok/s" in once.stderr and once.stdout.strip()
+    args = ["run", str(path), "-n", "8", "--context", "64"]
+    talk = CliRunner().invoke(cli.main, args, input="hello\n" + "word " * 80 + "\n/clear\nhello\n/exit\n")
+    assert talk.exit_code == 0 and talk.stdout.count("<think>\n") >= 2
+    assert "do not fit a context of 64; /clear" in talk.stderr and talk.stderr.count("answer") >= 2
