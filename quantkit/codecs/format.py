@@ -1,15 +1,26 @@
-"""What the engine must know of a ggml type, and the codes that it hands to the type's packer."""
+"""What is known of a ggml type: a `Codec`, which every kind's file (iq1, iq2, …) fills in, and within it the `Format`
+that the encoder chooses codes by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
-import gguf
 import numpy as np
 import torch
 
 SUPERBLOCK = 256  # weights under one fp16 d (and dmin)
 FP16_MAX = 65504.0
+
+
+def to_fp16(x: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to what float16 holds, kept finite."""
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def table(values: object, device: torch.device) -> torch.Tensor:
+    """Numbers as a float32 tensor on the device."""
+    return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class Format:
-    """One ggml type: a weight is `s · v + o`, with s = d · multipliers[scale code] constant in a block.
+    """How our encoder sees a type: a weight is `s · v + o`, with s = d · multipliers[scale code] constant in a block.
 
     block: weights under one scale code. multipliers: of d, by scale code.
-    grid: float32 [entries, width] codebook of `width` (8 or 4) weights; None for types that round each weight alone.
-    levels: sorted values of v for those.
+    codebook: makes `grid`, float32 [entries, width] of `width` (8 or 4) weights; None for types that round each weight
+    alone. levels: sorted values of v for those.
     signs: how a codebook type stores signs: inside the grid, one free bit each, or 7 bits and even parity per 8.
     shifts: o = s · shift, chosen per block. n_mins: o = −dmin · code with this many codes.
     pack: Codes -> uint8 [n, bytes of a superblock], on the same device.
@@ -45,43 +56,108 @@ class Format:
     block: int
     multipliers: tuple[float, ...]
     pack: Callable[[Codes], torch.Tensor]
-    grid: np.ndarray | None = None
+    codebook: Callable[[], np.ndarray] | None = None
     levels: tuple[float, ...] = ()
     signs: Literal["grid", "free", "even"] = "grid"
     shifts: tuple[float, ...] = (0.0,)
     n_mins: int = 0
 
+    @cached_property
+    def grid(self) -> np.ndarray | None:
+        """The codebook, made on first use: float32 [entries, width]; None for types without one."""
+        return None if self.codebook is None else self.codebook()
+
     @property
     def width(self) -> int:
+        """Weights that one entry stands for."""
         return 1 if self.grid is None else self.grid.shape[1]
 
-    @property
-    def superblock_bytes(self) -> int:
-        return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.qtype]][1]
+
+Parts = dict[str, torch.Tensor]
+"""The fields of n blocks by name, [n, k]: float16 as float32, unsigned numbers as int64, signed bytes as int8."""
 
 
-def as_bytes(*parts: torch.Tensor) -> torch.Tensor:
-    """float16 [n], bytes, or integers below 256 [n, …] -> their little-endian bytes side by side, uint8 [n, k]."""
-    out = []
-    for part in parts:
-        if part.dtype == torch.float16:
-            part = part.contiguous().view(-1, 1).view(torch.uint8)
-        elif part.dtype != torch.uint8:
-            part = part.to(torch.uint8)
-        out.append(part.reshape(len(part), -1))
-    return torch.cat(out, 1)
+class Groups(NamedTuple):
+    """Decoded blocks as groups of 8 neighbouring weights, `scale · v + offset`.
+
+    v: int8 or int64 [n, groups, 8]. scale: float32 [n, groups]. offset: the same, or 0.
+    """
+
+    v: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | float = 0.0
+
+    def values(self) -> torch.Tensor:
+        """The weights, float32 [n, groups, 8]."""
+        offset = self.offset[..., None] if isinstance(self.offset, torch.Tensor) else self.offset
+        return self.v * self.scale[..., None] + offset
 
 
-def words(t: torch.Tensor, size: int) -> torch.Tensor:
-    """int32 [n, …, k] -> the little-endian bytes of each as a word of 2 or 4: uint8 [n, …, k · size]."""
-    return t.to(torch.int16 if size == 2 else torch.int32).contiguous().view(torch.uint8)
+@dataclass(frozen=True)
+class Codec:
+    """One ggml type, found by `registry.codec(name)`.
+
+    block: the C struct of a block (ggml-common.h), packed and little-endian.
+    unpack: the fields of n blocks -> their weights, in torch; None for types that are no blocks. Its compiled twins are
+    found by `registry.numba_twin` and `registry.triton_twin`.
+    codebook: whose entries the blocks hold, a name of `codebooks.on_device`.
+    format: for our own encoder; such a type has SUPERBLOCK weights under d (and dmin). None: only ggml encodes it.
+    compiled: outputs for which the numba twin is faster than ggml.
+    scale: multiplies the scales of structured blocks in place by factors [n], where they are not the fields d and dmin.
+    """
+
+    name: str
+    block: np.dtype
+    unpack: Callable[[Parts], Groups] | None = None
+    codebook: str | None = None
+    format: Format | None = None
+    compiled: tuple[torch.dtype, ...] = ()
+    scale: Callable[[np.ndarray, np.ndarray], None] | None = None
+
+    def parts(self, blocks: torch.Tensor) -> Parts:
+        """uint8 [n, bytes of a block] -> the fields of the struct."""
+        fields = self.block.fields or {}
+        return {name: _part(blocks[:, at : at + dtype.itemsize], dtype.base) for name, (dtype, at, *_) in fields.items()}
+
+    def dequantize(self, data: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., row_bytes] -> float32 [..., n_in], on any device."""
+        if self.unpack is None:
+            raise ValueError(f"{self.name} has no blocks to take apart")
+        groups = self.unpack(self.parts(data.reshape(-1, self.block.itemsize)))
+        return groups.values().view(*data.shape[:-1], -1)
+
+    def rescale(self, data: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        """data uint8 [..., row_bytes] with all scales of each superblock times factor float32 [..., n_in / 256].
+
+        Scales are rounded to float16 and kept in its range. Returns new bytes; everything else stays as it is.
+        """
+        if self.format is None:
+            raise ValueError(f"{self.name} has no superblocks")
+        blocks = data.reshape(-1, self.block.itemsize).copy().view(self.block)[:, 0]
+        by = factor.reshape(-1)
+        if len(by) != len(blocks):
+            raise ValueError(f"{len(by)} factors for {len(blocks)} superblocks of {SUPERBLOCK} weights")
+        (self.scale or _scale_d)(blocks, by)
+        return blocks.view(np.uint8).reshape(data.shape)
 
 
-def gather_bits(fields: torch.Tensor, shifts: list[int]) -> torch.Tensor:
-    """[n, …, k] small integers, or-ed together at these bit positions -> int32 [n, …]."""
-    at = torch.tensor(shifts, dtype=torch.int32, device=fields.device)
-    return (fields.int() << at).sum(-1, dtype=torch.int32)
+def _part(b: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
+    """The bytes [n, …] of one field as its numbers; words are put together, since blocks are only 2-byte aligned."""
+    if dtype == np.float16:
+        return b.contiguous().view(torch.float16).float()
+    if dtype == np.int8:
+        return b.contiguous().view(torch.int8)
+    if dtype.itemsize == 1:
+        return b.long()
+    parts = b.reshape(len(b), -1, dtype.itemsize).long()
+    return (parts << torch.arange(0, 8 * dtype.itemsize, 8, device=b.device)).sum(-1)
 
 
-def table(values, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
+def times(d: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """float16 scales times float32 factors, in float16's range."""
+    return np.clip(d.astype(np.float32) * by, -FP16_MAX, FP16_MAX).astype("<f2")
+
+
+def _scale_d(blocks: np.ndarray, by: np.ndarray) -> None:
+    for name in {"d", "dmin"}.intersection(blocks.dtype.names or ()):
+        blocks[name] = times(blocks[name], by)
