@@ -1,9 +1,9 @@
-"""What is known of a ggml type: a `Codec`, which every kind's file (iq1, iq2, …) fills in, and within it the `Format`
-that the encoder chooses codes by."""
+"""What the encoder must know of a ggml type, and the codes that it hands to the type's packer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,11 @@ FP16_MAX = 65504.0
 def to_fp16(x: torch.Tensor) -> torch.Tensor:
     """float32 rounded to what float16 holds, kept finite."""
     return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def scaled(d: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Packed float16 scales times float32 factors, likewise."""
+    return np.clip(d.astype(np.float32) * by, -FP16_MAX, FP16_MAX).astype("<f2")
 
 
 def table(values: object, device: torch.device) -> torch.Tensor:
@@ -40,7 +45,22 @@ class Codes:
     sign: torch.Tensor
 
 
-@dataclass(frozen=True)
+class Rounding(NamedTuple):
+    """How a codebook type is rounded weight by weight, to guess its scales.
+
+    levels: of |v|, or of v where signs are in the grid; evenly spaced (25 stands at 25.5, 62 at 60). shifts: to try.
+    span: weights that share a shift, or are summed together.
+    """
+
+    levels: tuple[float, ...]
+    shifts: tuple[float, ...]
+    span: int
+
+
+NO_ROUNDING = Rounding((), (), 0)
+
+
+@dataclass(frozen=True, eq=False)  # one object a type: hashed by identity, so that caches can be keyed by it
 class Format:
     """How our encoder sees a type: a weight is `s · v + o`, with s = d · multipliers[scale code] constant in a block.
 
@@ -50,6 +70,7 @@ class Format:
     signs: how a codebook type stores signs: inside the grid, one free bit each, or 7 bits and even parity per 8.
     shifts: o = s · shift, chosen per block. n_mins: o = −dmin · code with this many codes.
     pack: Codes -> uint8 [n, bytes of a superblock], on the same device.
+    rounding: of codebook types. needs_hessian: without one, ggml's own encoder does better.
     """
 
     qtype: str
@@ -61,6 +82,8 @@ class Format:
     signs: Literal["grid", "free", "even"] = "grid"
     shifts: tuple[float, ...] = (0.0,)
     n_mins: int = 0
+    rounding: Rounding = NO_ROUNDING
+    needs_hessian: bool = False
 
     @cached_property
     def grid(self) -> np.ndarray | None:
@@ -69,95 +92,41 @@ class Format:
 
     @property
     def width(self) -> int:
-        """Weights that one entry stands for."""
+        """Weights that share an entry: 8 or 4, or 1 without a codebook."""
         return 1 if self.grid is None else self.grid.shape[1]
 
+    @cached_property
+    def half_steps(self) -> np.ndarray | None:
+        """For unevenly spaced integer levels: the level nearest to low + i / 2 … low + (i + 1) / 2, float32; else
+        None."""
+        if all(b - a == 1 for a, b in pairwise(self.levels)):
+            return None
+        levels = np.array(self.levels, np.float32)
+        middle = np.arange(levels[0], levels[-1] + 0.5, 0.5) + 0.25  # boundaries are multiples of 1/2
+        return levels[np.abs(middle[:, None] - levels).argmin(1)]
 
-Parts = dict[str, torch.Tensor]
-"""The fields of n blocks by name, [n, k]: float16 as float32, unsigned numbers as int64, signed bytes as int8."""
-
-
-class Groups(NamedTuple):
-    """Decoded blocks as groups of 8 neighbouring weights, `scale · v + offset`.
-
-    v: int8 or int64 [n, groups, 8]. scale: float32 [n, groups]. offset: the same, or 0.
-    """
-
-    v: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor | float = 0.0
-
-    def values(self) -> torch.Tensor:
-        """The weights, float32 [n, groups, 8]."""
-        offset = self.offset[..., None] if isinstance(self.offset, torch.Tensor) else self.offset
-        return self.v * self.scale[..., None] + offset
+    def round_to_levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest level (a tie: the even one, or the lower of uneven levels) and its index, for any shape."""
+        if self.half_steps is not None:
+            levels = tables(self, x.device).levels
+            index = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
+            return levels[index], index
+        value = x.round().clamp(self.levels[0], self.levels[-1])
+        return value, (value - self.levels[0]).long()
 
 
 @dataclass(frozen=True)
-class Codec:
-    """One ggml type, found by `registry.codec(name)`.
+class Tables:
+    """A format's constants as tensors on one device; grid [entries, width] or levels are empty where it has none."""
 
-    block: the C struct of a block (ggml-common.h), packed and little-endian.
-    unpack: the fields of n blocks -> their weights, in torch; None for types that are no blocks. Its compiled twins are
-    found by `registry.numba_twin` and `registry.triton_twin`.
-    codebook: whose entries the blocks hold, a name of `codebooks.on_device`.
-    format: for our own encoder; such a type has SUPERBLOCK weights under d (and dmin). None: only ggml encodes it.
-    compiled: outputs for which the numba twin is faster than ggml.
-    scale: multiplies the scales of structured blocks in place by factors [n], where they are not the fields d and dmin.
-    """
-
-    name: str
-    block: np.dtype
-    unpack: Callable[[Parts], Groups] | None = None
-    codebook: str | None = None
-    format: Format | None = None
-    compiled: tuple[torch.dtype, ...] = ()
-    scale: Callable[[np.ndarray, np.ndarray], None] | None = None
-
-    def parts(self, blocks: torch.Tensor) -> Parts:
-        """uint8 [n, bytes of a block] -> the fields of the struct."""
-        fields = self.block.fields or {}
-        return {name: _part(blocks[:, at : at + dtype.itemsize], dtype.base) for name, (dtype, at, *_) in fields.items()}
-
-    def dequantize(self, data: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., row_bytes] -> float32 [..., n_in], on any device."""
-        if self.unpack is None:
-            raise ValueError(f"{self.name} has no blocks to take apart")
-        groups = self.unpack(self.parts(data.reshape(-1, self.block.itemsize)))
-        return groups.values().view(*data.shape[:-1], -1)
-
-    def rescale(self, data: np.ndarray, factor: np.ndarray) -> np.ndarray:
-        """data uint8 [..., row_bytes] with all scales of each superblock times factor float32 [..., n_in / 256].
-
-        Scales are rounded to float16 and kept in its range. Returns new bytes; everything else stays as it is.
-        """
-        if self.format is None:
-            raise ValueError(f"{self.name} has no superblocks")
-        blocks = data.reshape(-1, self.block.itemsize).copy().view(self.block)[:, 0]
-        by = factor.reshape(-1)
-        if len(by) != len(blocks):
-            raise ValueError(f"{len(by)} factors for {len(blocks)} superblocks of {SUPERBLOCK} weights")
-        (self.scale or _scale_d)(blocks, by)
-        return blocks.view(np.uint8).reshape(data.shape)
+    grid: torch.Tensor
+    levels: torch.Tensor
+    multipliers: torch.Tensor
+    shifts: torch.Tensor
 
 
-def _part(b: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
-    """The bytes [n, …] of one field as its numbers; words are put together, since blocks are only 2-byte aligned."""
-    if dtype == np.float16:
-        return b.contiguous().view(torch.float16).float()
-    if dtype == np.int8:
-        return b.contiguous().view(torch.int8)
-    if dtype.itemsize == 1:
-        return b.long()
-    parts = b.reshape(len(b), -1, dtype.itemsize).long()
-    return (parts << torch.arange(0, 8 * dtype.itemsize, 8, device=b.device)).sum(-1)
-
-
-def times(d: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """float16 scales times float32 factors, in float16's range."""
-    return np.clip(d.astype(np.float32) * by, -FP16_MAX, FP16_MAX).astype("<f2")
-
-
-def _scale_d(blocks: np.ndarray, by: np.ndarray) -> None:
-    for name in {"d", "dmin"}.intersection(blocks.dtype.names or ()):
-        blocks[name] = times(blocks[name], by)
+@cache
+def tables(fmt: Format, device: torch.device) -> Tables:
+    """The constants of a type, float32."""
+    grid = np.empty((0, 1)) if fmt.grid is None else fmt.grid
+    return Tables(*(table(values, device) for values in (grid, fmt.levels, fmt.multipliers, fmt.shifts)))

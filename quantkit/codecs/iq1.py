@@ -5,9 +5,12 @@ import torch
 
 from quantkit.codecs.bits import as_bytes, gather_bits, split_bits, spread, words
 from quantkit.codecs.codebooks import entries, ggml_grid
-from quantkit.codecs.format import Codec, Codes, Format, Groups, Parts, times
+from quantkit.codecs.codec import Codec, Groups, Parts
+from quantkit.codecs.format import Codes, Format, Rounding, scaled
 
 ODD = tuple(2.0 * code + 1 for code in range(8))
+SHIFTS = (0.125, -0.125)
+TERNARY = (-1.0, 0.0, 1.0)
 D_SHIFTS = (12, 8, 4, 0)  # word i of IQ1_M's scales holds bits 4 i .. 4 i + 3 of d in its upper nibble
 
 # qs: low bytes of the entries. qh: 4 × 3 high bits, 3 bits of scale, sign of the shift.
@@ -49,11 +52,11 @@ def unpack_iq1_m(b: Parts) -> Groups:
     return Groups(entries("IQ1_S", b["qs"] | (high & 7) << 8), scale, scale * (0.125 - 0.25 * (high >> 3)))
 
 
-def scale_iq1_m(blocks: np.ndarray, by: np.ndarray) -> None:
+def rescale_iq1_m(blocks: np.ndarray, by: np.ndarray) -> None:
     """Multiply d, which is spread over the words of scales."""
     scales, shifts = blocks["scales"].astype(np.uint32), np.array(D_SHIFTS, np.uint32)
     d = ((scales & 0xF000) >> shifts).sum(1).astype("<u2").view(np.float16)
-    new = times(d, by).view("<u2").astype(np.uint32)
+    new = scaled(d, by).view("<u2").astype(np.uint32)
     blocks["scales"] = (scales & 0x0FFF) | ((new[:, None] << shifts) & 0xF000)
 
 
@@ -68,7 +71,16 @@ CODECS = (
         IQ1_S,
         unpack_iq1_s,
         codebook="IQ1_S",
-        format=Format("IQ1_S", 32, ODD, pack_iq1_s, lambda: ggml_grid("IQ1_S"), shifts=(0.125, -0.125)),
+        format=Format(
+            "IQ1_S",
+            32,
+            ODD,
+            pack_iq1_s,
+            lambda: ggml_grid("IQ1_S"),
+            shifts=SHIFTS,
+            rounding=Rounding(TERNARY, SHIFTS, 32),
+            needs_hessian=True,
+        ),
         compiled=(torch.float32, torch.bfloat16),
     ),
     Codec(
@@ -76,7 +88,7 @@ CODECS = (
         IQ1_M,
         unpack_iq1_m,
         codebook="IQ1_S",
-        format=Format("IQ1_M", 16, ODD, pack_iq1_m, _both),
-        scale=scale_iq1_m,
+        format=Format("IQ1_M", 16, ODD, pack_iq1_m, _both, rounding=Rounding(TERNARY, SHIFTS, 8), needs_hessian=True),
+        rescale=rescale_iq1_m,
     ),
 )

@@ -5,9 +5,11 @@ import torch
 
 from quantkit.codecs.bits import as_bytes, even, gather_bits, negative, split_bits, spread, words
 from quantkit.codecs.codebooks import entries, ggml_grid
-from quantkit.codecs.format import Codec, Codes, Format, Groups, Parts
+from quantkit.codecs.codec import Codec, Groups, Parts
+from quantkit.codecs.format import Codes, Format, Rounding
 
 HALVES = tuple((0.5 + code) * 0.25 for code in range(16))
+WIDE, NARROW = (Rounding((8.0, 25.5, 43.0), (0.0,), span) for span in (32, 16))
 
 # qs: 8 × (4 entries of a byte; a word in two halves: 4 × 7 sign bits, 4 bits of scale). The 8th sign makes them even.
 IQ2_XXS = np.dtype([("d", "<f2"), ("qs", "<u2", 32)])
@@ -66,7 +68,7 @@ CODECS = (
         IQ2_XXS,
         unpack_iq2_xxs,
         codebook="IQ2_XXS",
-        format=Format("IQ2_XXS", 32, HALVES, pack_iq2_xxs, lambda: ggml_grid("IQ2_XXS"), signs="even"),
+        format=Format("IQ2_XXS", 32, HALVES, pack_iq2_xxs, lambda: ggml_grid("IQ2_XXS"), signs="even", rounding=WIDE),
         compiled=(torch.float32, torch.bfloat16),
     ),
     Codec(
@@ -74,13 +76,13 @@ CODECS = (
         IQ2_XS,
         unpack_iq2_xs,
         codebook="IQ2_XS",
-        format=Format("IQ2_XS", 16, HALVES, pack_iq2_xs, lambda: ggml_grid("IQ2_XS"), signs="even"),
+        format=Format("IQ2_XS", 16, HALVES, pack_iq2_xs, lambda: ggml_grid("IQ2_XS"), signs="even", rounding=NARROW),
     ),
     Codec(
         "IQ2_S",
         IQ2_S,
         unpack_iq2_s,
         codebook="IQ2_S",
-        format=Format("IQ2_S", 16, HALVES, pack_iq2_s, lambda: ggml_grid("IQ2_S"), signs="free"),
+        format=Format("IQ2_S", 16, HALVES, pack_iq2_s, lambda: ggml_grid("IQ2_S"), signs="free", rounding=NARROW),
     ),
 )

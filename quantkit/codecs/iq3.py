@@ -5,10 +5,13 @@ import torch
 
 from quantkit.codecs.bits import as_bytes, even, gather_bits, negative, split_bits, spread, words
 from quantkit.codecs.codebooks import entries, ggml_grid
-from quantkit.codecs.format import Codec, Codes, Format, Groups, Parts
+from quantkit.codecs.codec import Codec, Groups, Parts
+from quantkit.codecs.format import Codes, Format, Rounding
 
 HALVES = tuple((0.5 + code) * 0.5 for code in range(16))
 ODD = tuple(1.0 + 2 * code for code in range(16))
+FOURS = Rounding(tuple(float(v) for v in range(4, 61, 8)), (0.0,), 32)
+ODDS = Rounding(tuple(float(v) for v in range(1, 16, 2)), (0.0,), 32)
 
 # qs: an entry a byte. signs: 4 × 7 sign bits, 4 bits of scale. The 8th sign makes them even.
 IQ3_XXS = np.dtype([("d", "<f2"), ("qs", "u1", 64), ("signs", "<u4", 8)])
@@ -49,13 +52,13 @@ CODECS = (
         IQ3_XXS,
         unpack_iq3_xxs,
         codebook="IQ3_XXS",
-        format=Format("IQ3_XXS", 32, HALVES, pack_iq3_xxs, lambda: ggml_grid("IQ3_XXS"), signs="even"),
+        format=Format("IQ3_XXS", 32, HALVES, pack_iq3_xxs, lambda: ggml_grid("IQ3_XXS"), signs="even", rounding=FOURS),
     ),
     Codec(
         "IQ3_S",
         IQ3_S,
         unpack_iq3_s,
         codebook="IQ3_S",
-        format=Format("IQ3_S", 32, ODD, pack_iq3_s, lambda: ggml_grid("IQ3_S"), signs="free"),
+        format=Format("IQ3_S", 32, ODD, pack_iq3_s, lambda: ggml_grid("IQ3_S"), signs="free", rounding=ODDS),
     ),
 )

@@ -5,7 +5,8 @@ import torch
 
 from quantkit.codecs.bits import as_bytes, gather_bits, interleave, separate, split_bits, spread, words
 from quantkit.codecs.codebooks import IQ4_LEVELS, entries
-from quantkit.codecs.format import Codec, Codes, Format, Groups, Parts
+from quantkit.codecs.codec import Codec, Groups, Parts
+from quantkit.codecs.format import Codes, Format
 
 # scales: 16 × (scale, min) nibbles. qs: 4 weights 32 apart in each.
 Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])

@@ -4,7 +4,7 @@ import numpy as np
 
 from quantkit.codecs.bits import separate, spread
 from quantkit.codecs.codebooks import entries
-from quantkit.codecs.format import Codec, Groups, Parts
+from quantkit.codecs.codec import Codec, Groups, Parts
 
 F32 = np.dtype([("x", "<f4")])
 F16 = np.dtype([("x", "<f2")])

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantkit.codecs import iq1, iq2, iq3, kquants, plain
-from quantkit.codecs.format import Codec, Format
+from quantkit.codecs.codec import Codec
+from quantkit.codecs.format import SUPERBLOCK, Format, scaled
 
 CODECS = {codec.name: codec for kind in (iq1, iq2, iq3, kquants, plain) for codec in kind.CODECS}
 """By name; a file may hold types that are not here, which ggml decodes."""
 
 FORMATS: dict[str, Format] = {name: codec.format for name, codec in CODECS.items() if codec.format is not None}
-"""Of the types that our own encoder makes."""
+"""Of the types that our own encoder makes: those with superblocks."""
 
 
 def codec(name: str) -> Codec:
@@ -28,6 +30,26 @@ def codec(name: str) -> Codec:
 def in_groups(name: str) -> bool:
     """Whether torch and Triton decode the type: blocks that are groups of 8 weights."""
     return name in CODECS and CODECS[name].unpack is not None
+
+
+def rescale(name: str, data: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """data uint8 [..., row_bytes] of a type in FORMATS with all scales of each superblock times factor float32
+    [..., n_in / 256].
+
+    Scales are rounded to float16 and kept in its range. Returns new bytes: everything else in them stays as it is.
+    """
+    if name not in FORMATS:
+        raise KeyError(name)
+    found, by = CODECS[name], factor.reshape(-1)
+    blocks = data.reshape(-1, found.block.itemsize).copy().view(found.block)[:, 0]
+    if len(by) != len(blocks):
+        raise ValueError(f"{len(by)} factors for {len(blocks)} superblocks of {SUPERBLOCK} weights")
+    if found.rescale is not None:
+        found.rescale(blocks, by)
+    else:
+        for field in {"d", "dmin"}.intersection(found.block.names or ()):
+            blocks[field] = scaled(blocks[field], by)
+    return blocks.view(np.uint8).reshape(data.shape)
 
 
 @cache

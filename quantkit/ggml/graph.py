@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32
 from functools import cache
 
@@ -197,12 +197,10 @@ Quantized = tuple[str, np.ndarray]
 class Experts:
     """Routed experts of one layer, computed from their quantized bytes by ggml's mul_mat_id.
 
-    stacks: gate and up, n_ff rows of d weights, and down, d rows of n_ff.
+    stacks: gate and up, n_ff rows of d weights for each expert, and down, d rows of n_ff.
     """
 
-    def __init__(
-        self, stacks: tuple[Quantized, Quantized, Quantized], d: int, n_ff: int, n_expert: int, n_used: int, n_threads: int
-    ):
+    def __init__(self, stacks: Sequence[Quantized], d: int, n_ff: int, n_expert: int, n_used: int, n_threads: int):
         self.stacks = stacks
         self.d, self.n_ff, self.n_expert, self.n_used = d, n_ff, n_expert, n_used
         self.n_threads = n_threads
