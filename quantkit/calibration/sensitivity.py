@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 from quantkit.models import deepseek2 as deepseek
 from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Feed, Linear, attention, route
@@ -92,7 +92,7 @@ def candidates(spec: TensorSpec, routed: Sequence[str], others: Sequence[str]) -
     """Types to try on a tensor: those whose blocks fit its rows. Fixed tensors have none, embeddings no importance."""
     if spec.fixed:
         return []
-    wanted = [name for name in (routed if spec.is_routed else others) if spec.n_in % ggml.block_size(name) == 0]
+    wanted = [name for name in (routed if spec.is_routed else others) if qtypes.fits(name, spec.n_in)]
     blind = spec.role == "token_embd"
     return [name for name in wanted if not (blind and qtypes.needs_importance(name))]
 
@@ -298,7 +298,7 @@ class Measurement:
 
     def _entry(self, fork: Fork, kld: float, error: float) -> Entry:
         spec = fork.spec
-        n_bytes = spec.n_rows * ggml.row_bytes(fork.qtype, spec.n_in)
+        n_bytes = spec.n_rows * qtypes.row_bytes(fork.qtype, spec.n_in)
         return Entry(spec.name, spec.role, spec.layer, fork.qtype, n_bytes, kld, error)
 
 

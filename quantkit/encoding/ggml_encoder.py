@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 
 class Encoder(Protocol):

@@ -18,7 +18,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models import tokenizer
 from quantkit.models.config import DeepseekConfig

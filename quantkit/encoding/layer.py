@@ -21,6 +21,7 @@ from quantkit import ranks
 from quantkit.calibration.collect import Accumulator, Watcher, collect
 from quantkit.calibration.coverage import shrink
 from quantkit.calibration.state import PassState
+from quantkit.codecs.types import QTYPES
 from quantkit.encoding import encoders
 from quantkit.encoding.encoders import Hessian
 from quantkit.encoding.ggml_encoder import GgmlEncoder
@@ -41,7 +42,7 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
     "ffn_up_shexp": "ffn_gate_shexp",
 }
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
+GAMMA = {name: qtype.gamma for name, qtype in QTYPES.items() if qtype.gamma != 1}
 # Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
 LEAST_GROUPS = 8  # in a layer, for as many ranks

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,36 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantkit.codecs import types as qtypes
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
-from quantkit.ggml import library as ggml
+from quantkit.ggml.codec import dequantize
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.progress import track
 from quantkit.tensors import Imatrix, TensorSpec
 
-# Relative root mean square error of ggml's encoders (unit importance) on 64 rows of 2048 normal weights.
-TYPICAL: Mapping[str, float] = {
-    "IQ1_S": 0.486,
-    "IQ1_M": 0.452,
-    "IQ2_XXS": 0.344,
-    "IQ2_XS": 0.300,
-    "IQ2_S": 0.249,
-    "Q2_K": 0.297,
-    "IQ3_XXS": 0.182,
-    "IQ3_S": 0.166,
-    "Q3_K": 0.151,
-    "IQ4_XS": 0.0768,
-    "IQ4_NL": 0.0762,
-    "Q4_K": 0.0716,
-    "Q5_K": 0.0363,
-    "Q6_K": 0.0178,
-    "Q8_0": 0.00536,
-    "F16": 0.000207,
-    "BF16": 0.00166,
-    "F32": 0.0,
-}
 # Above the typical error: weights are not normal, and error feedback trades plain error for weighted error. Where a
 # type's error is large, less room is left to 1, the error of a matrix that is not there at all.
 SLACK, COARSE_SLACK, COARSE = 2.0, 1.6, 0.25
@@ -109,7 +89,7 @@ class _Sums:
 
 def limit(qtype: str) -> float:
     """Largest relative error of a matrix that passes for an encoding of its source."""
-    typical = TYPICAL.get(qtype, 0.5)
+    typical = qtypes.QTYPES[qtype].error if qtype in qtypes.QTYPES else 0.5
     return max(EXACT, (SLACK if typical < COARSE else COARSE_SLACK) * typical)
 
 
@@ -168,7 +148,7 @@ class WeightCheck:
         """float32 [stop - start, n_in] of the file."""
         tensor = self.file.tensors[spec.name]
         data = self.file.data(spec.name).reshape(-1, tensor.row_bytes)[start:stop]
-        return torch.from_numpy(ggml.dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
+        return torch.from_numpy(dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
 
     def original(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the checkpoint, within one matrix."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
 
-from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
+from ..codecs.types import fits, row_bytes
 from ..errors import QuantkitError
-from .gguf_header import DEFAULT_ALIGNMENT, row_bytes
+from .gguf_header import DEFAULT_ALIGNMENT
 
 MAX_NAME = 63  # bytes; ggml's GGML_MAX_NAME is 64 with the final zero
 
@@ -136,10 +137,9 @@ def check_tensors(tensors: Sequence[PlannedTensor]) -> None:
             or tensor.qtype not in GGMLQuantizationType.__members__
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
-        block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.qtype]][0]
-        row = row_bytes(tensor.qtype, tensor.shape[-1])
+        row = row_bytes(tensor.qtype, tensor.shape[-1]) if fits(tensor.qtype, tensor.shape[-1]) else 0
         sizes = (tensor.row_bytes, tensor.n_bytes)
-        if tensor.shape[-1] % block or sizes != (row, row * prod(tensor.shape[:-1])):
+        if not row or sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(
                 f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"
             )

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from ..codecs.types import row_bytes, stored
 from ..errors import QuantkitError
 
 MetaScalar = bool | int | float | str
@@ -64,12 +65,6 @@ class Header:
     metadata: dict[str, MetaValue]
     tensors: dict[str, GGUFTensor]
     data_start: int
-
-
-def row_bytes(qtype: str, n_in: int) -> int:
-    """Bytes of a row of n_in weights; n_in must be whole blocks of the type."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[qtype]]
-    return n_in // block * size
 
 
 def parse_header(data: mmap.mmap | bytes, file: Path) -> Header:
@@ -203,9 +198,9 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
         qtype = GGMLQuantizationType(number)
     except ValueError:
         raise cursor.error(f"tensor {name!r} has unknown type {number}") from None
-    block = GGML_QUANT_SIZES[qtype][0]
-    if ne[0] % block:
-        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype.name} blocks of {block}")
+    sizes = stored(qtype.name)
+    if not sizes.fits(ne[0]):
+        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype.name} blocks of {sizes.block_size}")
     return name, tuple(reversed(ne)), qtype.name, offset
 
 

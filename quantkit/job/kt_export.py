@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import yaml
 
+from quantkit.codecs.types import row_bytes
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_header import row_bytes
 from quantkit.formats.gguf_reader import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models.config import DeepseekConfig

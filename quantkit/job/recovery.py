@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from quantkit.calibration.measure import memory_limit
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK
-from quantkit.codecs.rescale import RESCALABLE, rescale
+from quantkit.codecs.registry import FORMATS, rescale
 from quantkit.encoding import encoders
 from quantkit.encoding.layer import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import Plan
@@ -86,8 +86,8 @@ class Student(GGUFSource):
                 self.base[spec.name] = moved.get(spec.name, base)
                 self.unit[spec.name] = self.base[spec.name].float().std()
                 self.moved[spec.name] = torch.zeros(base.shape, device=self.device, requires_grad=True)
-            elif qtype in RESCALABLE or spec.role.endswith("_norm"):
-                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in RESCALABLE else base.shape
+            elif qtype in FORMATS or spec.role.endswith("_norm"):
+                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in FORMATS else base.shape
                 self.factor[spec.name] = torch.zeros(shape, device=self.device, requires_grad=True)
 
     def part(self, name: str, index: int | None = None) -> torch.Tensor:
@@ -199,7 +199,7 @@ class Recovery:
 
     def _is_fine(self, spec: TensorSpec) -> bool:
         qtype = self.student.file.tensors[spec.name].qtype
-        quantized = len(spec.shape) > 1 and not spec.fixed and ggml.block_size(qtype) > 1
+        quantized = len(spec.shape) > 1 and not spec.fixed and qtypes.stored(qtype).block_size > 1
         return quantized and not spec.is_routed and spec.role != "token_embd" and qtypes.get(qtype).bpw >= FINE_BITS
 
     def _original(self, spec: TensorSpec) -> torch.Tensor:
@@ -315,7 +315,7 @@ class Recovery:
         values = ggml.dequantize(qtype, packed.reshape(-1, packed.shape[-1]), spec.n_in)
         student.base[name] = torch.from_numpy(values).view(spec.shape).to(student.device, student.dtype)
         student.moved.pop(name, None)
-        if qtype in RESCALABLE:
+        if qtype in FORMATS:
             shape = (*spec.shape[:-1], spec.n_in // SUPERBLOCK)
             student.factor[name] = torch.zeros(shape, device=student.device, requires_grad=True)
 

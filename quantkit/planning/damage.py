@@ -15,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import TensorSpec
 
-EXACT = frozenset(("F32", "F16", "BF16"))  # the checkpoint is FP8 or BF16: what they lose is not seen
+EXACT = frozenset(name for name, qtype in qtypes.QTYPES.items() if not qtype.damage)
 FLOOR = 1e-9
 SPREAD = 0.15  # of log damages around gain + error, where measurement noise is small (tiny-r1)
 FIT_ROUNDS = 30

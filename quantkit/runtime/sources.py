@@ -19,7 +19,9 @@ from quantkit.codecs.unpack import unpack
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml import library as ggml
+from quantkit.ggml.codec import dequantize
+from quantkit.ggml.graph import Experts as GgmlExperts
+from quantkit.ggml.graph import Linear as GgmlLinear
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.models.deepseek2 import source_shapes, specs
@@ -181,7 +183,7 @@ class GGUFSource:
         self.n_threads = n_threads or torch.get_num_threads()
         self.config = DeepseekConfig.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
-        self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
+        self.make_experts: type = GgmlExperts  # or kt_experts.KtExperts
         self._check_tensors()
         self.residency = None if ram is None else Residency(self.file, self.config, ram, on_gpu=not on_cpu)
         if self.residency and on_cpu:  # with a GPU the cost depends on what it holds
@@ -297,7 +299,7 @@ class GGUFSource:
         if not self.quantized_products:
             weight = self._matrix(name)
             return lambda x: x @ weight.T
-        return Batched(ggml.Linear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
+        return Batched(GgmlLinear(tensor.qtype, self.file.data(name), n_in, n_out, self.n_threads))
 
     def fingerprint(self) -> str:
         return self.file.fingerprint()
@@ -309,7 +311,7 @@ class GGUFSource:
         rows = out.view(-1, self.config.d)
         for to, part in zip(rows.split(VOCAB_ROWS), tokens.flatten().cpu().split(VOCAB_ROWS), strict=True):
             unique, inverse = np.unique(part.numpy(), return_inverse=True)
-            values = ggml.dequantize(tensor.qtype, data[unique], tensor.shape[-1])
+            values = dequantize(tensor.qtype, data[unique], tensor.shape[-1])
             to.copy_(torch.from_numpy(values[inverse.reshape(-1)]))
         return out
 
@@ -469,7 +471,7 @@ class PromptExperts:
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""
         c, n_used = self.source.config, expert.shape[1]
-        products = ggml.Experts(*self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.source.n_threads)
+        products = GgmlExperts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.source.n_threads)
         parts = []
         for part in zip(*(v.split(self.source.at_once(n_used)) for v in (x.float(), expert, weight)), strict=True):
             self.need(part[1].flatten().tolist())
@@ -489,7 +491,7 @@ class PromptExperts:
 class Batched:
     """A ggml product over at most GGML_BATCH rows at a time."""
 
-    def __init__(self, linear: ggml.Linear):
+    def __init__(self, linear: GgmlLinear):
         self.linear = linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,25 +16,26 @@ import time
 import numpy as np
 import torch
 
-from quantkit.ggml import library as ggml
+from quantkit.ggml.codec import quantize
+from quantkit.ggml.graph import Experts as GgmlExperts
 from quantkit.runtime.engines.open import TorchEngine
 from quantkit.runtime.experts import kt as kt_experts
 from quantkit.runtime.generate import Model
 from quantkit.runtime.sources import GGUFSource
 
-MAKERS = {"ggml": ggml.Experts, "kt": kt_experts.KtExperts}
+MAKERS = {"ggml": GgmlExperts, "kt": kt_experts.KtExperts}
 
 
 def repeated(qtype: str, n_expert: int, n_out: int, n_in: int) -> tuple[str, np.ndarray]:
     rows = np.random.default_rng(0).standard_normal((64, n_in)).astype(np.float32)
-    packed = ggml.quantize(qtype, rows, np.ones(n_in, np.float32))
+    packed = quantize(qtype, rows, np.ones(n_in, np.float32))
     data = np.empty((n_expert, n_out, packed.shape[1]), np.uint8)
     data.reshape(-1, *packed.shape)[:] = packed
     return qtype, data
 
 
 def compare(stacks, d: int, n_ff: int, n_expert: int, n_used: int, args) -> None:
-    made = {name: make(*stacks, d, n_ff, n_expert, n_used, args.threads) for name, make in MAKERS.items()}
+    made = {name: make(stacks, d, n_ff, n_expert, n_used, args.threads) for name, make in MAKERS.items()}
     for n in map(int, args.rows.split(",")):
         random = torch.Generator().manual_seed(n)
         tokens = []

@@ -14,8 +14,9 @@ import numpy as np
 from synthetic import layout
 
 from quantkit import bundle
+from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
+from quantkit.ggml.codec import quantize
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models import tokenizer
 from quantkit.models.config import DeepseekConfig
@@ -41,15 +42,15 @@ class Blocks:
         if (qtype, n_in) not in self.pools:
             n_rows = -(-POOL_WEIGHTS // n_in)
             rows = self.generator.standard_normal((n_rows, n_in), np.float32) / np.float32(n_in**0.5)
-            packed = ggml.quantize(qtype, rows, np.ones(n_in, np.float32))
-            self.pools[qtype, n_in] = packed.reshape(n_rows * n_in // ggml.block_size(qtype), -1)
+            packed = quantize(qtype, rows, np.ones(n_in, np.float32))
+            self.pools[qtype, n_in] = packed.reshape(n_rows * n_in // qtypes.get(qtype).block_size, -1)
         return self.pools[qtype, n_in]
 
     def take(self, tensor: PlannedTensor, n_rows: int) -> np.ndarray:
         """uint8 [n_rows, row_bytes]"""
         pool, n_in = self._pool(tensor.qtype, tensor.shape[-1]), tensor.shape[-1]
         self.offset = (self.offset + 104_729) % len(pool)
-        n_blocks = n_rows * n_in // ggml.block_size(tensor.qtype)
+        n_blocks = n_rows * n_in // qtypes.get(tensor.qtype).block_size
         return np.resize(np.roll(pool, -self.offset, axis=0), (n_blocks, pool.shape[1])).reshape(n_rows, -1)
 
 

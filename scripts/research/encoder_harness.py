@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from quantkit.encoding.api import SUPPORTED
 from quantkit.encoding.encoders import Hessian, blend, encode_values, second_moment
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import rms_norm
 

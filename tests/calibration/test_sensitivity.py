@@ -6,9 +6,9 @@ import torch
 from quantkit.calibration import sensitivity
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
+from quantkit.codecs.types import row_bytes
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
-from quantkit.ggml import library as ggml
 from quantkit.job import make as pipeline
 from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
@@ -102,7 +102,7 @@ def test_every_candidate_has_an_entry(source, full):
         for qtype in sensitivity.candidates(spec, sensitivity.ROUTED_TYPES, sensitivity.OTHER_TYPES):
             assert (spec.name, qtype) in names
             entry = next(e for e in full.entries if (e.tensor, e.qtype) == (spec.name, qtype))
-            assert entry.n_bytes == spec.n_rows * ggml.row_bytes(qtype, spec.n_in)
+            assert entry.n_bytes == spec.n_rows * row_bytes(qtype, spec.n_in)
     assert len(names) == len(full.entries)
 
 

@@ -11,7 +11,7 @@ from formats.small_gguf import Planned
 from quantkit.formats.gguf_encode import F32, U32, I32List
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 
 @dataclass(frozen=True)

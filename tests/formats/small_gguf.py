@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quantkit.codecs.types import row_bytes
 from quantkit.formats.gguf_encode import F32, I64, U8, U16, U32, I32List
-from quantkit.formats.gguf_header import row_bytes
 from quantkit.formats.gguf_writer import GGUFWriter
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from quantkit.cli import main
 from quantkit.errors import QuantkitError
-from quantkit.ggml import library as ggml
+from quantkit.ggml.graph import Experts as GgmlExpertStack
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.open import TorchEngine, open_engine
 from quantkit.runtime.experts import kt as kt_experts
@@ -72,7 +72,7 @@ def test_not_installed(path, monkeypatch, capfd):
     monkeypatch.setattr(kt_experts, "available", lambda: False)
     source = open_source(path)
     kt_experts.select(source)  # nothing to choose, nothing to say
-    assert source.make_experts is ggml.Experts
+    assert source.make_experts is GgmlExpertStack
     assert capfd.readouterr() == ("", "")
     with pytest.raises(QuantkitError, match="pip install --no-deps kt-kernel"):
         kt_experts.select(source, "kt")
@@ -90,7 +90,7 @@ def test_agrees_with_ggml(path, capfd):
     c, random = source.config, torch.Generator().manual_seed(0)
     for layer in range(c.n_dense, c.n_layer):
         stacks = source.expert_stacks(layer)
-        pair = [make(*stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, 1) for make in (ggml.Experts, KtExperts)]
+        pair = [make(stacks, c.d, c.n_ff_exp, c.n_expert, c.n_used, 1) for make in (GgmlExpertStack, KtExperts)]
         for n in (1, 9, kt_experts.ROWS + 5):
             x = torch.randn((n, c.d), generator=random).bfloat16().float()
             expert = torch.stack([torch.randperm(c.n_expert, generator=random)[: c.n_used] for _ in range(n)]).int()
@@ -111,11 +111,11 @@ def logits(engine: TorchEngine, tokens: list[int], n_prompt: int) -> torch.Tenso
 def test_whole_model(path, chunks):
     tokens = chunks(1, 256)[0].tolist()
     found = []
-    for make in (ggml.Experts, KtExperts):
+    for make in (GgmlExpertStack, KtExperts):
         source = open_source(path)
         source.make_experts = make
         engine = open_engine(source, 1, 300)
-        assert isinstance(engine, GraphEngine if make is ggml.Experts else TorchEngine)
+        assert isinstance(engine, GraphEngine if make is GgmlExpertStack else TorchEngine)
         found.append(logits(engine, tokens, 192))
     p, q = (each.log_softmax(-1) for each in found)
     kld = float((p.exp() * (p - q)).sum(-1).mean())
@@ -146,7 +146,7 @@ def test_silently_wrong_type_is_seen(quantized, capfd, monkeypatch):
     assert max(error for qtype, error in found.errors.items() if qtype != "IQ2_XXS") < 0.04
     monkeypatch.setattr(kt_experts, "trial", lambda *_, **__: found)
     kt_experts.select(source)
-    assert source.make_experts is ggml.Experts
+    assert source.make_experts is GgmlExpertStack
     assert "experts: ggml, because kt-kernel" in capfd.readouterr().err
     with pytest.raises(QuantkitError, match="IQ2_XXS wrongly"):
         kt_experts.select(source, "kt")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit import bundle
+from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
@@ -89,9 +90,9 @@ def test_a_prompt_of_one_token(source):
 
 def test_types_without_kernel(source, monkeypatch, caplog):
     """Their experts stay on the CPU, other matrices are kept dequantized."""
-    types = {name: make for name, make in gpu.blocks.TYPES.items() if name not in ("IQ1_S", "Q4_K")}
     usual = logits(GpuEngine(source, 2, 300, 0))
-    monkeypatch.setattr(gpu.blocks, "TYPES", types)
+    in_groups = registry.in_groups
+    monkeypatch.setattr(registry, "in_groups", lambda name: name not in ("IQ1_S", "Q4_K") and in_groups(name))
     engine = GpuEngine(source, 2, 300, 9)
     assert "its experts stay on the CPU" in caplog.text and "kept as" in caplog.text
     assert kld(usual, logits(engine)) < 2e-3

@@ -12,7 +12,7 @@ import pytest
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models import tokenizer
 from quantkit.models.config import DeepseekConfig

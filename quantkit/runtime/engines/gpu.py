@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit import machine as probe
-from quantkit.codecs import blocks
+from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models.config import DeepseekConfig
@@ -112,7 +112,7 @@ class GpuEngine:
     def _matrix(self, name: str) -> Matrix:
         """One matrix, or one for each head, as quantized bytes if they can be multiplied so."""
         tensor = self.source.file.tensors[name]
-        if tensor.qtype in blocks.TYPES:
+        if registry.in_groups(tensor.qtype):
             data = self._upload(name)
             return Packed(tensor.qtype, data if data.dim() == 3 else data[None], tensor.shape[-1], self.dtype)
         if tensor.qtype not in ("F32", "F16", "BF16"):
@@ -159,7 +159,7 @@ class GpuEngine:
         if moe:
             layer.on_cpu = make_experts(self.source, i)
             tensors = [self.source.file.tensors[name] for name in expert_names(i)]
-            if unknown := {tensor.qtype for tensor in tensors} - set(blocks.TYPES):
+            if unknown := {tensor.qtype for tensor in tensors if not registry.in_groups(tensor.qtype)}:
                 log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
             else:
                 layer.stacks = [self._stack(tensor) for tensor in tensors]

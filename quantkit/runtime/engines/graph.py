@@ -17,7 +17,8 @@ from math import prod
 import numpy as np
 import torch
 
-from quantkit.ggml.library import Graph, TensorP, library
+from quantkit.ggml.graph import Graph
+from quantkit.ggml.library import TensorP, library
 from quantkit.progress import say
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles, frequencies

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml import library as ggml
+from quantkit.ggml import graph as ggml
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.engines.gpu import GpuEngine, GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine

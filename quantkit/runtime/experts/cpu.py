@@ -6,8 +6,8 @@ The interface is `layers.Experts` with tensors on the CPU: x float32 [n, d], exp
 
 import torch
 
-from quantkit.ggml import library as ggml
-from quantkit.ggml.library import Graph
+from quantkit.ggml.graph import Experts as GgmlProducts
+from quantkit.ggml.graph import Graph
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import Experts
 from quantkit.runtime.sources import GGUFSource
@@ -17,7 +17,7 @@ ROWS = 128  # tokens computed at once: bounds the activations
 
 def open_experts(source: GGUFSource, layer: int) -> Experts:
     """The engine for one layer's experts on this machine's CPU: ggml as one graph, or what was chosen instead."""
-    if source.make_experts is ggml.Experts:
+    if source.make_experts is GgmlProducts:
         return GgmlExperts(source, layer)
     return source.cpu_experts(layer)
 

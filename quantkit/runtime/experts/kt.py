@@ -25,8 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quantkit.codecs.types import row_bytes
 from quantkit.errors import QuantkitError
-from quantkit.ggml import library as ggml
+from quantkit.ggml.codec import dequantize
+from quantkit.ggml.graph import Experts as GgmlExperts
+from quantkit.ggml.library import type_id
 from quantkit.progress import say
 from quantkit.runtime.sources import GGUFSource
 
@@ -53,8 +56,8 @@ def available() -> bool:
 class KtExperts:
     """As ggml.Experts: routed experts of one layer from their quantized bytes, which stay where they are."""
 
-    def __init__(self, gate, up, down, d: int, n_ff: int, n_expert: int, n_used: int, n_threads: int):
-        self.stacks, self.n_expert = (gate, up, down), n_expert
+    def __init__(self, stacks, d: int, n_ff: int, n_expert: int, n_used: int, n_threads: int):
+        self.stacks, self.n_expert = stacks, n_expert
         self.on_gpu = torch.zeros(n_expert, dtype=torch.bool)
         self.order = torch.arange(n_expert, dtype=torch.int32)
         with _silent():
@@ -67,7 +70,7 @@ class KtExperts:
             config.m_block, config.group_min_len = 32, 10  # kt-kernel's own
             config.max_len = config.group_max_len = ROWS
             config.gate_proj, config.up_proj, config.down_proj = (data.ctypes.data for _, data in self.stacks)
-            config.gate_type, config.up_type, config.down_type = (ggml.type_id(qtype) for qtype, _ in self.stacks)
+            config.gate_type, config.up_type, config.down_type = (type_id(qtype) for qtype, _ in self.stacks)
             config.hidden_type = ggml_type.BF16
             self.moe = MOE(config)
             self._run(self.moe.load_weights_task(self.order.data_ptr()))
@@ -241,7 +244,7 @@ def _serve(request: dict[str, Any]) -> None:
     if request["timed"]:
         shape = (c.d, c.n_ff_exp, c.n_expert, c.n_used, request["threads"])
         _tell(trying=f"layer {c.n_dense}")
-        made = {name: maker(*stacks[c.n_dense], *shape) for name, maker in (("ggml", ggml.Experts), ("kt", KtExperts))}
+        made = {name: maker(stacks[c.n_dense], *shape) for name, maker in (("ggml", GgmlExperts), ("kt", KtExperts))}
         ms = dict.fromkeys(made, float("inf"))
         for _ in range(2):
             for name, experts in made.items():
@@ -259,20 +262,20 @@ def _tell(**what: Any) -> None:
 def self_test(qtype: str, data: np.ndarray, n_threads: int) -> float:
     """Relative error of kt-kernel from the decoded weights, the worse of its kernels for one and for many tokens, with
     the first blocks of a tensor taken for two experts of 512 x 512."""
-    width = ggml.row_bytes(qtype, SAMPLE)
+    width = row_bytes(qtype, SAMPLE)
     values = data.reshape(-1)[: 3 * SAMPLE_EXPERTS * SAMPLE * width]
     parts = np.resize(values, (3, SAMPLE_EXPERTS, SAMPLE, width))  # repeated if the tensor is small
     random = torch.Generator().manual_seed(0)
     x = torch.randn((SAMPLE_ROWS, SAMPLE), generator=random).bfloat16().float()
     weight = torch.rand((SAMPLE_ROWS, SAMPLE_EXPERTS), generator=random) + 0.5
     expert = torch.tensor([[0, 1], [1, 0]]).repeat(SAMPLE_ROWS // 2, 1)
-    decoded = torch.from_numpy(ggml.dequantize(qtype, parts, SAMPLE)).view(3, SAMPLE_EXPERTS, SAMPLE, SAMPLE)
+    decoded = torch.from_numpy(dequantize(qtype, parts, SAMPLE)).view(3, SAMPLE_EXPERTS, SAMPLE, SAMPLE)
     want = torch.zeros_like(x)
     for e in range(SAMPLE_EXPERTS):
         gate, up, down = decoded[:, e]
         share = (weight * (expert == e)).sum(1, keepdim=True)
         want += share * ((F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
-    experts = KtExperts(*((qtype, part) for part in parts), SAMPLE, SAMPLE, SAMPLE_EXPERTS, SAMPLE_EXPERTS, n_threads)
+    experts = KtExperts([(qtype, part) for part in parts], SAMPLE, SAMPLE, SAMPLE_EXPERTS, SAMPLE_EXPERTS, n_threads)
     together = experts(x, expert, weight)
     alone = torch.cat([experts(*row) for row in zip(*(v[:4].split(1) for v in (x, expert, weight)), strict=True)])
     errors = [float((got - wanted).norm() / wanted.norm()) for got, wanted in ((together, want), (alone, want[:4]))]
