@@ -4,12 +4,13 @@ Layout of the folder (safetensors, so that any tool can look):
 
     hidden.safetensors   `hidden` [n_chunk, t, d] after the last finished layer, in the pass's hidden dtype;
                          metadata: `layer` (the next one to run), `job` (sha256 of what the pass depends on)
-    layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of block N
+    layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of layer N
 
 A layer's statistics are written before the hidden states that include it, each file under a temporary name first, so
 the folder is consistent at any moment.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,10 +22,17 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
+from quantkit.runtime.stream import Source
 from quantkit.tensors import Importance
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 WRITE_BYTES = 64 << 20
+
+
+def job_of(source: Source, tokens: torch.Tensor) -> str:
+    """Identity of a pass: weights, tokens int64 [n_chunk, t] and arithmetic."""
+    facts = f"{source.fingerprint()} {source.dtype} {source.device.type} {tuple(tokens.shape)} "
+    return hashlib.sha256(facts.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
 class PassState:
@@ -109,5 +117,6 @@ class PassState:
         return found
 
     def remove(self) -> None:
+        """Delete the folder, if it is there."""
         if ranks.index() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

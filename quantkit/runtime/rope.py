@@ -1,10 +1,18 @@
 """Rotary embedding with YaRN frequencies, on interleaved pairs as DeepSeek and llama.cpp's `deepseek2` have them."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from quantkit.models.config import DeepseekConfig, Yarn
+
+
+class Angles(NamedTuple):
+    """What each position turns each pair by: cos and sin, float32 [..., qk_rope / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 def frequencies(config: DeepseekConfig) -> torch.Tensor:
@@ -29,10 +37,10 @@ def _correction_range(config: DeepseekConfig, yarn: Yarn) -> tuple[int, int]:
     return max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), config.qk_rope - 1)
 
 
-def angles(config: DeepseekConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [..., qk_rope / 2], for integer positions of any shape."""
+def angles(config: DeepseekConfig, positions: torch.Tensor) -> Angles:
+    """For integer positions of any shape [...]."""
     turns = positions.float().unsqueeze(-1) * frequencies(config).to(positions.device)
-    return turns.cos(), turns.sin()
+    return Angles(turns.cos(), turns.sin())
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
