@@ -10,12 +10,12 @@ from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, cut
-from quantkit.calibration.state import PassState, job_of
+from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.room import Place
-from quantkit.runtime.stream import Source
+from quantkit.runtime.stream import Source, job_of
 from quantkit.tensors import Importance
 
 

@@ -10,7 +10,6 @@ A layer's statistics are written before the hidden states that include it, each 
 the folder is consistent at any moment.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,17 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
-from quantkit.runtime.stream import Source
 from quantkit.tensors import Importance
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 WRITE_BYTES = 64 << 20
-
-
-def job_of(source: Source, tokens: torch.Tensor) -> str:
-    """Identity of a pass: weights, tokens int64 [n_chunk, t] and arithmetic."""
-    facts = f"{source.fingerprint()} {source.dtype} {source.device.type} {tuple(tokens.shape)} "
-    return hashlib.sha256(facts.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
 class PassState:

@@ -6,8 +6,8 @@ and written, and everything is dropped. Attention, shared and dense matrices fol
 what our encoders leave of it (norms, experts that no token reached, types without an encoder of ours): ggml writes that
 from the importance just measured. Only embedding and head are left for after the pass.
 
-Ranks share a layer's experts in blocks, and its other matrices, one moment each: a rank forms and factors only the
-moments of what it encodes.
+Ranks take turns with a layer's experts, and share its other matrices, one moment each: a rank forms and factors only
+the moments of what it encodes.
 """
 
 from collections import Counter
@@ -20,8 +20,8 @@ import torch
 from quantkit import ranks
 from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
-from quantkit.encoding import encoders
-from quantkit.encoding.encoders import Factor, Hessian
+from quantkit.encoding.api import SUPPORTED, encode_batch
+from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -143,7 +143,7 @@ class LayerEncoder(Watcher):
 
     def __init__(self, layer: int, file: FileEncoder, how: EncoderOptions):
         self.layer, self.source, self.out, self.how, self.used = layer, file.source, file.out, how, file.used
-        mine = [t for t in file.plan.tensors if t.layer == layer and t.qtype in encoders.SUPPORTED]
+        mine = [t for t in file.plan.tensors if t.layer == layer and t.qtype in SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: file.specs[tensor.name] for tensor in mine}
         self.own = self._share()
@@ -182,8 +182,8 @@ class LayerEncoder(Watcher):
         if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
             self.flush()
         weight = self.weight[visit.tokens] * visit.weight.float().square()
-        own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
-        self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))
+        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
+        self.waiting.append((visit, own, second_moment(visit.hidden, weight)))
         if (visit.expert + 1) % self.group == 0:
             self.flush()
 
@@ -227,7 +227,7 @@ class LayerEncoder(Watcher):
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
-                    factor = encoders.prepare(inner, weights.shape[-1], self.source.device, full=full)
+                    factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
                 data = self._encode(role, weights, factor)
             rows = weights.shape[1]
             for (visit, _, _), packed in zip(waiting, data, strict=True):
@@ -273,12 +273,12 @@ class LayerEncoder(Watcher):
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
-        factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
+        factor = prepare([hessian], spec.n_in, self.source.device, full=full)
         whole = self.source.device.type == "cuda"
         for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
-        self.used[encoders.describe(hessian)] += 1
+        self.used[describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
@@ -288,9 +288,7 @@ class LayerEncoder(Watcher):
         routed = self.specs[role].is_routed
         gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
-            self.used.update(encoders.describe(hessian) for hessian in knowledge)
+            self.used.update(describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(
-            qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device
-        )
+        return encode_batch(qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device)

@@ -2,8 +2,7 @@
 
 import torch
 
-from quantkit.encoding import encoders
-from quantkit.encoding.encoders import Hessian
+from quantkit.encoding.hessian import Hessian, gram
 
 SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a",
@@ -23,7 +22,7 @@ class Moments:
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
         scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
-        product = encoders.gram(scaled)
+        product = gram(scaled)
         self.matrix = product if self.matrix is None else self.matrix.add_(product)
         self.total += float(weight.sum())
         self.squares += float(weight.double().square().sum())

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.corpus import Chunks
-from quantkit.calibration.state import PassState, job_of
+from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import scored
 from quantkit.runtime.sources import CheckpointSource
-from quantkit.runtime.stream import stream
+from quantkit.runtime.stream import job_of, stream
 
 
 class ReferencePass:

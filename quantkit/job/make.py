@@ -19,7 +19,7 @@ from quantkit.calibration import coverage, sensitivity
 from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.calibration.measure import Calibration, calibrate
-from quantkit.calibration.state import PassState, job_of
+from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer, quantize
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
@@ -46,7 +46,7 @@ from quantkit.progress import say, track
 from quantkit.runtime.experts import kt as kt_experts
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
-from quantkit.runtime.stream import Source
+from quantkit.runtime.stream import Source, job_of
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"

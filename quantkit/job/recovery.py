@@ -38,7 +38,8 @@ from quantkit.progress import say, track
 from quantkit.runtime.experts.streamed import Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
 from quantkit.runtime.memory import memory_limit
-from quantkit.runtime.rope import Angles, angles
+from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.runtime.watch import Watcher

@@ -6,7 +6,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
-from quantkit.runtime.rope import Angles, angles
+from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
 
 HEAD = 1024  # most probable tokens that are sorted at first

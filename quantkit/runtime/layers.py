@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import DeepseekConfig
-from quantkit.runtime.rope import Angles, rotate
+from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.watch import Watcher
 
 Linear = Callable[[torch.Tensor], torch.Tensor]

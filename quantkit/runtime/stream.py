@@ -4,6 +4,7 @@ Besides the hidden states only one layer's attention and shared weights (and the
 experts are in memory, whatever the number of layers.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,8 @@ from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.room import Room
-from quantkit.runtime.rope import Angles, angles
+from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.watch import Watcher
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
@@ -122,6 +124,12 @@ def stream(
         yield step
         if not step.computed:
             raise RuntimeError(f"layer {layer} was not computed")
+
+
+def job_of(source: Source, tokens: torch.Tensor) -> str:
+    """Identity of a pass, for what it saves: weights, tokens int64 [n_chunk, t] and arithmetic (sha256, hex)."""
+    facts = f"{source.fingerprint()} {source.dtype} {source.device.type} {tuple(tokens.shape)} "
+    return hashlib.sha256(facts.encode() + tokens.numpy().tobytes()).hexdigest()
 
 
 def apply_attention(

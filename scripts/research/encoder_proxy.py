@@ -15,7 +15,8 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router, attention, feed_forward, rms_norm, token_weight
-from quantkit.runtime.rope import Angles, angles
+from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES
 

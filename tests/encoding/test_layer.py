@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from quantkit.calibration.collect import collect
-from quantkit.encoding import encoders
-from quantkit.encoding.encoders import Hessian
+from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.moments import Moments
@@ -82,7 +81,7 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
     try:
         for n in (1, 2, 5, 8):
             torch.set_num_threads(n)
-            found.append(encoders.gram(x))
+            found.append(gram(x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)

@@ -8,7 +8,8 @@ import torch
 
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import KVCache, LayerWeights, Router, attention, rms_norm, route
-from quantkit.runtime.rope import Angles, angles, frequencies, rotate
+from quantkit.runtime.rope import angles, frequencies
+from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.sources import CheckpointSource
 from quantkit.runtime.watch import Watcher
 
