@@ -11,6 +11,8 @@ from typing import Literal
 import numpy as np
 
 Assembly = Literal["copy", "stack", "k_b", "v_b"]
+ROUTED_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+"""The stacks of routed experts: gate, up and down, in this order everywhere."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class TensorSpec:
 
     @property
     def n_rows(self) -> int:
+        """Rows of all matrices."""
         return prod(self.shape[:-1])
 
     @property
@@ -50,11 +53,13 @@ class TensorSpec:
 
     @property
     def n_weights(self) -> int:
+        """Elements."""
         return prod(self.shape)
 
     @property
     def is_routed(self) -> bool:
-        return self.role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        """Whether it is a stack of routed experts."""
+        return self.role in ROUTED_ROLES
 
 
 @dataclass(frozen=True)

@@ -166,21 +166,16 @@ def sensitivity(
     model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types, device
 ):
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
-    from quantkit.calibration.sensitivity import OTHER_TYPES, ROUTED_TYPES
+    from quantkit.calibration.sensitivity import DEFAULT, Candidates
     from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
-    pipeline.measure_sensitivity(
-        source,
-        imatrix,
-        choice,
-        output,
-        tier=tier,
-        budget=budget,
-        routed=types.split(",") if types else ROUTED_TYPES,
-        others=other_types.split(",") if other_types else OTHER_TYPES,
+    chosen = Candidates(
+        tuple(types.split(",")) if types else DEFAULT.routed,
+        tuple(other_types.split(",")) if other_types else DEFAULT.others,
     )
+    pipeline.measure_sensitivity(source, imatrix, choice, output, types=chosen, tier=tier, budget=budget)
     click.echo(str(output / "sensitivity.json"))
 
 

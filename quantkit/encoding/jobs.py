@@ -4,15 +4,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
 
 from quantkit import __version__, ranks
-from quantkit.encoding.ggml_encoder import Encoder
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import U32
@@ -27,6 +26,41 @@ from quantkit.progress import Advance, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
 
 
+class Encoder(Protocol):
+    """float32 rows in, packed ggml blocks out. name goes into the file's provenance. Called from several threads."""
+
+    name: str
+
+    def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        """rows float32 [n, n_in] of one matrix, importance float32 [n_in] -> uint8 [n, row_bytes]."""
+
+
+class GgmlEncoder:
+    """ggml's reference encoder, byte for byte llama-quantize's result."""
+
+    name = "ggml"
+
+    def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        return ggml.quantize(qtype, rows, importance)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The file that is to be written, in one or in splits.
+
+    fingerprint: named digests of what the bytes depend on; what another run left is resumed only under the same.
+    metadata: keys besides those of model and plan. restart: throw away what another run left. overwrite: replace a
+    finished file of that name, once the new one is complete.
+    """
+
+    path: Path
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    split_max_bytes: int | None = None
+    restart: bool = False
+    overwrite: bool = False
+
+
 @dataclass(frozen=True)
 class Job:
     """Rows start:stop of one planned tensor, within one of its matrices."""
@@ -38,6 +72,7 @@ class Job:
 
     @property
     def matrix(self) -> int:
+        """Which of the tensor's matrices the rows are of."""
         return self.start // (self.spec.n_rows // self.spec.n_matrices)
 
 
@@ -45,15 +80,10 @@ def quantize(
     checkpoint: Checkpoint,
     plan: Plan,
     imatrix: Imatrix,
-    path: Path,
+    output: Output,
     encoder: Encoder,
     *,
-    fingerprint: Mapping[str, str],
-    extra_metadata: Mapping[str, Any] | None = None,
     workers: int | None = None,
-    split_max_bytes: int | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
@@ -61,17 +91,8 @@ def quantize(
     imatrix: as `fit_importance` returns it for this plan. after_layer: called when a layer's tensors are written, with
     the number of layers that are.
     """
-    writer = open_writer(
-        checkpoint,
-        plan,
-        path,
-        fingerprint=dict(fingerprint) | {"encoder": encoder.name},
-        extra_metadata=extra_metadata,
-        split_max_bytes=split_max_bytes,
-        restart=restart,
-        overwrite=overwrite,
-    )
-    with writer as out:
+    output = replace(output, fingerprint=dict(output.fingerprint) | {"encoder": encoder.name})
+    with open_writer(checkpoint, plan, output) as out:
         n_weights = sum(tensor.n_weights for tensor in plan.tensors)
         with track("quantize", n_weights / 1e6, "Mweights") as advance:
             for part, done in by_layer(plan):
@@ -94,30 +115,20 @@ def layer_plan(plan: Plan, layer: int | None) -> Plan:
     return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.layer == layer))
 
 
-def open_writer(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    path: Path,
-    *,
-    fingerprint: Mapping[str, str],
-    extra_metadata: Mapping[str, Any] | None = None,
-    split_max_bytes: int | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> GGUFWriter:
+def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWriter:
     """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
     config = DeepseekConfig.from_hf(checkpoint.config)
     checkpoint.validate(deepseek.source_shapes(config))
     check_plan(plan, {spec.name: spec for spec in deepseek.specs(config, plan.mla)})
-    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
+    metadata = file_metadata(checkpoint, config, plan) | dict(output.metadata)
     return GGUFWriter.open(
-        path,
+        output.path,
         plan.tensors,
         metadata,
-        fingerprint=fingerprint,
-        split_max_bytes=split_max_bytes,
-        restart=restart,
-        overwrite=overwrite,
+        fingerprint=output.fingerprint,
+        split_max_bytes=output.split_max_bytes,
+        restart=output.restart,
+        overwrite=output.overwrite,
     )
 
 
@@ -226,7 +237,7 @@ def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
 def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:
     """All metadata but the provenance of a run: the same model and plan always give the same header."""
     folder = Path(checkpoint.path)
-    types = Counter()
+    types: Counter[str] = Counter()
     for tensor in plan.tensors:
         types[tensor.qtype] += tensor.n_weights
     general = {

@@ -91,7 +91,9 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             (where / part.name).symlink_to(part.resolve())
         for layer, kinds in combinations(file, source.config).items():
             inputs = layer_inputs(source, layer)
-            want = source.block(layer).experts(*inputs)
+            experts = source.layer(layer).experts
+            assert experts is not None
+            want = experts(*inputs)
             try:
                 variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
                 got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
@@ -117,11 +119,11 @@ def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
 @torch.inference_mode()
 def layer_inputs(source: GGUFSource, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random normed inputs [ROWS, d], rounded to BF16 as kt-kernel takes them, and where the router sends them."""
-    block = source.block(layer)
-    x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * block.ffn_norm
+    weights = source.layer(layer)
+    x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * weights.ffn_norm
     x = x.bfloat16().float()
-    assert block.router is not None
-    return x, *route(x, block.router, source.config)
+    assert weights.router is not None
+    return x, *route(x, weights.router, source.config)
 
 
 def _last_line(text: str) -> str:

@@ -17,8 +17,8 @@ from quantkit.evaluation.divergence import VOCAB_SLAB, HeadLogits
 from quantkit.progress import track
 from quantkit.runtime.engines.open import Engine, TorchEngine, generate, open_engine
 from quantkit.runtime.generate import Model, Sampling
-from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import final_hidden
+from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.stream import Source, final_hidden
 
 GREEDY = Sampling(temperature=0.0)
 PERIOD, SPAN, REPEATS = 64, 32, 4  # a loop: a period up to 64 tokens, at least 32 tokens and four times over

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from quantkit.calibration.corpus import Chunks
-from quantkit.calibration.measure import memory_limit
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import generation
 from quantkit.evaluation.divergence import (
@@ -30,8 +29,10 @@ from quantkit.planning import targets
 from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
 from quantkit.runtime.engines.open import Engine, open_engine
-from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import choose_room, final_hidden, memory, stream
+from quantkit.runtime.memory import choose_place, memory, memory_limit
+from quantkit.runtime.room import Room
+from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.stream import Source, final_hidden, stream
 
 PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
@@ -111,19 +112,19 @@ class SideBySide:
         before = theirs[:k].clone()
         doubled = torch.cat((self.tokens, self.tokens[:k]))
         streams = (
-            stream(self.reference, self.tokens, hidden=theirs, hidden_dtype=self.dtype),
-            stream(self.source, doubled, hidden=ours, hidden_dtype=self.dtype),
+            stream(self.reference, self.tokens, hidden=theirs, room=room_of(self.reference, self.dtype)),
+            stream(self.source, doubled, hidden=ours, room=room_of(self.source, self.dtype)),
         )
-        for layer, other in zip(*streams, strict=True):
-            theirs, ours = layer.hidden, other.hidden
+        for step, other in zip(*streams, strict=True):
+            theirs, ours = step.compute(), other.compute()
             error = relative_error(theirs, ours[:n])
             own = relative_error(theirs[:k] - before, ours[n:].to(before.device) - before)
             if not (math.isfinite(error) and math.isfinite(own)):
                 raise QuantkitError(
-                    f"{self.source.name}: layer {layer.index} computes numbers that are not finite; "
+                    f"{self.source.name}: layer {step.layer} computes numbers that are not finite; "
                     "`quantkit certify` names the tensor"
                 )
-            self.errors.append(LayerError(layer.index, error, own))
+            self.errors.append(LayerError(step.layer, error, own))
             ours[n:] = theirs[:k]
             before.copy_(theirs[:k])
             advance(2 * self.tokens.numel() / 1e3)
@@ -185,7 +186,7 @@ def verify(
             both = SideBySide(reference, source, chunks.tokens, dtype)
             hidden, layers = [scored(states, score) for states in both.run(advance)], both.errors
         else:
-            states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), dtype)
+            states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
             hidden = [known, scored(states, score)]
     per_chunk = t - 1 - first_scored(t, score)
     heads = HeadLogits(reference, hidden[0]), HeadLogits(source, hidden[1])
@@ -228,6 +229,11 @@ def by_domain(found: Divergence, domains: Sequence[str], per_chunk: int) -> dict
     return out
 
 
+def room_of(source: Source, dtype: torch.dtype) -> Room:
+    """For hidden states of this dtype where the source's weights are."""
+    return Room("device", source.device, hidden=dtype)
+
+
 def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dtype:
     """float32 hidden states if both streams fit in memory with them, else bfloat16; refused if they do not fit."""
     limit, option = memory_limit(ram, reference.device)
@@ -236,7 +242,7 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
         if 2 * need.total(n_tokens) <= limit:
             return dtype
     on_gpu = reference.device.type != "cpu"
-    choose_room(need, n_tokens, "device", limit // 2, f"half of {option}", limit, on_gpu)
+    choose_place(need, n_tokens, "device", limit // 2, f"half of {option}", limit, on_gpu)
     return torch.bfloat16
 
 

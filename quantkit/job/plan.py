@@ -7,12 +7,12 @@ from pathlib import Path
 
 from quantkit import bundle
 from quantkit import machine as probe
-from quantkit.calibration.sensitivity import Sensitivity
 from quantkit.encoding.jobs import check_plan, file_metadata
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_layout import FileLayout, layout
+from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning import hardware, hardware_table, targets

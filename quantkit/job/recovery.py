@@ -23,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from quantkit.calibration.measure import memory_limit
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK
 from quantkit.codecs.registry import FORMATS, rescale
 from quantkit.encoding import encoders
-from quantkit.encoding.layer import SAME_INPUT, Moments
+from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.ggml import codec as ggml
@@ -36,11 +35,14 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
+from quantkit.runtime.experts.streamed import Turns, expert_names
+from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
+from quantkit.runtime.memory import memory_limit
 from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
+from quantkit.runtime.watch import Watcher
 from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0  # matrices of this many bits a weight are moved in full precision and encoded again
@@ -117,22 +119,22 @@ class Student(GGUFSource):
         rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
         return rows if out is None else out.copy_(rows)
 
-    def _experts(self, layer: int) -> "HeldExperts":
-        return HeldExperts(self, expert_names(layer))
+    def _experts(self, layer: int, turns: Turns) -> LayerExperts:
+        return unwatched(HeldExperts(self, expert_names(layer)))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""
-        cos, sin = angles(self.config, torch.arange(tokens.shape[1], device=self.device))
+        turns = angles(self.config, torch.arange(tokens.shape[1], device=self.device))
         h = self.embed(tokens)
         for layer in range(self.config.n_layer):
-            h = checkpoint(self._layer, layer, h, cos, sin, use_reentrant=False)
+            h = checkpoint(self._layer, layer, h, turns, use_reentrant=False)
         return head_logits(self, self.head(), h)
 
-    def _layer(self, layer: int, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        block = self.block(layer)
-        h = h + attention(h, block, self.config, cos, sin)
-        x = rms_norm(h, block.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
-        return h + feed_forward(x, block, self.config).view_as(h)
+    def _layer(self, layer: int, h: torch.Tensor, turns: Angles) -> torch.Tensor:
+        weights = self.layer(layer)
+        h = h + attention(h, weights, self.config, turns)
+        x = rms_norm(h, weights.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
+        return h + feed_forward(x, weights, self.config).view_as(h)
 
 
 class HeldExperts:
@@ -151,6 +153,18 @@ class HeldExperts:
                 value = (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
                 out.index_add_(0, tokens, value.float() * weight[tokens, slots, None])
         return out
+
+
+class Inputs(Watcher):
+    """Moments of what some of a layer's matrices multiply, by role."""
+
+    def __init__(self, roles: set[str]):
+        self.roles, self.moments = roles, dict[str, Moments]()
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds the inputs of the roles that are asked for."""
+        if role in self.roles:
+            self.moments.setdefault(role, Moments()).add(x, weight)
 
 
 class Recovery:
@@ -271,23 +285,13 @@ class Recovery:
         by_layer: dict[int | None, list[TensorSpec]] = {}
         for spec in fine:
             by_layer.setdefault(spec.layer, []).append(spec)
-        moments: dict[str, Moments] = {}
-
-        def before(layer: int, _: Block) -> Observer:
-            moments.clear()
-            wanted = {SAME_INPUT.get(s.role, s.role) for s in by_layer.get(layer, [])}
-
-            def observe(role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-                if role in wanted:
-                    moments.setdefault(role, Moments()).add(x, weight)
-
-            return observe
-
-        last = None
-        for layer in stream(student, self.tokens[self.text], before):
-            for spec in by_layer.get(layer.index, []):
-                self._encode_one(spec, moments[SAME_INPUT.get(spec.role, spec.role)])
-            last = layer.hidden
+        last = torch.empty(0)
+        for step in stream(student, self.tokens[self.text]):
+            mine = by_layer.get(step.layer, [])
+            inputs = Inputs({SAME_INPUT.get(spec.role, spec.role) for spec in mine})
+            last = step.compute(inputs)
+            for spec in mine:
+                self._encode_one(spec, inputs.moments[SAME_INPUT.get(spec.role, spec.role)])
         for spec in by_layer.get(None, []):  # the output
             seen, norm = Moments(), student.part("output_norm.weight")
             for part in last.split(4):

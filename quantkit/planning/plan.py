@@ -16,7 +16,7 @@ from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.planning import targets
 from quantkit.planning.recipe import MLA, Recipe, Rule
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import ROUTED_ROLES, TensorSpec
 
 ALIGNMENT = 32
 FORMAT = 1
@@ -270,7 +270,7 @@ def _padded(n: int, alignment: int = ALIGNMENT) -> int:
 
 
 def _group(role: str, n_dims: int) -> str:
-    if role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+    if role in ROUTED_ROLES:
         return f"experts {role.split('_')[1]}"
     if n_dims < 2 or role == "ffn_gate_inp":
         return "rest"

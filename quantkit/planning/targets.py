@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.tensors import ROUTED_ROLES
 
 TensorClass = Literal["routed experts", "k_b", "other matrices"]
 EXPERTS: TensorClass = "routed experts"
@@ -136,7 +137,7 @@ def get(name: str) -> Target:
 
 
 def tensor_class(role: str) -> TensorClass:
-    if role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+    if role in ROUTED_ROLES:
         return EXPERTS
     return K_B if role == "attn_k_b" else OTHER
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.layers import Block, KVCache, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources import Source
+from quantkit.runtime.rotation import Angles
+from quantkit.runtime.stream import Source
 
 HEAD = 1024  # most probable tokens that are sorted at first
 
@@ -17,12 +18,12 @@ class Model:
 
     def __init__(self, source: Source):
         self.source, self.config = source, source.config
-        self.blocks: list[Block] = [source.block(layer) for layer in range(source.config.n_layer)]
+        self.layers: list[LayerWeights] = [source.layer(layer) for layer in range(source.config.n_layer)]
         self.norm, self.output = source.head()
 
     def caches(self, capacity: int, n_seq: int = 1) -> list[KVCache]:
         device, dtype = self.source.device, self.source.dtype
-        return [KVCache.empty(self.config, n_seq, capacity, device, dtype) for _ in self.blocks]
+        return [KVCache.empty(self.config, n_seq, capacity, device, dtype) for _ in self.layers]
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, caches: list[KVCache], all_logits: bool = False) -> torch.Tensor:
@@ -31,9 +32,9 @@ class Model:
         if begin + tokens.shape[1] > caches[0].latent.shape[1]:
             raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {caches[0].latent.shape[1]}")
         h = self.source.embed(tokens.to(self.source.device))
-        cos, sin = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
-        for block, cache in zip(self.blocks, caches, strict=True):
-            h = self._feed(h + attention(h, block, self.config, cos, sin, cache), block)
+        turns = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
+        for weights, cache in zip(self.layers, caches, strict=True):
+            h = self._feed(h + attention(h, weights, self.config, turns, cache), weights)
         return self._logits(h if all_logits else h[:, -1:])
 
     @torch.inference_mode()
@@ -44,16 +45,17 @@ class Model:
         """
         h = self.source.embed(tokens.to(self.source.device))[:, None]
         cos, sin = angles(self.config, torch.tensor([[own[0].length] for own in caches], device=h.device))
-        for layer, block in enumerate(self.blocks):
+        for layer, weights in enumerate(self.layers):
             mixed = [
-                attention(h[i : i + 1], block, self.config, cos[i], sin[i], own[layer]) for i, own in enumerate(caches)
+                attention(h[i : i + 1], weights, self.config, Angles(cos[i], sin[i]), own[layer])
+                for i, own in enumerate(caches)
             ]
-            h = self._feed(h + torch.cat(mixed), block)
+            h = self._feed(h + torch.cat(mixed), weights)
         return self._logits(h)[:, 0]
 
-    def _feed(self, h: torch.Tensor, block: Block) -> torch.Tensor:
-        x = rms_norm(h, block.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
-        return h + feed_forward(x, block, self.config).view_as(h)
+    def _feed(self, h: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+        x = rms_norm(h, weights.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
+        return h + feed_forward(x, weights, self.config).view_as(h)
 
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
         flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d).to(self.source.dtype)

@@ -1,4 +1,4 @@
-"""Where layers come from: the original checkpoint or a GGUF file. Both give blocks that `layers` can compute."""
+"""Where layers come from: the original checkpoint or a GGUF file. Both give weights that `layers` can compute."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from quantkit.models.config import DeepseekConfig
 from quantkit.models.deepseek2 import source_shapes, specs
 from quantkit.progress import say
 from quantkit.runtime.ahead import Item, Result, read_ahead
-from quantkit.runtime.experts.streamed import Projections, StreamedExperts, expert_names
-from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
+from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Linear, Router, unwatched
 from quantkit.runtime.residency import Residency
+from quantkit.runtime.watch import Projections
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 GGML_BATCH = 512  # rows per ggml product: bounds its buffers
@@ -38,23 +39,6 @@ CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU mul
 EXPERTS_AT_ONCE = 64  # whose inputs and results are held: 120 MB in R1 at even routing
 TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory, fewer more time between the products
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
-
-
-class Source(Protocol):
-    """A model whose layers can be loaded one at a time."""
-
-    name: str
-    config: DeepseekConfig
-    device: torch.device
-    dtype: torch.dtype
-
-    def tokenizer(self) -> Tokenizer: ...
-    def fingerprint(self) -> str: ...
-    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
-    def block(self, layer: int) -> Block: ...
-    def head(self) -> tuple[torch.Tensor, Linear]: ...
-    def output_norm(self) -> torch.Tensor: ...
-    def head_rows(self, start: int, stop: int) -> torch.Tensor: ...
 
 
 class CheckpointSource:
@@ -95,7 +79,8 @@ class CheckpointSource:
                     rows[part] = slab[(flat[part] - start).to(slab.device)].to(rows.device, rows.dtype)
         return out
 
-    def block(self, layer: int) -> Block:
+    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+        """Its weights, routed experts to be streamed. turns: how ranks share these."""
         c, p = self.config, f"model.layers.{layer}."
         attn = p + "self_attn."
         if c.q_lora is None:
@@ -111,8 +96,8 @@ class CheckpointSource:
         if moe:
             bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
             router = Router(self._vector(p + "mlp.gate.weight"), bias)
-            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
-        return Block(
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, turns)
+        return LayerWeights(
             attn_norm=self._vector(p + "input_layernorm.weight"),
             q=q,
             kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
@@ -315,7 +300,8 @@ class GGUFSource:
             to.copy_(torch.from_numpy(values[inverse.reshape(-1)]))
         return out
 
-    def block(self, layer: int) -> Block:
+    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+        """Its weights, routed experts to be streamed. turns: how ranks share these."""
         c, p = self.config, f"blk.{layer}."
         if c.q_lora is None:
             q = self.linear(p + "attn_q.weight")
@@ -326,7 +312,7 @@ class GGUFSource:
             k_b, v_b = split_kv_b(self._matrix(p + "attn_kv_b.weight"), c)
         else:
             k_b, v_b = self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
-        return Block(
+        return LayerWeights(
             attn_norm=self._small(p + "attn_norm.weight"),
             q=q,
             kv_a=self.linear(p + "attn_kv_a_mqa.weight"),
@@ -335,15 +321,15 @@ class GGUFSource:
             v_b=v_b,
             output=self.linear(p + "attn_output.weight"),
             ffn_norm=self._small(p + "ffn_norm.weight"),
-            **self.feed_forward(layer),
+            **self.feed_forward(layer, turns),
         )
 
-    def feed_forward(self, layer: int) -> dict[str, Any]:
-        """feed, router and experts of a `Block`."""
+    def feed_forward(self, layer: int, turns: Turns = ALONE) -> dict[str, Any]:
+        """feed, router and experts of `LayerWeights`."""
         c, p = self.config, f"blk.{layer}."
         moe = c.is_moe(layer)
         feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
-        router, experts = (self._router(p), self._experts(layer)) if moe else (None, None)
+        router, experts = (self._router(p), self._experts(layer, turns)) if moe else (None, None)
         return {"feed": feed, "router": router, "experts": experts}
 
     def _feed(self, prefix: str, suffix: str) -> Feed:
@@ -354,12 +340,13 @@ class GGUFSource:
         weight = self._small(prefix + "ffn_gate_inp.weight")
         return Router(weight, self._small(bias) if bias in self.file.tensors else None)
 
-    def _experts(self, layer: int) -> Experts:
+    def _experts(self, layer: int, turns: Turns) -> LayerExperts:
         if self.scratch is not None:
-            return PromptExperts(self, layer, self.scratch)
+            return unwatched(PromptExperts(self, layer, self.scratch))
         if not self.hybrid:
-            return StreamedExperts(lambda e: self._expert(expert_names(layer), e), self.config.n_expert)
-        return CpuExperts(self.cpu_experts(layer), self.device, self.needs(layer), self.at_once(self.config.n_used))
+            return StreamedExperts(lambda e: self._expert(expert_names(layer), e), self.config.n_expert, turns)
+        cpu = self.cpu_experts(layer)
+        return unwatched(CpuExperts(cpu, self.device, self.needs(layer), self.at_once(self.config.n_used)))
 
     def expert_stacks(self, layer: int) -> list[tuple[str, np.ndarray]]:
         """qtype and bytes of gate, up and down of a layer's routed experts."""

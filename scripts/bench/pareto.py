@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import cut
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import fit_importance, quantize
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.formats.imatrix import load_imatrix
@@ -95,16 +93,8 @@ class Bench:
 
     def measure(self, family: str, name: str, plan: Plan) -> Point:
         path = self.folder / f"{family}-{name}.gguf"
-        quantize(
-            self.checkpoint,
-            plan,
-            fit_importance(plan, self.imatrix),
-            path,
-            self.encoder,
-            fingerprint={},
-            overwrite=True,
-            restart=True,
-        )
+        output = Output(path, overwrite=True, restart=True)
+        quantize(self.checkpoint, plan, fit_importance(plan, self.imatrix), output, self.encoder)
         return self.judge(family, name, path)
 
     @torch.inference_mode()
@@ -166,7 +156,7 @@ class Bench:
         plain, out = self.folder / "bf16.gguf", self.folder / "llama.gguf"
         if not plain.exists():
             plan = self.of_types({spec.name: spec.fixed or "BF16" for spec in self.specs}, "llama.cpp")
-            quantize(self.checkpoint, plan, {}, plain, GgmlEncoder(), fingerprint={})
+            quantize(self.checkpoint, plan, {}, Output(plain), GgmlEncoder())
         command = [llama_bin / "llama-quantize", "--imatrix", self.folder / "imatrix.gguf", plain, out, kind, "1"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:

@@ -18,8 +18,7 @@ import click
 import numpy as np
 import torch
 
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending
+from quantkit.encoding.jobs import GgmlEncoder, encode_pending
 from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
 from quantkit.evaluation.verify import SideBySide
 from quantkit.formats.checkpoint import Checkpoint
@@ -28,8 +27,8 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime.memory import memory
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
-from quantkit.runtime.stream import memory
 from quantkit.tensors import Importance
 
 R1_MOE, R1_DENSE = 58, 3

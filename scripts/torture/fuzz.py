@@ -32,7 +32,6 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from quantkit import bundle
-from quantkit.calibration.sensitivity import Entry, Sensitivity
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import file_metadata
 from quantkit.errors import QuantkitError
@@ -42,6 +41,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix, save_imatrix
 from quantkit.formats.ledger import Ledger
 from quantkit.formats.safetensors_header import load_json, parse_header
+from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job import make as pipeline
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models import tokenizer

@@ -8,8 +8,7 @@ import torch
 
 from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import quantize
+from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
@@ -50,7 +49,7 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
     c = source.config
     with torch.inference_mode():
         steps = stream(source, tokens)
-        next(steps)
+        next(steps).compute()
         before = []
         original = feed_forward.__globals__["route"]
 
@@ -60,11 +59,11 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
 
         feed_forward.__globals__["route"] = spy
         try:
-            next(steps)
+            next(steps).compute()
         finally:
             feed_forward.__globals__["route"] = original
         x = before[0]
-        expert, _ = route(x, source.block(1).router, c)
+        expert, _ = route(x, source.layer(1).router, c)
     entry = imatrix["blk.1.ffn_gate_exps.weight"]
     for e in range(c.n_expert):
         rows = x[(expert == e).any(1)].double()
@@ -76,6 +75,13 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
 def test_dense_counts_are_tokens(imatrix, tokens):
     assert imatrix["blk.0.attn_q_a.weight"].counts.tolist() == [tokens.numel()]
     assert imatrix["blk.2.attn_k_b.weight"].counts.tolist() == [tokens.numel()]
+
+
+def test_a_step_that_was_left_out_is_noticed(source, tokens):
+    steps = stream(source, tokens)
+    next(steps)
+    with pytest.raises(RuntimeError, match="layer 0 was not computed"):
+        next(steps)
 
 
 class Stopped(Exception):
@@ -113,8 +119,8 @@ def test_state_of_another_job_is_refused(source, tokens, tmp_path):
 def test_observing_changes_nothing(source, tokens):
     """A pass with observers takes the absorbed attention; its hidden states must be those of the plain pass."""
     with torch.inference_mode():
-        plain = [layer.hidden.clone() for layer in stream(source, tokens)]
-        seen = [layer.hidden.clone() for layer in stream(source, tokens, lambda i, _: Accumulator(i, 16).observe)]
+        plain = [step.compute().clone() for step in stream(source, tokens)]
+        seen = [step.compute(Accumulator(step.layer, 16)).clone() for step in stream(source, tokens)]
     for a, b in zip(plain, seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -144,7 +150,7 @@ def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, 
     rules.write_text(head + '[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n')
     eight = make_plan(deepseek.specs(source.config), Recipe.load(rules), model="tiny")
     out = tmp_path / "tiny.gguf"
-    quantize(tiny, eight, {}, out, GgmlEncoder(), fingerprint={})
+    quantize(tiny, eight, {}, Output(out), GgmlEncoder())
     with torch.inference_mode():
         found = collect(GGUFSource(out, hybrid=False), tokens)
     assert found.keys() == imatrix.keys()

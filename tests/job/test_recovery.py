@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import cut
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import quantize
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import recovery
@@ -33,7 +31,7 @@ def plan(source):
 @pytest.fixture(scope="module")
 def base(tiny, plan, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "tiny.gguf"
-    quantize(tiny, plan, {}, out, GgmlEncoder(), fingerprint={}, split_max_bytes=2_000_000)
+    quantize(tiny, plan, {}, Output(out, split_max_bytes=2_000_000), GgmlEncoder())
     return out.with_name("tiny-00001-of-00003.gguf")
 
 

@@ -20,8 +20,8 @@ from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.stream import Source, final_hidden, logit_tiles
 
 from .conftest import reference, twin
 

@@ -26,15 +26,17 @@ from quantkit.runtime.experts.cpu import open_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
-    Block,
     Experts,
     Feed,
     KVCache,
+    LayerExperts,
+    LayerWeights,
     Router,
     attention,
     feed_forward,
     rms_norm,
     route,
+    unwatched,
 )
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
 from quantkit.runtime.rope import angles, frequencies
@@ -55,7 +57,7 @@ GpuLayers = int | Literal["auto"]
 class Layer:
     """One layer's weights. In GPU memory, but for `on_cpu`; a MoE layer has either that or `resident`."""
 
-    block: Block  # k_b and v_b are filled in when a prompt needs them dequantized
+    weights: LayerWeights  # k_b and v_b are filled in when a prompt needs them dequantized
     k_b: Matrix
     v_b: Matrix
     resident: list[Packed] | None = None
@@ -143,7 +145,7 @@ class GpuEngine:
             router = Router(self._vector(p + "ffn_gate_inp.weight"), self._vector(bias) if has_bias else None)
         k_b, v_b = self._heads(p)
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        block = Block(
+        weights = LayerWeights(
             attn_norm=self._vector(p + "attn_norm.weight"),
             q=q,
             kv_a=matrix(p + "attn_kv_a_mqa.weight"),
@@ -155,7 +157,7 @@ class GpuEngine:
             feed=feed,
             router=router,
         )
-        layer = Layer(block, k_b, v_b)
+        layer = Layer(weights, k_b, v_b)
         if moe:
             layer.on_cpu = make_experts(self.source, i)
             tensors = [self.source.file.tensors[name] for name in expert_names(i)]
@@ -248,37 +250,37 @@ class GpuEngine:
         c = self.config
         self.length[slot] = begin + len(tokens)
         h = self.source.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
-        cos, sin = angles(c, torch.arange(begin, begin + len(tokens), device=self.device))
+        turns = angles(c, torch.arange(begin, begin + len(tokens), device=self.device))
         streaming = self.ring is not None and len(tokens) >= STREAM_TOKENS
         waiting = [layer.stacks for layer in self.layers if layer.stacks and layer.resident is None]
         chunks = self.ring.chunks(waiting) if streaming and self.ring else iter(())
         own = self.cache[:, slot * self.rows : (slot + 1) * self.rows]
         try:
             for i, layer in enumerate(self.layers):
-                block = replace(
-                    layer.block,
+                weights = replace(
+                    layer.weights,
                     k_b=layer.k_b.dense(),
                     v_b=layer.v_b.dense(),
                     experts=self._prompt_experts(layer, chunks, streaming),
                 )
                 latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
-                h = h + attention(h, block, c, cos, sin, KVCache(latent, key, begin))
-                x = rms_norm(h, block.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
-                h = h + feed_forward(x, block, c).view_as(h)
+                h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
+                x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
+                h = h + feed_forward(x, weights, c).view_as(h)
         finally:
             if streaming:
                 chunks.close()
         return self.head(rms_norm(h[0, -1:], self.output_norm, c.rms_eps))[0].float().cpu()
 
-    def _prompt_experts(self, layer: Layer, chunks: Iterator, streaming: bool) -> Experts | None:
-        if layer.block.router is None:
+    def _prompt_experts(self, layer: Layer, chunks: Iterator, streaming: bool) -> LayerExperts | None:
+        if layer.weights.router is None:
             return None
         if layer.resident is not None:
-            return partial(self._by_chunk, self._resident_chunks(layer.resident))
+            return unwatched(partial(self._by_chunk, self._resident_chunks(layer.resident)))
         if streaming and layer.stacks:
-            return partial(self._by_chunk, chunks)
+            return unwatched(partial(self._by_chunk, chunks))
         assert layer.on_cpu is not None
-        return partial(self._on_cpu, layer.on_cpu)
+        return unwatched(partial(self._on_cpu, layer.on_cpu))
 
     def _on_cpu(self, experts: Experts, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return experts(x.float().cpu(), expert.cpu(), weight.cpu()).to(self.device, copy=True)
@@ -393,22 +395,22 @@ class GpuEngine:
         turns = positions[:, None].float() * self.turns
         turned = torch.polar(torch.ones_like(turns), turns)[:, None]
         for i, layer in enumerate(self.layers):
-            block = layer.block
+            weights = layer.weights
             h = h + self._attend(h, layer, self.cache[i], places, slots, hidden, turned)
-            x = F.rms_norm(h, (c.d,), block.ffn_norm, c.rms_eps)
-            if block.router is None:
-                assert block.feed
-                h = h + block.feed(x)
+            x = F.rms_norm(h, (c.d,), weights.ffn_norm, c.rms_eps)
+            if weights.router is None:
+                assert weights.feed
+                h = h + weights.feed(x)
                 continue
-            ids, weight = self._route(x, block.router)
+            ids, weight = self._route(x, weights.router)
             if layer.resident is None:
                 for to, value in zip(self._sent_parts(self.sent, n), (x, weight, ids), strict=True):
                     to.copy_(value)
                 yield "send", i
             else:
                 h = h + self._chosen(layer.resident, x, ids, weight)
-            if block.feed:
-                h = h + block.feed(x)
+            if weights.feed:
+                h = h + weights.feed(x)
             if layer.resident is None:
                 yield "receive", i
                 h = h + self.got[:n]
@@ -429,16 +431,16 @@ class GpuEngine:
 
         hidden [n, 1, n_kv]: 0 or -inf, added to scores. turned complex64 [n, 1, qk_rope / 2].
         """
-        c, block, n = self.config, layer.block, len(h)
-        x = F.rms_norm(h, (c.d,), block.attn_norm, c.rms_eps)
-        if isinstance(block.q, tuple):
-            q_a, norm, q_b = block.q
+        c, weights, n = self.config, layer.weights, len(h)
+        x = F.rms_norm(h, (c.d,), weights.attn_norm, c.rms_eps)
+        if isinstance(weights.q, tuple):
+            q_a, norm, q_b = weights.q
             q = q_b(F.rms_norm(q_a(x), norm.shape, norm, c.rms_eps))
         else:
-            q = block.q(x)
+            q = weights.q(x)
         q = q.view(n, c.n_head, c.qk_head)
-        latent, key = block.kv_a(x).split([c.kv_lora, c.qk_rope], dim=-1)
-        latent = F.rms_norm(latent, (c.kv_lora,), block.kv_a_norm, c.rms_eps)
+        latent, key = weights.kv_a(x).split([c.kv_lora, c.qk_rope], dim=-1)
+        latent = F.rms_norm(latent, (c.kv_lora,), weights.kv_a_norm, c.rms_eps)
         pairs = torch.cat((q[..., c.qk_nope :], key[:, None]), dim=1).view(n, c.n_head + 1, -1, 2)
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * turned).flatten(2)
         cache.index_copy_(0, places, torch.cat((latent, rotated[:, -1]), dim=-1).to(cache.dtype))
@@ -447,7 +449,7 @@ class GpuEngine:
         keys = cache.view(self.n_slots, self.rows, -1)[:, :n_kv].index_select(0, slots).float()
         scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=c.softmax_scale)
         mixed = scores.softmax(-1) @ keys[..., : c.kv_lora]
-        return block.output(layer.v_b.each(mixed).reshape(n, -1))
+        return weights.output(layer.v_b.each(mixed).reshape(n, -1))
 
     def _route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
         if use_kernels(x.device.type):

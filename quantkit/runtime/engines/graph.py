@@ -103,16 +103,16 @@ class GraphEngine:
         """A layer at a time, a matrix at a time: no more is dequantized than a tile for each thread."""
         c, source = self.config, self.by_layers
         h = source.embed(tokens)
-        cos, sin = angles(c, torch.arange(begin, begin + tokens.shape[1]))
+        turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for layer in range(c.n_layer):
-            block = source.block(layer)
+            weights = source.layer(layer)
             latent, key = self.cache[layer, slot : slot + 1].split([c.kv_lora, c.qk_rope], dim=-1)
-            h = h + attention(h, block, c, cos, sin, KVCache(latent, key, begin))
+            h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
             dtype = source.dtype
             if layer == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
-                h, block, dtype = h[:, -1:], replace(block, **self.last_feed), torch.float32
-            x = rms_norm(h, block.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
-            h = h + feed_forward(x, block, c).view_as(h)
+                h, weights, dtype = h[:, -1:], replace(weights, **self.last_feed), torch.float32
+            x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
+            h = h + feed_forward(x, weights, c).view_as(h)
         return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]
 
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
