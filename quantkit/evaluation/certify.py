@@ -19,9 +19,10 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation import engine_checks
 from quantkit.evaluation.verify import FileTensor
 from quantkit.evaluation.weights import WeightCheck
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.model_folder import open_source
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig

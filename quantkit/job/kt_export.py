@@ -21,8 +21,7 @@ import torch
 import yaml
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_header import row_bytes
-from quantkit.formats.gguf_reader import SPLIT_NAME
+from quantkit.formats.gguf_spec import SPLIT_NAME, row_bytes
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning import targets
