@@ -42,6 +42,11 @@ class TensorEntry:
     end: int
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.end - self.begin
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row (one step of the first dimension)."""
         return prod(self.shape[1:]) * ITEM_SIZE[self.dtype]

@@ -100,7 +100,7 @@ def test_single_file_and_shards_without_index(folder, tmp_path, stored):
     write_shard(single / "model.safetensors", stored)
     checkpoint = open_source(single)
     assert isinstance(checkpoint, Checkpoint)
-    assert {name: entry.end - entry.begin for name, entry in checkpoint.tensors.items()} == {
+    assert {name: entry.n_bytes for name, entry in checkpoint.tensors.items()} == {
         name: tensor.nbytes for name, tensor in stored.items()
     }
 

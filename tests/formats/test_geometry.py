@@ -22,7 +22,7 @@ def test_r1_has_the_released_totals(r1):
     assert isinstance(r1, Geometry)
     assert len(r1.tensors) == 91_991
     assert sum(prod(entry.shape) for entry in r1.tensors.values()) == 684_531_386_000
-    assert sum(entry.end - entry.begin for entry in r1.tensors.values()) == 688_574_839_360
+    assert sum(entry.n_bytes for entry in r1.tensors.values()) == 688_574_839_360
     assert r1.config["hidden_size"] == 7168
 
 

@@ -22,7 +22,7 @@ def parse(header: object, data_bytes: int = 26):
 def test_good_header():
     entries = parse({**GOOD, "__metadata__": {"format": "pt"}})
     assert set(entries) == set(GOOD)
-    assert entries["a"].shape == (2, 3) and entries["a"].end - entries["a"].begin == 24 and entries["a"].row_bytes == 12
+    assert entries["a"].shape == (2, 3) and entries["a"].n_bytes == 24 and entries["a"].row_bytes == 12
     assert entries["b"].begin == entries["a"].end and entries["b"].file == "shard"
 
 
