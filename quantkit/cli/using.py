@@ -76,7 +76,7 @@ def verify(
     device,
 ):
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
-    from quantkit.evaluation.verify import short_table
+    from quantkit.evaluation.summary import short_table
     from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)

@@ -7,7 +7,7 @@ from quantkit.calibration import sensitivity
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.evaluation.divergence import HeldLogits, diverge, scored, scored_targets
 from quantkit.ggml import library as ggml
 from quantkit.job import make as pipeline
 from quantkit.models import deepseek2 as deepseek
@@ -86,7 +86,8 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     with torch.inference_mode():
         rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]
         tiles = logit_tiles(source, rows[0]), logit_tiles(file, rows[1])
-        return compare(*tiles, scored_targets(chunks.targets)).summary()["kld_mean"]
+        held = [HeldLogits(torch.cat(list(each))) for each in tiles]
+        return diverge(*held, scored_targets(chunks.targets), source.config.n_vocab).summary()["kld_mean"]
 
 
 @pytest.mark.parametrize(("name", "qtype"), CASES)
