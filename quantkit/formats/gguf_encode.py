@@ -13,21 +13,32 @@ from quantkit.formats.gguf_spec import MAX_NAME, pad, row_bytes
 
 
 class TensorInfo(Protocol):
-    """What the header says of a tensor, known before there are data: a plan's tensors have it.
-
-    shape: slowest dimension first. qtype: ggml's name. n_bytes: all rows. row_bytes: one row.
-    """
+    """What the header says of a tensor, known before there are data: a plan's tensors have it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its GGUF name."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first."""
+        ...
+
     @property
-    def qtype(self) -> str: ...
+    def qtype(self) -> str:
+        """ggml's name of the type."""
+        ...
+
     @property
-    def n_bytes(self) -> int: ...
+    def n_bytes(self) -> int:
+        """Of all rows."""
+        ...
+
     @property
-    def row_bytes(self) -> int: ...
+    def row_bytes(self) -> int:
+        """Of one row."""
+        ...
 
 
 @dataclass(frozen=True)
