@@ -81,3 +81,12 @@ class Importance:
 
 Imatrix = Mapping[str, Importance]
 """GGUF tensor name -> Importance."""
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """GGUF name -> role, layer: `blk.3.ffn_norm.weight` -> `ffn_norm`, 3."""
+    stem = name.removesuffix(".weight").removesuffix(".bias")
+    parts = stem.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6:
+        return parts[2], int(parts[1])
+    return stem, None

@@ -20,9 +20,10 @@ from quantkit.encoding import jobs as quantize
 from quantkit.encoding.jobs import GgmlEncoder
 from quantkit.encoding.layer import LayerEncoder
 from quantkit.errors import QuantkitError, out_of_memory
-from quantkit.formats.checkpoint import INDEX, Checkpoint, load_json
+from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
+from quantkit.formats.safetensors_header import load_json
 from quantkit.job import make as pipeline
 from quantkit.planning.plan import Plan
 

@@ -67,7 +67,7 @@ def make(
     verify,
 ):
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
-    from quantkit.evaluation.verify import short_table
+    from quantkit.evaluation.summary import short_table
     from quantkit.job import make as pipeline
     from quantkit.job import plan as plans
 

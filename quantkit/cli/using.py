@@ -76,7 +76,7 @@ def verify(
     device,
 ):
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
-    from quantkit.evaluation.verify import short_table
+    from quantkit.evaluation.summary import short_table
     from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
@@ -265,12 +265,12 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, ex
 def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
     from quantkit.job.publish.folder import read_folder
-    from quantkit.job.publish.upload import Target, Uploader
+    from quantkit.job.publish.upload import Destination, Uploader
 
     quant = read_folder(folder, name)
     if quant.problems and not force:
         raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
-    uploader = Uploader(quant, Target(repo, private, pr), base_model, license_name)
+    uploader = Uploader(quant, Destination(repo, private, pr), base_model, license_name)
     if dry_run:
         rows = [f"{path.stat().st_size:>18,}  {to}" for to, path in quant.files.items()]
         click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))

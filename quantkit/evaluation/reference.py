@@ -18,15 +18,18 @@ class ReferencePass:
     Memory: hidden states, float32 [n_chunk, t, d], and the weights of a layer as in any pass.
     """
 
-    def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path):
+    def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path) -> None:
         self.source, self.tokens = source, chunks.tokens
         self.state = PassState(folder, job_of(source, chunks.tokens))
+        self.hidden, self.done = self._resume()
+        self._steps = stream(source, self.tokens, hidden=self.hidden, start=self.done)
+
+    def _resume(self) -> tuple[torch.Tensor | None, int]:
         try:
-            self.hidden, self.done = self.state.resume()
+            return self.state.resume()
         except QuantkitError:  # of other text: this run's options decide
             self.state.remove()
-            self.hidden, self.done = None, 0
-        self._steps = stream(source, self.tokens, hidden=self.hidden, start=self.done)
+            return None, 0
 
     @torch.inference_mode()
     def advance(self, n_layers: int) -> None:

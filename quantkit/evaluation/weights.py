@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from quantkit.codecs import types as qtypes
+from quantkit.evaluation.structure import layout
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
@@ -107,17 +108,17 @@ class WeightCheck:
         imatrix: Imatrix | None = None,
         device: str = "cpu",
         workers: int | None = None,
-    ):
+    ) -> None:
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
         self.device, self.workers = device, workers or os.cpu_count() or 1
-        mla = "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"
-        expected = deepseek.specs(config, mla)
+        expected = deepseek.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
         self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]
         self.problems: list[Problem] = []
         self.errors: list[TensorError] = []
 
-    def run(self) -> "WeightCheck":
+    def run(self) -> Self:
+        """Visit every tensor; itself again, with what was found."""
         total = sum(spec.n_weights for spec in self.specs) / 1e6
         with track("weights", total, "Mweights") as advance, ThreadPoolExecutor(self.workers) as pool:
             for spec in self.specs:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from ..codecs.types import row_bytes, stored
-from ..errors import QuantkitError
+from quantkit.codecs.types import row_bytes, stored
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_spec import ALIGNMENT, pad
+from quantkit.tensors import split_name
 
 MetaScalar = bool | int | float | str
 MetaValue = MetaScalar | list[bool] | list[int] | list[float] | list[str]
@@ -21,7 +23,6 @@ MAX_KEYS = 1 << 16
 MAX_ARRAY = 1 << 24  # elements; a vocabulary is 1 << 17
 MAX_STRING = 1 << 26  # bytes
 MAX_WEIGHTS = 1 << 62
-DEFAULT_ALIGNMENT = 32
 
 SCALAR_DTYPE = {
     GGUFValueType.UINT8: "<u1",
@@ -54,7 +55,13 @@ class GGUFTensor:
     file: Path
 
     @property
+    def role(self) -> str:
+        """The name without layer and suffix, `ffn_down_exps`."""
+        return split_name(self.name)[0]
+
+    @property
     def row_bytes(self) -> int:
+        """Bytes of one row of weights."""
         return row_bytes(self.qtype, self.shape[-1])
 
 
@@ -77,11 +84,11 @@ def parse_header(data: mmap.mmap | bytes, file: Path) -> Header:
         if key in metadata:
             raise cursor.error(f"metadata key {key!r} appears twice")
         metadata[key] = _value(cursor, key)
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment {alignment!r} is not a sane power of two")
     infos = [_tensor_info(cursor) for _ in range(n_tensors)]
-    data_start = -(-cursor.position // alignment) * alignment
+    data_start = pad(cursor.position, alignment)
     return Header(metadata, _place(cursor, infos, data_start, alignment), data_start)
 
 
@@ -103,6 +110,7 @@ class _Cursor:
         return at
 
     def number(self, layout: str) -> int:
+        """The next integer, `layout` as struct has it."""
         return struct.unpack_from(layout, self.data, self.need(struct.calcsize(layout)))[0]
 
     def string(self) -> str:

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from ..errors import QuantkitError
-from .gguf_encode import PlannedTensor
-from .gguf_layout import FileLayout
-from .gguf_reader import SPLIT_NAME
-from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
-from .part_file import PartFile, check_space, part_path, sync_folder
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import TensorInfo
+from quantkit.formats.gguf_layout import FileLayout
+from quantkit.formats.gguf_spec import SPLIT_NAME
+from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
+from quantkit.formats.part_file import PartFile, check_space, part_path, sync_folder
 
 
 def resumable(path: Path, ledger: Ledger, identity: Mapping[str, str]) -> list[Slice] | None:
@@ -47,7 +47,7 @@ def other_ledgers(path: Path) -> Iterator[list[Ledger]]:
             ledger.close()
 
 
-def all_written(tensors: Iterable[PlannedTensor], slices: Iterable[Slice]) -> bool:
+def all_written(tensors: Iterable[TensorInfo], slices: Iterable[Slice]) -> bool:
     """Whether the slices cover every row of every tensor."""
     coverage = Coverage()
     for item in slices:

@@ -10,9 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +18,13 @@ import numpy as np
 import torch
 import yaml
 
-from quantkit.codecs.types import row_bytes
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_reader import SPLIT_NAME
+from quantkit.formats.gguf_encode import PlainTensor
+from quantkit.formats.gguf_spec import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning import targets
-from quantkit.planning.plan import split_name
+from quantkit.planning.plan import mla_of
 from quantkit.runtime.sources import GGUFSource
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
@@ -89,27 +87,6 @@ Further options are handed on (`--max_new_tokens 1000`, ...).
 """
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor in the words of `targets` and of the writer."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: str
-
-    @property
-    def role(self) -> str:
-        return split_name(self.name)[0]
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.qtype, self.shape[-1])
-
-    @property
-    def n_bytes(self) -> int:
-        return self.row_bytes * prod(self.shape[:-1])
-
-
 def default_output(path: Path) -> Path:
     """`X.gguf`, or one of its splits, -> `X-kt` beside it."""
     split = SPLIT_NAME.fullmatch(path.name)
@@ -143,8 +120,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
 def check(source: GGUFSource) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
-    for tensor in file.tensors.values():
-        targets.check([_Tensor(tensor.name, tensor.shape, tensor.qtype)], "ktransformers")
+    targets.check(file.tensors.values(), "ktransformers")
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "
@@ -162,7 +138,7 @@ def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int,
     (work / GGUF).mkdir()
     for part in file.files:
         (work / GGUF / part.name).symlink_to(os.path.relpath(part.resolve(), (output / GGUF).resolve()))
-    split = "blk.0.attn_kv_b.weight" not in file.tensors
+    split = mla_of(tensor.role for tensor in file.tensors.values()) == "split"
     if split:
         write_sidecar(source, work / GGUF / SIDECAR)
     write_model(source, work / MODEL)
@@ -268,7 +244,7 @@ def write_sidecar(source: GGUFSource, path: Path) -> None:
     """
     c = source.config
     shape = (c.n_head * (c.qk_nope + c.v_head), c.kv_lora)
-    tensors = [_Tensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
+    tensors = [PlainTensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
     metadata = {"general.architecture": "deepseek2", "general.name": f"attn_kv_b of {source.name}"}
     identity = {"model": source.fingerprint()}
     with GGUFWriter.open(path, tensors, metadata, fingerprint=identity) as writer:
@@ -288,7 +264,8 @@ def _bytes(values: torch.Tensor) -> np.ndarray:
 
 def write_model(source: GGUFSource, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files, from the GGUF's metadata alone."""
-    c, meta = source.config, source.file.metadata
+    c = source.config
+    meta: Mapping[str, Any] = source.file.metadata
     folder.mkdir()
     auto = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     tokenizer = json.loads(source.tokenizer().to_str())

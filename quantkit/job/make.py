@@ -23,9 +23,12 @@ from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer, quantize
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.certify import Certificate, certify
+from quantkit.evaluation import generation
+from quantkit.evaluation.certificate import Certificate
+from quantkit.evaluation.certify import certify
 from quantkit.evaluation.divergence import Score
 from quantkit.evaluation.reference import ReferencePass
+from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
@@ -198,18 +201,13 @@ def verify_file(
     runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
     if runtime is not None:
         kt_experts.select(runtime, experts)
-    result = verify(
-        quantized,
-        original,
-        chunks,
-        target,
-        score=score,
-        runtime=runtime,
-        runtime_tokens=runtime_tokens,
-        prompts=prompts,
-        ram=ram,
-        known=passed.scored() if passed else None,
-    )
+    known = passed.scored() if passed else None
+    made = verify(quantized, original, chunks, target, score=score, ram=ram, known=known)
+    result = made.figures
+    if runtime is not None and runtime_tokens:
+        result["runtime"] = runtime_mode(runtime, made.heads, chunks, score, runtime_tokens)
+    if runtime is not None and prompts:
+        result["generation"] = generation.check(runtime, original, chunks, prompts)
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)

@@ -9,9 +9,11 @@ from quantkit import bundle
 from quantkit import machine as probe
 from quantkit.encoding.jobs import check_plan, file_metadata
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_layout import FileLayout, layout
+from quantkit.formats.gguf_layout import layout
+from quantkit.formats.model_folder import open_source
+from quantkit.formats.part_file import FileLayout
 from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig

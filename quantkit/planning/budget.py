@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_spec import pad
 from quantkit.planning import allocate, targets
 from quantkit.planning.allocate import Infeasible, Item, Limits, Option, Solver
 from quantkit.planning.damage import Damage
-from quantkit.planning.plan import ALIGNMENT, Outlook, Plan, make_plan, rule_of_each
+from quantkit.planning.plan import Outlook, Plan, make_plan, rule_of_each
 from quantkit.planning.recipe import Budget, Recipe, Rule
 from quantkit.sizes import gib
 from quantkit.tensors import TensorSpec
@@ -79,7 +80,7 @@ def _item(spec: TensorSpec, rule: Rule | None, recipe: Recipe, target: str, dama
         raise QuantkitError(f"{recipe.source}: rule {number} leaves no type for {spec.name}: {target} computes {use}")
     sizes = {name: spec.n_rows * qtypes.row_bytes(name, spec.n_in) for name in names if qtypes.fits(name, spec.n_in)}
     options = tuple(
-        Option(name, -(-size // ALIGNMENT) * ALIGNMENT, 0.0 if len(names) == 1 else damage.of(spec, name))
+        Option(name, pad(size), 0.0 if len(names) == 1 else damage.of(spec, name))
         for name, size in sorted(sizes.items(), key=lambda pair: pair[1])
     )
     return Item(spec.name, options, resident=not spec.is_routed)

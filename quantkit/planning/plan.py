@@ -14,13 +14,12 @@ from typing import Any
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_spec import MAX_NAME, pad
 from quantkit.planning import targets
 from quantkit.planning.recipe import MLA, Recipe, Rule
-from quantkit.tensors import ROUTED_ROLES, TensorSpec
+from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
 
-ALIGNMENT = 32
 FORMAT = 1
-MAX_NAME = 63  # GGML_MAX_NAME less its final zero
 MAX_WEIGHTS = 1 << 50
 MAX_TENSORS = 1 << 17
 
@@ -95,7 +94,7 @@ class Plan:
     @property
     def data_bytes(self) -> int:
         """Length of the data section of an unsplit file: n_bytes with padding between tensors."""
-        return max((_padded(tensor.offset + tensor.n_bytes) for tensor in self.tensors), default=0)
+        return max((pad(tensor.offset + tensor.n_bytes) for tensor in self.tensors), default=0)
 
     @property
     def bpw(self) -> float:
@@ -183,12 +182,12 @@ def rule_of_each(specs: Sequence[TensorSpec], recipe: Recipe, target: str) -> li
     return found
 
 
-def offsets(sizes: Iterable[int], alignment: int = ALIGNMENT) -> list[int]:
+def offsets(sizes: Iterable[int]) -> list[int]:
     """Where each tensor's data starts when tensors of these byte sizes follow each other in one file."""
     starts, end = [], 0
     for size in sizes:
         starts.append(end)
-        end = _padded(end + size, alignment)
+        end = pad(end + size)
     return starts
 
 
@@ -263,10 +262,6 @@ def _check_rows(name: str, role: str, n_in: int, qtype: str) -> None:
         raise QuantkitError(f"{name}: rows of {n_in} weights do not divide into {qtype} blocks of {block}; {use} fit")
     if role == "token_embd" and qtypes.needs_importance(qtype):
         raise QuantkitError(f"{name}: {qtype} needs importance, and embeddings have none; use Q2_K or more")
-
-
-def _padded(n: int, alignment: int = ALIGNMENT) -> int:
-    return -(-n // alignment) * alignment
 
 
 def _group(role: str, n_dims: int) -> str:
@@ -364,15 +359,6 @@ def _read_tensor(row: Any, where: str) -> PlannedTensor:
     except QuantkitError as error:
         raise QuantkitError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     return PlannedTensor(name, shape, role, layer, qtype, rule=rule, why=_text(row, "why", name), **sizes)
-
-
-def split_name(name: str) -> tuple[str, int | None]:
-    """GGUF name -> role, layer: `blk.3.ffn_norm.weight` -> `ffn_norm`, 3."""
-    stem = name.removesuffix(".weight").removesuffix(".bias")
-    parts = stem.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6:
-        return parts[2], int(parts[1])
-    return stem, None
 
 
 def _check_plan(plan: Plan) -> None:

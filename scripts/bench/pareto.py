@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
 from quantkit.job import plan as plans
@@ -34,7 +34,7 @@ from quantkit.planning.budget import plan_within
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.runtime.sources import GGUFSource
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.stream import final_hidden
 
 HAND = ("1.58bit", "1.73bit", "2.22bit", "2.51bit", "Q3_K", "Q4_K")
 LLAMA = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M")
@@ -102,8 +102,8 @@ class Bench:
         """Measure a file and remove it."""
         source = GGUFSource(path, "cpu", hybrid=False)
         hidden = scored(final_hidden(source, self.tokens))
-        tiles = logit_tiles(self.source, self.clean), logit_tiles(source, hidden)
-        result = compare(*tiles, self.targets).summary()
+        heads = HeadLogits(self.source, self.clean), HeadLogits(source, hidden)
+        result = diverge(*heads, self.targets, self.source.config.n_vocab).summary()
         types = {t.name: STAND_IN.get(t.qtype, t.qtype) for t in source.file.tensors.values()}
         predicted = self.damage.total(sum(self.damage.of(spec, types[spec.name]) for spec in self.specs))
         point = Point(

@@ -20,7 +20,7 @@ import torch
 
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending
 from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
-from quantkit.evaluation.verify import SideBySide
+from quantkit.evaluation.side_by_side import SideBySide
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import deepseek2 as deepseek

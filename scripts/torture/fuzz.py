@@ -35,11 +35,12 @@ from quantkit import bundle
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import file_metadata
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import INDEX, Checkpoint, open_source
+from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix, save_imatrix
 from quantkit.formats.ledger import Ledger
+from quantkit.formats.model_folder import open_source
 from quantkit.formats.safetensors_header import load_json, parse_header
 from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job import make as pipeline

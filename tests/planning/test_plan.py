@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
-from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, make_plan, offsets, split_name
+from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, make_plan, offsets
 from quantkit.planning.recipe import Recipe
 
 
@@ -69,12 +69,6 @@ def test_both_layouts_in_one_file_are_refused():
     mixed += [s for s in r1_shapes.specs("combined", n_layer=4) if s.role == "attn_kv_b"]
     with pytest.raises(QuantkitError, match="keep one MLA layout"):
         make_plan(mixed, Recipe.load("1.58bit"))
-
-
-def test_split_name():
-    assert split_name("blk.13.exp_probs_b.bias") == ("exp_probs_b", 13)
-    assert split_name("token_embd.weight") == ("token_embd", None)
-    assert split_name("blk.x.y.weight") == ("blk.x.y", None)
 
 
 def change(key, value, index=7):

@@ -15,9 +15,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
 from quantkit.remote import client
-from quantkit.remote.cache import Range, RangeCache
+from quantkit.remote.cache import RangeCache
+from quantkit.remote.pieces import PIECE, Range, cut
 from quantkit.remote.repo import Model, parse
-from quantkit.remote.source import PIECE, cut
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
 
@@ -250,7 +250,7 @@ def test_pieces_cover_what_was_asked_for_and_nothing_else():
 
 
 def test_cache_counts_and_cleans_up(tmp_path):
-    cache = RangeCache(tmp_path, 100, overhead=10).open()
+    cache = RangeCache(tmp_path, 100).open(overhead=10)
     key = Range("e" * 40, 5, 65)
     assert cache.reserve(60) and not cache.reserve(31)
     cache.publish(key, cache.write(key, lambda sink: sink(b"x" * 60)))

@@ -1,4 +1,4 @@
-"""The engine that a file is made for loads it, runs it, and its numbers are compared with the decoded weights.
+"""The program that a file is made for loads it, runs it, and its numbers are compared with the decoded weights.
 
 No list of types is trusted here: a kernel that returns zeros, or something else than the product, is caught because
 its answer is wrong.
@@ -10,18 +10,17 @@ from pathlib import Path
 
 import torch
 
+from quantkit.evaluation.certificate import Check, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import final_hidden
-
-Found = tuple[str, str, str]
-"""Name, status and detail of a check."""
 
 TOKENS = 192
 # llama.cpp rounds activations to 8 bits and differs from itself by 0.007 nats on a four-layer 1-bit model; a wrong
@@ -38,34 +37,34 @@ TEXT = (
 )
 
 
-def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Found]:
-    """All engine checks of a target; one that is not installed is skipped, and says so."""
+def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]:
+    """All checks by running the file; an oracle that is not installed is skipped, and says so."""
     if target == "ktransformers":
         yield from kt_kernel(path, file)
     else:
         yield llama_cpp(path, file, device)
     if target == "ollama":
-        yield "engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does"
+        yield Check("engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
+def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
     name = "engine llama.cpp"
     if not llama_oracle.available():
-        return name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)"
+        return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
     source = GGUFSource(path, device, hybrid=False)
     ids = tokenizers.encode(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
         theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
         logits = torch.from_numpy(llama_oracle.logits(file.files[0], tokens.numpy()))[0]
-    except llama_oracle.OracleError as error:
-        return name, "fail", error.reason()
+    except OracleError as error:
+        return Check(name, "fail", error.reason())
     if theirs != ids:
-        return name, "fail", "llama.cpp cuts the sample text into other tokens than we do"
+        return Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
     if not torch.isfinite(logits).all():
-        return name, "fail", "llama.cpp computes logits that are not finite"
+        return Check(name, "fail", "llama.cpp computes logits that are not finite")
     ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
     found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
@@ -73,16 +72,16 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
         f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
         f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
-    return name, "pass" if kld < MOST_KLD else "fail", what
+    return Check(name, "pass" if kld < MOST_KLD else "fail", what)
 
 
-def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Found]:
+def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Check]:
     """The routed experts of one layer for every combination of types, in kt-kernel, against decoded weights.
 
     variant: of the wheel's CPU variants; default the best that this machine runs.
     """
     if not kt_oracle.available():
-        yield "engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}"
+        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}")
         return
     source = GGUFSource(path, hybrid=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,14 +96,14 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             try:
                 variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
                 got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
-            except (kt_oracle.OracleError, NotImplementedError) as error:
-                yield f"engine kt-kernel {kinds}", "fail", _last_line(str(error))
+            except OracleError as failure:
+                yield Check(f"engine kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue
             error = float((got - want).norm() / want.norm())
             said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
             # Written so that an answer that is not a number fails.
-            status = "pass" if error <= MOST_ERROR else "fail"
-            yield f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}"
+            status: Status = "pass" if error <= MOST_ERROR else "fail"
+            yield Check(f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
 
 
 def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
@@ -127,6 +126,6 @@ def layer_inputs(source: GGUFSource, layer: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _last_line(text: str) -> str:
-    """First line, and what the engine said last."""
+    """First line, and what the oracle said last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1]}"
