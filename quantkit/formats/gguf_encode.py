@@ -163,9 +163,10 @@ def check_tensors(tensors: Sequence[TensorInfo]) -> None:
             or tensor.qtype not in GGMLQuantizationType.__members__
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
-        row = row_bytes(tensor.qtype, tensor.shape[-1]) if fits(tensor.qtype, tensor.shape[-1]) else 0
-        sizes = (tensor.row_bytes, tensor.n_bytes)
-        if not row or sizes != (row, row * prod(tensor.shape[:-1])):
+        if not fits(tensor.qtype, tensor.shape[-1]):
+            raise QuantkitError(f"tensor {tensor.name!r}: rows of {tensor.shape[-1]} weights cannot take {tensor.qtype}")
+        row, sizes = row_bytes(tensor.qtype, tensor.shape[-1]), (tensor.row_bytes, tensor.n_bytes)
+        if sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(
                 f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"
             )
