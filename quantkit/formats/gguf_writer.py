@@ -200,9 +200,7 @@ class GGUFWriter:
             part.sync()
         for part in self._parts:
             part.rename()
-        for stale in set(existing_files(self.path)) - set(
-            self.files
-        ):  # another split of the model that was overwritten
+        for stale in set(existing_files(self.path)) - set(self.files):  # splits of what it replaces
             stale.unlink()
         sync_folder(self.path.parent)
         self._ledger.remove()  # the first: without it the others count for nothing
