@@ -10,7 +10,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import ByteSource, FolderSource
-from quantkit.formats.fp8 import dequantise, scale_rows
+from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable, read_text_file
@@ -104,7 +104,7 @@ class Checkpoint(TensorTable):
         """
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
-        out = raw if scale is None else dequantise(raw, scale, self.block, start)
+        out = raw if scale is None else dequantize(raw, scale, self.block, start)
         # The sum is cheap and carries any NaN or infinity; only then is it worth a temporary as large as the tensor.
         if not torch.isfinite(out.sum(dtype=torch.float32)) and not torch.isfinite(out).all():
             raise QuantkitError(f"{self.where(name, self.entry(name))} has weights that are not finite")

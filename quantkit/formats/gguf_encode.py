@@ -69,12 +69,6 @@ class Typed:
     kind: ClassVar[GGUFValueType]
 
 
-class U8(Typed):
-    """An unsigned 8-bit integer."""
-
-    kind = GGUFValueType.UINT8
-
-
 class U16(Typed):
     """An unsigned 16-bit integer: numbers of splits."""
 
@@ -91,12 +85,6 @@ class I32(Typed):
     """A signed 32-bit integer."""
 
     kind = GGUFValueType.INT32
-
-
-class I64(Typed):
-    """A signed 64-bit integer."""
-
-    kind = GGUFValueType.INT64
 
 
 class F32(Typed):
@@ -118,11 +106,9 @@ Value = PlainValue | Typed | I32List
 """A metadata value. Plain ones: bool, str, int >= 0 as u32, int < 0 as i32, float as f32, ints in a list as i32."""
 
 LAYOUT = {
-    GGUFValueType.UINT8: "<B",
     GGUFValueType.UINT16: "<H",
     GGUFValueType.UINT32: "<I",
     GGUFValueType.INT32: "<i",
-    GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT32: "<f",
     GGUFValueType.BOOL: "<?",
 }

@@ -16,7 +16,7 @@ from quantkit.formats.gguf_encode import TensorInfo, Value
 from quantkit.formats.gguf_layout import digest, layout
 from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
 from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
-from quantkit.formats.resume import all_written, family, fresh_parts, old_parts, resumable
+from quantkit.formats.resume import all_written, existing_files, fresh_parts, old_parts, resumable
 
 SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
 SYNC_SECONDS = 10.0  # ... or this much time
@@ -88,7 +88,7 @@ class GGUFWriter:
             finished = None if restart else resumable(path, ledger, identity)
             complete = finished is not None and all_written(tensors, finished)
             # Final names beside a complete ledger are from a run that was cut off while it renamed: its own files.
-            if not overwrite and not complete and (existing := family(path)):
+            if not overwrite and not complete and (existing := existing_files(path)):
                 raise QuantkitError(f"{existing[0]} exists already; choose to overwrite it, or another name")
             parts = fresh_parts(path, layouts, ledger, identity) if finished is None else old_parts(layouts, complete)
         except BaseException:
@@ -200,7 +200,7 @@ class GGUFWriter:
             part.sync()
         for part in self._parts:
             part.rename()
-        for stale in set(family(self.path)) - set(self.files):  # another split of the model that was overwritten
+        for stale in set(existing_files(self.path)) - set(self.files):  # splits of what it replaces
             stale.unlink()
         sync_folder(self.path.parent)
         self._ledger.remove()  # the first: without it the others count for nothing

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantkit.formats.gguf_encode import F32, I64, U8, U16, U32, I32List, PlainTensor
+from quantkit.formats.gguf_encode import F32, U16, U32, I32List, PlainTensor
 from quantkit.formats.gguf_writer import GGUFWriter
 
 TENSORS = [
@@ -18,12 +18,10 @@ TENSORS = [
 ]
 METADATA = {
     "general.architecture": "deepseek2",
-    "u8": U8(3),
     "u16": U16(65535),
     "u32": U32(7),
     "plain": 9,
     "negative": -9,
-    "i64": I64(-(1 << 40)),
     "f32": F32(1e-6),
     "float": 0.5,
     "yes": True,

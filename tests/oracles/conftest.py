@@ -1,4 +1,4 @@
-"""Files for the engine tests, made once from the bundled tiny-r1 with little calibration text."""
+"""Files for the tests with oracles, made once from the bundled tiny-r1 with little calibration text."""
 
 from collections.abc import Callable
 from contextlib import redirect_stdout

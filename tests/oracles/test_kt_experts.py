@@ -1,7 +1,7 @@
 """kt-kernel as the engine of routed experts: equal to ggml, never trusted with a type that it computes wrongly.
 
     pip install --no-deps kt-kernel==0.7.2
-    pytest tests/engines/test_kt_experts.py -s
+    pytest tests/oracles/test_kt_experts.py -s
 
 Without kt-kernel only the choosing is tested.
 """

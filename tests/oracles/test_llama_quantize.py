@@ -1,7 +1,7 @@
 """Our files against llama.cpp's own tools: the same plan and importance give the same bytes, and the same text the
 same importance.
 
-    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/engines/test_llama_quantize.py
+    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/oracles/test_llama_quantize.py
 
 llama-quantize and llama-imatrix are looked for in that folder, then on PATH.
 """
