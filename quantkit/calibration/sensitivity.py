@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Feed, Linear, attention, route
 from quantkit.runtime.rope import angles
@@ -113,7 +113,7 @@ class Measurement:
         self, source: CheckpointSource, imatrix: Imatrix, tier: Tier, routed: Sequence[str], others: Sequence[str]
     ):
         self.source, self.config, self.imatrix, self.tier = source, source.config, imatrix, tier
-        self.plan = {spec: candidates(spec, routed, others) for spec in deepseek.specs(source.config)}
+        self.plan = {spec: candidates(spec, routed, others) for spec in family.specs(source.config)}
         self.forks: list[Fork] = []
         self.gains: list[int] = []  # cheap tier: layer of each noise fork, in stream order
         for name in {qtype for types in self.plan.values() for qtype in types}:
@@ -145,10 +145,10 @@ class Measurement:
         per_matrix = spec.n_rows // spec.n_matrices
 
         def part(bounds: tuple[int, int]) -> torch.Tensor:
-            rows = deepseek.read(self.source.checkpoint, self.config, spec, *bounds)
+            rows = family.read(self.source.checkpoint, self.config, spec, *bounds)
             return self.requantize(fork, rows, bounds[0] // per_matrix)
 
-        made = torch.cat(list(self.pool.map(part, deepseek.slices(spec))))
+        made = torch.cat(list(self.pool.map(part, family.slices(spec))))
         return made.view(spec.shape).to(self.source.device, self.source.dtype)
 
     def run(self, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
@@ -314,7 +314,7 @@ def choose_tier(
     source: CheckpointSource, tokens: torch.Tensor, routed: Sequence[str], others: Sequence[str], budget: int
 ) -> tuple[Tier, int]:
     """Full if `budget` stream-tokens (tokens x forks) hold a chunk for each fork, else cheap; and how many chunks."""
-    specs = deepseek.specs(source.config)
+    specs = family.specs(source.config)
     n_forks = 1 + sum(len(candidates(spec, routed, others)) for spec in specs)
     t = tokens.shape[1]
     if budget // (n_forks * t) >= 1:

@@ -27,7 +27,7 @@ from quantkit.encoding.ggml_encoder import GgmlEncoder
 from quantkit.encoding.jobs import encode_pending, fit_importance, layer_plan
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.experts.streamed import ExpertVisit
 from quantkit.runtime.room import Room
@@ -250,13 +250,13 @@ class LayerEncoder:
         full = self.how.effort != "fast"
         factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
         whole = self.source.device.type == "cuda"
-        for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
+        for start, stop in [(0, spec.n_rows)] if whole else family.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[encoders.describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
+        return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
         qtype = self.planned[role].qtype
@@ -320,7 +320,7 @@ def run(
     fewer tokens filled up; None leaves it unwritten. Resumes at the layer where an earlier run stopped: its hidden
     states are computed anew, and what that run did not finish of it is encoded.
     """
-    specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
+    specs = {spec.name: spec for spec in family.specs(source.config, plan.mla)}
     used: Counter[str] = Counter()
 
     def watch(layer: int) -> Watcher:

@@ -17,17 +17,14 @@ from rich.table import Table
 from quantkit import __version__, bundle
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import engine_checks
-from quantkit.evaluation.verify import FileTensor
 from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint, open_source
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import Mla
+from quantkit.models.config import Mla, ModelConfig, layouts_of
 from quantkit.planning import targets
-from quantkit.planning.plan import split_name
 from quantkit.tensors import Imatrix
 
 Status = Literal["pass", "fail", "warn", "skip"]
@@ -196,24 +193,24 @@ def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:
     return Check(name, "fail", "; ".join(found[:SHOWN]) + more)
 
 
-def _config(file: GGUFFile) -> DeepseekConfig | None:
+def _config(file: GGUFFile) -> ModelConfig | None:
     """The file's own numbers, if they can be those of a model at all."""
     try:
-        config = DeepseekConfig.from_gguf(file.metadata)
+        config = family.from_gguf(file.metadata)
         whole = all(type(getattr(config, f.name)) is int for f in fields(config) if f.type is int)
         return config if whole and config.n_layer <= len(file.tensors) and config.n_expert <= MOST_EXPERTS else None
     except (QuantkitError, KeyError, TypeError, ValueError):
         return None
 
 
-def known_config(file: GGUFFile, reference: Checkpoint | Geometry | None) -> tuple[DeepseekConfig | None, str]:
+def known_config(file: GGUFFile, reference: Checkpoint | Geometry | None) -> tuple[ModelConfig | None, str]:
     """The numbers that the file must have, and whose they are: the reference's, or those of a bundled model."""
     if reference is not None:
-        return DeepseekConfig.from_hf(reference.config), f"{Path(reference.path).name}/config.json"
+        return family.from_hf(reference.config), f"{Path(reference.path).name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
     found = [file.metadata.get(f"deepseek2.{key}") for key in keys]
     for name in bundle.model_names():
-        c = DeepseekConfig.from_hf(open_source(bundle.models_dir() / name).config)
+        c = family.from_hf(open_source(bundle.models_dir() / name).config)
         if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
             return c, f"{name}'s config.json, a bundled model of this geometry"
     return None, ""
@@ -240,10 +237,10 @@ def beside(file: GGUFFile, target: str) -> str | None:
 
 
 def _mla(file: GGUFFile) -> Mla:
-    return "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"
+    return "combined" if "combined" in layouts_of(file.tensors) else "split"
 
 
-def metadata(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
+def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Keys that llama.cpp needs, that must fit each other, and that must be the original's."""
     meta = file.metadata
     if (architecture := meta.get("general.architecture")) != "deepseek2":
@@ -256,7 +253,7 @@ def metadata(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
     if known is None:
         yield from _consistent(file, lambda key: meta.get(f"deepseek2.{key}"))
         return
-    for key, wrapped in deepseek.metadata(known, _mla(file), "").items():
+    for key, wrapped in family.metadata(known, _mla(file), "").items():
         name, want = key.removeprefix("deepseek2."), getattr(wrapped, "value", wrapped)
         if key.startswith("general.") or (name == "vocab_size" and key not in meta) or name in missing:
             continue
@@ -300,17 +297,17 @@ def _same(have: Any, want: Any) -> bool:
     return type(have) is type(want) and have == want
 
 
-def tensors(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
+def tensors(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Exactly the tensors of this architecture, each with its shape, and F32 where the format asks for it."""
     config = known or _config(file)
     if config is None:
-        DeepseekConfig.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size
+        family.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size
         yield "a size in the metadata is no whole number, or more than the file can hold"
         return
     names = set(file.tensors)
-    if any(".attn_kv_b." in n for n in names) and any(".attn_k_b." in n or ".attn_v_b." in n for n in names):
+    if len(layouts_of(names)) > 1:
         yield "attn_kv_b and attn_k_b/attn_v_b in one file: llama.cpp rejects tensors of both MLA layouts"
-    for spec in deepseek.specs(config, _mla(file)):
+    for spec in family.specs(config, _mla(file)):
         names.discard(spec.name)
         found = file.tensors.get(spec.name)
         if found is None:
@@ -327,7 +324,7 @@ def types(file: GGUFFile, target: str) -> Iterator[str]:
     """Types that the target is known not to compute."""
     for tensor in file.tensors.values():
         try:
-            targets.check([FileTensor(tensor.name, split_name(tensor.name)[0], tensor.shape, tensor.qtype)], target)
+            targets.check(target, tensor.name, tensor.shape, tensor.qtype)
         except QuantkitError as error:
             yield str(error)
 
@@ -394,7 +391,7 @@ def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Itera
             yield f"{key} {'is missing' if have is None else 'is not the original one'}"
     ours, theirs = _or_none(lambda: tokenizers.from_gguf(meta)), tokenizers.load(folder)
     for text in SAMPLES if ours else ():
-        if tokenizers.encode(ours, text) != tokenizers.encode(theirs, text):
+        if tokenizers.tokenize(ours, text) != tokenizers.tokenize(theirs, text):
             yield f"{text[:24]!r} is cut into other tokens than by the original"
             return
 
@@ -410,7 +407,7 @@ def _or_none(make: Callable[[], Any]) -> Any:
 def _weights(
     made: Certificate,
     file: GGUFFile,
-    config: DeepseekConfig,
+    config: ModelConfig,
     checkpoint: Checkpoint | None,
     imatrix: Imatrix | None,
     device: str,

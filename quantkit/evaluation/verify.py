@@ -26,8 +26,8 @@ from quantkit.evaluation.divergence import (
     scored_targets,
 )
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.models.config import mla_of
 from quantkit.planning import targets
-from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
 from quantkit.runtime.engines.open import Engine, open_engine
 from quantkit.runtime.sources import GGUFSource, Source
@@ -37,16 +37,6 @@ PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
 MOST_OWN = 0.95  # an update that is as wrong as none at all
 MODE_KLD, MODE_SHARE, MODE_PPL = 0.002, 0.1, 0.02  # agreement of modes: nats, share of the file's KLD, log ratio of PPL
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor of a finished file in the words of a plan."""
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    qtype: str
 
 
 def sizes(file: GGUFFile) -> dict[str, Any]:
@@ -295,9 +285,9 @@ def modes_agree(figures: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def check_target(file: GGUFFile, target: str) -> None:
     """Refuse types and layouts that the target cannot compute."""
-    found = [FileTensor(t.name, split_name(t.name)[0], t.shape, t.qtype) for t in file.tensors.values()]
-    targets.check_mla(mla_of([tensor.role for tensor in found]), target)
-    targets.check(found, target)
+    targets.check_mla(mla_of(file.tensors), target)
+    for tensor in file.tensors.values():
+        targets.check(target, tensor.name, tensor.shape, tensor.qtype)
 
 
 def layer_line(result: Mapping[str, Any]) -> str:

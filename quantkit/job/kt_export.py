@@ -24,9 +24,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import row_bytes
 from quantkit.formats.gguf_reader import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
-from quantkit.planning.plan import split_name
 from quantkit.runtime.sources import GGUFSource
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
@@ -91,15 +91,11 @@ Further options are handed on (`--max_new_tokens 1000`, ...).
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in the words of `targets` and of the writer."""
+    """A tensor in the words of the writer."""
 
     name: str
     shape: tuple[int, ...]
     qtype: str
-
-    @property
-    def role(self) -> str:
-        return split_name(self.name)[0]
 
     @property
     def row_bytes(self) -> int:
@@ -144,7 +140,7 @@ def check(source: GGUFSource) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
     for tensor in file.tensors.values():
-        targets.check([_Tensor(tensor.name, tensor.shape, tensor.qtype)], "ktransformers")
+        targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "
@@ -162,7 +158,7 @@ def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int,
     (work / GGUF).mkdir()
     for part in file.files:
         (work / GGUF / part.name).symlink_to(os.path.relpath(part.resolve(), (output / GGUF).resolve()))
-    split = "blk.0.attn_kv_b.weight" not in file.tensors
+    split = mla_of(file.tensors) == "split"
     if split:
         write_sidecar(source, work / GGUF / SIDECAR)
     write_model(source, work / MODEL)
@@ -198,7 +194,7 @@ def spread(n_layer: int, gpus: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
+def rules(c: ModelConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
     """Injection rules: the first that matches a module decides. The last ones place what keeps its class."""
     operator, last = OPERATORS[linear], _on(f"cuda:{gpus - 1}")
     model: dict[str, Any] = {"per_layer_prefill_intput_threshold": 0}  # (sic); 0: prefill like decoding
@@ -217,7 +213,7 @@ def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[d
     ]
 
 
-def _layer_rules(c: DeepseekConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
+def _layer_rules(c: ModelConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
     rope = "RoPE.YarnRotaryEmbeddingV3" if c.yarn else "RoPE.RotaryEmbeddingV3"
     for gpu, (a, b) in enumerate(spread(c.n_layer, gpus)):
         here, layer = _on(f"cuda:{gpu}"), rf"^model\.layers\.{_numbers(a, b)}\."
@@ -313,7 +309,7 @@ def write_model(source: GGUFSource, folder: Path) -> None:
         settings["chat_template"] = template
     sampling = {"bos_token_id": c.bos, "eos_token_id": c.eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
     for name, value in (
-        ("config.json", c.to_hf() | auto),
+        ("config.json", family.to_hf(c) | auto),
         ("generation_config.json", sampling),
         ("tokenizer_config.json", settings),
         ("tokenizer.json", tokenizer),

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.rope import rotate
 
@@ -89,7 +89,7 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, config: DeepseekConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    def empty(cls, config: ModelConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (n_seq, capacity)
         return cls(
             torch.zeros((*shape, config.kv_lora), device=device, dtype=dtype),
@@ -112,7 +112,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def attention(
     h: torch.Tensor,
     block: Block,
-    config: DeepseekConfig,
+    config: ModelConfig,
     cos: torch.Tensor,
     sin: torch.Tensor,
     cache: KVCache | None = None,
@@ -154,7 +154,7 @@ def attention(
     return block.output(values).view(n_seq, t, d)
 
 
-def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, see: See | None) -> torch.Tensor:
+def _query(x: torch.Tensor, block: Block, config: ModelConfig, see: See | None) -> torch.Tensor:
     if not isinstance(block.q, tuple):
         if see:
             see("attn_q", x)
@@ -216,7 +216,7 @@ def _absorbed(
     return out
 
 
-def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of each token: (expert int64 [n, n_used], weight float32 [n, n_used]) for normed x [n, d].
 
     DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
@@ -240,7 +240,7 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
 def feed_forward(
     x: torch.Tensor,
     block: Block,
-    config: DeepseekConfig,
+    config: ModelConfig,
     observe: Observer | None = None,
     weight_of_token: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,

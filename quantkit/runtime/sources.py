@@ -20,9 +20,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml import library as ggml
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import source_shapes, specs
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.progress import say
 from quantkit.runtime.ahead import Item, Result, read_ahead
 from quantkit.runtime.experts.streamed import Projections, StreamedExperts, expert_names
@@ -42,7 +42,7 @@ class Source(Protocol):
     """A model whose layers can be loaded one at a time."""
 
     name: str
-    config: DeepseekConfig
+    config: ModelConfig
     device: torch.device
     dtype: torch.dtype
 
@@ -61,8 +61,8 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.name = Path(checkpoint.path).name
-        self.config = DeepseekConfig.from_hf(checkpoint.config)
-        checkpoint.validate(source_shapes(self.config))
+        self.config = family.from_hf(checkpoint.config)
+        checkpoint.validate(family.source_shapes(self.config))
 
     def tokenizer(self) -> Tokenizer:
         return tokenizers.load(Path(self.checkpoint.path))
@@ -145,7 +145,7 @@ class CheckpointSource:
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
 
 
-def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def split_kv_b(kv_b: torch.Tensor, c: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """[n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
     k, v = kv_b.view(c.n_head, c.qk_nope + c.v_head, c.kv_lora).split([c.qk_nope, c.v_head], dim=1)
     return k.transpose(1, 2).contiguous(), v.contiguous()
@@ -179,7 +179,7 @@ class GGUFSource:
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         self.scratch: Scratch | None = None
         self.n_threads = n_threads or torch.get_num_threads()
-        self.config = DeepseekConfig.from_gguf(self.file.metadata)
+        self.config = family.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self.make_experts: type = ggml.Experts  # or kt_experts.KtExperts
         self._check_tensors()
@@ -202,9 +202,8 @@ class GGUFSource:
         return twin
 
     def _check_tensors(self) -> None:
-        mla = "combined" if "blk.0.attn_kv_b.weight" in self.file.tensors else "split"
         tied = "output.weight" not in self.file.tensors
-        for spec in specs(self.config, mla):
+        for spec in family.specs(self.config, mla_of(self.file.tensors)):
             found = self.file.tensors.get(spec.name)
             if found is None and not (tied and spec.name == "output.weight"):
                 raise QuantkitError(f"{self.name}: tensor {spec.name} is missing")

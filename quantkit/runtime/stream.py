@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.layers import (
     SCORE_ELEMENTS,
@@ -103,7 +103,7 @@ def apply_block(
 def apply_attention(
     hidden: torch.Tensor,
     block: Block,
-    config: DeepseekConfig,
+    config: ModelConfig,
     cos: torch.Tensor,
     sin: torch.Tensor,
     observe: Observer | None = None,
@@ -175,7 +175,7 @@ class Memory:
         return max(0, (limit - self.fixed) // (self.total(1, place) - self.fixed))
 
 
-def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
+def memory(config: ModelConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
     """An upper estimate. Per token: hidden state, normed input, sum of experts. Fixed: weights and tiles."""
     c, size = config, compute.itemsize
     q = c.d * c.q_lora + c.q_lora * c.n_head * c.qk_head if c.q_lora else c.d * c.n_head * c.qk_head

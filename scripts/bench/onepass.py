@@ -23,7 +23,7 @@ from quantkit.encoding.ggml_encoder import GgmlEncoder
 from quantkit.encoding.jobs import encode_pending, fit_importance
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource
@@ -67,9 +67,9 @@ def main(
 
     checkpoint = Checkpoint.open(folder)
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    plan = make_plan(deepseek.specs(source.config), Recipe.load(recipe), target, model="synthetic")
+    plan = make_plan(family.specs(source.config), Recipe.load(recipe), target, model="synthetic")
     ids = torch.randint(0, source.config.n_vocab, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
-    metadata = deepseek.metadata(source.config, plan.mla, "synthetic")
+    metadata = family.metadata(source.config, plan.mla, "synthetic")
     state = PassState(out / "state", "bench")
     state.remove()
     ranks.barrier()

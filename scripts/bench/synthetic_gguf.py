@@ -16,9 +16,7 @@ from synthetic import layout
 from quantkit import bundle
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family, tokenizer
 from quantkit.planning.plan import PlannedTensor, make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import track
@@ -70,11 +68,9 @@ def vector(tensor: PlannedTensor, blocks: Blocks) -> np.ndarray:
 def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -> None:
     """Write a random R1-shaped GGUF file."""
     config = layout(dense, moe, 256)[0]
-    c = DeepseekConfig.from_hf(config)
-    plan = make_plan(deepseek.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
-    metadata = deepseek.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
-        bundle.models_dir() / "tiny-r1", c.n_vocab
-    )
+    c = family.from_hf(config)
+    plan = make_plan(family.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
+    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(bundle.models_dir() / "tiny-r1", c.n_vocab)
     blocks = Blocks(seed)
     with (
         GGUFWriter.open(out, plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True) as writer,

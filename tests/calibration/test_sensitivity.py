@@ -10,7 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.ggml import library as ggml
 from quantkit.job import make as pipeline
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
@@ -71,7 +71,7 @@ def full(source, imatrix, chunks):
 def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     """Independent of the forks: a GGUF file with one quantized tensor, read back and compared at the output."""
     rule = ONE.format(name=name, qtype=qtype)
-    specs = deepseek.specs(source.config)
+    specs = family.specs(source.config)
     plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
     pipeline.quantize(
@@ -98,7 +98,7 @@ def test_full_tier_equals_brute_force(source, imatrix, chunks, full, name, qtype
 
 def test_every_candidate_has_an_entry(source, full):
     names = {(e.tensor, e.qtype) for e in full.entries}
-    for spec in deepseek.specs(source.config):
+    for spec in family.specs(source.config):
         for qtype in sensitivity.candidates(spec, sensitivity.ROUTED_TYPES, sensitivity.OTHER_TYPES):
             assert (spec.name, qtype) in names
             entry = next(e for e in full.entries if (e.tensor, e.qtype) == (spec.name, qtype))

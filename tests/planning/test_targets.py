@@ -67,6 +67,22 @@ def test_unknown_target():
         plan("output", "Q8_0", "vllm")
 
 
+def test_a_target_may_name_the_layout():
+    assert targets.parse("llama.cpp") == targets.TargetChoice("llama.cpp", None)
+    assert targets.parse("llama.cpp/combined") == targets.TargetChoice("llama.cpp", "combined")
+    recipe = Recipe.load("1.58bit")
+    assert recipe.aimed(None) == recipe
+    assert (recipe.aimed("ollama").target, recipe.aimed("ollama").mla) == ("ollama", "split")
+    assert recipe.aimed("ollama/combined").mla == "combined"
+    for text, says in (
+        ("llama.cpp/both", "split or combined"),
+        ("llama.cpp/", "split or combined"),
+        ("x/split", "'x'"),
+    ):
+        with pytest.raises(QuantkitError, match=says):
+            targets.parse(text)
+
+
 def test_suggestions_fit_the_rows():
     assert targets.suggest("ktransformers", "attn_k_b", 128) == ("Q8_0", "F16", "BF16", "F32")
     assert targets.suggest("llama.cpp", "attn_k_b", 128) == ("IQ4_NL", "Q8_0", "F16", "BF16", "F32")

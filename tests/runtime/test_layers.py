@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import Block, KVCache, Router, attention, rms_norm, route
 from quantkit.runtime.rope import angles, frequencies, rotate
 from quantkit.runtime.sources import CheckpointSource
@@ -22,7 +22,7 @@ def block(source) -> Block:
     return source.block(1)
 
 
-def naive_attention(h: torch.Tensor, block: Block, c: DeepseekConfig) -> torch.Tensor:
+def naive_attention(h: torch.Tensor, block: Block, c: ModelConfig) -> torch.Tensor:
     """One sequence, full keys and values per head, one query at a time (DeepSeek-V2, arXiv 2405.04434, 2.1)."""
     x = rms_norm(h, block.attn_norm, c.rms_eps)
     q_a, norm, q_b = block.q
