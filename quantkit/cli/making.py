@@ -228,12 +228,12 @@ def plan(model, recipe, target, budget, compare, plot, output):
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
 def hardware(model, recipes, target, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context, threads):
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
-    from quantkit.job import plan as plans
+    from quantkit.job import hardware as view
 
     named = (("--ram", ram), ("--vram", vram))
     given = [sizes.parse_size(text, name) if text is not None else None for name, text in named]
-    machine = plans.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
-    click.echo(plans.hardware_report(model, recipes, target, machine, options.parse_context(context), threads))
+    machine = view.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
+    click.echo(view.hardware_report(model, recipes, target, machine, options.parse_context(context), threads))
 
 
 @click.command()

@@ -1,12 +1,9 @@
-"""What `plan`, `make` and `hardware` share: a model, a recipe and a budget -> a plan, before any weight is read."""
+"""A model, a recipe and a budget -> a plan and the bytes of its file, before any weight is read."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit import bundle
-from quantkit import machine as probe
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
@@ -15,17 +12,16 @@ from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
-from quantkit.planning import hardware, hardware_table, targets
-from quantkit.planning.budget import plan_within, predict
+from quantkit.planning import hardware, targets
+from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.damage import Damage, Measured, Prior
 from quantkit.planning.metadata import file_metadata
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.tensors import TensorSpec
 
 DEFAULT_RECIPE = "1.58bit"
 VOCABULARY_BYTES = 41.1  # a token in R1's GGUF: 5.3 MB of tokens, types and merges for 129,280
-SPLIT_BYTES = 50 * 10**9  # the default of --split-max-size
 RUN_BYTES = 512  # metadata that only the run knows: names of imatrix and text
 
 
@@ -190,43 +186,3 @@ def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None
     specs = family.specs(family.from_hf(open_model(model).config), plan.mla)
     plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))
-
-
-def machine_of(
-    ram: int | None,
-    vram: int | None,
-    ram_bandwidth: float | None,
-    gpu_bandwidth: float | None,
-    disk_bandwidth: float | None,
-    disk: Path | None,
-) -> hardware.Machine:
-    """Sizes in bytes and bandwidths in GB/s as given, else as measured on this machine."""
-    if vram is None:
-        vram = probe.free_vram()
-    return hardware.Machine(
-        ram=probe.free_ram() if ram is None else ram,
-        vram=vram,
-        ram_bandwidth=ram_bandwidth * 1e9 if ram_bandwidth else probe.ram_bandwidth(),
-        gpu_bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else probe.gpu_bandwidth() if vram else None,
-        disk_bandwidth=disk_bandwidth * 1e9 if disk_bandwidth else probe.disk_bandwidth(disk) if disk else None,
-    )
-
-
-def hardware_report(
-    model: ModelRef | Path | str,
-    recipes: Sequence[str],
-    target: str | None,
-    machine: hardware.Machine,
-    context: int,
-    threads: int | None = None,
-) -> str:
-    """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones with fixed types)."""
-    fixed = [name for name in bundle.recipe_names() if not Recipe.load(name).is_open]
-    plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or fixed]
-    source = open_model(model)
-    config = family.from_hf(source.config)
-    rows = []
-    for plan in plans:
-        files = files_of(source, plan, None if targets.get(plan.target).single_file else SPLIT_BYTES)
-        rows.append((plan, sum(file.size for file in files), str(files[0].path)))
-    return hardware_table.report(rows, config, machine, context, str(model), threads or os.cpu_count() or 1)

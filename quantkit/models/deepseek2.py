@@ -366,7 +366,7 @@ def _moe(c: ModelConfig, layer: int) -> list[TensorSpec]:
 def assemble(
     weights: Weights, c: ModelConfig, spec: TensorSpec, head: int, rows: tuple[int, int], device: str
 ) -> torch.Tensor:
-    """Rows of one head's k_b or v_b, float32 [rows, n_in], cut out of kv_b_proj [n_head (qk_nope + v_head), kv_lora]."""
+    """Rows of a head's k_b or v_b, float32 [rows, n_in], cut out of kv_b_proj [n_head (qk_nope + v_head), kv_lora]."""
     (source,), (start, stop) = spec.sources, rows
     k = head * (c.qk_nope + c.v_head)
     v = k + c.qk_nope

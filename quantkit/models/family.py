@@ -2,14 +2,18 @@
 
 From then on its `ModelConfig` carries the architecture, and the functions here ask the family whatever is its own.
 
-A second family is one file beside deepseek2.py with what `Family` lists, and its name in FAMILIES. Tried on paper:
-V3.2 and GLM-5 (deepseek32, glm-dsa) add `indexer.*` to the specs and `attention.indexer.*` to the metadata, and GLM its
-`glm4` to PRE. Kimi-K2 shares deepseek2's tensors and gives `kimi-k2` in PRE; K2.5's numbers lie under `text_config` and its
-sources carry a prefix, both seen by `from_hf` and `specs` alone. V4 names all sources anew and has one layout; its
-hyper-connections and compressor are more specs, and its routing from token ids is runtime's. How a stored matrix is
-decoded (FP8 with `_scale_inv` or V4's `.scale`, Kimi's INT4) is the business of `formats`, which is asked for a name.
-A family whose numbers do not fit `ModelConfig` derives its own from it. Layer mathematics are chosen in `runtime`, by
-the config; what an engine can compute is in `planning.targets`; what a role is worth in `planning.prior`.
+A second family is one file beside deepseek2.py that defines what `Family` lists, and its name in FAMILIES. One with
+more numbers than `ModelConfig` has derives its own config from it. Tried on paper:
+
+V3.2 and GLM-5 (deepseek32, glm-dsa) take most specs from deepseek2 and add `indexer.*` to them and
+`attention.indexer.*` to the metadata; GLM has `glm4` in PRE.
+Kimi-K2 is deepseek2 with `kimi-k2` in PRE. K2.5 keeps its numbers under `text_config` and all names under
+`language_model.`: `from_hf` notes the prefix in the config, one more field, and `specs` writes it before the sources.
+V4 names all sources anew and has one layout; hyper-connections and compressors are more specs.
+
+Not a family's business: how a stored matrix is decoded (FP8 with `_scale_inv`, V4's `.scale`, Kimi's INT4), which is
+`formats`'; layer mathematics, which `runtime` chooses by the config; what a target can compute (`planning.targets`) and
+what a role is worth (`planning.prior`), both by role.
 """
 
 from collections.abc import Iterator, Mapping
@@ -135,7 +139,7 @@ def specs(config: ModelConfig, mla: Mla = "split") -> list[TensorSpec]:
 
 @cache
 def sources(config: ModelConfig) -> Mapping[int | None, Mapping[str, tuple[str, ...]]]:
-    """Layer (None: outside the layers) -> role -> the checkpoint tensors it is made from, one per expert for a stack."""
+    """Layer (None: outside) -> role, like `attn_kv_b` -> the checkpoint tensors it is made from, one per expert."""
     found: dict[int | None, dict[str, tuple[str, ...]]] = {}
     for spec in _as_stored(config):
         found.setdefault(spec.layer, {})[spec.role] = spec.sources

@@ -11,7 +11,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import U32, I32List
 from quantkit.formats.safetensors_header import load_json
 from quantkit.formats.tensor_table import read_text_file
-from quantkit.models.family import PRE
+
+Patterns = Mapping[str, tuple[str, ...]]
+"""GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
 
 
 def load(folder: Path) -> Tokenizer:
@@ -36,10 +38,10 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def metadata(folder: Path, n_vocab: int, known: Mapping[str, tuple[str, ...]] = PRE) -> dict[str, Any]:
+def metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     """`tokenizer.*` keys for a checkpoint folder.
 
-    n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, by GGUF's name.
+    n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
     """
     try:
         return _metadata(folder, n_vocab, known)
@@ -47,7 +49,7 @@ def metadata(folder: Path, n_vocab: int, known: Mapping[str, tuple[str, ...]] = 
         raise QuantkitError(f"{folder / 'tokenizer.json'}: not the structure of a BPE tokenizer ({error})") from None
 
 
-def _metadata(folder: Path, n_vocab: int, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     raw, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
     model = raw.get("model") or {}
     if model.get("type") != "BPE":
@@ -87,7 +89,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _pre_tokenizer(raw: Mapping[str, Any], folder: Path, known: Mapping[str, tuple[str, ...]]) -> str:
+def _pre_tokenizer(raw: Mapping[str, Any], folder: Path, known: Patterns) -> str:
     """GGUF's name of it."""
     parts = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or []
     splits = tuple(part["pattern"].get("Regex") for part in parts if part.get("type") == "Split")
@@ -121,12 +123,12 @@ def _looks_special(token: str) -> bool:
     return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
 
 
-def from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does."""
+def from_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
+    """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does. known: pre-tokenizers it may have."""
     pre = meta.get("tokenizer.ggml.pre")
-    if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in PRE:
-        raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not {' or '.join(PRE)}; cannot tokenize")
-    return _built(lambda: _from_gguf(meta, PRE[pre]), "GGUF metadata")
+    if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in known:
+        raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not {' or '.join(known)}; cannot tokenize")
+    return _built(lambda: _from_gguf(meta, known[pre]), "GGUF metadata")
 
 
 def _from_gguf(meta: Mapping[str, Any], patterns: tuple[str, ...]) -> Tokenizer:

@@ -7,7 +7,7 @@ of tensor data per weight; the header is not counted.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -18,7 +18,6 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import MAX_NAME, pad
 from quantkit.models.config import MLA, Mla, mla_of
 from quantkit.planning import fields, targets
-from quantkit.planning.recipe import Recipe, Rule
 from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
 
 FORMAT = 1
@@ -149,48 +148,6 @@ class Plan:
             raise QuantkitError(f"{source}: {error}") from None
 
 
-def make_plan(
-    specs: Sequence[TensorSpec],
-    recipe: Recipe,
-    target: str | None = None,
-    model: str = "",
-    chosen: Mapping[str, str] | None = None,
-    outlook: Outlook | None = None,
-) -> Plan:
-    """Give every tensor the type of the first rule that matches it, and refuse what the target cannot compute.
-
-    target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`; the layout of kv_b is that of the specs.
-    chosen: tensor name -> qtype for the tensors that the recipe leaves to a budget (see `budget.plan_within`).
-    """
-    recipe = recipe.aimed(target)
-    picked = []
-    for spec, rule in rule_of_each(specs, recipe):
-        qtype = spec.fixed if rule is None else rule.qtype or (chosen or {}).get(spec.name)
-        if qtype is None:
-            raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 131GB")
-        picked.append((spec, rule, qtype))
-    tensors = _lay_out(picked)
-    plan = Plan(model, recipe.name, recipe.target, mla_of((s.name for s in specs), recipe.mla), tensors, outlook)
-    _check_target(plan)
-    return plan
-
-
-def rule_of_each(specs: Sequence[TensorSpec], recipe: Recipe) -> list[tuple[TensorSpec, Rule | None]]:
-    """Every tensor with the rule that decides it (None where the format does). A rule without use is refused."""
-    rules = recipe.rules_for(recipe.target)
-    moe_layers = sorted({spec.layer for spec in specs if spec.is_routed and spec.layer is not None})
-    used: set[int] = set()
-    found = []
-    for spec in specs:
-        rule = None if spec.fixed else _first_match(spec, rules, moe_layers, used)
-        if rule is None and not spec.fixed:
-            what = f"{spec.name} (role {spec.role}, target {recipe.target})"
-            raise QuantkitError(f"{recipe.source}: no rule for {what}; add one")
-        found.append((spec, rule))
-    _refuse_useless(recipe, rules, used, specs, moe_layers)
-    return found
-
-
 def offsets(sizes: Iterable[int]) -> list[int]:
     """Where each tensor's data starts when tensors of these byte sizes follow each other in one file."""
     starts, end = [], 0
@@ -206,56 +163,8 @@ def bpw(tensors: Iterable[PlannedTensor]) -> float:
     return 8 * sum(b for b, _ in sizes) / max(1, sum(n for _, n in sizes))
 
 
-def _first_match(spec: TensorSpec, rules: Sequence[Rule], moe_layers: list[int], used: set[int]) -> Rule | None:
-    """The winner. Rules behind a share of the layers count as used too: in a shallow model the share may be all."""
-    winner = None
-    for rule in rules:
-        if rule.matches(spec, moe_layers):
-            used.add(rule.number)
-            winner = winner or rule
-            if rule.share is None:
-                break
-    return winner
-
-
-def _refuse_useless(
-    recipe: Recipe, rules: Sequence[Rule], used: set[int], specs: Sequence[TensorSpec], moe_layers: list[int]
-) -> None:
-    for rule in rules:
-        if rule.number in used or rule.optional:
-            continue
-        what = f"{recipe.source}: rule {rule.number} ({', '.join(rule.match)} -> {rule.qtype or 'allocate'})"
-        hits = [spec for spec in specs if rule.matches(spec, moe_layers)]
-        if not hits:
-            raise QuantkitError(f"{what} matches no tensor; correct it, or set optional = true")
-        reason = "types are fixed by the format" if all(s.fixed for s in hits) else "tensors are taken by earlier rules"
-        raise QuantkitError(f"{what} never applies: its {reason}; remove or move it")
-
-
-def _lay_out(chosen: Sequence[tuple[TensorSpec, Rule | None, str]]) -> tuple[PlannedTensor, ...]:
-    sized = []
-    for spec, rule, qtype in chosen:
-        _check_rows(spec.name, spec.role, spec.n_in, qtype)
-        sized.append((spec, rule, qtype, qtypes.row_bytes(qtype, spec.n_in)))
-    starts = offsets(row * spec.n_rows for spec, _, _, row in sized)
-    return tuple(
-        PlannedTensor(
-            name=spec.name,
-            shape=tuple(spec.shape),
-            role=spec.role,
-            layer=spec.layer,
-            qtype=qtype,
-            row_bytes=row,
-            n_bytes=row * spec.n_rows,
-            offset=start,
-            rule=rule.number if rule else None,
-            why=rule.why if rule else "the format allows no other type",
-        )
-        for (spec, rule, qtype, row), start in zip(sized, starts, strict=True)
-    )
-
-
-def _check_rows(name: str, role: str, n_in: int, qtype: str) -> None:
+def check_rows(name: str, role: str, n_in: int, qtype: str) -> None:
+    """Refuse a type whose blocks do not divide the rows, or that needs importance where there is none."""
     if not qtypes.fits(qtype, n_in):
         use = " ".join(q for q in qtypes.QTYPES if qtypes.fits(q, n_in))
         block = qtypes.get(qtype).block_size
@@ -333,7 +242,7 @@ def _read_tensor(row: Any, where: str) -> PlannedTensor:
     rule = None if row.get("rule", "") is None else fields.typed(row, "rule", int, name)
     sizes = {key: fields.typed(row, key, int, name) for key in ("row_bytes", "n_bytes", "offset")}
     try:
-        _check_rows(name, role, shape[-1], qtype)
+        check_rows(name, role, shape[-1], qtype)
     except QuantkitError as error:
         raise QuantkitError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     return PlannedTensor(name, shape, role, layer, qtype, rule=rule, why=fields.text(row, "why", name), **sizes)
@@ -353,10 +262,10 @@ def _check_plan(plan: Plan) -> None:
     for tensor, start in zip(plan.tensors, offsets(t.n_bytes for t in plan.tensors), strict=True):
         if tensor.offset != start:
             raise QuantkitError(f"{tensor.name}: offset must be {start}, not {tensor.offset}")
-    _check_target(plan)
+    check_target(plan)
 
 
-def _check_target(plan: Plan) -> None:
+def check_target(plan: Plan) -> None:
     """Refuse what the target cannot compute."""
     targets.check_mla(plan.mla, plan.target)
     for tensor in plan.tensors:

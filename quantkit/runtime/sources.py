@@ -211,7 +211,7 @@ class GGUFSource:
                 raise QuantkitError(f"{self.name}: tensor {spec.name} has shape {tuple(found.shape)}, not {spec.shape}")
 
     def tokenizer(self) -> Tokenizer:
-        return tokenizers.from_gguf(self.file.metadata)
+        return tokenizers.from_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
         """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""

@@ -31,8 +31,8 @@ from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
 from quantkit.job import plan as plans
 from quantkit.models import family
-from quantkit.planning.budget import plan_within
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.assign import make_plan, plan_within
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles

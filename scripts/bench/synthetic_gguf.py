@@ -17,7 +17,8 @@ from quantkit import bundle
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml import library as ggml
 from quantkit.models import family, tokenizer
-from quantkit.planning.plan import PlannedTensor, make_plan
+from quantkit.planning.assign import make_plan
+from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import track
 
@@ -70,7 +71,9 @@ def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -
     config = layout(dense, moe, 256)[0]
     c = family.from_hf(config)
     plan = make_plan(family.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
-    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(bundle.models_dir() / "tiny-r1", c.n_vocab)
+    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
+        bundle.models_dir() / "tiny-r1", c.n_vocab, family.PRE
+    )
     blocks = Blocks(seed)
     with (
         GGUFWriter.open(out, plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True) as writer,

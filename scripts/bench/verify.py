@@ -25,7 +25,7 @@ from quantkit.evaluation.verify import SideBySide
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import family
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import memory

@@ -295,7 +295,7 @@ class Files:
     def tokenizer_file(self, name: str) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
             with self.replaced(name, data):
-                tokenizer.metadata(self.model, self.config.n_vocab)
+                tokenizer.metadata(self.model, self.config.n_vocab, family.PRE)
                 tokenizer.load(self.model)
 
         return parse

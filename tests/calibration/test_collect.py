@@ -12,7 +12,7 @@ from quantkit.encoding.ggml_encoder import GgmlEncoder
 from quantkit.encoding.jobs import quantize
 from quantkit.errors import QuantkitError
 from quantkit.models import family
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room

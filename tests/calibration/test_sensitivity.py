@@ -11,7 +11,7 @@ from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.ggml import library as ggml
 from quantkit.job import make as pipeline
 from quantkit.models import family
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles

@@ -67,7 +67,7 @@ def test_a_lossless_file_agrees_in_every_token(tiny, reference, chunks, tmp_path
     from quantkit.encoding.ggml_encoder import GgmlEncoder
     from quantkit.encoding.jobs import quantize
     from quantkit.models import family
-    from quantkit.planning.plan import make_plan
+    from quantkit.planning.assign import make_plan
     from quantkit.planning.recipe import Recipe
 
     text = 'name = "f32"\ndescription = "x"\ntarget = "llama.cpp"\nmla = "split"\n'

@@ -13,7 +13,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import recovery
 from quantkit.job.recovery import RecoverOptions, Recovery, open_original, recover
 from quantkit.models import family
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 

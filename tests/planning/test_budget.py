@@ -11,7 +11,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import pad
 from quantkit.job import plan as plans
 from quantkit.models.open import open_model
-from quantkit.planning.budget import plan_within, predict
+from quantkit.planning.assign import plan_within, predict
 from quantkit.planning.damage import Prior
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Candidates, Recipe

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
-from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, make_plan, offsets
+from quantkit.planning.assign import make_plan
+from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, offsets
 from quantkit.planning.recipe import Recipe
 from quantkit.tensors import split_name
 

@@ -11,11 +11,13 @@ import pytest
 import r1_shapes
 
 from quantkit import bundle
+from quantkit.job import hardware as view
 from quantkit.job import plan as plans
 from quantkit.models import family
 from quantkit.planning import table
+from quantkit.planning.assign import make_plan
 from quantkit.planning.hardware import Machine
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.planning.table import layer_ranges, render
 
@@ -89,7 +91,7 @@ def test_machine_snapshot():
 def test_hardware_snapshot(target):
     """The 60 GiB + 14 GiB machine with DDR4 and one NVMe drive."""
     machine = Machine(60 << 30, 14 << 30, 80e9, 900e9, 3e9)
-    text = plans.hardware_report("deepseek-r1", (), target, machine, 4096, 32)
+    text = view.hardware_report("deepseek-r1", (), target, machine, 4096, 32)
     check_snapshot(f"hardware.{target}.txt", text + "\n")
 
 

@@ -4,7 +4,7 @@ import r1_shapes
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.planning import targets
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 
 HEAD = 'name = "r"\ndescription = "d"\ntarget = "ktransformers"\n'

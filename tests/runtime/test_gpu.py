@@ -8,7 +8,7 @@ import torch
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.models import family
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines import gpu
 from quantkit.runtime.engines.gpu import GpuEngine

@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml import library as ggml
 from quantkit.models import family, tokenizer
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import generate, open_engine
@@ -48,7 +48,7 @@ def random_file(folder: Path, **changes: int) -> Path:
     c = family.from_hf(config)
     (folder / "rules.toml").write_text(RULES)
     plan = make_plan(family.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
-    metadata = family.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab)
+    metadata = family.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab, family.PRE)
     rng = np.random.default_rng(0)
     with GGUFWriter.open(folder / "random.gguf", plan.tensors, metadata, fingerprint={}) as out:
         for tensor in plan.tensors:
