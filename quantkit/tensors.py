@@ -6,9 +6,10 @@ Shapes here are numpy's, slowest dimension first; ggml's `ne` is the reverse.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 Assembly = Literal["copy", "stack", "k_b", "v_b"]
 ROUTED_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -60,6 +61,14 @@ class TensorSpec:
     def is_routed(self) -> bool:
         """Whether it is a stack of routed experts."""
         return self.role in ROUTED_ROLES
+
+
+class Weights(Protocol):
+    """Where the original weights are read from; a `Checkpoint` is one."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+        """Rows start:stop (default: all) of a tensor, dequantised to float32 on `device`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.formats.safetensors_header import load_json
 from quantkit.job import make as pipeline
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -177,8 +178,8 @@ def test_a_worker_that_dies_costs_its_own_job(made, tmp_path, tiny, monkeypatch,
     again = Failing(AssertionError(), 1 << 30)
     monkeypatch.setattr(pipeline, "GgmlEncoder", lambda: again)
     pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=2)
-    specs = {spec.name: spec for spec in pipeline.deepseek.specs(pipeline.DeepseekConfig.from_hf(tiny.config))}
-    n_jobs = sum(len(list(pipeline.deepseek.slices(spec))) for spec in specs.values())
+    specs = {spec.name: spec for spec in family.specs(family.from_hf(tiny.config))}
+    n_jobs = sum(len(list(family.slices(spec))) for spec in specs.values())
     assert (1 << 30) - again.left == n_jobs - recorded
     assert out.read_bytes() == (made / NAME).read_bytes()
 

@@ -235,7 +235,7 @@ def chunk(
     """
     ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
     for document in corpus.documents:
-        ids += tokenizers.encode(tokenizer, document.text)
+        ids += tokenizers.tokenize(tokenizer, document.text)
         edges.append((len(ids), document.domain))
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)

@@ -21,7 +21,7 @@ from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.ggml import codec as ggml
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, attention, route
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources import CheckpointSource
@@ -66,7 +66,7 @@ class Measurement:
 
     def __init__(self, source: CheckpointSource, imatrix: Imatrix, tier: Tier, types: Candidates):
         self.source, self.config, self.imatrix, self.tier = source, source.config, imatrix, tier
-        self.plan = {spec: types.of(spec) for spec in deepseek.specs(source.config)}
+        self.plan = {spec: types.of(spec) for spec in family.specs(source.config)}
         self.forks: list[Fork] = []
         self.gains: list[int] = []  # cheap tier: layer of each noise fork, in stream order
         for name in {qtype for types in self.plan.values() for qtype in types}:
@@ -99,10 +99,10 @@ class Measurement:
         per_matrix = spec.n_rows // spec.n_matrices
 
         def part(bounds: tuple[int, int]) -> torch.Tensor:
-            rows = deepseek.read(self.source.checkpoint, self.config, spec, *bounds)
+            rows = family.read(self.source.checkpoint, self.config, spec, *bounds)
             return self.requantize(fork, rows, bounds[0] // per_matrix)
 
-        made = torch.cat(list(self.pool.map(part, deepseek.slices(spec))))
+        made = torch.cat(list(self.pool.map(part, family.slices(spec))))
         return made.view(spec.shape).to(self.source.device, self.source.dtype)
 
     def run(self, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
@@ -280,7 +280,7 @@ def _replaced_feed(feed: Feed, role: str, linear: Linear) -> Feed:
 
 def choose_tier(source: CheckpointSource, tokens: torch.Tensor, types: Candidates, budget: int) -> tuple[Tier, int]:
     """Full if `budget` stream-tokens (tokens x forks) hold a chunk for each fork, else cheap; and how many chunks."""
-    specs = deepseek.specs(source.config)
+    specs = family.specs(source.config)
     n_forks = 1 + sum(len(types.of(spec)) for spec in specs)
     t = tokens.shape[1]
     if budget // (n_forks * t) >= 1:

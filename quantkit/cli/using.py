@@ -15,7 +15,6 @@ from quantkit.errors import QuantkitError
 
 @click.command()
 @click.argument("path")
-@options.hub
 def inspect(path):
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.job.inspect import describe
@@ -57,7 +56,6 @@ def inspect(path):
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
-@options.hub
 def verify(
     file,
     reference,
@@ -181,7 +179,7 @@ def run(
     from quantkit.serving.chat import Conversation
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    limit = sizes.parse_size(ram, "--ram") if ram else None
     layers = options.parse_gpu_layers(gpu_layers)
     talk = Conversation(file, device or pipeline.default_device(), context, how, layers, experts, limit)
     if prompt is None:
@@ -244,7 +242,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, ex
         from quantkit.serving import http as server
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
-    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    limit = sizes.parse_size(ram, "--ram") if ram else None
     source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
     kt_experts.select(source, experts)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)

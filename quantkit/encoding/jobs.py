@@ -1,26 +1,23 @@
 """Checkpoint, plan and importance -> GGUF. Jobs are row ranges of planned tensors and may finish in any order."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import gguf
 import numpy as np
 
-from quantkit import __version__, ranks
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
 from quantkit.ggml import codec as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
+from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan, PlannedTensor
 from quantkit.progress import Advance, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
@@ -117,10 +114,10 @@ def layer_plan(plan: Plan, layer: int | None) -> Plan:
 
 def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWriter:
     """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
-    config = DeepseekConfig.from_hf(checkpoint.config)
-    checkpoint.validate(deepseek.source_shapes(config))
-    check_plan(plan, {spec.name: spec for spec in deepseek.specs(config, plan.mla)})
-    metadata = file_metadata(checkpoint, config, plan) | dict(output.metadata)
+    config = family.from_hf(checkpoint.config)
+    checkpoint.validate(family.source_shapes(config))
+    plan.check_model(family.specs(config, plan.mla))
+    metadata = file_metadata(Path(checkpoint.path), config, plan) | dict(output.metadata)
     return GGUFWriter.open(
         output.path,
         plan.tensors,
@@ -146,8 +143,8 @@ def encode_pending(
     Ranks share the jobs; when this returns, all jobs of all ranks are on disk.
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
-    config = DeepseekConfig.from_hf(checkpoint.config)
-    specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
+    config = family.from_hf(checkpoint.config)
+    specs = {spec.name: spec for spec in family.specs(config, plan.mla)}
     workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
@@ -174,7 +171,7 @@ def _n_weights(job: Job) -> int:
 
 
 def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:
-    for start, stop in out.pending(spec.name, deepseek.slices(spec)):
+    for start, stop in out.pending(spec.name, family.slices(spec)):
         yield Job(spec, tensor, start, stop)
 
 
@@ -198,22 +195,11 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None],
             future.cancel()
 
 
-def _encode(checkpoint: Checkpoint, config: DeepseekConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
-    rows = deepseek.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
+def _encode(checkpoint: Checkpoint, config: ModelConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
+    rows = family.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
     entry = imatrix.get(job.tensor.name)
     importance = None if entry is None else entry.mean(job.matrix)
     return encoder(job.tensor.qtype, rows, importance)
-
-
-def check_plan(plan: Plan, specs: Mapping[str, TensorSpec]) -> None:
-    """The plan must name exactly the tensors of this model, with their shapes."""
-    if missing := [name for name in specs if name not in plan.by_name]:
-        raise QuantkitError(f"plan has no tensor {missing[0]} ({len(missing)} missing): it is for another model")
-    for tensor in plan.tensors:
-        if tensor.name not in specs or specs[tensor.name].shape != tensor.shape:
-            raise QuantkitError(
-                f"plan's tensor {tensor.name} {tensor.shape} is not in this model: it is for another one"
-            )
 
 
 def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
@@ -232,29 +218,3 @@ def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
                 "calibrate this model (quantkit calibrate)"
             )
     return fitted
-
-
-def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:
-    """All metadata but the provenance of a run: the same model and plan always give the same header."""
-    folder = Path(checkpoint.path)
-    types: Counter[str] = Counter()
-    for tensor in plan.tensors:
-        types[tensor.qtype] += tensor.n_weights
-    general = {
-        "general.quantization_version": U32(2),
-        "general.file_type": U32(_file_type(types.most_common(1)[0][0])),
-        "general.quantized_by": f"quantkit {__version__}",
-        "quantkit.recipe": plan.recipe,
-        "quantkit.target": plan.target,
-    }
-    name = plan.model or folder.name
-    return deepseek.metadata(config, plan.mla, name) | general | tokenizer.metadata(folder, config.n_vocab)
-
-
-def _file_type(qtype: str) -> int:
-    """llama.cpp's label for the file: the type that holds most weights (informative only)."""
-    named = {kind.name: int(kind) for kind in gguf.LlamaFileType}
-    for label in (f"MOSTLY_{qtype}", f"MOSTLY_{qtype}_M", f"MOSTLY_{qtype}_S", "ALL_" + qtype):
-        if label in named:
-            return named[label]
-    return int(gguf.LlamaFileType.GUESSED)

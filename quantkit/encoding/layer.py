@@ -26,7 +26,7 @@ from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare,
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.sources import CheckpointSource
 from quantkit.runtime.watch import ExpertVisit, Watcher
@@ -87,7 +87,7 @@ class FileEncoder:
 
     def __init__(self, source: CheckpointSource, plan: Plan, out: GGUFWriter, how: LayerOptions):
         self.source, self.plan, self.out, self.how = source, plan, out, how
-        self.specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
+        self.specs = {spec.name: spec for spec in family.specs(source.config, plan.mla)}
         self.used: Counter[str] = Counter()
         self.group = group_size(source.device, source.config.d, source.config.n_expert) if how.ours else 1
         turns = turns_of(source.config.n_expert)
@@ -276,13 +276,13 @@ class LayerEncoder(Watcher):
         full = self.how.effort != "fast"
         factor = prepare([hessian], spec.n_in, self.source.device, full=full)
         whole = self.source.device.type == "cuda"
-        for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
+        for start, stop in [(0, spec.n_rows)] if whole else family.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
         self.used[describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
+        return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
     def _encode(self, role: str, weights: torch.Tensor, knowledge: list[Hessian] | Factor) -> np.ndarray:
         qtype = self.planned[role].qtype

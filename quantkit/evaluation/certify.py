@@ -14,7 +14,7 @@ from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.planning import targets
 from quantkit.tensors import Imatrix
 
@@ -60,7 +60,7 @@ def certify(
 
 
 def _by_rule(
-    file: GGUFFile, target: str, reference: TensorTable | None, known: DeepseekConfig | None, where: str
+    file: GGUFFile, target: str, reference: TensorTable | None, known: ModelConfig | None, where: str
 ) -> Iterator[Check]:
     """known: the numbers that the file must have; where: whose they are."""
     whole = f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"

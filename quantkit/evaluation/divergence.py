@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
 
 Score = Literal["half", "all"]
@@ -42,7 +42,7 @@ class Logits(Protocol):
 class Head(Protocol):
     """The end of a model: `runtime.sources` has it."""
 
-    config: DeepseekConfig
+    config: ModelConfig
 
     def output_norm(self) -> torch.Tensor:
         """float32 [d]."""

@@ -17,7 +17,7 @@ from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources import GGUFSource
 from quantkit.runtime.stream import final_hidden
@@ -54,7 +54,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     if not llama_oracle.available():
         return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
     source = GGUFSource(path, device, hybrid=False)
-    ids = tokenizers.encode(source.tokenizer(), TEXT * 4)
+    ids = tokenizers.tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
         theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
@@ -106,7 +106,7 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             yield Check(f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
 
 
-def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
+def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:
     """The first layer of every combination of types of gate, up and down."""
     found: dict[str, int] = {}
     for layer in range(config.n_dense, config.n_layer):

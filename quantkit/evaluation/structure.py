@@ -13,9 +13,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.model_folder import open_source
 from quantkit.formats.tensor_table import TensorTable
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import Mla
+from quantkit.models import family
+from quantkit.models.config import Mla, ModelConfig, layouts_of
 from quantkit.planning import targets
 
 MOST_EXPERTS = 1 << 16
@@ -56,24 +55,24 @@ CONSEQUENCE: Mapping[str, str] = {
 }
 
 
-def own_config(file: GGUFFile) -> DeepseekConfig | None:
+def own_config(file: GGUFFile) -> ModelConfig | None:
     """The file's own numbers, if they can be those of a model at all."""
     try:
-        config = DeepseekConfig.from_gguf(file.metadata)
+        config = family.from_gguf(file.metadata)
         whole = all(type(getattr(config, f.name)) is int for f in fields(config) if f.type is int)
         return config if whole and config.n_layer <= len(file.tensors) and config.n_expert <= MOST_EXPERTS else None
     except (QuantkitError, KeyError, TypeError, ValueError):
         return None
 
 
-def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[DeepseekConfig | None, str]:
+def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelConfig | None, str]:
     """The numbers that the file must have, and whose they are: the reference's, or those of a bundled model."""
     if reference is not None:
-        return DeepseekConfig.from_hf(reference.config), f"{reference.path.name}/config.json"
+        return family.from_hf(reference.config), f"{reference.path.name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
     found = [file.metadata.get(f"deepseek2.{key}") for key in keys]
     for name in bundle.model_names():
-        c = DeepseekConfig.from_hf(open_source(bundle.models_dir() / name).config)
+        c = family.from_hf(open_source(bundle.models_dir() / name).config)
         if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
             return c, f"{name}'s config.json, a bundled model of this geometry"
     return None, ""
@@ -101,10 +100,10 @@ def beside(file: GGUFFile, target: str) -> str | None:
 
 def layout(file: GGUFFile) -> Mla:
     """The MLA layout that the file is in."""
-    return "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"
+    return "combined" if "combined" in layouts_of(file.tensors) else "split"
 
 
-def metadata(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
+def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Keys that llama.cpp needs, that must fit each other, and that must be the original's."""
     meta: Mapping[str, Any] = file.metadata
     if (architecture := meta.get("general.architecture")) != "deepseek2":
@@ -117,7 +116,7 @@ def metadata(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
     if known is None:
         yield from _consistent(file, lambda key: meta.get(f"deepseek2.{key}"))
         return
-    for key, wrapped in deepseek.metadata(known, layout(file), "").items():
+    for key, wrapped in family.metadata(known, layout(file), "").items():
         name, want = key.removeprefix("deepseek2."), getattr(wrapped, "value", wrapped)
         if key.startswith("general.") or (name == "vocab_size" and key not in meta) or name in missing:
             continue
@@ -161,17 +160,17 @@ def _same(have: Any, want: Any) -> bool:
     return type(have) is type(want) and have == want
 
 
-def tensors(file: GGUFFile, known: DeepseekConfig | None) -> Iterator[str]:
+def tensors(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Exactly the tensors of this architecture, each with its shape, and F32 where the format asks for it."""
     config = known or own_config(file)
     if config is None:
-        DeepseekConfig.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size
+        family.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size
         yield "a size in the metadata is no whole number, or more than the file can hold"
         return
     names = set(file.tensors)
-    if any(".attn_kv_b." in n for n in names) and any(".attn_k_b." in n or ".attn_v_b." in n for n in names):
+    if len(layouts_of(names)) > 1:
         yield "attn_kv_b and attn_k_b/attn_v_b in one file: llama.cpp rejects tensors of both MLA layouts"
-    for spec in deepseek.specs(config, layout(file)):
+    for spec in family.specs(config, layout(file)):
         names.discard(spec.name)
         found = file.tensors.get(spec.name)
         if found is None:
@@ -188,6 +187,6 @@ def types(file: GGUFFile, target: str) -> Iterator[str]:
     """Types that the target is known not to compute."""
     for tensor in file.tensors.values():
         try:
-            targets.check([tensor], target)
+            targets.check(target, tensor.name, tensor.shape, tensor.qtype)
         except QuantkitError as error:
             yield str(error)

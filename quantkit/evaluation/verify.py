@@ -14,8 +14,8 @@ from quantkit.evaluation.divergence import Divergence, HeadLogits, Score, diverg
 from quantkit.evaluation.side_by_side import LayerError, SideBySide, bad_layers, room_of
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.models.config import mla_of
 from quantkit.planning import targets
-from quantkit.planning.plan import mla_of
 from quantkit.progress import track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources import GGUFSource
@@ -143,5 +143,6 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
 
 def check_target(file: GGUFFile, target: str) -> None:
     """Refuse types and layouts that the target cannot compute."""
-    targets.check_mla(mla_of(tensor.role for tensor in file.tensors.values()), target)
-    targets.check(file.tensors.values(), target)
+    targets.check_mla(mla_of(file.tensors), target)
+    for tensor in file.tensors.values():
+        targets.check(target, tensor.name, tensor.shape, tensor.qtype)

@@ -23,8 +23,8 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
 from quantkit.ggml.codec import dequantize
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
 from quantkit.progress import track
 from quantkit.tensors import Imatrix, TensorSpec
 
@@ -103,7 +103,7 @@ class WeightCheck:
     def __init__(
         self,
         file: GGUFFile,
-        config: DeepseekConfig,
+        config: ModelConfig,
         checkpoint: Checkpoint | None = None,
         imatrix: Imatrix | None = None,
         device: str = "cpu",
@@ -111,7 +111,7 @@ class WeightCheck:
     ) -> None:
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
         self.device, self.workers = device, workers or os.cpu_count() or 1
-        expected = deepseek.specs(config, layout(file))
+        expected = family.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
         self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]
         self.problems: list[Problem] = []
@@ -122,7 +122,7 @@ class WeightCheck:
         total = sum(spec.n_weights for spec in self.specs) / 1e6
         with track("weights", total, "Mweights") as advance, ThreadPoolExecutor(self.workers) as pool:
             for spec in self.specs:
-                jobs = list(deepseek.slices(spec))
+                jobs = list(family.slices(spec))
                 sums = [_Sums() for _ in range(spec.n_matrices)]
                 per_matrix = spec.n_rows // spec.n_matrices
                 for (start, _), part in zip(jobs, pool.map(lambda job: self._sums(spec, *job), jobs), strict=True):  # noqa: B023
@@ -154,7 +154,7 @@ class WeightCheck:
     def original(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the checkpoint, within one matrix."""
         assert self.checkpoint is not None
-        return deepseek.read(self.checkpoint, self.config, spec, start, stop, self.device).reshape(stop - start, -1)
+        return family.read(self.checkpoint, self.config, spec, start, stop, self.device).reshape(stop - start, -1)
 
     def _sums(self, spec: TensorSpec, start: int, stop: int) -> _Sums:
         ours = self.decoded(spec, start, stop)
@@ -233,7 +233,7 @@ class WeightCheck:
         if len(spec.shape) == 1 or rows * spec.n_in > MOST_WHOLE:
             return None
         first = matrix * rows
-        whole = torch.cat([self.original(spec, a, b) for a, b in deepseek.slices(spec) if first <= a < first + rows])
+        whole = torch.cat([self.original(spec, a, b) for a, b in family.slices(spec) if first <= a < first + rows])
         if _alike(ours, whole.T.reshape(rows, -1)[:n]):
             return "stored transposed"
         return _shifted_rows(ours, whole)

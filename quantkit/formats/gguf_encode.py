@@ -150,7 +150,9 @@ def check_tensors(tensors: Sequence[TensorInfo]) -> None:
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
         if not fits(tensor.qtype, tensor.shape[-1]):
-            raise QuantkitError(f"tensor {tensor.name!r}: rows of {tensor.shape[-1]} weights cannot take {tensor.qtype}")
+            raise QuantkitError(
+                f"tensor {tensor.name!r}: rows of {tensor.shape[-1]} weights cannot take {tensor.qtype}"
+            )
         row, sizes = row_bytes(tensor.qtype, tensor.shape[-1]), (tensor.row_bytes, tensor.n_bytes)
         if sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(

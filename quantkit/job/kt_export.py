@@ -22,9 +22,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_spec import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
-from quantkit.planning.plan import mla_of
 from quantkit.runtime.sources import GGUFSource
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
@@ -120,7 +120,8 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
 def check(source: GGUFSource) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
-    targets.check(file.tensors.values(), "ktransformers")
+    for tensor in file.tensors.values():
+        targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "
@@ -138,7 +139,7 @@ def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int,
     (work / GGUF).mkdir()
     for part in file.files:
         (work / GGUF / part.name).symlink_to(os.path.relpath(part.resolve(), (output / GGUF).resolve()))
-    split = mla_of(tensor.role for tensor in file.tensors.values()) == "split"
+    split = mla_of(file.tensors) == "split"
     if split:
         write_sidecar(source, work / GGUF / SIDECAR)
     write_model(source, work / MODEL)
@@ -174,7 +175,7 @@ def spread(n_layer: int, gpus: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
+def rules(c: ModelConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
     """Injection rules: the first that matches a module decides. The last ones place what keeps its class."""
     operator, last = OPERATORS[linear], _on(f"cuda:{gpus - 1}")
     model: dict[str, Any] = {"per_layer_prefill_intput_threshold": 0}  # (sic); 0: prefill like decoding
@@ -193,7 +194,7 @@ def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[d
     ]
 
 
-def _layer_rules(c: DeepseekConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
+def _layer_rules(c: ModelConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
     rope = "RoPE.YarnRotaryEmbeddingV3" if c.yarn else "RoPE.RotaryEmbeddingV3"
     for gpu, (a, b) in enumerate(spread(c.n_layer, gpus)):
         here, layer = _on(f"cuda:{gpu}"), rf"^model\.layers\.{_numbers(a, b)}\."
@@ -290,7 +291,7 @@ def write_model(source: GGUFSource, folder: Path) -> None:
         settings["chat_template"] = template
     sampling = {"bos_token_id": c.bos, "eos_token_id": c.eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
     for name, value in (
-        ("config.json", c.to_hf() | auto),
+        ("config.json", family.to_hf(c) | auto),
         ("generation_config.json", sampling),
         ("tokenizer_config.json", settings),
         ("tokenizer.json", tokenizer),

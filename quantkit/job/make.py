@@ -31,7 +31,6 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
@@ -39,12 +38,10 @@ from quantkit.formats.resume import discard
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_whole
 from quantkit.job import recovery
-from quantkit.job.plan import BudgetOptions, open_model, plan_model, recipe_name
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.job.plan import BudgetOptions, plan_model, recipe_text
+from quantkit.models import family, tokenizer
+from quantkit.models.open import ModelRef, open_model, open_weights
 from quantkit.planning.plan import Plan
-from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
 from quantkit.runtime.experts import kt as kt_experts
 from quantkit.runtime.memory import Limits, room_for
@@ -58,17 +55,6 @@ MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
 BASE = "base"  # folder of the file that recovery starts from
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
-
-
-def open_weights(model: str | Path) -> Checkpoint:
-    """The model as a checkpoint with weights; a bare description is refused."""
-    found = open_model(model)
-    if isinstance(found, Geometry):
-        raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
-    config = DeepseekConfig.from_hf(found.config)
-    found.validate(deepseek.source_shapes(config))
-    found.schedule(*deepseek.reading_order(config))
-    return found
 
 
 def default_device() -> str:
@@ -147,7 +133,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Write sensitivity.json and its heat map. Measured on calibration text: the evaluation text stays unseen."""
     imatrix, _ = load_imatrix(imatrix_path)
-    plan_all = {spec.name: spec for spec in deepseek.specs(source.config)}
+    plan_all = {spec.name: spec for spec in family.specs(source.config)}
     fitted = {
         name: fit(imatrix[name], spec.n_matrices, spec.n_in, name)
         for name, spec in plan_all.items()
@@ -196,7 +182,7 @@ def verify_file(
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
     sample = text.documents[0].text[:4096]
-    if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
+    if tokenizer.tokenize(original.tokenizer(), sample) != tokenizer.tokenize(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
     if runtime is not None:
@@ -253,7 +239,6 @@ class MakeOptions:
 
     recipe: str | None = None
     target: str | None = None
-    mla: str | None = None
     budget: BudgetOptions = field(default_factory=BudgetOptions)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
@@ -268,14 +253,14 @@ class MakeOptions:
     recover: bool = False
 
 
-def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
+def make(model: ModelRef | Path | str, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
     """The main job. Leaves GGUF(s), imatrix.gguf, plan.json, recipe.toml, verify.json, provenance.json in `folder`.
 
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
     and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
     """
     device = options.device or default_device()
-    plan = plan_model(model, options.recipe, options.target, options.mla, options.budget, options.split_max_bytes)
+    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     checkpoint = open_weights(model)
     check_ranks(checkpoint, device)
     ranks.same(plan.digest(), "plan")
@@ -289,7 +274,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
         _claim(folder, identity, options.restart)
         write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
         write_text(folder / PLAN, plan.to_json())
-        write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
+        if (rules := recipe_text(options.recipe, options.budget)) is not None:
+            write_text(folder / RECIPE, rules)
         if options.restart:
             for left in ("reference.state", BASE):
                 shutil.rmtree(folder / left, ignore_errors=True)

@@ -31,8 +31,7 @@ from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.ggml import codec as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.experts.streamed import Turns, expert_names
@@ -182,7 +181,7 @@ class Recovery:
     ):
         self.original, self.plan, self.how, self.state, self.job = original, plan, how, state, job
         self.student = Student(path, str(original.device), original.dtype)
-        self.specs = [s for s in deepseek.specs(original.config, plan.mla) if s.name in self.student.base]
+        self.specs = [s for s in family.specs(original.config, plan.mla) if s.name in self.student.base]
         hold = max(1, len(tokens) // how.held_out)
         every = torch.linspace(0, len(tokens) - 1, hold + 2)[1:-1].round().long()
         kept = torch.ones(len(tokens), dtype=torch.bool)
@@ -219,8 +218,8 @@ class Recovery:
     def _original(self, spec: TensorSpec) -> torch.Tensor:
         source = self.original
         rows = [
-            deepseek.read(source.checkpoint, source.config, spec, *bounds, str(source.device))
-            for bounds in deepseek.slices(spec)
+            family.read(source.checkpoint, source.config, spec, *bounds, str(source.device))
+            for bounds in family.slices(spec)
         ]
         return torch.cat(rows).view(spec.shape).to(source.device, source.dtype)
 
@@ -412,7 +411,7 @@ def open_original(checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int
     if it does not fit at all."""
     n = sum(t.n_weights for t in plan.tensors)
     moved = sum(t.n_weights for t in plan.tensors if not t.is_routed and t.role != "token_embd")
-    d = DeepseekConfig.from_hf(checkpoint.config).d
+    d = family.from_hf(checkpoint.config).d
     besides = moved * MOVED_BYTES + n // SUPERBLOCK * FREE_BYTES + 6 * 4 * LOGITS + 4 * n_tokens * d
     limit, where = memory_limit(ram, torch.device(device))
     for dtype in (torch.float32, torch.bfloat16):

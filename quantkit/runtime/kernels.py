@@ -13,7 +13,7 @@ import triton.language as tl
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.codebooks import on_device
 from quantkit.codecs.registry import codec, triton_twin
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program: one per thread
@@ -215,7 +215,7 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     return out
 
 
-def route(logits: torch.Tensor, bias: torch.Tensor | None, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, bias: torch.Tensor | None, c: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """As layers.route from its logits float32 [n, n_expert]; the experts as int32."""
     n = len(logits)
     ids = torch.empty(n, c.n_used, dtype=torch.int32, device=logits.device)

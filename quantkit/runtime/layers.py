@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.watch import Watcher
 
@@ -119,7 +119,7 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, config: DeepseekConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype
+        cls, config: ModelConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
         """For so many sequences of up to so many tokens."""
         shape = (n_seq, capacity)
@@ -146,7 +146,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def attention(
     h: torch.Tensor,
     weights: LayerWeights,
-    config: DeepseekConfig,
+    config: ModelConfig,
     angles: Angles,
     cache: KVCache | None = None,
     watcher: Watcher | None = None,
@@ -188,7 +188,7 @@ def attention(
     return weights.output(values).view(n_seq, t, d)
 
 
-def _query(x: torch.Tensor, weights: LayerWeights, config: DeepseekConfig, see: See | None) -> torch.Tensor:
+def _query(x: torch.Tensor, weights: LayerWeights, config: ModelConfig, see: See | None) -> torch.Tensor:
     if not isinstance(weights.q, tuple):
         if see:
             see("attn_q", x)
@@ -255,7 +255,7 @@ def _absorbed(
     return out
 
 
-def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of each token: (expert int64 [n, n_used], weight float32 [n, n_used]) for normed x [n, d].
 
     DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
@@ -279,7 +279,7 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
 def feed_forward(
     x: torch.Tensor,
     weights: LayerWeights,
-    config: DeepseekConfig,
+    config: ModelConfig,
     sums: torch.Tensor | None = None,
     watcher: Watcher | None = None,
     weight_of_token: torch.Tensor | None = None,

@@ -8,7 +8,7 @@ import torch
 
 from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.progress import say
 from quantkit.runtime.layers import SCORE_ELEMENTS
 from quantkit.runtime.room import Place, Room
@@ -37,7 +37,7 @@ class Memory:
         return max(0, (limit - self.fixed) // (self.total(1, place) - self.fixed))
 
 
-def memory(config: DeepseekConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
+def memory(config: ModelConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
     """An upper estimate. Per token: hidden state, normed input, sum of experts. Fixed: weights and tiles."""
     c, size = config, compute.itemsize
     q = c.d * c.q_lora + c.q_lora * c.n_head * c.qk_head if c.q_lora else c.d * c.n_head * c.qk_head

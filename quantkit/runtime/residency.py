@@ -17,7 +17,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.sizes import gib
 
@@ -33,7 +33,7 @@ class Residency:
     experts. read: bytes of experts read so far.
     """
 
-    def __init__(self, file: GGUFFile, config: DeepseekConfig, limit: int, on_gpu: bool = False):
+    def __init__(self, file: GGUFFile, config: ModelConfig, limit: int, on_gpu: bool = False):
         self.file, self.limit, self.held, self.read = file, limit, 0, 0
         self.order: OrderedDict[tuple[int, int], None] = OrderedDict()  # the one used longest ago first
         self.names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}

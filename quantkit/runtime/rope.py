@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from quantkit.models.config import DeepseekConfig, Yarn
+from quantkit.models.config import ModelConfig, Yarn
 from quantkit.runtime.rotation import Angles
 
 
-def frequencies(config: DeepseekConfig) -> torch.Tensor:
+def frequencies(config: ModelConfig) -> torch.Tensor:
     """Angle per position of each pair: float32 [qk_rope / 2]. YaRN (arXiv 2309.00071) as DeepSeek-V3 computes it."""
     half = config.qk_rope // 2
     extrapolated = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -19,7 +19,7 @@ def frequencies(config: DeepseekConfig) -> torch.Tensor:
     return (extrapolated / config.yarn.factor * ramp + extrapolated * (1 - ramp)).float()
 
 
-def _correction_range(config: DeepseekConfig, yarn: Yarn) -> tuple[int, int]:
+def _correction_range(config: ModelConfig, yarn: Yarn) -> tuple[int, int]:
     """Pairs that turn more than beta_fast times within the original context are kept, under beta_slow interpolated."""
 
     def pair(turns: float) -> float:
@@ -30,7 +30,7 @@ def _correction_range(config: DeepseekConfig, yarn: Yarn) -> tuple[int, int]:
     return max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), config.qk_rope - 1)
 
 
-def angles(config: DeepseekConfig, positions: torch.Tensor) -> Angles:
+def angles(config: ModelConfig, positions: torch.Tensor) -> Angles:
     """For integer positions of any shape [...]."""
     turns = positions.float().unsqueeze(-1) * frequencies(config).to(positions.device)
     return Angles(turns.cos(), turns.sin())

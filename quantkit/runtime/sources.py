@@ -22,9 +22,9 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.codec import dequantize
 from quantkit.ggml.graph import Experts as GgmlExperts
 from quantkit.ggml.graph import Linear as GgmlLinear
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import source_shapes, specs
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.progress import say
 from quantkit.runtime.ahead import Item, Result, read_ahead
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
@@ -47,8 +47,8 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.name = Path(checkpoint.path).name
-        self.config = DeepseekConfig.from_hf(checkpoint.config)
-        checkpoint.validate(source_shapes(self.config))
+        self.config = family.from_hf(checkpoint.config)
+        checkpoint.validate(family.source_shapes(self.config))
 
     def tokenizer(self) -> Tokenizer:
         return tokenizers.load(Path(self.checkpoint.path))
@@ -132,7 +132,7 @@ class CheckpointSource:
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
 
 
-def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def split_kv_b(kv_b: torch.Tensor, c: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """[n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
     k, v = kv_b.view(c.n_head, c.qk_nope + c.v_head, c.kv_lora).split([c.qk_nope, c.v_head], dim=1)
     return k.transpose(1, 2).contiguous(), v.contiguous()
@@ -166,7 +166,7 @@ class GGUFSource:
         self.dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         self.scratch: Scratch | None = None
         self.n_threads = n_threads or torch.get_num_threads()
-        self.config = DeepseekConfig.from_gguf(self.file.metadata)
+        self.config = family.from_gguf(self.file.metadata)
         self.pool = ThreadPoolExecutor(self.n_threads)
         self.make_experts: type = GgmlExperts  # or kt_experts.KtExperts
         self._check_tensors()
@@ -189,9 +189,8 @@ class GGUFSource:
         return twin
 
     def _check_tensors(self) -> None:
-        mla = "combined" if "blk.0.attn_kv_b.weight" in self.file.tensors else "split"
         tied = "output.weight" not in self.file.tensors
-        for spec in specs(self.config, mla):
+        for spec in family.specs(self.config, mla_of(self.file.tensors)):
             found = self.file.tensors.get(spec.name)
             if found is None and not (tied and spec.name == "output.weight"):
                 raise QuantkitError(f"{self.name}: tensor {spec.name} is missing")
@@ -199,7 +198,7 @@ class GGUFSource:
                 raise QuantkitError(f"{self.name}: tensor {spec.name} has shape {tuple(found.shape)}, not {spec.shape}")
 
     def tokenizer(self) -> Tokenizer:
-        return tokenizers.from_gguf(self.file.metadata)
+        return tokenizers.from_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
         """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
@@ -30,7 +30,7 @@ class Source(Protocol):
     """A model whose layers can be loaded one at a time."""
 
     name: str
-    config: DeepseekConfig
+    config: ModelConfig
     device: torch.device
     dtype: torch.dtype
 
@@ -135,7 +135,7 @@ def job_of(source: Source, tokens: torch.Tensor) -> str:
 def apply_attention(
     hidden: torch.Tensor,
     weights: LayerWeights,
-    config: DeepseekConfig,
+    config: ModelConfig,
     angles: Angles,
     watcher: Watcher | None = None,
 ) -> None:

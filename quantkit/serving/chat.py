@@ -39,7 +39,7 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
     """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
-    ids = tokenizers.encode(tokenizer, text)
+    ids = tokenizers.tokenize(tokenizer, text)
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 

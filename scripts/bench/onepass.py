@@ -23,8 +23,8 @@ from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources import CheckpointSource
@@ -68,9 +68,9 @@ def main(
 
     checkpoint = Checkpoint.open(folder)
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    plan = make_plan(deepseek.specs(source.config), Recipe.load(recipe), target, model="synthetic")
+    plan = make_plan(family.specs(source.config), Recipe.load(recipe), target, model="synthetic")
     ids = torch.randint(0, source.config.n_vocab, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
-    metadata = deepseek.metadata(source.config, plan.mla, "synthetic")
+    metadata = family.metadata(source.config, plan.mla, "synthetic")
     state = PassState(out / "state", "bench")
     state.remove()
     ranks.barrier()

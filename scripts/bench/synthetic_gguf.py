@@ -17,10 +17,9 @@ from quantkit import bundle
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml.codec import quantize
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import PlannedTensor, make_plan
+from quantkit.models import family, tokenizer
+from quantkit.planning.assign import make_plan
+from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import track
 
@@ -71,10 +70,10 @@ def vector(tensor: PlannedTensor, blocks: Blocks) -> np.ndarray:
 def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -> None:
     """Write a random R1-shaped GGUF file."""
     config = layout(dense, moe, 256)[0]
-    c = DeepseekConfig.from_hf(config)
-    plan = make_plan(deepseek.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
-    metadata = deepseek.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
-        bundle.models_dir() / "tiny-r1", c.n_vocab
+    c = family.from_hf(config)
+    plan = make_plan(family.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
+    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
+        bundle.models_dir() / "tiny-r1", c.n_vocab, family.PRE
     )
     blocks = Blocks(seed)
     with (

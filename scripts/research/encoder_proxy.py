@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.rope import angles
@@ -40,18 +40,18 @@ SEEN = {"attn_kv_b": "attn_v_b"} | {
 }
 
 
-def load(folder: Path) -> tuple[DeepseekConfig, dict[str, torch.Tensor]]:
+def load(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Config and all weights, dequantized from FP8. k_b is [heads, rows, kv_lora], as kv_b_proj has it."""
     checkpoint = Checkpoint.open(folder)
-    config, w = DeepseekConfig.from_hf(checkpoint.config), {}
-    for spec in deepseek.specs(config):
-        rows = [deepseek.read(checkpoint, config, spec, *bounds) for bounds in deepseek.slices(spec)]
+    config, w = family.from_hf(checkpoint.config), {}
+    for spec in family.specs(config):
+        rows = [family.read(checkpoint, config, spec, *bounds) for bounds in family.slices(spec)]
         value = torch.cat(rows).view(spec.shape)
         w[spec.name.rpartition(".")[0]] = value.transpose(1, 2).contiguous() if spec.role == "attn_k_b" else value
     return config, w
 
 
-def weights_of(config: DeepseekConfig, w: dict[str, torch.Tensor], i: int) -> LayerWeights:
+def weights_of(config: ModelConfig, w: dict[str, torch.Tensor], i: int) -> LayerWeights:
     """Layer i, with what the dict holds of it now."""
     of, moe = {name.removeprefix(f"blk.{i}."): t for name, t in w.items()}, config.is_moe(i)
 
@@ -91,7 +91,7 @@ class Telling(Watcher):
         self.see(f"blk.{self.i}.exps", visit)
 
 
-def positions(n: int, config: DeepseekConfig, device: torch.device) -> Angles:
+def positions(n: int, config: ModelConfig, device: torch.device) -> Angles:
     """cos and sin of the first n positions."""
     return angles(config, torch.arange(n, device=device))
 

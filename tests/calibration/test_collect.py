@@ -10,8 +10,8 @@ from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
@@ -37,7 +37,7 @@ def imatrix(source, tokens):
 
 def test_every_matrix_of_both_layouts_is_measured(source, imatrix):
     for mla in ("split", "combined"):
-        for spec in deepseek.specs(source.config, mla):
+        for spec in family.specs(source.config, mla):
             if len(spec.shape) > 1 and spec.layer is not None:
                 entry = imatrix[spec.name]
                 assert entry.in_sum2.shape == (spec.n_matrices, spec.n_in), spec.name
@@ -148,7 +148,7 @@ def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, 
     rules = tmp_path / "eight.toml"
     head = 'name = "eight"\ndescription = "d"\ntarget = "llama.cpp"\nmla = "split"\n'
     rules.write_text(head + '[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n')
-    eight = make_plan(deepseek.specs(source.config), Recipe.load(rules), model="tiny")
+    eight = make_plan(family.specs(source.config), Recipe.load(rules), model="tiny")
     out = tmp_path / "tiny.gguf"
     quantize(tiny, eight, {}, Output(out), GgmlEncoder())
     with torch.inference_mode():

@@ -11,8 +11,8 @@ from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
 from quantkit.formats.sensitivity import Sensitivity
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden
@@ -72,7 +72,7 @@ def full(source, imatrix, chunks):
 def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     """Independent of the forks: a GGUF file with one quantized tensor, read back and compared at the output."""
     rule = ONE.format(name=name, qtype=qtype)
-    specs = deepseek.specs(source.config)
+    specs = family.specs(source.config)
     plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
     only = {k: v for k, v in imatrix.items() if k == name}
@@ -92,7 +92,7 @@ def test_full_tier_equals_brute_force(source, imatrix, chunks, full, name, qtype
 
 def test_every_candidate_has_an_entry(source, full):
     names = {(e.tensor, e.qtype) for e in full.entries}
-    for spec in deepseek.specs(source.config):
+    for spec in family.specs(source.config):
         for qtype in sensitivity.DEFAULT.of(spec):
             assert (spec.name, qtype) in names
             entry = next(e for e in full.entries if (e.tensor, e.qtype) == (spec.name, qtype))

@@ -10,8 +10,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import recovery
 from quantkit.job.recovery import RecoverOptions, Recovery, open_original, recover
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 
@@ -25,7 +25,7 @@ def source(tiny):
 
 @pytest.fixture(scope="module")
 def plan(source):
-    return make_plan(deepseek.specs(source.config), Recipe.load("2.51bit"), "llama.cpp", model="tiny")
+    return make_plan(family.specs(source.config), Recipe.load("2.51bit"), "llama.cpp", model="tiny")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import torch
 from quantkit import bundle
 from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines import gpu
 from quantkit.runtime.engines.gpu import GpuEngine
@@ -128,8 +127,8 @@ def test_gpu_layers_without_gpu(source):
 
 def test_r1_fits_in_14_gb():
     """Weights of the 1.58-bit recipe but for routed experts, a cache of 8,192 tokens, and a piece's workspace."""
-    c = DeepseekConfig.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
-    plan = make_plan(deepseek.specs(c), Recipe.load("1.58bit"), "llama.cpp", "r1")
+    c = family.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
+    plan = make_plan(family.specs(c), Recipe.load("1.58bit"), "llama.cpp", "r1")
     parts = gpu.fixed_bytes({tensor.name: tensor for tensor in plan.tensors}, c, 8192)
     print(parts, {n: gpu.workspace(c, n) for n in gpu.PIECES})
     assert sum(parts.values()) + gpu.workspace(c, gpu.PIECES[-1]) + gpu.SPARE < 14e9

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import KVCache, LayerWeights, Router, attention, rms_norm, route
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.rotation import Angles, rotate
@@ -24,7 +24,7 @@ def weights(source) -> LayerWeights:
     return source.layer(1)
 
 
-def naive_attention(h: torch.Tensor, layer: LayerWeights, c: DeepseekConfig) -> torch.Tensor:
+def naive_attention(h: torch.Tensor, layer: LayerWeights, c: ModelConfig) -> torch.Tensor:
     """One sequence, full keys and values per head, one query at a time (DeepSeek-V2, arXiv 2405.04434, 2.1)."""
     x = rms_norm(h, layer.attn_norm, c.rms_eps)
     q_a, norm, q_b = layer.q

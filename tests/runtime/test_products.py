@@ -9,7 +9,7 @@ from random_blocks import close, random_blocks
 
 from quantkit import bundle
 from quantkit.codecs.registry import CODECS, codec, in_groups
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
 from quantkit.runtime.layers import Router, route
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,8 +56,7 @@ def test_routing_kernel(device):
 
     folder = bundle.models_dir()
     r1, tiny = (
-        DeepseekConfig.from_hf(json.loads((folder / name / "config.json").read_text()))
-        for name in ("deepseek-r1", "tiny-r1")
+        family.from_hf(json.loads((folder / name / "config.json").read_text())) for name in ("deepseek-r1", "tiny-r1")
     )
     v2 = dataclasses.replace(
         r1,

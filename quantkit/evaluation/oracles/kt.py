@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError, run_module
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 
 WHEEL = "kt-kernel==0.7.2"
 VARIANTS = ("amx", "avx512_bf16", "avx512_vbmi", "avx512_vnni", "avx512_base", "avx2")  # the wheel's, best first
@@ -31,7 +31,7 @@ def available() -> bool:
 def experts(
     path: Path,
     layer: int,
-    config: DeepseekConfig,
+    config: ModelConfig,
     x: torch.Tensor,
     expert: torch.Tensor,
     weight: torch.Tensor,
@@ -56,7 +56,7 @@ def experts(
 
 
 def runnable(
-    path: Path, layer: int, config: DeepseekConfig, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor
+    path: Path, layer: int, config: ModelConfig, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor
 ) -> str:
     """The best variant that this machine runs: a CPU may name AMX among its flags and not have it."""
     for variant in [os.environ["KT_KERNEL_CPU_VARIANT"]] if "KT_KERNEL_CPU_VARIANT" in os.environ else VARIANTS:

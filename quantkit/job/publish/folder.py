@@ -15,8 +15,8 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
 from quantkit.planning.plan import Plan
 
-REQUIRED = ("plan.json", "recipe.toml", "verify.json", "provenance.json")
-OPTIONAL = ("certify.json", "report.html")
+REQUIRED = ("plan.json", "verify.json", "provenance.json")
+OPTIONAL = ("recipe.toml", "certify.json", "report.html")
 IMATRIX = "imatrix.gguf"
 SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
@@ -93,10 +93,8 @@ def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) ->
         return [download]
     p, calibration = provenance, provenance["calibration"]
     source = p.get("source") or {}
-    words = ["quantkit", "make", base]
-    if source.get("commit"):
-        words += ["--revision", source["commit"]]
-    words += ["--recipe", f"published/{name}/recipe.toml", "--target", p["target"], "--mla", p["mla"]]
+    words = ["quantkit", "make", f"{base}@{source['commit']}" if source.get("commit") else base]
+    words += ["--recipe", f"published/{name}/plan.json"]
     text = calibration.get("text")
     if p.get("packed_by") == "ggml":
         words += ["--imatrix", f"published/imatrix/{name}.gguf"]

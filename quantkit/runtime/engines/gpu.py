@@ -20,7 +20,7 @@ from quantkit import machine as probe
 from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.staging import CHUNK, Ring, Stack, Stacks, upload, upload_experts
 from quantkit.runtime.experts.cpu import open_experts
 from quantkit.runtime.experts.streamed import expert_names
@@ -473,7 +473,7 @@ def grouped(x: torch.Tensor, weights: torch.Tensor, stops: torch.Tensor) -> torc
     return torch.cat([part @ w.T for part, w in zip(x.tensor_split(stops[:-1].long().cpu()), weights, strict=True)])
 
 
-def workspace(c: DeepseekConfig, n: int) -> int:
+def workspace(c: ModelConfig, n: int) -> int:
     """Upper estimate of the bytes that a piece of n tokens needs besides weights and cache."""
     tokens = n * (
         16 * c.d + 2 * c.n_head * (4 * c.qk_head + 4 * c.v_head) + 6 * max(c.n_ff, c.n_ff_exp * c.n_used // 4)
@@ -482,7 +482,7 @@ def workspace(c: DeepseekConfig, n: int) -> int:
     return tokens + matrices + 8 * SCORE_ELEMENTS
 
 
-def fixed_bytes(tensors: dict[str, GGUFTensor], c: DeepseekConfig, n_tokens: int) -> dict[str, int]:
+def fixed_bytes(tensors: dict[str, GGUFTensor], c: ModelConfig, n_tokens: int) -> dict[str, int]:
     """GPU memory that does not depend on --gpu-layers: the weights but for routed experts and the embedding (which stay
     in the mapped file), and the cache of n_tokens in all."""
     elsewhere = {name for layer in range(c.n_layer) for name in expert_names(layer)}

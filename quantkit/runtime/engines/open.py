@@ -7,7 +7,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.ggml import graph as ggml
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.gpu import GpuEngine, GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.generate import Model, Sampling, sample
@@ -25,7 +25,7 @@ class Engine(Protocol):
     returns float32 logits [n, v]; they are valid until the next call.
     """
 
-    config: DeepseekConfig
+    config: ModelConfig
     n_slots: int
     capacity: int
     piece: int
