@@ -165,9 +165,9 @@ def bpw(tensors: Iterable[PlannedTensor]) -> float:
 
 def check_rows(name: str, role: str, n_in: int, qtype: str) -> None:
     """Refuse a type whose blocks do not divide the rows, or that needs importance where there is none."""
-    if not qtypes.fits(qtype, n_in):
+    block = qtypes.get(qtype).block_size
+    if n_in % block:
         use = " ".join(q for q in qtypes.QTYPES if qtypes.fits(q, n_in))
-        block = qtypes.get(qtype).block_size
         raise QuantkitError(f"{name}: rows of {n_in} weights do not divide into {qtype} blocks of {block}; {use} fit")
     if role == "token_embd" and qtypes.needs_importance(qtype):
         raise QuantkitError(f"{name}: {qtype} needs importance, and embeddings have none; use Q2_K or more")
