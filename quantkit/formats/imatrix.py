@@ -5,6 +5,7 @@ F32 [n_matrices or 1, 1] (shapes slowest first). llama-imatrix flattens the in_s
 have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape back.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import QuantkitError
-from ..tensors import Importance
+from ..tensors import Imatrix, Importance
 from .gguf_encode import U32, Value
 from .gguf_layout import FileLayout, layout
 from .gguf_reader import GGUFFile
@@ -114,6 +115,16 @@ def fit(importance: Importance, n_matrices: int, n_in: int, name: str) -> Import
             f"the model {n_matrices} matrices of {n_in} columns: it is of another model"
         )
     return Importance(sums.reshape(n_matrices, n_in), counts)
+
+
+def imatrix_digest(imatrix: Imatrix) -> str:
+    """sha256 of all sums and counts, whatever file they came from."""
+    whole = hashlib.sha256()
+    for name in sorted(imatrix):
+        entry = imatrix[name]
+        for array in (entry.in_sum2, entry.counts):
+            whole.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()
 
 
 def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:

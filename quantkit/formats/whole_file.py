@@ -1,7 +1,12 @@
 """Small files, written whole and durably or not at all."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -20,3 +25,16 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole`, in UTF-8. QuantkitError, naming `path`, if it cannot be written."""
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object for people and programs, as `write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

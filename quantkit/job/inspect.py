@@ -8,14 +8,13 @@ from pathlib import Path
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.job.plan import open_model
 from quantkit.models.config import DeepseekConfig
 from quantkit.models.deepseek2 import source_shapes
 
 
 def describe(name: str) -> str:
     """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
-    from quantkit.job.make import open_model
-
     if name.endswith(".gguf"):
         return _gguf(GGUFFile.open(Path(name)))
     return _checkpoint(name, open_model(name))

@@ -9,7 +9,7 @@ from quantkit.planning.allocate import Infeasible, Item, Limits, Option, Solver
 from quantkit.planning.damage import Damage
 from quantkit.planning.plan import ALIGNMENT, Outlook, Plan, make_plan, rule_of_each
 from quantkit.planning.recipe import Budget, Recipe, Rule
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 from quantkit.tensors import TensorSpec
 
 FileBytes = Callable[[Plan], int]
@@ -104,4 +104,4 @@ def _too_small(error: Infeasible, budget: Budget, smallest: Plan, overhead: int,
     if budget.bpw:
         return f"{what} is {8 * error.smallest / sum(t.n_weights for t in smallest.tensors):.4f} bpw, not {budget.bpw}"
     needed, given = error.smallest + overhead, budget.size or 0
-    return f"{what} size is {needed:,} bytes ({gib(needed)}); {given:,} ({gib(given)}) is too small"
+    return f"{what} size is {needed:,} bytes ({both_units(needed)}); {given:,} ({both_units(given)}) is too small"

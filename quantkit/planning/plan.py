@@ -157,7 +157,7 @@ def make_plan(
     for spec, rule in rule_of_each(specs, recipe, target):
         qtype = spec.fixed if rule is None else rule.qtype or (chosen or {}).get(spec.name)
         if qtype is None:
-            raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 131GB")
+            raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 140GB")
         picked.append((spec, rule, qtype))
     tensors = _lay_out(picked)
     mla = mla_of((spec.role for spec in specs), recipe.mla)

@@ -3,7 +3,7 @@
 name = "1.58bit"
 description = "one line"
 target = "ktransformers"       # the engine that has to compute the file; --target overrides it
-mla = "split"                  # or "combined": how kv_b is stored; --mla overrides it
+mla = "split"                  # or "combined": how kv_b is stored; --target ENGINE/combined overrides it
 
 [[rules]]
 match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them
@@ -21,7 +21,7 @@ allocate = { types = ["IQ1_S", "Q2_K"], floor = "IQ1_S", ceiling = "Q6_K" }
 why = "required: the reason"
 
 [budget]                       # --size and its like override it
-size = "131GB"                 # the whole file; or bpw = 1.6: bits of tensor data per weight
+size = "140.2GB"               # the whole file; or bpw = 1.6: bits of tensor data per weight
 gpu = "12GB"                   # all but the routed experts
 """
 
@@ -39,7 +39,7 @@ from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.planning import targets
 from quantkit.planning.targets import TARGETS
-from quantkit.sizes import parse_memory
+from quantkit.sizes import parse_size
 from quantkit.tensors import TensorSpec
 
 MLA = ("split", "combined")
@@ -221,7 +221,7 @@ def _budget(table: Any, where: str) -> Budget:
     bits = table.get("bpw")
     if bits is not None and (type(bits) not in (int, float) or not 0 < bits <= 32):
         raise field.error(f"bpw must be a number of bits, not {bits!r}")
-    size, gpu = (parse_memory(field.text(key), f"{where}: {key}") if key in table else None for key in ("size", "gpu"))
+    size, gpu = (parse_size(field.text(key), f"{where}: {key}") if key in table else None for key in ("size", "gpu"))
     return Budget(size, bits, gpu)
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 from textwrap import wrap
 
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 
 TYPES_WIDTH = 48
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -27,7 +27,7 @@ def render(plan: Plan) -> str:
 def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
     """The lines under the table: bytes of the whole file, KLD predicted (nats a token) from source, the budget."""
     lines = [
-        f"whole file  {file_bytes:,} bytes ({gib(file_bytes)})",
+        f"whole file  {file_bytes:,} bytes ({both_units(file_bytes)})",
         f"predicted   KLD {kld:.4f} nats a token ({source})",
     ]
     if plan.outlook:

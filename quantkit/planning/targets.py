@@ -91,7 +91,7 @@ KTRANSFORMERS = Target(
     single_file=False,
     notes=(
         "kt-kernel with sglang reads only the routed experts from the GGUF, the rest from the HF checkpoint",
-        "legacy ktransformers up to 0.3.1 needs --mla combined; from 0.3.2 either layout works",
+        "legacy ktransformers up to 0.3.1 needs --target ktransformers/combined; from 0.3.2 either layout works",
         "legacy ktransformers reads every *.gguf in the folder: keep one model per folder, and no *.safetensors",
         "IQ4_XS experts carry 2 to 6 % relative error, the other types 0.2 to 2.2 % (8-bit activations)",
     ),

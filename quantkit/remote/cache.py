@@ -177,7 +177,7 @@ def failed(folder: Path, error: OSError) -> QuantkitError:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         return QuantkitError(
             f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
-            "--cache-size, or set HF_HOME to another disk"
+            "$QUANTKIT_CACHE_SIZE, or set HF_HOME to another disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")

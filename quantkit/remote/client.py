@@ -161,7 +161,7 @@ def explain(error: Exception, repo: Repo, what: str) -> NoReturn:
     elif isinstance(error, GatedRepoError):
         line = f"{at}: gated; ask for access on its page, then {login} ({known})"
     elif isinstance(error, RevisionNotFoundError):
-        line = f"{at}: no revision {repo.revision or repo.commit} (--revision)"
+        line = f"{at}: no revision {repo.revision or repo.commit}"
     elif isinstance(error, EntryNotFoundError):
         line = f"{at}: no file {what}"
     elif isinstance(error, RepositoryNotFoundError) or status == 404:

@@ -268,7 +268,7 @@ class HubSource:
         need = min(sum(layers), 2 * max(layers, default=0)) + kept
         if need > self.limit:
             say(
-                f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
+                f"warning: $QUANTKIT_CACHE_SIZE of {self.limit / 1e9:.3g} GB does not hold two layers and embeddings "
                 f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
             )
 

@@ -206,7 +206,7 @@ def choose_room(
     most = need.most_tokens(limit, place)
     least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
     advice = f"at most {most:,} tokens fit" if most else least
-    more = "; --hidden disk needs less" if place != "disk" and most else ""
+    more = "; hidden='disk' needs less" if place != "disk" and most else ""
     raise QuantkitError(
         f"{n_tokens:,} tokens need {need.total(n_tokens, place) / 1e9:.1f} GB, but {option} is "
         f"{limit / 1e9:.1f} GB; {advice}{more}"

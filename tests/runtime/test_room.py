@@ -25,7 +25,7 @@ def test_the_first_place_that_has_room():
 def test_a_refusal_says_what_fits():
     with pytest.raises(QuantkitError, match="at most 9,000 tokens fit"):
         place(20_000)
-    with pytest.raises(QuantkitError, match="at most 818 tokens fit; --hidden disk needs less"):
+    with pytest.raises(QuantkitError, match="at most 818 tokens fit; hidden='disk' needs less"):
         place(1_000, "device")
     with pytest.raises(QuantkitError, match="no tokens fit"):
         place(1, limit=900)
