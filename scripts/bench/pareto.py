@@ -30,6 +30,7 @@ from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
 from quantkit.job import plan as plans
+from quantkit.job.stages import source_of
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.budget import plan_within
@@ -83,7 +84,7 @@ class Bench:
         self.imatrix, _ = load_imatrix(folder / "imatrix.gguf")
         self.damage = plans.damage_model(self.specs, None if prior else folder / "sensitivity.json")
         self.encoder = CachedEncoder(folder / "cache")
-        self.source = pipeline.source_of(self.checkpoint, "cpu")
+        self.source = source_of(self.checkpoint, "cpu")
         choice = TextChoice(data, n_tokens=tokens)
         chunks = cut(choice.corpus("evaluation"), self.source, choice)
         self.tokens, self.targets = chunks.tokens, scored_targets(chunks.targets)

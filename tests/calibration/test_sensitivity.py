@@ -6,10 +6,11 @@ import torch
 from quantkit.calibration import sensitivity
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
+from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.jobs import quantize
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import compare, scored, scored_targets
 from quantkit.ggml import library as ggml
-from quantkit.job import make as pipeline
 from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
@@ -74,12 +75,12 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     specs = deepseek.specs(source.config)
     plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
-    pipeline.quantize(
+    quantize(
         source.checkpoint,
         plan,
         {k: v for k, v in imatrix.items() if k == name},
         path,
-        pipeline.GgmlEncoder(),
+        GgmlEncoder(),
         fingerprint={},
     )
     file = GGUFSource(path, hybrid=False)

@@ -14,9 +14,12 @@ import gguf
 import pytest
 
 from quantkit import bundle
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
+from quantkit.job.options import MakeOptions
 from quantkit.planning.plan import Plan
 
 SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--workers", "2"]
@@ -57,16 +60,16 @@ def test_file_is_what_the_plan_says_and_gguf_reads_it(made):
 
 def test_rerun_uses_what_is_there_and_another_job_is_refused(made):
     before = (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns
-    options = pipeline.MakeOptions(
-        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
-        evaluation=pipeline.TextChoice(n_tokens=4096),
+    options = MakeOptions(
+        calibration=Calibration(TextChoice(n_tokens=8192)),
+        evaluation=TextChoice(n_tokens=4096),
         encoder="ggml",
         verify=False,
     )
-    pipeline.make("tiny-r1", made, options)
+    make("tiny-r1", made, options)
     assert (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns == before
     with pytest.raises(QuantkitError, match=r"holds another job: recipe was 1\.58bit, now 2\.51bit"):
-        pipeline.make("tiny-r1", made, dataclasses.replace(options, recipe="2.51bit"))
+        make("tiny-r1", made, dataclasses.replace(options, recipe="2.51bit"))
 
 
 def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path):
@@ -113,6 +116,26 @@ def test_stages_by_hand_give_the_same_file(made, tmp_path):
     assert "IQ1_S" in out and "16 routed + 1 shared" in out
 
 
+def test_a_plan_stands_in_for_a_recipe(made, tmp_path):
+    """A plan.json that was changed by hand, or published, makes the file that it describes."""
+    done = run(
+        "make",
+        "--recipe",
+        made / "plan.json",
+        "--imatrix",
+        made / "imatrix.gguf",
+        "--no-verify",
+        "-o",
+        tmp_path / "again",
+    )
+    assert done.stdout.strip().endswith("tiny-r1-1.58bit.gguf")
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {"tiny-r1-1.58bit.gguf", "plan.json", "provenance.json"}
+    ours, theirs = (GGUFFile.open(folder / "tiny-r1-1.58bit.gguf") for folder in (tmp_path / "again", made))
+    for name in theirs.tensors:
+        assert (ours.data(name) == theirs.data(name)).all(), name
+
+
 def test_splits_load_and_measure_the_same(made, tmp_path):
     run(
         "quantize",
@@ -142,12 +165,12 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
         "plan",
         "tiny-r1",
         "--size",
-        "4MB",
+        "4MiB",
         "--target",
         "llama.cpp",
         "-o",
         tmp_path / "p.json",
-        "--plot",
+        "-o",
         tmp_path / "p.png",
     )
     planned = Plan.from_json((tmp_path / "p.json").read_bytes())
@@ -156,7 +179,7 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
         "make",
         "tiny-r1",
         "--size",
-        "4MB",
+        "4MiB",
         "--target",
         "llama.cpp",
         "--imatrix",
@@ -209,9 +232,15 @@ BROKEN = [
         "imatrix",
     ),
     (["verify", "{made}/imatrix.gguf"], "deepseek2"),
-    (["make", "--split-max-size", "huge"], "--split-max-size huge"),
+    (["make", "--split-max-size", "huge"], "--split-max-size huge: not a size"),
+    (["make", "--target", "llama.cpp/joined"], "--target llama.cpp/joined: unknown layout"),
+    (["make", "--recipe", "{made}/plan.json", "--size", "4MB", "-o", "{tmp}/p"], "leave out --target and sizes"),
+    (["make", "--recipe", "{made}/plan.json", "--target", "ollama", "-o", "{tmp}/p"], "for ktransformers: leave out"),
+    (["hardware", "--context", "many"], "--context many: not a number of tokens"),
+    (["run", "{made}/tiny-r1-1.58bit.gguf", "--gpu-layers", "all"], "--gpu-layers all: write auto"),
     (["make", "--size", "1MB"], "smallest feasible size is"),
-    (["plan", "--size", "4MB", "--bpw", "2"], "--size and --bpw contradict each other"),
+    (["plan", "--size", "4MB", "--ram", "2GB"], "--size and --ram contradict each other"),
+    (["plan", "--size", "99bpw"], "--size 99bpw: bits per weight are a number up to 32"),
     (["plan", "--size", "much"], "--size much: not a size"),
     (["plan", "--vram", "1GB"], "--vram needs --ram"),
     (["plan", "--recipe", "1.58bit", "--size", "4MB"], "its rules fix every type"),

@@ -12,7 +12,7 @@ from quantkit.planning.budget import plan_within, predict
 from quantkit.planning.damage import Prior
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
-from quantkit.sizes import parse_memory, parse_size
+from quantkit.sizes import both_units, parse_size
 
 HEAD = 'name = "r"\ndescription = "d"\ntarget = "llama.cpp"\n'
 REST = '[[rules]]\nmatch = "*"\nallocate = {}\nwhy = "w"\n'
@@ -30,10 +30,10 @@ def within(rules, n_bytes=None, gpu=None, n_layer=6, solver="lagrange", bpw=None
 
 
 @pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
-@pytest.mark.parametrize("size", ["131GB", "140231438464", "158GB", "182.69GiB", "212GB", "400GB"])
+@pytest.mark.parametrize("size", ["131GiB", "140231438464", "158GiB", "182.69GiB", "212GiB", "400GiB"])
 def test_r1_fills_its_budget_and_never_more(size, target):
     begin = time.monotonic()
-    budget = plans.BudgetOptions(size=parse_memory(size, "--size"))
+    budget = plans.BudgetOptions(size=parse_size(size, "--size"))
     plan = plans.plan_model("deepseek-r1", None, target, None, budget)
     used = plans.plan_file_bytes("deepseek-r1", plan)
     assert time.monotonic() - begin < 5
@@ -110,7 +110,7 @@ def test_budget_in_the_recipe():
     plan = plans.plan_model("tiny-r1", "auto", budget=plans.BudgetOptions(bpw=3.0))
     assert plan.bpw <= 3.0
     recipe = Recipe.parse(HEAD + REST + '[budget]\nsize = "20GiB"\ngpu = "3000M"\n', "r.toml")
-    assert recipe.budget == Budget(20 << 30, None, 3000 << 20)
+    assert recipe.budget == Budget(20 << 30, None, 3_000_000_000)
 
 
 def test_plan_json_keeps_the_outlook():
@@ -155,7 +155,11 @@ def test_the_smallest_feasible_size_is_feasible():
 )
 def test_sizes(text, n):
     assert parse_size(text, "--x") == n
-    assert parse_memory("2GB", "--x") == parse_memory("2GiB", "--x") == 2 << 30
+
+
+def test_sizes_are_shown_in_both_units():
+    assert both_units(140_188_446_432) == "140.2 GB, 130.6 GiB"
+    assert both_units(4_066_208) == "4.1 MB, 3.9 MiB"
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1X", "1iB", "nan", "1e99T"])

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
+from quantkit.job.options import MakeOptions
 from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.remote.repo import Model
 
-TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
-HOW = pipeline.Calibration(TEXT)
-OPTIONS = pipeline.MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml")
+TEXT = TextChoice(n_tokens=1024)
+HOW = Calibration(TEXT)
+OPTIONS = MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml")
 LIMIT = 9_600_000  # two of the model's four layers, and its embeddings; the whole would be 13.2 MB
 
 
@@ -122,7 +125,7 @@ def test_fifty_dropped_connections(hub, env, from_folder, tmp_path, monkeypatch)
     assert twice < total // 2  # what a broken connection had on its way
 
 
-def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
+def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypatch):
     """SIGKILL three times, each time after more of the weights have arrived."""
     command = [
         sys.executable,
@@ -140,11 +143,8 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
         "1024",
         "--eval-tokens",
         "1024",
-        "--chunk",
-        "128",
-        "--cache-size",
-        str(LIMIT),
     ]
+    monkeypatch.setenv("QUANTKIT_CACHE_SIZE", str(LIMIT))
     needed = needed_bytes(sharded)
     for share in (0.3, 0.6, 0.9):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -176,8 +176,8 @@ def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
 @pytest.mark.large
 def test_our_encoders_and_the_scores(hub, env, sharded, tmp_path):
     """The default job of a small model: 1.58bit, quantkit's encoders, verify."""
-    text = pipeline.TextChoice(n_tokens=8192)
-    options = pipeline.MakeOptions(calibration=pipeline.Calibration(text), evaluation=text)
+    text = TextChoice(n_tokens=8192)
+    options = MakeOptions(calibration=Calibration(text), evaluation=text)
     pipeline.make(sharded, tmp_path / "local", options)
     pipeline.make(Model("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
     assert results(tmp_path / "remote") == results(tmp_path / "local")
