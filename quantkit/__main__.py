@@ -1,5 +1,25 @@
-"""`python -m quantkit`."""
+"""`quantkit`, and `python -m quantkit`."""
 
-from quantkit.cli import main
+from quantkit.cli import making, using
+from quantkit.cli.group import main
 
-main()
+for command in (
+    making.make,
+    making.calibrate,
+    making.sensitivity,
+    making.plan,
+    making.hardware,
+    making.quantize,
+    using.inspect,
+    using.verify,
+    using.certify,
+    using.export_kt,
+    using.report,
+    using.run,
+    using.serve,
+    using.publish,
+):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

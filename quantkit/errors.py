@@ -1,5 +1,8 @@
 """The one exception that reaches a person as a single line, and what counts as too little memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MAX_MESSAGE = 2000
 
 
@@ -23,3 +26,14 @@ def out_of_memory(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):
         return "GPU memory"
     return "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error) else None
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what an extra installs: if it is missing, the error says which command brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] == "quantkit":
+            raise
+        raise QuantkitError(f"this needs {error.name}: pip install 'quantkit[{extra}]'") from None

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `pipeline` does
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `make` does
 
 from quantkit import bundle
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
+from quantkit.job.options import MakeOptions
 
 TINY = bundle.models_dir() / "tiny-r1"
 
@@ -26,12 +29,12 @@ def tiny() -> Checkpoint:
 def made(tmp_path_factory) -> Path:
     """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text."""
     folder = tmp_path_factory.mktemp("made")
-    options = pipeline.MakeOptions(
-        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
-        evaluation=pipeline.TextChoice(n_tokens=4096),
+    options = MakeOptions(
+        calibration=Calibration(TextChoice(n_tokens=8192)),
+        evaluation=TextChoice(n_tokens=4096),
         encoder="ggml",
     )
-    pipeline.make("tiny-r1", folder, options)
+    make("tiny-r1", folder, options)
     return folder
 
 

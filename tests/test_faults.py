@@ -15,7 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from quantkit import cli
+from quantkit.__main__ import main
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.encoding import jobs as quantize
 from quantkit.encoding.jobs import GgmlEncoder
 from quantkit.encoding.layer import LayerEncoder
@@ -25,14 +27,17 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.formats.safetensors_header import load_json
 from quantkit.job import make as pipeline
+from quantkit.job import stages
+from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.planning.plan import Plan
+from quantkit.runtime.sources import GGUFSource
 
 ROOT = Path(__file__).parents[1]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
-SMALL = pipeline.MakeOptions(
-    calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=1024)),
-    evaluation=pipeline.TextChoice(n_tokens=512),
+SMALL = MakeOptions(
+    calibration=Calibration(TextChoice(n_tokens=1024)),
+    evaluation=TextChoice(n_tokens=512),
     encoder="ggml",
     device="cpu",
     verify=False,
@@ -170,14 +175,14 @@ class Failing(GgmlEncoder):
 def test_a_worker_that_dies_costs_its_own_job(made, tmp_path, tiny, monkeypatch, workers):
     plan, out = Plan.from_json((made / "plan.json").read_bytes()), tmp_path / NAME
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
-        patch.setattr(pipeline, "GgmlEncoder", lambda: Failing(RuntimeError("died"), 40))
-        pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=workers)
+        patch.setattr(stages, "GgmlEncoder", lambda: Failing(RuntimeError("died"), 40))
+        stages.quantize_model(tiny, plan, made / "imatrix.gguf", out, stages.QuantizeOptions(workers))
     assert not out.exists()
     recorded = len((tmp_path / (NAME + ".part.ledger")).read_bytes().splitlines()) - 1
     assert recorded >= 39 - (workers - 1)
     again = Failing(AssertionError(), 1 << 30)
-    monkeypatch.setattr(pipeline, "GgmlEncoder", lambda: again)
-    pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=2)
+    monkeypatch.setattr(stages, "GgmlEncoder", lambda: again)
+    stages.quantize_model(tiny, plan, made / "imatrix.gguf", out, stages.QuantizeOptions(workers=2))
     specs = {spec.name: spec for spec in family.specs(family.from_hf(tiny.config))}
     n_jobs = sum(len(list(family.slices(spec))) for spec in specs.values())
     assert (1 << 30) - again.left == n_jobs - recorded
@@ -190,9 +195,9 @@ def test_a_shard_that_shrinks_under_the_run(made, tmp_path, model_copy, monkeypa
     good = shard.read_bytes()
     os.truncate(shard, len(good) // 2)
     with pytest.raises(QuantkitError, match=rf"{shard.name}: truncated: tensor '.*' ends"):
-        pipeline.quantize_model(checkpoint, plan, made / "imatrix.gguf", out)
+        stages.quantize_model(checkpoint, plan, made / "imatrix.gguf", out)
     shard.write_bytes(good)
-    pipeline.quantize_model(Checkpoint.open(model_copy), plan, made / "imatrix.gguf", out)
+    stages.quantize_model(Checkpoint.open(model_copy), plan, made / "imatrix.gguf", out)
     assert out.read_bytes() == (made / NAME).read_bytes()
 
 
@@ -208,7 +213,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
     monkeypatch.setattr(pipeline, "make", lambda *_: (_ for _ in ()).throw(error))
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        done = CliRunner().invoke(cli.main, ["make", "-o", str(tmp_path)])
+        done = CliRunner().invoke(main, ["make", "-o", str(tmp_path)])
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert done.exit_code == 1 and what in one_line(done.output) and "same command again" in done.output
@@ -245,7 +250,7 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(quantize, "_encode", stop)
         pipeline.make("tiny-r1", tmp_path / "out", SMALL)
-    more = dataclasses.replace(SMALL, calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=2048)))
+    more = dataclasses.replace(SMALL, calibration=Calibration(TextChoice(n_tokens=2048)))
     with pytest.raises(QuantkitError, match=r"calibration\.text\.n_tokens was 1024, now 2048; choose another --output"):
         pipeline.make("tiny-r1", tmp_path / "out", more)
     with pytest.raises(QuantkitError, match=r"recipe was 1\.58bit, now 2\.51bit"):
@@ -292,7 +297,7 @@ def test_zero_weights_and_zero_activations(model_copy, tmp_path, options):
         overwrite(model_copy, f"model.layers.2.mlp.experts.{expert}.gate_proj.weight", 0)
     overwrite(model_copy, "model.layers.1.mlp.experts.3.down_proj.weight", 0)
     files, _ = pipeline.make(model_copy, tmp_path / "out", options)
-    source = pipeline.GGUFSource(files[0], "cpu")
+    source = GGUFSource(files[0], "cpu")
     for layer, role in ((2, "gate"), (2, "down"), (1, "down")):
         assert torch.isfinite(source.dense(f"blk.{layer}.ffn_{role}_exps.weight")).all()
     assert not source.dense("blk.1.ffn_down_exps.weight")[3].any()
@@ -321,7 +326,7 @@ def test_activations_that_are_not_finite_are_named(model_copy, tmp_path, options
 
 SMALL_GPU = """
 import sys, torch
-from quantkit import cli
+from quantkit.__main__ import main
 from quantkit.encoding import layer
 
 room, total = int(sys.argv.pop(1)), torch.cuda.get_device_properties(0).total_memory
@@ -339,7 +344,7 @@ def limited(self, waiting):
     print("group", len(waiting), torch.cuda.max_memory_reserved() - before, file=sys.stderr)
 
 layer.LayerEncoder._encode_experts = limited
-cli.main()
+main()
 """
 
 

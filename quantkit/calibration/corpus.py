@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from tokenizers import Tokenizer
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, needs
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.stream import Source
 
@@ -25,6 +25,7 @@ Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
 
 EVALUATION_SHARE = 0.1
 QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")  # of an address; signatures stand there
+DATASET = re.compile(r"(?P<place>[^:]+(?::[^:{}\s]*:[^:{}\s]*)?)(?::(?P<column>.+))?", re.DOTALL)
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
 DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
 
@@ -71,18 +72,16 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text, and how much of it. data empty: the bundled mix. column: of datasets, or a template of columns, as in
-    `load`. from_start: as in `chunk`."""
+    """Which text, and how much of it. data: sources as in `load`, empty: the bundled mix. from_start: as in `chunk`."""
 
     data: tuple[str, ...] = ()
-    column: str = "text"
     n_tokens: int = 131072
     chunk: int = 512
     from_start: bool = False
 
     def corpus(self, part: Part) -> Corpus:
         """The text; of the bundled mix that part of it."""
-        return load(self.data, self.column) if self.data else default(part)
+        return load(self.data) if self.data else default(part)
 
 
 def default(part: Part) -> Corpus:
@@ -123,16 +122,16 @@ def _interleave(documents: Sequence[Document], size: int = 16384) -> list[Docume
     return [queue[i] for i in range(longest) for queue in queues.values() if i < len(queue)]
 
 
-def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> Corpus:
+def load(sources: Sequence[str], limit: int = 1 << 26) -> Corpus:
     """Files, folders or dataset ids (streamed), each with its domain before it if that is known: `code=FILE`.
 
     An id may name a configuration and a split: `user/name:config:split` (default: the only configuration, `train`).
-    column: the column with the text, or a template with columns in braces, `"{question}\n\n{answer}"`. limit:
-    characters taken from each dataset (they may be endless).
+    Last, after a colon, may come the column with the text (default: `text`), or a template with columns in braces:
+    `FILE:body`, `user/name:{question} {answer}`. limit: characters taken from each dataset (they may be endless).
     """
     documents: list[Document] = []
     for given in sources:
-        domain, source = _domain(given)
+        domain, source, column = _parse(given)
         first = len(documents)
         path = Path(source)
         if path.exists():
@@ -148,8 +147,28 @@ def load(sources: Sequence[str], column: str = "text", limit: int = 1 << 26) -> 
         documents[first:] = [Document(domain, document.text) for document in documents[first:]]
     if not any(document.text.strip() for document in documents):
         raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
-    names = [source for _, source in map(_domain, sources)]
+    names = [source for _, source, _ in map(_parse, sources)]
     return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in names), tuple(documents))
+
+
+def _parse(given: str) -> tuple[Domain, str, str]:
+    """`math=FILE:column` -> domain, place, column or template. A name that exists as it stands has no column in it."""
+    domain, source = _domain(given)
+    ends = [len(source), *(i for i in range(len(source) - 1, 0, -1) if source[i] == ":")]
+    end = next((i for i in ends if _exists(source[:i])), None)
+    if end is not None:
+        place, column = source[:end], source[end + 1 :]
+    else:
+        found = DATASET.fullmatch(source)
+        place, column = (found["place"], found["column"] or "") if found else (source, "")
+    return domain, place, column.replace("\\n", "\n") or "text"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a template may be too long for a name
+        return False
 
 
 def _domain(source: str) -> tuple[Domain, str]:
@@ -181,14 +200,14 @@ def _fill(template: str, row: Mapping[str, object], where: str) -> str:
     try:
         return str(row[template]) if "{" not in template else template.format_map(row)
     except KeyError as missing:
-        option = "--column" if "{" not in template else "--template"
-        raise QuantkitError(f"{where}: no column {missing}; it has {', '.join(row)} ({option})") from None
+        raise QuantkitError(f"{where}: no column {missing}; it has {', '.join(row)} (--data {where}:COLUMN)") from None
     except (ValueError, AttributeError, IndexError, TypeError) as error:
-        raise QuantkitError(f"--template {template!r}: {error}; write columns in braces, braces twice") from None
+        raise QuantkitError(f"{where}:{template!r}: {error}; write columns in braces, braces twice") from None
 
 
 def _from_dataset(name: str, options: dict[str, str], column: str, limit: int, split: str = "train") -> list[Document]:
-    import datasets
+    with needs("data"):
+        import datasets
 
     where = options.get("data_files", name)
     documents, taken = [], 0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.codecs import types as qtypes
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.ggml import codec as ggml
 from quantkit.models import family
@@ -311,7 +311,8 @@ def measure(
 
 def heat_map(sensitivity: Sensitivity, path: Path) -> None:
     """layers x (role, type) as PNG or SVG, colour log10 KLD."""
-    import matplotlib
+    with needs("plots"):
+        import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

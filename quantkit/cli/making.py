@@ -1,137 +1,93 @@
 """`make`, and the stages that it runs one after another, each by itself."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit import sizes
 from quantkit.cli import options
-from quantkit.cli.options import FILE, OUT, parse_size
+from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.errors import needs
+
+if TYPE_CHECKING:
+    from quantkit.calibration.measure import Calibration
+    from quantkit.job.options import MakeOptions
+    from quantkit.job.stages import QuantizeOptions, SensitivityOptions
+    from quantkit.planning.hardware import Machine
+
+
+def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptions":
+    """rest: fields of MakeOptions, by their names."""
+    from quantkit.job.options import MakeOptions
+
+    return MakeOptions(**vars(types), split_max_bytes=split_max_bytes or None, **rest)
 
 
 @click.command()
 @click.argument("model", default="tiny-r1")
-@options.types
 @click.option(
-    "--output",
-    "-o",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=None,
-    help="Folder for the results. Default: MODEL-RECIPE here.",
+    "--output", "-o", type=OUT_FOLDER, default=None, help="Folder for the results. Default: MODEL-RECIPE here."
 )
-@options.text(131072)
-@options.text(32768, "eval-", "evaluation")
-@options.common_text
-@options.calibration
-@click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
-@options.encoder
-@options.effort
-@options.device
-@options.workers
-@options.split
-@options.restart
-@click.option(
-    "--recover/--no-recover",
-    default=False,
-    show_default=True,
-    help="Tune scales, norms and 4-bit matrices on the divergence afterwards. Needs the decoded model in memory.",
-)
-@click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
-def make(
-    model,
-    recipe,
-    target,
-    budget,
-    output,
-    data,
-    tokens,
-    eval_data,
-    eval_tokens,
-    column,
-    chunk,
-    from_start,
-    min_expert_tokens,
-    expert_tokens,
-    memory,
-    hidden,
-    imatrix,
-    encoder,
-    effort,
-    device,
-    workers,
-    split_max_size,
-    restart,
-    recover,
-    verify,
-):
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
-    from quantkit.evaluation.summary import short_table
-    from quantkit.job import make as pipeline
-    from quantkit.job import plan as plans
-
-    name = Path(plans.recipe_name(recipe, budget)).name.removesuffix(".toml").removesuffix(".json")
-    folder = output or Path(f"{Path(model).name}-{name}")
-    asked = pipeline.MakeOptions(
-        recipe=recipe,
-        target=target,
-        budget=budget,
-        calibration=pipeline.Calibration(
-            pipeline.TextChoice(data, column, tokens, chunk, from_start),
-            min_expert_tokens,
-            expert_tokens,
-            parse_size(memory, "--memory") if memory else None,
-            hidden,
+@Shared(
+    (
+        options.types,
+        options.calibration,
+        options.evaluation,
+        options.imatrix,
+        options.encoder,
+        options.effort,
+        options.device,
+        options.workers,
+        options.split,
+        options.restart,
+        click.option(
+            "--recover",
+            is_flag=True,
+            help="Tune scales, norms and 4-bit matrices on the divergence afterwards; holds the decoded model.",
         ),
-        evaluation=pipeline.TextChoice(eval_data, column, eval_tokens, chunk, from_start),
-        imatrix=imatrix,
-        encoder=encoder,
-        effort=effort,
-        device=device,
-        workers=workers,
-        split_max_bytes=parse_size(split_max_size),
-        restart=restart,
-        verify=verify,
-        recover=recover,
-    )
-    files, result = pipeline.make(model, folder, asked)
+        click.option(
+            "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."
+        ),
+    ),
+    "asked",
+    _make_options,
+)
+def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id
+    (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
+    from quantkit.evaluation.summary import short_table
+    from quantkit.job import make as job
+
+    files, result = job.make(model, output, asked)
     click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
 
 @click.command()
 @click.argument("model", default="tiny-r1")
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
-@options.text(131072)
-@options.common_text
 @options.calibration
 @options.device
 @options.restart
-def calibrate(
-    model,
-    output,
-    data,
-    tokens,
-    column,
-    chunk,
-    from_start,
-    min_expert_tokens,
-    expert_tokens,
-    memory,
-    hidden,
-    device,
-    restart,
-):
+def calibrate(model: str, output: Path, calibration: "Calibration", device: str | None, restart: bool) -> None:
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
     MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
-    from quantkit.job import make as pipeline
+    from quantkit.calibration import measure
+    from quantkit.job import stages
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
-    limit = parse_size(memory, "--memory") if memory else None
-    how = pipeline.Calibration(choice, min_expert_tokens, expert_tokens, limit, hidden)
-    source = pipeline.open_for_calibration(model, device or pipeline.default_device())
-    pipeline.calibrate(source, how, output, restart)
+    source = stages.open_for_calibration(model, device or stages.default_device())
+    measure.calibrate(source, calibration, output, restart)
     click.echo(str(output))
+
+
+def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
+    from quantkit.calibration.sensitivity import DEFAULT, Candidates
+    from quantkit.job.stages import SensitivityOptions
+
+    routed = tuple(types.split(",")) if types else DEFAULT.routed
+    others = tuple(other_types.split(",")) if other_types else DEFAULT.others
+    return SensitivityOptions(types=Candidates(routed, others), **rest)
 
 
 @click.command()
@@ -140,67 +96,82 @@ def calibrate(
 @click.option(
     "--output",
     "-o",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OUT_FOLDER,
     default=Path("."),
     help="Folder for sensitivity.json and sensitivity.png.",
 )
-@options.text(8192, "", "measurement")
-@options.common_text
-@click.option("--tier", type=click.Choice(["full", "cheap"]), default=None, help="Default: full if --budget allows.")
-@click.option(
-    "--budget",
-    default=1 << 21,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Stream-tokens: tokens x forks carried through the layers.",
+@Shared(
+    (
+        options.text(8192, "measurement"),
+        click.option(
+            "--budget",
+            default=1 << 21,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Stream-tokens: tokens x forks carried through the layers. Too few for all forks: a cheaper "
+            "estimate, by layer.",
+        ),
+        click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts."),
+        click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors."),
+    ),
+    "how",
+    _sensitivity_options,
 )
-@click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
-@click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @options.device
-def sensitivity(
-    model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types, device
-):
+def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
-    from quantkit.calibration.sensitivity import DEFAULT, Candidates
-    from quantkit.job import make as pipeline
+    from quantkit.job import stages
+    from quantkit.models.open import open_weights
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
-    source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
-    chosen = Candidates(
-        tuple(types.split(",")) if types else DEFAULT.routed,
-        tuple(other_types.split(",")) if other_types else DEFAULT.others,
-    )
-    pipeline.measure_sensitivity(source, imatrix, choice, output, types=chosen, tier=tier, budget=budget)
+    source = stages.source_of(open_weights(model), device or stages.default_device())
+    stages.measure_sensitivity(source, imatrix, output, how)
     click.echo(str(output / "sensitivity.json"))
 
 
 @click.command()
 @click.argument("model", default="tiny-r1")
-@options.types
+@options.types_and_machine
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
-@click.option("--plot", type=OUT, default=None, help="Draw the bit map here: a .png or .svg file.")
-@click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here (with .png or .svg: as --plot).")
-def plan(model, recipe, target, budget, compare, plot, output):
+@click.option(
+    "--output",
+    "-o",
+    "outputs",
+    type=OUT,
+    multiple=True,
+    help="Write here: plan.json, or with .png or .svg the bit map drawn; may be repeated.",
+)
+def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
-    `quantkit plan deepseek-r1 --size 131GB`."""
+    `quantkit plan deepseek-r1 --size 150GB`."""
+    from quantkit.formats.whole_file import write_text
     from quantkit.job import plan as plans
     from quantkit.planning import table
 
+    target, budget = types.target, types.budget
     if compare:
-        pair = [plans.load_or_plan(model, name, target, budget) for name in compare]
-        click.echo(table.compare(*pair, *(plans.predict_plan(model, one, budget.measured) for one in pair)))
+        a, b = (plans.load_or_plan(model, name, target, budget) for name in compare)
+        click.echo(table.compare(a, b, *(plans.predict_plan(model, one, budget.measured) for one in (a, b))))
         return
-    chosen = plans.plan_model(model, recipe, target, budget)
-    if plot := plot or (output if output and output.suffix in (".png", ".svg") else None):
-        from quantkit.planning import bitmap  # matplotlib takes a second to load
+    chosen = plans.plan_model(model, types.recipe, target, budget)
+    for output in outputs:
+        if output.suffix not in (".png", ".svg"):
+            write_text(output, chosen.to_json())
+            continue
+        with needs("plots"):
+            from quantkit.planning import bitmap  # matplotlib takes a second to load
 
-        bitmap.draw(chosen, plot)
-    if output and output != plot:
-        output.write_text(chosen.to_json(), encoding="utf-8")
+        bitmap.draw(chosen, output)
     click.echo(table.render(chosen))
     kld = plans.predict_plan(model, chosen, budget.measured)
     basis = str(budget.measured or "prior")
     click.echo(table.outlook(chosen, plans.plan_file_bytes(model, chosen), kld, basis))
+
+
+def _machine(**given: Any) -> "Machine":
+    """given: what `machine_of` takes, by its names."""
+    from quantkit.job.hardware import machine_of
+
+    return machine_of(**given)
 
 
 @click.command()
@@ -213,22 +184,40 @@ def plan(model, recipe, target, budget, compare, plot, output):
     help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
 )
 @options.target
-@click.option("--ram", default=None, metavar="SIZE", help="RAM for the model. Default: this machine's.")
-@click.option("--vram", default=None, metavar="SIZE", help="VRAM for it. Default: this machine's free VRAM.")
-@click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured.")
-@click.option("--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU.")
-@click.option("--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk.")
-@click.option("--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading.")
+@Shared(
+    (
+        click.option("--ram", type=SIZE, default=None, help="RAM for the model. Default: this machine's."),
+        click.option("--vram", type=SIZE, default=None, help="VRAM for it. Default: this machine's free VRAM."),
+        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured."),
+        click.option(
+            "--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU."
+        ),
+        click.option(
+            "--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk."
+        ),
+        click.option(
+            "--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading."
+        ),
+    ),
+    "machine",
+    _machine,
+)
 @options.context
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
-def hardware(model, recipes, target, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context, threads):
+def hardware(
+    model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
+) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
     from quantkit.job import hardware as view
 
-    named = (("--ram", ram), ("--vram", vram))
-    given = [sizes.parse_size(text, name) if text is not None else None for name, text in named]
-    machine = view.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
-    click.echo(view.hardware_report(model, recipes, target, machine, options.parse_context(context), threads))
+    click.echo(view.hardware_report(model, recipes, target, machine, context, threads))
+
+
+def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
+    """rest: fields of QuantizeOptions, by their names."""
+    from quantkit.job.stages import QuantizeOptions
+
+    return QuantizeOptions(split_max_bytes=split_max_bytes or None, **rest)
 
 
 @click.command()
@@ -236,24 +225,22 @@ def hardware(model, recipes, target, ram, vram, ram_bandwidth, gpu_bandwidth, di
 @click.option("--plan", "plan_file", type=FILE, required=True, help="plan.json of `quantkit plan`.")
 @click.option("--imatrix", type=FILE, required=True)
 @click.option("--output", "-o", type=OUT, required=True)
-@options.workers
-@options.split
-@options.restart
-@click.option("--overwrite", is_flag=True, help="Replace a finished file of that name.")
-def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
+@Shared(
+    (
+        options.workers,
+        options.split,
+        options.restart,
+        click.option("--overwrite", is_flag=True, help="Replace a finished file of that name."),
+    ),
+    "how",
+    _quantize_options,
+)
+def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
-    from quantkit.job import make as pipeline
+    from quantkit.job import stages
+    from quantkit.models.open import open_weights
     from quantkit.planning.plan import Plan
 
     chosen = Plan.from_json(plan_file.read_bytes(), str(plan_file))
-    files = pipeline.quantize_model(
-        pipeline.open_weights(model),
-        chosen,
-        imatrix,
-        output,
-        workers=workers,
-        split_max_bytes=parse_size(split_max_size),
-        restart=restart,
-        overwrite=overwrite,
-    )
+    files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
     click.echo("\n".join(map(str, files)))

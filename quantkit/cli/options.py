@@ -1,37 +1,204 @@
-"""Options that several commands share, and what their values mean."""
+"""Options that several commands share, what their values mean, and how they are handed on: as one noun each."""
 
 import functools
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from quantkit import sizes
 from quantkit.errors import QuantkitError
 
+if TYPE_CHECKING:
+    from quantkit.calibration.corpus import TextChoice
+    from quantkit.calibration.measure import Calibration
+    from quantkit.job.plan import BudgetOptions
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 OUT = click.Path(dir_okay=False, path_type=Path)
+OUT_FOLDER = click.Path(file_okay=False, path_type=Path)
+LONGEST_CONTEXT = 10**8
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
-def together(*options):
-    """Several options as one decorator, in this order in --help."""
+@dataclass(frozen=True)
+class Shared:
+    """Options as one decorator, in this order in --help. What `build` makes of their values, given by name, is the
+    command's argument `noun`; without a noun they stay as they are."""
 
-    def decorate(command):
-        return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+    options: tuple["Decorator | Shared", ...]
+    noun: str = ""
+    build: Callable[..., Any] = dict
 
-    return decorate
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What a command is given by them."""
+        return (self.noun,) if self.noun else tuple(name for option in self.options for name in _arguments(option))
+
+    def __call__(self, command: Command) -> Command:
+        taken = Shared(self.options).arguments if self.noun else ()
+
+        @functools.wraps(command)
+        def collected(**values: Any) -> Any:
+            own = {name: values.pop(name) for name in taken}
+            return command(**values, **({self.noun: self.build(**own)} if self.noun else {}))
+
+        wrapped: Command = collected
+        for option in reversed(self.options):
+            wrapped = option(wrapped)
+        return wrapped
 
 
-def text(n_tokens: int, prefix: str = "", what: str = "calibration"):
-    """--data and --tokens, with names of their own for a second text."""
-    return together(
+def _arguments(option: Decorator | Shared) -> tuple[str, ...]:
+    if isinstance(option, Shared):
+        return option.arguments
+
+    def probe() -> None:
+        """Where click notes an option."""
+
+    option(probe)
+    return tuple(parameter.name for parameter in vars(probe)["__click_params__"])
+
+
+class Size(click.ParamType):
+    """Bytes: GB is 10^9 and GiB is 2^30, in every option."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """QuantkitError, naming the option, for what is not a size."""
+        return value if isinstance(value, int) else sizes.parse_size(value, name_of(param))
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """How large the whole file may be: in bytes, or in bits of tensor data per weight."""
+
+    size: int | None = None
+    bpw: float | None = None
+
+
+class SizeOrBits(click.ParamType):
+    """131GB, or 1.8bpw: bits of tensor data per weight of the whole model."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FileSize:
+        """QuantkitError, naming the option, for what is neither."""
+        if isinstance(value, FileSize):
+            return value
+        number = value.strip().lower()
+        if not number.endswith("bpw"):
+            return FileSize(size=sizes.parse_size(value, name_of(param)))
+        try:
+            bits = float(number.removesuffix("bpw"))
+        except ValueError:
+            bits = 0.0
+        if not 0 < bits <= 32:
+            raise QuantkitError(f"{name_of(param)} {value}: bits per weight are a number up to 32, like 1.8bpw")
+        return FileSize(bpw=bits)
+
+
+class Tokens(click.ParamType):
+    """16k or 16384 -> tokens (k is 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """QuantkitError, naming the option, for what is no number of tokens."""
+        if isinstance(value, int):
+            return value
+        number = value.lower().removesuffix("k")
+        if not number.isdecimal() or not 0 < int(number[:9]) < LONGEST_CONTEXT or len(number) > 9:
+            raise QuantkitError(f"{name_of(param)} {value}: not a number of tokens; write 16384 or 16k")
+        return int(number) * (1024 if number != value.lower() else 1)
+
+
+class GpuLayers(click.ParamType):
+    """auto, or a number of layers."""
+
+    name = "auto|n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+        """QuantkitError, naming the option, for anything else."""
+        if isinstance(value, int):
+            return value
+        if value == "auto":
+            return "auto"
+        if not value.isdecimal() or len(value) > 4:
+            raise QuantkitError(f"{name_of(param)} {value}: write auto or a number of layers")
+        return int(value)
+
+
+class OneOf(click.Choice[str]):
+    """One of a few words; another is refused as everything else is, in one line."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """QuantkitError, naming the option and the words."""
+        if value not in self.choices:
+            raise QuantkitError(f"{name_of(param)} {value}: unknown; choose {', '.join(self.choices)}")
+        return value
+
+
+def name_of(param: click.Parameter | None) -> str:
+    """`--size`, for messages."""
+    return max(param.opts, key=len) if param else ""
+
+
+SIZE, TOKENS = Size(), Tokens()
+
+
+@dataclass(frozen=True)
+class Types:
+    """What decides the type of every tensor."""
+
+    recipe: str | None
+    target: str | None
+    budget: "BudgetOptions"
+
+
+def _budget(
+    size: FileSize | None, ram: int | None, vram: int | None, context: int = 16384, measured: Path | None = None
+) -> "BudgetOptions":
+    from quantkit.job.plan import BudgetOptions
+
+    size = size or FileSize()
+    return BudgetOptions(size=size.size, bpw=size.bpw, ram=ram, vram=vram, context=context, measured=measured)
+
+
+def _types(recipe: str | None, target: str | None, budget: "BudgetOptions") -> Types:
+    return Types(recipe, target, budget)
+
+
+def _text(data: tuple[str, ...], tokens: int) -> "TextChoice":
+    from quantkit.calibration.corpus import TextChoice
+
+    return TextChoice(data, n_tokens=tokens)
+
+
+def _evaluation(eval_data: tuple[str, ...], eval_tokens: int) -> "TextChoice":
+    return _text(eval_data, eval_tokens)
+
+
+def _calibration(text: "TextChoice", memory: int | None) -> "Calibration":
+    from quantkit.calibration.measure import Calibration
+
+    return Calibration(text, memory=memory)
+
+
+def _text_options(n_tokens: int, what: str, prefix: str = "") -> tuple[Decorator, Decorator]:
+    return (
         click.option(
             f"--{prefix}data",
             multiple=True,
             metavar="TEXT",
-            help=f"{what.capitalize()} text: file, folder or Hugging Face dataset id; may be repeated. "
-            "Default: the bundled mix.",
+            help=f"{what.capitalize()} text: file, folder or dataset id, with the column after a colon (FILE:body, "
+            '"FILE:{question} {answer}"); may be repeated. Default: the bundled mix.',
         ),
         click.option(
             f"--{prefix}tokens",
@@ -43,165 +210,93 @@ def text(n_tokens: int, prefix: str = "", what: str = "calibration"):
     )
 
 
-def common_text(command):
-    """--chunk, --column, --template (handed on as the column) and --from-start."""
-
-    @together(
-        click.option("--chunk", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk."),
-        click.option("--column", default="text", show_default=True, help="Text column of datasets and jsonl."),
-        click.option(
-            "--template", default=None, metavar="TEXT", help='Text made of several columns: "{question}\\n\\n{answer}".'
-        ),
-        click.option("--from-start", is_flag=True, help="Take the text's first chunks, not ones spread over it."),
-    )
-    @functools.wraps(command)
-    def with_template(*arguments, template, **options):
-        if template is not None:
-            options["column"] = template.replace("\\n", "\n")
-        return command(*arguments, **options)
-
-    return with_template
+def text(n_tokens: int, what: str = "calibration") -> Shared:
+    """--data and --tokens as one TextChoice."""
+    return Shared(_text_options(n_tokens, what), "text", _text)
 
 
-calibration = together(
-    click.option(
-        "--min-expert-tokens",
-        default=32,
-        show_default=True,
-        type=click.IntRange(0),
-        help="Experts with fewer tokens lean on their layer's mean statistics.",
-    ),
-    click.option(
-        "--expert-tokens",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0),
-        help="Keep drawing text until every expert saw this many tokens.",
-    ),
-    click.option("--memory", default=None, metavar="SIZE", help="Memory for the pass, like 16G. Default: all."),
-    click.option(
-        "--hidden",
-        type=click.Choice(["device", "ram", "disk"]),
-        default=None,
-        help="Where hidden states live. Default: the first of these that has room.",
-    ),
-)
+evaluation = Shared(_text_options(32768, "evaluation", "eval-"), "evaluation", _evaluation)
+memory = click.option("--memory", type=SIZE, default=None, help="Memory for the pass, like 16GB. Default: all.")
+calibration = Shared((text(131072), memory), "calibration", _calibration)
+imatrix = click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 
-
-device = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
-experts = click.option(
-    "--experts",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "ggml", "kt"]),
-    help="Routed experts: the faster that is right, ggml, or kt-kernel.",
-)
+device = click.option("--device", type=OneOf(["cpu", "cuda"]), default=None, help="Default: a GPU if there is one.")
 target = click.option(
     "--target",
     default=None,
-    metavar="ktransformers|llama.cpp|ollama",
-    help="Engine the file is for; overrides the recipe's.",
+    metavar="ENGINE",
+    help="Engine the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as engines "
+    "of old read it. Overrides the recipe's.",
 )
 recipe = click.option(
     "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."
 )
 context = click.option(
-    "--context", default="16k", show_default=True, metavar="TOKENS", help="Tokens that the KV cache is to hold."
+    "--context", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."
 )
+measured = click.option(
+    "--sensitivity",
+    "measured",
+    type=FILE,
+    default=None,
+    help="sensitivity.json of this model. Default: a prior that knows no model.",
+)
+limits = Shared(
+    (
+        click.option(
+            "--size", type=SizeOrBits(), default=None, help="Budget: the whole file, like 140GB, or bits, like 1.8bpw."
+        ),
+        click.option("--ram", type=SIZE, default=None, help="Budget: RAM for the model where it will run."),
+        click.option("--vram", type=SIZE, default=None, help="Budget: VRAM there, for all but the experts."),
+    )
+)
+types = Shared((recipe, target, Shared((limits,), "budget", _budget)), "types", _types)
+types_and_machine = Shared((recipe, target, Shared((limits, context, measured), "budget", _budget)), "types", _types)
+
 workers = click.option("--workers", type=click.IntRange(1), default=None, help="Encoding threads. Default: cores.")
 encoder = click.option(
     "--encoder",
+    type=OneOf(["auto", "quantkit", "ggml"]),
     default="auto",
     show_default=True,
-    metavar="auto|quantkit|ggml",
     help="Who packs the blocks. auto: quantkit on a GPU and for small models.",
 )
 effort = click.option(
     "--effort",
-    type=click.Choice(["fast", "normal", "best"]),
+    type=OneOf(["fast", "normal", "best"]),
     default="normal",
     show_default=True,
     help="How long quantkit's encoders search.",
 )
 split = click.option(
     "--split-max-size",
-    default="50G",
+    "split_max_bytes",
+    type=SIZE,
+    default="50GB",
     show_default=True,
-    metavar="SIZE",
-    help="Largest file, like 50G or 4096M; 0 for a single file.",
-)
-gpu_layers = click.option(
-    "--gpu-layers",
-    default="auto",
-    show_default=True,
-    metavar="auto|N",
-    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
+    help="Largest file, like 50GB or 4096M; 0 for a single file.",
 )
 restart = click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
 run_ram = click.option(
-    "--ram", default=None, metavar="SIZE", help="RAM for the file; experts beyond it are read as needed. Default: all."
+    "--ram", type=SIZE, default=None, help="RAM for the file; experts beyond it are read as needed. Default: all."
+)
+gpu_layers = click.option(
+    "--gpu-layers",
+    type=GpuLayers(),
+    default="auto",
+    show_default=True,
+    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
 )
 
 
-def budget(command):
-    """--size, --bpw, --ram, --vram and how to spend them; collected into one BudgetOptions."""
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs: device (None: a GPU if there is one), bytes of RAM for it (None: all), layers whose routed
+    experts stay in GPU memory."""
 
-    @together(
-        click.option("--size", default=None, metavar="SIZE", help="Budget: the whole file, like 140GB or 131GiB."),
-        click.option(
-            "--bpw",
-            default=None,
-            type=click.FloatRange(0, 32, min_open=True),
-            help="Budget: bits per weight of the whole model.",
-        ),
-        click.option("--ram", default=None, metavar="SIZE", help="Budget: RAM for the model where it will run."),
-        click.option("--vram", default=None, metavar="SIZE", help="Budget: VRAM there, for all but the experts."),
-        context,
-        click.option(
-            "--sensitivity",
-            "measured",
-            type=FILE,
-            default=None,
-            help="sensitivity.json of this model. Default: a prior that knows no model.",
-        ),
-    )
-    @functools.wraps(command)
-    def collected(*args, size, bpw, ram, vram, context, measured, **rest):
-        from quantkit.job.plan import BudgetOptions
-
-        limits = [
-            sizes.parse_size(text, option) if text is not None else None
-            for option, text in (("--size", size), ("--ram", ram), ("--vram", vram))
-        ]
-        budget = BudgetOptions(limits[0], bpw, limits[1], limits[2], parse_context(context), measured)
-        return command(*args, budget=budget, **rest)
-
-    return collected
+    device: str | None
+    ram: int | None
+    gpu_layers: int | Literal["auto"]
 
 
-types = together(recipe, target, budget)  # what decides the type of every tensor
-
-
-def parse_size(text: str, option: str = "--split-max-size") -> int | None:
-    """As sizes.parse_size; 0 -> None."""
-    return sizes.parse_size(text, option) or None
-
-
-def parse_gpu_layers(text: str):
-    """auto, or a number of layers; from here on the runtime tells where it put them."""
-    logger = logging.getLogger("quantkit.runtime")
-    logger.addHandler(logging.StreamHandler())
-    logger.setLevel(logging.INFO)
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or len(text) > 4:
-        raise QuantkitError(f"--gpu-layers {text}: write auto or a number of layers")
-    return int(text)
-
-
-def parse_context(text: str) -> int:
-    """16k or 16384 -> tokens (k is 1024)."""
-    number = text.lower().removesuffix("k")
-    if not number.isdigit() or not 0 < int(number) < 10**8:
-        raise QuantkitError(f"--context {text}: not a number of tokens; write 16384 or 16k")
-    return int(number) * (1024 if number != text.lower() else 1)
+placement = Shared((run_ram, device, gpu_layers), "placement", Placement)

@@ -1,123 +1,119 @@
 """Commands for finished files: judge them, run them, hand them on."""
 
-import contextlib
+import logging
 import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
 
-from quantkit import sizes
 from quantkit.cli import options
-from quantkit.cli.options import FILE, FOLDER, OUT, parse_size
-from quantkit.errors import QuantkitError
+from quantkit.cli.options import FILE, FOLDER, OUT, Placement, Shared
+from quantkit.errors import QuantkitError, needs
+
+if TYPE_CHECKING:
+    from quantkit.job.publish.upload import Destination
+    from quantkit.job.stages import CertifyOptions, VerifyOptions
+    from quantkit.runtime.generate import Sampling
+    from quantkit.serving.chat import Conversation
 
 
 @click.command()
 @click.argument("path")
-def inspect(path):
+def inspect(path: str) -> None:
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.job.inspect import describe
 
     Console(width=100).print(describe(path), markup=False, highlight=False)
 
 
+def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "VerifyOptions":
+    """rest: fields of VerifyOptions, by their names."""
+    from quantkit.job.stages import VerifyOptions
+    from quantkit.planning import targets
+
+    return VerifyOptions(target=targets.parse(target).name if target else None, ram=memory, **rest)
+
+
 @click.command()
 @click.argument("file", type=FILE)
 @click.option("--reference", default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
-@click.option(
-    "--text", "data", multiple=True, metavar="[DOMAIN=]TEXT", help="Evaluation text. Default: the bundled mix."
+@Shared(
+    (
+        options.text(32768, "evaluation"),
+        options.target,
+        click.option(
+            "--score",
+            type=click.Choice(["half", "all"]),
+            default="half",
+            show_default=True,
+            help="half: the second half of each chunk, as llama-perplexity.",
+        ),
+        click.option(
+            "--runtime-tokens",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Also compute this many tokens one by one, as `run` does, and compare.",
+        ),
+        click.option(
+            "--prompts",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Also continue this many texts: greedy agreement with the original, and loops.",
+        ),
+        options.memory,
+    ),
+    "how",
+    _verify_options,
 )
-@click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1))
-@options.common_text
-@options.target
-@click.option(
-    "--score",
-    type=click.Choice(["half", "all"]),
-    default="half",
-    show_default=True,
-    help="half: the second half of each chunk, as llama-perplexity.",
-)
-@click.option(
-    "--runtime-tokens",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Also compute this many tokens one by one, as `run` does, and compare.",
-)
-@click.option(
-    "--prompts",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Also continue this many texts: greedy agreement with the original, and loops.",
-)
-@options.experts
-@click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
-def verify(
-    file,
-    reference,
-    data,
-    tokens,
-    column,
-    chunk,
-    from_start,
-    target,
-    score,
-    runtime_tokens,
-    prompts,
-    experts,
-    memory,
-    out,
-    device,
-):
+def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, device: str | None) -> None:
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
-    from quantkit.job import make as pipeline
+    from quantkit.job import stages
+    from quantkit.models.open import open_weights
 
-    choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
-    original = pipeline.open_weights(reference)
-    result = pipeline.verify_file(
-        file,
-        original,
-        choice,
-        device or pipeline.default_device(),
-        target,
-        out,
-        score=score,
-        runtime_tokens=runtime_tokens,
-        prompts=prompts,
-        experts=experts,
-        ram=parse_size(memory, "--memory") if memory else None,
-    )
+    original = open_weights(reference)
+    result = stages.verify_file(file, original, device or stages.default_device(), how, out)
     click.echo(short_table(result, file))
+
+
+def _certify_options(**given: Any) -> "CertifyOptions":
+    """given: fields of CertifyOptions, by their names."""
+    from quantkit.job.stages import CertifyOptions
+
+    return CertifyOptions(**given)
 
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("--target", default="llama.cpp", show_default=True, metavar="ktransformers|llama.cpp|ollama")
-@click.option("--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared.")
-@click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance.")
-@click.option("--engine/--no-engine", default=True, help="Load and run the file in the engine, if it is installed.")
-@click.option("--values/--no-values", default=True, help="Decode every tensor.")
+@Shared(
+    (
+        click.option("--target", default="llama.cpp", show_default=True, metavar="ktransformers|llama.cpp|ollama"),
+        click.option(
+            "--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared."
+        ),
+        click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance."),
+        click.option("--engine/--no-engine", default=True, help="Load and run the file in the engine, if installed."),
+        click.option("--values/--no-values", default=True, help="Decode every tensor."),
+    ),
+    "how",
+    _certify_options,
+)
 @click.option("--json", "out", type=OUT, default=None, help="Default: certify.json beside FILE.")
 @options.device
-def certify(file, target, reference, imatrix, engine, values, out, device):
+def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
     """Is this file right for that engine? A table of checks, certify.json, and exit code 1 if one fails."""
-    from quantkit.job import make as pipeline
+    from quantkit.job import stages
+    from quantkit.job.folder import CERTIFY
 
-    made = pipeline.certify_file(
-        file,
-        target,
-        reference,
-        imatrix,
-        out or file.with_name(pipeline.CERTIFY),
-        engine=engine,
-        values=values,
-        device=device or pipeline.default_device(),
-    )
+    made = stages.certify_file(file, device or stages.default_device(), out or file.with_name(CERTIFY), how)
     Console(width=110).print(made.table())
     sys.exit(0 if made.passed else 1)
 
@@ -136,7 +132,9 @@ def certify(file, target, reference, imatrix, engine, values, out, device):
     help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.",
 )
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
-def export_kt(file, output, gpus, linear, threads):
+def export_kt(
+    file: Path, output: Path | None, gpus: int, linear: Literal["marlin", "torch"], threads: int | None
+) -> None:
     """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
     tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
     from quantkit.job import kt_export
@@ -148,11 +146,19 @@ def export_kt(file, output, gpus, linear, threads):
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-def report(folder):
+def report(folder: Path) -> None:
     """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs."""
-    from quantkit.job.report import write_report
+    with needs("plots"):
+        from quantkit.job.report import write_report
 
     click.echo("\n".join(map(str, write_report(folder))))
+
+
+def _sampling(**given: Any) -> "Sampling":
+    """given: fields of Sampling, by their names."""
+    from quantkit.runtime.generate import Sampling
+
+    return Sampling(**given)
 
 
 @click.command()
@@ -161,27 +167,34 @@ def report(folder):
 @click.option("--chat", is_flag=True, help="Put the prompt through the file's chat template.")
 @click.option("-n", "--n-tokens", default=None, type=click.IntRange(1), help="Default: 128; in a chat, the context.")
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
-@click.option("--temperature", default=0.6, show_default=True, type=click.FloatRange(0), help="0 for greedy.")
-@click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1))
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens.")
-@click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
-@click.option("--seed", default=0, show_default=True)
-@options.run_ram
-@options.experts
-@options.device
-@options.gpu_layers
+@Shared(
+    (
+        click.option("--temperature", default=0.6, show_default=True, type=click.FloatRange(0), help="0 for greedy."),
+        click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1)),
+        click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
+        click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
+        click.option("--seed", default=0, show_default=True),
+    ),
+    "sampling",
+    _sampling,
+)
+@options.placement
 def run(
-    file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device, gpu_layers
-):
+    file: Path,
+    prompt: str | None,
+    chat: bool,
+    n_tokens: int | None,
+    context: int,
+    sampling: "Sampling",
+    placement: Placement,
+) -> None:
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
-    from quantkit.job import make as pipeline
-    from quantkit.runtime.generate import Sampling
+    from quantkit.job.stages import default_device
     from quantkit.serving.chat import Conversation
 
-    how = Sampling(temperature, top_p, seed, top_k, min_p)
-    limit = sizes.parse_size(ram, "--ram") if ram else None
-    layers = options.parse_gpu_layers(gpu_layers)
-    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, experts, limit)
+    show_placement()
+    device = placement.device or default_device()
+    talk = Conversation(file, device, context, sampling, placement.gpu_layers, ram=placement.ram)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -191,15 +204,25 @@ def run(
     click.echo(talk.speed, err=True)
 
 
-def show_answer(pieces) -> None:
+def show_placement() -> None:
+    """From here on the runtime tells where it put the layers."""
+    logger = logging.getLogger("quantkit.runtime")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+
+
+def show_answer(pieces: Iterator[tuple[str, bool]]) -> None:
     """Print pieces of an answer as they come, reasoning dimmed (on a terminal)."""
-    with contextlib.closing(pieces):
+    try:
         for piece, thought in pieces:
             click.echo(click.style(piece, dim=True) if thought and piece else piece, nl=False)
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
     click.echo()
 
 
-def chat_on_terminal(talk, n_tokens: int) -> None:
+def chat_on_terminal(talk: "Conversation", n_tokens: int) -> None:
     """Read a line, answer, until /exit or Ctrl-D. Ctrl-C ends only the answer under way."""
     click.echo("/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer", err=True)
     while True:
@@ -218,59 +241,88 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
                 click.echo(f"{error}; /clear starts anew", err=True)
 
 
+@dataclass(frozen=True)
+class Door:
+    """Where requests come in, the key that they have to bring, and how many may wait."""
+
+    host: str
+    port: int
+    api_key: str | None
+    queue: int
+
+
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can reach 0.0.0.0.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
-@click.option("--api-key", envvar="QUANTKIT_API_KEY", default=None, help="Ask for it; or in $QUANTKIT_API_KEY.")
+@Shared(
+    (
+        click.option("--host", default="127.0.0.1", show_default=True, help="Listen here; others can reach 0.0.0.0."),
+        click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."),
+        click.option("--api-key", envvar="QUANTKIT_API_KEY", default=None, help="Ask for it; or in $QUANTKIT_API_KEY."),
+        click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait."),
+    ),
+    "door",
+    Door,
+)
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
-@click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
-@click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
-@options.run_ram
-@options.experts
-@options.device
-@options.gpu_layers
-def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, experts, device, gpu_layers):
+@options.placement
+def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
-    from quantkit.job import make as pipeline
+    from quantkit.job.stages import default_device
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.experts import kt as kt_experts
     from quantkit.runtime.sources import GGUFSource
 
-    try:
+    with needs("serve"):
         from quantkit.serving import http as server
-    except ModuleNotFoundError as error:
-        raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
-    limit = sizes.parse_size(ram, "--ram") if ram else None
-    source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
-    kt_experts.select(source, experts)
-    limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
-    engine = open_engine(source, parallel, context, options.parse_gpu_layers(gpu_layers))
-    server.serve(source, engine, host, port, limits, api_key)
+
+    show_placement()
+    source = GGUFSource(file, placement.device or default_device(), ram=placement.ram)
+    engine = open_engine(source, parallel, context, placement.gpu_layers)
+    server.serve(source, engine, door.host, door.port, server.Limits(queue=door.queue), door.api_key)
+
+
+def _target(**given: Any) -> "Destination":
+    """given: fields of Destination, by their names."""
+    from quantkit.job.publish.upload import Destination
+
+    return Destination(**given)
 
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--repo", required=True, metavar="USER/NAME", help="Model repository; made if it is new.")
+@Shared(
+    (
+        click.option("--repo", required=True, metavar="USER/NAME", help="Model repository; made if it is new."),
+        click.option("--private", is_flag=True, help="If the repository is new, only you can see it."),
+        click.option("--pr", is_flag=True, help="Open a pull request instead of committing."),
+    ),
+    "to",
+    _target,
+)
 @click.option("--name", default=None, help="Folder in the repository. Default: the recipe's name.")
 @click.option("--base-model", default=None, metavar="USER/NAME", help="Default: where the checkpoint came from.")
 @click.option("--license", "license_name", default=None, help="Default: the base model's.")
-@click.option("--private", is_flag=True, help="If the repository is new, only you can see it.")
-@click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
 @click.option("--force", is_flag=True, help="Publish what is incomplete or not certified.")
-def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
+def publish(
+    folder: Path,
+    to: "Destination",
+    name: str | None,
+    base_model: str | None,
+    license_name: str | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
     from quantkit.job.publish.folder import read_folder
-    from quantkit.job.publish.upload import Destination, Uploader
+    from quantkit.job.publish.upload import Uploader
 
     quant = read_folder(folder, name)
     if quant.problems and not force:
         raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
-    uploader = Uploader(quant, Destination(repo, private, pr), base_model, license_name)
+    uploader = Uploader(quant, to, base_model, license_name)
     if dry_run:
-        rows = [f"{path.stat().st_size:>18,}  {to}" for to, path in quant.files.items()]
+        rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
         click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
     else:
         click.echo(uploader.run())

@@ -5,6 +5,7 @@ F32 [n_matrices or 1, 1] (shapes slowest first). llama-imatrix flattens the in_s
 have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape back.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.part_file import FileLayout, make_folder, sync_folder
 from quantkit.formats.whole_file import replacing
-from quantkit.tensors import Importance
+from quantkit.tensors import Imatrix, Importance
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -97,6 +98,16 @@ def fit(importance: Importance, n_matrices: int, n_in: int, name: str) -> Import
             f"the model {n_matrices} matrices of {n_in} columns: it is of another model"
         )
     return Importance(sums.reshape(n_matrices, n_in), counts)
+
+
+def imatrix_digest(imatrix: Imatrix) -> str:
+    """sha256 of all sums and counts, whatever file they came from."""
+    whole = hashlib.sha256()
+    for name in sorted(imatrix):
+        entry = imatrix[name]
+        for array in (entry.in_sum2, entry.counts):
+            whole.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()
 
 
 def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,10 +1,13 @@
 """Small files, written whole and durably or not at all."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from quantkit.errors import QuantkitError
 
 
 @contextmanager
@@ -31,3 +34,16 @@ def write_whole(path: Path, data: bytes) -> None:
     """`data` as the file `path`, as `replacing` has it."""
     with replacing(path) as file:
         file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_whole`, in UTF-8. QuantkitError, naming `path`, if it cannot be written."""
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object for people and programs, as `write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -18,10 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK
@@ -31,15 +29,13 @@ from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.ggml import codec as ggml
+from quantkit.job.student import Student
 from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.experts.streamed import Turns, expert_names
-from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
+from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.memory import memory_limit
-from quantkit.runtime.rope import angles
-from quantkit.runtime.rotation import Angles
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.runtime.watch import Watcher
 from quantkit.tensors import TensorSpec
@@ -60,98 +56,6 @@ class RecoverOptions:
     lr: float = 1e-3
     lr_moved: float = 2e-3
     held_out: int = 16
-
-
-class Student(GGUFSource):
-    """A GGUF held decoded on its device, with free parameters by name: `factor` (logarithms, one a superblock, or one
-    an element of a norm) and `moved` (in standard deviations of the matrix)."""
-
-    def __init__(self, path: Path, device: str, dtype: torch.dtype):
-        super().__init__(path, device, dtype, hybrid=False)
-        self.base = {
-            name: super(Student, self).dense(name).to(self.device, dtype if len(t.shape) > 1 else torch.float32)
-            for name, t in self.file.tensors.items()
-        }
-        self.packed: dict[str, np.ndarray] = {}  # matrices that were encoded again
-        self.factor: dict[str, torch.Tensor] = {}
-        self.moved: dict[str, torch.Tensor] = {}
-        self.unit: dict[str, torch.Tensor] = {}
-
-    def free(self, specs: list[TensorSpec], moved: dict[str, torch.Tensor]) -> None:
-        """Open the parameters. moved: originals of the matrices whose weights are free instead of their scales."""
-        for spec in specs:
-            if spec.name not in self.base:
-                continue  # tied output
-            base, qtype = self.base[spec.name], self.file.tensors[spec.name].qtype
-            if spec.name in moved or spec.role == "ffn_gate_inp":
-                self.base[spec.name] = moved.get(spec.name, base)
-                self.unit[spec.name] = self.base[spec.name].float().std()
-                self.moved[spec.name] = torch.zeros(base.shape, device=self.device, requires_grad=True)
-            elif qtype in FORMATS or spec.role.endswith("_norm"):
-                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in FORMATS else base.shape
-                self.factor[spec.name] = torch.zeros(shape, device=self.device, requires_grad=True)
-
-    def part(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A tensor, or one matrix of a stack, as its free parameters make it."""
-
-        def of(t: torch.Tensor) -> torch.Tensor:
-            return t if index is None else t[index]
-
-        base = of(self.base[name])
-        if name in self.moved:
-            return (base.float() + of(self.moved[name]) * self.unit[name]).to(base.dtype)
-        if name not in self.factor:
-            return base
-        by = of(self.factor[name]).exp()
-        if by.shape == base.shape:
-            return base * by
-        return (base.float().unflatten(-1, (-1, SUPERBLOCK)) * by[..., None]).flatten(-2).to(base.dtype)
-
-    def dense(self, name: str) -> torch.Tensor:
-        return self.part(name)
-
-    def _matrix(self, name: str) -> torch.Tensor:
-        return self.part(name).to(self.device, self.dtype)
-
-    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        # Not by indexing, whose gradient adds up repeated tokens in the order in which threads come.
-        rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
-        return rows if out is None else out.copy_(rows)
-
-    def _experts(self, layer: int, turns: Turns) -> LayerExperts:
-        return unwatched(HeldExperts(self, expert_names(layer)))
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""
-        turns = angles(self.config, torch.arange(tokens.shape[1], device=self.device))
-        h = self.embed(tokens)
-        for layer in range(self.config.n_layer):
-            h = checkpoint(self._layer, layer, h, turns, use_reentrant=False)
-        return head_logits(self, self.head(), h)
-
-    def _layer(self, layer: int, h: torch.Tensor, turns: Angles) -> torch.Tensor:
-        weights = self.layer(layer)
-        h = h + attention(h, weights, self.config, turns)
-        x = rms_norm(h, weights.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
-        return h + feed_forward(x, weights, self.config).view_as(h)
-
-
-class HeldExperts:
-    """Routed experts whose matrices are all at hand: no reading ahead, and gradients for them."""
-
-    def __init__(self, student: Student, names: list[str]):
-        self.student, self.names = student, names
-
-    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(x.shape, device=x.device)
-        for e in range(self.student.config.n_expert):
-            tokens, slots = (expert == e).nonzero(as_tuple=True)
-            if len(tokens):
-                gate, up, down = (self.student.part(name, e) for name in self.names)
-                rows = x[tokens]
-                value = (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-                out.index_add_(0, tokens, value.float() * weight[tokens, slots, None])
-        return out
 
 
 class Inputs(Watcher):
@@ -284,19 +188,24 @@ class Recovery:
         by_layer: dict[int | None, list[TensorSpec]] = {}
         for spec in fine:
             by_layer.setdefault(spec.layer, []).append(spec)
-        last = torch.empty(0)
+        last = None
         for step in stream(student, self.tokens[self.text]):
             mine = by_layer.get(step.layer, [])
             inputs = Inputs({SAME_INPUT.get(spec.role, spec.role) for spec in mine})
             last = step.compute(inputs)
             for spec in mine:
                 self._encode_one(spec, inputs.moments[SAME_INPUT.get(spec.role, spec.role)])
-        for spec in by_layer.get(None, []):  # the output
-            seen, norm = Moments(), student.part("output_norm.weight")
-            for part in last.split(4):
-                x = rms_norm(part, norm, student.config.rms_eps).flatten(0, 1)
-                seen.add(x, torch.ones(len(x), device=x.device))
-            self._encode_one(spec, seen)
+        if last is not None:
+            for spec in by_layer.get(None, []):  # the output
+                self._encode_one(spec, self._moments_of_output(last))
+
+    def _moments_of_output(self, hidden: torch.Tensor) -> Moments:
+        """Of the rows that the head multiplies; hidden [n_chunk, t, d] after the last layer."""
+        seen, norm = Moments(), self.student.part("output_norm.weight")
+        for part in hidden.split(4):
+            x = rms_norm(part, norm, self.student.config.rms_eps).flatten(0, 1)
+            seen.add(x, torch.ones(len(x), device=x.device))
+        return seen
 
     def _encode_one(self, spec: TensorSpec, seen: Moments) -> None:
         student, name = self.student, spec.name
@@ -385,25 +294,25 @@ def recover(
     work = Recovery(base, original, plan, tokens, how or RecoverOptions(), state, job)
     before, after = work.run()
     say(f"recovery: KLD on {len(work.held)} chunks kept back {before:.4f} -> {after:.4f}")
-    parts = {source: folder / (source.name + ".part") for source in work.student.file.files}
-    for source, part in parts.items():
-        shutil.copyfile(source, part)
+    files = work.student.file.files
+    parts = {file: folder / (file.name + ".part") for file in files}
+    for file, part in parts.items():
+        shutil.copyfile(file, part)
     if after < before:
         for name, data in work.changed():
             tensor = work.student.file.tensors[name]
-            with open(parts[tensor.file], "rb+") as file:
-                file.seek(tensor.offset)
-                file.write(np.ascontiguousarray(data).tobytes())
+            with open(parts[tensor.file], "rb+") as out:
+                out.seek(tensor.offset)
+                out.write(np.ascontiguousarray(data).tobytes())
     else:
         say("recovery: no gain on text that it was not tuned on; the file stays as it was")
     for part in parts.values():
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-    files = [folder / source.name for source in parts]
-    for part, file in zip(parts.values(), files, strict=True):
-        os.replace(part, file)
+        with open(part, "rb+") as out:
+            os.fsync(out.fileno())
+    for file, part in parts.items():
+        os.replace(part, folder / file.name)
     state.unlink(missing_ok=True)
-    return files, {"kld_before": before, "kld_after": after}
+    return [folder / file.name for file in files], {"kld_before": before, "kld_after": after}
 
 
 def open_original(checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int, ram: int | None) -> CheckpointSource:

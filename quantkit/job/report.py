@@ -18,15 +18,14 @@ from matplotlib.ticker import MaxNLocator
 from quantkit import __version__
 from quantkit.calibration.coverage import coverage
 from quantkit.errors import QuantkitError
-from quantkit.formats.imatrix import ImatrixInfo, load_imatrix
+from quantkit.formats.imatrix import ImatrixInfo, imatrix_digest, load_imatrix
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_whole
-from quantkit.job.make import CERTIFY, IMATRIX, PLAN, PROVENANCE, VERIFY, imatrix_digest
+from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, REPORT, VERIFY
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
 from quantkit.tensors import Imatrix
 
-REPORT = "report.html"
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
 SIZE = (4.6, 2.8)  # inches: at a phone's 390 pixels the figure's 9-point text is 11 pixels high
 DPI = 160

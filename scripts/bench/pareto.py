@@ -28,6 +28,7 @@ from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_t
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
 from quantkit.job import plan as plans
+from quantkit.job.stages import source_of
 from quantkit.models import family
 from quantkit.planning.assign import make_plan, plan_within
 from quantkit.planning.plan import Plan
@@ -80,7 +81,7 @@ class Bench:
         self.imatrix, _ = load_imatrix(folder / "imatrix.gguf")
         self.damage = plans.damage_model(self.specs, None if prior else folder / "sensitivity.json")
         self.encoder = CachedEncoder(folder / "cache")
-        self.source = pipeline.source_of(self.checkpoint, "cpu")
+        self.source = source_of(self.checkpoint, "cpu")
         choice = TextChoice(data, n_tokens=tokens)
         chunks = cut(choice.corpus("evaluation"), self.source, choice)
         self.tokens, self.targets = chunks.tokens, scored_targets(chunks.targets)

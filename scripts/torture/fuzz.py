@@ -42,7 +42,8 @@ from quantkit.formats.ledger import Ledger
 from quantkit.formats.model_folder import open_source
 from quantkit.formats.safetensors_header import load_json, parse_header
 from quantkit.formats.sensitivity import Entry, Sensitivity
-from quantkit.job import make as pipeline
+from quantkit.job import folder as folders
+from quantkit.job.plan import plan_model
 from quantkit.models import family, tokenizer
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
@@ -237,7 +238,7 @@ class Files:
         self.folder = folder
         tiny = Checkpoint.open(bundle.models_dir() / "tiny-r1")
         self.config = family.from_hf(tiny.config)
-        self.plan = pipeline.plan_model("tiny-r1", "1.58bit")
+        self.plan = plan_model("tiny-r1", "1.58bit")
         metadata = file_metadata(tiny.path, self.config, self.plan)
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
@@ -291,7 +292,7 @@ class Files:
             assert len(specs) < 1 << 20
             family.source_shapes(config)
             family.metadata(config, "split", "x")
-            pipeline.plan_model(self.model, "1.58bit")
+            plan_model(self.model, "1.58bit")
 
     def tokenizer_file(self, name: str) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
@@ -342,8 +343,8 @@ class Files:
     def provenance(self, data: bytes) -> None:
         folder = self.folder / "claim"
         folder.mkdir(exist_ok=True)
-        (folder / pipeline.PROVENANCE).write_bytes(data)
-        pipeline._claim(folder, {"recipe": "1.58bit"}, False)
+        (folder / folders.PROVENANCE).write_bytes(data)
+        folders.claim(folder, {"recipe": "1.58bit"}, False)
 
     def geometry(self, data: bytes) -> None:
         folder = self.folder / "geometry"

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from quantkit import cli
+from quantkit.__main__ import main as command_line
 from quantkit.encoding import jobs as quantize
 from quantkit.encoding.layer import LayerEncoder
 from quantkit.formats.ledger import Coverage
@@ -62,7 +62,7 @@ def child(arguments: list[str], log: Path) -> None:
     os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     code = 1
     try:
-        cli.main(arguments, standalone_mode=False)
+        command_line(arguments, standalone_mode=False)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

@@ -60,7 +60,7 @@ def test_too_little_text_is_refused(tiny):
 def test_files_folders_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": f"row {i}"}) + "\n" for i in range(3)))
-    documents = corpus.load([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], column="body").documents
+    documents = corpus.load([str(tmp_path / "a.txt"), f"{tmp_path}/b.jsonl:body"]).documents
     assert [d.text for d in documents] == ["plain", "row 0", "row 1", "row 2"]
     with pytest.raises(QuantkitError, match="no column 'text'; it has body"):
         corpus.load([str(tmp_path / "b.jsonl")])
@@ -70,12 +70,38 @@ def test_parquet_and_template(tmp_path):
     rows = {"question": ["1+1?", "2+2?"], "answer": ["2", "4"]}
     parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text(json.dumps({"question": "3+3?", "answer": "6"}) + "\n")
-    documents = corpus.load([str(tmp_path)], column="Q: {question}\nA: {answer}").documents
+    documents = corpus.load([f"{tmp_path}:Q: {{question}}\\nA: {{answer}}"]).documents
     assert [d.text for d in documents] == ["Q: 1+1?\nA: 2", "Q: 2+2?\nA: 4", "Q: 3+3?\nA: 6"]
     with pytest.raises(QuantkitError, match="no column 'reply'; it has question, answer"):
-        corpus.load([str(tmp_path)], column="{reply}")
-    with pytest.raises(QuantkitError, match="--template"):
-        corpus.load([str(tmp_path)], column="{question")
+        corpus.load([f"{tmp_path}:{{reply}}"])
+    with pytest.raises(QuantkitError, match="write columns in braces"):
+        corpus.load([f"{tmp_path}:{{question"])
+
+
+def test_a_name_that_has_a_colon_wins(tmp_path):
+    named, rows = tmp_path / "a:body", tmp_path / "a.jsonl"
+    named.write_text("the file itself")
+    (tmp_path / "a").write_text("another file")
+    rows.write_text(json.dumps({"body": "a row", "text": "other"}) + "\n")
+    assert [d.text for d in corpus.load([str(named)]).documents] == ["the file itself"]
+    assert [d.text for d in corpus.load([f"math={rows}:body"]).documents] == ["a row"]
+    assert corpus.load([f"{rows}:body"]).name == "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "column"),
+    [
+        ("user/x", "user/x", "text"),
+        ("user/x:body", "user/x", "body"),
+        ("user/x:config:split", "user/x:config:split", "text"),
+        ("user/x::test:body", "user/x::test", "body"),
+        ("user/x:{a}: {b}", "user/x", "{a}: {b}"),
+        ("user/x:Q: {a}\\nA: {b}", "user/x", "Q: {a}\nA: {b}"),
+        ("user/x:config:split:{a}" + "y" * 300, "user/x:config:split", "{a}" + "y" * 300),
+    ],
+)
+def test_a_column_stands_last(source, place, column):
+    assert corpus._parse(source) == ("text", place, column)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/folder"])

@@ -7,12 +7,14 @@ from quantkit.calibration.corpus import Corpus, Document, TextChoice, overlap
 from quantkit.calibration.measure import Calibration, calibrate
 from quantkit.errors import QuantkitError
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.job import make as pipeline
+from quantkit.job import make
+from quantkit.job.options import MakeOptions
+from quantkit.job.stages import source_of
 
 
 @pytest.fixture(scope="module")
 def source(tiny):
-    return pipeline.source_of(tiny, "cpu")
+    return source_of(tiny, "cpu")
 
 
 def counts(imatrix):
@@ -55,14 +57,14 @@ def test_overlap_is_noticed():
     assert overlap(first, second) == 0.5
     assert overlap(first, Corpus("c", (Document("text", "z" * 99),))) == 0
     choice = TextChoice()
-    pipeline.check_disjoint(choice, choice)  # the bundled parts
+    make.check_disjoint(choice, choice)  # the bundled parts
 
 
 def test_evaluating_on_calibration_text_is_refused(tmp_path):
     (tmp_path / "same.txt").write_text("some long enough line of text that occurs in both of the two corpora\n" * 50)
-    options = pipeline.MakeOptions(
+    options = MakeOptions(
         calibration=Calibration(TextChoice((str(tmp_path / "same.txt"),))),
         evaluation=TextChoice((str(tmp_path / "same.txt"),)),
     )
     with pytest.raises(QuantkitError, match="100% of the evaluation text"):
-        pipeline.make("tiny-r1", tmp_path / "out", options)
+        make.make("tiny-r1", tmp_path / "out", options)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from quantkit.calibration.collect import collect
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
@@ -15,15 +17,17 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
+from quantkit.job.options import MakeOptions
+from quantkit.job.stages import source_of
 from quantkit.planning.plan import Plan
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
-    options = pipeline.MakeOptions(
-        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
-        evaluation=pipeline.TextChoice(n_tokens=4096),
+    options = MakeOptions(
+        calibration=Calibration(TextChoice(n_tokens=8192)),
+        evaluation=TextChoice(n_tokens=4096),
         encoder="quantkit",
     )
     pipeline.make("tiny-r1", folder, options)
@@ -49,7 +53,7 @@ def test_imatrix_of_the_pass_is_that_of_calibration(ours, made):
 
 def test_experts_without_tokens_fall_to_ggml(tiny, made, tmp_path):
     """Two tokens reach at most 8 of 16 experts; the others still get bytes, from their layer's mean importance."""
-    source = pipeline.source_of(tiny, "cpu")
+    source = source_of(tiny, "cpu")
     plan = Plan.from_json((made / "plan.json").read_bytes())
     with torch.inference_mode(), open_writer(tiny, plan, Output(tmp_path / "o.gguf")) as out:
         layers = FileEncoder(source, plan, out, LayerOptions(EncoderOptions("fast")))
@@ -89,6 +93,6 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
 
 
 def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
-    options = pipeline.MakeOptions(imatrix=made / "imatrix.gguf", encoder="quantkit")
+    options = MakeOptions(imatrix=made / "imatrix.gguf", encoder="quantkit")
     with pytest.raises(QuantkitError, match="second moments"):
         pipeline.make("tiny-r1", tmp_path / "x", options)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from quantkit import bundle, cli
+from quantkit import bundle
+from quantkit.__main__ import main
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
@@ -138,13 +139,13 @@ def test_r1_metadata_come_from_the_bundled_description(good, tmp_path):
 def test_cli_exit_code_table_and_json(good, tmp_path):
     out = tmp_path / "certify.json"
     arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-engine"]
-    done = CliRunner().invoke(cli.main, [*arguments, "--json", str(out)])
+    done = CliRunner().invoke(main, [*arguments, "--json", str(out)])
     assert done.exit_code == 0 and "tokenizer" in done.stdout
     assert json.loads(out.read_text())["passed"] is True
     model = Model(good)
     model.key("expert_gating_func", U32(1))
     broken = model.write(tmp_path / "broken.gguf")
-    done = CliRunner().invoke(cli.main, ["certify", str(broken), "--no-engine", "--no-values"])
+    done = CliRunner().invoke(main, ["certify", str(broken), "--no-engine", "--no-values"])
     assert done.exit_code == 1
     assert json.loads((tmp_path / "certify.json").read_text())["passed"] is False
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.calibration import corpus
+from quantkit.calibration.corpus import TextChoice
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import HeldLogits, diverge, scored, scored_targets
 from quantkit.evaluation.runtime_mode import runtime_mode
@@ -20,7 +21,7 @@ from quantkit.evaluation.side_by_side import LayerError, bad_layers
 from quantkit.evaluation.summary import short_table
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.job import make as pipeline
+from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.runtime.sources import CheckpointSource, GGUFSource
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
@@ -117,16 +118,16 @@ def test_numbers_that_are_not_finite_name_their_layer(good, reference, chunks, t
 
 
 def test_all_tokens_can_be_scored(good, tiny, tmp_path):
-    choice = pipeline.TextChoice(n_tokens=1024, chunk=256)
-    half = pipeline.verify_file(good, tiny, choice, "cpu", out=tmp_path / "v.json")
-    whole = pipeline.verify_file(good, tiny, choice, "cpu", score="all")
+    choice = TextChoice(n_tokens=1024, chunk=256)
+    half = verify_file(good, tiny, "cpu", VerifyOptions(choice), tmp_path / "v.json")
+    whole = verify_file(good, tiny, "cpu", VerifyOptions(choice, score="all"))
     assert (half["tokens"], whole["tokens"]) == (4 * 127, 4 * 255)
     assert json.loads((tmp_path / "v.json").read_text())["score"] == "half"
 
 
 def test_too_little_memory_is_refused_before_work(good, tiny):
     with pytest.raises(QuantkitError, match="but half of --memory is"):
-        pipeline.verify_file(good, tiny, pipeline.TextChoice(n_tokens=1024), "cpu", ram=10_000_000)
+        verify_file(good, tiny, "cpu", VerifyOptions(TextChoice(n_tokens=1024), ram=10_000_000))
 
 
 def deeper(folder: Path, n_layer: int) -> Path:
@@ -152,7 +153,7 @@ def peak_anonymous(folder: Path, file: Path) -> int:
     time and do not count."""
     program = """
 import sys, threading
-from quantkit import cli
+from quantkit.__main__ import main
 peak, done = 0, threading.Event()
 def anonymous():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
@@ -161,9 +162,9 @@ def watch():
     while not done.wait(0.005):
         peak = max(peak, anonymous())
 before = None
-from quantkit.job import make
+import quantkit.job.stages
 thread = threading.Thread(target=watch, daemon=True); thread.start()
-cli.main.main(sys.argv[1:], standalone_mode=False)
+main(sys.argv[1:], standalone_mode=False)
 done.set(); thread.join()
 print(f"peak {peak}")
 """
@@ -177,8 +178,6 @@ print(f"peak {peak}")
         folder,
         "--tokens",
         "512",
-        "--chunk",
-        "128",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(

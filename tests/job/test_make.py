@@ -14,9 +14,12 @@ import gguf
 import pytest
 
 from quantkit import bundle
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
+from quantkit.job.options import MakeOptions
 from quantkit.planning.plan import Plan
 
 SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--workers", "2"]
@@ -57,16 +60,16 @@ def test_file_is_what_the_plan_says_and_gguf_reads_it(made):
 
 def test_rerun_uses_what_is_there_and_another_job_is_refused(made):
     before = (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns
-    options = pipeline.MakeOptions(
-        calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=8192)),
-        evaluation=pipeline.TextChoice(n_tokens=4096),
+    options = MakeOptions(
+        calibration=Calibration(TextChoice(n_tokens=8192)),
+        evaluation=TextChoice(n_tokens=4096),
         encoder="ggml",
         verify=False,
     )
-    pipeline.make("tiny-r1", made, options)
+    make("tiny-r1", made, options)
     assert (made / "tiny-r1-1.58bit.gguf").stat().st_mtime_ns == before
     with pytest.raises(QuantkitError, match=r"holds another job: recipe was 1\.58bit, now 2\.51bit"):
-        pipeline.make("tiny-r1", made, dataclasses.replace(options, recipe="2.51bit"))
+        make("tiny-r1", made, dataclasses.replace(options, recipe="2.51bit"))
 
 
 def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path):
@@ -147,7 +150,7 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
         "llama.cpp",
         "-o",
         tmp_path / "p.json",
-        "--plot",
+        "-o",
         tmp_path / "p.png",
     )
     planned = Plan.from_json((tmp_path / "p.json").read_bytes())
@@ -224,9 +227,12 @@ BROKEN = [
         "imatrix",
     ),
     (["verify", "{made}/imatrix.gguf"], "deepseek2"),
-    (["make", "--split-max-size", "huge"], "--split-max-size huge"),
+    (["make", "--split-max-size", "huge"], "--split-max-size huge: not a size"),
+    (["hardware", "--context", "many"], "--context many: not a number of tokens"),
+    (["run", "{made}/tiny-r1-1.58bit.gguf", "--gpu-layers", "all"], "--gpu-layers all: write auto"),
     (["make", "--size", "1MB"], "smallest feasible size is"),
     (["plan", "--size", "4MiB", "--ram", "2GB"], "--size and --ram contradict each other"),
+    (["plan", "--size", "99bpw"], "--size 99bpw: bits per weight are a number up to 32"),
     (["plan", "--size", "much"], "--size much: not a size"),
     (["plan", "--vram", "1GB"], "--vram needs --ram"),
     (["plan", "--recipe", "1.58bit", "--size", "4MiB"], "its rules fix every type"),

@@ -16,15 +16,18 @@ import pytest
 import torch
 
 from quantkit import bundle, ranks
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job import make as pipeline
+from quantkit.job.options import MakeOptions
 from quantkit.job.plan import BudgetOptions
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.watch import Watcher
 
 TOKENS = 512
-OURS = pipeline.MakeOptions(
-    calibration=pipeline.Calibration(pipeline.TextChoice(n_tokens=TOKENS)),
+OURS = MakeOptions(
+    calibration=Calibration(TextChoice(n_tokens=TOKENS)),
     encoder="quantkit",
     effort="fast",
     device="cpu",
@@ -118,7 +121,7 @@ def test_ggml_has_the_bytes_of_one_process(tmp_path, n):
     """Jobs shared out, in split files, of types that are quick to encode."""
     options = dataclasses.replace(OURS, encoder="ggml", budget=BudgetOptions(bpw=6), split_max_bytes=4_000_000)
     pipeline.make("tiny-r1", tmp_path / "one", options)
-    code, stderr = end(make(n, tmp_path / "n", "--encoder", "ggml", "--bpw", 6, "--split-max-size", "4M"))
+    code, stderr = end(make(n, tmp_path / "n", "--encoder", "ggml", "--size", "6bpw", "--split-max-size", "4M"))
     assert code == 0, stderr
     names = {path.name for path in (tmp_path / "one").glob("*.gguf")}
     assert len(names) >= 4 and names == {path.name for path in (tmp_path / "n").glob("*.gguf")}
@@ -189,7 +192,8 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path):
 
 
 FAILING = """
-from quantkit import cli, ranks
+from quantkit import ranks
+from quantkit.__main__ import main
 from quantkit.encoding.layer import LayerEncoder
 from quantkit.errors import QuantkitError
 
@@ -198,7 +202,7 @@ def fail(self, waiting):
 
 encode = LayerEncoder._encode_experts
 LayerEncoder._encode_experts = lambda self, waiting: (fail if ranks.index() == 1 else encode)(self, waiting)
-cli.main()
+main()
 """
 
 

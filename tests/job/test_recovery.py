@@ -8,8 +8,8 @@ from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.job import recovery
 from quantkit.job.recovery import RecoverOptions, Recovery, open_original, recover
+from quantkit.job.student import Student
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
@@ -111,7 +111,7 @@ def test_a_model_that_does_not_fit_is_refused(tiny, plan):
 def test_the_student_computes_what_the_file_does(base, tokens):
     from quantkit.runtime.stream import final_hidden, logit_tiles
 
-    student = recovery.Student(base, "cpu", torch.float32)
+    student = Student(base, "cpu", torch.float32)
     file = GGUFSource(base, hybrid=False)
     with torch.no_grad():
         expected = torch.cat(list(logit_tiles(file, final_hidden(file, tokens).flatten(0, 1))))

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from quantkit import cli
+from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
-from quantkit.job import make as pipeline
+from quantkit.job.plan import plan_model
 from quantkit.job.report import FIGURES, Material, write_report
+from quantkit.job.stages import CertifyOptions, certify_file
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
 
@@ -29,7 +30,7 @@ def folder(made, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("report")
     folder = Path(shutil.copytree(made, root / "tiny-r1-1.58bit"))
     file = folder / "tiny-r1-1.58bit.gguf"
-    pipeline.certify_file(file, "llama.cpp", "tiny-r1", None, folder / "certify.json", engine=False)
+    certify_file(file, "cpu", folder / "certify.json", CertifyOptions("llama.cpp", "tiny-r1", engine=False))
     other = json.loads((folder / "verify.json").read_text()) | {"bytes": 9_000_000, "kld_mean": 0.1}
     (root / "larger").mkdir()
     (root / "larger" / "verify.json").write_text(json.dumps(other))
@@ -112,7 +113,7 @@ def test_a_plan_alone_is_worth_a_page(folder, tmp_path):
 
 
 def test_r1_bit_map_has_a_cell_for_every_matrix():
-    plan = pipeline.plan_model("deepseek-r1", "1.58bit")
+    plan = plan_model("deepseek-r1", "1.58bit")
     axes = bit_map(plan).axes[0]
     mesh = axes.collections[0].get_array()
     matrices = [t for t in plan.tensors if len(t.shape) > 1]
@@ -121,7 +122,7 @@ def test_r1_bit_map_has_a_cell_for_every_matrix():
 
 
 def test_nothing_to_report_is_one_clear_line(tmp_path):
-    done = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
+    done = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert done.exit_code == 1 and "neither verify.json nor plan.json" in done.stderr
     (tmp_path / "verify.json").write_text("{")
     with pytest.raises(QuantkitError, match=r"verify\.json"):

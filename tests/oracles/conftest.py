@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit import bundle, cli
+from quantkit import bundle
+from quantkit.__main__ import main
 from quantkit.calibration import corpus
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.sources import CheckpointSource
@@ -46,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantkit(*arguments: object) -> None:
     """A command in this process, where ggml's slow tables are built once."""
     with redirect_stdout(StringIO()):
-        cli.main.main([str(argument) for argument in arguments], standalone_mode=False)
+        main([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def make(out: Path, recipe: str | Path, imatrix: Path, *options: str, model: Path = MODEL) -> Path:
@@ -65,7 +66,7 @@ def reference() -> CheckpointSource:
 @pytest.fixture(scope="session")
 def imatrix(work: Path) -> Path:
     path = work / "imatrix.gguf"
-    quantkit("calibrate", MODEL, "--tokens", 8192, "--chunk", 256, "--device", "cpu", "--output", path)
+    quantkit("calibrate", MODEL, "--tokens", 8192, "--device", "cpu", "--output", path)
     return path
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from quantkit.cli import main
+from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.ggml.graph import Experts as GgmlExpertStack
 from quantkit.runtime.engines.graph import GraphEngine

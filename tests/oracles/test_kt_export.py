@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from quantkit import bundle
-from quantkit.cli import main
+from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import kt_export

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from quantkit.calibration import corpus
+from quantkit.calibration.measure import Calibration, calibrate
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix
 from quantkit.models import family
 
-from .conftest import MODEL, make, quantkit, reference
+from .conftest import make, reference
 
 pytestmark = pytest.mark.large
 
@@ -129,21 +130,8 @@ def test_same_importance(work: Path, plain, tmp_path: Path):
         "-fa",
         "off",
     )
-    quantkit(
-        "calibrate",
-        MODEL,
-        "--data",
-        text,
-        "--tokens",
-        n_chunk * length,
-        "--chunk",
-        length,
-        "--from-start",
-        "--device",
-        "cpu",
-        "--output",
-        ours_path,
-    )
+    choice = corpus.TextChoice((str(text),), n_chunk * length, length, from_start=True)
+    calibrate(reference(), Calibration(choice), ours_path)
     compare_importance(ours_path, theirs_path)
     make(tmp_path / "with-theirs.gguf", "1.58bit", theirs_path)  # theirs serves our encoders
 

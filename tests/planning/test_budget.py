@@ -15,7 +15,7 @@ from quantkit.planning.assign import plan_within, predict
 from quantkit.planning.damage import Prior
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Candidates, Recipe
-from quantkit.sizes import parse_size
+from quantkit.sizes import both_units, parse_size
 
 HEAD = 'name = "r"\ndescription = "d"\ntarget = "llama.cpp"\n'
 REST = '[[rules]]\nmatch = "*"\nallocate = {}\nwhy = "w"\n'
@@ -172,6 +172,11 @@ def test_the_smallest_feasible_size_is_feasible():
 )
 def test_sizes(text, n):
     assert parse_size(text, "--x") == n
+
+
+def test_sizes_are_shown_in_both_units():
+    assert both_units(140_188_446_432) == "140.2 GB, 130.6 GiB"
+    assert both_units(4_066_208) == "4.1 MB, 3.9 MiB"
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1X", "1iB", "nan", "1e99T"])

@@ -10,14 +10,13 @@ import json
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 
-def texts(source, column, limit=1 << 20):
+def texts(source, limit=1 << 20):
     try:
-        return [document.text for document in corpus.load([source], column, limit).documents]
+        return [document.text for document in corpus.load([source], limit).documents]
     except QuantkitError as error:
         return str(error)
 
-asked = [("user/sums", "{question} {answer}", 25), ("user/sums", "text"), ("user/none", "text"),
-         ("user/sums:default:test", "answer")]
+asked = [("user/sums:{question} {answer}", 25), ("user/sums",), ("user/none",), ("user/sums:default:test:answer",)]
 print(json.dumps([texts(*each) for each in asked]))
 """
 
@@ -31,6 +30,6 @@ def test_template_limit_split_and_errors(hub, env):
     assert done.returncode == 0, done.stderr
     some, no_column, no_dataset, test = json.loads(done.stdout)
     assert some == [f"{i}+{i}? {2 * i}" for i in range(5)]
-    assert no_column == "user/sums: no column 'text'; it has question, answer (--column)"
+    assert no_column == "user/sums: no column 'text'; it has question, answer (--data user/sums:COLUMN)"
     assert no_dataset.startswith("user/none: DatasetNotFoundError")
     assert test == ["0", "2"]

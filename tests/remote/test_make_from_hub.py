@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
+from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.models.open import ModelRef
 
-TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
-HOW = pipeline.Calibration(TEXT)
-OPTIONS = pipeline.MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml")
+TEXT = TextChoice(n_tokens=1024)
+HOW = Calibration(TEXT)
+OPTIONS = MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml")
 LIMIT = 9_600_000  # two of the model's four layers, and its embeddings; the whole would be 13.2 MB
 
 
@@ -139,8 +142,6 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypa
         "1024",
         "--eval-tokens",
         "1024",
-        "--chunk",
-        "128",
     ]
     monkeypatch.setenv("QUANTKIT_CACHE_SIZE", str(LIMIT))
     needed = needed_bytes(sharded)
@@ -172,8 +173,8 @@ def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
 @pytest.mark.large
 def test_our_encoders_and_the_scores(hub, env, sharded, tmp_path):
     """The default job of a small model: 1.58bit, quantkit's encoders, verify."""
-    text = pipeline.TextChoice(n_tokens=8192)
-    options = pipeline.MakeOptions(calibration=pipeline.Calibration(text), evaluation=text)
+    text = TextChoice(n_tokens=8192)
+    options = MakeOptions(calibration=Calibration(text), evaluation=text)
     pipeline.make(sharded, tmp_path / "local", options)
     pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
     assert results(tmp_path / "remote") == results(tmp_path / "local")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from loopback_hub import Sparse
 
 from quantkit import bundle
-from quantkit.cli import main
+from quantkit.__main__ import main
 from quantkit.formats.geometry import Geometry
 
 N_SHARDS, SHARD_BYTES = 163, 4_300_000_000

@@ -10,10 +10,13 @@ import torch
 from click.testing import CliRunner
 from loopback_hub import TOKEN, Blob
 
-from quantkit.cli import main
+from quantkit.__main__ import main
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
+from quantkit.job.options import MakeOptions
 from quantkit.models.open import ModelRef
 from quantkit.remote import client
 from quantkit.remote.cache import RangeCache
@@ -139,9 +142,9 @@ def test_a_changed_file_is_noticed(hub, env, fast):
 
 
 def test_new_weights_under_the_same_name_are_another_job(hub, env, tmp_path):
-    text = pipeline.TextChoice(n_tokens=256, chunk=64)
-    how = pipeline.Calibration(text)
-    options = pipeline.MakeOptions(recipe="2.51bit", calibration=how, encoder="ggml", verify=False)
+    text = TextChoice(n_tokens=256, chunk=64)
+    how = Calibration(text)
+    options = MakeOptions(recipe="2.51bit", calibration=how, encoder="ggml", verify=False)
     pipeline.make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
     model = hub.models["user/tiny-r1"]
     name = next(name for name in model.commits[0] if name.endswith("-00009-of-000024.safetensors"))
@@ -213,7 +216,7 @@ def test_read_only_folder(hub, env, monkeypatch):
 def test_full_disk(hub, env, tmp_path):
     """A file system of 6 MB, in a namespace of its own."""
     mount = "mount -t tmpfs -o size=6m tmpfs $HF_HOME && exec "
-    command = f"{mount}{sys.executable} -m quantkit calibrate user/tiny-r1 --tokens 256 --chunk 64 -o {tmp_path}/i.gguf"
+    command = f"{mount}{sys.executable} -m quantkit calibrate user/tiny-r1 --tokens 512 -o {tmp_path}/i.gguf"
     env.mkdir()
     unshare = ["unshare", "-rm", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "mount -t tmpfs none /mnt"]).returncode:

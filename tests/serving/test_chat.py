@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from quantkit import cli
+from quantkit.__main__ import main
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.generate import Sampling
 from quantkit.serving.chat import Conversation, Pieces, thoughts
@@ -76,9 +76,9 @@ def test_conversation_computes_only_what_is_new(path):
 
 
 def test_run_on_the_command_line(path):
-    once = CliRunner().invoke(cli.main, ["run", str(path), "-p", "The ", "-n", "8", "--temperature", "0"])
+    once = CliRunner().invoke(main, ["run", str(path), "-p", "The ", "-n", "8", "--temperature", "0"])
     assert once.exit_code == 0 and "tok/s" in once.stderr and once.stdout.strip()
     args = ["run", str(path), "-n", "8", "--context", "64"]
-    talk = CliRunner().invoke(cli.main, args, input="hello\n" + "word " * 80 + "\n/clear\nhello\n/exit\n")
+    talk = CliRunner().invoke(main, args, input="hello\n" + "word " * 80 + "\n/clear\nhello\n/exit\n")
     assert talk.exit_code == 0 and talk.stdout.count("<think>\n") >= 2
     assert "do not fit a context of 64; /clear" in talk.stderr and talk.stderr.count("answer") >= 2

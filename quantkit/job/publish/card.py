@@ -11,6 +11,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from quantkit import __version__
+from quantkit.errors import needs
 from quantkit.planning.plan import CLASSES, Plan
 
 TAGS = {"ktransformers": ["ktransformers"], "llama.cpp": ["llama.cpp"], "ollama": ["ollama"]}
@@ -57,8 +58,9 @@ def render_card(repo: str, model: str, base: str, license_name: str | None, rows
 
 def layer_plot(plan: Plan) -> bytes:
     """PNG: bits per weight of each layer's classes, as far as they differ."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("plots"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     layers = sorted({tensor.layer for tensor in plan.tensors if tensor.layer is not None})
     figure = Figure(figsize=(8, 3), layout="constrained")

@@ -13,11 +13,11 @@ from huggingface_hub.utils import get_token
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
+from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.planning.plan import Plan
 
-REQUIRED = ("plan.json", "verify.json", "provenance.json")
-OPTIONAL = ("recipe.toml", "certify.json", "report.html")
-IMATRIX = "imatrix.gguf"
+REQUIRED = (PLAN, VERIFY, PROVENANCE)
+OPTIONAL = (RECIPE, CERTIFY, REPORT)
 SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -44,7 +44,7 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     """QuantkitError if there is no finished GGUF with its plan; lesser faults are in `problems`."""
     if not folder.is_dir():
         raise QuantkitError(f"{folder}: no such folder")
-    plan = Plan.from_json(_bytes(folder / "plan.json"), str(folder / "plan.json"))
+    plan = Plan.from_json(_bytes(folder / PLAN), str(folder / PLAN))
     name = name or plan.recipe
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise QuantkitError(f"--name {name}: use letters, digits, dots and dashes")
@@ -53,7 +53,7 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
         raise QuantkitError(f"{folder}: no finished {plan.model}-{plan.recipe}.gguf; run `quantkit make` to its end")
     file = GGUFFile.open(found[0])
     gguf = tuple(file.files)
-    verify, provenance = (_json(folder / each) for each in ("verify.json", "provenance.json"))
+    verify, provenance = (_json(folder / each) for each in (VERIFY, PROVENANCE))
     problems = [f"{each} is missing" for each in (*REQUIRED, IMATRIX) if not (folder / each).is_file()]
     problems += [
         f"{path.name} is left of an unfinished run"
@@ -63,11 +63,11 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     problems += [f"{path.name} is not one of the files of {gguf[0].name}" for path in found if path not in gguf]
     planned = {tensor.name: (tensor.qtype, tuple(tensor.shape)) for tensor in plan.tensors}
     if planned != {tensor.name: (tensor.qtype, tuple(tensor.shape)) for tensor in file.tensors.values()}:
-        problems.append(f"{gguf[0].name} does not hold the tensors of plan.json")
+        problems.append(f"{gguf[0].name} does not hold the tensors of {PLAN}")
     sizes = {path.name: path.stat().st_size for path in gguf}
     if verify and (verify.get("file"), verify.get("bytes")) != (gguf[0].name, sum(sizes.values())):
-        problems.append("verify.json is of other files; run `quantkit make` or `quantkit verify --json` again")
-    problems += _certificate(folder / "certify.json", sizes)
+        problems.append(f"{VERIFY} is of other files; run `quantkit make` or `quantkit verify --json` again")
+    problems += _certificate(folder / CERTIFY, sizes)
     files = {f"{name}/{path.name}": path for path in gguf}
     files |= {f"{name}/{each}": folder / each for each in (*REQUIRED, *OPTIONAL) if (folder / each).is_file()}
     if (folder / IMATRIX).is_file():
@@ -94,30 +94,39 @@ def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) ->
     p, calibration = provenance, provenance["calibration"]
     source = p.get("source") or {}
     words = ["quantkit", "make", f"{base}@{source['commit']}" if source.get("commit") else base]
-    words += ["--recipe", f"published/{name}/plan.json"]
+    words += ["--recipe", f"published/{name}/{PLAN}"]
     text = calibration.get("text")
     if p.get("packed_by") == "ggml":
         words += ["--imatrix", f"published/imatrix/{name}.gguf"]
     elif text:
         words += ["--encoder", "quantkit", "--effort", p["effort"], *text_words(text, "")]
-        words += ["--min-expert-tokens", str(calibration["min_expert_tokens"])]
     if p.get("split_max_bytes") is not None:
         words += ["--split-max-size", str(p["split_max_bytes"])]
     words += text_words(p.get("evaluation") or {}, "eval-")
-    return [download, " ".join([*map(shlex.quote, words), "--output", "again"])]
+    command = " ".join([*map(shlex.quote, words), "--output", "again"])
+    special = unspoken(calibration) if p.get("packed_by") != "ggml" else []
+    return [
+        download,
+        *(f"# from Python, with {' and '.join(special)} (quantkit.job.make):" for _ in special[:1]),
+        command,
+    ]
+
+
+def unspoken(calibration: Mapping[str, Any]) -> list[str]:
+    """What the command line cannot say of a calibration, as Python says it."""
+    text = calibration.get("text") or {}
+    usual = {"chunk": 512, "from_start": False}
+    found = [f"TextChoice.{key}={text[key]}" for key, value in usual.items() if text.get(key, value) != value]
+    least = calibration.get("min_expert_tokens", 32)
+    return found + ([f"Calibration.min_expert_tokens={least}"] if least != 32 else [])
 
 
 def text_words(text: Mapping[str, Any], prefix: str) -> list[str]:
-    """Options of a TextChoice; column and chunk are shared by both texts, so only the first gives them."""
+    """Options of a TextChoice."""
     if not text:
         return []
     words = [word for source in text.get("data", ()) for word in (f"--{prefix}data", source)]
-    words += [f"--{prefix}tokens", str(text["n_tokens"])]
-    if not prefix or text["chunk"] != 512:
-        words += ["--chunk", str(text["chunk"])]
-    if text.get("data") and (column := text.get("column", "text")) != "text":
-        words += ["--template", column.replace("\n", "\\n")] if "{" in column else ["--column", column]
-    return words + (["--from-start"] if text.get("from_start") else [])
+    return [*words, f"--{prefix}tokens", str(text["n_tokens"])]
 
 
 def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
@@ -125,8 +134,8 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
         return ["it is not certified; run `quantkit certify`"]
     found = _json(path)
     if found.get("passed") is not True:
-        return ["certify.json says that a check failed"]
-    return [] if found.get("files") == sizes else ["certify.json is of other files; run `quantkit certify` again"]
+        return [f"{CERTIFY} says that a check failed"]
+    return [] if found.get("files") == sizes else [f"{CERTIFY} is of other files; run `quantkit certify` again"]
 
 
 def _bytes(path: Path) -> bytes:

@@ -11,15 +11,17 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard, snapshot_download
 from loopback_hub import TOKEN, Blob
 
-from quantkit.cli import main
+from quantkit.__main__ import main
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
 from quantkit.job import make as pipeline
-from quantkit.models.open import ModelRef
+from quantkit.job.options import MakeOptions
+from quantkit.job.stages import VerifyOptions, verify_file
+from quantkit.models.open import ModelRef, open_weights
 
-TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
-HOW = pipeline.Calibration(TEXT)
-OPTIONS = pipeline.MakeOptions(
-    recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml", split_max_bytes=4_000_000
-)
+TEXT = TextChoice(n_tokens=1024, chunk=128)
+HOW = Calibration(TEXT)
+OPTIONS = MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml", split_max_bytes=4_000_000)
 GGUF_BYTES = 4_000_000
 
 
@@ -67,8 +69,8 @@ def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     parts = sorted((got / "2.51bit").glob("*.gguf"))
     assert [path.name for path in parts] == [path.name for path in sorted(out.glob("tiny-r1-*.gguf"))]
     assert len(parts) > 1
-    checkpoint = pipeline.open_weights(ModelRef("user/tiny-r1"))
-    again = pipeline.verify_file(parts[0], checkpoint, TEXT, "cpu", "ktransformers")
+    checkpoint = open_weights(ModelRef("user/tiny-r1"))
+    again = verify_file(parts[0], checkpoint, "cpu", VerifyOptions(TEXT, "ktransformers"))
     checkpoint.close()
     same = [key for key in result if key not in ("seconds", "layers", "bad_layers")]  # a Hub make compares no layers
     print(

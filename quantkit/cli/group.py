@@ -1,0 +1,78 @@
+"""What all commands share: ranks that meet or leave, signals, and errors that reach a person as one line."""
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import click
+
+from quantkit import __version__, progress, ranks
+from quantkit.errors import QuantkitError, out_of_memory
+
+TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
+
+
+class Commands(click.Group):
+    """A QuantkitError is one line on stderr and exit code 1; Ctrl-C says that the work can go on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; ends the process with exit code 1 if it fails."""
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            done = super().invoke(ctx)
+            ranks.leave()
+            return done
+        except QuantkitError as error:
+            _complain(str(error))
+        except KeyboardInterrupt:
+            _complain("interrupted; run the same command again to go on")
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _complain(f"{where}{error.strerror or error}")
+        except Exception as error:
+            if what := out_of_memory(error):
+                _complain(
+                    f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
+                    "command again (fewer --tokens need --restart)"
+                )
+            elif ranks.count() == 1 or isinstance(error, click.exceptions.Exit):
+                raise
+            elif ranks.may_speak():
+                if isinstance(error, click.ClickException):
+                    raise
+                traceback.print_exc()
+        ranks.end(1)
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    """One line, from the first rank that has one."""
+    if ranks.count() > 1:  # the launcher, which has seen another rank end, must not cut this one short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ranks.may_speak():
+        where = f"rank {ranks.index()}: " if ranks.index() else ""
+        click.echo(f"quantkit: {where}{message}", err=True)
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does; a second one ends it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantkit")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Dynamic low-bit GGUF files of DeepSeek-R1 and its family."""
+    warnings.filterwarnings("ignore", message=".*beta state.*")
+    if ctx.invoked_subcommand in TOGETHER:
+        ranks.join()
+    if ranks.launched_index():
+        if ranks.index() == 0:
+            ctx.exit(0)
+        progress.be_quiet()
+        sys.stdout = open(os.devnull, "w")

@@ -1,0 +1,92 @@
+"""The contract of the folder that `make` leaves: what lies there under which name, and whose job it holds.
+
+MODEL-RECIPE.gguf   the file, or its splits MODEL-RECIPE-00001-of-00003.gguf; only when it is complete
+imatrix.gguf        the importance that was measured
+plan.json           the type of every tensor, and why; recipe.toml: the rules behind it
+verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained
+provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
+*.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from
+"""
+
+import glob
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.resume import discard
+from quantkit.formats.whole_file import write_json, write_text
+
+IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
+REPORT = "report.html"
+BASE = "base"
+REFERENCE = "reference.state"  # of the original's half of the evaluation
+
+
+def finished_files(path: Path) -> list[Path]:
+    """The complete file or splits under this name; they carry their final name only when they are complete."""
+    if path.exists():
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*-of-[0-9]*.gguf"))
+
+
+def begin(
+    folder: Path, identity: Mapping[str, Any], circumstances: Mapping[str, Any], texts: Mapping[str, str], restart: bool
+) -> None:
+    """Claim the folder for a job and record there what it is, with texts by file name; `restart` discards what an
+    earlier run of it left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, identity, restart)
+    write_json(folder / PROVENANCE, {**identity, **circumstances})
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    if restart:
+        for left in (REFERENCE, BASE):
+            shutil.rmtree(folder / left, ignore_errors=True)
+
+
+def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
+    """The folder is ours if it is new or holds the job of that identity; `restart` clears what another job left.
+
+    QuantkitError, naming the first difference, if it holds another job that is not to be cleared.
+    """
+    record = folder / PROVENANCE
+    if not record.exists():
+        return
+    try:
+        old = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        old = None
+    if not isinstance(old, dict):
+        old = {}
+    changed = [key for key, value in mine.items() if old.get(key) != value]
+    if not changed:
+        return
+    if not restart:
+        key, was, now = _difference(changed[0], old.get(changed[0]), mine[changed[0]])
+        raise QuantkitError(
+            f"{folder} holds another job: {key} was {was}, now {now}; choose another --output, or --restart"
+        )
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Discard what a job left, but for finished models. QuantkitError if another process is writing one."""
+    for ledger in folder.glob("*.gguf.part.ledger"):
+        discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
+    for state in folder.glob("*.gguf.state*"):
+        shutil.rmtree(state, ignore_errors=True)
+    for name in (IMATRIX, VERIFY, RECOVERY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first value that differs, by its path in nested tables: `calibration.text.n_tokens`, 8192, 4096."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for inner in now:
+            if was.get(inner) != now[inner]:
+                return _difference(f"{key}.{inner}", was.get(inner), now[inner])
+    return key, was, now

@@ -1,0 +1,140 @@
+"""What `make` can be told, what that amounts to for one model and folder, and how a folder records it."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit import __version__, ranks
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import Calibration
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job.folder import IMATRIX
+from quantkit.job.plan import BudgetOptions
+from quantkit.planning.plan import Plan
+
+SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
+ENCODERS = ("auto", "quantkit", "ggml")
+
+
+@dataclass(frozen=True)
+class MakeOptions:
+    """Everything `make` can be told; the defaults are what a person gets who tells it nothing.
+
+    recipe: a name, a TOML file or a plan.json. target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`.
+    imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
+    quantkit's. device: cpu or cuda, default a GPU if there is one. workers: encoding threads, default the cores.
+    split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
+    with the scores.
+    """
+
+    recipe: str | Path | None = None
+    target: str | None = None
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
+    imatrix: Path | None = None
+    encoder: str = "auto"
+    effort: str = "normal"
+    device: str | None = None
+    workers: int | None = None
+    split_max_bytes: int | None = None
+    restart: bool = False
+    verify: bool = True
+    recover: bool = False
+
+    def chosen_encoder(self, plan: Plan, device: str) -> str:
+        """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""
+        if self.encoder not in ENCODERS:
+            raise QuantkitError(f"--encoder {self.encoder}: unknown; choose {', '.join(ENCODERS)}")
+        if self.imatrix:
+            if self.encoder == "quantkit":
+                raise QuantkitError(
+                    "--imatrix holds no second moments: quantkit's encoders need the text (leave it out)"
+                )
+            return "ggml"
+        if self.encoder != "auto":
+            return self.encoder
+        small = sum(tensor.n_weights for tensor in plan.tensors) <= SMALL_WEIGHTS
+        return "quantkit" if small or device != "cpu" else "ggml"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made of which model, and where: what was asked for, with everything opened and decided."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    options: MakeOptions
+    device: str
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        """The finished GGUF; splits are named after it."""
+        return self.folder / f"{self.plan.model}-{self.plan.recipe}.gguf"
+
+    @property
+    def imatrix(self) -> Path:
+        """The importance that the run measures."""
+        return self.folder / IMATRIX
+
+    @property
+    def encoder(self) -> str:
+        """quantkit or ggml."""
+        return self.options.chosen_encoder(self.plan, self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
+        checkpoint, plan, options = self.checkpoint, self.plan, self.options
+        how = options.calibration
+        measured = {
+            "text": as_json(how.text),
+            "min_expert_tokens": how.min_expert_tokens,
+            "expert_tokens": how.expert_tokens,
+        }
+        return {
+            "quantkit": __version__,
+            "checkpoint": checkpoint.fingerprint(),
+            "recipe": plan.recipe,
+            "target": plan.target,
+            "mla": plan.mla,
+            "plan": plan.digest(),
+            "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
+            "encoder": options.encoder,
+            "effort": options.effort,
+            "recover": options.recover,
+        } | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
+
+    def circumstances(self) -> dict[str, Any]:
+        """What a reader wants to know, or needs to make the same again, besides the identity."""
+        options = self.options
+        facts = {
+            "command": shlex.join(["quantkit", *sys.argv[1:]]),
+            "model": self.checkpoint.path.name,
+            "source": self.checkpoint.origin,
+            "revision": source_revision(Path(self.checkpoint.path)),
+            "packed_by": self.encoder,
+            "calibration_sha256": None if options.imatrix else options.calibration.text.corpus("calibration").digest,
+            "evaluation": as_json(options.evaluation) if options.verify else None,
+            "split_max_bytes": options.split_max_bytes,
+            "device": self.device,
+            "ranks": ranks.count() if ranks.count() > 1 else None,
+        }
+        return {key: value for key, value in facts.items() if value is not None}
+
+
+def as_json(text: TextChoice) -> dict[str, Any]:
+    """As it reads when it comes back from a file: lists, no tuples."""
+    return json.loads(json.dumps(asdict(text)))
+
+
+def source_revision(folder: Path) -> str | None:
+    """The commit on the Hub that a downloaded folder is, from where huggingface_hub notes it."""
+    if folder.resolve().parent.name == "snapshots":
+        return folder.resolve().name
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    return note.read_text(encoding="utf-8").split("\n", 1)[0] if note.is_file() else None

@@ -1,0 +1,204 @@
+"""The stages of `make` that are commands too, each by itself and file to file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration import sensitivity
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
+from quantkit.errors import QuantkitError, needs
+from quantkit.evaluation import generation
+from quantkit.evaluation.certificate import Certificate
+from quantkit.evaluation.certify import certify
+from quantkit.evaluation.divergence import Score
+from quantkit.evaluation.reference import ReferencePass
+from quantkit.evaluation.runtime_mode import runtime_mode
+from quantkit.evaluation.verify import verify
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_encode import U32
+from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
+from quantkit.formats.sensitivity import Sensitivity, Tier
+from quantkit.formats.whole_file import write_json, write_text
+from quantkit.job.folder import IMATRIX
+from quantkit.models import family, tokenizer
+from quantkit.models.open import open_model, open_weights
+from quantkit.planning.plan import Plan
+from quantkit.progress import say, track
+from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.stream import Source
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
+    """float32 on the CPU, bfloat16 on a GPU."""
+    return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def open_for_calibration(model: str | Path, device: str) -> Source:
+    """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
+    if Path(model).suffix == ".gguf":
+        return GGUFSource(model, device, hybrid=False)
+    return source_of(open_weights(model), device)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How `quantize` writes: encoding threads (default the cores), bytes of one file (default any), whether to discard
+    what an interrupted run left, and whether to replace a finished file."""
+
+    workers: int | None = None
+    split_max_bytes: int | None = None
+    restart: bool = False
+    overwrite: bool = False
+
+
+def quantize_model(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    imatrix_path: Path,
+    out: Path,
+    how: QuantizeOptions = QuantizeOptions(),
+    after_layer: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
+    loaded, info = load_imatrix(imatrix_path)
+    imatrix = fit_importance(plan, loaded)
+    fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
+    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
+    return quantize(
+        checkpoint,
+        plan,
+        imatrix,
+        Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite),
+        GgmlEncoder(),
+        workers=how.workers,
+        after_layer=after_layer,
+    )
+
+
+def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:
+    """The keys that llama-quantize writes too. The name is the one in the folder of `make`, wherever the file lies."""
+    named = {
+        "quantize.imatrix.file": IMATRIX,
+        "quantize.imatrix.entries_count": U32(n_entries),
+        "quantize.imatrix.chunks_count": U32(n_chunks),
+    }
+    return named | ({"quantize.imatrix.dataset": dataset} if dataset else {})
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """What `sensitivity` measures. budget: tokens times forks carried through the layers; tier None: full if it allows
+    that; types: to try on routed experts and on all other tensors."""
+
+    text: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=8192))
+    tier: Tier | None = None
+    budget: int = 1 << 21
+    types: sensitivity.Candidates = sensitivity.DEFAULT
+
+
+def measure_sensitivity(
+    source: CheckpointSource, imatrix_path: Path, folder: Path, how: SensitivityOptions = SensitivityOptions()
+) -> Sensitivity:
+    """Write sensitivity.json and its heat map. Measured on calibration text: the evaluation text stays unseen."""
+    with needs("plots"):
+        import matplotlib  # noqa: F401  (missing, it is missed before the long work)
+    imatrix, _ = load_imatrix(imatrix_path)
+    plan_all = {spec.name: spec for spec in family.specs(source.config)}
+    fitted = {
+        name: fit(imatrix[name], spec.n_matrices, spec.n_in, name)
+        for name, spec in plan_all.items()
+        if name in imatrix and len(spec.shape) > 1
+    }
+    tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
+    chosen, n_chunk = sensitivity.choose_tier(source, tokens, how.types, how.budget)
+    say(f"{how.tier or chosen} tier, {n_chunk * how.text.chunk:,} tokens a fork")
+    with track("sensitivity", source.config.n_layer, "layers") as advance:
+        found = sensitivity.measure(
+            source,
+            fitted,
+            tokens,
+            how.types,
+            tier=how.tier,
+            budget=how.budget,
+            progress=lambda _: advance(1),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "sensitivity.json", found.to_json())
+    sensitivity.heat_map(found, folder / "sensitivity.png")
+    return found
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `verify` measures. target: refuse types that it cannot compute. score, runtime_tokens, prompts: as in
+    `evaluation.verify`. ram: bytes that the streams may use, default what the machine has."""
+
+    text: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
+    target: str | None = None
+    score: Score = "half"
+    runtime_tokens: int = 0
+    prompts: int = 0
+    ram: int | None = None
+
+
+@torch.inference_mode()
+def verify_file(
+    path: Path,
+    reference: Checkpoint,
+    device: str,
+    how: VerifyOptions = VerifyOptions(),
+    out: Path | None = None,
+    passed: ReferencePass | None = None,
+) -> dict[str, Any]:
+    """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`.
+
+    out: where to write the figures too. passed: the original's side, if it has run along with another pass.
+    """
+    original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
+    text = how.text.corpus("evaluation")
+    chunks = cut(text, original, how.text)
+    sample = text.documents[0].text[:4096]
+    if tokenizer.tokenize(original.tokenizer(), sample) != tokenizer.tokenize(quantized.tokenizer(), sample):
+        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
+    known = passed.scored() if passed else None
+    made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
+    result = made.figures
+    if how.runtime_tokens:
+        result["runtime"] = runtime_mode(GGUFSource(path, device), made.heads, chunks, how.score, how.runtime_tokens)
+    if how.prompts:
+        result["generation"] = generation.check(GGUFSource(path, device), original, chunks, how.prompts)
+    result |= {"text": text.name, "text_sha256": text.digest}
+    if out:
+        write_json(out, result)
+    return result
+
+
+@dataclass(frozen=True)
+class CertifyOptions:
+    """What `certify` checks. reference: a model, whose metadata and weights to compare with. imatrix: importance by
+    which to weigh errors. engine: run the file in the target's engine where it is installed. values: decode all."""
+
+    target: str = "llama.cpp"
+    reference: str | Path | None = None
+    imatrix: Path | None = None
+    engine: bool = True
+    values: bool = True
+
+
+@torch.inference_mode()
+def certify_file(path: Path, device: str, out: Path, how: CertifyOptions = CertifyOptions()) -> Certificate:
+    """All checks of a file for a target; writes certify.json, passed or not."""
+    original = open_model(how.reference) if how.reference else None
+    importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
+    made = certify(path, how.target, original, importance, engine=how.engine, values=how.values, device=device)
+    write_json(out, made.to_dict())
+    return made
