@@ -27,7 +27,7 @@ def decode(engine: Engine, prompts: list[list[int]], n_tokens: int) -> tuple[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=8)
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--ram", default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ram = sizes.parse_memory(args.ram, "--ram") if args.ram else None
+    ram = sizes.parse_size(args.ram, "--ram") if args.ram else None
     source = GGUFSource(args.file, n_threads=args.threads, ram=ram)
     engine = open_engine(source, max(args.sequences), 256)
     generator = torch.Generator().manual_seed(0)
