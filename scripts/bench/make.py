@@ -12,6 +12,7 @@ The converter needs `transformers` in the Python that --converter-python names.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -147,13 +148,19 @@ class Job:
 
 
 def first_chunks(checkpoint: Path, text: Path, n_chunks: int, folder: Path) -> Path:
-    """A file with the first n_chunks * 512 tokens of the text and less than a chunk more: both sides read all of it."""
-    whole = text.read_text(encoding="utf-8")
-    found = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(whole, add_special_tokens=False)
-    end = n_chunks * CHUNK + CHUNK // 4
+    """A file with the first n_chunks * 512 tokens of the text and less than a chunk more: both sides read all of it.
+    Cut in a child: a process starts with its parent's peak."""
     out = folder / "first-chunks.txt"
-    out.write_text(whole[: found.offsets[end][0]] if end < len(found.ids) else whole, encoding="utf-8")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(cut, (checkpoint / "tokenizer.json", text, n_chunks * CHUNK + CHUNK // 4, out))
     return out
+
+
+def cut(tokenizer: Path, text: Path, n_tokens: int, out: Path) -> None:
+    """Write the characters of the first tokens."""
+    whole = text.read_text(encoding="utf-8")
+    found = Tokenizer.from_file(str(tokenizer)).encode(whole, add_special_tokens=False)
+    out.write_text(whole[: found.offsets[n_tokens][0]] if n_tokens < len(found.ids) else whole, encoding="utf-8")
 
 
 def ours(job: Job, folder: Path) -> dict[str, Cost]:
@@ -213,8 +220,8 @@ def main(checkpoint, text, llama_bin, converter, converter_python, recipe, targe
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            cut = first_chunks(checkpoint, text, chunks, folder)
-            job = Job(checkpoint, cut, chunks, recipe, target, encoder, threads)
+            start = first_chunks(checkpoint, text, chunks, folder)
+            job = Job(checkpoint, start, chunks, recipe, target, encoder, threads)
             types = types_file(job, folder)
             sides: list[Callable[[], dict[str, Cost]]] = [partial(ours, job, folder)]
             sides.append(partial(theirs, job, folder, tools, types))
