@@ -52,7 +52,7 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float]):
         self.seconds, run = 0.0, ggml.Graph.run
 
-        def timed(graph: ggml.Graph) -> None:
+        def timed(graph) -> None:
             start = clock()
             run(graph)
             self.seconds += clock() - start
