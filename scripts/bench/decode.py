@@ -24,23 +24,8 @@ from quantkit.runtime.sources import GGUFSource
 
 def theirs(binary: str, file: str, threads: int, n_prompt: int, n_tokens: int) -> tuple[float, float]:
     """tok/s of llama-bench: prefill, decode."""
-    command = [
-        binary,
-        "-m",
-        file,
-        "-t",
-        str(threads),
-        "-p",
-        str(n_prompt),
-        "-n",
-        str(n_tokens),
-        "-r",
-        "1",
-        "-ngl",
-        "0",
-        "-o",
-        "json",
-    ]
+    options = f"-t {threads} -p {n_prompt} -n {n_tokens} -r 1 -ngl 0 -o json"
+    command = [binary, "-m", file, *options.split()]
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     by_kind = {row["n_gen"] > 0: row["avg_ts"] for row in rows}
     return by_kind[False], by_kind[True]
@@ -67,7 +52,7 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float]):
         self.seconds, run = 0.0, Graph.run
 
-        def timed(graph):
+        def timed(graph) -> None:
             start = clock()
             run(graph)
             self.seconds += clock() - start
@@ -76,7 +61,7 @@ class Stopwatch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary")
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, default=1)
@@ -100,7 +85,7 @@ def main() -> None:
         for token in prompt[: args.tokens]:
             engine.decode([0], [token]).argmax()
 
-    def speed(work, n: int) -> float:
+    def speed(work: Callable[[], None], n: int) -> float:
         start = clock()
         work()
         return n / (clock() - start)

@@ -1,19 +1,22 @@
-"""Speed of the encoders: G weights/s, arithmetic and memory rates, GPU-minutes for R1; on the CPU beside ggml's rate.
+"""Speed of the encoders: G weights/s, arithmetic and memory rates, GPU-minutes for R1; on the CPU also ggml's rate and
+the output error against ggml's.
 
     python scripts/bench/encoders.py --device cuda --experts 256          # R1: gate 2048×7168 and down 7168×2048
     python scripts/bench/encoders.py --device cpu --rows 512 --columns 1024 --types IQ1_S Q2_K
 
 Weights are random normals, Hessians of random correlated tokens. `factor` is forming H from tokens, damping and the
 block-UDU factorisation, shared by gate and up; `encode` everything else, packing and the copy to the host included.
+Output error: trace((W - Q) H (W - Q)') of both, ggml's with the diagonal of H as its imatrix.
 """
 
 import argparse
 import time
 
+import numpy as np
 import torch
 
 from quantkit.encoding.api import formats
-from quantkit.encoding.encoders import encode_batch, prepare, second_moment
+from quantkit.encoding.encoders import Hessian, encode_batch, prepare, second_moment
 from quantkit.encoding.feedback import EFFORTS
 from quantkit.ggml import codec as ggml
 
@@ -21,7 +24,8 @@ R1_ROUTED = 58 * 256 * 3 * 2048 * 7168
 R1_FACTORS = {7168: 58 * 256, 2048: 58 * 256}  # matrices to factorise: gate and up share one
 
 
-def moments(experts: int, n: int, device, tokens: int = 1024):
+def moments(experts: int, n: int, device: torch.device, tokens: int = 1024) -> list[Hessian]:
+    """Hessians of random correlated tokens."""
     scale = torch.exp(0.5 * torch.randn(n, device=device))
     out = []
     for _ in range(experts):
@@ -31,7 +35,7 @@ def moments(experts: int, n: int, device, tokens: int = 1024):
     return out
 
 
-def clock(device) -> float:
+def clock(device: torch.device) -> float:
     """Seconds; on the CPU those of this process, so that other work on the machine counts less."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -49,7 +53,7 @@ def search_flops(qtype: str, effort: str) -> float:
     return tried * len(fmt.grid) * 2 * 16 / fmt.width
 
 
-def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_ggml: bool, repeat: int) -> None:
+def bench(qtype: str, shape: tuple[int, int, int], effort: str, device: torch.device, repeat: int) -> None:
     experts, rows, n = shape
     w = torch.randn(shape, device=device) * 0.02
     t0 = clock(device)
@@ -71,21 +75,31 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device, check_gg
     line += f" | in+out {(w.numel() * 4 + packed.nbytes) / seconds / 1e9:.2f} GB/s"
     factors = 0 if effort == "fast" else R1_FACTORS.get(n, 0) * (t2 - t1) / experts
     line += f" | R1 routed {R1_ROUTED / rate / 60:.1f} min + factors of this shape {factors / 60:.1f} min"
-    if check_ggml:
-        line += " | " + against_ggml(qtype, w, hessians, rate)
+    if device.type == "cpu":
+        line += " | " + against_ggml(qtype, w, hessians, packed, rate)
     print(line, flush=True)
 
 
-def against_ggml(qtype: str, w: torch.Tensor, hessians, rate: float) -> str:
+def against_ggml(qtype: str, w: torch.Tensor, hessians: list[Hessian], packed: np.ndarray, rate: float) -> str:
+    """ggml's rate on the same weights, and the ratios of speed and output error."""
     ggml.prepare(qtype)
     t = time.process_time()
-    for matrix, h in zip(w, hessians, strict=True):
-        ggml.quantize(qtype, matrix.cpu().numpy(), h.diagonal.cpu().numpy())
-    theirs = w.numel() / (time.process_time() - t)
-    return f"ggml {theirs / 1e6:.2f} M weights/s, ratio {rate / theirs:.2f}"
+    theirs = [ggml.quantize(qtype, m.numpy(), h.diagonal.numpy()) for m, h in zip(w, hessians, strict=True)]
+    their_rate = w.numel() / (time.process_time() - t)
+    mine, peer = (
+        sum(output_error(qtype, m, h, data) for m, h, data in zip(w, hessians, side, strict=True))
+        for side in (packed, theirs)
+    )
+    return f"ggml {their_rate / 1e6:.2f} M weights/s, ratio {rate / their_rate:.2f}, output error {mine / peer:.3f}"
 
 
-def profile(qtype: str, shape, effort: str, device) -> None:
+def output_error(qtype: str, w: torch.Tensor, h: Hessian, packed: np.ndarray) -> float:
+    """Energy of what the rounding adds to the outputs."""
+    error = w - torch.from_numpy(ggml.dequantize(qtype, packed, w.shape[-1]))
+    return float(((error @ h.matrix) * error).sum())
+
+
+def profile(qtype: str, shape: tuple[int, int, int], effort: str, device: torch.device) -> None:
     """Where the time of one encoding goes, by operator."""
     w = torch.randn(shape, device=device) * 0.02
     factor = prepare(moments(shape[0], shape[2], device), shape[2], device, full=effort != "fast")
@@ -117,7 +131,7 @@ def main() -> None:
             for effort in a.effort:
                 if a.profile:
                     profile(qtype, (a.experts, rows, n), effort, device)
-                bench(qtype, (a.experts, rows, n), effort, device, device.type == "cpu", a.repeat)
+                bench(qtype, (a.experts, rows, n), effort, device, a.repeat)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A file on a GPU against llama-bench on the CPU, in one run: decoding and prefill, experts on the CPU and in VRAM.
+"""A file on a GPU: decoding and prefill with experts on the CPU and in VRAM, in the same run llama-bench with either.
 
     python scripts/bench/synthetic_gguf.py /dev/shm/r1.gguf --dense 1 --moe 4
     python scripts/bench/gpu_decode.py /dev/shm/r1.gguf --llama-bench llama-bench --check tiny-r1.gguf
 
-Prints as it goes: correctness and speed of the kernels, bandwidths, then each engine. --check: a small file whose
-logits are compared with those of the exactly dequantized one.
+llama-bench should be a build with CUDA, or the comparison says nothing: --llama-cpu-experts and --llama-vram are its
+options for the two cases. Prints as it goes: correctness and speed of the kernels, bandwidths, then each engine.
+--check: a small file whose logits are compared with those of the exactly dequantized one.
 """
 
 import argparse
@@ -198,24 +199,9 @@ def layer_bytes(layer: gpu.Layer) -> int:
     return sum(part.n_bytes for part in parts + [part for part in block.q if hasattr(part, "n_bytes")])
 
 
-def theirs(binary: str, file: str, threads: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
-    command = [
-        binary,
-        "-m",
-        file,
-        "-t",
-        str(threads),
-        "-p",
-        str(n_prompt),
-        "-n",
-        str(n_tokens),
-        "-r",
-        "1",
-        "-ngl",
-        "0",
-        "-o",
-        "json",
-    ]
+def theirs(binary: str, file: str, options: str, n_prompt: int, n_tokens: int) -> dict[str, float]:
+    """tok/s of llama-bench with these options of its own; nothing if it fails."""
+    command = [binary, "-m", file, *f"{options} -p {n_prompt} -n {n_tokens} -r 1 -o json".split()]
     paths = os.environ | {"LD_LIBRARY_PATH": str(Path(binary).resolve().parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=paths)
     if done.returncode:
@@ -251,9 +237,11 @@ def check(file: str, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--llama-bench", default=None)
+    parser.add_argument("--llama-cpu-experts", default="-ngl 99 -fa 1 -ot exps=CPU", help="llama-bench's options.")
+    parser.add_argument("--llama-vram", default="-ngl 99 -fa 1", help="The same, with experts in GPU memory.")
     parser.add_argument("--check", default=None)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--prompt", type=int, default=4096)
@@ -273,7 +261,6 @@ def main() -> None:
     speed = bandwidths(args.threads, source)
     names = [name for i in range(c.n_dense, c.n_layer) for name in gpu.expert_names(i)]
     read = sum(source.file.tensors[name].n_bytes for name in names) * c.n_used // c.n_expert
-    peer: dict[str, float] = {}
     for layers in (0, c.n_moe):
         name = f"{layers} of {c.n_moe} layers' experts in VRAM"
         before = torch.cuda.memory_allocated()
@@ -288,10 +275,11 @@ def main() -> None:
         found = measure(engine, name, prompt, args.tokens, watch, 0 if layers else read)
         if not layers:
             say(f"experts: {read / GB:.3f} GB a token; the CPU's memory gives {speed:.0f} GB/s")
-            if args.llama_bench:
-                peer = theirs(args.llama_bench, args.file, args.threads, args.prompt, args.tokens)
-                say("llama-bench on the CPU:", {what: round(rate, 2) for what, rate in peer.items()})
-        say(f"{name}: ratio to llama-bench", {what: round(found[what] / rate, 2) for what, rate in peer.items()})
+        if args.llama_bench:
+            options = f"{args.llama_vram if layers else args.llama_cpu_experts} -t {args.threads}"
+            peer = theirs(args.llama_bench, args.file, options, args.prompt, args.tokens)
+            say(f"{name}: llama-bench {options}", {what: round(rate, 2) for what, rate in peer.items()})
+            say(f"{name}: ratio to llama-bench", {what: round(found[what] / rate, 2) for what, rate in peer.items()})
         if layers:
             graph = GraphEngine(GGUFSource(args.file, "cpu", n_threads=args.threads), 1, 512)
             d, same = agreement(engine, graph, prompt[:72], 64)

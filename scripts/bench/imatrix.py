@@ -3,37 +3,21 @@
     convert_hf_to_gguf.py MODEL --outtype bf16 --outfile MODEL.gguf
     python scripts/bench/imatrix.py MODEL MODEL.gguf calib.txt --llama-imatrix PATH --chunks 120 --runs 3
 
-Both use --threads threads. quantkit reads the FP8 checkpoint; its peer needs the BF16 file, whose conversion is not
-counted. Startup of the interpreter is.
+Both use --threads threads and read the first chunks of the text. quantkit reads the FP8 checkpoint; its peer needs the
+BF16 file, whose conversion is not counted. Startup of the interpreter is.
 """
 
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import click
+from make import first_chunks, measure
 
 
-def measured(command: list[str], threads: int) -> tuple[float, float]:
-    """Wall seconds and peak RSS in GB of a child; its output is shown only if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            log.seek(0)
-            sys.exit(f"{command[0]} failed:\n{log.read().decode(errors='replace')[-2000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1e6
-
-
-@click.command()
+@click.command(help=__doc__.split("\n\n")[0])
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.argument("gguf", type=click.Path(exists=True, path_type=Path))
 @click.argument("text", type=click.Path(exists=True, path_type=Path))
@@ -44,48 +28,20 @@ def measured(command: list[str], threads: int) -> tuple[float, float]:
 def main(model: Path, gguf: Path, text: Path, llama_imatrix: str, chunks: int, runs: int, threads: int) -> None:
     """Print each run, then the medians and their ratios."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with tempfile.TemporaryDirectory() as folder:
-        ours = [
-            sys.executable,
-            "-m",
-            "quantkit",
-            "calibrate",
-            str(model),
-            "--data",
-            str(text),
-            "--tokens",
-            str(chunks * 512),
-            "--from-start",
-            "--device",
-            "cpu",
-            "--restart",
-            "-o",
-            f"{folder}/ours.gguf",
-        ]
-        theirs = [
-            llama_imatrix,
-            "-m",
-            str(gguf),
-            "-f",
-            str(text),
-            "-o",
-            f"{folder}/theirs.gguf",
-            "-c",
-            "512",
-            "--chunks",
-            str(chunks),
-            "-t",
-            str(threads),
-            "-ngl",
-            "0",
-        ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cut = first_chunks(model, text, chunks, folder)
+        ours = [sys.executable, "-m", "quantkit", "calibrate", model, "--data", cut, "--tokens", chunks * 512]
+        ours += ["--device", "cpu", "--restart", "-o", folder / "ours.gguf"]
+        theirs = [llama_imatrix, "-m", gguf, "-f", cut, "-o", folder / "theirs.gguf", "-c", 512, "--chunks", chunks]
+        theirs += ["-t", threads, "-ngl", 0]
         results: dict[str, list[tuple[float, float]]] = {"quantkit": [], "llama-imatrix": []}
         for run in range(runs):
-            for name, command in (("quantkit", ours), ("llama-imatrix", theirs)):
-                wall, rss = measured(command, threads)
-                results[name].append((wall, rss))
-                print(f"run {run + 1}: {name:14s} {wall:7.1f} s  {rss:6.3f} GB", flush=True)
-    middle = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in results.items()}
+            for side, command in (("quantkit", ours), ("llama-imatrix", theirs)):
+                cost = measure(list(map(str, command)), threads, folder / f"{side}.log")
+                results[side].append((cost.seconds, cost.largest / 1e9))
+                print(f"run {run + 1}: {side:14s} {cost.seconds:7.1f} s  {cost.largest / 1e9:6.3f} GB", flush=True)
+    middle = {side: [statistics.median(column) for column in zip(*rows, strict=True)] for side, rows in results.items()}
     wall, rss = (a / b for a, b in zip(middle["quantkit"], middle["llama-imatrix"], strict=True))
     print(f"quantkit / llama-imatrix: wall {wall:.2f}, peak RSS {rss:.2f}")
 

@@ -12,6 +12,7 @@ The converter needs `transformers` in the Python that --converter-python names.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,11 +22,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
+from tokenizers import Tokenizer
 
+CHUNK = 512  # tokens, on both sides
 SAMPLE_SECONDS = 0.02
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # llama.cpp's converter knows tokenizers by a hash of what they make of a test string; a newly trained one is unknown.
@@ -126,118 +131,64 @@ def together(costs: list[Cost]) -> Cost:
 
 @dataclass(frozen=True)
 class Job:
-    """What both sides are asked to do."""
+    """What both sides are asked to do. target: llama.cpp, or llama.cpp/combined."""
 
     checkpoint: Path
     text: Path
     chunks: int
-    chunk: int
     recipe: str
-    mla: str
+    target: str
     encoder: str
     threads: int
 
+    def quantkit(self, command: str, *options: object) -> list[str]:
+        """A command line of ours with the model, the recipe and the target."""
+        fixed = [command, self.checkpoint, "--recipe", self.recipe, "--target", self.target]
+        return [sys.executable, "-m", "quantkit", *map(str, [*fixed, *options])]
+
+
+def first_chunks(checkpoint: Path, text: Path, n_chunks: int, folder: Path) -> Path:
+    """A file with the first n_chunks * 512 tokens of the text and less than a chunk more: both sides read all of it.
+    Cut in a child: a process starts with its parent's peak."""
+    out = folder / "first-chunks.txt"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(cut, (checkpoint / "tokenizer.json", text, n_chunks * CHUNK + CHUNK // 4, out))
+    return out
+
+
+def cut(tokenizer: Path, text: Path, n_tokens: int, out: Path) -> None:
+    """Write the characters of the first tokens."""
+    whole = text.read_text(encoding="utf-8")
+    found = Tokenizer.from_file(str(tokenizer)).encode(whole, add_special_tokens=False)
+    out.write_text(whole[: found.offsets[n_tokens][0]] if n_tokens < len(found.ids) else whole, encoding="utf-8")
+
 
 def ours(job: Job, folder: Path) -> dict[str, Cost]:
-    command = [
-        sys.executable,
-        "-m",
-        "quantkit",
-        "make",
-        job.checkpoint,
-        "--recipe",
-        job.recipe,
-        "--target",
-        "llama.cpp",
-        "--mla",
-        job.mla,
-        "--data",
-        job.text,
-        "--from-start",
-        "--tokens",
-        job.chunks * job.chunk,
-        "--chunk",
-        job.chunk,
-        "--encoder",
-        job.encoder,
-        "--workers",
-        job.threads,
-        "--device",
-        "cpu",
-        "--no-verify",
-        "--output",
-        folder / "ours",
-    ]
-    return {"make": measure([str(part) for part in command], job.threads, folder / "ours.log")}
+    text = ["--data", job.text, "--tokens", job.chunks * CHUNK, "--encoder", job.encoder]
+    more = ["--workers", job.threads, "--device", "cpu", "--no-verify", "--output", folder / "ours"]
+    return {"make": measure(job.quantkit("make", *text, *more), job.threads, folder / "ours.log")}
 
 
 def types_file(job: Job, folder: Path) -> Path:
     """The recipe's types in llama-quantize's own words. Planned in a child: a process starts with its parent's peak."""
     plan, path = folder / "plan.json", folder / "types.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "quantkit",
-        "plan",
-        job.checkpoint,
-        "--recipe",
-        job.recipe,
-        "--target",
-        "llama.cpp",
-        "--mla",
-        job.mla,
-        "--output",
-        plan,
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(job.quantkit("plan", "--output", plan), check=True, stdout=subprocess.DEVNULL)
     tensors = [t for t in json.loads(plan.read_text())["tensors"] if len(t["shape"]) > 1]
     path.write_text("".join(f"^{re.escape(t['name'])}$={t['qtype'].lower()}\n" for t in tensors))
     return path
 
 
 def theirs(job: Job, folder: Path, tools: dict[str, str], types: Path) -> dict[str, Cost]:
-    plain, imatrix, log = folder / "plain.gguf", folder / "imatrix.gguf", folder / "theirs.log"
-    steps = {
-        "convert": [
-            tools["python"],
-            "-c",
-            CONVERT,
-            tools["converter"],
-            job.checkpoint,
-            "--outtype",
-            "bf16",
-            "--outfile",
-            plain,
-        ],
-        "imatrix": [
-            tools["llama-imatrix"],
-            "-m",
-            plain,
-            "-f",
-            job.text,
-            "-o",
-            imatrix,
-            "-c",
-            job.chunk,
-            "--chunks",
-            job.chunks,
-            "--no-ppl",
-            "-t",
-            job.threads,
-        ],
-        "quantize": [
-            tools["llama-quantize"],
-            "--imatrix",
-            imatrix,
-            "--tensor-type-file",
-            types,
-            plain,
-            folder / "theirs.gguf",
-            "Q8_0",
-            job.threads,
-        ],
+    plain, imatrix, log, threads = folder / "plain.gguf", folder / "imatrix.gguf", folder / "theirs.log", job.threads
+    convert = [tools["python"], "-c", CONVERT, tools["converter"], job.checkpoint, "--outtype", "bf16"]
+    measured = [tools["llama-imatrix"], "-m", plain, "-f", job.text, "-o", imatrix, "-c", CHUNK]
+    quantize = [tools["llama-quantize"], "--imatrix", imatrix, "--tensor-type-file", types, plain]
+    steps: dict[str, list[object]] = {
+        "convert": [*convert, "--outfile", plain],
+        "imatrix": [*measured, "--chunks", job.chunks, "--no-ppl", "-t", threads],
+        "quantize": [*quantize, folder / "theirs.gguf", "Q8_0", threads],
     }
-    return {name: measure([str(part) for part in step], job.threads, log) for name, step in steps.items()}
+    return {name: measure([str(part) for part in step], threads, log) for name, step in steps.items()}
 
 
 def row(name: str, cost: Cost) -> str:
@@ -252,29 +203,28 @@ def row(name: str, cost: Cost) -> str:
 @click.option("--converter", required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--converter-python", default=sys.executable, show_default=True)
 @click.option("--recipe", default="1.58bit", show_default=True)
-@click.option("--mla", default="split", show_default=True)
+@click.option("--target", default="llama.cpp", show_default=True, help="Or llama.cpp/combined.")
 @click.option("--encoder", default="ggml", show_default=True, help="ggml: llama.cpp's own encoders, on both sides.")
 @click.option("--chunks", default=120, show_default=True)
-@click.option("--chunk", default=512, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True)
 @click.option("--repeat", default=3, show_default=True)
-def main(
-    checkpoint, text, llama_bin, converter, converter_python, recipe, mla, encoder, chunks, chunk, threads, repeat
-):
+def main(checkpoint, text, llama_bin, converter, converter_python, recipe, target, encoder, chunks, threads, repeat):
     tools = {"converter": converter, "python": converter_python}
     for name in ("llama-imatrix", "llama-quantize"):
         tools[name] = shutil.which(name, path=llama_bin)
         if not tools[name]:
             raise click.ClickException(f"no {name} in {llama_bin}")
-    job = Job(checkpoint, text, chunks, chunk, recipe, mla, encoder, threads)
     ratios: dict[str, list[float]] = {key: [] for key in ("seconds", "cpu", "rss", "pss", "largest")}
-    print(f"{checkpoint.name}, {recipe}, {chunks} x {chunk} tokens, {threads} threads, {repeat} pairs")
+    print(f"{checkpoint.name}, {recipe}, {chunks} x {CHUNK} tokens, {threads} threads, {repeat} pairs")
     for turn in range(repeat):
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            start = first_chunks(checkpoint, text, chunks, folder)
+            job = Job(checkpoint, start, chunks, recipe, target, encoder, threads)
             types = types_file(job, folder)
-            sides = [lambda: ours(job, folder), lambda: theirs(job, folder, tools, types)]  # noqa: B023
+            sides: list[Callable[[], dict[str, Cost]]] = [partial(ours, job, folder)]
+            sides.append(partial(theirs, job, folder, tools, types))
             results = {i: sides[i]() for i in ((0, 1) if turn % 2 == 0 else (1, 0))}
         us, them = together(list(results[0].values())), together(list(results[1].values()))
         print(f"\npair {turn + 1}, load {load:.1f} before")

@@ -1,6 +1,6 @@
-"""Pareto curves of `bench_pareto.py`: KLD against bytes, and predicted against measured KLD, one panel a model.
+"""Pareto curves of scripts/bench/pareto.py: KLD against bytes, and predicted against measured KLD, one panel a model.
 
-python scripts/bench/pareto_plot.py tiny-r1=tiny/pareto.json other=other/pareto.json -o docs/pareto.png
+python scripts/bench/pareto_plot.py tiny-r1=tiny/pareto-llama.cpp.json -o pareto.png
 """
 
 import json

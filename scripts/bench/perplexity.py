@@ -4,7 +4,7 @@
 
 Same chunks of 512 tokens from the start of the text, second half of each scored. The peer runs the original's GGUF and
 writes its logits (--kl-divergence-base), then the file against them (--kl-divergence); quantkit reads the checkpoint
-and the file once. Sides alternate; ratios are taken pair by pair. See bench_make.py for how memory is measured.
+and the file once. Sides alternate; ratios are taken pair by pair. scripts/bench/make.py says how memory is measured.
 """
 
 import json
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import click
-from make import Cost, measure, row, together
+from make import CHUNK, Cost, first_chunks, measure, row, together
 
 PATTERNS = {
     "ppl": r"Mean PPL\(Q\)\s*:\s*([\d.]+)",
@@ -30,9 +30,12 @@ PATTERNS = {
 }
 
 
-def peer(tool: str, original: Path, file: Path, text: Path, chunks: int, threads: int, folder: Path):
+def peer(
+    tool: str, original: Path, file: Path, text: Path, chunks: int, threads: int, folder: Path
+) -> tuple[dict[str, Cost], dict[str, float], int]:
+    """Costs of both passes, the figures that they print, and the bytes of the logits between them."""
     log, said, logits = folder / "peer.log", folder / "peer.out", folder / "base.kld"
-    common = [tool, "-f", text, "-c", 512, "--chunks", chunks, "-t", threads, "--kl-divergence-base", logits]
+    common = [tool, "-f", text, "-c", CHUNK, "--chunks", chunks, "-t", threads, "--kl-divergence-base", logits]
     steps = {"base": [*common, "-m", original], "quantized": [*common, "-m", file, "--kl-divergence"]}
     costs = {name: measure([str(part) for part in step], threads, log, said) for name, step in steps.items()}
     found = said.read_text(errors="replace")
@@ -42,26 +45,12 @@ def peer(tool: str, original: Path, file: Path, text: Path, chunks: int, threads
     return costs, figures, logits.stat().st_size
 
 
-def ours(checkpoint: Path, file: Path, text: Path, chunks: int, threads: int, folder: Path):
+def ours(
+    checkpoint: Path, file: Path, text: Path, chunks: int, threads: int, folder: Path
+) -> tuple[dict[str, Cost], dict[str, float]]:
     out = folder / "verify.json"
-    command = [
-        sys.executable,
-        "-m",
-        "quantkit",
-        "verify",
-        file,
-        "--reference",
-        checkpoint,
-        "--text",
-        text,
-        "--tokens",
-        512 * chunks,
-        "--from-start",
-        "--device",
-        "cpu",
-        "--json",
-        out,
-    ]
+    command = [sys.executable, "-m", "quantkit", "verify", file, "--reference", checkpoint, "--text", text]
+    command += ["--tokens", CHUNK * chunks, "--device", "cpu", "--json", out]
     cost = measure([str(part) for part in command], threads, folder / "ours.log")
     return {"verify": cost}, json.loads(out.read_text())
 
@@ -85,14 +74,17 @@ def main(checkpoint, original, file, text, llama_bin, chunks, threads, repeat):
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            sides = [lambda: ours(checkpoint, file, text, chunks, threads, folder),  # noqa: B023
-                     lambda: peer(tool, original, file, text, chunks, threads, folder)]  # fmt: skip  # noqa: B023
-            results = {i: sides[i]() for i in ((0, 1) if turn % 2 == 0 else (1, 0))}
-        (mine, figures), (theirs, peers, size) = results[0], results[1]
+            job = (first_chunks(checkpoint, text, chunks, folder), chunks, threads, folder)
+            if turn % 2 == 0:
+                (mine, figures), (theirs, peers, size) = ours(checkpoint, file, *job), peer(tool, original, file, *job)
+            else:
+                (theirs, peers, size), (mine, figures) = peer(tool, original, file, *job), ours(checkpoint, file, *job)
         us, them = together(list(mine.values())), together(list(theirs.values()))
         if peers and not shown:
             shown = True
-            print(f"{checkpoint.name}, {file.name}, {chunks} x 512 tokens, {threads} threads; logits {size:,} bytes")
+            print(
+                f"{checkpoint.name}, {file.name}, {chunks} x {CHUNK} tokens, {threads} threads; logits {size:,} bytes"
+            )
             print(f"{'':<16}{'peer':>12}{'quantkit':>12}{'difference':>12}")
             for key, value in peers.items():
                 print(f"{key:<16}{value:>12.6g}{figures[key]:>12.6g}{difference(key, value, figures[key]):>12}")

@@ -32,28 +32,12 @@ def run(model: Path, out: Path, n: int, more: list[str]) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = (
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            str(port),
-            "--num_processes",
-            str(n),
-            "--num_cpu_threads_per_process",
-            str(max(1, (os.cpu_count() or 1) // n)),
-        ]
-        if n > 1
-        else [sys.executable]
-    )
+    launcher = [sys.executable]
+    if n > 1:
+        fixed = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+        cores = max(1, (os.cpu_count() or 1) // n)
+        shares = f"--main_process_port {port} --num_processes {n} --num_cpu_threads_per_process {cores}"
+        launcher += ["-m", "accelerate.commands.launch", *f"{fixed} {shares}".split()]
     figures = out / "figures.json"
     subprocess.run([*launcher, str(ONEPASS), str(model), "--out", str(out), "--json", str(figures), *more], check=True)
     with (out / "synthetic.gguf").open("rb") as file:
@@ -72,7 +56,7 @@ def run(model: Path, out: Path, n: int, more: list[str]) -> dict:
 @click.option("--warm", is_flag=True, help="Run the first number once more before.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def main(model: Path, out: Path, counts: tuple[int, ...], warm: bool, more: tuple[str, ...]) -> None:
-    """Options that are not named here go to bench_onepass.py."""
+    """Options that are not named here go to scripts/bench/onepass.py."""
     found = []
     for n in (*counts[:warm], *counts):
         print(f"# {n} rank{'s' * (n > 1)}", flush=True)

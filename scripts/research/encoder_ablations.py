@@ -1,4 +1,4 @@
-"""The ablations of docs/encoders.md: one factor changed at a time, experts of the 1.58-bit plan, γ swept for each.
+"""The ablations of docs/results/encoders.md: one factor changed at a time, 1.58-bit experts, γ swept for each.
 
 python scripts/research/encoder_ablations.py MODEL CALIB.txt EVAL.txt --cache DIR [--only kind scope …]
 """
@@ -31,7 +31,6 @@ CASES = {
         ("0 CD passes", Variant(effort=replace(NORMAL, passes=0))),
         ("2 CD passes", Variant(effort=replace(NORMAL, passes=2))),
     ],
-    "beta": [("β = 0.8", Variant(effort=replace(NORMAL, beta=0.8)))],
     "no feedback": [("exhaustive, diagonal", Variant(effort="fast"))],
 }
 TYPES = ("IQ1_S", "IQ2_XXS")

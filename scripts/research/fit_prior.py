@@ -1,6 +1,6 @@
 """The tables of quantkit/planning/prior.py from measured sensitivities.
 
-python scripts/research/fit_prior.py tiny/sensitivity.json other/sensitivity.json
+    python scripts/research/fit_prior.py tiny/sensitivity.json other/sensitivity.json
 
 Least squares on log KLD = log gain of the tensor + log error of the type (Q4_K: 1), over entries above twice their
 standard error. A role's gain is the sum over its tensors, and over models the geometric mean.

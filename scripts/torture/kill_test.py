@@ -130,22 +130,8 @@ def trial(encoder: str, kills: int, tokens: int, seed: int, scratch: Path) -> tu
     rng, log = random.Random(f"{seed} {encoder}"), scratch / "log"
 
     def arguments(folder: Path, workers: int) -> list[str]:
-        return [
-            "make",
-            "tiny-r1",
-            "-o",
-            str(folder),
-            "--encoder",
-            encoder,
-            "--tokens",
-            str(tokens),
-            "--eval-tokens",
-            "512",
-            "--device",
-            "cpu",
-            "--workers",
-            str(workers),
-        ]
+        options = f"--encoder {encoder} --tokens {tokens} --eval-tokens 512 --device cpu --workers {workers}"
+        return ["make", "tiny-r1", "-o", str(folder), *options.split()]
 
     began = time.monotonic()
     code = finish(start(arguments(scratch / f"calm-{encoder}", 2), log))
@@ -176,7 +162,7 @@ def trial(encoder: str, kills: int, tokens: int, seed: int, scratch: Path) -> tu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25, help="of each encoder")
     parser.add_argument("--encoder", choices=ENCODERS, action="append")
     parser.add_argument("--tokens", type=int, default=2048)
