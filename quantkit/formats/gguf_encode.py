@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from gguf.constants import GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
-from ..codecs.types import fits, row_bytes
+from ..codecs.types import stored
 from ..errors import QuantkitError
 from .gguf_header import DEFAULT_ALIGNMENT
 
@@ -137,9 +137,11 @@ def check_tensors(tensors: Sequence[PlannedTensor]) -> None:
             or tensor.qtype not in GGMLQuantizationType.__members__
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
-        row = row_bytes(tensor.qtype, tensor.shape[-1]) if fits(tensor.qtype, tensor.shape[-1]) else 0
-        sizes = (tensor.row_bytes, tensor.n_bytes)
-        if not row or sizes != (row, row * prod(tensor.shape[:-1])):
+        qtype, n_in = stored(tensor.qtype), tensor.shape[-1]
+        if not qtype.fits(n_in):
+            raise QuantkitError(f"tensor {tensor.name!r}: rows of {n_in} are not whole {qtype.name} blocks")
+        row, sizes = qtype.row_bytes(n_in), (tensor.row_bytes, tensor.n_bytes)
+        if sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(
                 f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"
             )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from quantkit.codecs.types import row_bytes
+from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -103,7 +103,7 @@ class _Tensor:
 
     @property
     def row_bytes(self) -> int:
-        return row_bytes(self.qtype, self.shape[-1])
+        return stored(self.qtype).row_bytes(self.shape[-1])
 
     @property
     def n_bytes(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantkit.codecs.types import row_bytes
+from quantkit.codecs.types import stored
 from quantkit.formats.gguf_encode import F32, I64, U8, U16, U32, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
 
@@ -20,7 +20,7 @@ class Planned:
 
     @property
     def row_bytes(self) -> int:
-        return row_bytes(self.qtype, self.shape[-1])
+        return stored(self.qtype).row_bytes(self.shape[-1])
 
     @property
     def n_bytes(self) -> int:
