@@ -55,10 +55,11 @@ class Codec:
 
     def parts(self, blocks: torch.Tensor) -> Parts:
         """uint8 [n, bytes of a block] -> the fields of the struct."""
-        parts = {}
+        parts, at = {}, 0
         for name in self.block.names or ():
-            dtype, at = self.block[name], self.block.fields[name][1]
+            dtype = self.block[name]
             parts[name] = _part(blocks[:, at : at + dtype.itemsize], dtype.base)
+            at += dtype.itemsize
         return parts
 
     def dequantize(self, data: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def get(name: str) -> QType:
 
 @cache
 def stored(name: str) -> QType:
-    """Any type that a GGUF file may hold, ones that quantkit only reads included."""
+    """Any type that a GGUF file may hold, those that quantkit only reads included; QuantkitError for other names."""
     if name not in gguf.GGMLQuantizationType.__members__:
         raise QuantkitError(f"unknown ggml type {name}")
     return QTYPES.get(name) or _qtype(name)
@@ -96,10 +96,10 @@ def needs_importance(name: str) -> bool:
 
 
 def fits(name: str, n_in: int) -> bool:
-    """Whether rows of n_in weights divide into whole blocks of the type."""
-    return stored(name).fits(n_in)
+    """Whether rows of n_in weights divide into whole blocks of a type that quantkit encodes."""
+    return get(name).fits(n_in)
 
 
 def row_bytes(name: str, n_in: int) -> int:
-    """Bytes of a row of n_in weights of any type in a GGUF file; QuantkitError if it does not divide into blocks."""
-    return stored(name).row_bytes(n_in)
+    """Bytes of a row of n_in weights of a type that quantkit encodes; QuantkitError if it is not whole blocks."""
+    return get(name).row_bytes(n_in)

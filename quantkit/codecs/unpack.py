@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from quantkit.codecs import types as qtypes
 from quantkit.codecs.registry import codec, numba_twin
+from quantkit.codecs.types import stored
 from quantkit.ggml.codec import dequantize
 
 CACHED = 1 << 16  # weights that are converted from float32 while in the cache
@@ -44,7 +44,7 @@ def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExec
     """Packed rows into `out`, contiguous float32 or bfloat16 [n, n_in] on the CPU, by up to `workers` threads of the
     pool. Returns it."""
     n_in = out.shape[-1]
-    rows, flat = data.reshape(-1, qtypes.row_bytes(qtype, n_in)), out.view(-1, n_in)
+    rows, flat = data.reshape(-1, stored(qtype).row_bytes(n_in)), out.view(-1, n_in)
     n_parts = max(1, min(workers, len(rows) // SPAN_ROWS))
     if n_parts == 1:
         _span(qtype, rows, n_in, flat)

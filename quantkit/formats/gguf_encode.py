@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from gguf.constants import GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
-from quantkit.codecs.types import fits, row_bytes
+from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import MAX_NAME, pad
 
@@ -53,7 +53,7 @@ class PlainTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of weights."""
-        return row_bytes(self.qtype, self.shape[-1])
+        return stored(self.qtype).row_bytes(self.shape[-1])
 
     @property
     def n_bytes(self) -> int:
@@ -149,11 +149,10 @@ def check_tensors(tensors: Sequence[TensorInfo]) -> None:
             or tensor.qtype not in GGMLQuantizationType.__members__
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
-        if not fits(tensor.qtype, tensor.shape[-1]):
-            raise QuantkitError(
-                f"tensor {tensor.name!r}: rows of {tensor.shape[-1]} weights cannot take {tensor.qtype}"
-            )
-        row, sizes = row_bytes(tensor.qtype, tensor.shape[-1]), (tensor.row_bytes, tensor.n_bytes)
+        qtype, n_in = stored(tensor.qtype), tensor.shape[-1]
+        if not qtype.fits(n_in):
+            raise QuantkitError(f"tensor {tensor.name!r}: rows of {n_in} are not whole {qtype.name} blocks")
+        row, sizes = qtype.row_bytes(n_in), (tensor.row_bytes, tensor.n_bytes)
         if sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(
                 f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from quantkit.codecs.types import row_bytes, stored
+from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import ALIGNMENT, pad
 from quantkit.tensors import split_name
@@ -62,7 +62,7 @@ class GGUFTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of weights."""
-        return row_bytes(self.qtype, self.shape[-1])
+        return stored(self.qtype).row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _place(
             raise cursor.error(f"tensor {name!r} appears twice")
         if offset % alignment:
             raise cursor.error(f"tensor {name!r}: offset {offset} is not a multiple of {alignment}")
-        n_bytes = prod(shape[:-1]) * row_bytes(qtype, shape[-1])
+        n_bytes = prod(shape[:-1]) * stored(qtype).row_bytes(shape[-1])
         tensors[name] = GGUFTensor(name, shape, qtype, data_start + offset, n_bytes, cursor.file)
     end = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):

@@ -1,27 +1,11 @@
 """ggml's reference encoders and decoders, one type at a time. Sizes are those that ggml itself states."""
 
 import threading
-from functools import cache
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.library import TypeTraits, library, type_id
-
-
-@cache
-def _traits(qtype: str) -> TypeTraits:
-    return library().ggml_get_type_traits(type_id(qtype)).contents
-
-
-def _row_bytes(qtype: str, n_in: int) -> int:
-    traits = _traits(qtype)
-    if n_in % traits.blck_size:
-        raise QuantkitError(
-            f"{qtype} packs {traits.blck_size} weights a block; a row of {n_in} is not a multiple of that"
-        )
-    return n_in // traits.blck_size * traits.type_size
-
+from quantkit.ggml.library import library, type_id
 
 _tables_lock = threading.Lock()
 _tables_ready: set[str] = set()
@@ -42,6 +26,14 @@ def requires_importance(qtype: str) -> bool:
     return bool(library().ggml_quantize_requires_imatrix(type_id(qtype)))
 
 
+def _row_size(qtype: str, n_in: int) -> int:
+    """ggml's own answer, which would abort the process for a row that is not whole blocks."""
+    block = library().ggml_blck_size(type_id(qtype))
+    if n_in % block:
+        raise QuantkitError(f"{qtype} packs {block} weights a block; a row of {n_in} is not a multiple of that")
+    return library().ggml_row_size(type_id(qtype), n_in)
+
+
 def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Encode with ggml's reference encoder.
 
@@ -50,7 +42,7 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     n_rows, n_in = rows.shape
-    width = _row_bytes(qtype, n_in)
+    width = _row_size(qtype, n_in)
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         if importance.shape != (n_in,):
@@ -67,11 +59,12 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
 def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None = None) -> np.ndarray:
     """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in], into `out` if it is given (contiguous)."""
     data = np.ascontiguousarray(data)
-    n_rows = data.size // _row_bytes(qtype, n_in)
+    n_rows = data.size // _row_size(qtype, n_in)
     if out is None:
         out = np.empty((n_rows, n_in), dtype=np.float32)
     if qtype == "F32":
         out[:] = data.view(np.float32).reshape(-1, n_in)
         return out
-    _traits(qtype).to_float(data.ctypes.data, out.ctypes.data, out.size)
+    traits = library().ggml_get_type_traits(type_id(qtype)).contents
+    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out

@@ -112,6 +112,8 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
         "ggml_quantize_init": (None, [c_int]),
         "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
         "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
+        "ggml_blck_size": (c_int64, [c_int]),
+        "ggml_row_size": (c_size_t, [c_int, c_int64]),
         "ggml_get_type_traits": (POINTER(TypeTraits), [c_int]),
         "ggml_tensor_overhead": (c_size_t, []),
         "ggml_version": (ctypes.c_char_p, []),

@@ -354,7 +354,7 @@ class GGUFSource:
     def cpu_experts(self, layer: int) -> Experts:
         """A layer's routed experts by the chosen engine, from tensors on the CPU."""
         c = self.config
-        return self.make_experts(*self.expert_stacks(layer), c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
+        return self.make_experts(self.expert_stacks(layer), c.d, c.n_ff_exp, c.n_expert, c.n_used, self.n_threads)
 
     def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
         """Call it with the experts of the layer that are about to be computed."""

@@ -30,6 +30,6 @@ def test_unknown_type(name):
 
 
 def test_types_that_are_only_read():
-    assert qtypes.row_bytes("TQ1_0", 512) == 108
+    assert qtypes.stored("TQ1_0").row_bytes(512) == 108
     with pytest.raises(QuantkitError, match="unknown ggml type IQ9"):
-        qtypes.row_bytes("IQ9", 256)
+        qtypes.stored("IQ9")
