@@ -16,8 +16,7 @@ from quantkit.calibration.state import PassState
 from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Observer
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import Source
-from quantkit.runtime.stream import stream
+from quantkit.runtime.stream import Source, stream
 from quantkit.tensors import Importance
 
 BLOCKS = 32  # of experts in a layer, unless an encoder works on larger ones: what ranks take turns with

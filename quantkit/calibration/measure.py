@@ -17,8 +17,7 @@ from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import Advance, say, track
 from quantkit.runtime.room import Place, Room
-from quantkit.runtime.sources import Source
-from quantkit.runtime.stream import BASE_BYTES, choose_room, memory
+from quantkit.runtime.stream import BASE_BYTES, Source, choose_room, memory
 from quantkit.tensors import Importance
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16

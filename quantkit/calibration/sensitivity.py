@@ -26,7 +26,7 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
 from quantkit.runtime.layers import Block, Feed, Linear, attention, route
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import apply_attention, ffn_input, head_tiles
 from quantkit.tensors import Imatrix, TensorSpec
 
@@ -161,7 +161,7 @@ class Measurement:
         self.streams = self._fork(clean, embeddings, made, clean)
         self.cos, self.sin = angles(self.config, torch.arange(self.t, device=clean.device))
         for layer in range(self.config.n_layer):
-            self._layer(layer, self.source.block(layer))
+            self._layer(layer, self.source.layer(layer))
             if progress:
                 progress(layer + 1)
 

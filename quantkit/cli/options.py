@@ -111,13 +111,6 @@ def hub(command):
 
 
 device = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
-experts = click.option(
-    "--experts",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "ggml", "kt"]),
-    help="Routed experts: the faster that is right, ggml, or kt-kernel.",
-)
 target = click.option(
     "--target",
     default=None,

@@ -53,7 +53,6 @@ def inspect(path):
     type=click.IntRange(0),
     help="Also continue this many texts: greedy agreement with the original, and loops.",
 )
-@options.experts
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
@@ -70,7 +69,6 @@ def verify(
     score,
     runtime_tokens,
     prompts,
-    experts,
     memory,
     out,
     device,
@@ -91,7 +89,6 @@ def verify(
         score=score,
         runtime_tokens=runtime_tokens,
         prompts=prompts,
-        experts=experts,
         ram=parse_size(memory, "--memory") if memory else None,
     )
     click.echo(short_table(result, file))
@@ -169,21 +166,21 @@ def report(folder):
 @click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--seed", default=0, show_default=True)
 @options.run_ram
-@options.experts
 @options.device
 @options.gpu_layers
-def run(
-    file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, experts, device, gpu_layers
-):
+def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p, seed, ram, device, gpu_layers):
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit.job import make as pipeline
+    from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.generate import Sampling
+    from quantkit.runtime.sources.open import open_gguf
     from quantkit.serving.chat import Conversation
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
     limit = sizes.parse_memory(ram, "--ram") if ram else None
-    layers = options.parse_gpu_layers(gpu_layers)
-    talk = Conversation(file, device or pipeline.default_device(), context, how, layers, experts, limit)
+    weights = open_gguf(file, device or pipeline.default_device(), ram=limit)
+    engine = open_engine(weights, 1, context, options.parse_gpu_layers(gpu_layers))
+    talk = Conversation(weights, engine, how)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -230,26 +227,23 @@ def chat_on_terminal(talk, n_tokens: int) -> None:
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait.")
 @click.option("--max-body", default="4M", show_default=True, help="Longest request in bytes.")
 @options.run_ram
-@options.experts
 @options.device
 @options.gpu_layers
-def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, experts, device, gpu_layers):
+def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, device, gpu_layers):
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit.job import make as pipeline
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.experts import kt as kt_experts
-    from quantkit.runtime.sources import GGUFSource
+    from quantkit.runtime.sources.open import open_gguf
 
     try:
         from quantkit.serving import http as server
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
     limit = sizes.parse_memory(ram, "--ram") if ram else None
-    source = GGUFSource(file, device or pipeline.default_device(), ram=limit)
-    kt_experts.select(source, experts)
+    weights = open_gguf(file, device or pipeline.default_device(), ram=limit)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
-    engine = open_engine(source, parallel, context, options.parse_gpu_layers(gpu_layers))
-    server.serve(source, engine, host, port, limits, api_key)
+    engine = open_engine(weights, parallel, context, options.parse_gpu_layers(gpu_layers))
+    server.serve(weights, engine, host, port, limits, api_key)
 
 
 @click.command()

@@ -31,7 +31,7 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import Plan
 from quantkit.runtime.experts.streamed import ExpertVisit
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.tensors import Importance, TensorSpec
 
 SAME_INPUT = {  # roles that multiply the same rows share one moment

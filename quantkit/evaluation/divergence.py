@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 from quantkit.runtime.layers import rms_norm
-from quantkit.runtime.sources import Source
+from quantkit.runtime.stream import Source
 
 Score = Literal["half", "all"]
 Slab = Callable[[slice], torch.Tensor]

@@ -17,7 +17,8 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import route
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.open import open_source
 from quantkit.runtime.stream import final_hidden
 
 Found = tuple[str, str, str]
@@ -54,7 +55,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
     name = "engine llama.cpp"
     if not llama_oracle.available():
         return name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)"
-    source = GGUFSource(path, device, hybrid=False)
+    source = open_source(path, device)
     ids = tokenizers.encode(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
@@ -84,14 +85,14 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
     if not kt_oracle.available():
         yield "engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}"
         return
-    source = GGUFSource(path, hybrid=False)
+    source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
         where = path if len(file.files) == 1 else Path(folder)
         for part in file.files if where != path else ():  # kt-kernel merges splits by folder, and takes all it finds
             (where / part.name).symlink_to(part.resolve())
         for layer, kinds in combinations(file, source.config).items():
             inputs = layer_inputs(source, layer)
-            want = source.block(layer).experts(*inputs)
+            want = source.layer(layer).experts(*inputs)
             try:
                 variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
                 got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
@@ -117,7 +118,7 @@ def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
 @torch.inference_mode()
 def layer_inputs(source: GGUFSource, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random normed inputs [ROWS, d], rounded to BF16 as kt-kernel takes them, and where the router sends them."""
-    block = source.block(layer)
+    block = source.layer(layer)
     x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * block.ffn_norm
     x = x.bfloat16().float()
     assert block.router is not None

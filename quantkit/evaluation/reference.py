@@ -9,7 +9,7 @@ from quantkit.calibration.measure import job_of
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import scored
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import stream
 
 

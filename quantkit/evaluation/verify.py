@@ -29,9 +29,9 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.planning import targets
 from quantkit.planning.plan import mla_of, split_name
 from quantkit.progress import track
-from quantkit.runtime.engines.open import Engine, open_engine
-from quantkit.runtime.sources import GGUFSource, Source
-from quantkit.runtime.stream import choose_room, final_hidden, memory, stream
+from quantkit.runtime.generate import Engine, Opener
+from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.stream import Source, choose_room, final_hidden, memory, stream
 
 PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
@@ -157,7 +157,7 @@ def verify(
     target: str | None = None,
     *,
     score: Score = "half",
-    runtime: GGUFSource | None = None,
+    runtime: Opener | None = None,
     runtime_tokens: int = 0,
     prompts: int = 0,
     ram: int | None = None,
@@ -166,8 +166,8 @@ def verify(
     """Structure, types, then perplexity and divergence from the reference over the scored tokens of every chunk.
 
     score: "half" scores the second half of each chunk, as llama-perplexity does; "all" every token but a chunk's
-    first. runtime: the same file as a hybrid source; with it, the first runtime_tokens are also computed token by token
-    through the KV cache, and `prompts` texts are continued. ram: bytes that the streams may use, default what the
+    first. runtime: opens the file as a person runs it; with it, the first runtime_tokens are also computed token by
+    token through the KV cache, and `prompts` texts are continued. ram: bytes that the streams may use, default what the
     machine has. known: the reference's `scored` states, if a pass has computed them already (then no layer is compared,
     and its weights are not read again).
     Returns what verify.json holds: sizes, the figures of Divergence.summary with 95 % intervals, the same by domain,
@@ -241,7 +241,7 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
 
 
 def runtime_mode(
-    runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score, n_tokens: int
+    runtime: Opener, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score, n_tokens: int
 ) -> dict[str, Any]:
     """The file as a person runs it: what is not scored as a prompt, then token by token through the KV cache, routed
     experts multiplied from their quantized bytes. heads: of the original's and the streamed file's scored states.
@@ -250,7 +250,7 @@ def runtime_mode(
     `agreement`: of this mode from the streamed one. What remains there is the rounding of activations to 8 bits.
     """
     t = chunks.tokens.shape[1]
-    engine = open_engine(runtime, 1, t)
+    engine = runtime(t)
     prompt, n_chunk = first_scored(t, score), min(len(chunks.tokens), max(1, n_tokens // t))
     parts: dict[str, list[Divergence]] = {"original": [], "streamed": [], "agreement": []}
     with track("runtime", n_chunk * (t - 1), "tokens") as advance:
@@ -264,7 +264,7 @@ def runtime_mode(
                 "streamed": (theirs, ours),
                 "agreement": (ours, logits),
             }.items():
-                parts[key].append(diverge(p, q, targets, runtime.config.n_vocab))
+                parts[key].append(diverge(p, q, targets, engine.config.n_vocab))
     figures = {key: join(values).summary(t - 1 - prompt) for key, values in parts.items()}
     return {"agree": modes_agree(figures)} | figures
 

@@ -27,7 +27,8 @@ from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning import targets
 from quantkit.planning.plan import split_name
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import GGUFWeights
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
 SIDECAR = "attn_kv_b.gguf"
@@ -121,7 +122,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
 
     QuantkitError if KTransformers cannot compute the file, saying which tensor and why, or if `output` exists.
     """
-    source = GGUFSource(path, hybrid=False)
+    source = open_gguf(path)
     check(source)
     c = source.config
     if not 1 <= gpus <= c.n_layer:
@@ -140,7 +141,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     return output
 
 
-def check(source: GGUFSource) -> None:
+def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
     for tensor in file.tensors.values():
@@ -157,7 +158,7 @@ def check(source: GGUFSource) -> None:
         raise QuantkitError(f"{file.path}: KTransformers fails on the empty array {empty[0]}; write the file without")
 
 
-def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int, linear: Linear) -> None:
+def _fill(work: Path, output: Path, source: GGUFWeights, gpus: int, threads: int, linear: Linear) -> None:
     file, c = source.file, source.config
     (work / GGUF).mkdir()
     for part in file.files:
@@ -173,7 +174,7 @@ def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int,
     (work / README).write_text(_readme(source, gpus, threads, linear, split), encoding="utf-8")
 
 
-def _readme(source: GGUFSource, gpus: int, threads: int, linear: Linear, split: bool) -> str:
+def _readme(source: GGUFWeights, gpus: int, threads: int, linear: Linear, split: bool) -> str:
     sidecar = (
         (
             f",\n  so `{SIDECAR}` adds the combined kv_b that versions up to 0.3.1 need: BF16, bit for bit what "
@@ -260,7 +261,7 @@ def _numbers(first: int, end: int) -> str:
     return f"({'|'.join(map(str, range(first, end)))})"
 
 
-def write_sidecar(source: GGUFSource, path: Path) -> None:
+def write_sidecar(source: GGUFWeights, path: Path) -> None:
     """`attn_kv_b` of every layer, which versions up to 0.3.1 read instead of k_b and v_b.
 
     BF16, because KTransformers holds kv_b in BF16 whatever its type was: rounding the decoded values once gives what
@@ -286,7 +287,7 @@ def _bytes(values: torch.Tensor) -> np.ndarray:
     return values.bfloat16().contiguous().view(torch.uint8).numpy()
 
 
-def write_model(source: GGUFSource, folder: Path) -> None:
+def write_model(source: GGUFWeights, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files, from the GGUF's metadata alone."""
     c, meta = source.config, source.file.metadata
     folder.mkdir()

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
-from quantkit.runtime.experts import kt as kt_experts
-from quantkit.runtime.sources import CheckpointSource, GGUFSource, Source
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.open import open_gguf, open_source
+from quantkit.runtime.stream import Source
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"
@@ -77,7 +80,7 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
 def open_for_calibration(model: str | Path, device: str) -> Source:
     """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
     if Path(model).suffix == ".gguf":
-        return GGUFSource(model, device, hybrid=False)
+        return open_source(model, device)
     return source_of(open_weights(model), device)
 
 
@@ -185,7 +188,6 @@ def verify_file(
     score: Score = "half",
     runtime_tokens: int = 0,
     prompts: int = 0,
-    experts: kt_experts.Choice = "auto",
     ram: int | None = None,
     passed: ReferencePass | None = None,
 ) -> dict[str, Any]:
@@ -193,15 +195,13 @@ def verify_file(
 
     passed: the original's side, if it has run along with another pass.
     """
-    original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
+    original, quantized = source_of(reference, device), open_source(path, device)
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
     sample = text.documents[0].text[:4096]
     if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
-    runtime = GGUFSource(path, device) if runtime_tokens or prompts else None
-    if runtime is not None:
-        kt_experts.select(runtime, experts)
+    runtime = partial(open_engine, open_gguf(path, device), 1) if runtime_tokens or prompts else None
     result = verify(
         quantized,
         original,

@@ -12,7 +12,7 @@ by layer or by expert, which R1 would need, was measured and does not help (docs
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,10 @@ from quantkit.progress import say, track
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import Dequantized, GGUFSource
+from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import GGUFWeights
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.tensors import TensorSpec
 
@@ -66,9 +69,10 @@ class Student(GGUFSource):
     an element of a norm) and `moved` (in standard deviations of the matrix)."""
 
     def __init__(self, path: Path, device: str, dtype: torch.dtype):
-        super().__init__(path, device, dtype, hybrid=False)
+        weights = open_gguf(path)
+        super().__init__(weights, FreeProducts(weights, self.part, torch.device(device), dtype))
         self.base = {
-            name: super(Student, self).dense(name).to(self.device, dtype if len(t.shape) > 1 else torch.float32)
+            name: weights.dense(name).to(self.device, dtype if len(t.shape) > 1 else torch.float32)
             for name, t in self.file.tensors.items()
         }
         self.packed: dict[str, np.ndarray] = {}  # matrices that were encoded again
@@ -106,19 +110,10 @@ class Student(GGUFSource):
             return base * by
         return (base.float().unflatten(-1, (-1, SUPERBLOCK)) * by[..., None]).flatten(-2).to(base.dtype)
 
-    def dense(self, name: str) -> torch.Tensor:
-        return self.part(name)
-
-    def _matrix(self, name: str) -> torch.Tensor:
-        return self.part(name).to(self.device, self.dtype)
-
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         # Not by indexing, whose gradient adds up repeated tokens in the order in which threads come.
         rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
         return rows if out is None else out.copy_(rows)
-
-    def _experts(self, layer: int) -> "HeldExperts":
-        return HeldExperts(self, expert_names(layer))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""
@@ -129,24 +124,46 @@ class Student(GGUFSource):
         return head_logits(self, self.head(), h)
 
     def _layer(self, layer: int, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        block = self.block(layer)
+        block = self.layer(layer)
         h = h + attention(h, block, self.config, cos, sin)
         x = rms_norm(h, block.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
         return h + feed_forward(x, block, self.config).view_as(h)
 
 
+class FreeProducts(Dequantized):
+    """Products with tensors as the student's parameters make them. part: `Student.part`."""
+
+    def __init__(
+        self, weights: GGUFWeights, part: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
+    ):
+        super().__init__(weights, device, dtype)
+        self.part = part
+
+    def vector(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.part(name)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.part(name).to(self.device, self.dtype)
+
+    def experts(self, layer: int) -> "HeldExperts":
+        """As `Products`."""
+        return HeldExperts(self.part, expert_names(layer), self.weights.config.n_expert)
+
+
 class HeldExperts:
     """Routed experts whose matrices are all at hand: no reading ahead, and gradients for them."""
 
-    def __init__(self, student: Student, names: list[str]):
-        self.student, self.names = student, names
+    def __init__(self, part: Callable[..., torch.Tensor], names: list[str], n_expert: int):
+        self.part, self.names, self.n_expert = part, names, n_expert
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(x.shape, device=x.device)
-        for e in range(self.student.config.n_expert):
+        for e in range(self.n_expert):
             tokens, slots = (expert == e).nonzero(as_tuple=True)
             if len(tokens):
-                gate, up, down = (self.student.part(name, e) for name in self.names)
+                gate, up, down = (self.part(name, e) for name in self.names)
                 rows = x[tokens]
                 value = (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
                 out.index_add_(0, tokens, value.float() * weight[tokens, slots, None])

@@ -6,8 +6,10 @@ experts are in memory, whatever the number of layers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import DeepseekConfig
@@ -24,12 +26,41 @@ from quantkit.runtime.layers import (
 )
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources import Source
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
 RAM_SHARE = 0.7  # of the machine's memory for hidden states of a GPU's pass
 BASE_BYTES = 1 << 30  # Python, torch and their libraries
+
+
+class Source(Protocol):
+    """A model whose layers can be loaded one at a time. device, dtype: of its matrices and their products."""
+
+    name: str
+    config: DeepseekConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's own."""
+
+    def fingerprint(self) -> str:
+        """Changes if the weights do."""
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens int64 [...] -> [..., d] in `out` (default: new, float32 on the device)."""
+
+    def layer(self, layer: int) -> Block:
+        """A layer's weights."""
+
+    def head(self) -> tuple[torch.Tensor, Linear]:
+        """Output norm and output matrix."""
+
+    def output_norm(self) -> torch.Tensor:
+        """float32 [d]."""
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, [stop - start, d] in `dtype`."""
 
 
 @dataclass
@@ -78,7 +109,7 @@ def stream(
         buffers.hidden.copy_(hidden)
     hidden = buffers.hidden
     cos, sin = angles(source.config, torch.arange(tokens.shape[1], device=source.device))
-    for index, block in enumerate(read_ahead(source.block, range(start, source.config.n_layer)), start):
+    for index, block in enumerate(read_ahead(source.layer, range(start, source.config.n_layer)), start):
         apply_block(buffers, block, source, cos, sin, before(index, block) if before else None)
         yield Layer(index, block, hidden)
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -12,11 +11,8 @@ from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.models import tokenizer as tokenizers
-from quantkit.runtime.engines.gpu import GpuLayers
-from quantkit.runtime.engines.open import generate, open_engine
-from quantkit.runtime.experts import kt as kt_experts
-from quantkit.runtime.generate import Sampling
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.generate import Engine, Sampling, generate
+from quantkit.runtime.sources.weights import GGUFWeights
 from quantkit.sizes import gib
 
 UNFINISHED_TOKENS = 16  # that many tokens without the end of a character are no text: shown as they are
@@ -37,7 +33,7 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], 
         raise QuantkitError(f"the file's chat template fails: {error}") from None
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
     """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
     ids = tokenizers.encode(tokenizer, text)
     return ids if ids[:1] == [bos] else [bos, *ids]
@@ -57,6 +53,7 @@ class Pieces:
         self.stopped = False
 
     def add(self, token: int) -> str:
+        """Text that is certain now; "" if there is none."""
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=False)
         if text.endswith("\ufffd") and len(self.tokens) < UNFINISHED_TOKENS:
@@ -65,6 +62,7 @@ class Pieces:
         return self._certain(text)
 
     def rest(self) -> str:
+        """All that was held back, as it is."""
         text = self._certain(self.tokenizer.decode(self.tokens, skip_special_tokens=False)) + self.held
         self.tokens.clear()
         self.held = ""
@@ -104,22 +102,11 @@ def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: str,
-        context: int,
-        how: Sampling,
-        gpu_layers: GpuLayers = "auto",
-        experts: kt_experts.Choice = "auto",
-        ram: int | None = None,
-    ):
-        """ram: bytes that the file may take in memory."""
-        source = GGUFSource(path, device, ram=ram)
-        kt_experts.select(source, experts)
-        self.residency = source.residency
-        self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
-        self.engine = open_engine(source, 1, context, gpu_layers)
+    def __init__(self, weights: GGUFWeights, engine: Engine, how: Sampling):
+        """engine: of these weights; its slot 0 is taken."""
+        self.residency = weights.residency
+        self.metadata, self.tokenizer, self.how = weights.file.metadata, weights.tokenizer(), how
+        self.engine = engine
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""
@@ -143,7 +130,7 @@ class Conversation:
 
     def complete(self, text: str, n_tokens: int) -> Iterator[str]:
         """The text's continuation, piece by piece. `speed` then says how fast it was."""
-        prompt = encode_prompt(self.tokenizer, text, self.engine.config.bos)
+        prompt = tokenize_prompt(self.tokenizer, text, self.engine.config.bos)
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.cached, strict=False)) if a != b), len(self.cached))
         begin = min(same, len(prompt) - 1)
         pieces, times = Pieces(self.tokenizer), [time.perf_counter()]

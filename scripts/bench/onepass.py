@@ -26,7 +26,7 @@ from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
 

@@ -28,7 +28,9 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.open import open_source
 from quantkit.runtime.stream import memory
 from quantkit.tensors import Importance
 
@@ -104,7 +106,7 @@ def main(
         print(f"made {file} ({file.stat().st_size / 1e9:.2f} GB) in {time.perf_counter() - started:.0f} s")
     if make_only:
         return
-    source = GGUFSource(file, device, hybrid=False)
+    source = open_source(file, device)
     if layers:
         only_layers(checkpoint, source, layers)
     reference = CheckpointSource(checkpoint, device, source.dtype)

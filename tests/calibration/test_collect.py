@@ -16,7 +16,8 @@ from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.open import open_source
 from quantkit.runtime.stream import stream
 
 
@@ -64,7 +65,7 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
         finally:
             feed_forward.__globals__["route"] = original
         x = before[0]
-        expert, _ = route(x, source.block(1).router, c)
+        expert, _ = route(x, source.layer(1).router, c)
     entry = imatrix["blk.1.ffn_gate_exps.weight"]
     for e in range(c.n_expert):
         rows = x[(expert == e).any(1)].double()
@@ -146,7 +147,7 @@ def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, 
     out = tmp_path / "tiny.gguf"
     quantize(tiny, eight, {}, out, GgmlEncoder(), fingerprint={})
     with torch.inference_mode():
-        found = collect(GGUFSource(out, hybrid=False), tokens)
+        found = collect(open_source(out), tokens)
     assert found.keys() == imatrix.keys()
     for name, entry in imatrix.items():
         whole = found[name].in_sum2.sum(), entry.in_sum2.sum()

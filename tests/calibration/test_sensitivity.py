@@ -13,7 +13,8 @@ from quantkit.job import make as pipeline
 from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.open import open_source
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 RULES = """
@@ -82,7 +83,7 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
         pipeline.GgmlEncoder(),
         fingerprint={},
     )
-    file = GGUFSource(path, hybrid=False)
+    file = open_source(path)
     with torch.inference_mode():
         rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]
         tiles = logit_tiles(source, rows[0]), logit_tiles(file, rows[1])

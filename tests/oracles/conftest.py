@@ -14,7 +14,7 @@ import torch
 from quantkit import bundle, cli
 from quantkit.calibration import corpus
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 MODEL = bundle.models_dir() / "tiny-r1"
 ONE_TYPE = """name = "all-{qtype}"

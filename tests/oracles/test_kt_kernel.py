@@ -1,7 +1,7 @@
 """KTransformers' own kernels compute every MoE layer of the files that are made for it.
 
     pip install --no-deps kt-kernel==0.7.2
-    pytest -m large tests/engines/test_kt_kernel.py -s
+    pytest -m large tests/oracles/test_kt_kernel.py -s
 
 KT_KERNEL_CPU_VARIANT chooses a variant of the wheel (amx, avx512_bf16, ..., avx2); by default the best that runs.
 """
@@ -16,7 +16,8 @@ import torch
 from quantkit import bundle
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.runtime.layers import Block
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.open import open_source
 from quantkit.runtime.stream import stream
 
 pytestmark = [
@@ -62,7 +63,7 @@ def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
 @pytest.mark.parametrize("recipe", bundle.recipe_names())
 def test_moe_layers(recipe: str, quantized: Callable[..., Path], chunks):
     path = quantized(recipe, "ktransformers")
-    source = GGUFSource(path, hybrid=False)
+    source = open_source(path)
     variant = None
     for layer, visit in visits(source, chunks(1, 256)).items():
         inputs = (path, layer, source.config, visit.x, visit.expert, visit.weight)

@@ -9,7 +9,7 @@ import torch
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import Block, KVCache, Router, attention, rms_norm, route
 from quantkit.runtime.rope import angles, frequencies, rotate
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def source(tiny) -> CheckpointSource:
 
 @pytest.fixture(scope="module")
 def block(source) -> Block:
-    return source.block(1)
+    return source.layer(1)
 
 
 def naive_attention(h: torch.Tensor, block: Block, c: DeepseekConfig) -> torch.Tensor:

@@ -5,7 +5,9 @@ from click.testing import CliRunner
 
 from quantkit import cli
 from quantkit.models import tokenizer as tokenizers
+from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
+from quantkit.runtime.sources.open import open_gguf
 from quantkit.serving.chat import Conversation, Pieces, thoughts
 
 
@@ -61,7 +63,8 @@ def test_conversation_computes_only_what_is_new(path):
     def ask(talk: Conversation, text: str) -> str:
         return "".join(piece for piece, _ in talk.ask(text, 12))
 
-    talk, other = (Conversation(path, "cpu", 512, Sampling(temperature=0)) for _ in range(2))
+    weights = open_gguf(path)
+    talk, other = (Conversation(weights, open_engine(weights, 1, 512), Sampling(temperature=0)) for _ in range(2))
     ask(talk, "Tell me about the sea, the ships and the storms of winter.")
     first = len(talk.cached)
     pieces = talk.ask("Go on.", 12)  # left early, as by Ctrl-C
