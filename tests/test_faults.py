@@ -25,7 +25,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.job import make as pipeline
 from quantkit.planning.plan import Plan
-from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import open_gguf
 
 ROOT = Path(__file__).parents[1]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"

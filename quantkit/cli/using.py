@@ -173,7 +173,7 @@ def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p,
     from quantkit.job import make as pipeline
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.generate import Sampling
-    from quantkit.runtime.sources.open import open_gguf
+    from quantkit.runtime.sources.weights import open_gguf
     from quantkit.serving.chat import Conversation
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
@@ -233,7 +233,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, de
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit.job import make as pipeline
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.sources.open import open_gguf
+    from quantkit.runtime.sources.weights import open_gguf
 
     try:
         from quantkit.serving import http as server

@@ -17,8 +17,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.layers import route
-from quantkit.runtime.sources.gguf import GGUFSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
 
 Found = tuple[str, str, str]

@@ -24,11 +24,11 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import row_bytes
 from quantkit.formats.gguf_reader import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning import targets
 from quantkit.planning.plan import split_name
-from quantkit.runtime.sources.open import open_gguf
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
 SIDECAR = "attn_kv_b.gguf"
@@ -271,7 +271,7 @@ def write_sidecar(source: GGUFWeights, path: Path) -> None:
     shape = (c.n_head * (c.qk_nope + c.v_head), c.kv_lora)
     tensors = [_Tensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
     metadata = {"general.architecture": "deepseek2", "general.name": f"attn_kv_b of {source.name}"}
-    identity = {"model": source.fingerprint()}
+    identity = {"model": source.file.fingerprint()}
     with GGUFWriter.open(path, tensors, metadata, fingerprint=identity) as writer:
         for layer, tensor in enumerate(tensors):
             k_b, v_b = (source.dense(f"blk.{layer}.attn_{part}_b.weight") for part in "kv")
@@ -292,7 +292,7 @@ def write_model(source: GGUFWeights, folder: Path) -> None:
     c, meta = source.config, source.file.metadata
     folder.mkdir()
     auto = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-    tokenizer = json.loads(source.tokenizer().to_str())
+    tokenizer = json.loads(tokenizers.from_gguf(meta).to_str())
     tokenizer["model"]["merges"] = meta["tokenizer.ggml.merges"]  # "a b": tokenizers before 0.20 read no pairs
     try:
         names = {

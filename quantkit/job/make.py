@@ -45,7 +45,8 @@ from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.open import open_gguf, open_source
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import Source
 from quantkit.tensors import Imatrix
 

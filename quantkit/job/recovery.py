@@ -41,8 +41,7 @@ from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import Dequantized, GGUFSource
-from quantkit.runtime.sources.open import open_gguf
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.tensors import TensorSpec
 

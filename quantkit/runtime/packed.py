@@ -42,6 +42,10 @@ class Packed:
         kernels.dequantize(self.qtype, data.flatten(0, 1), out.view(-1, self.n_in))
         return out
 
+    def part(self, begin: int, end: int) -> "Packed":
+        """Matrices begin ... end as they are."""
+        return Packed(self.qtype, self.data[begin:end], self.n_in, self.dtype)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The first matrix: x [n, n_in] -> [n, n_out]."""
         if len(x) > FEW:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quantkit.serving.chat import Pieces
+from quantkit.serving.pieces import Pieces
 from quantkit.serving.requests import Body, Refused
 from quantkit.serving.scheduler import Job, Scheduler
 

@@ -35,7 +35,7 @@ from quantkit.models.config import DeepseekConfig
 from quantkit.planning.budget import plan_within
 from quantkit.planning.plan import Plan, make_plan
 from quantkit.planning.recipe import Budget, Recipe
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 HAND = ("1.58bit", "1.73bit", "2.22bit", "2.51bit", "Q3_K", "Q4_K")

@@ -15,8 +15,9 @@ from pathlib import Path
 import openai
 import torch
 
+from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.serving import http as serve
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     weights = open_gguf(args.file, n_threads=args.threads)
     engine = open_engine(weights, max(args.users), 512)
-    api = serve.Api("bench", weights.file.metadata, weights.tokenizer(), engine, serve.Limits(), None)
+    metadata = weights.file.metadata
+    api = serve.Api("bench", metadata, tokenizers.from_gguf(metadata), engine, serve.Limits(), None)
     listener = serve.bind("127.0.0.1", 0)
     server = serve.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

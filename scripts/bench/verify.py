@@ -29,8 +29,7 @@ from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import GGUFSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import memory
 from quantkit.tensors import Importance
 

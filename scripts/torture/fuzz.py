@@ -48,7 +48,7 @@ from quantkit.models import tokenizer
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import open_gguf
 
 HOSTILE = [
     None,
@@ -311,7 +311,7 @@ class Files:
         found = GGUFFile.open(path)
         for name in found.tensors:
             found.data(name)[:1].sum()
-        open_gguf(path).tokenizer()
+        tokenizer.from_gguf(open_gguf(path).file.metadata)
 
     def imatrix(self, data: bytes) -> None:
         path = self.folder / "i.gguf"

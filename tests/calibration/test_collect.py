@@ -17,7 +17,7 @@ from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import stream
 
 

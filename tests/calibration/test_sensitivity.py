@@ -14,7 +14,7 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 RULES = """

@@ -21,7 +21,8 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.open import open_gguf, open_source
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 from .mutations import Model

@@ -16,7 +16,7 @@ from quantkit.models import deepseek2 as deepseek
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import open_source
 
 HOW = RecoverOptions(epochs=(3, 2), batch=4, lr=3e-3, lr_moved=4e-3, held_out=8)
 

@@ -26,7 +26,7 @@ from quantkit.job import kt_export
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.sources.open import open_gguf
+from quantkit.runtime.sources.weights import open_gguf
 
 from . import conftest
 

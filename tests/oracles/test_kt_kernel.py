@@ -16,8 +16,7 @@ import torch
 from quantkit import bundle
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.runtime.layers import Block
-from quantkit.runtime.sources.gguf import GGUFSource
-from quantkit.runtime.sources.open import open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import stream
 
 pytestmark = [

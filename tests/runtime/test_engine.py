@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Sampling, generate, sample
 from quantkit.runtime.sources.gguf import GGUFSource
-from quantkit.runtime.sources.open import open_gguf
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 GREEDY = Sampling(temperature=0)
@@ -39,7 +39,8 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_graph_agrees_with_torch(weights, layers, monkeypatch, dense_rows):
     """Prompt in two pieces (both ways) and then tokens, past the first KV_STEP; slot 0 is left unused."""
     monkeypatch.setattr(graph, "DENSE_ROWS", dense_rows)
-    text = weights.tokenizer().encode("The ship went down in the storm. " * 40, add_special_tokens=False).ids
+    tokenizer = tokenizers.from_gguf(weights.file.metadata)
+    text = tokenizers.encode(tokenizer, "The ship went down in the storm. " * 40)
     prompt, rest = [0, *text[:299]], text[299:330]
     logits: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for engine, found in zip((TorchEngine(layers, 2, 400), open_engine(weights, 2, 400)), logits, strict=True):

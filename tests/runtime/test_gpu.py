@@ -8,6 +8,7 @@ import torch
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.models import deepseek2 as deepseek
+from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
 from quantkit.planning.plan import make_plan
 from quantkit.planning.recipe import Recipe
@@ -16,8 +17,8 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.open import open_gguf, open_source
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -33,10 +34,8 @@ def weights(path) -> GGUFWeights:
 
 
 def text(weights: GGUFWeights, n: int) -> list[int]:
-    return [
-        0,
-        *weights.tokenizer().encode("The ship went down in the storm. " * 60, add_special_tokens=False).ids[: n - 1],
-    ]
+    tokenizer = tokenizers.from_gguf(weights.file.metadata)
+    return [0, *tokenizers.encode(tokenizer, "The ship went down in the storm. " * 60)[: n - 1]]
 
 
 def logits(engine: Engine, tokens: list[int]) -> torch.Tensor:

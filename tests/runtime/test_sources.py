@@ -12,9 +12,9 @@ from quantkit.models import tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import GGUFSource
-from quantkit.runtime.sources.open import open_gguf, open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.sources.quantized import Quantized
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 from quantkit.runtime.workers import Workers
 from quantkit.serving.chat import apply_template

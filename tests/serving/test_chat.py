@@ -7,8 +7,9 @@ from quantkit import cli
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
-from quantkit.runtime.sources.open import open_gguf
-from quantkit.serving.chat import Conversation, Pieces, thoughts
+from quantkit.runtime.sources.weights import open_gguf
+from quantkit.serving.chat import Conversation
+from quantkit.serving.pieces import Pieces, thoughts
 
 
 @pytest.fixture(scope="module")

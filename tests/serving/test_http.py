@@ -11,10 +11,10 @@ import openai
 import pytest
 import uvicorn
 
+from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
-from quantkit.runtime.sources.open import open_gguf
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving import http as serve
 
 KEY = "secret"
@@ -31,9 +31,8 @@ class Running:
 
     def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
         self.engine = open_engine(weights, n_slots, CONTEXT)
-        self.api = serve.Api(
-            "tiny", weights.file.metadata, weights.tokenizer(), self.engine, serve.Limits(**limits), KEY
-        )
+        tokenizer = tokenizers.from_gguf(weights.file.metadata)
+        self.api = serve.Api("tiny", weights.file.metadata, tokenizer, self.engine, serve.Limits(**limits), KEY)
         self.listener = serve.bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server: uvicorn.Server = serve.server(self.api)
@@ -287,7 +286,7 @@ def test_completion_is_what_the_engine_gives(running, weights):
     prompt = [0, 50, 60, 70]
     made = list(generate(open_engine(weights, 1, 64), prompt, 20, Sampling(temperature=0)))
     answer = running.client().completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=20)
-    assert answer.choices[0].text == weights.tokenizer().decode(made, skip_special_tokens=False)
+    assert answer.choices[0].text == tokenizers.from_gguf(weights.file.metadata).decode(made, skip_special_tokens=False)
     assert answer.usage.prompt_tokens == 4 and answer.usage.completion_tokens == len(made)
 
 

@@ -9,6 +9,7 @@ without graphs: so the tests compare it with the other engines.
 
 import logging
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from quantkit import machine as probe
 from quantkit.codecs import blocks
 from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.runtime.engines.gpu_buffers import Buffers
 from quantkit.runtime.engines.gpu_layers import (
     ChunkedExperts,
     Chunks,
@@ -28,7 +30,6 @@ from quantkit.runtime.engines.gpu_layers import (
     attend,
     chosen,
     resident_chunks,
-    routes,
 )
 from quantkit.runtime.engines.gpu_memory import (
     PIECES,
@@ -38,13 +39,24 @@ from quantkit.runtime.engines.gpu_memory import (
     resident_layers,
     workspace,
 )
-from quantkit.runtime.engines.staging import Ring, Stack, upload, upload_experts
+from quantkit.runtime.engines.staging import Part, Ring, Stack, upload, upload_experts
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import Block, Experts, Feed, KVCache, Linear, Router, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import (
+    Block,
+    Experts,
+    Feed,
+    KVCache,
+    Linear,
+    Router,
+    attention,
+    feed_forward,
+    rms_norm,
+    route,
+)
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.packed import Matrix, Packed, Plain
-from quantkit.runtime.rope import angles, frequencies
+from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
+from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.weights import GGUFWeights
 
 log = logging.getLogger(__name__)
@@ -53,6 +65,7 @@ KV_STEP = 256  # cache positions that a step sees: the least power of two times 
 STREAM_TOKENS = 128  # prompts from here on move expert bytes to the GPU; below, the CPU is done sooner
 KEPT_STEPS = 12  # captured (sequences, cache positions)
 
+PackedChunks = Generator[tuple[int, list[Packed]], None, None]
 Query = tuple[Linear, torch.Tensor, Linear] | Linear
 
 
@@ -84,7 +97,7 @@ class GpuEngine:
                 weights.file.let_go()
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self._buffers()
+        self.buffers = Buffers(c, n_slots, self.rows, self.device)
         self.ring = self._ring()
         self.piece = largest_piece(c, probe.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
@@ -166,29 +179,12 @@ class GpuEngine:
         read = partial(residency.copy, tensor.name) if residency else None
         return Stack(tensor.qtype, self.weights.data(tensor.name), tensor.shape[-1], read)
 
-    def _buffers(self) -> None:
-        """What CUDA graphs read and write, and its pinned twins on the CPU."""
-        c, n = self.config, self.n_slots
-
-        def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-            host = torch.zeros(shape, dtype=dtype, pin_memory=self.on_gpu)
-            return torch.zeros(shape, dtype=dtype, device=self.device), host
-
-        self.h, self.h_host = pair(n, c.d)
-        self.at, self.at_host = pair(3 * n, dtype=torch.int64)  # cell of the cache, position, slot of each
-        self.sent, self.sent_host = pair(n * (c.d + 2 * c.n_used))  # x, weights, experts
-        self.got, self.got_host = pair(n, c.d)
-        self.logits, self.logits_host = pair(n, c.n_vocab)
-        self.columns = torch.arange(self.rows, device=self.device)
-        self.turns = frequencies(c).to(self.device)
-        self.arrived = torch.cuda.Event() if self.on_gpu else None
-
     def _ring(self) -> Ring | None:
         streamed = [layer.stacks for layer in self.layers if layer.stacks]
         if not streamed:
             return None
         largest = max(streamed, key=lambda stacks: sum(stack.data.nbytes for stack in stacks))
-        return Ring(largest, self.device, self.dtype, self.weights.workers)
+        return Ring(largest, self.device, self.weights.workers)
 
     def _keep_experts(self, gpu_layers: GpuLayers) -> None:
         """Upload the experts of the first layers that can be, and say where they all are."""
@@ -241,11 +237,17 @@ class GpuEngine:
                 chunks.close()
         return self.head(rms_norm(h[0, -1:], self.output_norm, c.rms_eps))[0].float().cpu()
 
-    def _streamed_chunks(self, n_tokens: int) -> Generator[tuple[int, list[Packed]], None, None] | None:
+    def _streamed_chunks(self, n_tokens: int) -> PackedChunks | None:
         """The experts that are not in GPU memory, on their way there; None if a prompt is too short for that."""
         if self.ring is None or n_tokens < STREAM_TOKENS:
             return None
-        return self.ring.chunks([layer.stacks for layer in self.layers if layer.stacks and layer.resident is None])
+        waiting = [layer.stacks for layer in self.layers if layer.stacks and layer.resident is None]
+        return self._packed(self.ring.chunks(waiting))
+
+    def _packed(self, moved: Generator[tuple[int, list[Part]], None, None]) -> PackedChunks:
+        with closing(moved):
+            for begin, parts in moved:
+                yield begin, [Packed(*part, self.dtype) for part in parts]
 
     def _prompt_experts(self, layer: GpuLayer, streamed: Chunks | None) -> Experts | None:
         n_expert = self.config.n_expert
@@ -267,11 +269,12 @@ class GpuEngine:
         positions = [self.length[slot] for slot in slots]
         for slot in slots:
             self.length[slot] += 1
-        self.weights.embed(torch.tensor(tokens), self.h_host[:n])
+        buffers = self.buffers
+        self.weights.embed(torch.tensor(tokens), buffers.h_host[:n])
         cells = [slot * self.rows + position for slot, position in zip(slots, positions, strict=True)]
-        self.at_host[: 3 * n] = torch.tensor(cells + positions + slots)
-        self.h.copy_(self.h_host, non_blocking=True)
-        self.at.copy_(self.at_host, non_blocking=True)
+        buffers.at_host[: 3 * n] = torch.tensor(cells + positions + slots)
+        buffers.h.copy_(buffers.h_host, non_blocking=True)
+        buffers.at.copy_(buffers.at_host, non_blocking=True)
         seen = KV_STEP
         while seen <= max(positions):
             seen *= 2
@@ -286,8 +289,8 @@ class GpuEngine:
                 self._hand_over(pause, n)
             if self.on_gpu:
                 self._capture(key)
-        self.logits_host[:n].copy_(self.logits[:n])
-        return self.logits_host[:n]
+        buffers.logits_host[:n].copy_(buffers.logits[:n])
+        return buffers.logits_host[:n]
 
     def _capture(self, key: tuple[int, int]) -> None:
         """The pieces of this step as CUDA graphs, for the next one of its kind."""
@@ -310,29 +313,17 @@ class GpuEngine:
     def _hand_over(self, pause: Pause, n: int) -> None:
         """What the CPU does after a piece of a step."""
         if pause.what == "send":
-            size = n * (self.config.d + 2 * self.config.n_used)
-            self.sent_host[:size].copy_(self.sent[:size], non_blocking=True)
-            if self.arrived:
-                self.arrived.record()
+            self.buffers.send(n)
         elif pause.what == "receive":
-            if self.arrived:
-                self.arrived.synchronize()
             experts = self.layers[pause.layer].on_cpu
             assert experts is not None
-            x, weight, ids = self._sent_parts(self.sent_host, n)
-            self.got_host[:n] = experts(x, ids, weight)
-            self.got[:n].copy_(self.got_host[:n], non_blocking=True)
-
-    def _sent_parts(self, flat: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of what goes to the CPU: x float32 [n, d], weights float32 and experts int32 [n, n_used]."""
-        c = self.config
-        x, weight, ids = flat[: n * (c.d + 2 * c.n_used)].split([n * c.d, n * c.n_used, n * c.n_used])
-        return x.view(n, -1), weight.view(n, -1), ids.view(torch.int32).view(n, -1)
+            x, weight, ids = self.buffers.received(n)
+            self.buffers.answer(experts(x, ids, weight))
 
     def _pieces(self, n: int, n_kv: int) -> Iterator[Pause]:
         """One token of n sequences, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
-        c, places = self.config, self._places(n, n_kv)
-        h = self.h[:n]
+        c, buffers, places = self.config, self.buffers, self._places(n, n_kv)
+        h = buffers.h[:n]
         for i, layer in enumerate(self.layers):
             weights = layer.weights
             h = h + attend(h, layer, c, self.cache[i], places)
@@ -341,9 +332,9 @@ class GpuEngine:
                 assert weights.feed
                 h = h + weights.feed(x)
                 continue
-            ids, weight = routes(x, weights.router, c)
+            ids, weight = self._route(x, weights.router)
             if layer.resident is None:
-                for to, value in zip(self._sent_parts(self.sent, n), (x, weight, ids), strict=True):
+                for to, value in zip(buffers.to_send(buffers.sent, n), (x, weight, ids), strict=True):
                     to.copy_(value)
                 yield Pause("send", i)
             else:
@@ -352,13 +343,22 @@ class GpuEngine:
                 h = h + weights.feed(x)
             if layer.resident is None:
                 yield Pause("receive", i)
-                h = h + self.got[:n]
-        self.logits[:n] = self.head(F.rms_norm(h, (c.d,), self.output_norm, c.rms_eps))
+                h = h + buffers.got[:n]
+        buffers.logits[:n] = self.head(F.rms_norm(h, (c.d,), self.output_norm, c.rms_eps))
         yield Pause("end", -1)
 
+    def _route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+        """As layers.route; the experts as int32."""
+        if use_kernels(x.device.type):
+            from quantkit.runtime import kernels
+
+            return kernels.route(x @ router.weight.T, router.bias, self.config)
+        expert, weight = route(x, router, self.config)
+        return expert.int(), weight
+
     def _places(self, n: int, n_kv: int) -> Places:
-        cells, positions, slots = self.at[: 3 * n].view(3, n)
+        cells, positions, slots = self.buffers.at[: 3 * n].view(3, n)
         hidden = torch.zeros(n, n_kv, device=self.device)
-        hidden = hidden.masked_fill_(self.columns[:n_kv] > positions[:, None], float("-inf"))[:, None]
-        turns = positions[:, None].float() * self.turns
+        hidden = hidden.masked_fill_(self.buffers.columns[:n_kv] > positions[:, None], float("-inf"))[:, None]
+        turns = positions[:, None].float() * self.buffers.turns
         return Places(cells, slots, hidden, torch.polar(torch.ones_like(turns), turns)[:, None])

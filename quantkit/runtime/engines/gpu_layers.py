@@ -1,19 +1,42 @@
 """One layer on a GPU, its matrices as quantized bytes: attention and routed experts of a decoding step, and those of a
 prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import DeepseekConfig
 from quantkit.runtime.engines.staging import CHUNK, Stacks
-from quantkit.runtime.layers import Block, Experts, Router, route
-from quantkit.runtime.packed import Matrix, Packed, use_kernels
+from quantkit.runtime.layers import Block, Experts
 
-Chunks = Iterator[tuple[int, list[Packed]]]
+
+class Heads(Protocol):
+    """A matrix for each head: `packed.Packed` or `packed.Plain`."""
+
+    def dense(self) -> torch.Tensor:
+        """All of them, dequantized: [n_head, n_out, n_in]."""
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, n_head, n_in], every matrix its own -> [n, n_head, n_out]."""
+
+
+class Stacked(Protocol):
+    """A matrix of each of several experts: `packed.Packed`."""
+
+    def dense(self) -> torch.Tensor:
+        """All of them, dequantized: [n, n_out, n_in]."""
+
+    def chosen(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]."""
+
+    def part(self, begin: int, end: int) -> "Stacked":
+        """Matrices begin ... end."""
+
+
+Chunks = Iterator[tuple[int, Sequence[Stacked]]]
 """Experts in order: the first one's number, and gate, up and down of CHUNK experts or fewer."""
 
 
@@ -22,9 +45,9 @@ class GpuLayer:
     """One layer's weights. In GPU memory, but for `on_cpu`; a MoE layer has either that or `resident`."""
 
     weights: Block  # k_b and v_b are filled in when a prompt needs them dequantized
-    k_b: Matrix
-    v_b: Matrix
-    resident: list[Packed] | None = None
+    k_b: Heads
+    v_b: Heads
+    resident: Sequence[Stacked] | None = None
     on_cpu: Experts | None = None
     stacks: Stacks | None = None  # experts that can be streamed
 
@@ -64,17 +87,7 @@ def attend(h: torch.Tensor, layer: GpuLayer, c: DeepseekConfig, cache: torch.Ten
     return weights.output(layer.v_b.each(mixed).reshape(n, -1))
 
 
-def routes(x: torch.Tensor, router: Router, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """As layers.route; the experts as int32."""
-    if use_kernels(x.device.type):
-        from quantkit.runtime import kernels
-
-        return kernels.route(x @ router.weight.T, router.bias, c)
-    expert, weight = route(x, router, c)
-    return expert.int(), weight
-
-
-def chosen(matrices: list[Packed], x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def chosen(matrices: Sequence[Stacked], x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`layers.Experts` whose matrices are in GPU memory, for a few tokens."""
     gate, up, down = matrices
     flat = expert.flatten()
@@ -82,10 +95,10 @@ def chosen(matrices: list[Packed], x: torch.Tensor, expert: torch.Tensor, weight
     return (down.chosen(hidden, flat).view(*expert.shape, -1) * weight[..., None]).sum(1)
 
 
-def resident_chunks(matrices: list[Packed], n_expert: int) -> Chunks:
+def resident_chunks(matrices: Sequence[Stacked], n_expert: int) -> Chunks:
     """Experts that are in GPU memory."""
     for begin in range(0, n_expert, CHUNK):
-        yield begin, [Packed(m.qtype, m.data[begin : begin + CHUNK], m.n_in, m.dtype) for m in matrices]
+        yield begin, [matrix.part(begin, begin + CHUNK) for matrix in matrices]
 
 
 class ChunkedExperts:

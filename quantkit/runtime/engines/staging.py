@@ -5,11 +5,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from quantkit.runtime.packed import Packed
 from quantkit.runtime.workers import Workers
 
 CHUNK = 4  # experts moved and dequantized at once: at R1's size 34 MB of IQ1_S, 352 MB dequantized
@@ -34,6 +35,14 @@ class Stack:
 
 Stacks = list[Stack]
 """gate, up and down of a layer."""
+
+
+class Part(NamedTuple):
+    """Matrices of some experts of a stack on the device: data uint8 [n, n_out, row_bytes]."""
+
+    qtype: str
+    data: torch.Tensor
+    n_in: int
 
 
 def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], workers: Workers) -> None:
@@ -87,10 +96,10 @@ class Ring:
     """Buffers through which chunks of experts reach the device: while one is computed with, the next is on its way and
     the one after that is read. A thread moves them, in order."""
 
-    def __init__(self, largest: Stacks, device: torch.device, dtype: torch.dtype, workers: Workers):
+    def __init__(self, largest: Stacks, device: torch.device, workers: Workers):
         """largest: the layer with most bytes."""
         size = sum(CHUNK * stack.data[0].nbytes + ALIGN for stack in largest)
-        self.on_gpu, self.dtype, self.workers = device.type == "cuda", dtype, workers
+        self.on_gpu, self.workers = device.type == "cuda", workers
         self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(SLOTS)]
         self.there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         if self.on_gpu:
@@ -102,9 +111,9 @@ class Ring:
         """On the device."""
         return sum(buffer.nbytes for buffer in self.there)
 
-    def chunks(self, layers: list[Stacks]) -> Generator[tuple[int, list[Packed]], None, None]:
-        """All experts of these layers in order: (first expert, matrices of CHUNK experts or fewer). They are valid
-        until the next is asked for."""
+    def chunks(self, layers: list[Stacks]) -> Generator[tuple[int, list[Part]], None, None]:
+        """All experts of these layers in order: (first expert, gate, up and down of CHUNK experts or fewer). They
+        are valid until the next is asked for."""
         plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0].data), CHUNK)]
         with ThreadPoolExecutor(1) as mover:
             ahead: deque[Future] = deque(mover.submit(self._move, i, *plan[i]) for i in range(min(SLOTS, len(plan))))
@@ -123,7 +132,7 @@ class Ring:
                     future.cancel()
 
     @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
-    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
+    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Part]:
         slot, at, spans, jobs = i % SLOTS, 0, [], []
         if self.on_gpu:
             self.copied[slot].synchronize()  # the buffer's last transfer
@@ -141,6 +150,5 @@ class Ring:
             if self.on_gpu:
                 self.copied[slot].record(self.stream)
         return [
-            Packed(qtype, self.there[slot][at : at + int(np.prod(shape))].view(shape), n_in, self.dtype)
-            for qtype, at, shape, n_in in spans
+            Part(qtype, self.there[slot][at : at + prod(shape)].view(shape), n_in) for qtype, at, shape, n_in in spans
         ]

@@ -1,15 +1,17 @@
 """Layers of a GGUF file. Which tensors make a layer is the file's; how they are multiplied is a `Products`."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.experts.streamed import Projections, StreamedExperts, expert_names
 from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 Query = tuple[Linear, torch.Tensor, Linear] | Linear
 
@@ -44,7 +46,7 @@ class GGUFSource:
 
     def tokenizer(self) -> Tokenizer:
         """From the file's metadata."""
-        return self.weights.tokenizer()
+        return tokenizers.from_gguf(self.file.metadata)
 
     def fingerprint(self) -> str:
         """Changes if the file does."""
@@ -153,3 +155,10 @@ class Dequantized:
 
     def _expert(self, name: str, data: np.ndarray) -> torch.Tensor:
         return self.weights.values(name, data).to(self.device, self.dtype)
+
+
+def open_source(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GGUFSource:
+    """A file whose layers are dequantized, one at a time, to `dtype`: default float32 on the CPU, else bfloat16."""
+    weights = open_gguf(path, device)
+    dtype = dtype or (torch.float32 if weights.device.type == "cpu" else torch.bfloat16)
+    return GGUFSource(weights, Dequantized(weights, weights.device, dtype))

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from quantkit.codecs.unpack import unpack
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml import library as ggml
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import DeepseekConfig
+from quantkit.models.deepseek2 import specs
+from quantkit.progress import say
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.workers import Workers
@@ -20,7 +22,7 @@ EMBEDDED_ROWS = 8192  # embedding rows dequantized at once: 235 MB of R1's as fl
 
 
 class GGUFWeights:
-    """The weights of a file, memory-mapped; `sources.open.open_gguf` makes it.
+    """The weights of a file, memory-mapped; `open_gguf` makes it.
 
     device: where an engine computes what needs no large memory. residency: keeps routed experts within a limit of
     memory; None: the system keeps what it likes. workers: threads for all that is done with the file.
@@ -38,10 +40,6 @@ class GGUFWeights:
         self.workers, self.residency = workers, residency
         self.name = file.path.name
         self.head_name = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
-
-    def tokenizer(self) -> Tokenizer:
-        """From the file's metadata."""
-        return tokenizers.from_gguf(self.file.metadata)
 
     def data(self, name: str) -> np.ndarray:
         """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
@@ -83,3 +81,34 @@ class GGUFWeights:
     def at_once(self, rows: int, n_used: int) -> int:
         """Of so many rows with n_used experts each, how many may be computed at once."""
         return min(rows, self.residency.most // n_used) if self.residency else rows
+
+
+def open_gguf(
+    path: Path | str, device: torch.device | str = "cpu", n_threads: int | None = None, ram: int | None = None
+) -> GGUFWeights:
+    """A file to be run on a device. ram: bytes that it may take in memory; None: as many as the system gives.
+
+    QuantkitError if a tensor is missing or has another shape than the file's metadata say, or if `ram` is too little.
+    """
+    file = GGUFFile.open(path)
+    config, device = DeepseekConfig.from_gguf(file.metadata), torch.device(device)
+    check_tensors(file, config)
+    residency = None
+    if ram is not None:
+        names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
+        residency = Residency(file, names, config.n_used, ram, on_gpu=device.type != "cpu")
+        if device.type == "cpu":  # with a GPU the cost depends on what it holds
+            say(str(residency))
+    return GGUFWeights(file, config, device, Workers(n_threads), residency)
+
+
+def check_tensors(file: GGUFFile, config: DeepseekConfig) -> None:
+    """QuantkitError naming the first tensor of the model that the file lacks or has in another shape."""
+    tied = "output.weight" not in file.tensors
+    for spec in specs(config, "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"):
+        found = file.tensors.get(spec.name)
+        if found is None and not (tied and spec.name == "output.weight"):
+            raise QuantkitError(f"{file.path.name}: tensor {spec.name} is missing")
+        if found is not None and tuple(found.shape) != spec.shape:
+            shape = tuple(found.shape)
+            raise QuantkitError(f"{file.path.name}: tensor {spec.name} has shape {shape}, not {spec.shape}")
