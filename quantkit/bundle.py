@@ -6,18 +6,22 @@ HERE = Path(__file__).parent
 
 
 def recipes_dir() -> Path:
+    """The folder of `NAME.toml`."""
     return _folder("recipes")
 
 
 def models_dir() -> Path:
+    """The folder of model folders."""
     return _folder("models")
 
 
 def recipe_names() -> list[str]:
+    """Names that `--recipe` takes, sorted."""
     return sorted(path.name.removesuffix(".toml") for path in recipes_dir().glob("*.toml"))
 
 
 def model_names() -> list[str]:
+    """Bundled models by the names of their folders, sorted."""
     return sorted(path.parent.name for path in models_dir().glob("*/config.json"))
 
 

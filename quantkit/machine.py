@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
         raise QuantkitError(what) from None
     buffer = torch.empty(BLOCK + 4096, dtype=torch.uint8).numpy()
     start = -buffer.ctypes.data % 4096  # O_DIRECT wants aligned memory
-    view = memoryview(buffer)[start : start + BLOCK]
+    view = buffer.data[start : start + BLOCK]
     done, begin = 0, time.perf_counter()
     try:
         while done < n_bytes and (got := os.preadv(file, [view], done)):
@@ -77,7 +78,7 @@ def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
     return done / (time.perf_counter() - begin)
 
 
-def _timed(call) -> float:
+def _timed(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin

@@ -12,11 +12,13 @@ console = Console(stderr=True, highlight=False)
 
 
 class Advance(Protocol):
+    """Called with what has been done since the last call, in the units of the total."""
+
     def __call__(self, amount: float = 1) -> None: ...
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str):
+    def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
 

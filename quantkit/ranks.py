@@ -53,10 +53,12 @@ _team = _Team()
 
 
 def index() -> int:
+    """This rank's number, 0 for the one that decides."""
     return _team.index
 
 
 def count() -> int:
+    """Ranks of this run, 1 without a launcher."""
     return _team.count
 
 
@@ -108,7 +110,7 @@ def join() -> None:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise QuantkitError(f"rank {rank} of {world} cannot meet the others: {str(error).splitlines()[0]}") from None
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()  # torch's types know no `clone`
     _team.index, _team.count, _team.local_count = rank, world, local_count
     _team.store, _team.stop = store, threading.Event()
     store.set(f"{ALIVE}{rank}", "0")

@@ -6,11 +6,14 @@ Shapes here are numpy's, slowest dimension first; ggml's `ne` is the reverse.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 Assembly = Literal["copy", "stack", "k_b", "v_b"]
+ROUTED_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+"""The stacks of routed experts: gate, up and down, in this order everywhere."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class TensorSpec:
 
     @property
     def n_rows(self) -> int:
+        """Rows of all matrices."""
         return prod(self.shape[:-1])
 
     @property
@@ -50,11 +54,21 @@ class TensorSpec:
 
     @property
     def n_weights(self) -> int:
+        """Elements."""
         return prod(self.shape)
 
     @property
     def is_routed(self) -> bool:
-        return self.role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        """Whether it is a stack of routed experts."""
+        return self.role in ROUTED_ROLES
+
+
+class Weights(Protocol):
+    """Where the original weights are read from; a `Checkpoint` is one."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+        """Rows start:stop (default: all) of a tensor, dequantised to float32 on `device`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,3 +90,12 @@ class Importance:
 
 Imatrix = Mapping[str, Importance]
 """GGUF tensor name -> Importance."""
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """GGUF name -> role, layer: `blk.3.ffn_norm.weight` -> `ffn_norm`, 3."""
+    stem = name.removesuffix(".weight").removesuffix(".bias")
+    parts = stem.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6:
+        return parts[2], int(parts[1])
+    return stem, None

@@ -1,4 +1,4 @@
-"""tiny-r1 in 24 shards, served by a loopback Hub: fixtures of tests/remote and tests/publish."""
+"""tiny-r1 in 24 shards, served by a loopback Hub: fixtures of tests/remote and tests/job/publish."""
 
 import json
 from pathlib import Path

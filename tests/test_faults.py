@@ -17,13 +17,15 @@ from click.testing import CliRunner
 
 from quantkit import cli
 from quantkit.encoding import jobs as quantize
-from quantkit.encoding import layer as onepass
-from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.jobs import GgmlEncoder
+from quantkit.encoding.layer import LayerEncoder
 from quantkit.errors import QuantkitError, out_of_memory
-from quantkit.formats.checkpoint import INDEX, Checkpoint, load_json
+from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
+from quantkit.formats.safetensors_header import load_json
 from quantkit.job import make as pipeline
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.sources.weights import open_gguf
 
@@ -177,8 +179,8 @@ def test_a_worker_that_dies_costs_its_own_job(made, tmp_path, tiny, monkeypatch,
     again = Failing(AssertionError(), 1 << 30)
     monkeypatch.setattr(pipeline, "GgmlEncoder", lambda: again)
     pipeline.quantize_model(tiny, plan, made / "imatrix.gguf", out, workers=2)
-    specs = {spec.name: spec for spec in pipeline.deepseek.specs(pipeline.DeepseekConfig.from_hf(tiny.config))}
-    n_jobs = sum(len(list(pipeline.deepseek.slices(spec))) for spec in specs.values())
+    specs = {spec.name: spec for spec in family.specs(family.from_hf(tiny.config))}
+    n_jobs = sum(len(list(family.slices(spec))) for spec in specs.values())
     assert (1 << 30) - again.left == n_jobs - recorded
     assert out.read_bytes() == (made / NAME).read_bytes()
 
@@ -216,7 +218,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
 
 def test_experts_that_do_not_fit_together_are_encoded_in_halves(tmp_path, monkeypatch):
     expected = pipeline.make("tiny-r1", tmp_path / "calm", OURS)[0][0].read_bytes()
-    init, encode, sizes = onepass.LayerEncoder.__init__, onepass.LayerEncoder._encode_experts, []
+    init, encode, sizes = LayerEncoder.__init__, LayerEncoder._encode_experts, []
 
     def grouped(self, *arguments):
         init(self, *arguments)
@@ -228,8 +230,8 @@ def test_experts_that_do_not_fit_together_are_encoded_in_halves(tmp_path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         encode(self, waiting)
 
-    monkeypatch.setattr(onepass.LayerEncoder, "__init__", grouped)
-    monkeypatch.setattr(onepass.LayerEncoder, "_encode_experts", short)
+    monkeypatch.setattr(LayerEncoder, "__init__", grouped)
+    monkeypatch.setattr(LayerEncoder, "_encode_experts", short)
     assert pipeline.make("tiny-r1", tmp_path / "short", OURS)[0][0].read_bytes() == expected
     assert sizes[0] == 7 and sizes.count(7) <= 3  # once a layer, then the smaller group stays
 
@@ -320,10 +322,11 @@ def test_activations_that_are_not_finite_are_named(model_copy, tmp_path, options
 
 SMALL_GPU = """
 import sys, torch
-from quantkit import cli, onepass
+from quantkit import cli
+from quantkit.encoding import layer
 
 room, total = int(sys.argv.pop(1)), torch.cuda.get_device_properties(0).total_memory
-encode, onepass.LEAST_GROUPS = onepass.LayerEncoder._encode_experts, 1
+encode, layer.LEAST_GROUPS = layer.LayerEncoder._encode_experts, 1
 
 def limited(self, waiting):
     torch.cuda.empty_cache()
@@ -336,7 +339,7 @@ def limited(self, waiting):
         torch.cuda.set_per_process_memory_fraction(1.0)
     print("group", len(waiting), torch.cuda.max_memory_reserved() - before, file=sys.stderr)
 
-onepass.LayerEncoder._encode_experts = limited
+layer.LayerEncoder._encode_experts = limited
 cli.main()
 """
 

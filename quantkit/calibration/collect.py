@@ -1,11 +1,10 @@
-"""Importance: sums of squared inputs of every weight, measured while text streams through the original layers.
+"""The loop over the layers, and what it measures by default: sums of squared inputs of every weight.
 
 The statistics are those of llama-imatrix (in_sum2 and counts per weight, per expert for routed ones), so that either
 tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `attn_v_b`: one file serves both layouts.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,16 +12,22 @@ import torch
 from quantkit import ranks
 from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
-from quantkit.runtime.experts.streamed import ExpertVisit, StreamedExperts
-from quantkit.runtime.layers import Block, Observer
+from quantkit.progress import Advance
+from quantkit.runtime.experts.streamed import Turns
 from quantkit.runtime.room import Room
 from quantkit.runtime.stream import Source, stream
+from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import Importance
 
-BLOCKS = 32  # of experts in a layer, unless an encoder works on larger ones: what ranks take turns with
+TURNS = 32  # of the ranks in a layer, unless an encoder works on more experts at once
 
 
-class Accumulator:
+def turns_of(n_expert: int) -> Turns:
+    """Of ranks that measure a layer together."""
+    return Turns(max(1, n_expert // TURNS), ahead=1, shared=True)
+
+
+class Accumulator(Watcher):
     """in_sum2 of one layer, summed in float64 on the device where the inputs are.
 
     Each rank sees its own experts; `finish` puts those of all together, and refuses what is not finite.
@@ -30,12 +35,11 @@ class Accumulator:
 
     def __init__(self, layer: int, n_expert: int):
         self.layer, self.n_expert = layer, n_expert
-        self.block, self.ahead = max(1, n_expert // BLOCKS), 1
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
-    def observe(self, role: str, x: torch.Tensor, _: torch.Tensor) -> None:
-        """x [n, n_in], or [n, n_head, n_in] for weights with a matrix per head (which share one count)."""
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds x [n, n_in], or [n, n_head, n_in] for weights with a matrix per head (which share one count)."""
         squares = x.float().square().sum(0, dtype=torch.float64)
         squares = squares.view(-1, x.shape[-1])
         if role in self.sums:
@@ -46,6 +50,7 @@ class Accumulator:
             self.counts[role] = torch.full((1,), float(x.shape[0]), dtype=torch.float64)
 
     def observe_expert(self, visit: ExpertVisit) -> None:
+        """Adds what the expert saw; gate and up read the same rows."""
         for role, x in (("ffn_gate_exps", visit.x), ("ffn_down_exps", visit.hidden)):
             if role not in self.sums:
                 self.sums[role] = torch.zeros(self.n_expert, x.shape[1], dtype=torch.float64, device=x.device)
@@ -54,7 +59,8 @@ class Accumulator:
             self.counts[role][visit.expert] += x.shape[0]
 
     def finish(self) -> dict[str, Importance]:
-        if "ffn_gate_exps" in self.sums:  # gate and up read the same rows
+        """By GGUF name. QuantkitError names a sum that is not finite."""
+        if "ffn_gate_exps" in self.sums:
             for table in (self.sums, self.counts):
                 table["ffn_up_exps"] = table["ffn_gate_exps"]
         entries = {
@@ -80,20 +86,15 @@ def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
     return dict(sorted(entries.items()))
 
 
-class Watcher(Protocol):
-    """Sees one layer being computed: `Accumulator`, or an encoder that also writes the layer.
+class Steps:
+    """Turns "so many layers are done" into progress, layers of an earlier run included."""
 
-    block: experts that one rank computes, and this watcher sees, together. ahead: experts to be read while it looks at
-    one; as many as it may keep waiting.
-    """
+    def __init__(self, advance: Advance):
+        self.advance, self.done = advance, 0
 
-    block: int
-    ahead: int
-
-    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None: ...
-    def observe_expert(self, visit: ExpertVisit) -> None: ...
-    def finish(self) -> dict[str, Importance]:
-        """The layer's importance. All that the layer owes must be safe on disk when this returns."""
+    def __call__(self, layers: int) -> None:
+        self.advance(layers - self.done)
+        self.done = layers
 
 
 def collect(
@@ -101,40 +102,33 @@ def collect(
     tokens: torch.Tensor,
     state: PassState | None = None,
     *,
-    hidden_dtype: torch.dtype = torch.float32,
     room: Room | None = None,
+    turns: Turns | None = None,
+    watch: Callable[[int], Accumulator] | None = None,
     progress: Callable[[int], None] | None = None,
-    watch: Callable[[int], Watcher] | None = None,
 ) -> dict[str, Importance]:
     """Importance of every weight for tokens int64 [n_chunk, t].
 
-    state: saved after each layer; a pass that was stopped goes on where it was. progress: called after each layer
-    with the number of layers finished, once at the start if some were finished before. watch: makes the watcher of a
-    layer (default: an `Accumulator`). room: where hidden states live. Ranks share the experts, and each computes all
-    the rest.
+    state: saved after each layer; a pass that was stopped goes on where it was. room: where hidden states live. turns:
+    of the ranks, which share the experts, while each computes all the rest. watch: makes the watcher of a layer
+    (default: an `Accumulator`); what it owes besides importance must be safe on disk when its `finish` returns.
+    progress: called after each layer with the number of layers finished, once at the start if some were before.
     """
+    n_expert = source.config.n_expert
+    watch, turns = watch or (lambda layer: Accumulator(layer, n_expert)), turns or turns_of(n_expert)
     # Also: nobody resumes before rank 0 has removed a state.
     ranks.same(state and state.job, "text, checkpoint or device")
     hidden, start = state.resume() if state else (None, 0)
-    imatrix: dict[str, Importance] = state.entries(start) if state else {}
+    imatrix = state.entries(start) if state else {}
     if progress and start:
         progress(start)
-    current: Watcher | None = None
-
-    def before(layer: int, block: Block) -> Observer:
-        nonlocal current
-        current = watch(layer) if watch else Accumulator(layer, source.config.n_expert)
-        if isinstance(block.experts, StreamedExperts):
-            block.experts.observe = current.observe_expert
-            block.experts.shared, block.experts.block, block.experts.ahead = True, current.block, current.ahead
-        return current.observe
-
-    for layer in stream(source, tokens, before, hidden=hidden, start=start, hidden_dtype=hidden_dtype, room=room):
-        assert current is not None
-        entries = current.finish()
+    for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns):
+        watcher = watch(step.layer)
+        step.compute(watcher)
+        entries = watcher.finish()
         imatrix |= entries
         if state:
-            state.save(layer.index, layer.hidden, entries)
+            state.save(step.layer, step.hidden, entries)
         if progress:
-            progress(layer.index + 1)
+            progress(step.layer + 1)
     return imatrix

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.models import tokenizer as tokenizers
+from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
 Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
@@ -46,6 +47,8 @@ _BUNDLED: dict[Domain, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Document:
+    """A text of one kind."""
+
     domain: Domain
     text: str
 
@@ -59,6 +62,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
+        """sha256 of the texts, in their order."""
         whole = hashlib.sha256()
         for document in self.documents:
             whole.update(hashlib.sha256(document.text.encode()).digest())
@@ -77,6 +81,7 @@ class TextChoice:
     from_start: bool = False
 
     def corpus(self, part: Part) -> Corpus:
+        """The text; of the bundled mix that part of it."""
         return load(self.data, self.column) if self.data else default(part)
 
 
@@ -230,7 +235,7 @@ def chunk(
     """
     ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
     for document in corpus.documents:
-        ids += tokenizers.encode(tokenizer, document.text)
+        ids += tokenizers.tokenize(tokenizer, document.text)
         edges.append((len(ids), document.domain))
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)
@@ -246,6 +251,11 @@ def chunk(
     middles = [i * length + length // 2 for i in chosen]
     domains = tuple(next(domain for end, domain in edges if middle < end) for middle in middles)
     return Chunks(tokens, targets, domains)
+
+
+def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
+    """The chunks of a text that are chosen, in the tokens of a model."""
+    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 
 def spread(n: int) -> list[int]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.tensors import Importance
-
-ROUTED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+from quantkit.progress import say
+from quantkit.tensors import ROUTED_ROLES, Importance
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,20 @@ def tokens_needed(rows: list[LayerCoverage], n_tokens: int, threshold: int) -> i
     return n_tokens if least >= threshold else math.ceil(n_tokens * threshold / max(1, least))
 
 
+def report(imatrix: Mapping[str, Importance], n_tokens: int, threshold: int) -> None:
+    """Say the coverage table, and a warning if experts fell short."""
+    rows = coverage(imatrix, threshold)
+    if not rows:
+        return
+    say(table(rows))
+    if short := sum(row.below for row in rows):
+        needed = tokens_needed(rows, n_tokens, threshold)
+        say(
+            f"warning: {short} experts saw fewer than {threshold} tokens; they lean on their layer's mean statistics. "
+            f"About {needed:,} tokens would reach them all (--tokens {needed})"
+        )
+
+
 def check_finite(imatrix: Mapping[str, Importance]) -> None:
     """QuantkitError naming the weight: one layer whose inputs overflow spoils all that follow."""
     for name, entry in imatrix.items():
@@ -75,7 +88,7 @@ def shrink(imatrix: Mapping[str, Importance], threshold: int) -> dict[str, Impor
     """
     out = dict(imatrix)
     for name, entry in imatrix.items():
-        if not name.endswith(tuple(f".{role}.weight" for role in ROUTED)) or not entry.counts.sum():
+        if not name.endswith(tuple(f".{role}.weight" for role in ROUTED_ROLES)) or not entry.counts.sum():
             continue
         missing = np.maximum(0, threshold - entry.counts).astype(np.float32)
         mean = entry.in_sum2.sum(0, dtype=np.float64) / entry.counts.sum(dtype=np.float64)

@@ -4,7 +4,7 @@ Layout of the folder (safetensors, so that any tool can look):
 
     hidden.safetensors   `hidden` [n_chunk, t, d] after the last finished layer, in the pass's hidden dtype;
                          metadata: `layer` (the next one to run), `job` (sha256 of what the pass depends on)
-    layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of block N
+    layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of layer N
 
 A layer's statistics are written before the hidden states that include it, each file under a temporary name first, so
 the folder is consistent at any moment.
@@ -109,5 +109,6 @@ class PassState:
         return found
 
     def remove(self) -> None:
+        """Delete the folder, if it is there."""
         if ranks.index() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

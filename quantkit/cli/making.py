@@ -37,12 +37,10 @@ from quantkit.cli.options import FILE, OUT, parse_size
     help="Tune scales, norms and 4-bit matrices on the divergence afterwards. Needs the decoded model in memory.",
 )
 @click.option("--verify/--no-verify", default=True, help="End with perplexity and divergence from the original.")
-@options.hub
 def make(
     model,
     recipe,
     target,
-    mla,
     budget,
     output,
     data,
@@ -67,16 +65,15 @@ def make(
     verify,
 ):
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id."""
-    from quantkit.evaluation.verify import short_table
+    from quantkit.evaluation.summary import short_table
     from quantkit.job import make as pipeline
     from quantkit.job import plan as plans
 
-    name = Path(plans.recipe_name(recipe, budget)).name.removesuffix(".toml")
+    name = Path(plans.recipe_name(recipe, budget)).name.removesuffix(".toml").removesuffix(".json")
     folder = output or Path(f"{Path(model).name}-{name}")
     asked = pipeline.MakeOptions(
         recipe=recipe,
         target=target,
-        mla=mla,
         budget=budget,
         calibration=pipeline.Calibration(
             pipeline.TextChoice(data, column, tokens, chunk, from_start),
@@ -108,7 +105,6 @@ def make(
 @options.calibration
 @options.device
 @options.restart
-@options.hub
 def calibrate(
     model,
     output,
@@ -161,26 +157,20 @@ def calibrate(
 @click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts.")
 @click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors.")
 @options.device
-@options.hub
 def sensitivity(
     model, imatrix, output, data, tokens, column, chunk, from_start, tier, budget, types, other_types, device
 ):
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
-    from quantkit.calibration.sensitivity import OTHER_TYPES, ROUTED_TYPES
+    from quantkit.calibration.sensitivity import DEFAULT, Candidates
     from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
     source = pipeline.source_of(pipeline.open_weights(model), device or pipeline.default_device())
-    pipeline.measure_sensitivity(
-        source,
-        imatrix,
-        choice,
-        output,
-        tier=tier,
-        budget=budget,
-        routed=types.split(",") if types else ROUTED_TYPES,
-        others=other_types.split(",") if other_types else OTHER_TYPES,
+    chosen = Candidates(
+        tuple(types.split(",")) if types else DEFAULT.routed,
+        tuple(other_types.split(",")) if other_types else DEFAULT.others,
     )
+    pipeline.measure_sensitivity(source, imatrix, choice, output, types=chosen, tier=tier, budget=budget)
     click.echo(str(output / "sensitivity.json"))
 
 
@@ -190,18 +180,17 @@ def sensitivity(
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
 @click.option("--plot", type=OUT, default=None, help="Draw the bit map here: a .png or .svg file.")
 @click.option("--output", "-o", type=OUT, default=None, help="Write plan.json here (with .png or .svg: as --plot).")
-@options.hub
-def plan(model, recipe, target, mla, budget, compare, plot, output):
+def plan(model, recipe, target, budget, compare, plot, output):
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 131GB`."""
     from quantkit.job import plan as plans
     from quantkit.planning import table
 
     if compare:
-        pair = [plans.load_or_plan(model, name, target, mla, budget) for name in compare]
+        pair = [plans.load_or_plan(model, name, target, budget) for name in compare]
         click.echo(table.compare(*pair, *(plans.predict_plan(model, one, budget.measured) for one in pair)))
         return
-    chosen = plans.plan_model(model, recipe, target, mla, budget)
+    chosen = plans.plan_model(model, recipe, target, budget)
     if plot := plot or (output if output and output.suffix in (".png", ".svg") else None):
         from quantkit.planning import bitmap  # matplotlib takes a second to load
 
@@ -224,7 +213,6 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
     help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
 )
 @options.target
-@options.mla
 @click.option("--ram", default=None, metavar="SIZE", help="RAM for the model. Default: this machine's.")
 @click.option("--vram", default=None, metavar="SIZE", help="VRAM for it. Default: this machine's free VRAM.")
 @click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured.")
@@ -233,16 +221,14 @@ def plan(model, recipe, target, mla, budget, compare, plot, output):
 @click.option("--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading.")
 @options.context
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
-def hardware(
-    model, recipes, target, mla, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context, threads
-):
+def hardware(model, recipes, target, ram, vram, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk, context, threads):
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
-    from quantkit.job import plan as plans
+    from quantkit.job import hardware as view
 
     named = (("--ram", ram), ("--vram", vram))
-    given = [sizes.parse_memory(text, name) if text is not None else None for name, text in named]
-    machine = plans.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
-    click.echo(plans.hardware_report(model, recipes, target, mla, machine, options.parse_context(context), threads))
+    given = [sizes.parse_size(text, name) if text is not None else None for name, text in named]
+    machine = view.machine_of(*given, ram_bandwidth, gpu_bandwidth, disk_bandwidth, disk)
+    click.echo(view.hardware_report(model, recipes, target, machine, options.parse_context(context), threads))
 
 
 @click.command()
@@ -254,7 +240,6 @@ def hardware(
 @options.split
 @options.restart
 @click.option("--overwrite", is_flag=True, help="Replace a finished file of that name.")
-@options.hub
 def quantize(model, plan_file, imatrix, output, workers, split_max_size, restart, overwrite):
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
     from quantkit.job import make as pipeline

@@ -88,28 +88,6 @@ calibration = together(
 )
 
 
-def hub(command):
-    """--revision and --cache-size, handed on with the model's name."""
-
-    @click.option("--revision", default=None, help="Branch, tag or commit of a model on the Hub. Default: main.")
-    @click.option(
-        "--cache-size",
-        default="60G",
-        show_default=True,
-        metavar="SIZE",
-        help="Disk for downloaded weights (HF_HOME/quantkit); finished layers make room.",
-    )
-    @functools.wraps(command)
-    def with_model(*arguments, revision, cache_size, **options):
-        from quantkit.remote.repo import Model
-
-        key = next(name for name in ("model", "reference", "path") if name in options)
-        options[key] = Model(options[key], revision, parse_size(cache_size, "--cache-size") or 0)
-        return command(*arguments, **options)
-
-    return with_model
-
-
 device = click.option("--device", default=None, metavar="cpu|cuda", help="Default: a GPU if there is one.")
 target = click.option(
     "--target",
@@ -122,12 +100,6 @@ recipe = click.option(
 )
 context = click.option(
     "--context", default="16k", show_default=True, metavar="TOKENS", help="Tokens that the KV cache is to hold."
-)
-mla = click.option(
-    "--mla",
-    type=click.Choice(["split", "combined"]),
-    default=None,
-    help="Layout of kv_b: two tensors (current engines) or one (old ones).",
 )
 workers = click.option("--workers", type=click.IntRange(1), default=None, help="Encoding threads. Default: cores.")
 encoder = click.option(
@@ -168,7 +140,7 @@ def budget(command):
     """--size, --bpw, --ram, --vram and how to spend them; collected into one BudgetOptions."""
 
     @together(
-        click.option("--size", default=None, metavar="SIZE", help="Budget: the whole file, like 131GB (GB is 2^30)."),
+        click.option("--size", default=None, metavar="SIZE", help="Budget: the whole file, like 140GB or 131GiB."),
         click.option(
             "--bpw",
             default=None,
@@ -185,23 +157,22 @@ def budget(command):
             default=None,
             help="sensitivity.json of this model. Default: a prior that knows no model.",
         ),
-        click.option("--solver", type=click.Choice(["lagrange", "milp"]), default="lagrange", show_default=True),
     )
     @functools.wraps(command)
-    def collected(*args, size, bpw, ram, vram, context, measured, solver, **rest):
+    def collected(*args, size, bpw, ram, vram, context, measured, **rest):
         from quantkit.job.plan import BudgetOptions
 
         limits = [
-            sizes.parse_memory(text, option) if text is not None else None
+            sizes.parse_size(text, option) if text is not None else None
             for option, text in (("--size", size), ("--ram", ram), ("--vram", vram))
         ]
-        budget = BudgetOptions(limits[0], bpw, limits[1], limits[2], parse_context(context), measured, solver)
+        budget = BudgetOptions(limits[0], bpw, limits[1], limits[2], parse_context(context), measured)
         return command(*args, budget=budget, **rest)
 
     return collected
 
 
-types = together(recipe, target, mla, budget)  # what decides the type of every tensor
+types = together(recipe, target, budget)  # what decides the type of every tensor
 
 
 def parse_size(text: str, option: str = "--split-max-size") -> int | None:

@@ -15,7 +15,6 @@ from quantkit.errors import QuantkitError
 
 @click.command()
 @click.argument("path")
-@options.hub
 def inspect(path):
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.job.inspect import describe
@@ -56,7 +55,6 @@ def inspect(path):
 @click.option("--memory", default=None, metavar="SIZE", help="Memory for the streams, like 16G. Default: all.")
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
-@options.hub
 def verify(
     file,
     reference,
@@ -74,7 +72,7 @@ def verify(
     device,
 ):
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
-    from quantkit.evaluation.verify import short_table
+    from quantkit.evaluation.summary import short_table
     from quantkit.job import make as pipeline
 
     choice = pipeline.TextChoice(data, column, tokens, chunk, from_start)
@@ -177,7 +175,7 @@ def run(file, prompt, chat, n_tokens, context, temperature, top_p, top_k, min_p,
     from quantkit.serving.chat import Conversation
 
     how = Sampling(temperature, top_p, seed, top_k, min_p)
-    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    limit = sizes.parse_size(ram, "--ram") if ram else None
     weights = open_gguf(file, device or pipeline.default_device(), ram=limit)
     engine = open_engine(weights, 1, context, options.parse_gpu_layers(gpu_layers))
     talk = Conversation(weights, engine, how)
@@ -239,7 +237,7 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, de
         from quantkit.serving import http as server
     except ModuleNotFoundError as error:
         raise QuantkitError(f"serve needs {error.name}: pip install 'quantkit[serve]'") from None
-    limit = sizes.parse_memory(ram, "--ram") if ram else None
+    limit = sizes.parse_size(ram, "--ram") if ram else None
     weights = open_gguf(file, device or pipeline.default_device(), ram=limit)
     limits = server.Limits(parse_size(max_body, "--max-body") or sys.maxsize, queue)
     engine = open_engine(weights, parallel, context, options.parse_gpu_layers(gpu_layers))
@@ -259,12 +257,12 @@ def serve(file, host, port, api_key, context, parallel, queue, max_body, ram, de
 def publish(folder, repo, name, base_model, license_name, private, pr, dry_run, force):
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
     from quantkit.job.publish.folder import read_folder
-    from quantkit.job.publish.upload import Target, Uploader
+    from quantkit.job.publish.upload import Destination, Uploader
 
     quant = read_folder(folder, name)
     if quant.problems and not force:
         raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
-    uploader = Uploader(quant, Target(repo, private, pr), base_model, license_name)
+    uploader = Uploader(quant, Destination(repo, private, pr), base_model, license_name)
     if dry_run:
         rows = [f"{path.stat().st_size:>18,}  {to}" for to, path in quant.files.items()]
         click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))

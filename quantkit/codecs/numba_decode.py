@@ -1,10 +1,14 @@
 """Decoders of ggml blocks for the CPU, compiled by numba (LLVM in a wheel: no compiler is needed on the machine) and
 cached on disk.
 
-Each takes blocks uint8 [n, bytes], one flat output of float32 or of bfloat16 bits (uint16), the other being None, the
-values of all float16 numbers (float32 [65536], by their bits), the tables of `unpack`, and WIDTH. bfloat16 is rounded
-to nearest, ties away from zero. Codebook entries are read as bfloat16, which holds them exactly: 16 bytes for 8.
+Each kernel takes blocks uint8 [n, bytes], one flat output of float32 or of bfloat16 bits (uint16), the other being
+None, the values of all float16 numbers (float32 [65536], by their bits), tables of its own, and WIDTH. bfloat16 is
+rounded to nearest, ties away from zero. Codebook entries are read as bfloat16, which holds them exactly.
 """
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,22 +16,26 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from quantkit.codecs.codebooks import ggml_grid
+
 SUPERBLOCK = 256
 WIDTH = 32  # weights of the inner loops; an argument, since LLVM would unroll a constant loop before making it vectors
 F, U8, U16, U32, U64, I32 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64, np.int32
 
-HOW = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
-jit, part = numba.njit(**HOW), numba.njit(**HOW, forceinline=True)
+jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+part = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, forceinline=True)
 
 
-@intrinsic
-def _as_float(_, bits):
+def _bits_to_float(_, bits):
     return types.float32(types.uint32), lambda c, build, sig, args: build.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic
-def _as_bits(_, value):
+def _float_to_bits(_, value):
     return types.uint32(types.float32), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(32))
+
+
+_as_float: Callable[..., Any] = intrinsic(_bits_to_float)
+_as_bits: Callable[..., Any] = intrinsic(_float_to_bits)
 
 
 @part
@@ -174,4 +182,39 @@ def _iq2_xxs(blocks, single, half, halves, tables, width):
             _scaled(codes[32 * b : 32 * b + 32], s, single, half, SUPERBLOCK * n + 32 * b, width)
 
 
+@cache
+def _halves() -> np.ndarray:
+    """What each float16 is, by its bits: float32 [65536]."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def _entries(values: np.ndarray) -> np.ndarray:
+    """float32 [n, 8], exact as bfloat16, -> its bits, uint64 [2 n]."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint64)
+
+
+def _iq1_s_tables() -> tuple[np.ndarray, ...]:
+    """The grid shifted up, then down."""
+    grid = ggml_grid("IQ1_S")
+    return (_entries(np.concatenate([grid + np.float32(0.125), grid - np.float32(0.125)])),)
+
+
+def _iq2_xxs_tables() -> tuple[np.ndarray, ...]:
+    """The grid, and the sign bits of 128 patterns, of which the eighth makes their product +1."""
+    bits = (np.arange(128)[:, None] >> np.arange(7)) & 1
+    signs = np.concatenate([bits, bits.sum(1, keepdims=True) % 2], axis=1).astype(np.uint16) << 15
+    return _entries(ggml_grid("IQ2_XXS")), signs.reshape(-1).view(np.uint64)
+
+
 KERNELS = {"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ1_S": _iq1_s, "IQ2_XXS": _iq2_xxs}
+TABLES = {"IQ1_S": _iq1_s_tables, "IQ2_XXS": _iq2_xxs_tables}
+
+
+@cache
+def _tables(qtype: str) -> tuple[np.ndarray, ...]:
+    return TABLES[qtype]() if qtype in TABLES else ()
+
+
+def decode(qtype: str, blocks: np.ndarray, single: np.ndarray | None, half: np.ndarray | None) -> None:
+    """Blocks uint8 [n, bytes] of a type in KERNELS into one flat output: float32, or the bits of bfloat16 (uint16)."""
+    KERNELS[qtype](blocks, single, half, _halves(), _tables(qtype), WIDTH)

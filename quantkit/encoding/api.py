@@ -2,30 +2,28 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
 
 from quantkit import machine as probe
-from quantkit.codecs import iq1, iq2, iq3, kquants
-from quantkit.codecs.format import FP16_MAX, SUPERBLOCK, Codes, Format
+from quantkit.codecs.format import FP16_MAX, SUPERBLOCK, Codes, Format, to_fp16
+from quantkit.codecs.registry import FORMATS
+from quantkit.codecs.types import row_bytes
 from quantkit.encoding.feedback import EFFORTS, Effort, State, encode_rows
-from quantkit.encoding.guess import to_fp16
 from quantkit.encoding.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoding.refit import redecode
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
-SUPPORTED = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS Q2_K Q3_K Q4_K Q5_K Q6_K".split())
+SUPPORTED = frozenset(FORMATS)
 COARSEST = frozenset({"IQ1_S", "IQ1_M"})
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
 GPU_SHARE = 0.6  # of the free memory of a GPU
 GPU_BYTES = 48  # per weight in flight: codes, values, targets and temporaries
 
 
-@cache
 def formats() -> dict[str, Format]:
-    return {f.qtype: f for family in (iq1, iq2, iq3, kquants) for f in family.formats()}
+    return FORMATS
 
 
 def encode(
@@ -64,8 +62,7 @@ def encode_batch(
     """
     fmt = formats()[qtype]
     e, rows, n_in = weights.shape
-    ggml.row_bytes(qtype, n_in)  # an error that names the type if the row cannot take it
-    out = np.empty((e, rows, n_in // SUPERBLOCK * fmt.superblock_bytes), np.uint8)
+    out = np.empty((e, rows, row_bytes(qtype, n_in)), np.uint8)  # or an error that names the type
     blind = _without_hessian(qtype, hessians, e, effort)
     for i in blind:
         h = None if hessians is None else hessians[i]

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from quantkit.codecs.format import FP16_MAX, SUPERBLOCK, Format
+from quantkit.codecs.format import SUPERBLOCK, Format, to_fp16
 from quantkit.encoding.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, runs_fused, tables
 
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
@@ -26,10 +26,6 @@ class Guess:
     dmin: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
-
-
-def to_fp16(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
 
 
 def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:

@@ -1,30 +1,61 @@
 """Checkpoint, plan and importance -> GGUF. Jobs are row ranges of planned tensors and may finish in any order."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import gguf
 import numpy as np
 
-from quantkit import __version__, ranks
-from quantkit.encoding.ggml_encoder import Encoder
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
-from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.ggml import codec as ggml
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
+from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan, PlannedTensor
 from quantkit.progress import Advance, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
+
+
+class Encoder(Protocol):
+    """float32 rows in, packed ggml blocks out. name goes into the file's provenance. Called from several threads."""
+
+    name: str
+
+    def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        """rows float32 [n, n_in] of one matrix, importance float32 [n_in] -> uint8 [n, row_bytes]."""
+
+
+class GgmlEncoder:
+    """ggml's reference encoder, byte for byte llama-quantize's result."""
+
+    name = "ggml"
+
+    def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        return ggml.quantize(qtype, rows, importance)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The file that is to be written, in one or in splits.
+
+    fingerprint: named digests of what the bytes depend on; what another run left is resumed only under the same.
+    metadata: keys besides those of model and plan. restart: throw away what another run left. overwrite: replace a
+    finished file of that name, once the new one is complete.
+    """
+
+    path: Path
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    split_max_bytes: int | None = None
+    restart: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +69,7 @@ class Job:
 
     @property
     def matrix(self) -> int:
+        """Which of the tensor's matrices the rows are of."""
         return self.start // (self.spec.n_rows // self.spec.n_matrices)
 
 
@@ -45,15 +77,10 @@ def quantize(
     checkpoint: Checkpoint,
     plan: Plan,
     imatrix: Imatrix,
-    path: Path,
+    output: Output,
     encoder: Encoder,
     *,
-    fingerprint: Mapping[str, str],
-    extra_metadata: Mapping[str, Any] | None = None,
     workers: int | None = None,
-    split_max_bytes: int | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write the planned file and return its path(s). An interrupted run goes on where it stopped.
@@ -61,17 +88,8 @@ def quantize(
     imatrix: as `fit_importance` returns it for this plan. after_layer: called when a layer's tensors are written, with
     the number of layers that are.
     """
-    writer = open_writer(
-        checkpoint,
-        plan,
-        path,
-        fingerprint=dict(fingerprint) | {"encoder": encoder.name},
-        extra_metadata=extra_metadata,
-        split_max_bytes=split_max_bytes,
-        restart=restart,
-        overwrite=overwrite,
-    )
-    with writer as out:
+    output = replace(output, fingerprint=dict(output.fingerprint) | {"encoder": encoder.name})
+    with open_writer(checkpoint, plan, output) as out:
         n_weights = sum(tensor.n_weights for tensor in plan.tensors)
         with track("quantize", n_weights / 1e6, "Mweights") as advance:
             for part, done in by_layer(plan):
@@ -94,30 +112,20 @@ def layer_plan(plan: Plan, layer: int | None) -> Plan:
     return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.layer == layer))
 
 
-def open_writer(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    path: Path,
-    *,
-    fingerprint: Mapping[str, str],
-    extra_metadata: Mapping[str, Any] | None = None,
-    split_max_bytes: int | None = None,
-    restart: bool = False,
-    overwrite: bool = False,
-) -> GGUFWriter:
+def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWriter:
     """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
-    config = DeepseekConfig.from_hf(checkpoint.config)
-    checkpoint.validate(deepseek.source_shapes(config))
-    check_plan(plan, {spec.name: spec for spec in deepseek.specs(config, plan.mla)})
-    metadata = file_metadata(checkpoint, config, plan) | dict(extra_metadata or {})
+    config = family.from_hf(checkpoint.config)
+    checkpoint.validate(family.source_shapes(config))
+    plan.check_model(family.specs(config, plan.mla))
+    metadata = file_metadata(Path(checkpoint.path), config, plan) | dict(output.metadata)
     return GGUFWriter.open(
-        path,
+        output.path,
         plan.tensors,
         metadata,
-        fingerprint=fingerprint,
-        split_max_bytes=split_max_bytes,
-        restart=restart,
-        overwrite=overwrite,
+        fingerprint=output.fingerprint,
+        split_max_bytes=output.split_max_bytes,
+        restart=output.restart,
+        overwrite=output.overwrite,
     )
 
 
@@ -135,8 +143,8 @@ def encode_pending(
     Ranks share the jobs; when this returns, all jobs of all ranks are on disk.
     Memory: each worker holds one job (up to a 64 MB slice or one expert as float32, and its bytes).
     """
-    config = DeepseekConfig.from_hf(checkpoint.config)
-    specs = {spec.name: spec for spec in deepseek.specs(config, plan.mla)}
+    config = family.from_hf(checkpoint.config)
+    specs = {spec.name: spec for spec in family.specs(config, plan.mla)}
     workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
@@ -163,7 +171,7 @@ def _n_weights(job: Job) -> int:
 
 
 def _jobs(spec: TensorSpec, tensor: PlannedTensor, out: GGUFWriter) -> Iterator[Job]:
-    for start, stop in out.pending(spec.name, deepseek.slices(spec)):
+    for start, stop in out.pending(spec.name, family.slices(spec)):
         yield Job(spec, tensor, start, stop)
 
 
@@ -187,22 +195,11 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None],
             future.cancel()
 
 
-def _encode(checkpoint: Checkpoint, config: DeepseekConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
-    rows = deepseek.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
+def _encode(checkpoint: Checkpoint, config: ModelConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
+    rows = family.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
     entry = imatrix.get(job.tensor.name)
     importance = None if entry is None else entry.mean(job.matrix)
     return encoder(job.tensor.qtype, rows, importance)
-
-
-def check_plan(plan: Plan, specs: Mapping[str, TensorSpec]) -> None:
-    """The plan must name exactly the tensors of this model, with their shapes."""
-    if missing := [name for name in specs if name not in plan.by_name]:
-        raise QuantkitError(f"plan has no tensor {missing[0]} ({len(missing)} missing): it is for another model")
-    for tensor in plan.tensors:
-        if tensor.name not in specs or specs[tensor.name].shape != tensor.shape:
-            raise QuantkitError(
-                f"plan's tensor {tensor.name} {tensor.shape} is not in this model: it is for another one"
-            )
 
 
 def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
@@ -221,29 +218,3 @@ def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
                 "calibrate this model (quantkit calibrate)"
             )
     return fitted
-
-
-def file_metadata(checkpoint: Checkpoint, config: DeepseekConfig, plan: Plan) -> dict[str, Any]:
-    """All metadata but the provenance of a run: the same model and plan always give the same header."""
-    folder = Path(checkpoint.path)
-    types = Counter()
-    for tensor in plan.tensors:
-        types[tensor.qtype] += tensor.n_weights
-    general = {
-        "general.quantization_version": U32(2),
-        "general.file_type": U32(_file_type(types.most_common(1)[0][0])),
-        "general.quantized_by": f"quantkit {__version__}",
-        "quantkit.recipe": plan.recipe,
-        "quantkit.target": plan.target,
-    }
-    name = plan.model or folder.name
-    return deepseek.metadata(config, plan.mla, name) | general | tokenizer.metadata(folder, config.n_vocab)
-
-
-def _file_type(qtype: str) -> int:
-    """llama.cpp's label for the file: the type that holds most weights (informative only)."""
-    named = {kind.name: int(kind) for kind in gguf.LlamaFileType}
-    for label in (f"MOSTLY_{qtype}", f"MOSTLY_{qtype}_M", f"MOSTLY_{qtype}_S", "ALL_" + qtype):
-        if label in named:
-            return named[label]
-    return int(gguf.LlamaFileType.GUESSED)

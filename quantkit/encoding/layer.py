@@ -6,42 +6,33 @@ and written, and everything is dropped. Attention, shared and dense matrices fol
 what our encoders leave of it (norms, experts that no token reached, types without an encoder of ours): ggml writes that
 from the importance just measured. Only embedding and head are left for after the pass.
 
-Ranks share a layer's experts in blocks, and its other matrices, one moment each: a rank forms and factors only the
-moments of what it encodes.
+Ranks take turns with a layer's experts, and share its other matrices, one moment each: a rank forms and factors only
+the moments of what it encodes.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from quantkit import ranks
-from quantkit.calibration.collect import Accumulator, Watcher, collect
+from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
-from quantkit.calibration.state import PassState
-from quantkit.encoding import encoders
-from quantkit.encoding.encoders import Hessian
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending, fit_importance, layer_plan
-from quantkit.formats.checkpoint import Checkpoint
+from quantkit.codecs.types import QTYPES
+from quantkit.encoding.api import SUPPORTED, encode_batch
+from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment
+from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
+from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.planning.plan import Plan
-from quantkit.runtime.experts.streamed import ExpertVisit
-from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.tensors import Importance, TensorSpec
+from quantkit.runtime.watch import ExpertVisit, Watcher
+from quantkit.tensors import ROUTED_ROLES, Importance, TensorSpec
 
-SAME_INPUT = {  # roles that multiply the same rows share one moment
-    "attn_kv_a_mqa": "attn_q_a",
-    "attn_q": "attn_q_a",
-    "ffn_up": "ffn_gate",
-    "ffn_up_shexp": "ffn_gate_shexp",
-}
-EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-GAMMA = {"IQ1_S": 1.06, "IQ1_M": 1.06, "IQ2_XXS": 1.06, "IQ2_XS": 1.06, "IQ2_S": 1.06, "Q2_K": 1.03}
+GAMMA = {name: qtype.gamma for name, qtype in QTYPES.items() if qtype.gamma != 1}
 # Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
 GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
 LEAST_GROUPS = 8  # in a layer, for as many ranks
@@ -71,61 +62,97 @@ class EncoderOptions:
     pseudo_tokens: float = 512.0
 
 
-class Moments:
-    """Running weighted second moments of one input: float32 [n_in, n_in], or [n_head, n_in, n_in]."""
-
-    def __init__(self) -> None:
-        self.matrix: torch.Tensor | None = None
-        self.total = self.squares = 0.0
-
-    def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
-        scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
-        product = encoders.gram(scaled)
-        self.matrix = product if self.matrix is None else self.matrix.add_(product)
-        self.total += float(weight.sum())
-        self.squares += float(weight.double().square().sum())
-
-    def hessians(self) -> list[Hessian]:
-        """One per matrix."""
-        if self.matrix is None or not self.total > 0:
-            return [Hessian()]
-        mean = self.matrix / self.total
-        tokens = self.total**2 / self.squares
-        each = mean if mean.ndim == 3 else mean[None]
-        return [Hessian(matrix, matrix.diagonal().clone(), tokens) for matrix in each]
-
-
 Group = list[tuple[ExpertVisit, Hessian, Hessian]]
 """Experts with the moments of their inputs: those of gate and up, and that of down."""
 
 
-class LayerEncoder:
-    """Watches one layer being computed and writes its tensors. used: which knowledge served how many matrices."""
+@dataclass(frozen=True)
+class LayerOptions:
+    """What encodes a layer: our encoders (None: none of them), then ggml what is left.
 
-    def __init__(
-        self,
-        layer: int,
-        source: CheckpointSource,
-        plan: Plan,
-        specs: Mapping[str, TensorSpec],
-        out: GGUFWriter,
-        how: EncoderOptions,
-        used: Counter[str],
-    ):
-        self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
-        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
+    min_expert_tokens: for ggml, experts of fewer tokens are filled up; None leaves its part unwritten. workers: its
+    threads.
+    """
+
+    ours: EncoderOptions | None
+    min_expert_tokens: int | None = None
+    workers: int | None = None
+
+
+class FileEncoder:
+    """A file that is written in one pass over the layers: `watch` makes the watcher of each, for `collect`.
+
+    turns: of the ranks. used: which knowledge served how many matrices, on this rank.
+    """
+
+    def __init__(self, source: CheckpointSource, plan: Plan, out: GGUFWriter, how: LayerOptions):
+        self.source, self.plan, self.out, self.how = source, plan, out, how
+        self.specs = {spec.name: spec for spec in family.specs(source.config, plan.mla)}
+        self.used: Counter[str] = Counter()
+        self.group = group_size(source.device, source.config.d, source.config.n_expert) if how.ours else 1
+        turns = turns_of(source.config.n_expert)
+        # While a group is encoded the next one is read.
+        self.turns = replace(turns, size=self.group, ahead=self.group) if self.group > 1 else turns
+
+    def watch(self, layer: int) -> "LayerWriter":
+        """For the time of one layer."""
+        return LayerWriter(layer, self)
+
+    def used_by_all(self) -> Counter[str]:
+        """`used` of all ranks together."""
+        return sum(map(Counter, ranks.gather(self.used)), Counter())
+
+
+class LayerWriter(Accumulator):
+    """Sees one layer being computed and writes its tensors: ours while it is computed and after, then ggml's part.
+
+    So each layer is read while it is at hand, once, and a checkpoint that is downloaded is downloaded once.
+    """
+
+    def __init__(self, layer: int, file: FileEncoder):
+        super().__init__(layer, file.source.config.n_expert)
+        self.file = file
+        self.ours = LayerEncoder(layer, file, file.how.ours) if file.how.ours else None
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """For the importance, and for our encoders' moments."""
+        super().observe(role, x, weight)
+        if self.ours:
+            self.ours.observe(role, x, weight)
+
+    def observe_expert(self, visit: ExpertVisit) -> None:
+        """For the importance; then our encoders take the expert itself."""
+        super().observe_expert(visit)
+        if self.ours:
+            self.ours.observe_expert(visit)
+
+    def finish(self) -> dict[str, Importance]:
+        """Write what is left of the layer; its importance."""
+        if self.ours:
+            self.ours.finish()
+        entries = super().finish()
+        file, how = self.file, self.file.how
+        if how.min_expert_tokens is not None:
+            rest = layer_plan(file.plan, self.layer)
+            fitted = fit_importance(rest, shrink(entries, how.min_expert_tokens))
+            encode_pending(file.source.checkpoint, rest, fitted, file.out, GgmlEncoder(), how.workers)
+        return entries
+
+
+class LayerEncoder(Watcher):
+    """Our encoders at work on one layer while it is computed."""
+
+    def __init__(self, layer: int, file: FileEncoder, how: EncoderOptions):
+        self.layer, self.source, self.out, self.how, self.used = layer, file.source, file.out, how, file.used
+        mine = [t for t in file.plan.tensors if t.layer == layer and t.qtype in SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
-        self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
+        self.specs = {tensor.role: file.specs[tensor.name] for tensor in mine}
         self.own = self._share()
-        self.statistics = Accumulator(layer, source.config.n_expert)
         self.moments: dict[str, Moments] = {}
         self.weights: list[torch.Tensor] = []
         self.shared: Hessian | None = None
         self.waiting: Group = []
-        self.group = group_size(source.device, source.config.d, source.config.n_expert)
-        self.block = self.group if self.group > 1 else self.statistics.block
-        self.ahead = self.group  # while a group is encoded the next one is read
+        self.group = file.group  # becomes less where the GPU has no room for so many
 
     def _share(self) -> set[str]:
         """Roles, routed ones aside, that this rank encodes: those of one input together, the largest work first."""
@@ -142,22 +169,22 @@ class LayerEncoder:
         return mine
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-        self.statistics.observe(role, x, weight)
+        """Adds to the moments that this rank needs."""
         if role == "ffn_gate_inp":  # comes before the experts, with all the rows that they will share out
             self.weights.append(weight)
         if role == "ffn_gate_inp" or (role in self.own and role not in SAME_INPUT):
             self.moments.setdefault(role, Moments()).add(x, weight)
 
     def observe_expert(self, visit: ExpertVisit) -> None:
-        self.statistics.observe_expert(visit)
+        """Encodes and writes the expert, or lets it wait for the rest of its group."""
         if self.shared is None:
             self.shared = self.moments["ffn_gate_inp"].hessians()[0]
             self.weight = torch.cat(self.weights)
         if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
             self.flush()
         weight = self.weight[visit.tokens] * visit.weight.float().square()
-        own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
-        self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))
+        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
+        self.waiting.append((visit, own, second_moment(visit.hidden, weight)))
         if (visit.expert + 1) % self.group == 0:
             self.flush()
 
@@ -168,7 +195,7 @@ class LayerEncoder:
         """
         if not self.waiting:
             return
-        if all(self._done(role, visit.expert) for role in EXPERT_ROLES for visit, _, _ in self.waiting):
+        if all(self._done(role, visit.expert) for role in ROUTED_ROLES for visit, _, _ in self.waiting):
             self.waiting = []
             return
         waiting, self.waiting = self.waiting, []
@@ -190,9 +217,9 @@ class LayerEncoder:
         self._encode_group(waiting[half:])
 
     def _encode_experts(self, waiting: Group) -> None:
-        inner = [own for _, own, _ in waiting]
+        inner: list[Hessian | None] = [own for _, own, _ in waiting]
         factor = None
-        for index, role in enumerate(EXPERT_ROLES):
+        for index, role in enumerate(ROUTED_ROLES):
             if role not in self.planned:
                 continue
             weights = torch.stack([visit.matrices[index].float() for visit, _, _ in waiting])
@@ -201,7 +228,7 @@ class LayerEncoder:
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
-                    factor = encoders.prepare(inner, weights.shape[-1], self.source.device, full=full)
+                    factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
                 data = self._encode(role, weights, factor)
             rows = weights.shape[1]
             for (visit, _, _), packed in zip(waiting, data, strict=True):
@@ -214,8 +241,8 @@ class LayerEncoder:
         rows = self.specs[role].shape[1]
         return self.out.done(self.planned[role].name, expert * rows, expert * rows + rows)
 
-    def finish(self) -> dict[str, Importance]:
-        """Encode the layer's other matrices and put everything on disk; returns its importance."""
+    def finish(self) -> None:
+        """Encode the layer's other matrices and put everything on disk."""
         self.flush()
         for role, tensor in self.planned.items():
             moments = self.moments.get(SAME_INPUT.get(role, role))
@@ -228,7 +255,6 @@ class LayerEncoder:
             else:
                 self._whole(role, tensor.name, spec, hessians[0])
         self.out.meet()  # the state must not say that a layer is done before its bytes, of all ranks, are safe
-        return self.statistics.finish()
 
     def _heads(self, role: str, name: str, spec: TensorSpec, hessians: list[Hessian]) -> None:
         """One small matrix per head, encoded together: one after the other they would leave a GPU idle."""
@@ -248,90 +274,22 @@ class LayerEncoder:
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
-        factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
+        factor = prepare([hessian], spec.n_in, self.source.device, full=full)
         whole = self.source.device.type == "cuda"
-        for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
+        for start, stop in [(0, spec.n_rows)] if whole else family.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
-        self.used[encoders.describe(hessian)] += 1
+        self.used[describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
+        return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
-    def _encode(self, role: str, weights: torch.Tensor, knowledge) -> np.ndarray:
+    def _encode(self, role: str, weights: torch.Tensor, knowledge: list[Hessian] | Factor) -> np.ndarray:
         qtype = self.planned[role].qtype
         routed = self.specs[role].is_routed
         gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
-            self.used.update(encoders.describe(hessian) for hessian in knowledge)
+            self.used.update(describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(
-            qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device
-        )
-
-
-class WithRest:
-    """A watcher that also lets ggml write what the inner one leaves of its layer, before the layer's weights are gone.
-
-    So each layer is read while it is at hand, once, and a checkpoint that is downloaded is downloaded once.
-    """
-
-    def __init__(
-        self,
-        inner: Watcher,
-        layer: int,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        out: GGUFWriter,
-        min_expert_tokens: int,
-        workers: int | None,
-    ):
-        self.inner, self.checkpoint, self.out = inner, checkpoint, out
-        self.plan = layer_plan(plan, layer)
-        self.min_expert_tokens, self.workers = min_expert_tokens, workers
-        self.observe, self.observe_expert = inner.observe, inner.observe_expert
-        self.block, self.ahead = inner.block, inner.ahead
-
-    def finish(self) -> dict[str, Importance]:
-        entries = self.inner.finish()
-        fitted = fit_importance(self.plan, shrink(entries, self.min_expert_tokens))
-        encode_pending(self.checkpoint, self.plan, fitted, self.out, GgmlEncoder(), self.workers)
-        return entries
-
-
-def run(
-    source: CheckpointSource,
-    plan: Plan,
-    tokens: torch.Tensor,
-    out: GGUFWriter,
-    how: EncoderOptions | None,
-    state: PassState,
-    *,
-    min_expert_tokens: int | None = None,
-    workers: int | None = None,
-    hidden_dtype: torch.dtype = torch.float32,
-    room: Room | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, Importance], Counter[str]]:
-    """One pass over the layers: importance of all, and the rows of every matrix that our encoders can write.
-
-    how: None for none of them. min_expert_tokens: ggml writes the rest of each layer too, with experts of
-    fewer tokens filled up; None leaves it unwritten. Resumes at the layer where an earlier run stopped: its hidden
-    states are computed anew, and what that run did not finish of it is encoded.
-    """
-    specs = {spec.name: spec for spec in deepseek.specs(source.config, plan.mla)}
-    used: Counter[str] = Counter()
-
-    def watch(layer: int) -> Watcher:
-        inner: Watcher = (
-            LayerEncoder(layer, source, plan, specs, out, how, used)
-            if how
-            else Accumulator(layer, source.config.n_expert)
-        )
-        if min_expert_tokens is None:
-            return inner
-        return WithRest(inner, layer, source.checkpoint, plan, out, min_expert_tokens, workers)
-
-    imatrix = collect(source, tokens, state, hidden_dtype=hidden_dtype, room=room, progress=progress, watch=watch)
-    return imatrix, sum(map(Counter, ranks.gather(used)), Counter())
+        return encode_batch(qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from quantkit.codecs.format import SUPERBLOCK, Format
-from quantkit.encoding.guess import block_scale, to_fp16
+from quantkit.codecs.format import SUPERBLOCK, Format, to_fp16
+from quantkit.encoding.guess import block_scale
 from quantkit.encoding.hessian import Factor
 from quantkit.encoding.search import compiled, kernels, runs_compiled, runs_fused
 

@@ -8,7 +8,7 @@ stay (the maximum and sum of exponentials of both sides, and the reference-weigh
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
-from quantkit.runtime.stream import Source
 
 Score = Literal["half", "all"]
 Slab = Callable[[slice], torch.Tensor]
@@ -34,17 +34,34 @@ class Logits(Protocol):
     n: int
     device: torch.device
 
-    def slab(self, start: int, stop: int) -> Slab: ...
+    def slab(self, start: int, stop: int) -> Slab:
+        """Logits of vocabulary start:stop, for any rows."""
+        ...
+
+
+class Head(Protocol):
+    """The end of a model: `runtime.sources` has it."""
+
+    config: ModelConfig
+
+    def output_norm(self) -> torch.Tensor:
+        """float32 [d]."""
+        ...
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the output matrix, [stop - start, d]."""
+        ...
 
 
 class HeadLogits:
     """Logits of final hidden states [n, d], computed with the source's norm and output matrix as they are asked for."""
 
-    def __init__(self, source: Source, hidden: torch.Tensor):
+    def __init__(self, source: Head, hidden: torch.Tensor) -> None:
         self.source, self.hidden, self.n, self.device = source, hidden, len(hidden), hidden.device
         self.norm = source.output_norm()
 
     def slab(self, start: int, stop: int) -> Slab:
+        """Reads rows start:stop of the output matrix now; they stay as long as what is returned."""
         weight, c = self.source.head_rows(start, stop), self.source.config
 
         def rows(which: slice) -> torch.Tensor:
@@ -57,17 +74,18 @@ class HeadLogits:
 class HeldLogits:
     """Logits float32 [n, n_vocab] that are there already (a few tokens of an engine)."""
 
-    def __init__(self, logits: torch.Tensor):
+    def __init__(self, logits: torch.Tensor) -> None:
         self.logits, self.n, self.device = logits, len(logits), logits.device
 
     def slab(self, start: int, stop: int) -> Slab:
+        """A view of columns start:stop."""
         return lambda which: self.logits[which, start:stop]
 
 
 class Tally:
     """Running sums of n rows over tiles of the vocabulary. targets int64 [n]: the true next tokens."""
 
-    def __init__(self, targets: torch.Tensor, device: torch.device | str = "cpu"):
+    def __init__(self, targets: torch.Tensor, device: torch.device | str = "cpu") -> None:
         n = len(targets)
         self.targets = targets.to(device)
 
@@ -105,6 +123,7 @@ class Tally:
         self.true_p[where], self.true_q[where] = p[here, at[here]].double(), q[here, at[here]].double()
 
     def divergence(self) -> "Divergence":
+        """What the sums come to, once every tile of the vocabulary was added."""
         log_p, log_q = self.max_p + self.sum_p.log(), self.max_q + self.sum_q.log()
         true_p, true_q = self.true_p - log_p, self.true_q - log_q
         # Rounding may leave -1e-8 where the two are equal.
@@ -171,7 +190,7 @@ class Divergence:
             "top1_agreement": interval(self.same_top, lambda x: 100 * min(1.0, max(0.0, x))),
         }
 
-    def histogram(self) -> dict[str, list]:
+    def histogram(self) -> dict[str, list[Any]]:
         """Tokens by log10 of their KLD: `edges` [k + 1] and `counts` [k]; what lies outside is in the end bins."""
         first, last, step = LOG_KLD
         edges = np.arange(first, last + step / 2, step)
@@ -210,18 +229,6 @@ def diverge(
             tally.add(rows, start, p(rows), q(rows).to(reference.device))
         if progress:
             progress(stop - start)
-    return tally.divergence()
-
-
-def compare(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor], targets: torch.Tensor) -> Divergence:
-    """Walk two streams of logit tiles [rows, n_vocab] of the same rows."""
-    tally, begin = Tally(targets), 0
-    for p, q in zip(reference, model, strict=True):
-        if begin + len(p) <= len(targets):
-            tally.add(slice(begin, begin + len(p)), 0, p.cpu(), q.cpu())
-        begin += len(p)
-    if begin != len(targets):
-        raise ValueError(f"{begin} rows of logits for {len(targets)} targets")
     return tally.divergence()
 
 

@@ -137,6 +137,7 @@ def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) ->
 
 
 def summary(found: Sequence[Continuation]) -> str:
+    """One line for a person."""
     matched, agreed = statistics.median(c.matched for c in found), _agreed(found)
     originals = [c.loop_original for c in found if c.loop_original is not None]
     theirs = f" (the original: {sum(map(bool, originals))})" if originals else ""

@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.corpus import Chunks
-from quantkit.calibration.measure import job_of
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import scored
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import stream
+from quantkit.runtime.stream import job_of, stream
 
 
 class ReferencePass:
@@ -19,23 +18,26 @@ class ReferencePass:
     Memory: hidden states, float32 [n_chunk, t, d], and the weights of a layer as in any pass.
     """
 
-    def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path):
+    def __init__(self, source: CheckpointSource, chunks: Chunks, folder: Path) -> None:
         self.source, self.tokens = source, chunks.tokens
-        self.state = PassState(folder, job_of(source, chunks))
+        self.state = PassState(folder, job_of(source, chunks.tokens))
+        self.hidden, self.done = self._resume()
+        self._steps = stream(source, self.tokens, hidden=self.hidden, start=self.done)
+
+    def _resume(self) -> tuple[torch.Tensor | None, int]:
         try:
-            self.hidden, self.done = self.state.resume()
+            return self.state.resume()
         except QuantkitError:  # of other text: this run's options decide
             self.state.remove()
-            self.hidden, self.done = None, 0
-        self._layers = stream(source, self.tokens, hidden=self.hidden, start=self.done)
+            return None, 0
 
     @torch.inference_mode()
     def advance(self, n_layers: int) -> None:
         """Be through the first n_layers."""
         while self.done < n_layers:
-            layer = next(self._layers)
-            self.hidden, self.done = layer.hidden, layer.index + 1
-            self.state.save(layer.index, layer.hidden, {})
+            step = next(self._steps)
+            self.hidden, self.done = step.compute(), step.layer + 1
+            self.state.save(step.layer, self.hidden, {})
 
     def scored(self) -> torch.Tensor:
         """Final hidden states whose next token is scored, float32 [n, d]; does what is left of the pass."""

@@ -9,44 +9,25 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from quantkit.codecs import types as qtypes
+from quantkit.evaluation.structure import layout
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
-from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.ggml.codec import dequantize
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
 from quantkit.progress import track
 from quantkit.tensors import Imatrix, TensorSpec
 
-# Relative root mean square error of ggml's encoders (unit importance) on 64 rows of 2048 normal weights.
-TYPICAL: Mapping[str, float] = {
-    "IQ1_S": 0.486,
-    "IQ1_M": 0.452,
-    "IQ2_XXS": 0.344,
-    "IQ2_XS": 0.300,
-    "IQ2_S": 0.249,
-    "Q2_K": 0.297,
-    "IQ3_XXS": 0.182,
-    "IQ3_S": 0.166,
-    "Q3_K": 0.151,
-    "IQ4_XS": 0.0768,
-    "IQ4_NL": 0.0762,
-    "Q4_K": 0.0716,
-    "Q5_K": 0.0363,
-    "Q6_K": 0.0178,
-    "Q8_0": 0.00536,
-    "F16": 0.000207,
-    "BF16": 0.00166,
-    "F32": 0.0,
-}
 # Above the typical error: weights are not normal, and error feedback trades plain error for weighted error. Where a
 # type's error is large, less room is left to 1, the error of a matrix that is not there at all.
 SLACK, COARSE_SLACK, COARSE = 2.0, 1.6, 0.25
@@ -109,7 +90,7 @@ class _Sums:
 
 def limit(qtype: str) -> float:
     """Largest relative error of a matrix that passes for an encoding of its source."""
-    typical = TYPICAL.get(qtype, 0.5)
+    typical = qtypes.QTYPES[qtype].error if qtype in qtypes.QTYPES else 0.5
     return max(EXACT, (SLACK if typical < COARSE else COARSE_SLACK) * typical)
 
 
@@ -122,26 +103,26 @@ class WeightCheck:
     def __init__(
         self,
         file: GGUFFile,
-        config: DeepseekConfig,
+        config: ModelConfig,
         checkpoint: Checkpoint | None = None,
         imatrix: Imatrix | None = None,
         device: str = "cpu",
         workers: int | None = None,
-    ):
+    ) -> None:
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
         self.device, self.workers = device, workers or os.cpu_count() or 1
-        mla = "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"
-        expected = deepseek.specs(config, mla)
+        expected = family.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
         self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]
         self.problems: list[Problem] = []
         self.errors: list[TensorError] = []
 
-    def run(self) -> "WeightCheck":
+    def run(self) -> Self:
+        """Visit every tensor; itself again, with what was found."""
         total = sum(spec.n_weights for spec in self.specs) / 1e6
         with track("weights", total, "Mweights") as advance, ThreadPoolExecutor(self.workers) as pool:
             for spec in self.specs:
-                jobs = list(deepseek.slices(spec))
+                jobs = list(family.slices(spec))
                 sums = [_Sums() for _ in range(spec.n_matrices)]
                 per_matrix = spec.n_rows // spec.n_matrices
                 for (start, _), part in zip(jobs, pool.map(lambda job: self._sums(spec, *job), jobs), strict=True):  # noqa: B023
@@ -168,12 +149,12 @@ class WeightCheck:
         """float32 [stop - start, n_in] of the file."""
         tensor = self.file.tensors[spec.name]
         data = self.file.data(spec.name).reshape(-1, tensor.row_bytes)[start:stop]
-        return torch.from_numpy(ggml.dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
+        return torch.from_numpy(dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
 
     def original(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the checkpoint, within one matrix."""
         assert self.checkpoint is not None
-        return deepseek.read(self.checkpoint, self.config, spec, start, stop, self.device).reshape(stop - start, -1)
+        return family.read(self.checkpoint, self.config, spec, start, stop, self.device).reshape(stop - start, -1)
 
     def _sums(self, spec: TensorSpec, start: int, stop: int) -> _Sums:
         ours = self.decoded(spec, start, stop)
@@ -252,7 +233,7 @@ class WeightCheck:
         if len(spec.shape) == 1 or rows * spec.n_in > MOST_WHOLE:
             return None
         first = matrix * rows
-        whole = torch.cat([self.original(spec, a, b) for a, b in deepseek.slices(spec) if first <= a < first + rows])
+        whole = torch.cat([self.original(spec, a, b) for a, b in family.slices(spec) if first <= a < first + rows])
         if _alike(ours, whole.T.reshape(rows, -1)[:n]):
             return "stored transposed"
         return _shifted_rows(ours, whole)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from ..errors import QuantkitError
+from quantkit.errors import QuantkitError
 
 MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB in one call
 
@@ -34,7 +34,9 @@ class ByteSource(Protocol):
         """What will be read: `kept` at any time, `layers` one after the other, perhaps several times over."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back descriptors and connections; a later read opens them again."""
+        ...
 
 
 Extents = Sequence[tuple[str, int, int]]
@@ -54,15 +56,18 @@ class FolderSource:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
+        """All names in the folder, sorted; QuantkitError if it cannot be listed."""
         try:
             return sorted(entry.name for entry in os.scandir(self.folder))
         except OSError as error:
             raise QuantkitError(f"{self.folder}: cannot list this folder ({error.strerror})") from None
 
     def size(self, file: str) -> int:
+        """Bytes of a file; QuantkitError if there is no such file."""
         return os.fstat(self._fd(file)).st_size
 
     def read(self, file: str, offset: int, length: int, what: str) -> torch.Tensor:
+        """uint8 [length]; QuantkitError naming `file` and `what` if the file ends before, or cannot be read."""
         buffer = torch.empty(length, dtype=torch.uint8)
         view, fd = buffer.numpy().data, self._fd(file)
         done = 0
@@ -82,6 +87,7 @@ class FolderSource:
         """Nothing to do: the page cache reads ahead."""
 
     def close(self) -> None:
+        """Close all files; a later read opens them again."""
         with self._lock:
             for fd in self._fds.values():
                 os.close(fd)

@@ -4,16 +4,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from ..errors import QuantkitError
-from .byte_source import ByteSource, FolderSource
-from .fp8 import dequantise, scale_rows
-from .geometry import Geometry
-from .safetensors_header import TensorEntry, check_shard_name, header_length, load_json, parse_header
-from .tensor_table import SCALE_SUFFIX, TensorTable, load_config, read_text_file
+from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import ByteSource, FolderSource
+from quantkit.formats.fp8 import dequantize, scale_rows
+from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
+from quantkit.formats.tensor_entry import TensorEntry
+from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable, read_text_file
 
 INDEX = "model.safetensors.index.json"
 TORCH_DTYPE: Mapping[str, torch.dtype] = {
@@ -33,7 +33,12 @@ class Checkpoint(TensorTable):
     """
 
     def __init__(
-        self, path: Path, config: dict, tensors: Mapping[str, TensorEntry], source: ByteSource, fingerprint: str
+        self,
+        path: Path,
+        config: dict[str, Any],
+        tensors: Mapping[str, TensorEntry],
+        source: ByteSource,
+        fingerprint: str,
     ) -> None:
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
@@ -49,7 +54,8 @@ class Checkpoint(TensorTable):
         folder = Path(folder)
         if not folder.is_dir():
             raise QuantkitError(f"{folder}: no such model folder")
-        config, config_text = load_config(folder)
+        config_text = read_text_file(folder / CONFIG)
+        config = load_object(config_text, str(folder / CONFIG))
         source = source or FolderSource(folder)
         try:
             weight_map = _weight_map(folder, source)
@@ -98,7 +104,7 @@ class Checkpoint(TensorTable):
         """
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
-        out = raw if scale is None else dequantise(raw, scale, self.block, start)
+        out = raw if scale is None else dequantize(raw, scale, self.block, start)
         # The sum is cheap and carries any NaN or infinity; only then is it worth a temporary as large as the tensor.
         if not torch.isfinite(out.sum(dtype=torch.float32)) and not torch.isfinite(out).all():
             raise QuantkitError(f"{self.where(name, self.entry(name))} has weights that are not finite")
@@ -129,14 +135,6 @@ class Checkpoint(TensorTable):
         offset, length = entry.begin + start * entry.row_bytes, (stop - start) * entry.row_bytes
         buffer = self._source.read(entry.file, offset, length, f"tensor {name!r}")
         return buffer.view(TORCH_DTYPE[entry.dtype]).view((stop - start, *entry.shape[1:]) if entry.shape else ())
-
-
-def open_source(path: Path | str) -> Checkpoint | Geometry:
-    """A model folder as what it is: weights, or (`tensors.json`, no shards) a description without weights."""
-    folder = Path(path)
-    if (folder / "tensors.json").is_file() and not any(folder.glob("*.safetensors")):
-        return Geometry.load(folder)
-    return Checkpoint.open(folder)
 
 
 def _weight_map(folder: Path, source: ByteSource) -> dict[str, str] | None:

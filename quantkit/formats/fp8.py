@@ -14,7 +14,7 @@ def scale_rows(start: int, stop: int, block: tuple[int, int]) -> tuple[int, int]
     return start // block[0], -(-stop // block[0])
 
 
-def dequantise(raw: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first_row: int = 0) -> torch.Tensor:
+def dequantize(raw: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first_row: int = 0) -> torch.Tensor:
     """float32 [n, columns] on raw's device.
 
     raw: float8_e4m3fn [n, columns], rows first_row: of a weight.

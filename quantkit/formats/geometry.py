@@ -7,10 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import NoReturn, Self
 
-from ..errors import QuantkitError
-from .safetensors_header import ITEM_SIZE, TensorEntry, check_shape, load_json
-from .tensor_table import TensorTable, load_config, read_text_file
+from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors_header import check_shape, load_object
+from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
+from quantkit.formats.tensor_table import CONFIG, TensorTable, read_text_file
 
+TENSORS = "tensors.json"
 MAX_TENSORS = 1_000_000  # ten times R1; a pattern must not fill the memory
 BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -26,11 +28,9 @@ class Geometry(TensorTable):
     def load(cls, folder: Path | str) -> Self:
         """QuantkitError if either file is missing or malformed, or two patterns give one name."""
         folder = Path(folder)
-        config, _ = load_config(folder)
-        path = folder / "tensors.json"
-        patterns = load_json(read_text_file(path), str(path))
-        if not isinstance(patterns, dict):
-            raise QuantkitError(f"{path}: not a JSON object")
+        config = load_object(read_text_file(folder / CONFIG), str(folder / CONFIG))
+        path = folder / TENSORS
+        patterns = load_object(read_text_file(path), str(path))
         tensors: dict[str, TensorEntry] = {}
         for pattern, value in patterns.items():
             entry = _entry(value, f"{path}: {pattern!r}")
@@ -41,9 +41,11 @@ class Geometry(TensorTable):
         return cls(folder, config, tensors)
 
     def read(self, name: str, *_: object, **__: object) -> NoReturn:
+        """QuantkitError: there is nothing to read."""
         self._refuse()
 
     def read_raw(self, name: str, *_: object, **__: object) -> NoReturn:
+        """QuantkitError: there is nothing to read."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -6,30 +6,59 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
 
-from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
-from ..errors import QuantkitError
-from .gguf_header import DEFAULT_ALIGNMENT, row_bytes
+from quantkit.codecs.types import fits, row_bytes
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_spec import MAX_NAME, pad
 
-MAX_NAME = 63  # bytes; ggml's GGML_MAX_NAME is 64 with the final zero
 
-
-class PlannedTensor(Protocol):
-    """What the writer must know of a tensor before there are data: `planning`'s tensors have it.
-
-    shape: slowest dimension first. qtype: ggml's name. n_bytes: all rows. row_bytes: one row.
-    """
+class TensorInfo(Protocol):
+    """What the header says of a tensor, known before there are data: a plan's tensors have it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its GGUF name."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first."""
+        ...
+
     @property
-    def qtype(self) -> str: ...
+    def qtype(self) -> str:
+        """ggml's name of the type."""
+        ...
+
     @property
-    def n_bytes(self) -> int: ...
+    def n_bytes(self) -> int:
+        """Of all rows."""
+        ...
+
     @property
-    def row_bytes(self) -> int: ...
+    def row_bytes(self) -> int:
+        """Of one row."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A TensorInfo of its own, for files that no plan describes: an imatrix, a sidecar."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of weights."""
+        return row_bytes(self.qtype, self.shape[-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.row_bytes * prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -40,36 +69,28 @@ class Typed:
     kind: ClassVar[GGUFValueType]
 
 
-class U8(Typed):
-    kind = GGUFValueType.UINT8
-
-
 class U16(Typed):
+    """An unsigned 16-bit integer: numbers of splits."""
+
     kind = GGUFValueType.UINT16
 
 
 class U32(Typed):
+    """An unsigned 32-bit integer: most counts and sizes."""
+
     kind = GGUFValueType.UINT32
 
 
-class U64(Typed):
-    kind = GGUFValueType.UINT64
-
-
 class I32(Typed):
+    """A signed 32-bit integer."""
+
     kind = GGUFValueType.INT32
 
 
-class I64(Typed):
-    kind = GGUFValueType.INT64
-
-
 class F32(Typed):
+    """A single-precision float."""
+
     kind = GGUFValueType.FLOAT32
-
-
-class F64(Typed):
-    kind = GGUFValueType.FLOAT64
 
 
 @dataclass(frozen=True)
@@ -79,19 +100,16 @@ class I32List:
     values: Sequence[int]
 
 
+Scalar = str | bool | int | float
 PlainValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 Value = PlainValue | Typed | I32List
 """A metadata value. Plain ones: bool, str, int >= 0 as u32, int < 0 as i32, float as f32, ints in a list as i32."""
 
 LAYOUT = {
-    GGUFValueType.UINT8: "<B",
     GGUFValueType.UINT16: "<H",
     GGUFValueType.UINT32: "<I",
-    GGUFValueType.UINT64: "<Q",
     GGUFValueType.INT32: "<i",
-    GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
 
@@ -101,7 +119,7 @@ def encode_metadata(metadata: Mapping[str, Value]) -> list[bytes]:
     return [_string(key) + _value(key, value) for key, value in metadata.items()]
 
 
-def encode_tensor(tensor: PlannedTensor, offset: int) -> bytes:
+def encode_tensor(tensor: TensorInfo, offset: int) -> bytes:
     """The tensor-table entry; `offset` from the start of the data."""
     ne = tuple(reversed(tensor.shape))
     return (
@@ -118,12 +136,7 @@ def encode_header(metadata: Sequence[bytes], tensors: Sequence[bytes]) -> bytes:
     return header + bytes(pad(len(header)) - len(header))
 
 
-def pad(length: int) -> int:
-    """`length` rounded up to the alignment of tensor data, 32 bytes."""
-    return -(-length // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-
-
-def check_tensors(tensors: Sequence[PlannedTensor]) -> None:
+def check_tensors(tensors: Sequence[TensorInfo]) -> None:
     """QuantkitError for a table that no reader would take: bad or double names, shapes or sizes that do not fit."""
     seen: set[str] = set()
     for tensor in tensors:
@@ -136,10 +149,12 @@ def check_tensors(tensors: Sequence[PlannedTensor]) -> None:
             or tensor.qtype not in GGMLQuantizationType.__members__
         ):
             raise QuantkitError(f"tensor {tensor.name!r}: bad shape {tensor.shape} or type {tensor.qtype!r}")
-        block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.qtype]][0]
-        row = row_bytes(tensor.qtype, tensor.shape[-1])
-        sizes = (tensor.row_bytes, tensor.n_bytes)
-        if tensor.shape[-1] % block or sizes != (row, row * prod(tensor.shape[:-1])):
+        if not fits(tensor.qtype, tensor.shape[-1]):
+            raise QuantkitError(
+                f"tensor {tensor.name!r}: rows of {tensor.shape[-1]} weights cannot take {tensor.qtype}"
+            )
+        row, sizes = row_bytes(tensor.qtype, tensor.shape[-1]), (tensor.row_bytes, tensor.n_bytes)
+        if sizes != (row, row * prod(tensor.shape[:-1])):
             raise QuantkitError(
                 f"tensor {tensor.name!r}: {sizes} bytes per row and in all do not fit {tensor.qtype} {tensor.shape}"
             )
@@ -152,14 +167,14 @@ def _string(text: str) -> bytes:
 
 def _value(key: str, value: Value) -> bytes:
     if isinstance(value, I32List):
-        return _array(key, list(value.values))
+        return _array(key, value.values)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return _array(key, list(value))
+        return _array(key, value)
     kind = value.kind if isinstance(value, Typed) else _kind(key, value)
     return struct.pack("<I", kind) + _packed(key, kind, value.value if isinstance(value, Typed) else value)
 
 
-def _array(key: str, values: list) -> bytes:
+def _array(key: str, values: Sequence[Scalar]) -> bytes:
     if not values:
         raise QuantkitError(f"metadata {key!r} is an empty array, on which KTransformers fails: leave the key out")
     kind = _kind(key, values[0])
@@ -183,7 +198,7 @@ def _kind(key: str, value: object) -> GGUFValueType:
     raise QuantkitError(f"metadata {key!r}: {type(value).__name__} is not a GGUF type")
 
 
-def _packed(key: str, kind: GGUFValueType, value: str | bool | int | float) -> bytes:
+def _packed(key: str, kind: GGUFValueType, value: Scalar) -> bytes:
     if isinstance(value, str):
         return _string(value)
     try:

@@ -8,9 +8,12 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from ..errors import QuantkitError
+from quantkit.codecs.types import row_bytes, stored
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_spec import ALIGNMENT, pad
+from quantkit.tensors import split_name
 
 MetaScalar = bool | int | float | str
 MetaValue = MetaScalar | list[bool] | list[int] | list[float] | list[str]
@@ -20,7 +23,6 @@ MAX_KEYS = 1 << 16
 MAX_ARRAY = 1 << 24  # elements; a vocabulary is 1 << 17
 MAX_STRING = 1 << 26  # bytes
 MAX_WEIGHTS = 1 << 62
-DEFAULT_ALIGNMENT = 32
 
 SCALAR_DTYPE = {
     GGUFValueType.UINT8: "<u1",
@@ -53,7 +55,13 @@ class GGUFTensor:
     file: Path
 
     @property
+    def role(self) -> str:
+        """The name without layer and suffix, `ffn_down_exps`."""
+        return split_name(self.name)[0]
+
+    @property
     def row_bytes(self) -> int:
+        """Bytes of one row of weights."""
         return row_bytes(self.qtype, self.shape[-1])
 
 
@@ -66,12 +74,6 @@ class Header:
     data_start: int
 
 
-def row_bytes(qtype: str, n_in: int) -> int:
-    """Bytes of a row of n_in weights; n_in must be whole blocks of the type."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[qtype]]
-    return n_in // block * size
-
-
 def parse_header(data: mmap.mmap | bytes, file: Path) -> Header:
     """The header at the start of `data`, which is the whole file; QuantkitError naming `file` for anything wrong."""
     cursor = _Cursor(data, file)
@@ -82,11 +84,11 @@ def parse_header(data: mmap.mmap | bytes, file: Path) -> Header:
         if key in metadata:
             raise cursor.error(f"metadata key {key!r} appears twice")
         metadata[key] = _value(cursor, key)
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment {alignment!r} is not a sane power of two")
     infos = [_tensor_info(cursor) for _ in range(n_tensors)]
-    data_start = -(-cursor.position // alignment) * alignment
+    data_start = pad(cursor.position, alignment)
     return Header(metadata, _place(cursor, infos, data_start, alignment), data_start)
 
 
@@ -108,6 +110,7 @@ class _Cursor:
         return at
 
     def number(self, layout: str) -> int:
+        """The next integer, `layout` as struct has it."""
         return struct.unpack_from(layout, self.data, self.need(struct.calcsize(layout)))[0]
 
     def string(self) -> str:
@@ -203,9 +206,9 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
         qtype = GGMLQuantizationType(number)
     except ValueError:
         raise cursor.error(f"tensor {name!r} has unknown type {number}") from None
-    block = GGML_QUANT_SIZES[qtype][0]
-    if ne[0] % block:
-        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype.name} blocks of {block}")
+    sizes = stored(qtype.name)
+    if not sizes.fits(ne[0]):
+        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype.name} blocks of {sizes.block_size}")
     return name, tuple(reversed(ne)), qtype.name, offset
 
 

@@ -2,41 +2,27 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import QuantkitError
-from .gguf_encode import (
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import (
     I32,
     U16,
-    PlannedTensor,
+    TensorInfo,
     Value,
     check_tensors,
     encode_header,
     encode_metadata,
     encode_tensor,
-    pad,
 )
-from .gguf_reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
+from quantkit.formats.gguf_spec import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, pad, split_path
+from quantkit.formats.part_file import FileLayout
 
 MAX_SPLITS = 65_535  # split.count is a u16
 
 
-@dataclass(frozen=True)
-class FileLayout:
-    """One file to be. path: its final name. header: its first bytes, padded. size: all of its bytes.
-
-    offsets: tensor name -> first byte, from the start of the file.
-    """
-
-    path: Path
-    header: bytes
-    size: int
-    offsets: dict[str, int]
-
-
 def layout(
-    path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, Value], split_max_bytes: int | None
+    path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, Value], split_max_bytes: int | None
 ) -> list[FileLayout]:
     """Files in order; one, named `path`, if everything fits in `split_max_bytes` (None: no limit).
 
@@ -78,7 +64,7 @@ def _split_keys(number: int, count: int, n_tensors: int) -> list[bytes]:
     return encode_metadata({SPLIT_NO: U16(number), SPLIT_COUNT: U16(count), SPLIT_TENSORS: I32(n_tensors)})
 
 
-def _file(path: Path, tensors: Sequence[PlannedTensor], metadata: Sequence[bytes]) -> FileLayout:
+def _file(path: Path, tensors: Sequence[TensorInfo], metadata: Sequence[bytes]) -> FileLayout:
     offsets, position = {}, 0
     for tensor in tensors:
         offsets[tensor.name] = position
@@ -88,11 +74,11 @@ def _file(path: Path, tensors: Sequence[PlannedTensor], metadata: Sequence[bytes
     return FileLayout(path, header, len(header) + position, absolute)
 
 
-def _groups(tensors: Sequence[PlannedTensor], metadata: Sequence[bytes], limit: int) -> list[list[PlannedTensor]]:
+def _groups(tensors: Sequence[TensorInfo], metadata: Sequence[bytes], limit: int) -> list[list[TensorInfo]]:
     """Tensors per file. Header sizes do not depend on the numbers in it, so they can be summed beforehand."""
     split_keys = 24 + sum(map(len, _split_keys(0, 1, 0)))  # 24: magic, version and counts
     head, data = split_keys + sum(map(len, metadata)), 0
-    groups: list[list[PlannedTensor]] = [[]]
+    groups: list[list[TensorInfo]] = [[]]
     for tensor in tensors:
         info, size = len(encode_tensor(tensor, 0)), pad(tensor.n_bytes)
         if groups[-1] and pad(head + info) + data + size > limit:

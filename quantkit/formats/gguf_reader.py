@@ -3,24 +3,16 @@
 import hashlib
 import mmap
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from ..errors import QuantkitError
-from .byte_source import open_regular
-from .gguf_header import GGUFTensor, Header, MetaValue, parse_header
-
-SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-
-
-def split_path(path: Path, number: int, count: int) -> Path:
-    """`X.gguf` as split `number` (from 0) of `count`: `X-00001-of-0000N.gguf`."""
-    return path.with_name(f"{path.name.removesuffix('.gguf')}-{number + 1:05d}-of-{count:05d}.gguf")
+from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import open_regular
+from quantkit.formats.gguf_header import GGUFTensor, Header, MetaValue, parse_header
+from quantkit.formats.gguf_spec import SPLIT_COUNT, SPLIT_NAME, SPLIT_NO, SPLIT_TENSORS, split_path
 
 
 class GGUFFile:
@@ -90,7 +82,7 @@ class GGUFFile:
         system keeps the pages it was read from. May be called from several threads."""
         tensor = self._tensor(name)
         size = tensor.n_bytes // tensor.shape[0]
-        offset, rest = tensor.offset + index * size, memoryview(out.reshape(-1))
+        offset, rest = tensor.offset + index * size, out.reshape(-1).data
         fd = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while rest:

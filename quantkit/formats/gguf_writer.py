@@ -10,15 +10,13 @@ from typing import Self
 
 import numpy as np
 
-from .. import ranks
-from ..errors import QuantkitError
-from .gguf_encode import F32, F64, I32, I64, U8, U16, U32, U64, I32List, PlannedTensor, Value
-from .gguf_layout import FileLayout, digest, layout
-from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
-from .part_file import PartFile, make_folder, part_path, sync_folder
-from .resume import all_written, family, fresh_parts, old_parts, resumable
-
-__all__ = ["F32", "F64", "I32", "I64", "U8", "U16", "U32", "U64", "GGUFWriter", "I32List", "PlannedTensor", "Value"]
+from quantkit import ranks
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import TensorInfo, Value
+from quantkit.formats.gguf_layout import digest, layout
+from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
+from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
+from quantkit.formats.resume import all_written, existing_files, fresh_parts, old_parts, resumable
 
 SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
 SYNC_SECONDS = 10.0  # ... or this much time
@@ -39,7 +37,7 @@ class GGUFWriter:
     def __init__(
         self,
         path: Path,
-        tensors: Sequence[PlannedTensor],
+        tensors: Sequence[TensorInfo],
         layouts: Sequence[FileLayout],
         parts: Sequence[PartFile],
         ledger: Ledger,
@@ -61,7 +59,7 @@ class GGUFWriter:
     def open(
         cls,
         path: Path | str,
-        tensors: Sequence[PlannedTensor],
+        tensors: Sequence[TensorInfo],
         metadata: Mapping[str, Value],
         *,
         fingerprint: Mapping[str, str],
@@ -90,7 +88,7 @@ class GGUFWriter:
             finished = None if restart else resumable(path, ledger, identity)
             complete = finished is not None and all_written(tensors, finished)
             # Final names beside a complete ledger are from a run that was cut off while it renamed: its own files.
-            if not overwrite and not complete and (existing := family(path)):
+            if not overwrite and not complete and (existing := existing_files(path)):
                 raise QuantkitError(f"{existing[0]} exists already; choose to overwrite it, or another name")
             parts = fresh_parts(path, layouts, ledger, identity) if finished is None else old_parts(layouts, complete)
         except BaseException:
@@ -174,12 +172,6 @@ class GGUFWriter:
                 for name, start, stop in slices:
                     self._coverage.add(name, start, stop)
 
-    @property
-    def done_bytes(self) -> int:
-        """Bytes of tensor data written so far, earlier runs included."""
-        with self._lock:
-            return sum(self._coverage.rows(name) * tensor.row_bytes for name, tensor in self._tensors.items())
-
     def __enter__(self) -> Self:
         return self
 
@@ -208,7 +200,7 @@ class GGUFWriter:
             part.sync()
         for part in self._parts:
             part.rename()
-        for stale in set(family(self.path)) - set(self.files):  # another split of the model that was overwritten
+        for stale in set(existing_files(self.path)) - set(self.files):  # splits of what it replaces
             stale.unlink()
         sync_folder(self.path.parent)
         self._ledger.remove()  # the first: without it the others count for nothing
@@ -234,14 +226,14 @@ class GGUFWriter:
         self._ledger.add(slices)
         self._synced_at = time.monotonic()
 
-    def _tensor(self, name: str) -> PlannedTensor:
+    def _tensor(self, name: str) -> TensorInfo:
         try:
             return self._tensors[name]
         except KeyError:
             raise QuantkitError(f"{self.path}: no tensor {name!r} is planned") from None
 
 
-def _rows(tensor: PlannedTensor, row_start: int, data: np.ndarray) -> np.ndarray:
+def _rows(tensor: TensorInfo, row_start: int, data: np.ndarray) -> np.ndarray:
     """`data` as contiguous [rows, row_bytes], checked against the plan."""
     n_rows = prod(tensor.shape[:-1])
     if data.dtype != np.uint8 or data.ndim < 1 or data.shape[-1] != tensor.row_bytes:

@@ -5,20 +5,19 @@ F32 [n_matrices or 1, 1] (shapes slowest first). llama-imatrix flattens the in_s
 have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape back.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import QuantkitError
-from ..tensors import Importance
-from .gguf_encode import U32, Value
-from .gguf_layout import FileLayout, layout
-from .gguf_reader import GGUFFile
-from .part_file import make_folder, sync_folder
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import U32, PlainTensor, Value
+from quantkit.formats.gguf_layout import layout
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.part_file import FileLayout, make_folder, sync_folder
+from quantkit.formats.whole_file import replacing
+from quantkit.tensors import Importance
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -31,23 +30,6 @@ class ImatrixInfo:
     datasets: list[str]
     chunk_count: int
     chunk_size: int
-
-
-@dataclass(frozen=True)
-class _Array:
-    """A float32 array as a planned tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: str = "F32"
-
-    @property
-    def row_bytes(self) -> int:
-        return 4 * self.shape[-1]
-
-    @property
-    def n_bytes(self) -> int:
-        return 4 * prod(self.shape)
 
 
 def save_imatrix(
@@ -80,7 +62,8 @@ def save_imatrix(
         CHUNK_SIZE: U32(chunk_size),
     }
     make_folder(path.parent)
-    _write(layout(path, [_Array(name, array.shape) for name, array in arrays.items()], metadata, None)[0], arrays)
+    tensors = [PlainTensor(name, array.shape, "F32") for name, array in arrays.items()]
+    _write(layout(path, tensors, metadata, None)[0], arrays)
 
 
 def load_imatrix(path: Path | str) -> tuple[dict[str, Importance], ImatrixInfo]:
@@ -117,22 +100,16 @@ def fit(importance: Importance, n_matrices: int, n_in: int, name: str) -> Import
 
 
 def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:
-    temporary = file.path.with_name(f"{file.path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as out:
+        with replacing(file.path) as out:
             out.write(file.header)
             for name, array in arrays.items():
                 out.seek(file.offsets[name])
                 out.write(np.ascontiguousarray(array, "<f4").data)
             out.truncate(file.size)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file.path)
         sync_folder(file.path.parent)
     except OSError as error:
         raise QuantkitError(f"{file.path}: cannot write ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_legacy(path: Path) -> None:

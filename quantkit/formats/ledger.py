@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..errors import QuantkitError
+from quantkit.errors import QuantkitError
 
 Slice = tuple[str, int, int]
 """Tensor name, first row, row after the last."""
@@ -25,6 +25,7 @@ class Coverage:
         self._ranges: dict[str, list[tuple[int, int]]] = {}
 
     def add(self, name: str, start: int, stop: int) -> None:
+        """Note rows start:stop of a tensor as written."""
         ranges = self._ranges.setdefault(name, [])
         touching = [r for r in ranges if r[0] <= stop and r[1] >= start]
         rest = [r for r in ranges if r[0] > stop or r[1] < start]
@@ -32,12 +33,10 @@ class Coverage:
         self._ranges[name] = sorted([*rest, merged])
 
     def covers(self, name: str, start: int, stop: int) -> bool:
+        """Whether all rows start:stop were noted."""
         ranges = self._ranges.get(name, [])
         at = bisect_right(ranges, (start, float("inf"))) - 1
         return at >= 0 and ranges[at][0] <= start and ranges[at][1] >= stop
-
-    def rows(self, name: str) -> int:
-        return sum(stop - start for start, stop in self._ranges.get(name, []))
 
 
 class Ledger:
@@ -104,6 +103,7 @@ class Ledger:
         os.close(self._fd)
 
     def remove(self) -> None:
+        """Delete the file; the lock stays until `close`."""
         self.path.unlink(missing_ok=True)
 
     def _append(self, text: str) -> None:

@@ -3,14 +3,28 @@
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from ..errors import QuantkitError
-from .gguf_layout import FileLayout
+from quantkit.errors import QuantkitError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One file to be. path: its final name. header: its first bytes, padded. size: all of its bytes.
+
+    offsets: tensor name -> first byte, from the start of the file.
+    """
+
+    path: Path
+    header: bytes
+    size: int
+    offsets: dict[str, int]
 
 
 class PartFile:
@@ -20,7 +34,7 @@ class PartFile:
         self.layout, self.path, self._fd = layout, path, fd
 
     @classmethod
-    def create(cls, layout: FileLayout) -> "PartFile":
+    def create(cls, layout: FileLayout) -> Self:
         """A new part: zeros, reserved on disk, with its header. QuantkitError if the disk cannot hold it."""
         path = part_path(layout)
         try:
@@ -38,7 +52,7 @@ class PartFile:
         return part
 
     @classmethod
-    def reopen(cls, layout: FileLayout, complete: bool) -> "PartFile":
+    def reopen(cls, layout: FileLayout, complete: bool) -> Self:
         """The part that an interrupted run left; QuantkitError if it is not what that run made.
 
         complete: every row is written, so the file may have its final name already.
@@ -75,6 +89,7 @@ class PartFile:
         os.replace(self.path, self.layout.path)
 
     def close(self) -> None:
+        """Close the file, under whatever name it has."""
         os.close(self._fd)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
@@ -85,6 +100,7 @@ class PartFile:
 
 
 def part_path(layout: FileLayout) -> Path:
+    """Its name while it is being written."""
     return layout.path.with_name(layout.path.name + ".part")
 
 

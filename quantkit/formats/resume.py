@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from ..errors import QuantkitError
-from .gguf_encode import PlannedTensor
-from .gguf_layout import FileLayout
-from .gguf_reader import SPLIT_NAME
-from .ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
-from .part_file import PartFile, check_space, part_path, sync_folder
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_encode import TensorInfo
+from quantkit.formats.gguf_spec import SPLIT_NAME
+from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
+from quantkit.formats.part_file import FileLayout, PartFile, check_space, part_path, sync_folder
 
 
 def resumable(path: Path, ledger: Ledger, identity: Mapping[str, str]) -> list[Slice] | None:
@@ -47,7 +46,7 @@ def other_ledgers(path: Path) -> Iterator[list[Ledger]]:
             ledger.close()
 
 
-def all_written(tensors: Iterable[PlannedTensor], slices: Iterable[Slice]) -> bool:
+def all_written(tensors: Iterable[TensorInfo], slices: Iterable[Slice]) -> bool:
     """Whether the slices cover every row of every tensor."""
     coverage = Coverage()
     for item in slices:
@@ -114,7 +113,7 @@ def _remove_parts(path: Path) -> None:
             old.unlink()
 
 
-def family(path: Path) -> list[Path]:
+def existing_files(path: Path) -> list[Path]:
     """Existing finished files of the model `path`: itself, and its splits however many they are."""
     return sorted(file for file in path.parent.glob("*.gguf") if _belongs(file.name, path))
 

@@ -3,60 +3,15 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-from ..errors import QuantkitError
-
-ITEM_SIZE: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-}
-"""safetensors dtype name -> bytes per element."""
+from quantkit.errors import QuantkitError
+from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 1 << 48  # above any real tensor; keeps products of hostile shapes small
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one stored tensor lies.
-
-    dtype: safetensors name, `F8_E4M3`.
-    shape: slowest dimension first, as torch has it; `()` is a scalar.
-    file: shard name inside the checkpoint folder, None in a description without weights.
-    begin, end: byte range in that file (from its start, not from the end of the header).
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str | None
-    begin: int
-    end: int
-
-    @property
-    def n_bytes(self) -> int:
-        return self.end - self.begin
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row (one step of the first dimension)."""
-        return prod(self.shape[1:]) * ITEM_SIZE[self.dtype]
 
 
 def header_length(prefix: bytes, file_size: int, file: str) -> int:
@@ -82,7 +37,7 @@ def parse_header(header: bytes, file_size: int, file: str, where: str) -> dict[s
     data_start = 8 + len(header)
     entries = {
         name: _entry(name, value, data_start, file, where)
-        for name, value in _json_object(header, where).items()
+        for name, value in load_object(header, f"{where}: header").items()
         if name != "__metadata__"
     }
     _check_layout(entries, data_start, file_size, where)
@@ -103,8 +58,10 @@ def load_json(text: bytes | str, where: str) -> object:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise QuantkitError(f"{where}: {twice!r} appears twice")
+            for key, _ in pairs:
+                if key in seen:
+                    raise QuantkitError(f"{where}: {key!r} appears twice")
+                seen.add(key)
         return result
 
     try:
@@ -113,10 +70,11 @@ def load_json(text: bytes | str, where: str) -> object:
         raise QuantkitError(f"{where}: not valid JSON ({error})") from None
 
 
-def _json_object(header: bytes, file: str) -> dict[str, object]:
-    value = load_json(header, f"{file}: header")
+def load_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """`load_json` of what must be an object."""
+    value = load_json(text, where)
     if not isinstance(value, dict):
-        raise QuantkitError(f"{file}: header is not a JSON object")
+        raise QuantkitError(f"{where}: not a JSON object")
     return value
 
 
@@ -149,6 +107,7 @@ def check_shape(shape: object, where: str) -> tuple[int, ...]:
 
 
 def _check_layout(entries: Mapping[str, TensorEntry], data_start: int, file_size: int, file: str) -> None:
+    """Data must cover the file without gap or overlap."""
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:

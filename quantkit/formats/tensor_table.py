@@ -2,28 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import QuantkitError
-from .fp8 import scale_shape
-from .safetensors_header import TensorEntry, load_json
+from quantkit.errors import QuantkitError
+from quantkit.formats.fp8 import scale_shape
+from quantkit.formats.tensor_entry import TensorEntry
 
 SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 MAX_PROBLEMS = 5
+CONFIG = "config.json"
 
 
 class TensorTable(ABC):
     """A model's config and stored tensors by Hugging Face name.
 
-    path: its folder. config: the parsed `config.json`. tensors: name -> TensorEntry, scales included.
+    path: its folder. config: the parsed `config.json`. tensors: name -> TensorEntry, scales included. block: rows and
+    columns that share a scale of an FP8 tensor.
     """
 
-    def __init__(self, path: Path, config: dict, tensors: Mapping[str, TensorEntry]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
         self.path, self.config, self.tensors = path, config, tensors
         self.block = _block_size(config, path)
 
@@ -41,11 +43,6 @@ class TensorTable(ABC):
     @abstractmethod
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows start:stop as stored, and the float32 scale rows covering them (None if it has no scale)."""
-
-    @cached_property
-    def total_bytes(self) -> int:
-        """Bytes of all stored tensors, without headers."""
-        return sum(entry.n_bytes for entry in self.tensors.values())
 
     def entry(self, name: str) -> TensorEntry:
         """QuantkitError naming the tensor if the model has none of that name."""
@@ -83,7 +80,8 @@ class TensorTable(ABC):
         scale = self.tensors.get(name + SCALE_SUFFIX)
         if scale is None:
             raise QuantkitError(f"{where} is F8_E4M3 but its scale {name + SCALE_SUFFIX!r} is missing")
-        need = scale_shape(entry.shape, self.block)
+        rows, columns = entry.shape
+        need = scale_shape((rows, columns), self.block)
         if scale.shape != need or scale.dtype not in SCALE_DTYPES:
             raise QuantkitError(
                 f"{self.where(name + SCALE_SUFFIX, scale)} is {scale.dtype} {list(scale.shape)}; "
@@ -103,16 +101,6 @@ class TensorTable(ABC):
                 yield str(error)
 
 
-def load_config(folder: Path) -> tuple[dict, bytes]:
-    """The parsed `config.json` of a model folder, and its bytes."""
-    path = folder / "config.json"
-    text = read_text_file(path)
-    config = load_json(text, str(path))
-    if not isinstance(config, dict):
-        raise QuantkitError(f"{path}: not a JSON object")
-    return config, text
-
-
 def read_text_file(path: Path) -> bytes:
     """A small file of a model folder; QuantkitError if it is missing or unreadable."""
     try:
@@ -123,11 +111,11 @@ def read_text_file(path: Path) -> bytes:
         raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
 
 
-def _block_size(config: dict, path: Path) -> tuple[int, int]:
+def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int]:
     quantization = config.get("quantization_config") or {}
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if block is None:
         return 128, 128
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise QuantkitError(f"{path / 'config.json'}: weight_block_size {block!r} is not two positive integers")
+        raise QuantkitError(f"{path / CONFIG}: weight_block_size {block!r} is not two positive integers")
     return block[0], block[1]

@@ -1,18 +1,23 @@
 """Small files, written whole and durably or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Whatever ends the process, `path` holds its old bytes or these; several processes may write it at once.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the `with` block ends without an error.
 
+    Whatever ends the process, `path` holds its old bytes or the new ones; several processes may write it at once.
     OSError, naming `path`, if it cannot be written.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -20,3 +25,9 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`data` as the file `path`, as `replacing` has it."""
+    with replacing(path) as file:
+        file.write(data)

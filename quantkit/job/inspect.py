@@ -8,20 +8,19 @@ from pathlib import Path
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import source_shapes
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
+from quantkit.models.open import open_model
 
 
 def describe(name: str) -> str:
     """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
-    from quantkit.job.make import open_model
-
     if name.endswith(".gguf"):
         return _gguf(GGUFFile.open(Path(name)))
     return _checkpoint(name, open_model(name))
 
 
-def _model_lines(c: DeepseekConfig) -> list[str]:
+def _model_lines(c: ModelConfig) -> list[str]:
     q = f"q_lora {c.q_lora}" if c.q_lora else "plain q"
     return [
         f"layers      {c.n_layer} ({c.n_dense} dense, {c.n_moe} MoE), hidden {c.d}, vocabulary {c.n_vocab:,}",
@@ -45,8 +44,8 @@ def _types(rows: Iterable[tuple[str, int, int]]) -> list[str]:
 
 
 def _checkpoint(name: str, source: Checkpoint | Geometry) -> str:
-    config = DeepseekConfig.from_hf(source.config)
-    needed = source_shapes(config)
+    config = family.from_hf(source.config)
+    needed = family.source_shapes(config)
     source.validate(needed)
     rows = [(entry.dtype, prod(entry.shape), entry.n_bytes) for entry in source.tensors.values()]
     extra = sum(1 for name in source.tensors if name.removesuffix("_scale_inv") not in needed)
@@ -62,6 +61,6 @@ def _gguf(file: GGUFFile) -> str:
     keys = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
     shown = [f"{key:<48} {value}" for key, value in keys.items() if not isinstance(value, list)]
     lines = [f"file        {file.path} ({len(file.files)} file(s), {file.n_bytes:,} bytes, {bits:.3f} bpw)"]
-    if file.metadata.get("general.architecture") == "deepseek2":
-        lines += _model_lines(DeepseekConfig.from_gguf(file.metadata))
+    if family.knows(file.metadata):
+        lines += _model_lines(family.from_gguf(file.metadata))
     return "\n".join([*lines, "", *_types(rows), "", *shown])

@@ -10,9 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +19,12 @@ import torch
 import yaml
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_header import row_bytes
-from quantkit.formats.gguf_reader import SPLIT_NAME
+from quantkit.formats.gguf_encode import PlainTensor
+from quantkit.formats.gguf_spec import SPLIT_NAME
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
-from quantkit.planning.plan import split_name
 from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
@@ -90,27 +87,6 @@ Further options are handed on (`--max_new_tokens 1000`, ...).
 """
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor in the words of `targets` and of the writer."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: str
-
-    @property
-    def role(self) -> str:
-        return split_name(self.name)[0]
-
-    @property
-    def row_bytes(self) -> int:
-        return row_bytes(self.qtype, self.shape[-1])
-
-    @property
-    def n_bytes(self) -> int:
-        return self.row_bytes * prod(self.shape[:-1])
-
-
 def default_output(path: Path) -> Path:
     """`X.gguf`, or one of its splits, -> `X-kt` beside it."""
     split = SPLIT_NAME.fullmatch(path.name)
@@ -145,7 +121,7 @@ def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
     for tensor in file.tensors.values():
-        targets.check([_Tensor(tensor.name, tensor.shape, tensor.qtype)], "ktransformers")
+        targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "
@@ -163,7 +139,7 @@ def _fill(work: Path, output: Path, source: GGUFWeights, gpus: int, threads: int
     (work / GGUF).mkdir()
     for part in file.files:
         (work / GGUF / part.name).symlink_to(os.path.relpath(part.resolve(), (output / GGUF).resolve()))
-    split = "blk.0.attn_kv_b.weight" not in file.tensors
+    split = mla_of(file.tensors) == "split"
     if split:
         write_sidecar(source, work / GGUF / SIDECAR)
     write_model(source, work / MODEL)
@@ -199,7 +175,7 @@ def spread(n_layer: int, gpus: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
+def rules(c: ModelConfig, gpus: int = 1, linear: Linear = "marlin") -> list[dict[str, Any]]:
     """Injection rules: the first that matches a module decides. The last ones place what keeps its class."""
     operator, last = OPERATORS[linear], _on(f"cuda:{gpus - 1}")
     model: dict[str, Any] = {"per_layer_prefill_intput_threshold": 0}  # (sic); 0: prefill like decoding
@@ -218,7 +194,7 @@ def rules(c: DeepseekConfig, gpus: int = 1, linear: Linear = "marlin") -> list[d
     ]
 
 
-def _layer_rules(c: DeepseekConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
+def _layer_rules(c: ModelConfig, gpus: int, operator: str) -> Iterator[dict[str, Any]]:
     rope = "RoPE.YarnRotaryEmbeddingV3" if c.yarn else "RoPE.RotaryEmbeddingV3"
     for gpu, (a, b) in enumerate(spread(c.n_layer, gpus)):
         here, layer = _on(f"cuda:{gpu}"), rf"^model\.layers\.{_numbers(a, b)}\."
@@ -269,7 +245,7 @@ def write_sidecar(source: GGUFWeights, path: Path) -> None:
     """
     c = source.config
     shape = (c.n_head * (c.qk_nope + c.v_head), c.kv_lora)
-    tensors = [_Tensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
+    tensors = [PlainTensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
     metadata = {"general.architecture": "deepseek2", "general.name": f"attn_kv_b of {source.name}"}
     identity = {"model": source.file.fingerprint()}
     with GGUFWriter.open(path, tensors, metadata, fingerprint=identity) as writer:
@@ -289,10 +265,11 @@ def _bytes(values: torch.Tensor) -> np.ndarray:
 
 def write_model(source: GGUFWeights, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files, from the GGUF's metadata alone."""
-    c, meta = source.config, source.file.metadata
+    c = source.config
+    meta: Mapping[str, Any] = source.file.metadata
     folder.mkdir()
     auto = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-    tokenizer = json.loads(tokenizers.from_gguf(meta).to_str())
+    tokenizer = json.loads(source.tokenizer().to_str())
     tokenizer["model"]["merges"] = meta["tokenizer.ggml.merges"]  # "a b": tokenizers before 0.20 read no pairs
     try:
         names = {
@@ -314,7 +291,7 @@ def write_model(source: GGUFWeights, folder: Path) -> None:
         settings["chat_template"] = template
     sampling = {"bos_token_id": c.bos, "eos_token_id": c.eos, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
     for name, value in (
-        ("config.json", c.to_hf() | auto),
+        ("config.json", family.to_hf(c) | auto),
         ("generation_config.json", sampling),
         ("tokenizer_config.json", settings),
         ("tokenizer.json", tokenizer),

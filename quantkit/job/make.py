@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,37 +17,39 @@ import torch
 
 from quantkit import __version__, ranks
 from quantkit.calibration import coverage, sensitivity
-from quantkit.calibration.corpus import TextChoice, overlap
-from quantkit.calibration.measure import Calibration, Steps, calibrate, chosen_room, cut, job_of, report_coverage
+from quantkit.calibration.collect import Steps, collect
+from quantkit.calibration.corpus import TextChoice, cut, overlap
+from quantkit.calibration.measure import Calibration, calibrate
 from quantkit.calibration.state import PassState
-from quantkit.encoding import layer as onepass
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending, fit_importance, open_writer, quantize
+from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer, quantize
+from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.certify import Certificate, certify
+from quantkit.evaluation import generation
+from quantkit.evaluation.certificate import Certificate
+from quantkit.evaluation.certify import certify
 from quantkit.evaluation.divergence import Score
 from quantkit.evaluation.reference import ReferencePass
+from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_encode import U32
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix, save_imatrix
 from quantkit.formats.resume import discard
+from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_whole
 from quantkit.job import recovery
-from quantkit.job.plan import BudgetOptions, open_model, plan_model, recipe_name
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.job.plan import BudgetOptions, plan_model, recipe_text
+from quantkit.models import family, tokenizer
+from quantkit.models.open import ModelRef, open_model, open_weights
 from quantkit.planning.plan import Plan
-from quantkit.planning.recipe import Recipe
 from quantkit.progress import say, track
 from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.sources.weights import open_gguf
-from quantkit.runtime.stream import Source
+from quantkit.runtime.stream import Source, job_of
 from quantkit.tensors import Imatrix
 
 DEFAULT_MODEL = "tiny-r1"
@@ -56,17 +58,6 @@ MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
 BASE = "base"  # folder of the file that recovery starts from
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
-
-
-def open_weights(model: str | Path) -> Checkpoint:
-    """The model as a checkpoint with weights; a bare description is refused."""
-    found = open_model(model)
-    if isinstance(found, Geometry):
-        raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
-    config = DeepseekConfig.from_hf(found.config)
-    found.validate(deepseek.source_shapes(config))
-    found.schedule(*deepseek.reading_order(config))
-    return found
 
 
 def default_device() -> str:
@@ -116,14 +107,9 @@ def quantize_model(
         checkpoint,
         plan,
         imatrix,
-        out,
+        Output(out, fingerprint, extra, split_max_bytes, restart, overwrite),
         GgmlEncoder(),
-        fingerprint=fingerprint,
-        extra_metadata=extra,
         workers=workers,
-        split_max_bytes=split_max_bytes,
-        restart=restart,
-        overwrite=overwrite,
         after_layer=after_layer,
     )
 
@@ -144,30 +130,28 @@ def measure_sensitivity(
     choice: TextChoice,
     folder: Path,
     *,
-    tier: sensitivity.Tier | None = None,
+    types: sensitivity.Candidates = sensitivity.DEFAULT,
+    tier: Tier | None = None,
     budget: int = 1 << 21,
-    routed: Sequence[str] = sensitivity.ROUTED_TYPES,
-    others: Sequence[str] = sensitivity.OTHER_TYPES,
-) -> sensitivity.Sensitivity:
+) -> Sensitivity:
     """Write sensitivity.json and its heat map. Measured on calibration text: the evaluation text stays unseen."""
     imatrix, _ = load_imatrix(imatrix_path)
-    plan_all = {spec.name: spec for spec in deepseek.specs(source.config)}
+    plan_all = {spec.name: spec for spec in family.specs(source.config)}
     fitted = {
         name: fit(imatrix[name], spec.n_matrices, spec.n_in, name)
         for name, spec in plan_all.items()
         if name in imatrix and len(spec.shape) > 1
     }
     chunks = cut(choice.corpus("calibration"), source, choice)
-    chosen, n_chunk = sensitivity.choose_tier(source, chunks.tokens, routed, others, budget)
+    chosen, n_chunk = sensitivity.choose_tier(source, chunks.tokens, types, budget)
     say(f"{tier or chosen} tier, {n_chunk * choice.chunk:,} tokens a fork")
     with track("sensitivity", source.config.n_layer, "layers") as advance:
         found = sensitivity.measure(
             source,
             fitted,
             chunks.tokens,
+            types,
             tier=tier,
-            routed=routed,
-            others=others,
             budget=budget,
             progress=lambda _: advance(1),
         )
@@ -200,21 +184,16 @@ def verify_file(
     text = choice.corpus("evaluation")
     chunks = cut(text, original, choice)
     sample = text.documents[0].text[:4096]
-    if tokenizer.encode(original.tokenizer(), sample) != tokenizer.encode(quantized.tokenizer(), sample):
+    if tokenizer.tokenize(original.tokenizer(), sample) != tokenizer.tokenize(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     runtime = partial(open_engine, open_gguf(path, device), 1) if runtime_tokens or prompts else None
-    result = verify(
-        quantized,
-        original,
-        chunks,
-        target,
-        score=score,
-        runtime=runtime,
-        runtime_tokens=runtime_tokens,
-        prompts=prompts,
-        ram=ram,
-        known=passed.scored() if passed else None,
-    )
+    known = passed.scored() if passed else None
+    made = verify(quantized, original, chunks, target, score=score, ram=ram, known=known)
+    result = made.figures
+    if runtime is not None and runtime_tokens:
+        result["runtime"] = runtime_mode(runtime, made.heads, chunks, score, runtime_tokens)
+    if runtime is not None and prompts:
+        result["generation"] = generation.check(runtime, original, chunks, prompts)
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)
@@ -260,7 +239,6 @@ class MakeOptions:
 
     recipe: str | None = None
     target: str | None = None
-    mla: str | None = None
     budget: BudgetOptions = field(default_factory=BudgetOptions)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
@@ -275,14 +253,14 @@ class MakeOptions:
     recover: bool = False
 
 
-def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
+def make(model: ModelRef | Path | str, folder: Path, options: MakeOptions) -> tuple[list[Path], dict[str, Any] | None]:
     """The main job. Leaves GGUF(s), imatrix.gguf, plan.json, recipe.toml, verify.json, provenance.json in `folder`.
 
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
     and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
     """
     device = options.device or default_device()
-    plan = plan_model(model, options.recipe, options.target, options.mla, options.budget, options.split_max_bytes)
+    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     checkpoint = open_weights(model)
     check_ranks(checkpoint, device)
     ranks.same(plan.digest(), "plan")
@@ -296,7 +274,8 @@ def make(model: str | Path, folder: Path, options: MakeOptions) -> tuple[list[Pa
         _claim(folder, identity, options.restart)
         write_json(folder / PROVENANCE, identity | _circumstances(checkpoint, plan, options, device))
         write_text(folder / PLAN, plan.to_json())
-        write_text(folder / RECIPE, Recipe.source(recipe_name(options.recipe, options.budget)))
+        if (rules := recipe_text(options.recipe, options.budget)) is not None:
+            write_text(folder / RECIPE, rules)
         if options.restart:
             for left in ("reference.state", BASE):
                 shutil.rmtree(folder / left, ignore_errors=True)
@@ -351,7 +330,7 @@ def make_and_recover(
 ) -> list[Path]:
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     choice = options.calibration.text
-    source = recovery.open_original(checkpoint, plan, device, choice.n_tokens, options.calibration.ram)
+    source = recovery.open_original(checkpoint, plan, device, choice.n_tokens, options.calibration.memory)
     folder = out.parent / BASE
     folder.mkdir(exist_ok=True)
     base = folder / out.name
@@ -363,7 +342,8 @@ def make_and_recover(
     if ranks.index():
         return []
     chunks = cut(choice.corpus("calibration"), source, choice)
-    job = hashlib.sha256(repr((job_of(source, chunks), GGUFFile.open(files[0]).fingerprint())).encode()).hexdigest()
+    facts = job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint()
+    job = hashlib.sha256(repr(facts).encode()).hexdigest()
     files, gained = recovery.recover(files[0], out.parent, source, plan, chunks.tokens, job)
     write_json(out.parent / RECOVERY, gained)
     shutil.rmtree(folder)
@@ -415,9 +395,9 @@ def make_in_one_pass(
     chunks = cut(text, source, how.text)
     n_tokens, n_layer = chunks.tokens.numel(), source.config.n_layer
     beside = reference.tokens.numel() if reference else 0
-    hidden_dtype, room = chosen_room(source, n_tokens, how, out.parent, beside)
+    room = room_for(source, n_tokens, Limits(how.memory, how.hidden, out.parent, beside))
     effort = options.effort if encoder == "quantkit" else encoder
-    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks) + effort)
+    state = PassState(out.with_name(out.name + ".state"), job_of(source, chunks.tokens) + effort)
     if options.restart:
         state.remove()
     fingerprint = {
@@ -429,18 +409,11 @@ def make_in_one_pass(
     }
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
-    ours = onepass.EncoderOptions(options.effort) if encoder == "quantkit" else None
+    ours = EncoderOptions(options.effort) if encoder == "quantkit" else None
+    output = Output(out, fingerprint, extra, options.split_max_bytes, options.restart, overwrite=True)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
-    with open_writer(
-        source.checkpoint,
-        plan,
-        out,
-        fingerprint=fingerprint,
-        extra_metadata=extra,
-        overwrite=True,
-        split_max_bytes=options.split_max_bytes,
-        restart=options.restart,
-    ) as writer:
+    with open_writer(source.checkpoint, plan, output) as writer:
+        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))
         with track("layers", n_layer, "layers") as advance:
             steps = Steps(advance)
 
@@ -449,22 +422,12 @@ def make_in_one_pass(
                     reference.advance(done)
                 steps(done)
 
-            measured, used = onepass.run(
-                source,
-                plan,
-                chunks.tokens,
-                writer,
-                ours,
-                state,
-                min_expert_tokens=how.min_expert_tokens,
-                workers=options.workers,
-                hidden_dtype=hidden_dtype,
-                room=room,
-                progress=progress,
+            measured = collect(
+                source, chunks.tokens, state, room=room, turns=layers.turns, watch=layers.watch, progress=progress
             )
-        if used:
+        if used := layers.used_by_all():
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))
-        report_coverage(measured, n_tokens, how.min_expert_tokens)
+        coverage.report(measured, n_tokens, how.min_expert_tokens)
         measured = coverage.shrink(measured, how.min_expert_tokens)
         if ranks.index() == 0:
             save_imatrix(
@@ -528,7 +491,7 @@ def finished_files(path: Path) -> list[Path]:
 def _identity(checkpoint: Checkpoint, plan: Plan, options: MakeOptions) -> dict[str, Any]:
     """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
     text = {"imatrix": str(options.imatrix)} if options.imatrix else json.loads(json.dumps(asdict(options.calibration)))
-    for where in ("ram", "hidden"):
+    for where in ("memory", "hidden"):
         text.pop(where, None)
     return {
         "quantkit": __version__,

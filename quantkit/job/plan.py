@@ -1,48 +1,29 @@
-"""What `plan`, `make` and `hardware` share: a model, a recipe and a budget -> a plan, before any weight is read."""
+"""A model, a recipe and a budget -> a plan and the bytes of its file, before any weight is read."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit import bundle
-from quantkit import machine as probe
-from quantkit.calibration.sensitivity import Sensitivity
-from quantkit.encoding.jobs import check_plan, file_metadata
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_layout import FileLayout, layout
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning import hardware, hardware_table, targets
-from quantkit.planning.allocate import Solver
-from quantkit.planning.budget import plan_within, predict
+from quantkit.formats.gguf_layout import layout
+from quantkit.formats.part_file import FileLayout
+from quantkit.formats.sensitivity import Sensitivity
+from quantkit.models import family
+from quantkit.models.config import Mla, ModelConfig
+from quantkit.models.open import ModelRef, open_model
+from quantkit.planning import hardware, targets
+from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.damage import Damage, Measured, Prior
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.metadata import file_metadata
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
-from quantkit.remote import repo as remote
 from quantkit.tensors import TensorSpec
 
 DEFAULT_RECIPE = "1.58bit"
 VOCABULARY_BYTES = 41.1  # a token in R1's GGUF: 5.3 MB of tokens, types and merges for 129,280
-SPLIT_BYTES = 50 * 10**9  # the default of --split-max-size
 RUN_BYTES = 512  # metadata that only the run knows: names of imatrix and text
-
-
-def open_model(model: str | Path) -> Checkpoint | Geometry:
-    """A folder, the name of a bundled model, or a model on a Hub, of which only headers are read."""
-    path = Path(model)
-    if path.is_dir():
-        return open_source(path)
-    if str(model) in bundle.model_names():
-        return open_source(bundle.models_dir() / str(model))
-    if (repo := remote.parse(str(model), getattr(model, "revision", None))) and not path.exists():
-        return remote.open_remote(repo, getattr(model, "cache_bytes", remote.CACHE_BYTES))
-    names = ", ".join(bundle.model_names())
-    raise QuantkitError(
-        f"{model}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)"
-    )
 
 
 @dataclass(frozen=True)
@@ -59,14 +40,15 @@ class BudgetOptions:
     vram: int | None = None
     context: int = 16384
     measured: Path | None = None
-    solver: Solver = "lagrange"
 
     @property
     def given(self) -> bool:
+        """Whether there is any limit."""
         return any(limit is not None for limit in (self.size, self.bpw, self.ram, self.vram))
 
     def check(self) -> None:
-        limits = {"--size": self.size, "--bpw": self.bpw, "--ram": self.ram}
+        """QuantkitError for limits that contradict each other or leave no room."""
+        limits = {"--size": self.size, "--size in bpw": self.bpw, "--ram": self.ram}
         chosen = [name for name, value in limits.items() if value is not None]
         if len(chosen) > 1:
             raise QuantkitError(f"{' and '.join(chosen)} contradict each other: give one budget")
@@ -83,46 +65,67 @@ def recipe_name(recipe: str | Path | None, budget: BudgetOptions) -> str:
     return str(recipe) if recipe is not None else "auto" if budget.given else DEFAULT_RECIPE
 
 
+def is_plan(recipe: str | Path) -> bool:
+    """Whether a plan.json stands where a recipe could: it fixes every type already."""
+    return str(recipe).endswith(".json")
+
+
+def recipe_text(recipe: str | Path | None, budget: BudgetOptions) -> str | None:
+    """The TOML of the recipe that is meant, for the record; None of a plan.json."""
+    name = recipe_name(recipe, budget)
+    return None if is_plan(name) else Recipe.text(name)
+
+
 def plan_model(
-    model: str | Path,
+    model: ModelRef | Path | str,
     recipe: str | Path | None = None,
     target: str | None = None,
-    mla: str | None = None,
     budget: BudgetOptions = BudgetOptions(),
     split_max_bytes: int | None = None,
 ) -> Plan:
-    """A type for every tensor. Needs no weights: bundled descriptions will do."""
+    """A type for every tensor: by a recipe, within a budget, or as a plan.json has it. Needs no weights.
+
+    target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`. split_max_bytes: headers of splits count too.
+    """
     budget.check()
-    rules = Recipe.load(recipe_name(recipe, budget))
-    source = open_model(model)
-    config = DeepseekConfig.from_hf(source.config)
-    specs = deepseek.specs(config, mla or rules.mla)
+    name, source = recipe_name(recipe, budget), open_model(model)
+    config = family.from_hf(source.config)
+    if is_plan(name):
+        return _read_plan(Path(name), config, target, budget)
+    rules = Recipe.load(name).aimed(target)
+    specs = family.specs(config, rules.mla)
     if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, target, model=source.path.name)
+        return make_plan(specs, rules, model=source.path.name)
     damage = damage_model(specs, budget.measured)
 
-    def within(limits: Budget, words: str | None = None) -> Plan:
+    def within(limits: Budget) -> Plan:
+        """The best plan within these bytes."""
         return plan_within(
-            specs,
-            rules,
-            target,
-            source.path.name,
-            limits,
-            damage,
-            lambda plan: file_bytes(source, plan, split_max_bytes),
-            budget.solver,
-            words,
+            specs, rules, source.path.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
         )
 
     if budget.ram is None:
         own = rules.budget or Budget()
         return within(Budget(budget.size, budget.bpw, own.gpu) if budget.given else own)
-    return _plan_for_machine(within, config, mla or rules.mla, budget)
+    return _plan_for_machine(within, config, rules.mla, budget)
 
 
-def _plan_for_machine(
-    within: Callable[[Budget, str], Plan], config: DeepseekConfig, mla: str, budget: BudgetOptions
-) -> Plan:
+def _read_plan(path: Path, config: ModelConfig, target: str | None, budget: BudgetOptions) -> Plan:
+    """A plan.json for this model; there is nothing left that a target or a budget could decide."""
+    try:
+        plan = Plan.from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot read the plan: {error.strerror}") from None
+    plan.check_model(family.specs(config, plan.mla))
+    if budget.given:
+        raise QuantkitError(f"{path}: a plan fixes every type, so a budget has nothing to choose; give a recipe")
+    asked = targets.parse(target or plan.target)
+    if asked.name != plan.target or asked.mla not in (None, plan.mla):
+        raise QuantkitError(f"{path} is made for {plan.target}/{plan.mla}, not for --target {target}; plan again")
+    return plan
+
+
+def _plan_for_machine(within: Callable[[Budget], Plan], config: ModelConfig, mla: Mla, budget: BudgetOptions) -> Plan:
     """Everything but the routed experts on the GPU, experts in RAM, those of whole layers on the GPU while they fit."""
     machine = hardware.Machine(budget.ram or 0, budget.vram or 0)
     cache = budget.context * hardware.kv_bytes(config, mla)
@@ -131,7 +134,7 @@ def _plan_for_machine(
     room = hardware.gpu_room(config, mla, machine.vram, budget.context) if machine.vram else None
     size = machine.ram + (room if room is not None else -cache - hardware.WORKSPACE)
     while True:
-        plan = within(Budget(size=max(1, size), gpu=room), words)
+        plan = within(Budget(size=max(1, size), gpu=room, words=words))
         overflow = hardware.place(plan, config, machine, budget.context).disk
         if overflow == 0:
             return plan
@@ -151,12 +154,12 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:
     """The file(s) of a plan with their headers. Where there is no vocabulary, R1's bytes a token stand for it."""
-    config = DeepseekConfig.from_hf(source.config)
-    if isinstance(source, Geometry) or not (Path(source.path) / "tokenizer.json").exists():
+    config = family.from_hf(source.config)
+    if isinstance(source, Geometry) or not (source.path / "tokenizer.json").exists():
         vocabulary = {"vocabulary": "x" * int(VOCABULARY_BYTES * config.n_vocab)}
-        metadata = deepseek.metadata(config, plan.mla, plan.model) | vocabulary
+        metadata = family.metadata(config, plan.mla, plan.model) | vocabulary
     else:
-        metadata = file_metadata(source, config, plan)
+        metadata = file_metadata(source.path, config, plan)
     metadata = metadata | {"quantkit.reserve": "x" * RUN_BYTES}
     name = f"{plan.model}-{plan.recipe}"
     return layout(Path(name) / f"{name}.gguf", plan.tensors, metadata, split_max_bytes)
@@ -167,63 +170,20 @@ def file_bytes(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int |
     return sum(file.size for file in files_of(source, plan, split_max_bytes))
 
 
-def plan_file_bytes(model: str | Path, plan: Plan) -> int:
+def plan_file_bytes(model: ModelRef | Path | str, plan: Plan) -> int:
     """Bytes of one unsplit file."""
     return file_bytes(open_model(model), plan, None)
 
 
-def load_or_plan(model: str | Path, name: str, target: str | None, mla: str | None, budget: BudgetOptions) -> Plan:
-    """A plan.json, or a recipe's plan; `auto` within the budget."""
-    if name.endswith(".json"):
-        path = Path(name)
-        return Plan.from_json(path.read_bytes(), name)
-    is_open = Recipe.load(name).is_open
-    return plan_model(model, name, target, mla, budget if is_open else BudgetOptions())
+def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, budget: BudgetOptions) -> Plan:
+    """`plan_model` for one of several that are shown together: target and budget are for those that they can decide."""
+    if is_plan(recipe):
+        return plan_model(model, recipe)
+    return plan_model(model, recipe, target, budget if Recipe.load(recipe).is_open else BudgetOptions())
 
 
-def predict_plan(model: str | Path, plan: Plan, measured: Path | None) -> float:
+def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:
     """KL divergence expected of a plan of this model, nats a token."""
-    specs = deepseek.specs(DeepseekConfig.from_hf(open_model(model).config), plan.mla)
-    check_plan(plan, {spec.name: spec for spec in specs})
+    specs = family.specs(family.from_hf(open_model(model).config), plan.mla)
+    plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))
-
-
-def machine_of(
-    ram: int | None,
-    vram: int | None,
-    ram_bandwidth: float | None,
-    gpu_bandwidth: float | None,
-    disk_bandwidth: float | None,
-    disk: Path | None,
-) -> hardware.Machine:
-    """Sizes in bytes and bandwidths in GB/s as given, else as measured on this machine."""
-    if vram is None:
-        vram = probe.free_vram()
-    return hardware.Machine(
-        ram=probe.free_ram() if ram is None else ram,
-        vram=vram,
-        ram_bandwidth=ram_bandwidth * 1e9 if ram_bandwidth else probe.ram_bandwidth(),
-        gpu_bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else probe.gpu_bandwidth() if vram else None,
-        disk_bandwidth=disk_bandwidth * 1e9 if disk_bandwidth else probe.disk_bandwidth(disk) if disk else None,
-    )
-
-
-def hardware_report(
-    model: str | Path,
-    recipes: Sequence[str],
-    target: str | None,
-    mla: str | None,
-    machine: hardware.Machine,
-    context: int,
-    threads: int | None = None,
-) -> str:
-    """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones with fixed types)."""
-    fixed = [name for name in bundle.recipe_names() if not Recipe.load(name).is_open]
-    plans = [load_or_plan(model, name, target, mla, BudgetOptions()) for name in recipes or fixed]
-    source = open_model(model)
-    config = DeepseekConfig.from_hf(source.config)
-    rows = []
-    for plan in plans:
-        files = files_of(source, plan, None if targets.get(plan.target).single_file else SPLIT_BYTES)
-        rows.append((plan, sum(file.size for file in files), str(files[0].path)))
-    return hardware_table.report(rows, config, machine, context, str(model), threads or os.cpu_count() or 1)

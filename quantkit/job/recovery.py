@@ -23,26 +23,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from quantkit.calibration.measure import memory_limit
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK
-from quantkit.codecs.rescale import RESCALABLE, rescale
+from quantkit.codecs.registry import FORMATS, rescale
 from quantkit.encoding import encoders
-from quantkit.encoding.layer import SAME_INPUT, Moments
+from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.ggml import codec as ggml
+from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import Block, Observer, attention, feed_forward, rms_norm
+from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
+from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
+from quantkit.runtime.memory import memory_limit
 from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import Dequantized, GGUFSource
 from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.runtime.stream import final_hidden, head_logits, stream
+from quantkit.runtime.watch import Watcher
 from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0  # matrices of this many bits a weight are moved in full precision and encoded again
@@ -89,8 +90,8 @@ class Student(GGUFSource):
                 self.base[spec.name] = moved.get(spec.name, base)
                 self.unit[spec.name] = self.base[spec.name].float().std()
                 self.moved[spec.name] = torch.zeros(base.shape, device=self.device, requires_grad=True)
-            elif qtype in RESCALABLE or spec.role.endswith("_norm"):
-                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in RESCALABLE else base.shape
+            elif qtype in FORMATS or spec.role.endswith("_norm"):
+                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in FORMATS else base.shape
                 self.factor[spec.name] = torch.zeros(shape, device=self.device, requires_grad=True)
 
     def part(self, name: str, index: int | None = None) -> torch.Tensor:
@@ -116,17 +117,17 @@ class Student(GGUFSource):
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""
-        cos, sin = angles(self.config, torch.arange(tokens.shape[1], device=self.device))
+        turns = angles(self.config, torch.arange(tokens.shape[1], device=self.device))
         h = self.embed(tokens)
         for layer in range(self.config.n_layer):
-            h = checkpoint(self._layer, layer, h, cos, sin, use_reentrant=False)
+            h = checkpoint(self._layer, layer, h, turns, use_reentrant=False)
         return head_logits(self, self.head(), h)
 
-    def _layer(self, layer: int, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        block = self.layer(layer)
-        h = h + attention(h, block, self.config, cos, sin)
-        x = rms_norm(h, block.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
-        return h + feed_forward(x, block, self.config).view_as(h)
+    def _layer(self, layer: int, h: torch.Tensor, turns: Angles) -> torch.Tensor:
+        weights = self.layer(layer)
+        h = h + attention(h, weights, self.config, turns)
+        x = rms_norm(h, weights.ffn_norm, self.config.rms_eps).flatten(0, 1).to(self.dtype)
+        return h + feed_forward(x, weights, self.config).view_as(h)
 
 
 class FreeProducts(Dequantized):
@@ -146,9 +147,9 @@ class FreeProducts(Dequantized):
         """As `Products`."""
         return self.part(name).to(self.device, self.dtype)
 
-    def experts(self, layer: int) -> "HeldExperts":
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""
-        return HeldExperts(self.part, expert_names(layer), self.weights.config.n_expert)
+        return unwatched(HeldExperts(self.part, expert_names(layer), self.weights.config.n_expert))
 
 
 class HeldExperts:
@@ -169,6 +170,18 @@ class HeldExperts:
         return out
 
 
+class Inputs(Watcher):
+    """Moments of what some of a layer's matrices multiply, by role."""
+
+    def __init__(self, roles: set[str]):
+        self.roles, self.moments = roles, dict[str, Moments]()
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds the inputs of the roles that are asked for."""
+        if role in self.roles:
+            self.moments.setdefault(role, Moments()).add(x, weight)
+
+
 class Recovery:
     """One job: student, original and text. `run` leaves the tuned parameters in the student."""
 
@@ -184,7 +197,7 @@ class Recovery:
     ):
         self.original, self.plan, self.how, self.state, self.job = original, plan, how, state, job
         self.student = Student(path, str(original.device), original.dtype)
-        self.specs = [s for s in deepseek.specs(original.config, plan.mla) if s.name in self.student.base]
+        self.specs = [s for s in family.specs(original.config, plan.mla) if s.name in self.student.base]
         hold = max(1, len(tokens) // how.held_out)
         every = torch.linspace(0, len(tokens) - 1, hold + 2)[1:-1].round().long()
         kept = torch.ones(len(tokens), dtype=torch.bool)
@@ -215,14 +228,14 @@ class Recovery:
 
     def _is_fine(self, spec: TensorSpec) -> bool:
         qtype = self.student.file.tensors[spec.name].qtype
-        quantized = len(spec.shape) > 1 and not spec.fixed and ggml.block_size(qtype) > 1
+        quantized = len(spec.shape) > 1 and not spec.fixed and qtypes.stored(qtype).block_size > 1
         return quantized and not spec.is_routed and spec.role != "token_embd" and qtypes.get(qtype).bpw >= FINE_BITS
 
     def _original(self, spec: TensorSpec) -> torch.Tensor:
         source = self.original
         rows = [
-            deepseek.read(source.checkpoint, source.config, spec, *bounds, str(source.device))
-            for bounds in deepseek.slices(spec)
+            family.read(source.checkpoint, source.config, spec, *bounds, str(source.device))
+            for bounds in family.slices(spec)
         ]
         return torch.cat(rows).view(spec.shape).to(source.device, source.dtype)
 
@@ -287,23 +300,13 @@ class Recovery:
         by_layer: dict[int | None, list[TensorSpec]] = {}
         for spec in fine:
             by_layer.setdefault(spec.layer, []).append(spec)
-        moments: dict[str, Moments] = {}
-
-        def before(layer: int, _: Block) -> Observer:
-            moments.clear()
-            wanted = {SAME_INPUT.get(s.role, s.role) for s in by_layer.get(layer, [])}
-
-            def observe(role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-                if role in wanted:
-                    moments.setdefault(role, Moments()).add(x, weight)
-
-            return observe
-
-        last = None
-        for layer in stream(student, self.tokens[self.text], before):
-            for spec in by_layer.get(layer.index, []):
-                self._encode_one(spec, moments[SAME_INPUT.get(spec.role, spec.role)])
-            last = layer.hidden
+        last = torch.empty(0)
+        for step in stream(student, self.tokens[self.text]):
+            mine = by_layer.get(step.layer, [])
+            inputs = Inputs({SAME_INPUT.get(spec.role, spec.role) for spec in mine})
+            last = step.compute(inputs)
+            for spec in mine:
+                self._encode_one(spec, inputs.moments[SAME_INPUT.get(spec.role, spec.role)])
         for spec in by_layer.get(None, []):  # the output
             seen, norm = Moments(), student.part("output_norm.weight")
             for part in last.split(4):
@@ -331,7 +334,7 @@ class Recovery:
         values = ggml.dequantize(qtype, packed.reshape(-1, packed.shape[-1]), spec.n_in)
         student.base[name] = torch.from_numpy(values).view(spec.shape).to(student.device, student.dtype)
         student.moved.pop(name, None)
-        if qtype in RESCALABLE:
+        if qtype in FORMATS:
             shape = (*spec.shape[:-1], spec.n_in // SUPERBLOCK)
             student.factor[name] = torch.zeros(shape, device=student.device, requires_grad=True)
 
@@ -413,8 +416,8 @@ def recover(
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
     files = [folder / source.name for source in parts]
-    for part, file in zip(parts.values(), files, strict=True):
-        os.replace(part, file)
+    for part, finished in zip(parts.values(), files, strict=True):
+        os.replace(part, finished)
     state.unlink(missing_ok=True)
     return files, {"kld_before": before, "kld_after": after}
 
@@ -424,7 +427,7 @@ def open_original(checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int
     if it does not fit at all."""
     n = sum(t.n_weights for t in plan.tensors)
     moved = sum(t.n_weights for t in plan.tensors if not t.is_routed and t.role != "token_embd")
-    d = DeepseekConfig.from_hf(checkpoint.config).d
+    d = family.from_hf(checkpoint.config).d
     besides = moved * MOVED_BYTES + n // SUPERBLOCK * FREE_BYTES + 6 * 4 * LOGITS + 4 * n_tokens * d
     limit, where = memory_limit(ram, torch.device(device))
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,8 +1,8 @@
 """`quantkit report`: what a folder of `quantkit make` proves, on one self-contained page, and its figures as PNGs."""
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from quantkit import __version__
 from quantkit.calibration.coverage import coverage
 from quantkit.errors import QuantkitError
 from quantkit.formats.imatrix import ImatrixInfo, load_imatrix
+from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_whole
 from quantkit.job.make import CERTIFY, IMATRIX, PLAN, PROVENANCE, VERIFY, imatrix_digest
 from quantkit.planning.bitmap import bit_map
@@ -28,13 +30,6 @@ REPORT = "report.html"
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
 SIZE = (4.6, 2.8)  # inches: at a phone's 390 pixels the figure's 9-point text is 11 pixels high
 DPI = 160
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "svg.fonttype": "none",
-}
 
 
 @dataclass
@@ -68,15 +63,7 @@ class Material:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise QuantkitError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise QuantkitError(f"{path}: expected an object")
-    return value
+    return load_object(path.read_bytes(), str(path)) if path.is_file() else None
 
 
 def _comparable(folder: Path, scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -94,7 +81,7 @@ def write_report(folder: Path) -> list[Path]:
     """Write report.html and report-*.png into the folder; returns their paths, the page first."""
     material = Material.load(folder)
     figures: dict[str, Figure] = {}
-    with matplotlib.rc_context(STYLE):
+    with _style():
         for name, draw in FIGURES.items():
             if (figure := draw(material)) is not None:
                 figures[name] = figure
@@ -107,6 +94,18 @@ def write_report(folder: Path) -> list[Path]:
     for name, data in made.items():
         write_whole(folder / name, data)
     return [folder / name for name in made]
+
+
+def _style() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": GREY,
+            "svg.fonttype": "none",
+        }
+    )
 
 
 def _svg(figure: Figure, name: str) -> Markup:
@@ -124,6 +123,13 @@ def _svg(figure: Figure, name: str) -> Markup:
 def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
+
+
+def _whole_numbers(axes: Axes) -> None:
+    """Ticks along x at whole numbers only: layers."""
+    locator = axes.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)
+    locator.set_params(integer=True)
 
 
 def pareto(m: Material) -> Figure | None:
@@ -152,6 +158,7 @@ def pareto(m: Material) -> Figure | None:
 
 
 def layers(m: Material) -> Figure | None:
+    """Each layer's own error, and the error gathered by then."""
     rows = m.scores.get("layers")
     if not rows:
         return None
@@ -161,13 +168,14 @@ def layers(m: Material) -> Figure | None:
     axes.bar(index, [row["own"] for row in rows], color=colours, label="its own, on the original's input")
     axes.plot(index, [row["error"] for row in rows], color=INK, marker=".", markersize=4, label="of the state after it")
     axes.set(xlabel="layer", ylabel="relative error")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.set_ylim(0, 1.3 * max(max(row["own"], row["error"]) for row in rows))
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
     return figure
 
 
 def kld(m: Material) -> Figure | None:
+    """Histogram of the tokens' divergence, with its median, mean and 99th percentile."""
     histogram = m.scores.get("kld_histogram")
     if not histogram:
         return None
@@ -195,6 +203,7 @@ def kld(m: Material) -> Figure | None:
 
 
 def domains(m: Material) -> Figure | None:
+    """Perplexity of the original and of the file, domain by domain."""
     found = m.scores.get("domains")
     if not found:
         return None
@@ -215,6 +224,7 @@ def domains(m: Material) -> Figure | None:
 
 
 def expert_coverage(m: Material) -> Figure | None:
+    """Calibration tokens of each layer's experts: fewest, median and most."""
     rows = coverage(m.imatrix, 0)
     if not rows:
         return None
@@ -231,7 +241,7 @@ def expert_coverage(m: Material) -> Figure | None:
     axes.plot(index, [row.median for row in rows], color=BLUE, marker=".", label="median")
     axes.set_yscale("log")
     axes.set(xlabel="layer", ylabel="calibration tokens per expert")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.legend(frameon=False, fontsize=8.5)
     return figure
 

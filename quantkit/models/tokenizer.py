@@ -1,4 +1,4 @@
-"""DeepSeek's byte-level BPE: from tokenizer.json into GGUF metadata, and from GGUF metadata back into a tokenizer."""
+"""Byte-level BPE: from tokenizer.json into GGUF metadata, and from GGUF metadata back into a tokenizer."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +12,8 @@ from quantkit.formats.gguf_encode import U32, I32List
 from quantkit.formats.safetensors_header import load_json
 from quantkit.formats.tensor_table import read_text_file
 
-# DeepSeek-V3's pre-tokenizer, which llama.cpp knows as `deepseek-v3`: numbers in threes, CJK runs, words and the rest.
-DEEPSEEK_V3_SPLITS = (
-    r"\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-)
+Patterns = Mapping[str, tuple[str, ...]]
+"""GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
 
 
 def load(folder: Path) -> Tokenizer:
@@ -43,25 +38,28 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
-    """`tokenizer.*` keys for a checkpoint folder. n_vocab: rows of the embedding; missing ids become [PADi]."""
+def metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
+    """`tokenizer.*` keys for a checkpoint folder.
+
+    n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
+    """
     try:
-        return _metadata(folder, n_vocab)
+        return _metadata(folder, n_vocab, known)
     except (TypeError, KeyError, AttributeError) as error:
         raise QuantkitError(f"{folder / 'tokenizer.json'}: not the structure of a BPE tokenizer ({error})") from None
 
 
-def _metadata(folder: Path, n_vocab: int) -> dict[str, Any]:
+def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     raw, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
     model = raw.get("model") or {}
     if model.get("type") != "BPE":
         raise QuantkitError(f"{folder / 'tokenizer.json'}: model type {model.get('type')!r} is not BPE")
-    _check_splits(raw, folder)
+    pre = _pre_tokenizer(raw, folder, known)
     tokens, types = _tokens(raw, n_vocab, folder)
     ids = {token: i for i, token in enumerate(tokens)}
     out: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "deepseek-v3",
+        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
         "tokenizer.ggml.merges": [_text(m) if isinstance(m, str) else _text(" ".join(m)) for m in model["merges"]],
@@ -91,12 +89,15 @@ def _text(value: Any) -> str:
     return value
 
 
-def _check_splits(raw: Mapping[str, Any], folder: Path) -> None:
+def _pre_tokenizer(raw: Mapping[str, Any], folder: Path, known: Patterns) -> str:
+    """GGUF's name of it."""
     parts = (raw.get("pre_tokenizer") or {}).get("pretokenizers") or []
     splits = tuple(part["pattern"].get("Regex") for part in parts if part.get("type") == "Split")
-    if splits != DEEPSEEK_V3_SPLITS:
-        # llama.cpp would cut words differently and the model would see tokens it was not trained on.
-        raise QuantkitError(f"{folder / 'tokenizer.json'}: pre-tokenizer is not DeepSeek-V3's; no GGUF name for it")
+    for name, expected in known.items():
+        if splits == expected:
+            return name
+    # llama.cpp would cut words differently and the model would see tokens it was not trained on.
+    raise QuantkitError(f"{folder / 'tokenizer.json'}: pre-tokenizer is not {' or '.join(known)}; no GGUF name for it")
 
 
 def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
@@ -122,19 +123,19 @@ def _looks_special(token: str) -> bool:
     return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
 
 
-def from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does."""
-    if meta.get("tokenizer.ggml.model") != "gpt2" or meta.get("tokenizer.ggml.pre") != "deepseek-v3":
-        pre = meta.get("tokenizer.ggml.pre")
-        raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not deepseek-v3; cannot tokenize")
-    return _built(lambda: _from_gguf(meta), "GGUF metadata")
+def from_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
+    """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does. known: pre-tokenizers it may have."""
+    pre = meta.get("tokenizer.ggml.pre")
+    if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in known:
+        raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not {' or '.join(known)}; cannot tokenize")
+    return _built(lambda: _from_gguf(meta, known[pre]), "GGUF metadata")
 
 
-def _from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
+def _from_gguf(meta: Mapping[str, Any], patterns: tuple[str, ...]) -> Tokenizer:
     tokens, types = list(meta["tokenizer.ggml.tokens"]), list(meta["tokenizer.ggml.token_type"])
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK_V3_SPLITS]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,6 +147,6 @@ def _from_gguf(meta: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids without BOS; chat markers in the text become their special tokens."""
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,23 +1,18 @@
 """The bit budget: one type per tensor, minimising predicted damage under limits on bytes. Pure arithmetic.
 
-A multiple-choice knapsack. `lagrange` walks the lower convex hulls of all tensors in the order of damage saved per
+A multiple-choice knapsack. `allocate` walks the lower convex hulls of all tensors in the order of damage saved per
 byte, which solves its linear relaxation exactly (Sinha and Zoltners 1979) and so gives the bound, then spends what is
-left by exchanges. `milp` is exact, by HiGHS. Both say how far from the bound they are.
+left by exchanges. It says how far from the bound it is.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
-
-import numpy as np
 
 from quantkit.errors import QuantkitError
 
-Solver = Literal["lagrange", "milp"]
-SOLVERS: tuple[Solver, ...] = ("lagrange", "milp")
-MILP_SECONDS = 120
+SOLVER = "lagrange"  # as plans record it
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,6 @@ class Allocation:
     n_bytes: int
     damage: float
     bound: float
-    solver: Solver
 
     @property
     def gap(self) -> float:
@@ -70,14 +64,12 @@ class Infeasible(QuantkitError):
         self.smallest, self.limit, self.what = smallest, limit, what
 
 
-def allocate(items: Sequence[Item], limits: Limits, solver: Solver = "lagrange") -> Allocation:
+def allocate(items: Sequence[Item], limits: Limits) -> Allocation:
     """The types with the least damage. Infeasible if the smallest ones do not fit."""
     resident = [item for item in items if item.resident]
     if limits.resident is not None:
         _check(resident, limits.resident, "tensors that stay on the GPU")
     _check(items, limits.total, "all tensors")
-    if solver == "milp":
-        return _milp(items, limits)
     whole = _lagrange(items, limits.total)
     if limits.resident is None or _bytes(resident, whole.types) <= limits.resident:
         return whole
@@ -85,7 +77,7 @@ def allocate(items: Sequence[Item], limits: Limits, solver: Solver = "lagrange")
     inner = _lagrange(resident, limits.resident)
     outer = _lagrange([item for item in items if not item.resident], limits.total - inner.n_bytes)
     damage, bound = inner.damage + outer.damage, inner.bound + outer.bound
-    return Allocation(inner.types | outer.types, inner.n_bytes + outer.n_bytes, damage, bound, "lagrange")
+    return Allocation(inner.types | outer.types, inner.n_bytes + outer.n_bytes, damage, bound)
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
@@ -141,7 +133,7 @@ def _lagrange(items: Sequence[Item], limit: int) -> Allocation:
     damage = _damage(choices, picked)
     types = {item.name: options[p].qtype for item, options, p in zip(items, choices, picked, strict=True)}
     n_bytes = sum(options[p].n_bytes for options, p in zip(choices, picked, strict=True))
-    return Allocation(types, n_bytes, damage, damage if bound is None else min(damage, bound), "lagrange")
+    return Allocation(types, n_bytes, damage, damage if bound is None else min(damage, bound))
 
 
 def _steps(choices: Sequence[Sequence[Option]]) -> list[tuple[float, int, int, int]]:
@@ -163,7 +155,7 @@ def _exchange(choices: Sequence[Sequence[Option]], picked: list[int], left: int)
     while True:
         moves = list(_moves(choices, picked))
         single = min((m for m in moves if m[2] <= left and m[3] < 0), key=lambda m: (m[3], m[2], m[0]), default=None)
-        best = (single[3], single[2], (single,)) if single else None
+        best: Better | None = (single[3], single[2], (single,)) if single else None
         pair = _best_pair(moves, left)
         if pair and (best is None or pair[0] < best[0]):
             best = pair
@@ -175,6 +167,7 @@ def _exchange(choices: Sequence[Sequence[Option]], picked: list[int], left: int)
 
 
 Move = tuple[int, int, int, float]  # item, rank of its new option, change of bytes, change of damage
+Better = tuple[float, int, tuple[Move, ...]]  # change of damage, change of bytes, the moves
 
 
 def _moves(choices: Sequence[Sequence[Option]], picked: Sequence[int]) -> Iterator[Move]:
@@ -185,7 +178,7 @@ def _moves(choices: Sequence[Sequence[Option]], picked: Sequence[int]) -> Iterat
                 yield i, rank, option.n_bytes - now.n_bytes, option.damage - now.damage
 
 
-def _best_pair(moves: Sequence[Move], left: int) -> tuple[float, int, tuple[Move, ...]] | None:
+def _best_pair(moves: Sequence[Move], left: int) -> Better | None:
     """The lowering and the raising that together save most and fit; the raisings are sorted by bytes, with the best
     of every prefix for two different tensors (the lowered one may be one of them)."""
     raising = sorted((m for m in moves if m[2] > 0), key=lambda m: (m[2], m[3]))
@@ -201,7 +194,7 @@ def _best_pair(moves: Sequence[Move], left: int) -> tuple[float, int, tuple[Move
         elif move[0] != first[0] and (second is None or move[3] < second[3]):
             second = move
         prefix.append((first, second))
-    best: tuple[float, int, tuple[Move, ...]] | None = None
+    best: Better | None = None
     for lower in (m for m in moves if m[2] < 0):
         at = bisect_right(sizes, left - lower[2]) - 1
         if at < 0:
@@ -213,36 +206,3 @@ def _best_pair(moves: Sequence[Move], left: int) -> tuple[float, int, tuple[Move
         if saved < -1e-15 and (best is None or saved < best[0]):
             best = saved, lower[2] + upper[2], (lower, upper)
     return best
-
-
-def _milp(items: Sequence[Item], limits: Limits) -> Allocation:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    flat = [(i, option) for i, item in enumerate(items) for option in pareto(item.options)]
-    owner = np.array([i for i, _ in flat])
-    size = np.array([option.n_bytes for _, option in flat], float)
-    damage = np.array([option.damage for _, option in flat])
-    scale = float(damage.max()) or 1.0
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(items), len(flat)))
-    rules = [LinearConstraint(one_each, 1, 1), LinearConstraint((size / limits.total)[None], -np.inf, 1)]
-    if limits.resident is not None:
-        inside = np.array([items[i].resident for i in owner])
-        rules.append(LinearConstraint((size * inside / max(1, limits.resident))[None], -np.inf, 1))
-    found = milp(
-        damage / scale,
-        constraints=rules,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": MILP_SECONDS, "mip_rel_gap": 1e-5},
-    )
-    if found.x is None:
-        raise QuantkitError(f"the MILP solver found nothing in {MILP_SECONDS} s ({found.message}); use lagrange")
-    chosen = [flat[j] for j in np.flatnonzero(found.x > 0.5)]
-    total = sum(option.damage for _, option in chosen)
-    types = {items[i].name: option.qtype for i, option in chosen}
-    n_bytes = sum(option.n_bytes for _, option in chosen)
-    resident = sum(option.n_bytes for i, option in chosen if items[i].resident)
-    if n_bytes > limits.total or (limits.resident is not None and resident > limits.resident):
-        raise QuantkitError("the MILP solver went over the budget within its tolerance; use lagrange")
-    return Allocation(types, n_bytes, total, min(total, float(found.mip_dual_bound) * scale), "milp")

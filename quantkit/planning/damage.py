@@ -15,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import TensorSpec
 
-EXACT = frozenset(("F32", "F16", "BF16"))  # the checkpoint is FP8 or BF16: what they lose is not seen
+EXACT = frozenset(name for name, qtype in qtypes.QTYPES.items() if not qtype.damage)
 FLOOR = 1e-9
 SPREAD = 0.15  # of log damages around gain + error, where measurement noise is small (tiny-r1)
 FIT_ROUNDS = 30
@@ -45,12 +45,15 @@ class Prior:
         self.count = Counter(spec.role for spec in specs)
 
     def gain(self, spec: TensorSpec) -> float:
+        """Damage at Q4_K, nats a token, if only this tensor has it."""
         return LEVEL * GAIN[spec.role] / self.count[spec.role]
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
+        """Nats a token if only this tensor has this type."""
         return 0.0 if spec.fixed or qtype in EXACT else self.gain(spec) * ERROR[qtype]
 
     def total(self, damages: float) -> float:
+        """Nats a token of a whole file, given the sum over its tensors."""
         return interact(damages)
 
 
@@ -93,6 +96,7 @@ class Measured:
             self.errors = {key: _mean(values) for key, values in off.items()}
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
+        """Nats a token if only this tensor has this type. QuantkitError if nothing was measured of it."""
         if spec.fixed or qtype in EXACT:
             return 0.0
         if spec.name not in self.gains:
@@ -105,6 +109,7 @@ class Measured:
         return math.exp(share * point.log + (1 - share) * model)
 
     def total(self, damages: float) -> float:
+        """Nats a token of a whole file, given the sum over its tensors."""
         return interact(damages)
 
 

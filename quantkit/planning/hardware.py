@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.errors import QuantkitError
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import Mla, ModelConfig
 from quantkit.planning.plan import Plan, PlannedTensor
 
 WORKSPACE = 1_500_000_000  # CUDA context and compute buffers of llama.cpp at R1's width with ubatches of 512
 CACHE_BYTES = 2  # a KV element: F16 in llama.cpp, BF16 elsewhere
-GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ class Speed:
     tokens_per_second: float | None
 
 
-def kv_bytes(config: DeepseekConfig, mla: str) -> int:
+def kv_bytes(config: ModelConfig, mla: Mla) -> int:
     """KV cache of one token in all layers. Split MLA keeps the latent and the rotary key once for all heads; the
     combined layout keeps every head's key and value."""
     per_layer = config.kv_lora + config.qk_rope if mla == "split" else config.n_head * (config.qk_head + config.v_head)
     return CACHE_BYTES * per_layer * config.n_layer
 
 
-def gpu_room(config: DeepseekConfig, mla: str, vram: int, context: int) -> int:
+def gpu_room(config: ModelConfig, mla: Mla, vram: int, context: int) -> int:
     """What is left of the VRAM for weights."""
     room = vram - WORKSPACE - context * kv_bytes(config, mla)
     if vram and room <= 0:
@@ -77,7 +76,7 @@ def gpu_room(config: DeepseekConfig, mla: str, vram: int, context: int) -> int:
     return room
 
 
-def place(plan: Plan, config: DeepseekConfig, machine: Machine, context: int) -> Placement:
+def place(plan: Plan, config: ModelConfig, machine: Machine, context: int) -> Placement:
     """Everything that every token needs goes to the GPU, then the experts of whole layers from the last one up."""
     experts = _experts_by_layer(plan.tensors)
     resident = sum(tensor.n_bytes for tensor in plan.tensors if not tensor.is_routed)
@@ -103,7 +102,7 @@ def place(plan: Plan, config: DeepseekConfig, machine: Machine, context: int) ->
     return Placement(tuple(sorted(on_gpu)), cpu, resident, gpu_experts, cpu_experts, cache, gpu, ram, everything - ram)
 
 
-def speed(plan: Plan, config: DeepseekConfig, machine: Machine, placed: Placement) -> Speed:
+def speed(plan: Plan, config: ModelConfig, machine: Machine, placed: Placement) -> Speed:
     """Bytes a token reads, and the bound that follows from the bandwidths."""
     share = config.n_used / config.n_expert
     lookup = sum(t.n_bytes for t in plan.tensors if t.role == "token_embd") if not config.tied else 0
@@ -120,7 +119,7 @@ def speed(plan: Plan, config: DeepseekConfig, machine: Machine, placed: Placemen
     return Speed(gpu, ram, disk, 1 / seconds)
 
 
-def whole_layers(plan: Plan, config: DeepseekConfig, vram: int, context: int) -> int:
+def whole_layers(plan: Plan, config: ModelConfig, vram: int, context: int) -> int:
     """Layers that fit on the GPU entirely, attention and experts, as llama.cpp's -ngl takes them: from the last one up
     with their share of the KV cache; the output matrix comes first."""
     sizes = [0] * config.n_layer

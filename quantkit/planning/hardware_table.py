@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from quantkit.errors import QuantkitError
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.planning import hardware
 from quantkit.planning.hardware import Machine, Placement
 from quantkit.planning.plan import Plan
-from quantkit.sizes import gib
+from quantkit.sizes import both_units, gib
 
 GB = 10**9
 FORMULA = "tok/s ≤ 1 / (gpu bytes / gpu bandwidth + ram bytes / ram bandwidth + disk bytes / disk bandwidth)"
@@ -15,7 +15,7 @@ FORMULA = "tok/s ≤ 1 / (gpu bytes / gpu bandwidth + ram bytes / ram bandwidth 
 
 def report(
     plans: Sequence[tuple[Plan, int, str]],
-    config: DeepseekConfig,
+    config: ModelConfig,
     machine: Machine,
     context: int,
     original: str,
@@ -29,14 +29,14 @@ def report(
         f"{'from disk':>9} {'GB a token gpu/ram/disk':>24} {'tok/s':>7}"
     ]
     lines.append("─" * len(lines[-1]))
-    placed: list[tuple[Plan, Placement, str]] = []
+    placed: list[tuple[Plan, int, str, Placement]] = []
     for plan, n_bytes, file in plans:
         try:
             where = hardware.place(plan, config, machine, context)
         except QuantkitError as error:
             lines.append(f"{plan.recipe:<12} {gib(n_bytes):>9} does not fit: {error}")
             continue
-        placed.append((plan, where, file))
+        placed.append((plan, n_bytes, file, where))
         lines.append(_row(plan, n_bytes, config, machine, where))
     lines += [
         "",
@@ -48,8 +48,8 @@ def report(
         f"{gib(hardware.WORKSPACE)} of buffers are set aside",
     ]
     if placed:
-        plan, where, file = next((one for one in placed if one[1].disk == 0), placed[0])
-        lines += ["", f"To start {plan.recipe}:"]
+        plan, n_bytes, file, where = next((one for one in placed if one[-1].disk == 0), placed[0])
+        lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
         for engine, commands in hardware.commands(plan, where, machine, context, file, original, threads).items():
             lines += [f"  {engine}", *(f"    {command}" for command in commands)]
     return "\n".join([*lines, "", *_offload(plans, config, context)])
@@ -63,7 +63,7 @@ def _machine(machine: Machine) -> str:
     return f"RAM {gib(machine.ram)}, {rate(machine.ram_bandwidth)}{gpu} · disk {rate(machine.disk_bandwidth)}"
 
 
-def _row(plan: Plan, n_bytes: int, config: DeepseekConfig, machine: Machine, where: Placement) -> str:
+def _row(plan: Plan, n_bytes: int, config: ModelConfig, machine: Machine, where: Placement) -> str:
     speed = hardware.speed(plan, config, machine, where)
     layers = f"{len(where.gpu_layers)} of {len(where.gpu_layers) + len(where.cpu_layers)}"
     token = "/".join(f"{n / GB:.2f}" for n in (speed.gpu, speed.ram, speed.disk))
@@ -74,13 +74,13 @@ def _row(plan: Plan, n_bytes: int, config: DeepseekConfig, machine: Machine, whe
     )
 
 
-def _offload(plans: Sequence[tuple[Plan, int, str]], config: DeepseekConfig, context: int) -> list[str]:
+def _offload(plans: Sequence[tuple[Plan, int, str]], config: ModelConfig, context: int) -> list[str]:
     """Whole layers on the GPU, by Unsloth's rule and by the bytes of this plan."""
     cards = (24, 80, 160)
     lines = [
         f"Whole layers on the GPU (-ngl, {config.n_layer} layers): Unsloth's floor(VRAM / file × layers - 4), and "
         f"by bytes with a context of {context:,}",
-        f"{'recipe':<12} {'file':>9}" + "".join(f" {f'{card} GB: rule':>14} {'by bytes':>9}" for card in cards),
+        f"{'recipe':<12} {'file':>9}" + "".join(f" {f'{card} GiB: rule':>14} {'by bytes':>9}" for card in cards),
     ]
     for plan, n_bytes, _ in plans:
         cells = [

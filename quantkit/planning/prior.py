@@ -6,23 +6,9 @@ by ggml with an imatrix; GAIN is the geometric mean of the two, in nats a token 
 does.
 """
 
-ERROR = {
-    "IQ1_S": 29.3,
-    "IQ1_M": 26.2,
-    "IQ2_XXS": 15.9,
-    "IQ2_XS": 11.8,
-    "IQ2_S": 8.53,
-    "Q2_K": 9.74,
-    "IQ3_XXS": 4.90,
-    "IQ3_S": 3.50,
-    "Q3_K": 3.61,
-    "IQ4_XS": 1.15,
-    "IQ4_NL": 1.11,
-    "Q4_K": 1.00,
-    "Q5_K": 0.309,
-    "Q6_K": 0.097,
-    "Q8_0": 0.015,
-}
+from quantkit.codecs.types import QTYPES
+
+ERROR = {name: qtype.damage for name, qtype in QTYPES.items() if qtype.damage}
 """qtype -> damage as a multiple of Q4_K's."""
 
 GAIN = {

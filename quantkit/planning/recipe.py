@@ -2,8 +2,8 @@
 
 name = "1.58bit"
 description = "one line"
-target = "ktransformers"       # the engine that has to compute the file; --target overrides it
-mla = "split"                  # or "combined": how kv_b is stored; --mla overrides it
+target = "ktransformers"       # the engine that has to compute the file
+mla = "split"                  # or "combined": how kv_b is stored; --target ENGINE/combined overrides both
 
 [[rules]]
 match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them
@@ -21,14 +21,14 @@ allocate = { types = ["IQ1_S", "Q2_K"], floor = "IQ1_S", ceiling = "Q6_K" }
 why = "required: the reason"
 
 [budget]                       # --size and its like override it
-size = "131GB"                 # the whole file; or bpw = 1.6: bits of tensor data per weight
-gpu = "12GB"                   # all but the routed experts
+size = "131GiB"                # the whole file (131GB is 10^9); or bpw = 1.6: bits of tensor data per weight
+gpu = "12GiB"                  # all but the routed experts
 """
 
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import cache
 from pathlib import Path
@@ -37,12 +37,13 @@ from typing import Any
 from quantkit import bundle
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.models.config import MLA, Mla
 from quantkit.planning import targets
+from quantkit.planning.fields import Fields
 from quantkit.planning.targets import TARGETS
-from quantkit.sizes import parse_memory
+from quantkit.sizes import parse_size
 from quantkit.tensors import TensorSpec
 
-MLA = ("split", "combined")
 MAX_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 SHARE = re.compile(r"(first|last) ([0-9]{1,4})/([0-9]{1,4})")
@@ -88,11 +89,19 @@ class Candidates:
 @dataclass(frozen=True)
 class Budget:
     """Limits in bytes. size: the whole file, headers included. bpw: bits of tensor data per weight of the whole model.
-    gpu: data of all tensors but the routed experts."""
+    gpu: data of all tensors but the routed experts. words: what the person called it, for the record."""
 
     size: int | None = None
     bpw: float | None = None
     gpu: int | None = None
+    words: str | None = None
+
+    def __str__(self) -> str:
+        """In words: `131,000,000,000 bytes, all but the routed experts in 12,000,000,000 bytes`."""
+        if self.words:
+            return self.words
+        whole = f"{self.size:,} bytes" if self.size else f"{self.bpw:g} bpw" if self.bpw else "any size"
+        return whole + (f", all but the routed experts in {self.gpu:,} bytes" if self.gpu else "")
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Rule:
     allocate: Candidates | None = None
 
     def matches(self, spec: TensorSpec, moe_layers: Sequence[int]) -> bool:
+        """Whether it speaks of this tensor, in a model with these layers of routed experts."""
         if self.layers is not None and spec.layer not in self.layers:
             return False
         if self.share is not None and spec.layer not in self.share.of(moe_layers):
@@ -125,7 +135,7 @@ class Recipe:
     name: str
     description: str
     target: str
-    mla: str
+    mla: Mla
     rules: tuple[Rule, ...]
     source: str
     budget: Budget | None = None
@@ -149,12 +159,13 @@ class Recipe:
         return cls.parse(data, str(path))
 
     @staticmethod
-    def source(name_or_path: str | Path) -> str:
+    def text(name_or_path: str | Path) -> str:
         """The TOML text of a recipe that `load` accepts."""
         return _find(name_or_path).read_text(encoding="utf-8")
 
     @classmethod
     def parse(cls, data: bytes | str, source: str) -> "Recipe":
+        """A recipe in TOML. source: what errors call it."""
         try:
             table = tomllib.loads(data if isinstance(data, str) else data.decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -163,7 +174,15 @@ class Recipe:
             raise QuantkitError(f"{source}: not usable TOML: {type(error).__name__}") from None
         return _recipe(table, source)
 
+    def aimed(self, target: str | None) -> "Recipe":
+        """The same for another target, given as a person writes it: `llama.cpp` or `llama.cpp/combined`."""
+        if target is None:
+            return self
+        chosen = targets.parse(target)
+        return replace(self, target=chosen.name, mla=chosen.mla or self.mla)
+
     def rules_for(self, target: str) -> tuple[Rule, ...]:
+        """The rules that speak of this target, in order."""
         return tuple(rule for rule in self.rules if rule.targets is None or target in rule.targets)
 
 
@@ -192,7 +211,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _recipe(table: dict[str, Any], source: str) -> Recipe:
-    field = _Fields(table, source)
+    field = Fields(table, source)
     field.known("name", "description", "target", "mla", "rules", "budget")
     name = field.text("name")
     if not NAME.fullmatch(name):
@@ -204,7 +223,7 @@ def _recipe(table: dict[str, Any], source: str) -> Recipe:
         name=name,
         description=field.text("description"),
         target=field.choice("target", TARGETS),
-        mla=field.choice("mla", MLA) if "mla" in table else "split",
+        mla=MLA[field.choice("mla", MLA)] if "mla" in table else "split",
         rules=tuple(_rule(rule, number, source) for number, rule in enumerate(rules, 1)),
         source=source,
         budget=_budget(table["budget"], f"{source}: budget") if "budget" in table else None,
@@ -214,19 +233,19 @@ def _recipe(table: dict[str, Any], source: str) -> Recipe:
 def _budget(table: Any, where: str) -> Budget:
     if not isinstance(table, dict):
         raise QuantkitError(f"{where} must be a table")
-    field = _Fields(table, where)
+    field = Fields(table, where)
     field.known("size", "bpw", "gpu")
     if ("size" in table) == ("bpw" in table):
         raise field.error("give size or bpw")
     bits = table.get("bpw")
     if bits is not None and (type(bits) not in (int, float) or not 0 < bits <= 32):
         raise field.error(f"bpw must be a number of bits, not {bits!r}")
-    size, gpu = (parse_memory(field.text(key), f"{where}: {key}") if key in table else None for key in ("size", "gpu"))
+    size, gpu = (parse_size(field.text(key), f"{where}: {key}") if key in table else None for key in ("size", "gpu"))
     return Budget(size, bits, gpu)
 
 
 def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
-    field = _Fields(table, f"{source}: rule {number}")
+    field = Fields(table, f"{source}: rule {number}")
     field.known("match", "layers", "moe_layers", "target", "qtype", "allocate", "optional", "why")
     if "layers" in table and "moe_layers" in table:
         raise field.error("has both layers and moe_layers; give one")
@@ -257,7 +276,7 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
 def _candidates(table: Any, where: str) -> Candidates:
     if not isinstance(table, dict):
         raise QuantkitError(f'{where} must be a table such as {{ floor = "Q4_K" }}, or {{}} for any type')
-    field = _Fields(table, where)
+    field = Fields(table, where)
     if table.get("per_expert"):
         raise field.error("per_expert: a GGUF holds the experts of a layer in one tensor of one type, for every target")
     field.known("types", "floor", "ceiling", "per_expert")
@@ -270,7 +289,7 @@ def _candidates(table: Any, where: str) -> Candidates:
     return Candidates(types, floor, ceiling)
 
 
-def _layers(field: "_Fields") -> frozenset[int]:
+def _layers(field: Fields) -> frozenset[int]:
     text = field.text("layers")
     if not LAYERS.fullmatch(text):
         raise field.error(f'layers {text!r} must be block numbers such as "3-8" or "0-2,60"')
@@ -283,53 +302,9 @@ def _layers(field: "_Fields") -> frozenset[int]:
     return frozenset(layers)
 
 
-def _share(field: "_Fields") -> Share:
+def _share(field: Fields) -> Share:
     text = field.text("moe_layers")
     found = SHARE.fullmatch(text)
     if not found or not 0 < int(found[2]) <= int(found[3]):
         raise field.error(f'moe_layers {text!r} must be a share such as "first 6/58" or "last 2/58"')
     return Share(found[1], int(found[2]), int(found[3]))
-
-
-class _Fields:
-    """Typed access to one TOML table; every error says where."""
-
-    def __init__(self, table: dict[str, Any], where: str):
-        self.table, self.where = table, where
-
-    def error(self, text: str) -> QuantkitError:
-        return QuantkitError(f"{self.where}: {text}")
-
-    def known(self, *keys: str) -> None:
-        for key in self.table:
-            if key not in keys:
-                raise self.error(f"unknown key {key!r}; known: {', '.join(keys)}")
-
-    def required(self, key: str) -> Any:
-        if key not in self.table:
-            raise self.error(f"{key} is missing")
-        return self.table[key]
-
-    def text(self, key: str) -> str:
-        return self._line(key, self.required(key))
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        """One string, or a list of them."""
-        value = self.required(key)
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise self.error(f"{key} is an empty list")
-        return tuple(self._line(key, v) for v in values)
-
-    def choice(self, key: str, choices: Any) -> str:
-        return self.choice_of(key, self.text(key), choices)
-
-    def choice_of(self, key: str, value: str, choices: Any) -> str:
-        if value not in choices:
-            raise self.error(f"unknown {key} {value!r}; known: {' '.join(choices)}")
-        return value
-
-    def _line(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 1000:
-            raise self.error(f"{key} must be one line of text (1000 characters at most), not {value!r:.80}")
-        return value

@@ -5,7 +5,7 @@ from itertools import groupby
 from textwrap import wrap
 
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 
 TYPES_WIDTH = 48
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -27,7 +27,7 @@ def render(plan: Plan) -> str:
 def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
     """The lines under the table: bytes of the whole file, KLD predicted (nats a token) from source, the budget."""
     lines = [
-        f"whole file  {file_bytes:,} bytes ({gib(file_bytes)})",
+        f"whole file  {file_bytes:,} bytes ({both_units(file_bytes)})",
         f"predicted   KLD {kld:.4f} nats a token ({source})",
     ]
     if plan.outlook:
@@ -61,13 +61,6 @@ def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
                 *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      "),
             ]
     return "\n".join(lines)
-
-
-def types_by_role(plan: Plan) -> list[tuple[str, str, int]]:
-    """(role, `blk 3-8 IQ2_XXS · 9-60 IQ1_S`, bytes) in the order of first appearance."""
-    roles = list(dict.fromkeys(tensor.role for tensor in plan.tensors))
-    members = {role: [tensor for tensor in plan.tensors if tensor.role == role] for role in roles}
-    return [(role, layer_ranges(m), sum(tensor.n_bytes for tensor in m)) for role, m in members.items()]
 
 
 def layer_ranges(tensors: Iterable[PlannedTensor]) -> str:

@@ -1,32 +1,21 @@
-"""What each engine can compute, as data: a plan with a type its target gets wrong is refused before any work.
+"""What each target can compute, as data: a plan with a type its target gets wrong is refused before any work.
 
 Every refusal carries its reason and every table its source. Types quantkit does not encode are in no table.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.models.config import MLA, Mla
+from quantkit.tensors import ROUTED_ROLES, split_name
 
 TensorClass = Literal["routed experts", "k_b", "other matrices"]
 EXPERTS: TensorClass = "routed experts"
 K_B: TensorClass = "k_b"
 OTHER: TensorClass = "other matrices"
-
-
-class Typed(Protocol):
-    """What check() looks at; a PlannedTensor is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def qtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -39,20 +28,28 @@ class Allowed:
     otherwise: str = "not known to work there"
 
     def why_not(self, qtype: str) -> str:
+        """Why a type that is not among them is refused."""
         return self.refused.get(qtype, self.otherwise)
 
 
 @dataclass(frozen=True)
 class Target:
     """mla: layouts of kv_b that it reads; expert_multiple: must divide hidden size and expert FFN size;
-    single_file: it cannot load split files; notes: what a user of the file should know."""
+    single_file: it cannot load split files."""
 
     name: str
     allowed: Mapping[TensorClass, Allowed]
-    mla: tuple[str, ...]
+    mla: tuple[Mla, ...]
     expert_multiple: int
     single_file: bool
-    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """A target as a person asked for it. mla: None for the layout that the recipe says."""
+
+    name: str
+    mla: Mla | None = None
 
 
 ALL = tuple(qtypes.QTYPES)
@@ -89,12 +86,6 @@ KTRANSFORMERS = Target(
     mla=("split", "combined"),
     expert_multiple=256,
     single_file=False,
-    notes=(
-        "kt-kernel with sglang reads only the routed experts from the GGUF, the rest from the HF checkpoint",
-        "legacy ktransformers up to 0.3.1 needs --mla combined; from 0.3.2 either layout works",
-        "legacy ktransformers reads every *.gguf in the folder: keep one model per folder, and no *.safetensors",
-        "IQ4_XS experts carry 2 to 6 % relative error, the other types 0.2 to 2.2 % (8-bit activations)",
-    ),
 )
 
 LLAMA_CPP = Target(
@@ -103,10 +94,6 @@ LLAMA_CPP = Target(
     mla=("split", "combined"),
     expert_multiple=1,
     single_file=False,
-    notes=(
-        "it takes the layout from attention.key_length_mla and rejects a file with tensors of both layouts",
-        "combined is the layout of files made before split MLA; it needs far more memory for the KV cache",
-    ),
 )
 
 OLLAMA = Target(
@@ -118,25 +105,30 @@ OLLAMA = Target(
     mla=("split", "combined"),
     expert_multiple=1,
     single_file=True,
-    notes=(
-        "imports one file only (ollama/ollama#5245): write it without splits",
-        "its own deepseek2 engine reads either layout, requires tokenizer.ggml.pre deepseek-v3, and skips"
-        " group-limited routing (model/models/deepseek2/model.go)",
-    ),
 )
 
 TARGETS = {target.name: target for target in (KTRANSFORMERS, LLAMA_CPP, OLLAMA)}
 
 
 def get(name: str) -> Target:
+    """The target of this name; QuantkitError if there is none."""
     try:
         return TARGETS[name]
     except (KeyError, TypeError):
         raise QuantkitError(f"unknown target {name!r}; known: {' '.join(TARGETS)}") from None
 
 
+def parse(text: str) -> TargetChoice:
+    """`llama.cpp`, or `llama.cpp/combined` for another MLA layout than the recipe's."""
+    name, slash, mla = text.partition("/")
+    if slash and mla not in MLA:
+        raise QuantkitError(f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}")
+    return TargetChoice(get(name).name, MLA[mla] if slash else None)
+
+
 def tensor_class(role: str) -> TensorClass:
-    if role in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+    """Which of a target's tables speaks of this role."""
+    if role in ROUTED_ROLES:
         return EXPERTS
     return K_B if role == "attn_k_b" else OTHER
 
@@ -147,23 +139,22 @@ def suggest(target: str, role: str, n_in: int) -> tuple[str, ...]:
     return tuple(name for name in qtypes.QTYPES if name in allowed and qtypes.fits(name, n_in))
 
 
-def check(tensors: Iterable[Typed], target: str) -> None:
-    """Refuse the first tensor that the target cannot compute, saying why and what to use instead."""
-    engine = get(target)
-    for tensor in tensors:
-        kind = tensor_class(tensor.role)
-        allowed = engine.allowed[kind]
-        if tensor.qtype not in allowed.types:
-            use = " ".join(suggest(target, tensor.role, tensor.shape[-1]))
-            why = allowed.why_not(tensor.qtype)
-            raise QuantkitError(f"{tensor.name}: {tensor.qtype} is refused for {target} ({kind}): {why}; use {use}")
-        if kind == EXPERTS and any(n % engine.expert_multiple for n in tensor.shape[-2:]):
-            raise QuantkitError(
-                f"{tensor.name}: {target} needs hidden and expert FFN sizes that are multiples of"
-                f" {engine.expert_multiple}, not {tensor.shape[-2]} × {tensor.shape[-1]}; use another target"
-            )
+def check(target: str, name: str, shape: tuple[int, ...], qtype: str) -> None:
+    """Refuse a tensor that the target cannot compute in this type, saying why and what to use instead."""
+    made_for, (role, _) = get(target), split_name(name)
+    kind = tensor_class(role)
+    allowed = made_for.allowed[kind]
+    if qtype not in allowed.types:
+        use = " ".join(suggest(target, role, shape[-1]))
+        raise QuantkitError(f"{name}: {qtype} is refused for {target} ({kind}): {allowed.why_not(qtype)}; use {use}")
+    if kind == EXPERTS and any(n % made_for.expert_multiple for n in shape[-2:]):
+        raise QuantkitError(
+            f"{name}: {target} needs hidden and expert FFN sizes that are multiples of"
+            f" {made_for.expert_multiple}, not {shape[-2]} × {shape[-1]}; use another target"
+        )
 
 
-def check_mla(mla: str, target: str) -> None:
+def check_mla(mla: Mla, target: str) -> None:
+    """Refuse a layout that the target does not read."""
     if mla not in get(target).mla:
         raise QuantkitError(f"{target} does not read the {mla} MLA layout; use {' or '.join(get(target).mla)}")

@@ -14,7 +14,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -22,49 +21,44 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
+from quantkit.remote.pieces import Range
 
 NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
 READ = 1 << 24
 
 
-@dataclass(frozen=True, order=True)
-class Range:
-    """Bytes begin:end of the file with this ETag."""
-
-    etag: str
-    begin: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        return self.end - self.begin
-
-
 class RangeCache:
-    """overhead: bytes that its owner keeps elsewhere and that count too.
+    """Ranges on disk, at most `limit` bytes of them; `used` bytes are there or reserved.
 
     Not thread-safe by itself: its owner holds one lock around everything but `write`.
     """
 
-    def __init__(self, folder: Path, limit: int, overhead: int = 0):
-        self.folder, self.limit = folder, limit
-        self.used = overhead
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit, self.used = folder, limit, 0
         self._held: dict[Range, Path] = {}
         self._trusted: set[Range] = set()
         self._lock_fd: int | None = None
 
-    def open(self) -> Self:
-        """Take the folder for this process and see what an earlier one left. QuantkitError if another one has it."""
+    @property
+    def is_open(self) -> bool:
+        """Whether the folder is this process's."""
+        return self._lock_fd is not None
+
+    def open(self, overhead: int = 0) -> Self:
+        """Take the folder for this process and see what an earlier one left. QuantkitError if another one has it.
+
+        overhead: bytes that the owner keeps elsewhere and that count too.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_fd = _lock(self.folder / "lock")
         except BlockingIOError:
             raise QuantkitError(
                 f"{self.folder}: another quantkit is using this cache; wait for it, or give this run its own HF_HOME"
             ) from None
         except OSError as error:
             raise failed(self.folder, error) from None
+        self.used += overhead
         found: list[tuple[float, Range, Path]] = []
         for path in self.folder.glob("*/*"):
             match = NAME.fullmatch(path.name)
@@ -78,6 +72,7 @@ class RangeCache:
         return self
 
     def close(self) -> None:
+        """Leave the folder to other processes. What is whole stays there; a cache is not opened twice."""
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -87,6 +82,7 @@ class RangeCache:
         return list(self._held)
 
     def has(self, key: Range) -> bool:
+        """Whether the range is there, whole."""
         return key in self._held
 
     def reserve(self, length: int) -> bool:
@@ -97,6 +93,7 @@ class RangeCache:
         return True
 
     def give_back(self, length: int) -> None:
+        """Undo `reserve`: nothing came of it."""
         self.used -= length
 
     def forget(self, key: Range) -> None:
@@ -132,6 +129,7 @@ class RangeCache:
         return path
 
     def publish(self, key: Range, path: Path) -> None:
+        """From now on `has` the range that `write` left in `path`."""
         self._held[key] = path
         self._trusted.add(key)
 
@@ -142,7 +140,19 @@ class RangeCache:
         return fd, None if key in self._trusted else path.name.rsplit("-", 1)[1]
 
     def trust(self, key: Range) -> None:
+        """Note that the range was found to be sound."""
         self._trusted.add(key)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock until it is closed; BlockingIOError if another process has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def is_sound(fd: int, key: Range, crc: str) -> bool:
@@ -173,11 +183,12 @@ def keep(path: Path, data: bytes) -> None:
 
 
 def failed(folder: Path, error: OSError) -> QuantkitError:
+    """What a person can do about a folder that cannot be used."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         return QuantkitError(
             f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
-            "--cache-size, or set HF_HOME to another disk"
+            "$QUANTKIT_CACHE_SIZE, or set HF_HOME to another disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -69,10 +70,12 @@ class Repo:
         return None if self.trusted else False
 
     def url(self, file: str) -> str:
+        """Where a file lies at this commit."""
         return f"{self.endpoint}/{self.id}/resolve/{self.commit}/{file}"
 
 
 def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: what a token may be sent to."""
     parts = urlsplit(url)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
 
@@ -97,6 +100,7 @@ def with_retry(call: Callable[[], T], repo: Repo, what: str) -> T:
 
 
 def is_transient(error: Exception) -> bool:
+    """Whether trying again may help: a busy server or a broken connection."""
     cause = root(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response is not None and cause.response.status_code in RETRIED_STATUS
@@ -137,11 +141,13 @@ def requested_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def describe(error: Exception) -> str:
+    """A few words: the HTTP status, else the kind of error."""
     response = getattr(error, "response", None)
     return f"HTTP {response.status_code}" if response is not None else type(error).__name__
 
 
 def where_of(response: httpx2.Response) -> str:
+    """The host that answered; never a whole address, which may hold a signature."""
     return response.request.url.host
 
 
@@ -161,7 +167,7 @@ def explain(error: Exception, repo: Repo, what: str) -> NoReturn:
     elif isinstance(error, GatedRepoError):
         line = f"{at}: gated; ask for access on its page, then {login} ({known})"
     elif isinstance(error, RevisionNotFoundError):
-        line = f"{at}: no revision {repo.revision or repo.commit} (--revision)"
+        line = f"{at}: no revision {repo.revision or repo.commit}"
     elif isinstance(error, EntryNotFoundError):
         line = f"{at}: no file {what}"
     elif isinstance(error, RepositoryNotFoundError) or status == 404:
@@ -190,6 +196,7 @@ def first_line(error: Exception) -> str:
 
 
 def normalised(etag: str | None) -> str | None:
+    """An ETag without quotes and the mark of a weak one, so that two can be compared."""
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
@@ -199,7 +206,7 @@ class RangeReader:
     files: name -> (ETag, bytes). `received` counts the bytes of bodies, for reports.
     """
 
-    def __init__(self, repo: Repo, files: Mapping[str, tuple[str, int]]):
+    def __init__(self, repo: Repo, files: Mapping[str, tuple[str, int]]) -> None:
         self.repo, self.files = repo, files
         self.received = 0
         self.stop = threading.Event()
@@ -234,7 +241,7 @@ class RangeReader:
                     explain(error, self.repo, f"{file} ({what})")
                 pause(attempt, error, self.stop)
 
-    def _open(self, file: str, begin: int, end: int, location: str | None):
+    def _open(self, file: str, begin: int, end: int, location: str | None) -> AbstractContextManager[httpx2.Response]:
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         if location is None:
             headers |= build_hf_headers(token=self.repo.token, library_name="quantkit")
@@ -284,6 +291,6 @@ class RangeReader:
 class Refused(Exception):
     """A signed address no longer works."""
 
-    def __init__(self, response: httpx2.Response):
+    def __init__(self, response: httpx2.Response) -> None:
         super().__init__(f"HTTP {response.status_code}")
         self.response = response

@@ -19,23 +19,10 @@ from quantkit.remote.cache import failed, keep
 from quantkit.remote.client import Repo, with_retry
 from quantkit.remote.source import HubSource
 
-CACHE_BYTES = 60_000_000_000
 SMALL_FILES = (INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPO_ID = re.compile(rf"({PART}/{PART})(?:@([^\s@]+))?")
 SHARD = ".safetensors"
-
-
-class Model(str):
-    """What a person called a model (folder, bundled name, Hub id or URL), with the Hub options that came along."""
-
-    revision: str | None
-    cache_bytes: int
-
-    def __new__(cls, name: str, revision: str | None = None, cache_bytes: int = CACHE_BYTES):
-        self = super().__new__(cls, name)
-        self.revision, self.cache_bytes = revision, cache_bytes
-        return self
 
 
 @dataclass(frozen=True)
@@ -48,21 +35,20 @@ class Listing:
     license: str | None = None
 
 
-def parse(model: str, revision: str | None = None) -> Repo | None:
+def parse(model: str) -> Repo | None:
     """The repository that a name means, None if it is none: `user/name`, `user/name@revision`, or an address."""
     if match := REPO_ID.fullmatch(model.removeprefix(constants.HF_PROTOCOL).removeprefix("models/")):
-        return Repo(match[1], constants.ENDPOINT, revision or match[2])
+        return Repo(match[1], constants.ENDPOINT, match[2])
     parts = urlsplit(model)
     match = re.fullmatch(rf"/({PART}/{PART})(?:/(?:tree|resolve|blob)/([^/]+).*)?/?", parts.path)
     if parts.scheme in ("http", "https") and parts.hostname and match:
         host = parts.netloc.rpartition("@")[2]
         endpoint = "https://huggingface.co" if host == "hf.co" else f"{parts.scheme}://{host}"
-        named = unquote(match[2]) if match[2] else None
-        return Repo(match[1], endpoint, revision or named)
+        return Repo(match[1], endpoint, unquote(match[2]) if match[2] else None)
     return None
 
 
-def open_remote(repo: Repo, cache_bytes: int = CACHE_BYTES) -> Checkpoint:
+def open_remote(repo: Repo, cache_bytes: int) -> Checkpoint:
     """Config, index and all shard headers of a Hub model; weights come when they are read.
 
     The commit is looked up once and everything is read at it. QuantkitError in one line for whatever goes wrong.
@@ -113,7 +99,7 @@ def list_files(repo: Repo, home: Path) -> Listing:
         raise QuantkitError(f"{repo} at {repo.endpoint}: the listing names no commit")
     if "config.json" not in files:
         raise QuantkitError(f"{repo} at {repo.endpoint}: no config.json there; not a checkpoint in safetensors")
-    license_name = (info.card_data or {}).get("license") if info.card_data else None
+    license_name = info.card_data.get("license") if info.card_data else None
     listing = Listing(repo.id, info.sha, files, license_name if isinstance(license_name, str) else None)
     keep(known / info.sha / "listing.json", json.dumps(asdict(listing)).encode())
     keep(reference, info.sha.encode())
@@ -169,9 +155,9 @@ def indexed(path: Path) -> set[str]:
 
 def downloaded_shards(repo: Repo, listing: Listing, shards: list[str]) -> FolderSource | None:
     """The snapshot in huggingface_hub's cache, if someone downloaded the whole model with other tools."""
-    found = [try_to_load_from_cache(repo.id, shard, revision=repo.commit) for shard in shards]
-    if not found or not all(isinstance(path, str) for path in found):
+    cached = [try_to_load_from_cache(repo.id, shard, revision=repo.commit) for shard in shards]
+    found = [path for path in cached if isinstance(path, str)]
+    if not shards or len(found) != len(shards):
         return None
-    sizes = [os.path.getsize(path) for path in found]  # type: ignore[arg-type]
-    right = sizes == [listing.files[shard][1] for shard in shards]
-    return FolderSource(Path(found[0]).parent) if right else None  # type: ignore[arg-type]
+    right = [os.path.getsize(path) for path in found] == [listing.files[shard][1] for shard in shards]
+    return FolderSource(Path(found[0]).parent) if right else None

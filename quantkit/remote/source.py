@@ -7,14 +7,12 @@ layer just finished is wanted again only in the next pass, if there is one, and 
 """
 
 import atexit
-import bisect
 import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,22 +22,12 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import Extents, FolderSource
 from quantkit.formats.safetensors_header import header_length
 from quantkit.progress import say
-from quantkit.remote.cache import Range, RangeCache, copy_range, is_sound, keep
+from quantkit.remote.cache import RangeCache, copy_range, is_sound, keep
 from quantkit.remote.client import RangeReader, Repo
+from quantkit.remote.pieces import Piece, Range, Schedule
 
-PIECE = 32 << 20
 CONNECTIONS = 8
 HEADER_CONNECTIONS = 16
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One download. layer: its place in the order of use, None if it is wanted at any time."""
-
-    order: int
-    layer: int | None
-    file: str
-    key: Range
 
 
 class HubSource:
@@ -57,21 +45,17 @@ class HubSource:
         limit: int,
         local: FolderSource | None = None,
         connections: int = CONNECTIONS,
-    ):
+    ) -> None:
         self.repo, self.files, self.folder, self.limit, self.local = repo, files, folder, limit, local
         self.reader = RangeReader(repo, files)
         self.connections = connections
-        self.pieces: list[Piece] = []
         self._here = set(local.names()) if local else set()
         self._headers: dict[str, bytes] = {}
-        self._starts: dict[str, list[int]] = {}
-        self._by_file: dict[str, list[Piece]] = {}
-        self._n_layer = 1
-        self._cache: RangeCache | None = None
+        self._plan = Schedule()
+        self._cache = self._new_cache()
         self._change = threading.Condition()
         self._loading: set[Piece] = set()
         self._wanted: dict[Piece, int] = {}  # readers that wait for it
-        self._by_key: dict[Range, Piece] = {}
         self._front, self._next = -1, 0  # furthest layer being read; first piece not yet considered for reading ahead
         self._blocked = False  # no room to read further ahead
         self._error: BaseException | None = None
@@ -81,15 +65,18 @@ class HubSource:
     # What every ByteSource does.
 
     def names(self) -> list[str]:
+        """File names, sorted."""
         return sorted(self.files)
 
     def size(self, file: str) -> int:
+        """Bytes of a file; QuantkitError if there is no such file."""
         if file not in self.files:
             raise QuantkitError(f"{self.repo}: no file {file}")
         return self.files[file][1]
 
     def read(self, file: str, offset: int, length: int, what: str) -> torch.Tensor:
-        if file in self._here:
+        """uint8 [length]: of a header, from the cache, or downloaded now. QuantkitError naming `file` and `what`."""
+        if self.local is not None and file in self._here:
             return self.local.read(file, offset, length, what)
         size, end = self.size(file), offset + length
         if end > size:
@@ -99,7 +86,7 @@ class HubSource:
         if end <= len(header):
             out.numpy()[:] = memoryview(header)[offset:end]
             return out
-        pieces = self._pieces(file, offset, end)
+        pieces = self._plan.covering(file, offset, end)
         with self._wanting(pieces):
             position = offset
             for piece in [*pieces, None]:
@@ -116,19 +103,15 @@ class HubSource:
         return out
 
     def schedule(self, kept: Extents, layers: Sequence[Extents]) -> None:
+        """What is read ahead from now on, and in which order."""
+        elsewhere = {file: etag for file, (etag, _) in self.files.items() if file not in self._here}
         with self._change:
-            self._n_layer, self.pieces = max(1, len(layers)), []
-            for layer, extents in [(None, kept), *enumerate(layers)]:
-                for file, begin, end in cut(extents):
-                    if file not in self._here:
-                        key = Range(self.files[file][0], begin, end)
-                        self.pieces.append(Piece(len(self.pieces), layer, file, key))
-            self._by_file = {}
-            for piece in sorted(self.pieces, key=lambda piece: piece.key.begin):
-                self._by_file.setdefault(piece.file, []).append(piece)
-            self._by_key = {piece.key: piece for piece in self.pieces}
-            self._starts = {file: [piece.key.begin for piece in all_] for file, all_ in self._by_file.items()}
-            self._check_limit()
+            self._plan = Schedule(kept, layers, elsewhere)
+        if (need := self._plan.comfortable_bytes()) > self.limit:
+            say(
+                f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
+                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
+            )
 
     def close(self) -> None:
         """End the connections; what is whole stays in the cache. A later read begins again."""
@@ -144,9 +127,8 @@ class HubSource:
         with self._change:
             self._workers, self._closed = [], False
             self.reader.stop.clear()
-            if self._cache:
-                self._cache.close()
-                self._cache = None
+            self._cache.close()
+            self._cache = self._new_cache()
         if self.local:
             self.local.close()
 
@@ -173,12 +155,6 @@ class HubSource:
         return bytes(data)
 
     # Reading through the cache.
-
-    def _pieces(self, file: str, begin: int, end: int) -> list[Piece]:
-        """Those that have bytes of begin:end, in order."""
-        starts, pieces = self._starts.get(file, ()), self._by_file.get(file, ())
-        first = max(0, bisect.bisect_right(starts, begin) - 1)
-        return [piece for piece in pieces[first : bisect.bisect_left(starts, end)] if piece.key.end > begin]
 
     @contextmanager
     def _wanting(self, pieces: Sequence[Piece]) -> Iterator[None]:
@@ -257,24 +233,9 @@ class HubSource:
 
     # Making room.
 
-    def _check_limit(self) -> None:
-        layers = [0] * self._n_layer
-        kept = 0
-        for piece in self.pieces:
-            if piece.layer is None:
-                kept += piece.key.length
-            else:
-                layers[piece.layer] += piece.key.length
-        need = min(sum(layers), 2 * max(layers, default=0)) + kept
-        if need > self.limit:
-            say(
-                f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
-                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
-            )
-
     def _distance(self, layer: int) -> int:
         """Layers until this one is read, going round."""
-        return (layer - max(0, self._front - 1)) % self._n_layer  # the layer before the front is still being read
+        return (layer - max(0, self._front - 1)) % self._plan.n_layer  # the layer before the front is still being read
 
     def _victims(self, piece: Piece) -> list[Range] | None:
         """What to drop so that the piece fits; None if what may be dropped for it is not enough.
@@ -288,7 +249,7 @@ class HubSource:
         mine = -1.0 if demanded else float(self._distance(piece.layer or 0))
         candidates: list[tuple[float, int, Range]] = []
         for age, key in enumerate(self._cache.ranges()):
-            other = self._by_key.get(key)
+            other = self._plan.by_key.get(key)
             if other is None:
                 candidates.append((float("inf"), -age, key))  # of other weights: the oldest first
             elif other not in self._wanted:
@@ -312,10 +273,12 @@ class HubSource:
 
     # Connections.
 
+    def _new_cache(self) -> RangeCache:
+        return RangeCache(self.folder / "ranges", self.limit)
+
     def _start(self) -> None:
-        if self._cache is None:
-            overhead = sum(map(len, self._headers.values()))
-            self._cache = RangeCache(self.folder / "ranges", self.limit, overhead).open()
+        if not self._cache.is_open:
+            self._cache.open(overhead=sum(map(len, self._headers.values())))
             self._trim()
         if not self._workers:
             self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.connections)]
@@ -342,19 +305,19 @@ class HubSource:
                     if piece is None:
                         self._change.wait()
                 self._loading.add(piece)
-            path = error = None
+            got: Path | BaseException
             try:
-                path = cache.write(piece.key, partial(self._download, piece))
-            except BaseException as caught:
-                error = caught
+                got = cache.write(piece.key, partial(self._download, piece))
+            except BaseException as error:
+                got = error
             with self._change:
                 self._loading.discard(piece)
-                if error is None:
-                    cache.publish(piece.key, path)
+                if isinstance(got, Path):
+                    cache.publish(piece.key, got)
                 else:
                     cache.give_back(piece.key.length)
                     if not self._closed:
-                        self._error = self._error or error
+                        self._error = self._error or got
                 self._change.notify_all()
 
     def _download(self, piece: Piece, sink: Callable[[bytes], None]) -> None:
@@ -367,8 +330,8 @@ class HubSource:
         for piece in self._wanted:
             if piece not in self._loading and not self._cache.has(piece.key) and self._make_room(piece):
                 return piece
-        while self._front >= 0 and not self._blocked and self._next < len(self.pieces):
-            piece = self.pieces[self._next]
+        while self._front >= 0 and not self._blocked and self._next < len(self._plan.pieces):
+            piece = self._plan.pieces[self._next]
             ahead = piece.layer is not None and piece.layer >= self._front - 1
             if ahead and piece not in self._loading and not self._cache.has(piece.key):
                 if not self._make_room(piece):
@@ -378,20 +341,3 @@ class HubSource:
                 return piece
             self._next += 1
         return None
-
-
-def cut(extents: Extents) -> list[tuple[str, int, int]]:
-    """Tensors as downloads, in order of use: neighbours in a file together up to PIECE bytes, larger ones in parts.
-
-    Nothing between two tensors is taken along.
-    """
-    rank = {extent: index for index, extent in reversed(list(enumerate(extents)))}
-    out: list[tuple[int, str, int, int]] = []
-    for file, begin, end in sorted(rank):
-        if out and out[-1][1] == file and out[-1][3] == begin and end - out[-1][2] <= PIECE:
-            first, _, start, _ = out.pop()
-            out.append((min(first, rank[file, begin, end]), file, start, end))
-            continue
-        for start in range(begin, end, PIECE):
-            out.append((rank[file, begin, end], file, start, min(start + PIECE, end)))
-    return [(file, begin, end) for _, file, begin, end in sorted(out)]

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 
 HEAD = 1024  # most probable tokens that are sorted at first
 
@@ -16,7 +16,7 @@ class Engine(Protocol):
     """A way to compute a model: n_slots sequences, each with a cache of its own for `capacity` tokens. Calls come from
     one thread at a time. piece: most tokens that `prefill` takes."""
 
-    config: DeepseekConfig
+    config: ModelConfig
     n_slots: int
     capacity: int
     piece: int

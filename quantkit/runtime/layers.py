@@ -1,7 +1,8 @@
-"""One transformer block: absorbed multi-head latent attention, routing, dense and routed feed-forward.
+"""One transformer layer: absorbed multi-head latent attention, routing, dense and routed feed-forward.
 
-The same functions serve the original checkpoint (torch matrices) and the quantized file (ggml on its bytes): a block
-is only a bag of callables. Attention works on the compressed cache (kv_lora + qk_rope numbers a token) in every mode.
+The same functions serve the original checkpoint (torch matrices) and the quantized file (ggml on its bytes): a layer's
+weights are only a bag of callables. Attention works on the compressed cache (kv_lora + qk_rope numbers a token) in
+every mode.
 """
 
 from collections.abc import Callable
@@ -12,16 +13,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from quantkit.models.config import DeepseekConfig
-from quantkit.runtime.experts.streamed import StreamedExperts
-from quantkit.runtime.rope import rotate
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.rotation import Angles, rotate
+from quantkit.runtime.watch import Watcher
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
-"""Called with a role (`attn_q_a`), the input [n, n_in] (or [n, n_head, n_in]) of that weight, and each token's weight
-float32 [n]: 1 / mean square of its residual stream, by which an error there is divided before it reaches the logits."""
-
 See = Callable[[str, torch.Tensor], None]
+"""`Watcher.observe` for tokens whose weight is known."""
 
 SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
 FFN_TOKENS = 8192  # tokens per tile of routing, shared and dense feed-forward
@@ -29,8 +27,39 @@ QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only 
 
 
 class Experts(Protocol):
+    """The routed experts of a layer."""
+
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [n, d], expert int64 [n, n_used], weight float32 [n, n_used] -> weighted sum float32 [n, d]."""
+
+
+class LayerExperts(Protocol):
+    """The routed experts of `LayerWeights`: what `Experts` is to an engine, and what a stream asks for besides."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor | None = None,
+        watcher: Watcher | None = None,
+    ) -> torch.Tensor:
+        """As `Experts`. out [n, d]: where the sum may be made. watcher: is told of each expert."""
+
+
+def unwatched(experts: Experts) -> LayerExperts:
+    """Those of an engine, which make their own sum and tell nobody: for layers that are not calibrated on."""
+
+    def compute(
+        x: torch.Tensor,
+        expert: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor | None = None,
+        watcher: Watcher | None = None,
+    ) -> torch.Tensor:
+        return experts(x, expert, weight)
+
+    return compute
 
 
 @dataclass
@@ -41,13 +70,13 @@ class Feed:
     up: Linear
     down: Linear
 
-    def __call__(self, x: torch.Tensor, observe: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
-        if observe:
-            observe("ffn_gate", x)
-            observe("ffn_up", x)
+    def __call__(self, x: torch.Tensor, see: See | None = None) -> torch.Tensor:
+        if see:
+            see("ffn_gate", x)
+            see("ffn_up", x)
         hidden = F.silu(self.gate(x)) * self.up(x)
-        if observe:
-            observe("ffn_down", hidden)
+        if see:
+            see("ffn_down", hidden)
         return self.down(hidden)
 
 
@@ -60,7 +89,7 @@ class Router:
 
 
 @dataclass
-class Block:
+class LayerWeights:
     """The weights of one layer, as callables and small tensors.
 
     q is (q_a, q_a_norm, q_b) or a single projection; k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora].
@@ -77,7 +106,7 @@ class Block:
     ffn_norm: torch.Tensor
     feed: Feed | None
     router: Router | None = None
-    experts: Experts | None = None
+    experts: LayerExperts | None = None
 
 
 @dataclass
@@ -89,7 +118,10 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, config: DeepseekConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    def empty(
+        cls, config: ModelConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
+        """For so many sequences of up to so many tokens."""
         shape = (n_seq, capacity)
         return cls(
             torch.zeros((*shape, config.kv_lora), device=device, dtype=dtype),
@@ -97,6 +129,7 @@ class KVCache:
         )
 
     def append(self, latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the next tokens; latent and rope of all so far."""
         end = self.length + latent.shape[1]
         self.latent[:, self.length : end] = latent
         self.rope[:, self.length : end] = rope
@@ -105,33 +138,34 @@ class KVCache:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., n] over its root mean square, times weight [n]; computed in float32, in the dtype of x."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def attention(
     h: torch.Tensor,
-    block: Block,
-    config: DeepseekConfig,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    weights: LayerWeights,
+    config: ModelConfig,
+    angles: Angles,
     cache: KVCache | None = None,
-    observe: Observer | None = None,
+    watcher: Watcher | None = None,
 ) -> torch.Tensor:
     """Causal attention output (residual not added) for h [n_seq, t, d], computed in the dtype of the weights.
 
-    cos, sin: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
+    angles: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
     """
     n_seq, t, d = h.shape
-    see = None if observe is None else partial(_observe, observe, token_weight(h))
-    x = rms_norm(h, block.attn_norm, config.rms_eps).reshape(-1, d).to(block.k_b.dtype)
-    q = _query(x, block, config, see).view(n_seq, t, config.n_head, config.qk_head)
+    cos, sin = angles
+    see = None if watcher is None else partial(_see, watcher, token_weight(h))
+    x = rms_norm(h, weights.attn_norm, config.rms_eps).reshape(-1, d).to(weights.k_b.dtype)
+    q = _query(x, weights, config, see).view(n_seq, t, config.n_head, config.qk_head)
     q_nope, q_rope = q.split([config.qk_nope, config.qk_rope], dim=-1)
     q_rope = rotate(q_rope, cos[:, None], sin[:, None])
     if see:
         see("attn_kv_a_mqa", x)
-    latent, k_rope = block.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
-    latent = rms_norm(latent, block.kv_a_norm, config.rms_eps)
+    latent, k_rope = weights.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
+    latent = rms_norm(latent, weights.kv_a_norm, config.rms_eps)
     k_rope = rotate(k_rope, cos, sin)
     if see:
         see("attn_kv_b", latent.reshape(-1, config.kv_lora))
@@ -141,25 +175,25 @@ def attention(
         cached = cache.append(latent, k_rope)
         latent, k_rope = (latent, k_rope) if first else cached
     if first and see is None:
-        values = _expanded(q_nope, q_rope, latent, k_rope, block, config.softmax_scale)
+        values = _expanded(q_nope, q_rope, latent, k_rope, weights, config.softmax_scale)
     else:
-        q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(block.k_b.dtype), block.k_b)
+        q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(weights.k_b.dtype), weights.k_b)
         mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
         if see:
             see("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
-        values = torch.einsum("sthc,hvc->sthv", mixed.to(block.v_b.dtype), block.v_b)
+        values = torch.einsum("sthc,hvc->sthv", mixed.to(weights.v_b.dtype), weights.v_b)
     values = values.reshape(n_seq * t, -1)
     if see:
         see("attn_output", values)
-    return block.output(values).view(n_seq, t, d)
+    return weights.output(values).view(n_seq, t, d)
 
 
-def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, see: See | None) -> torch.Tensor:
-    if not isinstance(block.q, tuple):
+def _query(x: torch.Tensor, weights: LayerWeights, config: ModelConfig, see: See | None) -> torch.Tensor:
+    if not isinstance(weights.q, tuple):
         if see:
             see("attn_q", x)
-        return block.q(x)
-    q_a, norm, q_b = block.q
+        return weights.q(x)
+    q_a, norm, q_b = weights.q
     if see:
         see("attn_q_a", x)
     low = rms_norm(q_a(x), norm, config.rms_eps)
@@ -169,16 +203,21 @@ def _query(x: torch.Tensor, block: Block, config: DeepseekConfig, see: See | Non
 
 
 def _expanded(
-    q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, block: Block, scale: float
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    weights: LayerWeights,
+    scale: float,
 ) -> torch.Tensor:
     """Whole chunks without a cache: keys and values per head are cheaper than attention over the latent.
 
     q_nope [s, t, h, n], q_rope [s, t, h, r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v].
     """
     n_seq, t, n_head, _ = q_nope.shape
-    k_nope = torch.einsum("stc,hcn->shtn", latent, block.k_b)
+    k_nope = torch.einsum("stc,hcn->shtn", latent, weights.k_b)
     # One product: the einsum of bfloat16 on the CPU first copies v_b, which takes ten times as long.
-    values = (latent @ block.v_b.flatten(0, 1).T).view(n_seq, t, n_head, -1).transpose(1, 2)
+    values = (latent @ weights.v_b.flatten(0, 1).T).view(n_seq, t, n_head, -1).transpose(1, 2)
     keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
     v_head = values.shape[-1]
@@ -216,7 +255,7 @@ def _absorbed(
     return out
 
 
-def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of each token: (expert int64 [n, n_used], weight float32 [n, n_used]) for normed x [n, d].
 
     DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
@@ -239,41 +278,40 @@ def route(x: torch.Tensor, router: Router, config: DeepseekConfig) -> tuple[torc
 
 def feed_forward(
     x: torch.Tensor,
-    block: Block,
-    config: DeepseekConfig,
-    observe: Observer | None = None,
-    weight_of_token: torch.Tensor | None = None,
+    weights: LayerWeights,
+    config: ModelConfig,
     sums: torch.Tensor | None = None,
+    watcher: Watcher | None = None,
+    weight_of_token: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: for the observer.
+    """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: what a watcher is told.
 
     Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries. x and sums
     [n, d] (where streamed experts add up) may live elsewhere than the weights.
     """
-    device = block.ffn_norm.device
+    device = weights.ffn_norm.device
 
     def see(begin: int, suffix: str = "") -> See | None:
-        if observe is None or weight_of_token is None:
+        if watcher is None or weight_of_token is None:
             return None
         weight = weight_of_token[begin : begin + FFN_TOKENS]
-        return lambda role, value: observe(role + suffix, value, weight)
+        return lambda role, value: watcher.observe(role + suffix, value, weight)
 
     tiles = list(enumerate(x.split(FFN_TOKENS)))
-    if block.router is None or block.experts is None:
-        assert block.feed is not None
-        return torch.cat([block.feed(part.to(device), see(i * FFN_TOKENS)).to(x.device) for i, part in tiles])
+    if weights.router is None or weights.experts is None:
+        assert weights.feed is not None
+        return torch.cat([weights.feed(part.to(device), see(i * FFN_TOKENS)).to(x.device) for i, part in tiles])
     routes = []
     for i, part in tiles:
         part = part.to(device)
-        routes.append(route(part, block.router, config))
+        routes.append(route(part, weights.router, config))
         if tell := see(i * FFN_TOKENS):
             tell("ffn_gate_inp", part)
     expert, weight = (torch.cat(parts) for parts in zip(*routes, strict=True))
-    streamed = isinstance(block.experts, StreamedExperts)
-    out = block.experts(x, expert, weight, sums) if streamed else block.experts(x, expert, weight)
-    if block.feed is not None:
+    out = weights.experts(x, expert, weight, sums, watcher)
+    if weights.feed is not None:
         for i, part in tiles:
-            shared = block.feed(part.to(device), see(i * FFN_TOKENS, "_shexp"))
+            shared = weights.feed(part.to(device), see(i * FFN_TOKENS, "_shexp"))
             out[i * FFN_TOKENS : (i + 1) * FFN_TOKENS] += shared.to(out.device)
     return out
 
@@ -283,5 +321,5 @@ def token_weight(h: torch.Tensor) -> torch.Tensor:
     return 1 / h.float().square().mean(-1).flatten().clamp_min(1e-20)
 
 
-def _observe(observe: Observer, weight: torch.Tensor, role: str, x: torch.Tensor) -> None:
-    observe(role, x, weight)
+def _see(watcher: Watcher, weight: torch.Tensor, role: str, x: torch.Tensor) -> None:
+    watcher.observe(role, x, weight)

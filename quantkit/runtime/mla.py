@@ -2,10 +2,10 @@
 
 import torch
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 
 
-def split_kv_b(kv_b: torch.Tensor, c: DeepseekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def split_kv_b(kv_b: torch.Tensor, c: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """[n_head (qk_nope + v_head), kv_lora] -> k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora]."""
     k, v = kv_b.view(c.n_head, c.qk_nope + c.v_head, c.kv_lora).split([c.qk_nope, c.v_head], dim=1)
     return k.transpose(1, 2).contiguous(), v.contiguous()

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from quantkit.codecs import blocks
+from quantkit.codecs.registry import codec
 
 FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
 
@@ -17,7 +17,7 @@ def use_kernels(kind: str) -> bool:
 
 
 class Packed:
-    """n matrices [n_out, n_in] of a type in `blocks.TYPES`.
+    """n matrices [n_out, n_in] of a type that is `registry.in_groups`.
 
     data: uint8 [n, n_out, row_bytes] on any device. dtype: of what is dequantized. Results have their input's dtype.
     """
@@ -35,7 +35,7 @@ class Packed:
         """Matrices begin ... end, dequantized: [end - begin, n_out, n_in]."""
         data = self.data[begin:end]
         if not use_kernels(data.device.type):
-            return blocks.dequantize(self.qtype, data).to(self.dtype)
+            return codec(self.qtype).dequantize(data).to(self.dtype)
         from quantkit.runtime import kernels
 
         out = torch.empty(*data.shape[:2], self.n_in, dtype=self.dtype, device=data.device)
@@ -70,9 +70,9 @@ class Packed:
 
             return kernels.products(self.qtype, self.data, x, ids)
         if ids is None:
-            return x @ blocks.dequantize(self.qtype, self.data[0]).T
+            return x @ codec(self.qtype).dequantize(self.data[0]).T
         used, at = ids.unique(return_inverse=True)
-        weights = blocks.dequantize(self.qtype, self.data[used.long()])
+        weights = codec(self.qtype).dequantize(self.data[used.long()])
         return torch.einsum("pi,poi->po", x.repeat_interleave(len(ids) // len(x), 0), weights[at])
 
 

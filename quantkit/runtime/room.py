@@ -12,14 +12,24 @@ Place = Literal["device", "ram", "disk"]
 
 class Room:
     """Makes the arrays. On disk they are mapped files in a temporary folder of `folder`: the system keeps as many of
-    their pages in memory as it can spare, and nothing is left of them when the room is dropped."""
+    their pages in memory as it can spare, and nothing is left of them when the room is dropped.
 
-    def __init__(self, place: Place = "device", device: torch.device | str = "cpu", folder: Path | None = None):
-        self.place, self.device = place, torch.device(device if place == "device" else "cpu")
+    hidden: dtype of the hidden states; bfloat16 saves memory in large jobs.
+    """
+
+    def __init__(
+        self,
+        place: Place = "device",
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        hidden: torch.dtype = torch.float32,
+    ):
+        self.hidden, self.place, self.device = hidden, place, torch.device(device if place == "device" else "cpu")
         self._folder = tempfile.TemporaryDirectory(prefix="quantkit-", dir=folder) if place == "disk" else None
         self._made = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A new array; what is in it is undefined."""
         if self._folder is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         self._made += 1

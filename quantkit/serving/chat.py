@@ -33,7 +33,7 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], 
 
 def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
     """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
-    ids = tokenizers.encode(tokenizer, text)
+    ids = tokenizers.tokenize(tokenizer, text)
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 
@@ -44,7 +44,7 @@ class Conversation:
         """engine: of these weights; its slot 0 is taken."""
         self.residency = weights.residency
         self.engine, self.how, self.metadata = engine, how, weights.file.metadata
-        self.tokenizer = tokenizers.from_gguf(self.metadata)
+        self.tokenizer = weights.tokenizer()
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""

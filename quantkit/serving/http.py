@@ -23,7 +23,6 @@ from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.models import tokenizer as tokenizers
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.weights import GGUFWeights
@@ -232,8 +231,7 @@ def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Li
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
     name = weights.name.removesuffix(".gguf")
-    metadata = weights.file.metadata
-    api = Api(name, metadata, tokenizers.from_gguf(metadata), engine, limits, key)
+    api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, key)
     say(
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
         f"{'' if key else ' · no API key'} · Ctrl-C ends"

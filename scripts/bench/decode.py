@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from quantkit.ggml import library as ggml
+from quantkit.ggml.graph import Graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.weights import open_gguf
 
@@ -65,14 +65,14 @@ class Stopwatch:
     """Seconds spent within ggml's graphs."""
 
     def __init__(self, clock: Callable[[], float]):
-        self.seconds, run = 0.0, ggml.Graph.run
+        self.seconds, run = 0.0, Graph.run
 
         def timed(graph):
             start = clock()
             run(graph)
             self.seconds += clock() - start
 
-        ggml.Graph.run = timed
+        Graph.run = timed
 
 
 def main() -> None:

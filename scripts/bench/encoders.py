@@ -15,7 +15,7 @@ import torch
 from quantkit.encoding.api import formats
 from quantkit.encoding.encoders import encode_batch, prepare, second_moment
 from quantkit.encoding.feedback import EFFORTS
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 R1_ROUTED = 58 * 256 * 3 * 2048 * 7168
 R1_FACTORS = {7168: 58 * 256, 2048: 58 * 256}  # matrices to factorise: gate and up share one

@@ -14,11 +14,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 
-from quantkit.codecs import blocks
+from quantkit.codecs import types as qtypes
+from quantkit.codecs.registry import codec
 from quantkit.runtime import kernels
 from quantkit.runtime.engines import gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
@@ -60,20 +60,17 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 def kernel_report(types: list[str]) -> None:
     """Each type: greatest error against torch, and the rates of decoding in registers and of dequantizing."""
     for qtype in types:
-        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
-        n, n_out, n_in = 16, 4096, 7168
-        data = torch.randint(0, 256, (n, n_out, n_in // weights, size), dtype=torch.uint8, device="cuda")
+        sizes, n, n_out, n_in = qtypes.stored(qtype), 16, 4096, 7168
+        shape = (n, n_out, n_in // sizes.block_size, sizes.type_size)
+        data = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
         if qtype == "IQ1_M":
             data[..., 49::2] &= 0x3F
-        else:
-            at = size - 4 if qtype == "Q2_K" else size - 2 if qtype in ("Q3_K", "Q6_K") else 0
-            data[..., at + 1] &= 0x3B  # finite d
-            if qtype in ("Q2_K", "Q4_K", "Q5_K"):
-                data[..., at + 3] &= 0x3B
+        for field in {"d", "dmin"}.intersection(codec(qtype).block.names):
+            data[..., codec(qtype).block.fields[field][1] + 1] &= 0x3B  # finite
         data = data.view(n, n_out, -1)
         x = torch.randn(1, n_in, device="cuda")
         ids = torch.tensor([3, 0, 15, 7, 8, 1, 12, 5], dtype=torch.int32, device="cuda")
-        few = blocks.dequantize(qtype, data[:, :64])
+        few = codec(qtype).dequantize(data[:, :64])
         expected = torch.einsum("poi,i->po", few[ids.long()].double(), x[0].double())
         error = float((kernels.products(qtype, data, x, ids)[:, :64] - expected).abs().max() / expected.abs().max())
         out = torch.empty(n_out, n_in, dtype=torch.bfloat16, device="cuda")

@@ -17,15 +17,16 @@ import click
 import torch
 
 from quantkit import progress, ranks
+from quantkit.calibration.collect import collect
 from quantkit.calibration.state import PassState
-from quantkit.encoding import layer as onepass
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending, fit_importance
+from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance
+from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
@@ -67,9 +68,9 @@ def main(
 
     checkpoint = Checkpoint.open(folder)
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    plan = make_plan(deepseek.specs(source.config), Recipe.load(recipe), target, model="synthetic")
+    plan = make_plan(family.specs(source.config), Recipe.load(recipe), target, model="synthetic")
     ids = torch.randint(0, source.config.n_vocab, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
-    metadata = deepseek.metadata(source.config, plan.mla, "synthetic")
+    metadata = family.metadata(source.config, plan.mla, "synthetic")
     state = PassState(out / "state", "bench")
     state.remove()
     ranks.barrier()
@@ -83,18 +84,11 @@ def main(
     with GGUFWriter.open(
         out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True
     ) as writer:
-        how = onepass.EncoderOptions(effort) if encoder == "quantkit" else None
-        imatrix, used = onepass.run(
-            source,
-            plan,
-            ids,
-            writer,
-            how,
-            state,
-            hidden_dtype=torch.bfloat16,
-            min_expert_tokens=None if how else 0,
-            progress=stamp,
-        )
+        how = EncoderOptions(effort) if encoder == "quantkit" else None
+        encoding = FileEncoder(source, plan, writer, LayerOptions(how, None if how else 0))
+        room = Room("device", device, hidden=torch.bfloat16)
+        imatrix = collect(source, ids, state, room=room, turns=encoding.turns, watch=encoding.watch, progress=stamp)
+        used = encoding.used_by_all()
         passed = time.perf_counter()
         layers = [after - before for before, after in pairwise(stamps)]
         show("seconds a layer: " + ", ".join(f"{took:.1f}" for took in layers))

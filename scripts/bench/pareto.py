@@ -21,22 +21,19 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import cut
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import fit_importance, quantize
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.divergence import compare, scored, scored_targets
+from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make as pipeline
 from quantkit.job import plan as plans
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.budget import plan_within
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan, plan_within
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.stream import final_hidden
 
 HAND = ("1.58bit", "1.73bit", "2.22bit", "2.51bit", "Q3_K", "Q4_K")
 LLAMA = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M")
@@ -78,8 +75,8 @@ class CachedEncoder:
 class Bench:
     def __init__(self, model: str, folder: Path, data: tuple[str, ...], tokens: int, prior: bool):
         self.checkpoint, self.folder, self.model = pipeline.open_weights(model), folder, model
-        self.config = DeepseekConfig.from_hf(self.checkpoint.config)
-        self.specs = deepseek.specs(self.config)
+        self.config = family.from_hf(self.checkpoint.config)
+        self.specs = family.specs(self.config)
         self.imatrix, _ = load_imatrix(folder / "imatrix.gguf")
         self.damage = plans.damage_model(self.specs, None if prior else folder / "sensitivity.json")
         self.encoder = CachedEncoder(folder / "cache")
@@ -95,16 +92,8 @@ class Bench:
 
     def measure(self, family: str, name: str, plan: Plan) -> Point:
         path = self.folder / f"{family}-{name}.gguf"
-        quantize(
-            self.checkpoint,
-            plan,
-            fit_importance(plan, self.imatrix),
-            path,
-            self.encoder,
-            fingerprint={},
-            overwrite=True,
-            restart=True,
-        )
+        output = Output(path, overwrite=True, restart=True)
+        quantize(self.checkpoint, plan, fit_importance(plan, self.imatrix), output, self.encoder)
         return self.judge(family, name, path)
 
     @torch.inference_mode()
@@ -112,8 +101,8 @@ class Bench:
         """Measure a file and remove it."""
         source = open_source(path)
         hidden = scored(final_hidden(source, self.tokens))
-        tiles = logit_tiles(self.source, self.clean), logit_tiles(source, hidden)
-        result = compare(*tiles, self.targets).summary()
+        heads = HeadLogits(self.source, self.clean), HeadLogits(source, hidden)
+        result = diverge(*heads, self.targets, self.source.config.n_vocab).summary()
         types = {t.name: STAND_IN.get(t.qtype, t.qtype) for t in source.file.tensors.values()}
         predicted = self.damage.total(sum(self.damage.of(spec, types[spec.name]) for spec in self.specs))
         point = Point(
@@ -139,14 +128,14 @@ class Bench:
             return self.of_types(types, target)
         return make_plan(self.specs, Recipe.load(name), target, "hand")
 
-    def allocated(self, n_bytes: int, target: str, solver: str, pinned: Plan | None = None) -> Plan:
+    def allocated(self, n_bytes: int, target: str, pinned: Plan | None = None) -> Plan:
         """At most these bytes. pinned: only routed experts are chosen, the rest keeps this plan's types."""
-        recipe = Recipe.load("auto")
+        recipe = Recipe.load("auto").aimed(target)
         if pinned:
             types = {tensor.name: tensor.qtype for tensor in pinned.tensors if not tensor.is_routed}
             recipe = self.recipe_of(types, target, '[[rules]]\nmatch = "ffn_*_exps"\nallocate = {}\nwhy = "open"\n')
         budget = Budget(size=n_bytes)
-        return plan_within(self.specs, recipe, target, "auto", budget, self.damage, self.file_bytes, solver)
+        return plan_within(self.specs, recipe, "auto", budget, self.damage, self.file_bytes)
 
     def recipe_of(self, types: dict[str, str], target: str, more: str = "") -> Recipe:
         """A recipe that gives these tensors these types."""
@@ -166,7 +155,7 @@ class Bench:
         plain, out = self.folder / "bf16.gguf", self.folder / "llama.gguf"
         if not plain.exists():
             plan = self.of_types({spec.name: spec.fixed or "BF16" for spec in self.specs}, "llama.cpp")
-            quantize(self.checkpoint, plan, {}, plain, GgmlEncoder(), fingerprint={})
+            quantize(self.checkpoint, plan, {}, Output(plain), GgmlEncoder())
         command = [llama_bin / "llama-quantize", "--imatrix", self.folder / "imatrix.gguf", plain, out, kind, "1"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
@@ -180,26 +169,25 @@ class Bench:
 @click.option("--data", multiple=True, help="Evaluation text. Default: the bundled mix's evaluation part.")
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--target", default="llama.cpp", show_default=True)
-@click.option("--solver", default="lagrange", show_default=True)
 @click.option("--llama-bin", type=click.Path(path_type=Path), default=None, help="Folder with llama-quantize.")
 @click.option("--prior", is_flag=True, help="Allocate by the built-in prior, not by sensitivity.json.")
 @click.option("--experts-only", is_flag=True, help="Allocate routed experts alone; the rest stays as in the rival.")
 @click.option("--only", default=None, help="Only these hand recipes, A,B, and their rivals.")
-def main(model, folder, data, tokens, target, solver, llama_bin, prior, experts_only, only):
+def main(model, folder, data, tokens, target, llama_bin, prior, experts_only, only):
     """Measure all files and write the results."""
     bench = Bench(model, folder, data, tokens, prior)
     points = []
     for name in only.split(",") if only else HAND:
         base = bench.hand(name, target)
         hand = bench.measure("hand", name, base)
-        plan = bench.allocated(hand.n_bytes, target, solver, base if experts_only else None)
+        plan = bench.allocated(hand.n_bytes, target, base if experts_only else None)
         points += [hand, bench.measure("allocated", name, plan)]
         click.echo(f"    ratio {points[-1].kld / hand.kld:.3f}, bytes {points[-1].n_bytes / hand.n_bytes:.5f}")
     for kind in LLAMA if llama_bin and not only else ():
         peer = bench.llama(kind, llama_bin)
         points.append(peer)
         try:
-            plan = bench.allocated(peer.n_bytes, target, solver)
+            plan = bench.allocated(peer.n_bytes, target)
         except QuantkitError as error:
             click.echo(f"    {error}")
             continue
@@ -208,10 +196,10 @@ def main(model, folder, data, tokens, target, solver, llama_bin, prior, experts_
     kind = "".join(label for on, label in ((prior, "-prior"), (experts_only, "-experts"), (only, "-part")) if on)
     out = folder / f"pareto-{target}{kind}.json"
     out.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
-    for family in ("allocated", None):
-        chosen = [point for point in points if family in (None, point.family)]
+    for chooser in ("allocated", None):
+        chosen = [point for point in points if chooser in (None, point.family)]
         rank = spearmanr([p.predicted for p in chosen], [p.kld for p in chosen]).statistic
-        click.echo(f"rank correlation predicted/measured, {family or 'all'}: {rank:.4f} over {len(chosen)} files")
+        click.echo(f"rank correlation predicted/measured, {chooser or 'all'}: {rank:.4f} over {len(chosen)} files")
 
 
 if __name__ == "__main__":

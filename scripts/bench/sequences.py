@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--ram", default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ram = sizes.parse_memory(args.ram, "--ram") if args.ram else None
+    ram = sizes.parse_size(args.ram, "--ram") if args.ram else None
     weights = open_gguf(args.file, n_threads=args.threads, ram=ram)
     engine = open_engine(weights, max(args.sequences), 256)
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,6 @@ from pathlib import Path
 import openai
 import torch
 
-from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.weights import open_gguf
 from quantkit.serving import http as serve
@@ -32,8 +31,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     weights = open_gguf(args.file, n_threads=args.threads)
     engine = open_engine(weights, max(args.users), 512)
-    metadata = weights.file.metadata
-    api = serve.Api("bench", metadata, tokenizers.from_gguf(metadata), engine, serve.Limits(), None)
+    api = serve.Api("bench", weights.file.metadata, weights.tokenizer(), engine, serve.Limits(), None)
     listener = serve.bind("127.0.0.1", 0)
     server = serve.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -16,9 +16,9 @@ import torch
 
 from quantkit.calibration.collect import collect
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.runtime.memory import memory
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import memory
 
 R1_BYTES, R1_MOE, R1_DENSE = 688_574_839_360, 58, 3
 
@@ -66,8 +66,7 @@ def main(
     collect(
         source,
         ids,
-        hidden_dtype=getattr(torch, hidden),
-        room=Room(room, device, folder),
+        room=Room(room, device, folder, getattr(torch, hidden)),
         progress=lambda _: stamps.append(time.perf_counter()),
     )
     n_bytes = {

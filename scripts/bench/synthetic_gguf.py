@@ -14,12 +14,12 @@ import numpy as np
 from synthetic import layout
 
 from quantkit import bundle
+from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import PlannedTensor, make_plan
+from quantkit.ggml.codec import quantize
+from quantkit.models import family, tokenizer
+from quantkit.planning.assign import make_plan
+from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import track
 
@@ -41,15 +41,15 @@ class Blocks:
         if (qtype, n_in) not in self.pools:
             n_rows = -(-POOL_WEIGHTS // n_in)
             rows = self.generator.standard_normal((n_rows, n_in), np.float32) / np.float32(n_in**0.5)
-            packed = ggml.quantize(qtype, rows, np.ones(n_in, np.float32))
-            self.pools[qtype, n_in] = packed.reshape(n_rows * n_in // ggml.block_size(qtype), -1)
+            packed = quantize(qtype, rows, np.ones(n_in, np.float32))
+            self.pools[qtype, n_in] = packed.reshape(n_rows * n_in // qtypes.get(qtype).block_size, -1)
         return self.pools[qtype, n_in]
 
     def take(self, tensor: PlannedTensor, n_rows: int) -> np.ndarray:
         """uint8 [n_rows, row_bytes]"""
         pool, n_in = self._pool(tensor.qtype, tensor.shape[-1]), tensor.shape[-1]
         self.offset = (self.offset + 104_729) % len(pool)
-        n_blocks = n_rows * n_in // ggml.block_size(tensor.qtype)
+        n_blocks = n_rows * n_in // qtypes.get(tensor.qtype).block_size
         return np.resize(np.roll(pool, -self.offset, axis=0), (n_blocks, pool.shape[1])).reshape(n_rows, -1)
 
 
@@ -70,10 +70,10 @@ def vector(tensor: PlannedTensor, blocks: Blocks) -> np.ndarray:
 def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -> None:
     """Write a random R1-shaped GGUF file."""
     config = layout(dense, moe, 256)[0]
-    c = DeepseekConfig.from_hf(config)
-    plan = make_plan(deepseek.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
-    metadata = deepseek.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
-        bundle.models_dir() / "tiny-r1", c.n_vocab
+    c = family.from_hf(config)
+    plan = make_plan(family.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
+    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
+        bundle.models_dir() / "tiny-r1", c.n_vocab, family.PRE
     )
     blocks = Blocks(seed)
     with (

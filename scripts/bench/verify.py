@@ -18,19 +18,17 @@ import click
 import numpy as np
 import torch
 
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending
+from quantkit.encoding.jobs import GgmlEncoder, encode_pending
 from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
-from quantkit.evaluation.verify import SideBySide
+from quantkit.evaluation.side_by_side import SideBySide
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime.memory import memory
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
-from quantkit.runtime.stream import memory
 from quantkit.tensors import Importance
 
 R1_MOE, R1_DENSE = 58, 3
@@ -38,8 +36,8 @@ R1_MOE, R1_DENSE = 58, 3
 
 def make_file(checkpoint: Checkpoint, out: Path, recipe: str, target: str) -> None:
     """A GGUF of the synthetic checkpoint, without a tokenizer."""
-    config = DeepseekConfig.from_hf(checkpoint.config)
-    plan = make_plan(deepseek.specs(config), Recipe.load(recipe), target, model="synthetic")
+    config = family.from_hf(checkpoint.config)
+    plan = make_plan(family.specs(config), Recipe.load(recipe), target, model="synthetic")
     imatrix = {
         t.name: Importance(
             np.ones((t.shape[0] if len(t.shape) == 3 else 1, t.shape[-1]), np.float32), np.ones(1, np.float32)
@@ -47,7 +45,7 @@ def make_file(checkpoint: Checkpoint, out: Path, recipe: str, target: str) -> No
         for t in plan.tensors
         if len(t.shape) > 1
     }
-    with GGUFWriter.open(out, plan.tensors, deepseek.metadata(config, plan.mla, "synthetic"), fingerprint={}) as writer:
+    with GGUFWriter.open(out, plan.tensors, family.metadata(config, plan.mla, "synthetic"), fingerprint={}) as writer:
         encode_pending(checkpoint, plan, imatrix, writer, GgmlEncoder())
 
 
@@ -56,7 +54,7 @@ def only_layers(checkpoint: Checkpoint, file: GGUFSource, layers: int) -> None:
     dense = min(layers, checkpoint.config["first_k_dense_replace"])
     checkpoint.config.update(num_hidden_layers=layers, first_k_dense_replace=dense)
     changed = {"deepseek2.block_count": layers, "deepseek2.leading_dense_block_count": dense}
-    file.config = DeepseekConfig.from_gguf(file.file.metadata | changed)
+    file.config = family.from_gguf(file.file.metadata | changed)
 
 
 class Anonymous(threading.Thread):

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from quantkit.encoding.api import SUPPORTED
 from quantkit.encoding.encoders import Hessian, blend, encode_values, second_moment
-from quantkit.ggml import library as ggml
-from quantkit.models.config import DeepseekConfig
+from quantkit.ggml import codec as ggml
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
 
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -47,7 +47,7 @@ DYN158 = {
 }
 
 
-def plan_types(name: str, config: DeepseekConfig) -> dict[str, str]:
+def plan_types(name: str, config: ModelConfig) -> dict[str, str]:
     """Tensor name -> type. 'dyn158', 'experts:TYPE' (routed experts alone) or a type for all that can take it."""
     base = DYN158
     if name == "dyn158+f32":  # the experts of dyn158; the other matrices may be re-targeted, not rounded

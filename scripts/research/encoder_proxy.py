@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.runtime.experts.streamed import PARTS, StreamedExperts
-from quantkit.runtime.layers import Block, Feed, Linear, Router, attention, feed_forward, rms_norm, token_weight
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.experts.streamed import StreamedExperts
+from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
+from quantkit.runtime.watch import ExpertVisit, Watcher
+from quantkit.tensors import ROUTED_ROLES
 
 See = Callable[[str, object], None]
 """Called with a matrix and its inputs [n, n_in], or with "blk.N.exps" and the ExpertVisit of one expert."""
@@ -37,25 +40,25 @@ SEEN = {"attn_kv_b": "attn_v_b"} | {
 }
 
 
-def load(folder: Path) -> tuple[DeepseekConfig, dict[str, torch.Tensor]]:
+def load(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Config and all weights, dequantized from FP8. k_b is [heads, rows, kv_lora], as kv_b_proj has it."""
     checkpoint = Checkpoint.open(folder)
-    config, w = DeepseekConfig.from_hf(checkpoint.config), {}
-    for spec in deepseek.specs(config):
-        rows = [deepseek.read(checkpoint, config, spec, *bounds) for bounds in deepseek.slices(spec)]
+    config, w = family.from_hf(checkpoint.config), {}
+    for spec in family.specs(config):
+        rows = [family.read(checkpoint, config, spec, *bounds) for bounds in family.slices(spec)]
         value = torch.cat(rows).view(spec.shape)
         w[spec.name.rpartition(".")[0]] = value.transpose(1, 2).contiguous() if spec.role == "attn_k_b" else value
     return config, w
 
 
-def block_of(config: DeepseekConfig, w: dict[str, torch.Tensor], i: int) -> Block:
+def weights_of(config: ModelConfig, w: dict[str, torch.Tensor], i: int) -> LayerWeights:
     """Layer i, with what the dict holds of it now."""
     of, moe = {name.removeprefix(f"blk.{i}."): t for name, t in w.items()}, config.is_moe(i)
 
     def linear(name: str) -> Linear:
         return lambda x: x @ of[name].T
 
-    return Block(
+    return LayerWeights(
         attn_norm=of["attn_norm"],
         q=(linear("attn_q_a"), of["attn_q_a_norm"], linear("attn_q_b")),
         kv_a=linear("attn_kv_a_mqa"),
@@ -64,32 +67,41 @@ def block_of(config: DeepseekConfig, w: dict[str, torch.Tensor], i: int) -> Bloc
         v_b=of["attn_v_b"],
         output=linear("attn_output"),
         ffn_norm=of["ffn_norm"],
-        feed=Feed(*(linear(f"ffn_{part}{'_shexp' if moe else ''}") for part in PARTS)),
+        feed=Feed(*(linear(f"ffn_{part}{'_shexp' if moe else ''}") for part in ("gate", "up", "down"))),
         router=Router(of["ffn_gate_inp"], of["exp_probs_b"]) if moe else None,
-        experts=StreamedExperts(lambda e: tuple(of[f"ffn_{part}_exps"][e] for part in PARTS), config.n_expert)
+        experts=StreamedExperts(lambda e: tuple(of[role][e] for role in ROUTED_ROLES), config.n_expert)
         if moe
         else None,
     )
 
 
-def observer(i: int, see: See):
-    """The runtime's observer that tells `see` of the inputs in layer i."""
-    return lambda role, x, _: see(f"blk.{i}.{SEEN[role]}", x) if role in SEEN else None
+class Telling(Watcher):
+    """The runtime's watcher that tells `see` of the inputs in layer i."""
+
+    def __init__(self, i: int, see: See):
+        self.i, self.see = i, see
+
+    def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Of the roles that are encoded."""
+        if role in SEEN:
+            self.see(f"blk.{self.i}.{SEEN[role]}", x)
+
+    def observe_expert(self, visit: ExpertVisit) -> None:
+        """Of each expert the whole visit."""
+        self.see(f"blk.{self.i}.exps", visit)
 
 
-def positions(n: int, config: DeepseekConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def positions(n: int, config: ModelConfig, device: torch.device) -> Angles:
     """cos and sin of the first n positions."""
     return angles(config, torch.arange(n, device=device))
 
 
 def layer(config, w, i: int, x: torch.Tensor, tables, see: See | None = None) -> torch.Tensor:
     """One block on [chunks, tokens, d]; tables: cos and sin."""
-    b, observe = block_of(config, w, i), see and observer(i, see)
-    if see and isinstance(b.experts, StreamedExperts):
-        b.experts.observe = lambda visit: see(f"blk.{i}.exps", visit)
-    x = x + attention(x, b, config, *tables, observe=observe)
+    b, watcher = weights_of(config, w, i), Telling(i, see) if see else None
+    x = x + attention(x, b, config, tables, watcher=watcher)
     h = rms_norm(x, b.ffn_norm, config.rms_eps).flatten(0, 1)
-    return x + feed_forward(h, b, config, observe, token_weight(x) if see else None).view_as(x)
+    return x + feed_forward(h, b, config, None, watcher, token_weight(x) if see else None).view_as(x)
 
 
 def swiglu(x, gate, up):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from encoder_harness import Harness, Variant, evaluate, plan_types, quantized
-from encoder_proxy import block_of, observer, positions, swiglu
+from encoder_proxy import Telling, positions, swiglu, weights_of
 
 from quantkit.encoding.encoders import blend, cross_moment, retarget, second_moment
 from quantkit.encoding.feedback import EFFORTS, Effort
@@ -84,7 +84,7 @@ class Sequential:
         return mid + y.view_as(mid), midq + yq.view_as(mid)
 
     def ffn(self, w, i, x):
-        return feed_forward(x, block_of(self.config, w, i), self.config)
+        return feed_forward(x, weights_of(self.config, w, i), self.config)
 
     def attention_matrices(self, i, x, xq, tables):
         """Encode one layer's attention; returns the original stream after it, and each token's weight."""
@@ -108,9 +108,9 @@ class Sequential:
         return mid, norm
 
     def attend(self, w, i, x, tables, seen: dict | None = None):
-        observe = None if seen is None else observer(i, lambda name, t: seen.setdefault(name, []).append(t))
-        now = block_of(self.config, w, i)
-        return torch.cat([part + attention(part, now, self.config, *tables, observe=observe) for part in x.split(8)])
+        watcher = None if seen is None else Telling(i, lambda name, t: seen.setdefault(name, []).append(t))
+        now = weights_of(self.config, w, i)
+        return torch.cat([part + attention(part, now, self.config, tables, watcher=watcher) for part in x.split(8)])
 
     def mlp(self, b, suffix, h, hq, weight, shared, owed=None) -> None:
         """gate and up, then down on what the quantized ones give. h, hq, weight, owed: one entry for each expert;
@@ -144,7 +144,7 @@ class Sequential:
     def experts(self, i, h, hq, norm, owed) -> None:
         """The routed experts, then the shared one, which can make good what they owe."""
         b = f"blk.{i}."
-        ids, weights = route(hq, block_of(self.config, self.w, i).router, self.config)
+        ids, weights = route(hq, weights_of(self.config, self.w, i).router, self.config)
         each = range(self.config.n_expert)
         tokens, slots = zip(*((ids == e).nonzero(as_tuple=True) for e in each), strict=True)
         gates = [weights[t, s] for t, s in zip(tokens, slots, strict=True)]

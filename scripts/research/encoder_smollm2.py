@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quantkit.encoding.encoders import Hessian, encode, prepare
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 INPUT = dict.fromkeys(KINDS[:3], "attn_in") | {"ffn_gate": "ffn_in", "ffn_up": "ffn_in"}  # else an input of its own

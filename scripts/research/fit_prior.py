@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from quantkit.calibration.sensitivity import Sensitivity
 from quantkit.codecs.types import QTYPES
+from quantkit.formats.sensitivity import Sensitivity
 
 
 @click.command()

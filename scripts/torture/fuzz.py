@@ -32,20 +32,19 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from quantkit import bundle
-from quantkit.calibration.sensitivity import Entry, Sensitivity
 from quantkit.calibration.state import PassState
-from quantkit.encoding.jobs import file_metadata
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import INDEX, Checkpoint, open_source
+from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix, save_imatrix
 from quantkit.formats.ledger import Ledger
+from quantkit.formats.model_folder import open_source
 from quantkit.formats.safetensors_header import load_json, parse_header
+from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job import make as pipeline
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family, tokenizer
+from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.weights import open_gguf
@@ -237,9 +236,9 @@ class Files:
     def __init__(self, folder: Path):
         self.folder = folder
         tiny = Checkpoint.open(bundle.models_dir() / "tiny-r1")
-        self.config = DeepseekConfig.from_hf(tiny.config)
+        self.config = family.from_hf(tiny.config)
         self.plan = pipeline.plan_model("tiny-r1", "1.58bit")
-        metadata = file_metadata(tiny, self.config, self.plan)
+        metadata = file_metadata(tiny.path, self.config, self.plan)
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
         self.model = folder / "model"
@@ -287,17 +286,17 @@ class Files:
 
     def config_json(self, data: bytes) -> None:
         with self.replaced("config.json", data):
-            config = DeepseekConfig.from_hf(open_source(self.model).config)
-            specs = deepseek.specs(config)
+            config = family.from_hf(open_source(self.model).config)
+            specs = family.specs(config)
             assert len(specs) < 1 << 20
-            deepseek.source_shapes(config)
-            deepseek.metadata(config, "split", "x")
+            family.source_shapes(config)
+            family.metadata(config, "split", "x")
             pipeline.plan_model(self.model, "1.58bit")
 
     def tokenizer_file(self, name: str) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
             with self.replaced(name, data):
-                tokenizer.metadata(self.model, self.config.n_vocab)
+                tokenizer.metadata(self.model, self.config.n_vocab, family.PRE)
                 tokenizer.load(self.model)
 
         return parse
@@ -311,7 +310,7 @@ class Files:
         found = GGUFFile.open(path)
         for name in found.tensors:
             found.data(name)[:1].sum()
-        tokenizer.from_gguf(open_gguf(path).file.metadata)
+        open_gguf(path).tokenizer()
 
     def imatrix(self, data: bytes) -> None:
         path = self.folder / "i.gguf"

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from quantkit import cli
 from quantkit.encoding import jobs as quantize
-from quantkit.encoding import layer as onepass
+from quantkit.encoding.layer import LayerEncoder
 from quantkit.formats.ledger import Coverage
+from quantkit.tensors import ROUTED_ROLES
 
 ENCODERS = ("ggml", "quantkit")
 GROWTH = 1.3  # of the longest time to the next kill, so that a run ends after a few and another begins from nothing
@@ -35,7 +36,7 @@ def child(arguments: list[str], log: Path) -> None:
     def note(*slices: tuple[str, int, int]) -> None:
         os.write(fd, (json.dumps(slices) + "\n").encode())
 
-    encode, flush, whole = quantize._encode, onepass.LayerEncoder.flush, onepass.LayerEncoder._whole
+    encode, flush, whole = quantize._encode, LayerEncoder.flush, LayerEncoder._whole
 
     def noted_encode(checkpoint, config, job, *rest):
         note((job.tensor.name, job.start, job.stop))
@@ -44,19 +45,17 @@ def child(arguments: list[str], log: Path) -> None:
     def noted_flush(self):
         for visit, _, _ in self.waiting:
             mine = [
-                (self.planned[role].name, self.specs[role].shape[1])
-                for role in onepass.EXPERT_ROLES
-                if role in self.planned
+                (self.planned[role].name, self.specs[role].shape[1]) for role in ROUTED_ROLES if role in self.planned
             ]
             note(*((name, visit.expert * rows, (visit.expert + 1) * rows) for name, rows in mine))
         flush(self)
 
-    def noted_whole(self, role, name, spec, first, count, hessian):
-        note((name, first, first + count))
-        whole(self, role, name, spec, first, count, hessian)
+    def noted_whole(self, role, name, spec, hessian):
+        note((name, 0, spec.n_rows))
+        whole(self, role, name, spec, hessian)
 
     quantize._encode = noted_encode
-    onepass.LayerEncoder.flush, onepass.LayerEncoder._whole = noted_flush, noted_whole
+    LayerEncoder.flush, LayerEncoder._whole = noted_flush, noted_whole
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(null, number)

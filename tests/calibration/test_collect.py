@@ -8,11 +8,10 @@ import torch
 
 from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.state import PassState
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import quantize
+from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
@@ -39,7 +38,7 @@ def imatrix(source, tokens):
 
 def test_every_matrix_of_both_layouts_is_measured(source, imatrix):
     for mla in ("split", "combined"):
-        for spec in deepseek.specs(source.config, mla):
+        for spec in family.specs(source.config, mla):
             if len(spec.shape) > 1 and spec.layer is not None:
                 entry = imatrix[spec.name]
                 assert entry.in_sum2.shape == (spec.n_matrices, spec.n_in), spec.name
@@ -51,7 +50,7 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
     c = source.config
     with torch.inference_mode():
         steps = stream(source, tokens)
-        next(steps)
+        next(steps).compute()
         before = []
         original = feed_forward.__globals__["route"]
 
@@ -61,7 +60,7 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
 
         feed_forward.__globals__["route"] = spy
         try:
-            next(steps)
+            next(steps).compute()
         finally:
             feed_forward.__globals__["route"] = original
         x = before[0]
@@ -77,6 +76,13 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
 def test_dense_counts_are_tokens(imatrix, tokens):
     assert imatrix["blk.0.attn_q_a.weight"].counts.tolist() == [tokens.numel()]
     assert imatrix["blk.2.attn_k_b.weight"].counts.tolist() == [tokens.numel()]
+
+
+def test_a_step_that_was_left_out_is_noticed(source, tokens):
+    steps = stream(source, tokens)
+    next(steps)
+    with pytest.raises(RuntimeError, match="layer 0 was not computed"):
+        next(steps)
 
 
 class Stopped(Exception):
@@ -114,8 +120,8 @@ def test_state_of_another_job_is_refused(source, tokens, tmp_path):
 def test_observing_changes_nothing(source, tokens):
     """A pass with observers takes the absorbed attention; its hidden states must be those of the plain pass."""
     with torch.inference_mode():
-        plain = [layer.hidden.clone() for layer in stream(source, tokens)]
-        seen = [layer.hidden.clone() for layer in stream(source, tokens, lambda i, _: Accumulator(i, 16).observe)]
+        plain = [step.compute().clone() for step in stream(source, tokens)]
+        seen = [step.compute(Accumulator(step.layer, 16)).clone() for step in stream(source, tokens)]
     for a, b in zip(plain, seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -143,9 +149,9 @@ def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, 
     rules = tmp_path / "eight.toml"
     head = 'name = "eight"\ndescription = "d"\ntarget = "llama.cpp"\nmla = "split"\n'
     rules.write_text(head + '[[rules]]\nmatch = "*"\nqtype = "Q8_0"\nwhy = "w"\n')
-    eight = make_plan(deepseek.specs(source.config), Recipe.load(rules), model="tiny")
+    eight = make_plan(family.specs(source.config), Recipe.load(rules), model="tiny")
     out = tmp_path / "tiny.gguf"
-    quantize(tiny, eight, {}, out, GgmlEncoder(), fingerprint={})
+    quantize(tiny, eight, {}, Output(out), GgmlEncoder())
     with torch.inference_mode():
         found = collect(open_source(out), tokens)
     assert found.keys() == imatrix.keys()

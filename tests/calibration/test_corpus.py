@@ -36,7 +36,7 @@ def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
     assert chunks.tokens.shape == (3, 32)
     assert (chunks.tokens[:, 0] == 0).all()
     assert (chunks.tokens[:, 1:] == chunks.targets[:, 1:]).all()
-    ids = [0, *tokenizer.encode(ours, text.documents[0].text)]
+    ids = [0, *tokenizer.tokenize(ours, text.documents[0].text)]
     every = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
     assert all(chunk in every for chunk in chunks.targets.tolist())
     assert corpus.chunk(text, ours, bos=0, length=32).targets.tolist() == every

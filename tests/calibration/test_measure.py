@@ -20,12 +20,12 @@ def counts(imatrix):
 
 
 def test_memory_limit_is_refused_with_what_would_fit(source, tmp_path):
-    how = Calibration(TextChoice(n_tokens=65536), ram=2_000_000_000, hidden="device")
+    how = Calibration(TextChoice(n_tokens=65536), memory=2_000_000_000, hidden="device")
     with pytest.raises(QuantkitError, match=r"need .* GB, but --memory is 2\.0 GB; at most [\d,]+ tokens fit"):
         calibrate(source, how, tmp_path / "i.gguf")
     assert not list(tmp_path.iterdir())
     with pytest.raises(QuantkitError, match="no tokens fit"):
-        calibrate(source, Calibration(TextChoice(n_tokens=512), ram=10**8), tmp_path / "i.gguf")
+        calibrate(source, Calibration(TextChoice(n_tokens=512), memory=10**8), tmp_path / "i.gguf")
 
 
 def test_few_tokens_leave_experts_short_and_they_are_filled_up(source, tmp_path, capsys):

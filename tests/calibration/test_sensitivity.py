@@ -6,16 +6,17 @@ import torch
 from quantkit.calibration import sensitivity
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import chunk, default
+from quantkit.codecs.types import row_bytes
+from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.divergence import compare, scored, scored_targets
-from quantkit.ggml import library as ggml
-from quantkit.job import make as pipeline
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
+from quantkit.formats.sensitivity import Sensitivity
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.stream import final_hidden
 
 RULES = """
 name = "one"
@@ -72,22 +73,15 @@ def full(source, imatrix, chunks):
 def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     """Independent of the forks: a GGUF file with one quantized tensor, read back and compared at the output."""
     rule = ONE.format(name=name, qtype=qtype)
-    specs = deepseek.specs(source.config)
+    specs = family.specs(source.config)
     plan = make_plan(specs, Recipe.parse(RULES.format(rule=rule), "test"), model="tiny-r1")
     path = folder / "one.gguf"
-    pipeline.quantize(
-        source.checkpoint,
-        plan,
-        {k: v for k, v in imatrix.items() if k == name},
-        path,
-        pipeline.GgmlEncoder(),
-        fingerprint={},
-    )
+    only = {k: v for k, v in imatrix.items() if k == name}
+    quantize(source.checkpoint, plan, only, Output(path), GgmlEncoder())
     file = open_source(path)
     with torch.inference_mode():
-        rows = [scored(final_hidden(model, chunks.tokens)) for model in (source, file)]
-        tiles = logit_tiles(source, rows[0]), logit_tiles(file, rows[1])
-        return compare(*tiles, scored_targets(chunks.targets)).summary()["kld_mean"]
+        logits = [HeadLogits(model, scored(final_hidden(model, chunks.tokens))) for model in (source, file)]
+        return diverge(*logits, scored_targets(chunks.targets), source.config.n_vocab).summary()["kld_mean"]
 
 
 @pytest.mark.parametrize(("name", "qtype"), CASES)
@@ -99,11 +93,11 @@ def test_full_tier_equals_brute_force(source, imatrix, chunks, full, name, qtype
 
 def test_every_candidate_has_an_entry(source, full):
     names = {(e.tensor, e.qtype) for e in full.entries}
-    for spec in deepseek.specs(source.config):
-        for qtype in sensitivity.candidates(spec, sensitivity.ROUTED_TYPES, sensitivity.OTHER_TYPES):
+    for spec in family.specs(source.config):
+        for qtype in sensitivity.DEFAULT.of(spec):
             assert (spec.name, qtype) in names
             entry = next(e for e in full.entries if (e.tensor, e.qtype) == (spec.name, qtype))
-            assert entry.n_bytes == spec.n_rows * ggml.row_bytes(qtype, spec.n_in)
+            assert entry.n_bytes == spec.n_rows * row_bytes(qtype, spec.n_in)
     assert len(names) == len(full.entries)
 
 
@@ -123,25 +117,20 @@ def test_more_bits_cost_less(full):
     assert total("IQ1_S") > total("IQ2_XXS") > total("Q3_K") > total("Q4_K") > 0
 
 
-def test_prediction_sums_entries(full):
-    two = full.entries[3], full.entries[40]
-    types = {e.tensor: e.qtype for e in two} | {"output_norm.weight": "F32"}
-    assert full.predict(types) == pytest.approx(sum(e.kld for e in two))
-
-
 def test_round_trip_and_heat_map(full, tmp_path):
     (tmp_path / "s.json").write_text(full.to_json())
-    assert sensitivity.Sensitivity.load(tmp_path / "s.json") == full
+    assert Sensitivity.load(tmp_path / "s.json") == full
     sensitivity.heat_map(full, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "bad.json").write_text('{"entries": 3}')
     with pytest.raises(QuantkitError, match=r"bad\.json: not a sensitivity file"):
-        sensitivity.Sensitivity.load(tmp_path / "bad.json")
+        Sensitivity.load(tmp_path / "bad.json")
 
 
 def test_budget_chooses_the_tier(source, chunks):
     def tier(budget: int):
-        return sensitivity.choose_tier(source, chunks.tokens, ("IQ1_S",), ("Q4_K",), budget)
+        types = sensitivity.Candidates(("IQ1_S",), ("Q4_K",))
+        return sensitivity.choose_tier(source, chunks.tokens, types, budget)
 
     assert tier(1 << 21) == ("full", len(chunks.tokens))
     assert tier(2000)[0] == "cheap"

@@ -1,16 +1,9 @@
-import gguf
+"""Sizes and names."""
+
 import pytest
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-
-
-@pytest.mark.parametrize("name", qtypes.QTYPES)
-def test_sizes_are_ggmls(name):
-    qtype = qtypes.get(name)
-    assert gguf.GGMLQuantizationType(qtype.ggml_id).name == name
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (qtype.block_size, qtype.type_size)
-    assert qtypes.row_bytes(name, 7168) == gguf.quant_shape_to_byte_shape((1, 7168), gguf.GGMLQuantizationType[name])[1]
 
 
 def test_types_are_listed_by_bits():
@@ -34,3 +27,9 @@ def test_who_needs_importance():
 def test_unknown_type(name):
     with pytest.raises(QuantkitError, match="unknown type"):
         qtypes.get(name)
+
+
+def test_types_that_are_only_read():
+    assert qtypes.row_bytes("TQ1_0", 512) == 108
+    with pytest.raises(QuantkitError, match="unknown ggml type IQ9"):
+        qtypes.row_bytes("IQ9", 256)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit.codecs.types import row_bytes
 from quantkit.encoding.api import formats, pack
 from quantkit.encoding.encoders import SUPPORTED, Hessian, cross_moment, encode, encode_batch, retarget, second_moment
 from quantkit.encoding.feedback import EFFORTS, encode_rows
 from quantkit.encoding.hessian import prepare
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 TYPES = sorted(SUPPORTED)
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_bytes_decode_to_what_the_engine_chose(qtype, effort):
     fmt, how = formats()[qtype], EFFORTS[effort]
     state = encode_rows(fmt, w[None], prepare([hessian], w.shape[1], CPU, full=how.feedback), how)
     packed = pack(fmt, state)[0]
-    assert packed.shape == (len(w), ggml.row_bytes(qtype, w.shape[1]))
+    assert packed.shape == (len(w), row_bytes(qtype, w.shape[1]))
     assert torch.equal(decode(qtype, packed), state.q[0])
     assert np.array_equal(ggml.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
 
@@ -153,7 +154,7 @@ def test_wrong_row_length_names_the_type():
 
 def test_coarsest_types_without_a_hessian_take_ggmls_bytes(monkeypatch):
     (a, ha), (b, _) = data(rows=6, seed=1), data(rows=6, seed=2)
-    theirs = np.full((6, ggml.row_bytes("IQ1_S", 512)), 7, np.uint8)
+    theirs = np.full((6, row_bytes("IQ1_S", 512)), 7, np.uint8)
     monkeypatch.setattr(ggml, "quantize", lambda qtype, rows, importance: theirs)
     both = encode_batch("IQ1_S", torch.stack([b, a]), [Hessian(diagonal=torch.ones(512)), ha])
     assert np.array_equal(both[0], theirs)

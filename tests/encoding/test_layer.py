@@ -1,18 +1,16 @@
 """Our encoders in the one-pass job: better than ggml's at the same bytes, and honest about what they knew."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from quantkit.calibration.state import PassState
-from quantkit.encoding import encoders
-from quantkit.encoding import layer as onepass
-from quantkit.encoding.encoders import Hessian
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import encode_pending, fit_importance, open_writer
+from quantkit.calibration.collect import collect
+from quantkit.encoding.hessian import Hessian, gram
+from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
+from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.moments import Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
@@ -53,29 +51,28 @@ def test_experts_without_tokens_fall_to_ggml(tiny, made, tmp_path):
     """Two tokens reach at most 8 of 16 experts; the others still get bytes, from their layer's mean importance."""
     source = pipeline.source_of(tiny, "cpu")
     plan = Plan.from_json((made / "plan.json").read_bytes())
-    state = PassState(tmp_path / "state", "job")
-    used: Counter[str]
-    with torch.inference_mode(), open_writer(tiny, plan, tmp_path / "o.gguf", fingerprint={}) as out:
-        imatrix, used = onepass.run(source, plan, torch.tensor([[0, 99]]), out, onepass.EncoderOptions("fast"), state)
+    with torch.inference_mode(), open_writer(tiny, plan, Output(tmp_path / "o.gguf")) as out:
+        layers = FileEncoder(source, plan, out, LayerOptions(EncoderOptions("fast")))
+        imatrix = collect(source, torch.tensor([[0, 99]]), turns=layers.turns, watch=layers.watch)
         reached = {layer: int((imatrix[f"blk.{layer}.ffn_down_exps.weight"].counts > 0).sum()) for layer in (1, 2, 3)}
         name = "blk.1.ffn_gate_exps.weight"
         pending = out.pending(name, [(e * 256, e * 256 + 256) for e in range(16)])
         assert len(pending) == 16 - reached[1] > 0
         encode_pending(tiny, plan, fit_importance(plan, imatrix), out, GgmlEncoder())
     assert GGUFFile.open(tmp_path / "o.gguf").tensors.keys() == plan.by_name.keys()
-    assert sum(used.values()) > 0
+    assert sum(layers.used_by_all().values()) > 0
 
 
 def test_moments_are_weighted_means_over_batches():
     x, weight = torch.randn(50, 16), torch.rand(50)
-    moments = onepass.Moments()
+    moments = Moments()
     for part, share in zip(x.split(20), weight.split(20), strict=True):
         moments.add(part, share)
     [found] = moments.hessians()
     expected = torch.einsum("n,ni,nj->ij", weight, x, x) / weight.sum()
     torch.testing.assert_close(found.matrix, expected, rtol=1e-4, atol=1e-6)
     assert found.tokens == pytest.approx(float(weight.sum() ** 2 / weight.square().sum()), rel=1e-4)
-    assert onepass.Moments().hessians() == [Hessian()]
+    assert Moments().hessians() == [Hessian()]
 
 
 @pytest.mark.parametrize("shape", [(4096, 256), (3000, 4, 64), (700, 320)])
@@ -84,7 +81,7 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
     try:
         for n in (1, 2, 5, 8):
             torch.set_num_threads(n)
-            found.append(encoders.gram(x))
+            found.append(gram(x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from formats.small_gguf import Planned
 
-from quantkit.formats.gguf_encode import F32, U32, I32List
+from quantkit.formats.gguf_encode import F32, U32, I32List, PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
+from quantkit.ggml import codec as ggml
 
 
 @dataclass(frozen=True)
-class Tensor(Planned):
+class Tensor(PlainTensor):
     """A tensor to be written: data uint8 [rows, row_bytes]."""
 
     data: np.ndarray

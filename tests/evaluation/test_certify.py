@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit import bundle, cli
-from quantkit.evaluation import engine_checks
-from quantkit.evaluation.certify import Certificate, certify
+from quantkit.evaluation import oracle_checks
+from quantkit.evaluation.certificate import Certificate
+from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.formats.geometry import Geometry
@@ -151,8 +152,8 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
 @pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
-        name, status, detail = engine_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
-        assert (name, status) == ("engine llama.cpp", "pass"), detail
+        found = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
+        assert (found.name, found.status) == ("engine llama.cpp", "pass"), found.detail
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
@@ -160,20 +161,20 @@ class TestLlamaCpp:
             type(t)("blk.0.attn_extra.weight", t.shape, t.qtype, t.data) for t in model.tensors.values()
         )
         path = model.write(tmp_path / "extra.gguf")
-        _, status, detail = engine_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
-        assert status == "fail" and "wrong number of tensors" in detail
+        found = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
+        assert found.status == "fail" and "wrong number of tensors" in found.detail
 
 
 @pytest.mark.large
 @pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}")
 class TestKtKernel:
     def test_every_combination_of_types_is_computed(self, good):
-        found = list(engine_checks.kt_kernel(good, GGUFFile.open(good)))
-        assert [name for name, *_ in found] == [
+        found = list(oracle_checks.kt_kernel(good, GGUFFile.open(good)))
+        assert [check.name for check in found] == [
             "engine kt-kernel IQ1_S/IQ1_S/Q2_K",
             "engine kt-kernel IQ1_S/IQ1_S/IQ1_S",
         ]
-        assert all(status == "pass" for _, status, _ in found), found
+        assert all(check.status == "pass" for check in found), found
 
     @pytest.mark.parametrize(("qtype", "says"), [("IQ2_XXS", "relative error"), ("IQ3_S", "silent zeros")])
     def test_traps_are_caught_by_their_numbers(self, qtype, says, good, tmp_path):
@@ -182,8 +183,8 @@ class TestKtKernel:
         for layer in (1, 2, 3):
             model.change(f"blk.{layer}.ffn_up_exps.weight", lambda t: t.with_values(t.values(), qtype))
         path = model.write(tmp_path / "trap.gguf")
-        found = list(engine_checks.kt_kernel(path, GGUFFile.open(path)))
-        plain = any(variant in detail for _, _, detail in found for variant in ("avx2", "avx512_base"))
-        for _, status, detail in found:
-            assert status == ("pass" if plain and qtype == "IQ2_XXS" else "fail"), detail
-            assert says in detail
+        found = list(oracle_checks.kt_kernel(path, GGUFFile.open(path)))
+        plain = any(variant in check.detail for check in found for variant in ("avx2", "avx512_base"))
+        for check in found:
+            assert check.status == ("pass" if plain and qtype == "IQ2_XXS" else "fail"), check.detail
+            assert says in check.detail

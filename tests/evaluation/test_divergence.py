@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from quantkit.evaluation import divergence
-from quantkit.evaluation.divergence import Divergence, HeldLogits, compare, diverge, scored, scored_targets
+from quantkit.evaluation.divergence import Divergence, HeldLogits, diverge, scored, scored_targets
+
+
+def held(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """Of logits that are there."""
+    return diverge(HeldLogits(p), HeldLogits(q), targets, p.shape[1])
 
 
 def test_figures_by_hand():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
     q = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]])
-    figures = compare([p.log() + 3], [q.log() - 1], torch.tensor([0, 2])).summary()  # free up to a constant
+    figures = held(p.log() + 3, q.log() - 1, torch.tensor([0, 2])).summary()  # free up to a constant
     pairs = zip(p.tolist(), q.tolist(), strict=True)
     kld = [sum(a * math.log(a / b) for a, b in zip(x, y, strict=True)) for x, y in pairs]
     assert figures["kld_mean"] == pytest.approx(sum(kld) / 2, rel=1e-5)
@@ -25,7 +30,7 @@ def test_figures_by_hand():
 
 def test_a_model_does_not_diverge_from_itself():
     logits = torch.randn(64, 50)
-    figures = compare([logits[:40], logits[40:]], [logits[:40], logits[40:]], torch.randint(50, (64,))).summary()
+    figures = held(logits, logits, torch.randint(50, (64,))).summary()
     assert figures["kld_mean"] == pytest.approx(0, abs=1e-6)
     assert figures["top1_agreement"] == 100 and figures["ppl"] == figures["ppl_reference"]
 
@@ -89,4 +94,4 @@ def test_scored_half_lines_up_with_its_targets():
 
 def test_lengths_must_match():
     with pytest.raises(ValueError, match="3 rows"):
-        compare([torch.randn(3, 5)], [torch.randn(3, 5)], torch.zeros(4, dtype=torch.int64))
+        held(torch.randn(3, 5), torch.randn(3, 5), torch.zeros(4, dtype=torch.int64))

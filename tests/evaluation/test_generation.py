@@ -73,16 +73,15 @@ def test_agreement_is_what_two_greedy_runs_share(made, reference, chunks):
 @torch.inference_mode()
 def test_a_lossless_file_agrees_in_every_token(tiny, reference, chunks, tmp_path):
     """An F32 file is the original; only ties could part them."""
-    from quantkit.encoding.ggml_encoder import GgmlEncoder
-    from quantkit.encoding.jobs import quantize
-    from quantkit.models import deepseek2 as deepseek
-    from quantkit.planning.plan import make_plan
+    from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
+    from quantkit.models import family
+    from quantkit.planning.assign import make_plan
     from quantkit.planning.recipe import Recipe
 
     text = 'name = "f32"\ndescription = "x"\ntarget = "llama.cpp"\nmla = "split"\n'
     (tmp_path / "f32.toml").write_text(text + '[[rules]]\nmatch = "*"\nqtype = "F32"\nwhy = "a test"\n')
-    plan = make_plan(deepseek.specs(reference.config), Recipe.load(tmp_path / "f32.toml"), model="tiny")
-    files = quantize(tiny, plan, {}, tmp_path / "f32.gguf", GgmlEncoder(), fingerprint={}, workers=1)
+    plan = make_plan(family.specs(reference.config), Recipe.load(tmp_path / "f32.toml"), model="tiny")
+    files = quantize(tiny, plan, {}, Output(tmp_path / "f32.gguf"), GgmlEncoder(), workers=1)
     found = check(opener(files[0]), reference, chunks, 2, n_prompt=24, n_new=12, n_long=8)
     assert found["agreed"] == 100 and all(c["matched"] == c["tokens"] for c in found["continuations"])
     assert found["loops"] == sum(c["loop_original"] > 0 for c in found["continuations"])

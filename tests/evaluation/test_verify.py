@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.divergence import compare, scored, scored_targets
-from quantkit.evaluation.verify import LayerError, bad_layers, short_table, verify
+from quantkit.evaluation.divergence import HeldLogits, diverge, scored, scored_targets
+from quantkit.evaluation.runtime_mode import runtime_mode
+from quantkit.evaluation.side_by_side import LayerError, bad_layers
+from quantkit.evaluation.summary import short_table
+from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
 from quantkit.runtime.engines.open import open_engine
@@ -46,9 +49,9 @@ def chunks(reference) -> corpus.Chunks:
 @pytest.fixture(scope="module")
 @torch.inference_mode()
 def result(good, reference, chunks) -> dict:
-    return verify(
-        open_source(good), reference, chunks, runtime=partial(open_engine, open_gguf(good), 1), runtime_tokens=384
-    )
+    found = verify(open_source(good), reference, chunks)
+    runtime = partial(open_engine, open_gguf(good), 1)
+    return found.figures | {"runtime": runtime_mode(runtime, found.heads, chunks, "half", 384)}
 
 
 @torch.inference_mode()
@@ -56,7 +59,8 @@ def test_equals_two_separate_passes(result, good, reference, chunks):
     """The copies of probe chunks in the quantized stream must not change the figures."""
     models = (reference, open_source(good))
     tiles = [logit_tiles(model, scored(final_hidden(model, chunks.tokens))) for model in models]
-    plain = compare(*tiles, scored_targets(chunks.targets)).summary()
+    held = [HeldLogits(torch.cat(list(each))) for each in tiles]
+    plain = diverge(*held, scored_targets(chunks.targets), reference.config.n_vocab).summary()
     for key, value in plain.items():
         assert result[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
@@ -86,7 +90,7 @@ def test_a_bad_layer_is_named(good, reference, chunks, tmp_path):
     model = Model(good)
     model.change("blk.2.attn_output.weight", lambda t: t.with_values(-t.values()))
     source = open_source(model.write(tmp_path / "bad.gguf"))
-    found = verify(source, reference, chunks)
+    found = verify(source, reference, chunks).figures
     assert found["bad_layers"] == [2]
     assert found["layers"][3]["error"] > 0.5 and found["layers"][3]["own"] < 0.5
     assert "layer 2 stands out" in short_table(found, Path("x.gguf"))
@@ -162,7 +166,7 @@ def watch():
     while not done.wait(0.005):
         peak = max(peak, anonymous())
 before = None
-from quantkit import pipeline
+from quantkit.job import make
 thread = threading.Thread(target=watch, daemon=True); thread.start()
 cli.main.main(sys.argv[1:], standalone_mode=False)
 done.set(); thread.join()

@@ -11,7 +11,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import byte_source
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.model_folder import open_source
 
 from .conftest import fp8, shards, write_checkpoint, write_index, write_shard
 
@@ -98,7 +99,10 @@ def test_single_file_and_shards_without_index(folder, tmp_path, stored):
     shutil.copy(folder / "config.json", single)
     write_shard(single / "model.safetensors", stored)
     checkpoint = open_source(single)
-    assert isinstance(checkpoint, Checkpoint) and checkpoint.total_bytes == sum(t.nbytes for t in stored.values())
+    assert isinstance(checkpoint, Checkpoint)
+    assert {name: entry.n_bytes for name, entry in checkpoint.tensors.items()} == {
+        name: tensor.nbytes for name, tensor in stored.items()
+    }
 
 
 def test_fingerprint_sees_headers_and_config_only(folder):

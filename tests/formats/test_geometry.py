@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.checkpoint import Checkpoint, open_source
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry, expand
+from quantkit.formats.model_folder import open_source
 
 R1 = Path(__file__).parents[2] / "models" / "deepseek-r1"
 
@@ -21,7 +22,7 @@ def test_r1_has_the_released_totals(r1):
     assert isinstance(r1, Geometry)
     assert len(r1.tensors) == 91_991
     assert sum(prod(entry.shape) for entry in r1.tensors.values()) == 684_531_386_000
-    assert r1.total_bytes == 688_574_839_360
+    assert sum(entry.n_bytes for entry in r1.tensors.values()) == 688_574_839_360
     assert r1.config["hidden_size"] == 7168
 
 

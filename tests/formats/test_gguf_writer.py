@@ -11,11 +11,11 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import part_file
-from quantkit.formats.gguf_encode import F32, U8, I32List
+from quantkit.formats.gguf_encode import F32, U16, I32List, PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
 
-from .small_gguf import ID, METADATA, TENSORS, Planned, begin, data_of, fill, slices, write
+from .small_gguf import ID, METADATA, TENSORS, begin, data_of, fill, slices, write
 
 
 def test_gguf_py_reads_it(tmp_path):
@@ -28,12 +28,10 @@ def test_gguf_py_reads_it(tmp_path):
         assert np.array_equal(found.data.view(np.uint8).reshape(-1, tensor.row_bytes), data_of(tensor))
     types = gguf.GGUFValueType
     expected = {
-        "u8": types.UINT8,
         "u16": types.UINT16,
         "u32": types.UINT32,
         "plain": types.UINT32,
         "negative": types.INT32,
-        "i64": types.INT64,
         "f32": types.FLOAT32,
         "float": types.FLOAT32,
         "yes": types.BOOL,
@@ -114,7 +112,7 @@ def test_full_disk_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(QuantkitError, match=rf"{tmp_path}: no room for m-00001.*[\d,]+ bytes"):
         begin(tmp_path / "m.gguf", split_max_bytes=2900)
     assert not os.listdir(tmp_path)
-    huge = Planned("huge.weight", (1 << 40, 1 << 10), "F32")
+    huge = PlainTensor("huge.weight", (1 << 40, 1 << 10), "F32")
     with pytest.raises(QuantkitError, match=rf"{tmp_path}: 4,503,599,627,[\d,]+ bytes are needed, [\d,]+ are free"):
         GGUFWriter.open(tmp_path / "m.gguf", [huge], METADATA, fingerprint=ID)
     assert not os.listdir(tmp_path)
@@ -166,7 +164,7 @@ def test_wrong_slice(tmp_path, name, row, data, words):
         ({"k": I32List([])}, "'k' is an empty array"),
         ({"k": [1, "a"]}, "'k' is an array of several types"),
         ({"k": None}, "'k': NoneType"),
-        ({"k": U8(256)}, "'k': 256 does not fit UINT8"),
+        ({"k": U16(65536)}, "'k': 65536 does not fit UINT16"),
         ({"k": 1 << 32}, "'k'"),
         ({"k": F32(1e300)}, "'k'"),
         ({"k": [1 << 31]}, "'k'"),
@@ -179,7 +177,7 @@ def test_wrong_metadata(tmp_path, metadata, words):
 
 
 @dataclass(frozen=True)
-class Lying(Planned):
+class Lying(PlainTensor):
     n_bytes: int = 1  # type: ignore[misc]
 
 
@@ -187,11 +185,11 @@ class Lying(Planned):
     "tensors",
     [
         [TENSORS[0], TENSORS[0]],
-        [Planned("x" * 64, (1, 256), "F32")],
-        [Planned("", (1, 256), "F32")],
-        [Planned("x", (0, 256), "F32")],
-        [Planned("x", (1, 1, 1, 1, 256), "F32")],
-        [Planned("x", (2, 100), "Q4_K")],
+        [PlainTensor("x" * 64, (1, 256), "F32")],
+        [PlainTensor("", (1, 256), "F32")],
+        [PlainTensor("x", (0, 256), "F32")],
+        [PlainTensor("x", (1, 1, 1, 1, 256), "F32")],
+        [PlainTensor("x", (2, 100), "Q4_K")],
         [Lying("x", (2, 256), "Q4_K")],
     ],
 )

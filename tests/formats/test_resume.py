@@ -25,7 +25,6 @@ def test_resume_gives_identical_bytes(tmp_path, n_slices, split):
     interrupt(path, n_slices, split_max_bytes=split)
     assert not list(tmp_path.glob("*.gguf"))  # nothing has its final name yet
     with begin(path, split_max_bytes=split) as out:
-        assert out.done_bytes == sum(tensor.row_bytes for tensor, _ in slices()[:n_slices])
         for i, (tensor, row) in enumerate(slices()):
             assert out.done(tensor.name, row, row + 1) == (i < n_slices)
             if i >= n_slices:
@@ -118,7 +117,7 @@ def test_part_without_ledger_is_begun_again(tmp_path):
     interrupt(tmp_path / "m.gguf", 9)
     (tmp_path / "m.gguf.part.ledger").unlink()
     with begin(tmp_path / "m.gguf") as out:
-        assert out.done_bytes == 0
+        assert not any(out.done(tensor.name, row, row + 1) for tensor, row in slices())
         fill(out)
 
 
@@ -179,7 +178,6 @@ def test_coverage_merges_ranges():
         coverage.add("t", start, stop)
     assert coverage.covers("t", 0, 7) and coverage.covers("t", 3, 5) and coverage.covers("t", 8, 9)
     assert not coverage.covers("t", 6, 9) and not coverage.covers("t", 7, 8) and not coverage.covers("u", 0, 1)
-    assert coverage.rows("t") == 8
 
 
 def test_ledger_without_a_whole_first_line_is_empty(tmp_path):

@@ -142,7 +142,7 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
         "plan",
         "tiny-r1",
         "--size",
-        "4MB",
+        "4MiB",
         "--target",
         "llama.cpp",
         "-o",
@@ -156,7 +156,7 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
         "make",
         "tiny-r1",
         "--size",
-        "4MB",
+        "4MiB",
         "--target",
         "llama.cpp",
         "--imatrix",
@@ -173,6 +173,21 @@ def test_a_budget_makes_a_file_of_that_size(made, tmp_path):
     }
     both = run("plan", "tiny-r1", "--target", "llama.cpp", "--compare", "1.58bit", tmp_path / "p.json")
     assert "A: 1.58bit" in both.stdout and "B: auto" in both.stdout
+
+
+def test_a_plan_serves_as_a_recipe(made, tmp_path):
+    """The plan of one folder makes the same file in another; nothing is left for a budget or a target to decide."""
+    imatrix, plan = made / "imatrix.gguf", made / "plan.json"
+    run("make", "tiny-r1", "--recipe", plan, "--imatrix", imatrix, "--no-verify", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "plan.json").read_bytes() == plan.read_bytes()
+    assert not (tmp_path / "out" / "recipe.toml").exists()
+    ours, theirs = (GGUFFile.open(folder / "tiny-r1-1.58bit.gguf") for folder in (tmp_path / "out", made))
+    assert all((ours.data(name) == theirs.data(name)).all() for name in theirs.tensors)
+    for option, says in (("--size=4MiB", "fixes every type"), ("--target=ollama", "is made for ktransformers/split")):
+        done = run("plan", "tiny-r1", "--recipe", plan, option, check=False)
+        assert done.returncode == 1 and says in done.stderr
+    done = run("plan", "deepseek-r1", "--recipe", plan, check=False)
+    assert done.returncode == 1 and "it is for another" in done.stderr
 
 
 BROKEN = [
@@ -211,12 +226,12 @@ BROKEN = [
     (["verify", "{made}/imatrix.gguf"], "deepseek2"),
     (["make", "--split-max-size", "huge"], "--split-max-size huge"),
     (["make", "--size", "1MB"], "smallest feasible size is"),
-    (["plan", "--size", "4MB", "--bpw", "2"], "--size and --bpw contradict each other"),
+    (["plan", "--size", "4MiB", "--ram", "2GB"], "--size and --ram contradict each other"),
     (["plan", "--size", "much"], "--size much: not a size"),
     (["plan", "--vram", "1GB"], "--vram needs --ram"),
-    (["plan", "--recipe", "1.58bit", "--size", "4MB"], "its rules fix every type"),
+    (["plan", "--recipe", "1.58bit", "--size", "4MiB"], "its rules fix every type"),
     (["plan", "--recipe", "auto"], "give one, such as --size"),
-    (["plan", "--size", "4MB", "--sensitivity", "{made}/verify.json"], "not a sensitivity file"),
+    (["plan", "--size", "4MiB", "--sensitivity", "{made}/verify.json"], "not a sensitivity file"),
     (["plan", "-o", "{tmp}/map.svg", "--size", "1"], "smallest feasible size is"),
 ]
 

@@ -19,7 +19,8 @@ from quantkit import bundle, ranks
 from quantkit.errors import QuantkitError
 from quantkit.job import make as pipeline
 from quantkit.job.plan import BudgetOptions
-from quantkit.runtime.experts.streamed import StreamedExperts
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
+from quantkit.runtime.watch import Watcher
 
 TOKENS = 512
 OURS = pipeline.MakeOptions(
@@ -188,14 +189,15 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path):
 
 
 FAILING = """
-from quantkit import cli, onepass, ranks
+from quantkit import cli, ranks
+from quantkit.encoding.layer import LayerEncoder
 from quantkit.errors import QuantkitError
 
 def fail(self, waiting):
     raise QuantkitError("this expert is damaged")
 
-encode = onepass.LayerEncoder._encode_experts
-onepass.LayerEncoder._encode_experts = lambda self, waiting: (fail if ranks.index() == 1 else encode)(self, waiting)
+encode = LayerEncoder._encode_experts
+LayerEncoder._encode_experts = lambda self, waiting: (fail if ranks.index() == 1 else encode)(self, waiting)
 cli.main()
 """
 
@@ -275,23 +277,24 @@ def test_shared_experts_add_up_as_one_rank_does(monkeypatch, n_ranks):
     x, share = torch.randn(50, 24, generator=generator), torch.rand(50, 4, generator=generator)
     expert = torch.rand(50, 13, generator=generator).topk(4).indices  # three are never chosen
 
-    def experts() -> StreamedExperts:
-        return StreamedExperts(lambda e: tuple(weights[e]), 16)
+    class Seen(Watcher):
+        def __init__(self):
+            self.experts: list[int] = []
 
-    seen: list[int] = []
-    alone = experts()
-    alone.observe = lambda visit: seen.append(visit.expert)
-    expected = alone(x, expert, share)
+        def observe_expert(self, visit):
+            self.experts.append(visit.expert)
+
+    def compute(turns: Turns, watcher: Seen) -> torch.Tensor:
+        return StreamedExperts(lambda e: tuple(weights[e]), 16, turns)(x, expert, share, watcher=watcher)
+
+    seen, met = Seen(), Seen()
+    expected = compute(ALONE, seen)
     handed: dict[int, list[torch.Tensor]] = {}
-    met: list[int] = []
 
     def run(rank: int, exchange) -> torch.Tensor:
         monkeypatch.setattr(ranks, "index", lambda: rank)
         monkeypatch.setattr(ranks, "spread", exchange)
-        one = experts()
-        one.shared, one.block = True, 2
-        one.observe = lambda visit: met.append(visit.expert)
-        return one(x, expert, share)
+        return compute(Turns(size=2, shared=True), met)
 
     def note(t: torch.Tensor, owner: int) -> torch.Tensor:
         if owner == ranks.index() and t.shape[1] == x.shape[1]:  # rows, not the routing
@@ -304,7 +307,7 @@ def test_shared_experts_add_up_as_one_rank_does(monkeypatch, n_ranks):
     monkeypatch.setattr(ranks, "count", lambda: n_ranks)
     for rank in range(n_ranks):
         run(rank, note)
-    assert sorted(met) == seen == list(range(13))
+    assert sorted(met.experts) == seen.experts == list(range(13))
     for rank in range(n_ranks):
         waiting = {owner: iter(rows) for owner, rows in handed.items()}
         assert torch.equal(run(rank, receive), expected)

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import cut
-from quantkit.encoding.ggml_encoder import GgmlEncoder
-from quantkit.encoding.jobs import quantize
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import recovery
 from quantkit.job.recovery import RecoverOptions, Recovery, open_original, recover
-from quantkit.models import deepseek2 as deepseek
-from quantkit.planning.plan import make_plan
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
@@ -28,13 +26,13 @@ def source(tiny):
 
 @pytest.fixture(scope="module")
 def plan(source):
-    return make_plan(deepseek.specs(source.config), Recipe.load("2.51bit"), "llama.cpp", model="tiny")
+    return make_plan(family.specs(source.config), Recipe.load("2.51bit"), "llama.cpp", model="tiny")
 
 
 @pytest.fixture(scope="module")
 def base(tiny, plan, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "tiny.gguf"
-    quantize(tiny, plan, {}, out, GgmlEncoder(), fingerprint={}, split_max_bytes=2_000_000)
+    quantize(tiny, plan, {}, Output(out, split_max_bytes=2_000_000), GgmlEncoder())
     return out.with_name("tiny-00001-of-00003.gguf")
 
 

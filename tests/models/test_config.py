@@ -6,8 +6,7 @@ import pytest
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
 
 
 def r1() -> dict:
@@ -20,8 +19,8 @@ def plain(metadata: dict) -> dict:
 
 @pytest.mark.parametrize("mla", ["split", "combined"])
 def test_round_trip_through_metadata(mla):
-    config = DeepseekConfig.from_hf(r1())
-    back = DeepseekConfig.from_gguf(plain(deepseek.metadata(config, mla, "R1")))
+    config = family.from_hf(r1())
+    back = family.from_gguf(plain(family.metadata(config, mla, "R1")))
     assert back.softmax_scale == pytest.approx(config.softmax_scale, rel=1e-6)
     for key, value in vars(config).items():
         if key not in ("yarn", "bos", "eos"):
@@ -29,7 +28,7 @@ def test_round_trip_through_metadata(mla):
 
 
 def test_r1_numbers():
-    config = DeepseekConfig.from_hf(r1())
+    config = family.from_hf(r1())
     assert (config.n_moe, config.qk_head) == (58, 192)
     # DeepSeek's modelling code: 192^-0.5 * (0.1 ln 40 + 1)^2
     assert config.softmax_scale == pytest.approx(0.1352337788608801)
@@ -51,14 +50,14 @@ def test_r1_numbers():
 )
 def test_unsupported_values_are_named(key, value, says):
     with pytest.raises(QuantkitError, match=says):
-        DeepseekConfig.from_hf(r1() | {key: value})
+        family.from_hf(r1() | {key: value})
 
 
 def test_missing_key_is_named():
     config = r1()
     del config["kv_lora_rank"]
     with pytest.raises(QuantkitError, match="kv_lora_rank"):
-        DeepseekConfig.from_hf(config)
+        family.from_hf(config)
 
 
 def test_v2_lite_shape():
@@ -71,17 +70,17 @@ def test_v2_lite_shape():
         "n_group": 1,
         "topk_group": 1,
     }
-    parsed = DeepseekConfig.from_hf(config)
-    roles = {spec.role for spec in deepseek.specs(parsed)}
+    parsed = family.from_hf(config)
+    roles = {spec.role for spec in family.specs(parsed)}
     assert "attn_q" in roles and "attn_q_a" not in roles and "exp_probs_b" not in roles
 
 
 def test_config_json_of_a_gguf_is_the_original_one():
     """Keys of training and of the FP8 encoding are not a GGUF's to know."""
     original = r1()
-    config = DeepseekConfig.from_hf(original)
-    back = DeepseekConfig.from_gguf(plain(deepseek.metadata(config, "split", "R1")))
-    found = back.to_hf()
-    assert DeepseekConfig.from_hf(found) == config
+    config = family.from_hf(original)
+    back = family.from_gguf(plain(family.metadata(config, "split", "R1")))
+    found = family.to_hf(back)
+    assert family.from_hf(found) == config
     unknown = {"auto_map", "num_nextn_predict_layers", "quantization_config", "transformers_version"}
     assert {k: v for k, v in original.items() if k not in unknown}.items() <= found.items()

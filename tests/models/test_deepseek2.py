@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
-def config(tiny) -> DeepseekConfig:
-    return DeepseekConfig.from_hf(tiny.config)
+def config(tiny) -> ModelConfig:
+    return family.from_hf(tiny.config)
 
 
 def whole(tiny, config, spec) -> torch.Tensor:
-    parts = [deepseek.read(tiny, config, spec, start, stop) for start, stop in deepseek.slices(spec)]
+    parts = [family.read(tiny, config, spec, start, stop) for start, stop in family.slices(spec)]
     return torch.cat(parts).view(spec.shape)
 
 
 def by_name(config, mla="split"):
-    return {spec.name: spec for spec in deepseek.specs(config, mla)}
+    return {spec.name: spec for spec in family.specs(config, mla)}
 
 
 def test_k_b_is_transposed_per_head_and_v_b_is_not(tiny, config):
@@ -39,21 +39,21 @@ def test_experts_are_stacked_in_order(tiny, config):
 
 
 def test_slices_cover_every_row_once_and_stay_in_a_matrix(config):
-    for spec in deepseek.specs(config):
+    for spec in family.specs(config):
         per_matrix = spec.n_rows // spec.n_matrices
-        slices = list(deepseek.slices(spec))
+        slices = list(family.slices(spec))
         assert [start for start, _ in slices] == [0, *(stop for _, stop in slices[:-1])]
         assert slices[-1][1] == spec.n_rows
         assert all(start // per_matrix == (stop - 1) // per_matrix for start, stop in slices)
 
 
 def test_slices_of_a_large_matrix_are_bounded(config):
-    spec = deepseek.specs(config)[0]
+    spec = family.specs(config)[0]
     big = type(spec)("token_embd.weight", (129280, 7168), "token_embd", None, spec.sources)
-    assert max((stop - start) * 7168 for start, stop in deepseek.slices(big)) <= deepseek.SLICE_WEIGHTS
+    assert max((stop - start) * 7168 for start, stop in family.slices(big)) <= family.SLICE_WEIGHTS
 
 
 def test_mtp_layer_is_not_read(tiny, config):
-    used = deepseek.source_shapes(config)
+    used = family.source_shapes(config)
     assert any(name.startswith("model.layers.4.") for name in tiny.tensors)
     assert not any(name.startswith("model.layers.4.") for name in used)

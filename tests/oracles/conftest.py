@@ -1,4 +1,4 @@
-"""Files for the engine tests, made once from the bundled tiny-r1 with little calibration text."""
+"""Files for the tests with oracles, made once from the bundled tiny-r1 with little calibration text."""
 
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -84,7 +84,7 @@ def plain(work: Path, imatrix: Path) -> Callable[..., Path]:
     def get(qtype: str, mla: str = "split") -> Path:
         if (qtype, mla) not in made:
             out = work / f"tiny-{qtype}-{mla}.gguf"
-            made[qtype, mla] = make(out, one_type(work, qtype), imatrix, "--mla", mla)
+            made[qtype, mla] = make(out, one_type(work, qtype), imatrix, "--target", f"llama.cpp/{mla}")
         return made[qtype, mla]
 
     return get
@@ -99,7 +99,7 @@ def quantized(work: Path, imatrix: Path) -> Callable[..., Path]:
         key = (recipe, target, mla)
         if key not in made:
             out = work / f"tiny-{recipe}-{target}-{mla}.gguf"
-            made[key] = make(out, recipe, imatrix, "--target", target, "--mla", mla)
+            made[key] = make(out, recipe, imatrix, "--target", f"{target}/{mla}")
         return made[key]
 
     return get

@@ -23,8 +23,9 @@ from quantkit.cli import main
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import kt_export
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.weights import open_gguf
 
@@ -34,7 +35,7 @@ LINEAR = "torch.nn.Linear"
 V3 = "ktransformers.models.modeling_deepseek_v3."
 
 
-def modules(c: DeepseekConfig) -> Iterator[tuple[str, str]]:
+def modules(c: ModelConfig) -> Iterator[tuple[str, str]]:
     """Name and class of every module of ktransformers' DeepseekV3ForCausalLM, parents first, without the inside of
     `experts`, which is not visited."""
     yield from (("", V3 + "DeepseekV3ForCausalLM"), ("model", V3 + "DeepseekV3Model"))
@@ -64,12 +65,12 @@ def matching(rules: list[dict], name: str, kind: str) -> list[dict]:
     return [rule for rule in found if rule["match"].get("class", kind) == kind]
 
 
-def tiny_config() -> DeepseekConfig:
-    return DeepseekConfig.from_hf(json.loads((bundle.models_dir() / "tiny-r1" / "config.json").read_text()))
+def tiny_config() -> ModelConfig:
+    return family.from_hf(json.loads((bundle.models_dir() / "tiny-r1" / "config.json").read_text()))
 
 
-def r1_config() -> DeepseekConfig:
-    return DeepseekConfig.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
+def r1_config() -> ModelConfig:
+    return family.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
 
 
 @pytest.mark.parametrize(("config", "gpus"), [(tiny_config(), 1), (tiny_config(), 3), (r1_config(), 4)])

@@ -7,7 +7,7 @@ KT_KERNEL_CPU_VARIANT chooses a variant of the wheel (amx, avx512_bf16, ..., avx
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 
 from quantkit import bundle
 from quantkit.evaluation.oracles import kt as kt_oracle
-from quantkit.runtime.layers import Block
+from quantkit.runtime.layers import Experts, LayerExperts, unwatched
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import stream
 
@@ -42,20 +42,18 @@ def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
     """Real inputs of every MoE layer, rounded to BF16 as kt-kernel takes them, and what the experts answer."""
     found: dict[int, Visit] = {}
 
-    def before(layer: int, block: Block) -> None:
-        inner = block.experts
-        if inner is None:
-            return
-
+    def recording(layer: int, inner: LayerExperts) -> Experts:
         def recorded(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             x = x.bfloat16().float()
             found[layer] = Visit(x, expert, weight, inner(x, expert, weight))
             return found[layer].out
 
-        block.experts = recorded
+        return recorded
 
-    for _ in stream(source, tokens, before):
-        pass
+    for step in stream(source, tokens):
+        if step.weights.experts is not None:
+            step.weights = replace(step.weights, experts=unwatched(recording(step.layer, step.weights.experts)))
+        step.compute()
     return found
 
 

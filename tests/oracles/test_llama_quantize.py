@@ -1,7 +1,7 @@
 """Our files against llama.cpp's own tools: the same plan and importance give the same bytes, and the same text the
 same importance.
 
-    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/engines/test_llama_quantize.py
+    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/oracles/test_llama_quantize.py
 
 llama-quantize and llama-imatrix are looked for in that folder, then on PATH.
 """
@@ -20,7 +20,7 @@ from quantkit.calibration import corpus
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 
 from .conftest import MODEL, make, quantkit, reference
 
@@ -90,7 +90,7 @@ def test_same_bytes_in_every_type(turn: int, plain, imatrix: Path, tmp_path: Pat
 
 
 def all_types(folder: Path, turn: int) -> Path:
-    matrices = [spec for spec in deepseek.specs(reference().config) if not spec.fixed]
+    matrices = [spec for spec in family.specs(reference().config) if not spec.fixed]
     names, rules, next_type = list(qtypes.QTYPES), "", turn
     for spec in matrices:
         qtype = names[next_type % len(names)]

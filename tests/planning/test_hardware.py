@@ -6,8 +6,10 @@ import pytest
 
 from quantkit import machine as probe
 from quantkit.errors import QuantkitError
+from quantkit.job import hardware as view
 from quantkit.job import plan as plans
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
+from quantkit.models.open import open_model
 from quantkit.planning import bitmap, hardware, table
 from quantkit.planning.hardware import Machine
 
@@ -16,7 +18,7 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def config():
-    return DeepseekConfig.from_hf(plans.open_model("deepseek-r1").config)
+    return family.from_hf(open_model("deepseek-r1").config)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +120,10 @@ def test_commands_name_the_layers(plan, config):
 
 def test_report(plan):
     machine = Machine(60 * GIB, 14 * GIB, 80e9, 900e9, 3e9)
-    text = plans.hardware_report("deepseek-r1", (), None, None, machine, 4096, 32)
+    text = view.hardware_report("deepseek-r1", (), None, machine, 4096, 32)
     assert "tok/s ≤ 1 / (gpu bytes / gpu bandwidth" in text
     assert all(name in text for name in ("1.58bit", "2.51bit", "--n-cpu-moe", "--kt-method LLAMAFILE", "quantkit run"))
-    assert "does not fit" in plans.hardware_report(
-        "deepseek-r1", ("1.58bit",), None, None, Machine(GIB, 4 * GIB), 512, 1
-    )
+    assert "does not fit" in view.hardware_report("deepseek-r1", ("1.58bit",), None, Machine(GIB, 4 * GIB), 512, 1)
 
 
 def test_compare_and_bit_map(plan, tmp_path):

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
-from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, make_plan, offsets, split_name
+from quantkit.planning.assign import make_plan
+from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, offsets
 from quantkit.planning.recipe import Recipe
+from quantkit.tensors import split_name
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +52,10 @@ def test_order_is_the_files_and_offsets_are_aligned(plan):
 
 
 def test_bytes_and_bits(plan):
-    assert sum(plan.bytes_by_class.values()) == plan.n_bytes
-    assert list(plan.bytes_by_class) == list(CLASSES)
-    assert plan.bytes_by_class["experts gate"] == 2 * 256 * 2048 * 7168 * 50 // 256
+    assert {tensor.group for tensor in plan.tensors} == set(CLASSES)
+    gates = [tensor.n_bytes for tensor in plan.tensors if tensor.group == "experts gate"]
+    assert sum(gates) == 2 * 256 * 2048 * 7168 * 50 // 256
+    assert sum(tensor.n_bytes for tensor in plan.tensors) == plan.n_bytes
     assert plan.routed_bpw == pytest.approx((4 * 1.5625 + 1.5625 + 2.625) / 6)
     assert plan.by_name["blk.0.attn_k_b.weight"].row_bytes == 136
 
@@ -69,6 +72,15 @@ def test_both_layouts_in_one_file_are_refused():
     mixed += [s for s in r1_shapes.specs("combined", n_layer=4) if s.role == "attn_kv_b"]
     with pytest.raises(QuantkitError, match="keep one MLA layout"):
         make_plan(mixed, Recipe.load("1.58bit"))
+
+
+def test_a_plan_fits_its_own_model_only(plan):
+    specs = r1_shapes.specs(n_layer=5)
+    plan.check_model(specs)
+    with pytest.raises(QuantkitError, match=r"plan has no tensor blk\.5\.attn_norm\.weight \(\d+ missing\)"):
+        plan.check_model(r1_shapes.specs(n_layer=6))
+    with pytest.raises(QuantkitError, match=r"output\.weight .* is not in this model"):
+        plan.check_model(specs[:-1])
 
 
 def test_split_name():

@@ -11,14 +11,15 @@ import pytest
 import r1_shapes
 
 from quantkit import bundle
+from quantkit.job import hardware as view
 from quantkit.job import plan as plans
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
+from quantkit.models import family
 from quantkit.planning import table
+from quantkit.planning.assign import make_plan
 from quantkit.planning.hardware import Machine
-from quantkit.planning.plan import Plan, make_plan
+from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
-from quantkit.planning.table import render, types_by_role
+from quantkit.planning.table import layer_ranges, render
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 RECIPES = ("1.58bit", "1.73bit", "2.22bit", "2.51bit")
@@ -48,7 +49,10 @@ def r1_plan(recipe: str, target: str, mla: str) -> Plan:
 
 
 def snapshot(plan: Plan) -> str:
-    roles = [f"{role:<16} {n_bytes:>15,}  {types}" for role, types, n_bytes in types_by_role(plan)]
+    roles = []
+    for role in dict.fromkeys(tensor.role for tensor in plan.tensors):
+        tensors = [tensor for tensor in plan.tensors if tensor.role == role]
+        roles.append(f"{role:<16} {sum(t.n_bytes for t in tensors):>15,}  {layer_ranges(tensors)}")
     return "\n".join([render(plan), *roles, "", f"sha256 {plan.digest()}", ""])
 
 
@@ -72,7 +76,7 @@ def check_snapshot(name: str, text: str) -> None:
 def test_allocated_snapshot(recipe, target):
     """What the prior makes of the bytes of Unsloth's files."""
     size, _ = UNSLOTH[recipe]
-    plan = plans.plan_model("deepseek-r1", None, target, None, plans.BudgetOptions(size=size))
+    plan = plans.plan_model("deepseek-r1", None, target, plans.BudgetOptions(size=size))
     tail = table.outlook(plan, plans.plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
     check_snapshot(f"auto-{recipe}.{target}.split.txt", f"{snapshot(plan)}\n{tail}\n")
 
@@ -80,14 +84,14 @@ def test_allocated_snapshot(recipe, target):
 def test_machine_snapshot():
     budget = plans.BudgetOptions(ram=128 << 30, vram=24 << 30)
     plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
-    check_snapshot("auto-128GB-24GB.llama.cpp.split.txt", f"{snapshot(plan)}\n{plan.outlook.limit}\n")
+    check_snapshot("auto-128GiB-24GiB.llama.cpp.split.txt", f"{snapshot(plan)}\n{plan.outlook.limit}\n")
 
 
 @pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
 def test_hardware_snapshot(target):
-    """The 60 GB + 14 GB machine with DDR4 and one NVMe drive."""
+    """The 60 GiB + 14 GiB machine with DDR4 and one NVMe drive."""
     machine = Machine(60 << 30, 14 << 30, 80e9, 900e9, 3e9)
-    text = plans.hardware_report("deepseek-r1", (), target, None, machine, 4096, 32)
+    text = view.hardware_report("deepseek-r1", (), target, machine, 4096, 32)
     check_snapshot(f"hardware.{target}.txt", text + "\n")
 
 
@@ -113,7 +117,7 @@ def test_ollama_gets_llama_cpps_types(recipe):
 @pytest.mark.parametrize("mla, count", [("split", 1086), ("combined", 1025)])
 def test_bundled_r1_has_these_shapes(mla, count):
     config = json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text())
-    ours = [(s.name, s.shape, s.role, s.layer, s.fixed) for s in deepseek.specs(DeepseekConfig.from_hf(config), mla)]
+    ours = [(s.name, s.shape, s.role, s.layer, s.fixed) for s in family.specs(family.from_hf(config), mla)]
     assert ours == [(s.name, s.shape, s.role, s.layer, s.fixed) for s in r1_shapes.specs(mla)]
     assert len(ours) == count
 

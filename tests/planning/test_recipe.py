@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe, Share
 
 HEAD = 'name = "r"\ndescription = "d"\ntarget = "llama.cpp"\n'

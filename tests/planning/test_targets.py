@@ -4,7 +4,7 @@ import r1_shapes
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.planning import targets
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 
 HEAD = 'name = "r"\ndescription = "d"\ntarget = "ktransformers"\n'
@@ -65,6 +65,22 @@ def test_every_type_is_allowed_or_refused_with_a_reason():
 def test_unknown_target():
     with pytest.raises(QuantkitError, match=r"unknown target 'vllm'; known: ktransformers llama\.cpp ollama"):
         plan("output", "Q8_0", "vllm")
+
+
+def test_a_target_may_name_the_layout():
+    assert targets.parse("llama.cpp") == targets.TargetChoice("llama.cpp", None)
+    assert targets.parse("llama.cpp/combined") == targets.TargetChoice("llama.cpp", "combined")
+    recipe = Recipe.load("1.58bit")
+    assert recipe.aimed(None) == recipe
+    assert (recipe.aimed("ollama").target, recipe.aimed("ollama").mla) == ("ollama", "split")
+    assert recipe.aimed("ollama/combined").mla == "combined"
+    for text, says in (
+        ("llama.cpp/both", "split or combined"),
+        ("llama.cpp/", "split or combined"),
+        ("x/split", "'x'"),
+    ):
+        with pytest.raises(QuantkitError, match=says):
+            targets.parse(text)
 
 
 def test_suggestions_fit_the_rows():

@@ -14,9 +14,8 @@ import torch
 
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models.config import DeepseekConfig
-from quantkit.remote.repo import Model
+from quantkit.models import family
+from quantkit.models.open import ModelRef
 
 TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
 HOW = pipeline.Calibration(TEXT)
@@ -45,7 +44,7 @@ def results(folder: Path) -> dict:
 def needed_bytes(sharded: Path) -> int:
     """Of all tensors that a GGUF is made from, and of all headers."""
     checkpoint = Checkpoint.open(sharded)
-    names = [n for group in deepseek.reading_order(DeepseekConfig.from_hf(checkpoint.config)) for n in flat(group)]
+    names = [n for group in family.reading_order(family.from_hf(checkpoint.config)) for n in flat(group)]
     entries = [checkpoint.tensors[each] for n in names for each in (n, n + "_scale_inv") if each in checkpoint.tensors]
     headers = 0
     for shard in sharded.glob("*.safetensors"):
@@ -99,7 +98,7 @@ class Watch:
 
 def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, from_folder, tmp_path):
     with Watch(env / "quantkit") as watch:
-        pipeline.make(Model("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
+        pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
     assert results(tmp_path / "out") == from_folder
     total, twice = downloaded(hub)
     assert twice == 0 and total == needed_bytes(sharded)  # so nothing of the MTP layer
@@ -114,7 +113,7 @@ def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, fr
 def test_fifty_dropped_connections(hub, env, from_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.remote.client.FIRST_WAIT", 0.01)
     count = hub.drop_randomly(50)
-    pipeline.make(Model("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
+    pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
     assert count["dropped"] == 50
     assert results(tmp_path / "out") == from_folder
     total, twice = downloaded(hub)
@@ -122,7 +121,7 @@ def test_fifty_dropped_connections(hub, env, from_folder, tmp_path, monkeypatch)
     assert twice < total // 2  # what a broken connection had on its way
 
 
-def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
+def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypatch):
     """SIGKILL three times, each time after more of the weights have arrived."""
     command = [
         sys.executable,
@@ -142,9 +141,8 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path):
         "1024",
         "--chunk",
         "128",
-        "--cache-size",
-        str(LIMIT),
     ]
+    monkeypatch.setenv("QUANTKIT_CACHE_SIZE", str(LIMIT))
     needed = needed_bytes(sharded)
     for share in (0.3, 0.6, 0.9):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -164,10 +162,8 @@ def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
     local = Checkpoint.open(sharded)
     for wanted in (needed_bytes(sharded), 0):
         hub.reset()
-        remote = pipeline.open_weights(Model("user/tiny-r1"))
-        for name in flat(
-            [names for group in deepseek.reading_order(DeepseekConfig.from_hf(remote.config)) for names in group]
-        ):
+        remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+        for name in flat([names for group in family.reading_order(family.from_hf(remote.config)) for names in group]):
             assert torch.equal(remote.read(name), local.read(name))
         remote.close()
         assert downloaded(hub) == (wanted, 0)
@@ -179,7 +175,7 @@ def test_our_encoders_and_the_scores(hub, env, sharded, tmp_path):
     text = pipeline.TextChoice(n_tokens=8192)
     options = pipeline.MakeOptions(calibration=pipeline.Calibration(text), evaluation=text)
     pipeline.make(sharded, tmp_path / "local", options)
-    pipeline.make(Model("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
+    pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
     assert results(tmp_path / "remote") == results(tmp_path / "local")
     total, twice = downloaded(hub)
     print(f"\n1.58bit, our encoders: {total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} twice")

@@ -14,10 +14,11 @@ from quantkit.cli import main
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job import make as pipeline
+from quantkit.models.open import ModelRef
 from quantkit.remote import client
-from quantkit.remote.cache import Range, RangeCache
-from quantkit.remote.repo import Model, parse
-from quantkit.remote.source import PIECE, cut
+from quantkit.remote.cache import RangeCache
+from quantkit.remote.pieces import PIECE, Range, cut
+from quantkit.remote.repo import parse
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
 
@@ -39,7 +40,7 @@ def test_inspect_and_plan_need_headers_only(hub, env, sharded):
     told = CliRunner().invoke(main, ["inspect", "user/tiny-r1"]).output
     assert told.splitlines()[1:] == CliRunner().invoke(main, ["inspect", str(sharded)]).output.splitlines()[1:]
     hub.reset()
-    planned = CliRunner().invoke(main, ["plan", f"{hub.url}/user/tiny-r1", "--revision", "main"]).output
+    planned = CliRunner().invoke(main, ["plan", f"{hub.url}/user/tiny-r1/tree/main"]).output
     assert planned == CliRunner().invoke(main, ["plan", str(sharded)]).output
     assert not hub.sent  # small files and headers were kept
 
@@ -64,7 +65,7 @@ def test_one_line_for_a_model_that_cannot_be_had(model, says, hub, env, fast, sh
 
 
 def test_one_line_for_a_wrong_revision_or_token(hub, env, monkeypatch):
-    assert "no revision nope (--revision)" in line_of("plan", "user/tiny-r1", "--revision", "nope")
+    assert "no revision nope" in line_of("plan", "user/tiny-r1@nope")
     hub.models["user/tiny-r1"].private = True
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     line = line_of("inspect", "user/tiny-r1")
@@ -97,7 +98,7 @@ def test_passing_trouble_is_outlived(hub, env, fast, sharded):
         hub.fault("config.json", 0, 1),
         hub.fault("model-00003", 429, 2, Retry_After="0"),
     ):
-        remote = pipeline.open_weights(Model("user/tiny-r1"))
+        remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
         assert torch.equal(remote.read(NAME), Checkpoint.open(sharded).read(NAME))
         remote.close()
 
@@ -113,7 +114,7 @@ def test_retry_after_is_honoured_and_a_long_one_is_refused(hub, env, fast, monke
 
 
 def test_an_expired_address_is_asked_for_anew(hub, env, fast, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(Model("user/tiny-r1"))
+    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME))
     hub.signature = "2"
     for name in list(local.tensors)[:200]:
@@ -124,7 +125,7 @@ def test_an_expired_address_is_asked_for_anew(hub, env, fast, sharded):
 
 def test_a_changed_file_is_noticed(hub, env, fast):
     """The same commit with other content, as only a mirror could have it, and one that changes behind its address."""
-    remote = pipeline.open_weights(Model("user/tiny-r1"))
+    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
     files = hub.models["user/tiny-r1"].commits[0]
     file = remote.entry(NAME).file
     data = bytearray(files[file].read(0, files[file].size))
@@ -141,7 +142,7 @@ def test_new_weights_under_the_same_name_are_another_job(hub, env, tmp_path):
     text = pipeline.TextChoice(n_tokens=256, chunk=64)
     how = pipeline.Calibration(text)
     options = pipeline.MakeOptions(recipe="2.51bit", calibration=how, encoder="ggml", verify=False)
-    pipeline.make(Model("user/tiny-r1"), tmp_path / "out", options)
+    pipeline.make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
     model = hub.models["user/tiny-r1"]
     name = next(name for name in model.commits[0] if name.endswith("-00009-of-000024.safetensors"))
     blob = model.commits[0][name]
@@ -149,13 +150,13 @@ def test_new_weights_under_the_same_name_are_another_job(hub, env, tmp_path):
     data[-1] ^= 1
     model.commits.append(model.commits[0] | {name: Blob(bytes(data), True)})
     with pytest.raises(QuantkitError, match="holds another job: weights"):
-        pipeline.make(Model("user/tiny-r1"), tmp_path / "out", options)
-    old = Model("user/tiny-r1", model.sha(0))
+        pipeline.make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
+    old = ModelRef("user/tiny-r1", model.sha(0))
     pipeline.make(old, tmp_path / "out", options)
 
 
 def test_damaged_cache_is_downloaded_again(hub, env, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(Model("user/tiny-r1"))
+    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1"))
     remote.read(NAME)
     remote.close()
     headers = (env / "quantkit" / "headers").glob("*")
@@ -163,13 +164,13 @@ def test_damaged_cache_is_downloaded_again(hub, env, sharded):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    remote = pipeline.open_weights(Model("user/tiny-r1"))
+    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME))
     remote.close()
 
 
 def test_a_cache_too_small_for_anything_still_reads_right(hub, env, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(Model("user/tiny-r1", None, 500_000))
+    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1", None, 500_000))
     for name in list(local.tensors)[::40]:
         if not name.endswith("_scale_inv"):
             assert torch.equal(remote.read(name), local.read(name))
@@ -177,7 +178,7 @@ def test_a_cache_too_small_for_anything_still_reads_right(hub, env, sharded):
 
 
 def test_two_processes_do_not_share_a_cache(hub, env):
-    first, second = (pipeline.open_weights(Model("user/tiny-r1")) for _ in range(2))
+    first, second = (pipeline.open_weights(ModelRef("user/tiny-r1")) for _ in range(2))
     first.read(NAME)
     with pytest.raises(QuantkitError, match="another quantkit is using this cache"):
         second.read(NAME)
@@ -191,10 +192,10 @@ def test_offline_from_the_cache_and_from_a_whole_snapshot(hub, env, sharded, mon
 
     local = Checkpoint.open(sharded)
     snapshot_download("user/tiny-r1", cache_dir=env / "hub")
-    pipeline.open_weights(Model("user/tiny-r1")).close()
+    pipeline.open_weights(ModelRef("user/tiny-r1")).close()
     hub.reset()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    remote = pipeline.open_weights(Model("user/tiny-r1"))
+    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME)) and not hub.sent
     remote.close()
     shutil.rmtree(env)
@@ -250,7 +251,7 @@ def test_pieces_cover_what_was_asked_for_and_nothing_else():
 
 
 def test_cache_counts_and_cleans_up(tmp_path):
-    cache = RangeCache(tmp_path, 100, overhead=10).open()
+    cache = RangeCache(tmp_path, 100).open(overhead=10)
     key = Range("e" * 40, 5, 65)
     assert cache.reserve(60) and not cache.reserve(31)
     cache.publish(key, cache.write(key, lambda sink: sink(b"x" * 60)))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from quantkit import bundle
+from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2 as deepseek
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import make_plan
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines import gpu, gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
@@ -34,8 +34,7 @@ def weights(path) -> GGUFWeights:
 
 
 def text(weights: GGUFWeights, n: int) -> list[int]:
-    tokenizer = tokenizers.from_gguf(weights.file.metadata)
-    return [0, *tokenizers.encode(tokenizer, "The ship went down in the storm. " * 60)[: n - 1]]
+    return [0, *tokenizers.tokenize(weights.tokenizer(), "The ship went down in the storm. " * 60)[: n - 1]]
 
 
 def logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
@@ -89,9 +88,9 @@ def test_a_prompt_of_one_token(weights):
 
 def test_types_without_kernel(weights, monkeypatch, caplog):
     """Their experts stay on the CPU, other matrices are kept dequantized."""
-    types = {name: make for name, make in gpu.blocks.TYPES.items() if name not in ("IQ1_S", "Q4_K")}
     usual = logits(GpuEngine(weights, 2, 300, 0), text(weights, 270))
-    monkeypatch.setattr(gpu.blocks, "TYPES", types)
+    in_groups = registry.in_groups
+    monkeypatch.setattr(registry, "in_groups", lambda name: name not in ("IQ1_S", "Q4_K") and in_groups(name))
     engine = GpuEngine(weights, 2, 300, 9)
     assert "its experts stay on the CPU" in caplog.text and "kept as" in caplog.text
     assert kld(usual, logits(engine, text(weights, 270))) < 2e-3
@@ -127,8 +126,8 @@ def test_gpu_layers_without_gpu(weights):
 
 def test_r1_fits_in_14_gb():
     """Weights of the 1.58-bit recipe but for routed experts, a cache of 8,192 tokens, and a piece's workspace."""
-    c = DeepseekConfig.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
-    plan = make_plan(deepseek.specs(c), Recipe.load("1.58bit"), "llama.cpp", "r1")
+    c = family.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
+    plan = make_plan(family.specs(c), Recipe.load("1.58bit"), "llama.cpp", "r1")
     parts = gpu_memory.fixed_bytes({tensor.name: tensor for tensor in plan.tensors}, c, 8192)
     print(parts, {n: gpu_memory.workspace(c, n) for n in gpu_memory.PIECES})
     assert sum(parts.values()) + gpu_memory.workspace(c, gpu_memory.PIECES[-1]) + gpu_memory.SPARE < 14e9

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from quantkit.models.config import DeepseekConfig
-from quantkit.runtime.layers import Block, KVCache, Router, attention, rms_norm, route
-from quantkit.runtime.rope import angles, frequencies, rotate
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.layers import KVCache, LayerWeights, Router, attention, rms_norm, route
+from quantkit.runtime.rope import angles, frequencies
+from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.watch import Watcher
 
 
 @pytest.fixture(scope="module")
@@ -18,40 +20,40 @@ def source(tiny) -> CheckpointSource:
 
 
 @pytest.fixture(scope="module")
-def block(source) -> Block:
+def weights(source) -> LayerWeights:
     return source.layer(1)
 
 
-def naive_attention(h: torch.Tensor, block: Block, c: DeepseekConfig) -> torch.Tensor:
+def naive_attention(h: torch.Tensor, layer: LayerWeights, c: ModelConfig) -> torch.Tensor:
     """One sequence, full keys and values per head, one query at a time (DeepSeek-V2, arXiv 2405.04434, 2.1)."""
-    x = rms_norm(h, block.attn_norm, c.rms_eps)
-    q_a, norm, q_b = block.q
+    x = rms_norm(h, layer.attn_norm, c.rms_eps)
+    q_a, norm, q_b = layer.q
     q = q_b(rms_norm(q_a(x), norm, c.rms_eps)).view(-1, c.n_head, c.qk_head)
-    kv = block.kv_a(x)
-    latent, k_rope = rms_norm(kv[:, : c.kv_lora], block.kv_a_norm, c.rms_eps), kv[:, c.kv_lora :]
+    kv = layer.kv_a(x)
+    latent, k_rope = rms_norm(kv[:, : c.kv_lora], layer.kv_a_norm, c.rms_eps), kv[:, c.kv_lora :]
     cos, sin = angles(c, torch.arange(len(h)))
     out = torch.zeros(len(h), c.n_head, c.v_head)
     for head in range(c.n_head):
-        keys = torch.cat((latent @ block.k_b[head], rotate(k_rope, cos, sin)), 1)
-        values = latent @ block.v_b[head].T
+        keys = torch.cat((latent @ layer.k_b[head], rotate(k_rope, cos, sin)), 1)
+        values = latent @ layer.v_b[head].T
         turned = rotate(q[:, head, c.qk_nope :], cos, sin)
         for i in range(len(h)):
             query = torch.cat((q[i, head, : c.qk_nope], turned[i]))
             weights = (keys[: i + 1] @ query * c.softmax_scale).softmax(0)
             out[i, head] = weights @ values[: i + 1]
-    return block.output(out.flatten(1))
+    return layer.output(out.flatten(1))
 
 
-def test_attention_matches_loops_in_every_mode(source, block):
+def test_attention_matches_loops_in_every_mode(source, weights):
     c = source.config
     h = torch.randn(2, 21, c.d)
-    expected = torch.stack([naive_attention(sequence, block, c) for sequence in h])
-    cos, sin = angles(c, torch.arange(21))
-    expanded = attention(h, block, c, cos, sin)
-    absorbed = attention(h, block, c, cos, sin, observe=lambda *_: None)
+    expected = torch.stack([naive_attention(sequence, weights, c) for sequence in h])
+    turns = angles(c, torch.arange(21))
+    expanded = attention(h, weights, c, turns)
+    absorbed = attention(h, weights, c, turns, watcher=Watcher())
     cache = KVCache.empty(c, 2, 32, h.device, h.dtype)
-    steps = [attention(h[:, :13], block, c, cos[:13], sin[:13], cache)]
-    steps += [attention(h[:, i : i + 1], block, c, cos[i : i + 1], sin[i : i + 1], cache) for i in range(13, 21)]
+    pieces = [slice(0, 13), *(slice(i, i + 1) for i in range(13, 21))]
+    steps = [attention(h[:, piece], weights, c, Angles(*(t[piece] for t in turns)), cache) for piece in pieces]
     for result in (expanded, absorbed, torch.cat(steps, 1)):
         torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-5)
 

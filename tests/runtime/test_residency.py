@@ -12,11 +12,9 @@ import pytest
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import library as ggml
-from quantkit.models import deepseek2 as deepseek
-from quantkit.models import tokenizer
-from quantkit.models.config import DeepseekConfig
-from quantkit.planning.plan import make_plan
+from quantkit.ggml import codec as ggml
+from quantkit.models import family, tokenizer
+from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
@@ -46,10 +44,10 @@ def path(tmp_path_factory) -> Path:
 def random_file(folder: Path, **changes: int) -> Path:
     """tiny-r1 with another configuration and random weights."""
     config = json.loads((TINY / "config.json").read_text()) | changes
-    c = DeepseekConfig.from_hf(config)
+    c = family.from_hf(config)
     (folder / "rules.toml").write_text(RULES)
-    plan = make_plan(deepseek.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
-    metadata = deepseek.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab)
+    plan = make_plan(family.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
+    metadata = family.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab, family.PRE)
     rng = np.random.default_rng(0)
     with GGUFWriter.open(folder / "random.gguf", plan.tensors, metadata, fingerprint={}) as out:
         for tensor in plan.tensors:

@@ -10,12 +10,13 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.experts.streamed import StreamedExperts
+from quantkit.runtime.experts.streamed import StreamedExperts, Turns
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.watch import Watcher
 from quantkit.runtime.workers import Workers
 from quantkit.serving.chat import apply_template
 
@@ -99,18 +100,18 @@ def test_experts_are_read_ahead_but_no_further(ahead):
         begun.append(e)
         return tuple(weights[e])
 
-    def observe(visit):
-        until = time.monotonic() + 20
-        while len(begun) < min(7, len(taken) + 1 + ahead):  # so many are read while this one is looked at
-            assert time.monotonic() < until
-            time.sleep(0.001)
-        taken.append(visit.expert)
+    class Slow(Watcher):
+        def observe_expert(self, visit):
+            until = time.monotonic() + 20
+            while len(begun) < min(7, len(taken) + 1 + ahead):  # so many are read while this one is looked at
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            taken.append(visit.expert)
 
-    experts = StreamedExperts(read, 8)
-    experts.ahead, experts.observe = ahead, observe
+    experts = StreamedExperts(read, 8, Turns(ahead=ahead))
     x, expert, share = torch.randn(40, 16), torch.arange(80).view(40, 2) % 7, torch.rand(40, 2)
     expected = StreamedExperts(lambda e: tuple(weights[e]), 8)(x, expert, share)
-    assert torch.equal(experts(x, expert, share), expected)
+    assert torch.equal(experts(x, expert, share, watcher=Slow()), expected)
     assert begun == taken == expert.unique().tolist()
 
 

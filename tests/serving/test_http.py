@@ -11,7 +11,6 @@ import openai
 import pytest
 import uvicorn
 
-from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
@@ -31,7 +30,7 @@ class Running:
 
     def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
         self.engine = open_engine(weights, n_slots, CONTEXT)
-        tokenizer = tokenizers.from_gguf(weights.file.metadata)
+        tokenizer = weights.tokenizer()
         self.api = serve.Api("tiny", weights.file.metadata, tokenizer, self.engine, serve.Limits(**limits), KEY)
         self.listener = serve.bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
@@ -286,7 +285,7 @@ def test_completion_is_what_the_engine_gives(running, weights):
     prompt = [0, 50, 60, 70]
     made = list(generate(open_engine(weights, 1, 64), prompt, 20, Sampling(temperature=0)))
     answer = running.client().completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=20)
-    assert answer.choices[0].text == tokenizers.from_gguf(weights.file.metadata).decode(made, skip_special_tokens=False)
+    assert answer.choices[0].text == weights.tokenizer().decode(made, skip_special_tokens=False)
     assert answer.usage.prompt_tokens == 4 and answer.usage.completion_tokens == len(made)
 
 

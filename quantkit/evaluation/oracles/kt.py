@@ -1,74 +1,68 @@
 """One MoE layer of a GGUF, computed by KTransformers' own kernels (kt-kernel, LLAMAFILE backend), in its own process.
 
-Run as a script, this file is the child. A GPU is not needed: the wrapper class loads the file as sglang would, and its
+Run as a module, this file is the child. A GPU is not needed: the wrapper class loads the file as sglang would, and its
 C++ module is then called on ordinary memory.
 """
 
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError, run_module
+from quantkit.models.config import ModelConfig
 
 WHEEL = "kt-kernel==0.7.2"
 VARIANTS = ("amx", "avx512_bf16", "avx512_vbmi", "avx512_vnni", "avx512_base", "avx2")  # the wheel's, best first
 TIMEOUT = 300
 
 
-class OracleError(RuntimeError):
-    """kt-kernel could not answer; the message says why."""
-
-
 def available() -> bool:
+    """Whether kt-kernel is installed."""
     return importlib.util.find_spec("kt_kernel") is not None
 
 
 def experts(
-    path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, variant: str
+    path: Path,
+    layer: int,
+    config: ModelConfig,
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    weight: torch.Tensor,
+    variant: str,
 ) -> torch.Tensor:
     """float32 [n, d]: weighted sum of routed experts for x [n, d], expert int64 [n, n_used], weight float32.
 
     Rows go through the prefill kernel together; the first few are computed again one by one, and must agree.
+    IllegalInstruction if this CPU does not run the variant, OracleError for anything else that goes wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "given.pt", Path(folder) / "answer.pt"
         shape = {"n_expert": config.n_expert, "n_used": config.n_used, "d": config.d, "n_ff": config.n_ff_exp}
         torch.save({"x": x.bfloat16(), "expert": expert, "weight": weight}, given)
         request = {"path": str(path), "layer": layer, "given": str(given), "answer": str(answer)} | shape
-        environment = os.environ | {"KT_KERNEL_CPU_VARIANT": variant, "KT_FORCE_SYNC_SUBMIT": "1"}
-        try:
-            child = subprocess.run(
-                [sys.executable, __file__, json.dumps(request)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT,
-                check=False,
-                env=environment,
-            )
-        except subprocess.TimeoutExpired:
-            raise OracleError(f"kt-kernel ({variant}) did not answer in {TIMEOUT} s") from None
-        if child.returncode == -signal.SIGILL:
-            raise NotImplementedError(f"this CPU does not run kt-kernel's {variant} variant")
-        if child.returncode:
-            raise OracleError(f"kt-kernel ({variant}) ended with {child.returncode}:\n{child.stderr[-3000:]}")
+        settings = {"KT_KERNEL_CPU_VARIANT": variant, "KT_FORCE_SYNC_SUBMIT": "1"}
+        run_module(__name__, json.dumps(request), f"kt-kernel ({variant})", TIMEOUT, settings)
         found = torch.load(answer)
         if found["variant"] != variant:
-            raise NotImplementedError(f"kt-kernel loaded {found['variant']} instead of {variant}")
+            raise IllegalInstruction(f"kt-kernel loaded {found['variant']} instead of {variant}")
         return found["out"]
 
 
-def runnable(path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> str:
+def runnable(
+    path: Path, layer: int, config: ModelConfig, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor
+) -> str:
     """The best variant that this machine runs: a CPU may name AMX among its flags and not have it."""
     for variant in [os.environ["KT_KERNEL_CPU_VARIANT"]] if "KT_KERNEL_CPU_VARIANT" in os.environ else VARIANTS:
         try:
             experts(path, layer, config, x[:16], expert[:16], weight[:16], variant)
-        except NotImplementedError:
+        except IllegalInstruction:
             continue
         return variant
     raise OracleError("no variant of kt-kernel runs here")
@@ -77,7 +71,7 @@ def runnable(path: Path, layer: int, config, x: torch.Tensor, expert: torch.Tens
 # The child.
 
 
-def _serve(request: dict) -> None:
+def _serve(request: dict[str, Any]) -> None:
     _without_pinned_memory()
     import kt_kernel
 
@@ -107,7 +101,7 @@ def _serve(request: dict) -> None:
     os._exit(0)  # its worker threads may not join
 
 
-def _forward(wrapper, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _forward(wrapper: Any, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, expert, weight = x.contiguous(), expert.long().contiguous(), weight.float().contiguous()
     out, n = torch.zeros_like(x), torch.tensor([len(x)], dtype=torch.int32)
     pointers = [tensor.data_ptr() for tensor in (n, expert, weight, x, out)]
@@ -119,7 +113,7 @@ def _forward(wrapper, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tenso
 def _without_pinned_memory() -> None:
     """Pinned memory needs CUDA; kt-kernel asks for it everywhere."""
 
-    def unpinned(make):
+    def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, pin_memory=False, **options: make(*args, **options)
 
     for name in ("zeros", "empty", "full", "ones"):

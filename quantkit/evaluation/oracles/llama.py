@@ -1,7 +1,8 @@
 """Stock llama.cpp as an oracle, called through ctypes in its own process: a crash of native code is then an answer.
 
 The library is that of the `xllamacpp` wheel, or else of llama-cpp-python, which declares llama.cpp's structs itself.
-Run as a script, this file is the child: `python llama_oracle.py REQUEST.json`, the request as described at `_serve`.
+Run as a module, this file is the child: `python -m quantkit.evaluation.oracles.llama REQUEST.json`, the request as
+described at `_serve`.
 
 llama.cpp's parameter structs change between builds. For xllamacpp only their beginnings are declared here, and the
 defaults that the library fills in are compared with the known ones first: another layout is an error, not a wrong
@@ -12,7 +13,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,22 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.evaluation.oracles.child import OracleError, run_module
+
 WHEEL = "xllamacpp==2026.10.11549"
 CACHE_TYPES = {"f32": 0, "f16": 1}
 TIMEOUT = 3600  # R1 from a slow disk
 
 
-class OracleError(RuntimeError):
-    """The oracle could not answer; the message says why."""
-
-    def reason(self) -> str:
-        """The line that says it best: llama.cpp logs hundreds."""
-        lines = str(self).splitlines()
-        said = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line]
-        return f"{lines[0].rstrip(':')}: {said[0].strip()}" if said and said[0] != lines[0] else lines[0]
-
-
 def available() -> bool:
+    """Whether a package with the library is installed."""
     return any(map(importlib.util.find_spec, ("xllamacpp", "llama_cpp")))
 
 
@@ -83,24 +76,11 @@ def tokenize(model: Path, texts: Sequence[str], *, bos: bool = False, special: b
     return _ask({"model": str(model), "texts": list(texts), "bos": bos, "special": special})["ids"]
 
 
-def _ask(request: dict) -> dict:
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         path.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
-        try:
-            child = subprocess.run(
-                [sys.executable, __file__, str(path)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise OracleError(f"llama.cpp did not answer in {TIMEOUT} s") from None
-        if child.returncode:
-            how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-            raise OracleError(f"llama.cpp ended with {how}:\n{child.stderr[-3000:]}")
+        run_module(__name__, str(path), "llama.cpp", TIMEOUT)
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
@@ -245,7 +225,8 @@ def _library() -> Any:
 
         llama_cpp.llama_backend_init()
         return llama_cpp
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.so")) if spec else []
+    places = (spec.submodule_search_locations if spec else None) or []
+    found = sorted(file for place in places for file in Path(place).glob("*.so"))
     if not found:
         raise OracleError(f"pip install {WHEEL}")
     lib = ctypes.CDLL(str(found[0]))
@@ -292,7 +273,7 @@ def _decode(lib: Any, context: int, batch: _Batch, tokens: np.ndarray, first: in
         out[i] = np.ctypeslib.as_array(row, (out.shape[1],))
 
 
-def _logits(lib: Any, request: dict) -> dict:
+def _logits(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
     tokens = np.load(request["tokens"])
     model = _load(lib, request["model"], vocab_only=False)
     params = lib.llama_context_default_params()
@@ -315,7 +296,7 @@ def _logits(lib: Any, request: dict) -> dict:
     return {"n_params": lib.llama_model_n_params(model)}
 
 
-def _tokenize(lib: Any, request: dict) -> dict:
+def _tokenize(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
     vocab = lib.llama_model_get_vocab(_load(lib, request["model"], vocab_only=True))
     ids = []
     for text in request["texts"]:

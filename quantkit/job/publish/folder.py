@@ -1,6 +1,6 @@
 """A folder that `make` left, read back: whole, certified, and without secrets; or a QuantkitError says what is not."""
 
-import json
+import glob
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from huggingface_hub.utils import get_token
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.safetensors_header import load_object
 from quantkit.planning.plan import Plan
 
-REQUIRED = ("plan.json", "recipe.toml", "verify.json", "provenance.json")
-OPTIONAL = ("certify.json", "report.html")
+REQUIRED = ("plan.json", "verify.json", "provenance.json")
+OPTIONAL = ("recipe.toml", "certify.json", "report.html")
 IMATRIX = "imatrix.gguf"
 SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
@@ -35,6 +36,7 @@ class Quant:
 
     @property
     def n_bytes(self) -> int:
+        """Of the model's files."""
         return sum(path.stat().st_size for path in self.gguf)
 
 
@@ -46,7 +48,7 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     name = name or plan.recipe
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise QuantkitError(f"--name {name}: use letters, digits, dots and dashes")
-    found = sorted(path for path in folder.glob(f"{glob_escape(plan.model)}-{glob_escape(plan.recipe)}*.gguf"))
+    found = sorted(path for path in folder.glob(f"{glob.escape(plan.model)}-{glob.escape(plan.recipe)}*.gguf"))
     if not found:
         raise QuantkitError(f"{folder}: no finished {plan.model}-{plan.recipe}.gguf; run `quantkit make` to its end")
     file = GGUFFile.open(found[0])
@@ -91,10 +93,8 @@ def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) ->
         return [download]
     p, calibration = provenance, provenance["calibration"]
     source = p.get("source") or {}
-    words = ["quantkit", "make", base]
-    if source.get("commit"):
-        words += ["--revision", source["commit"]]
-    words += ["--recipe", f"published/{name}/recipe.toml", "--target", p["target"], "--mla", p["mla"]]
+    words = ["quantkit", "make", f"{base}@{source['commit']}" if source.get("commit") else base]
+    words += ["--recipe", f"published/{name}/plan.json"]
     text = calibration.get("text")
     if p.get("packed_by") == "ggml":
         words += ["--imatrix", f"published/imatrix/{name}.gguf"]
@@ -129,10 +129,6 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     return [] if found.get("files") == sizes else ["certify.json is of other files; run `quantkit certify` again"]
 
 
-def glob_escape(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)
-
-
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -143,10 +139,4 @@ def _bytes(path: Path) -> bytes:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(_bytes(path))
-    except ValueError as error:
-        raise QuantkitError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise QuantkitError(f"{path}: not a JSON object")
-    return value
+    return load_object(_bytes(path), str(path))

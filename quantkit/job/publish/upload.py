@@ -2,18 +2,18 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.safetensors_header import load_json
+from quantkit.formats.safetensors_header import load_object
 from quantkit.job.publish.card import Row, layer_plot, render_card
 from quantkit.job.publish.folder import Quant, refuse_secrets, reproduce
 from quantkit.progress import say
@@ -38,7 +38,7 @@ UNKNOWN = {"target": "unknown", "quantkit": "unknown", "calibration": {}}  # whe
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where to: private and create decide only when the repository is new; pr opens a pull request."""
 
     repo: str
@@ -57,14 +57,14 @@ class Present:
 class Uploader:
     """One publication. base, license_name: None to take what `make` recorded about the source."""
 
-    def __init__(self, quant: Quant, target: Target, base: str | None = None, license_name: str | None = None):
-        self.quant, self.target = quant, target
+    def __init__(self, quant: Quant, to: Destination, base: str | None = None, license_name: str | None = None) -> None:
+        self.quant, self.to = quant, to
         source = quant.provenance.get("source") or {}
         self.base, self.license = base or source.get("repo"), license_name or source.get("license")
         if not self.base:
             raise QuantkitError(f"{quant.folder}: made from a local folder; name its origin (--base-model user/name)")
         self.api = HfApi(library_name="quantkit")
-        self.repo = Repo(target.repo, constants.ENDPOINT)
+        self.repo = Repo(to.repo, constants.ENDPOINT)
         self.plot = layer_plot(quant.plan)
 
     def present(self) -> Present:
@@ -72,7 +72,7 @@ class Uploader:
 
         def look() -> Present:
             try:
-                info = self.api.model_info(self.target.repo, files_metadata=True, timeout=30)
+                info = self.api.model_info(self.to.repo, files_metadata=True, timeout=30)
             except RepositoryNotFoundError:
                 return Present(None, {})
             return Present(info.sha, {each.rfilename: each.size or 0 for each in info.siblings or ()})
@@ -93,20 +93,18 @@ class Uploader:
 
     def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], made: Mapping[str, Any]) -> Row:
         complete = verify if verify.keys() >= FIGURES else {}
-        commands = reproduce(made, str(self.base), name, self.target.repo)
+        commands = reproduce(made, str(self.base), name, self.to.repo)
         return Row(name, files, complete, UNKNOWN | dict(made), commands)
 
     def _remote_json(self, path: str, present: Present) -> dict[str, Any]:
         if path not in present.files:
             return {}
-        get = partial(self.api.hf_hub_download, self.target.repo, path, revision=present.commit)
-        value = load_json(Path(with_retry(get, self.repo, path)).read_bytes(), f"{self.repo}/{path}")
-        if not isinstance(value, dict):
-            raise QuantkitError(f"{self.repo}/{path}: not a JSON object")
-        return value
+        get = partial(self.api.hf_hub_download, self.to.repo, path, revision=present.commit)
+        return load_object(Path(with_retry(get, self.repo, path)).read_bytes(), f"{self.repo}/{path}")
 
     def card(self, present: Present) -> str:
-        text = render_card(self.target.repo, self.quant.plan.model, str(self.base), self.license, self.rows(present))
+        """README.md as it will be: of this quantization and those that are there. QuantkitError if it holds a token."""
+        text = render_card(self.to.repo, self.quant.plan.model, str(self.base), self.license, self.rows(present))
         ModelCard(text)  # parses the head
         refuse_secrets(CARD, text.encode())
         return text
@@ -115,8 +113,8 @@ class Uploader:
         """Create the repository if need be, upload, commit; returns the address of the commit or pull request."""
         with quiet():
             with_retry(self.api.whoami, self.repo, "your account")
-            if not self.target.pr:
-                create = partial(self.api.create_repo, self.target.repo, private=self.target.private, exist_ok=True)
+            if not self.to.pr:
+                create = partial(self.api.create_repo, self.to.repo, private=self.to.private, exist_ok=True)
                 with_retry(create, self.repo, "the new repository")
             additions = [CommitOperationAdd(path, str(local)) for path, local in self.quant.files.items()]
             additions.append(CommitOperationAdd(f"{self.quant.name}/layers.png", self.plot))
@@ -125,9 +123,9 @@ class Uploader:
                 say(f"{number} of {len(additions)}: {addition.path_in_repo} ({size:,} bytes)")
                 send = partial(
                     self.api.preupload_lfs_files,
-                    self.target.repo,
+                    self.to.repo,
                     [addition],
-                    create_pr=self.target.pr,
+                    create_pr=self.to.pr,
                     free_memory=False,
                 )
                 with_retry(send, self.repo, addition.path_in_repo)
@@ -147,9 +145,9 @@ class Uploader:
             ]
             commit = partial(
                 self.api.create_commit,
-                self.target.repo,
+                self.to.repo,
                 [*additions, card, *stale],
-                create_pr=self.target.pr,
+                create_pr=self.to.pr,
                 commit_message=f"{self.quant.plan.model} {self.quant.name}, made by quantkit",
                 parent_commit=present.commit,
             )
@@ -165,7 +163,7 @@ class Conflict(QuantkitError):
     """Someone else committed."""
 
 
-def _unless_conflict(commit):
+def _unless_conflict(commit: Callable[[], CommitInfo]) -> CommitInfo:
     try:
         return commit()
     except HfHubHTTPError as error:

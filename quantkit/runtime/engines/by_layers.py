@@ -8,24 +8,34 @@ from typing import Protocol
 
 import torch
 
-from quantkit.models.config import DeepseekConfig
-from quantkit.runtime.layers import Block, Experts, Feed, KVCache, Linear, Router, attention, feed_forward, rms_norm
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.layers import (
+    Feed,
+    KVCache,
+    LayerExperts,
+    LayerWeights,
+    Linear,
+    Router,
+    attention,
+    feed_forward,
+    rms_norm,
+)
 from quantkit.runtime.rope import angles
 
 
 class Layers(Protocol):
     """What is asked of a `GGUFSource`."""
 
-    config: DeepseekConfig
+    config: ModelConfig
     dtype: torch.dtype
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> float32 [..., d]."""
 
-    def layer(self, layer: int) -> Block:
+    def layer(self, layer: int) -> LayerWeights:
         """A layer's weights."""
 
-    def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, Experts | None]:
+    def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, LayerExperts | None]:
         """The second half of a layer."""
 
     def head(self) -> tuple[torch.Tensor, Linear]:
@@ -47,11 +57,11 @@ class ByLayers:
         logits [n_vocab] of the last one."""
         c, source = self.config, self.tiled
         h = source.embed(tokens)
-        cos, sin = angles(c, torch.arange(begin, begin + tokens.shape[1]))
+        turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
             layer, dtype = source.layer(i), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
-            h = h + attention(h, layer, c, cos, sin, KVCache(latent, key, begin))
+            h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
                 feed, router, experts = self.last
                 layer, dtype = replace(layer, feed=feed, router=router, experts=experts), torch.float32

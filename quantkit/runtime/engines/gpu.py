@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit import machine as probe
-from quantkit.codecs import blocks
+from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.runtime.engines.gpu_buffers import Buffers
 from quantkit.runtime.engines.gpu_layers import (
@@ -43,16 +43,17 @@ from quantkit.runtime.engines.staging import Part, Ring, Stack, upload, upload_e
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import (
-    Block,
-    Experts,
     Feed,
     KVCache,
+    LayerExperts,
+    LayerWeights,
     Linear,
     Router,
     attention,
     feed_forward,
     rms_norm,
     route,
+    unwatched,
 )
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
@@ -113,7 +114,7 @@ class GpuEngine:
     def _matrix(self, name: str) -> Matrix:
         """One matrix, or one for each head, as quantized bytes if they can be multiplied so."""
         tensor = self.weights.file.tensors[name]
-        if tensor.qtype in blocks.TYPES:
+        if registry.in_groups(tensor.qtype):
             data = upload(self.weights.file.data(name), self.device, self.weights.workers)
             return Packed(tensor.qtype, data if data.dim() == 3 else data[None], tensor.shape[-1], self.dtype)
         if tensor.qtype not in ("F32", "F16", "BF16"):
@@ -146,7 +147,7 @@ class GpuEngine:
             router = Router(vector(p + "ffn_gate_inp.weight"), vector(bias) if has_bias else None)
         k_b, v_b = self._heads(p)
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        weights = Block(
+        weights = LayerWeights(
             attn_norm=vector(p + "attn_norm.weight"),
             q=self._query(p),
             kv_a=matrix(p + "attn_kv_a_mqa.weight"),
@@ -169,7 +170,7 @@ class GpuEngine:
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
         layer.on_cpu = GgmlExperts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
         tensors = [weights.file.tensors[name] for name in expert_names(i)]
-        if unknown := {tensor.qtype for tensor in tensors} - set(blocks.TYPES):
+        if unknown := {tensor.qtype for tensor in tensors if not registry.in_groups(tensor.qtype)}:
             log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
         else:
             layer.stacks = [self._stack(tensor) for tensor in tensors]
@@ -221,7 +222,7 @@ class GpuEngine:
         c = self.config
         self.length[slot] = begin + len(tokens)
         h = self.weights.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
-        cos, sin = angles(c, torch.arange(begin, begin + len(tokens), device=self.device))
+        turns = angles(c, torch.arange(begin, begin + len(tokens), device=self.device))
         chunks = self._streamed_chunks(len(tokens))
         own = self.cache[:, slot]
         try:
@@ -229,7 +230,7 @@ class GpuEngine:
                 experts = self._prompt_experts(layer, chunks)
                 weights = replace(layer.weights, k_b=layer.k_b.dense(), v_b=layer.v_b.dense(), experts=experts)
                 latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
-                h = h + attention(h, weights, c, cos, sin, KVCache(latent, key, begin))
+                h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
         finally:
@@ -249,16 +250,16 @@ class GpuEngine:
             for begin, parts in moved:
                 yield begin, [Packed(*part, self.dtype) for part in parts]
 
-    def _prompt_experts(self, layer: GpuLayer, streamed: Chunks | None) -> Experts | None:
+    def _prompt_experts(self, layer: GpuLayer, streamed: Chunks | None) -> LayerExperts | None:
         n_expert = self.config.n_expert
         if layer.weights.router is None:
             return None
         if layer.resident is not None:
-            return ChunkedExperts(resident_chunks(layer.resident, n_expert), n_expert)
+            return unwatched(ChunkedExperts(resident_chunks(layer.resident, n_expert), n_expert))
         if streamed is not None and layer.stacks:
-            return ChunkedExperts(streamed, n_expert)
+            return unwatched(ChunkedExperts(streamed, n_expert))
         assert layer.on_cpu is not None
-        return CpuExperts(layer.on_cpu)
+        return unwatched(CpuExperts(layer.on_cpu))
 
     # Decoding
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.rope import frequencies
 
 
@@ -13,7 +13,7 @@ class Buffers:
     got: what they answer. columns: numbers of the cache's rows. turns: angle per position of each rotated pair.
     """
 
-    def __init__(self, c: DeepseekConfig, n_slots: int, rows: int, device: torch.device):
+    def __init__(self, c: ModelConfig, n_slots: int, rows: int, device: torch.device):
         self.config, on_gpu = c, device.type == "cuda"
 
         def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

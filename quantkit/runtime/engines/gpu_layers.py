@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.staging import CHUNK, Stacks
-from quantkit.runtime.layers import Block, Experts
+from quantkit.runtime.layers import Experts, LayerWeights
 
 
 class Heads(Protocol):
@@ -44,7 +44,7 @@ Chunks = Iterator[tuple[int, Sequence[Stacked]]]
 class GpuLayer:
     """One layer's weights. In GPU memory, but for `on_cpu`; a MoE layer has either that or `resident`."""
 
-    weights: Block  # k_b and v_b are filled in when a prompt needs them dequantized
+    weights: LayerWeights  # k_b and v_b are filled in when a prompt needs them dequantized
     k_b: Heads
     v_b: Heads
     resident: Sequence[Stacked] | None = None
@@ -62,7 +62,7 @@ class Places(NamedTuple):
     turned: torch.Tensor
 
 
-def attend(h: torch.Tensor, layer: GpuLayer, c: DeepseekConfig, cache: torch.Tensor, places: Places) -> torch.Tensor:
+def attend(h: torch.Tensor, layer: GpuLayer, c: ModelConfig, cache: torch.Tensor, places: Places) -> torch.Tensor:
     """As layers.attention for one new token of each sequence: h float32 [n, d] -> [n, d]. cache: of the layer,
     [n_slots, rows, kv_lora + qk_rope]."""
     weights, n = layer.weights, len(h)

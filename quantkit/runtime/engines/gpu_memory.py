@@ -6,7 +6,7 @@ from typing import Literal
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.staging import CHUNK
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import SCORE_ELEMENTS
@@ -20,7 +20,7 @@ GpuLayers = int | Literal["auto"]
 """Layers whose routed experts stay in GPU memory; auto: as many as fit."""
 
 
-def workspace(c: DeepseekConfig, n: int) -> int:
+def workspace(c: ModelConfig, n: int) -> int:
     """Upper estimate of the bytes that a piece of n tokens needs besides weights and cache."""
     ffn = 6 * max(c.n_ff, c.n_ff_exp * c.n_used // 4)
     tokens = n * (16 * c.d + 2 * c.n_head * (4 * c.qk_head + 4 * c.v_head) + ffn)
@@ -28,7 +28,7 @@ def workspace(c: DeepseekConfig, n: int) -> int:
     return tokens + matrices + 8 * SCORE_ELEMENTS
 
 
-def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: DeepseekConfig, n_tokens: int) -> dict[str, int]:
+def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: ModelConfig, n_tokens: int) -> dict[str, int]:
     """GPU memory that does not depend on --gpu-layers: the weights but for routed experts and the embedding (which stay
     in the mapped file), and the cache of n_tokens in all."""
     elsewhere = {name for layer in range(c.n_layer) for name in expert_names(layer)}
@@ -38,7 +38,7 @@ def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: DeepseekConfig, n_tokens: 
     return {"weights": weights, "cache": 2 * n_tokens * c.n_layer * (c.kv_lora + c.qk_rope)}
 
 
-def largest_piece(c: DeepseekConfig, free: int) -> int:
+def largest_piece(c: ModelConfig, free: int) -> int:
     """Tokens of a prompt at once, if so many bytes are free."""
     return next((n for n in PIECES if workspace(c, n) + SPARE <= free), PIECES[-1])
 

@@ -15,7 +15,8 @@ from math import prod
 import numpy as np
 import torch
 
-from quantkit.ggml.library import Graph, TensorP, library
+from quantkit.ggml.graph import Graph
+from quantkit.ggml.library import TensorP, library
 from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.mla import split_kv_b

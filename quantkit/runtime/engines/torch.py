@@ -3,8 +3,9 @@
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.layers import Block, KVCache, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
+from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
 
 PROMPT_TOKENS = 512  # of one prompt computed at once
@@ -18,7 +19,7 @@ class TorchEngine:
 
     def __init__(self, source: Source, n_slots: int, capacity: int):
         self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
-        self.layers: list[Block] = [source.layer(layer) for layer in range(source.config.n_layer)]
+        self.layers: list[LayerWeights] = [source.layer(layer) for layer in range(source.config.n_layer)]
         self.norm, self.output = source.head()
         self.slots: list[list[KVCache] | None] = [None] * n_slots
 
@@ -36,8 +37,9 @@ class TorchEngine:
         c, caches = self.config, [self._slot(slot) for slot in slots]
         h = self.source.embed(torch.tensor(tokens, device=self.source.device))[:, None]
         cos, sin = angles(c, torch.tensor([[own[0].length] for own in caches], device=h.device))
+        turns = [Angles(*one) for one in zip(cos, sin, strict=True)]  # of each sequence
         for i, layer in enumerate(self.layers):
-            mixed = [attention(h[s : s + 1], layer, c, cos[s], sin[s], own[i]) for s, own in enumerate(caches)]
+            mixed = [attention(h[s : s + 1], layer, c, turns[s], own[i]) for s, own in enumerate(caches)]
             h = self._feed(h + torch.cat(mixed), layer)
         return self._logits(h)[:, 0]
 
@@ -56,9 +58,9 @@ class TorchEngine:
         if begin + tokens.shape[1] > self.capacity:
             raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {self.capacity}")
         h = self.source.embed(tokens.to(self.source.device))
-        cos, sin = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
+        turns = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
         for layer, cache in zip(self.layers, caches, strict=True):
-            h = self._feed(h + attention(h, layer, self.config, cos, sin, cache), layer)
+            h = self._feed(h + attention(h, layer, self.config, turns, cache), layer)
         return self._logits(h if all_logits else h[:, -1:])
 
     def _slot(self, slot: int) -> list[KVCache]:
@@ -67,7 +69,7 @@ class TorchEngine:
             caches = self.slots[slot] = self.caches(1)
         return caches
 
-    def _feed(self, h: torch.Tensor, layer: Block) -> torch.Tensor:
+    def _feed(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         x = rms_norm(h, layer.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
         return h + feed_forward(x, layer, self.config).view_as(h)
 

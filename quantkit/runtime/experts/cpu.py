@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from quantkit.ggml.library import Graph
-from quantkit.models.config import DeepseekConfig
+from quantkit.ggml.graph import Graph
+from quantkit.models.config import ModelConfig
 
 EXPERT_ROWS = 128  # tokens computed at once: bounds the activations
 
@@ -30,7 +30,7 @@ class GgmlExperts:
     def __init__(
         self,
         stacks: Sequence[tuple[str, np.ndarray]],
-        config: DeepseekConfig,
+        config: ModelConfig,
         n_threads: int,
         rows: int = EXPERT_ROWS,
         need: Callable[[Iterable[int]], None] = lambda _: None,

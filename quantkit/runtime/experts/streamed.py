@@ -1,6 +1,6 @@
 """Routed experts of the original checkpoint, an expert at a time: read, dequantized, multiplied, dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,84 +9,112 @@ import torch.nn.functional as F
 
 from quantkit import ranks
 from quantkit.runtime.ahead import read_ahead
-
-Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""gate [n_ff, d], up [n_ff, d], down [d, n_ff]."""
-PARTS = ("gate", "up", "down")
+from quantkit.runtime.watch import ExpertVisit, Projections, Watcher
+from quantkit.tensors import ROUTED_ROLES
 
 
 def expert_names(layer: int) -> list[str]:
     """Of the three stacks of a layer's routed experts in a GGUF, in the order of `Projections`."""
-    return [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
+    return [f"blk.{layer}.{role}.weight" for role in ROUTED_ROLES]
 
 
-@dataclass
-class ExpertVisit:
-    """What one expert saw: tokens int64 [m], x [m, d], hidden [m, n_ff] (input of down), routing weight float32 [m],
-    and its matrices, which are gone after the visit."""
+@dataclass(frozen=True)
+class Turns:
+    """How the experts of a layer are shared out.
 
-    expert: int
-    tokens: torch.Tensor
-    x: torch.Tensor
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    matrices: Projections
+    size: experts that one rank computes, and a watcher sees, together. ahead: experts that are read while one is
+    looked at. shared: ranks take turns, so that each reads and watches its own only; else each computes all of them.
+    """
+
+    size: int = 1
+    ahead: int = 1
+    shared: bool = False
+
+
+ALONE = Turns()
 
 
 class StreamedExperts:
-    """Experts read through a callback; the next ones (`ahead` of them) are read while this one computes.
+    """Experts read through a callback; the next ones are read while this one computes.
 
-    shared: ranks take turns with blocks of `block` experts, so that each reads and observes its own only, and hand each
-    other what comes out. All add it up in the order of experts, as one rank would: sums are the same to the bit.
+    Ranks that share them hand each other what comes out. All add it up in the order of experts, as one rank would: sums
+    are the same to the bit.
     """
 
-    def __init__(self, read: Callable[[int], Projections], n_expert: int):
-        self.read = read
-        self.n_expert, self.ahead = n_expert, 1
-        self.observe: Callable[[ExpertVisit], None] | None = None
-        self.shared, self.block = False, 1
+    def __init__(self, read: Callable[[int], Projections], n_expert: int, turns: Turns = ALONE):
+        self.read, self.n_expert, self.turns = read, n_expert, turns
 
     def __call__(
-        self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        expert: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor | None = None,
+        watcher: Watcher | None = None,
     ) -> torch.Tensor:
-        """x and out (zeroed here; default float32) may live elsewhere than the weights: rows travel as needed."""
+        """As `layers.LayerExperts`. x and out (zeroed here; default float32) may live elsewhere than the weights: rows
+        travel as needed."""
         out = torch.zeros(x.shape, device=x.device) if out is None else out.zero_()
-        n_ranks, rank = (ranks.count(), ranks.index()) if self.shared else (1, 0)
+        n_ranks, rank = (ranks.count(), ranks.index()) if self.turns.shared else (1, 0)
         if n_ranks > 1:  # devices that round differently must not disagree about who sees which token
             expert, weight = (ranks.spread(t.contiguous(), 0) for t in (expert, weight))
-        slot = torch.argsort(expert.flatten(), stable=True)  # tokens in order within an expert: sums are reproducible
-        counts = torch.bincount(expert.flatten(), minlength=self.n_expert).tolist()
-        slots = slot.split(counts)
-        used = [e for e in range(self.n_expert) if counts[e]]
-        blocks = [list(block) for _, block in groupby(used, lambda e: e // self.block)]
-        mine = [e for block in blocks[rank::n_ranks] for e in block]
-        visits = zip(mine, read_ahead(self.read, mine, self.ahead), strict=True)
-
-        def add(e: int, part: torch.Tensor) -> None:
-            tokens = slots[e] // expert.shape[1]
-            out.index_add_(0, tokens.to(out.device), part.to(out.device))
-
-        def compute() -> torch.Tensor:
-            """Of the next expert of this rank: its rows' share of the sum, in the dtype of the sum."""
-            e, (gate, up, down) = next(visits)
-            tokens = slots[e] // expert.shape[1]
-            rows, share = x[tokens.to(x.device)].to(gate.device), weight.flatten()[slots[e]]
-            hidden = F.silu(rows @ gate.T) * (rows @ up.T)
-            if self.observe:
-                self.observe(ExpertVisit(e, tokens, rows, hidden, share, (gate, up, down)))
-            return ((hidden @ down.T).float() * share[:, None]).to(out.dtype)
-
-        for first in range(0, len(blocks), n_ranks):
-            turn = blocks[first : first + n_ranks]
-            if n_ranks == 1:
-                for e in turn[0]:
-                    add(e, compute())
-                continue
-            mine = torch.cat([compute() for _ in turn[rank]]) if rank < len(turn) else None
-            for owner, block in enumerate(turn):
-                sizes = [counts[e] for e in block]
-                empty = mine is None or owner != rank
-                rows = weight.new_empty((sum(sizes), x.shape[1]), dtype=out.dtype) if empty else mine
-                for e, part in zip(block, ranks.spread(rows, owner).split(sizes), strict=True):
-                    add(e, part)
+        routes = Routes(expert, weight, self.n_expert)
+        turns = [list(turn) for _, turn in groupby(routes.used, lambda e: e // self.turns.size)]
+        mine = [e for turn in turns[rank::n_ranks] for e in turn]
+        parts = self._compute(mine, x, routes, out.dtype, watcher)
+        if n_ranks == 1:
+            for e, part in zip(mine, parts, strict=True):
+                routes.add(out, e, part)
+            return out
+        for first in range(0, len(turns), n_ranks):
+            now = turns[first : first + n_ranks]
+            own = torch.cat([next(parts) for _ in now[rank]]) if rank < len(now) else None
+            for owner, turn in enumerate(now):
+                sizes = [routes.counts[e] for e in turn]
+                mine_now = own if owner == rank else None
+                rows = weight.new_empty((sum(sizes), x.shape[1]), dtype=out.dtype) if mine_now is None else mine_now
+                for e, part in zip(turn, ranks.spread(rows, owner).split(sizes), strict=True):
+                    routes.add(out, e, part)
         return out
+
+    def _compute(
+        self, experts: list[int], x: torch.Tensor, routes: "Routes", dtype: torch.dtype, watcher: Watcher | None
+    ) -> Iterator[torch.Tensor]:
+        """Of each of these experts its rows' share of the sum, [m, d] in the dtype of the sum."""
+        for e, matrices in zip(experts, read_ahead(self.read, experts, self.turns.ahead), strict=True):
+            yield _expert(e, matrices, x, routes, watcher).to(dtype)
+
+
+def _expert(e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", watcher: Watcher | None) -> torch.Tensor:
+    """Its rows' share of the sum, float32 [m, d]."""
+    gate, up, down = matrices
+    tokens, share = routes.of(e)
+    rows = x[tokens.to(x.device)].to(gate.device)
+    hidden = F.silu(rows @ gate.T) * (rows @ up.T)
+    if watcher is not None:
+        watcher.observe_expert(ExpertVisit(e, tokens, rows, hidden, share, matrices))
+    return (hidden @ down.T).float() * share[:, None]
+
+
+class Routes:
+    """Tokens by expert, from expert int64 [n, n_used] and weight float32 [n, n_used].
+
+    counts: tokens of each expert. used: experts that have any.
+    """
+
+    def __init__(self, expert: torch.Tensor, weight: torch.Tensor, n_expert: int):
+        self.n_used, self.weight = expert.shape[1], weight.flatten()
+        slot = torch.argsort(expert.flatten(), stable=True)  # tokens in order within an expert: sums are reproducible
+        self.counts: list[int] = torch.bincount(expert.flatten(), minlength=n_expert).tolist()
+        self.slots = slot.split(self.counts)
+        self.used = [e for e in range(n_expert) if self.counts[e]]
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [m] of an expert, and how much of its output goes to each, float32 [m]."""
+        slots = self.slots[expert]
+        return slots // self.n_used, self.weight[slots]
+
+    def add(self, out: torch.Tensor, expert: int, part: torch.Tensor) -> None:
+        """part [m, d], an expert's share, to out [n, d]."""
+        tokens = self.slots[expert] // self.n_used
+        out.index_add_(0, tokens.to(out.device), part.to(out.device))

@@ -6,12 +6,12 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import source_shapes
-from quantkit.runtime.experts.streamed import Projections, StreamedExperts
-from quantkit.runtime.layers import Block, Feed, Linear, Router
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
+from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.watch import Projections
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 
@@ -23,8 +23,8 @@ class CheckpointSource:
         """QuantkitError if a tensor is missing or has another shape than the configuration says."""
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.name = Path(checkpoint.path).name
-        self.config = DeepseekConfig.from_hf(checkpoint.config)
-        checkpoint.validate(source_shapes(self.config))
+        self.config = family.from_hf(checkpoint.config)
+        checkpoint.validate(family.source_shapes(self.config))
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own."""
@@ -47,8 +47,8 @@ class CheckpointSource:
                     rows[part] = slab[(flat[part] - start).to(slab.device)].to(rows.device, rows.dtype)
         return out
 
-    def layer(self, layer: int) -> Block:
-        """All of a layer but its routed experts, which are read when it is computed."""
+    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+        """All of a layer but its routed experts, which are read when it is computed. turns: how ranks share these."""
         c, p = self.config, f"model.layers.{layer}."
         attn = p + "self_attn."
         k_b, v_b = split_kv_b(self._matrix(attn + "kv_b_proj.weight"), c)
@@ -58,8 +58,8 @@ class CheckpointSource:
         if moe:
             bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
             router = Router(self._vector(p + "mlp.gate.weight"), bias)
-            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert)
-        return Block(
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, turns)
+        return LayerWeights(
             attn_norm=self._vector(p + "input_layernorm.weight"),
             q=self._query(attn),
             kv_a=self._linear(attn + "kv_a_proj_with_mqa"),

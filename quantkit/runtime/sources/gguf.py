@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from quantkit.models import tokenizer as tokenizers
-from quantkit.runtime.experts.streamed import Projections, StreamedExperts, expert_names
-from quantkit.runtime.layers import Block, Experts, Feed, Linear, Router
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
+from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.watch import Projections
 
 Query = tuple[Linear, torch.Tensor, Linear] | Linear
 
@@ -32,8 +32,8 @@ class Products(Protocol):
     def linear(self, name: str) -> Linear:
         """Multiplies rows by a matrix: x [n, n_in] -> [n, n_out]."""
 
-    def experts(self, layer: int) -> Experts:
-        """The routed experts of a layer."""
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
+        """The routed experts of a layer. turns: how ranks share those that are streamed."""
 
 
 class GGUFSource:
@@ -46,7 +46,7 @@ class GGUFSource:
 
     def tokenizer(self) -> Tokenizer:
         """From the file's metadata."""
-        return tokenizers.from_gguf(self.file.metadata)
+        return self.weights.tokenizer()
 
     def fingerprint(self) -> str:
         """Changes if the file does."""
@@ -57,12 +57,12 @@ class GGUFSource:
         out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
         return self.weights.embed(tokens, out)
 
-    def layer(self, layer: int) -> Block:
-        """A layer's weights, as far as its products hold them."""
+    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+        """A layer's weights, as far as its products hold them. turns: how ranks share experts that are streamed."""
         p, products = f"blk.{layer}.", self.products
         k_b, v_b = self._kv_b(p)
-        feed, router, experts = self.feed_forward(layer)
-        return Block(
+        feed, router, experts = self.feed_forward(layer, turns)
+        return LayerWeights(
             attn_norm=products.vector(p + "attn_norm.weight"),
             q=self._query(p),
             kv_a=products.linear(p + "attn_kv_a_mqa.weight"),
@@ -76,12 +76,12 @@ class GGUFSource:
             experts=experts,
         )
 
-    def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, Experts | None]:
+    def feed_forward(self, layer: int, turns: Turns = ALONE) -> tuple[Feed | None, Router | None, LayerExperts | None]:
         """Dense layer or shared expert, router and routed experts of a layer, as far as it has them."""
         c, p = self.config, f"blk.{layer}."
         moe = c.is_moe(layer)
         feed = self._feed(p, "_shexp" if moe else "") if not moe or c.n_shared else None
-        return (feed, self._router(p), self.products.experts(layer)) if moe else (feed, None, None)
+        return (feed, self._router(p), self.products.experts(layer, turns)) if moe else (feed, None, None)
 
     def head(self) -> tuple[torch.Tensor, Linear]:
         """Output norm and output matrix."""
@@ -143,7 +143,7 @@ class Dequantized:
         weight = self.matrix(name)
         return lambda x: x @ weight.T
 
-    def experts(self, layer: int) -> Experts:
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""
         file, names = self.weights.file, expert_names(layer)
 
@@ -151,7 +151,7 @@ class Dequantized:
             gate, up, down = (self._expert(name, file.matrix(name, e)) for name in names)
             return gate, up, down
 
-        return StreamedExperts(read, self.weights.config.n_expert)
+        return StreamedExperts(read, self.weights.config.n_expert, turns)
 
     def _expert(self, name: str, data: np.ndarray) -> torch.Tensor:
         return self.weights.values(name, data).to(self.device, self.dtype)

@@ -2,9 +2,10 @@
 
 import torch
 
-from quantkit.ggml import library as ggml
+from quantkit.ggml import graph as ggml
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
-from quantkit.runtime.layers import Experts, Linear
+from quantkit.runtime.experts.streamed import ALONE, Turns
+from quantkit.runtime.layers import LayerExperts, Linear, unwatched
 from quantkit.runtime.sources.weights import GGUFWeights
 
 BATCH = 512  # rows per product: bounds ggml's buffers
@@ -36,8 +37,8 @@ class Quantized:
 
         return batched
 
-    def experts(self, layer: int) -> Experts:
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""
         weights, c = self.weights, self.weights.config
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
-        return GgmlExperts(weights.expert_stacks(layer), c, weights.workers.n, rows, weights.needs(layer))
+        return unwatched(GgmlExperts(weights.expert_stacks(layer), c, weights.workers.n, rows, weights.needs(layer)))

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quantkit.ggml import library as ggml
+from quantkit.ggml import graph as ggml
 from quantkit.runtime.ahead import read_ahead
-from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import Experts, Linear
+from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
+from quantkit.runtime.layers import LayerExperts, Linear, unwatched
 from quantkit.runtime.sources.weights import GGUFWeights
 
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
@@ -52,9 +52,9 @@ class Tiled:
         """As `Products`."""
         return lambda x: self.product(x, name, self.weights.file.data(name))
 
-    def experts(self, layer: int) -> Experts:
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""
-        return PromptExperts(self, layer)
+        return unwatched(PromptExperts(self, layer))
 
     def product(self, x: torch.Tensor, name: str, data: np.ndarray, worker: int | None = None) -> torch.Tensor:
         """x [n, n_in] times packed rows uint8 [n_out, row_bytes] of a tensor -> [n, n_out]: so many rows at a time are
@@ -126,8 +126,7 @@ class PromptExperts:
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""
         c, n_used = self.config, expert.shape[1]
-        gate, up, down = self.stacks
-        products = ggml.Experts(gate, up, down, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n)
+        products = ggml.Experts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n)
         rows, parts = self.weights.at_once(BATCH, n_used), []
         for part in zip(*(v.split(rows) for v in (x.float(), expert, weight)), strict=True):
             self.need(part[1].flatten().tolist())

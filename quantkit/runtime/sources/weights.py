@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from quantkit.codecs.unpack import unpack
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml import library as ggml
-from quantkit.models.config import DeepseekConfig
-from quantkit.models.deepseek2 import specs
+from quantkit.ggml.codec import dequantize
+from quantkit.models import family
+from quantkit.models import tokenizer as tokenizers
+from quantkit.models.config import ModelConfig, mla_of
 from quantkit.progress import say
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.residency import Residency
@@ -31,7 +33,7 @@ class GGUFWeights:
     def __init__(
         self,
         file: GGUFFile,
-        config: DeepseekConfig,
+        config: ModelConfig,
         device: torch.device,
         workers: Workers,
         residency: Residency | None = None,
@@ -40,6 +42,10 @@ class GGUFWeights:
         self.workers, self.residency = workers, residency
         self.name = file.path.name
         self.head_name = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+
+    def tokenizer(self) -> Tokenizer:
+        """From the file's metadata."""
+        return tokenizers.from_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
         """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
@@ -66,7 +72,7 @@ class GGUFWeights:
         rows = out.view(-1, self.config.d)
         for to, part in zip(rows.split(EMBEDDED_ROWS), tokens.flatten().cpu().split(EMBEDDED_ROWS), strict=True):
             unique, inverse = np.unique(part.numpy(), return_inverse=True)
-            values = ggml.dequantize(tensor.qtype, data[unique], tensor.shape[-1])
+            values = dequantize(tensor.qtype, data[unique], tensor.shape[-1])
             to.copy_(torch.from_numpy(values[inverse.reshape(-1)]))
         return out
 
@@ -91,7 +97,7 @@ def open_gguf(
     QuantkitError if a tensor is missing or has another shape than the file's metadata say, or if `ram` is too little.
     """
     file = GGUFFile.open(path)
-    config, device = DeepseekConfig.from_gguf(file.metadata), torch.device(device)
+    config, device = family.from_gguf(file.metadata), torch.device(device)
     check_tensors(file, config)
     residency = None
     if ram is not None:
@@ -102,10 +108,10 @@ def open_gguf(
     return GGUFWeights(file, config, device, Workers(n_threads), residency)
 
 
-def check_tensors(file: GGUFFile, config: DeepseekConfig) -> None:
+def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     """QuantkitError naming the first tensor of the model that the file lacks or has in another shape."""
     tied = "output.weight" not in file.tensors
-    for spec in specs(config, "combined" if "blk.0.attn_kv_b.weight" in file.tensors else "split"):
+    for spec in family.specs(config, mla_of(file.tensors)):
         found = file.tensors.get(spec.name)
         if found is None and not (tied and spec.name == "output.weight"):
             raise QuantkitError(f"{file.path.name}: tensor {spec.name} is missing")

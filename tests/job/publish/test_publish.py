@@ -13,7 +13,7 @@ from loopback_hub import TOKEN, Blob
 
 from quantkit.cli import main
 from quantkit.job import make as pipeline
-from quantkit.remote.repo import Model
+from quantkit.models.open import ModelRef
 
 TEXT = pipeline.TextChoice(n_tokens=1024, chunk=128)
 HOW = pipeline.Calibration(TEXT)
@@ -60,14 +60,14 @@ def refused(*arguments) -> str:
 
 def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     out = tmp_path / "out"
-    _, result = pipeline.make(Model("user/tiny-r1"), out, OPTIONS)
+    _, result = pipeline.make(ModelRef("user/tiny-r1"), out, OPTIONS)
     certify(out)
     quantkit("publish", out, "--repo", "user/tiny-r1-GGUF")
     got = Path(snapshot_download("user/tiny-r1-GGUF", local_dir=tmp_path / "published", token=TOKEN))
     parts = sorted((got / "2.51bit").glob("*.gguf"))
     assert [path.name for path in parts] == [path.name for path in sorted(out.glob("tiny-r1-*.gguf"))]
     assert len(parts) > 1
-    checkpoint = pipeline.open_weights(Model("user/tiny-r1"))
+    checkpoint = pipeline.open_weights(ModelRef("user/tiny-r1"))
     again = pipeline.verify_file(parts[0], checkpoint, TEXT, "cpu", "ktransformers")
     checkpoint.close()
     same = [key for key in result if key not in ("seconds", "layers", "bad_layers")]  # a Hub make compares no layers

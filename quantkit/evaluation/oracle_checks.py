@@ -1,4 +1,4 @@
-"""The engine that a file is made for loads it, runs it, and its numbers are compared with the decoded weights.
+"""The program that a file is made for loads it, runs it, and its numbers are compared with the decoded weights.
 
 No list of types is trusted here: a kernel that returns zeros, or something else than the product, is caught because
 its answer is wrong.
@@ -10,18 +10,17 @@ from pathlib import Path
 
 import torch
 
+from quantkit.evaluation.certificate import Check, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
-from quantkit.models.config import DeepseekConfig
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
-
-Found = tuple[str, str, str]
-"""Name, status and detail of a check."""
 
 TOKENS = 192
 # llama.cpp rounds activations to 8 bits and differs from itself by 0.007 nats on a four-layer 1-bit model; a wrong
@@ -38,34 +37,34 @@ TEXT = (
 )
 
 
-def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Found]:
-    """All engine checks of a target; one that is not installed is skipped, and says so."""
+def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]:
+    """All checks by running the file; an oracle that is not installed is skipped, and says so."""
     if target == "ktransformers":
         yield from kt_kernel(path, file)
     else:
         yield llama_cpp(path, file, device)
     if target == "ollama":
-        yield "engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does"
+        yield Check("engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
+def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
     name = "engine llama.cpp"
     if not llama_oracle.available():
-        return name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)"
+        return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
     source = open_source(path, device)
-    ids = tokenizers.encode(source.tokenizer(), TEXT * 4)
+    ids = tokenizers.tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
         theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
         logits = torch.from_numpy(llama_oracle.logits(file.files[0], tokens.numpy()))[0]
-    except llama_oracle.OracleError as error:
-        return name, "fail", error.reason()
+    except OracleError as error:
+        return Check(name, "fail", error.reason())
     if theirs != ids:
-        return name, "fail", "llama.cpp cuts the sample text into other tokens than we do"
+        return Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
     if not torch.isfinite(logits).all():
-        return name, "fail", "llama.cpp computes logits that are not finite"
+        return Check(name, "fail", "llama.cpp computes logits that are not finite")
     ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
     found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
@@ -73,16 +72,16 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Found:
         f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
         f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
-    return name, "pass" if kld < MOST_KLD else "fail", what
+    return Check(name, "pass" if kld < MOST_KLD else "fail", what)
 
 
-def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Found]:
+def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Check]:
     """The routed experts of one layer for every combination of types, in kt-kernel, against decoded weights.
 
     variant: of the wheel's CPU variants; default the best that this machine runs.
     """
     if not kt_oracle.available():
-        yield "engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}"
+        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}")
         return
     source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,21 +90,23 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             (where / part.name).symlink_to(part.resolve())
         for layer, kinds in combinations(file, source.config).items():
             inputs = layer_inputs(source, layer)
-            want = source.layer(layer).experts(*inputs)
+            experts = source.layer(layer).experts
+            assert experts is not None
+            want = experts(*inputs)
             try:
                 variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
                 got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
-            except (kt_oracle.OracleError, NotImplementedError) as error:
-                yield f"engine kt-kernel {kinds}", "fail", _last_line(str(error))
+            except OracleError as failure:
+                yield Check(f"engine kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue
             error = float((got - want).norm() / want.norm())
             said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
             # Written so that an answer that is not a number fails.
-            status = "pass" if error <= MOST_ERROR else "fail"
-            yield f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}"
+            status: Status = "pass" if error <= MOST_ERROR else "fail"
+            yield Check(f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
 
 
-def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
+def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:
     """The first layer of every combination of types of gate, up and down."""
     found: dict[str, int] = {}
     for layer in range(config.n_dense, config.n_layer):
@@ -117,14 +118,14 @@ def combinations(file: GGUFFile, config: DeepseekConfig) -> dict[int, str]:
 @torch.inference_mode()
 def layer_inputs(source: GGUFSource, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random normed inputs [ROWS, d], rounded to BF16 as kt-kernel takes them, and where the router sends them."""
-    block = source.layer(layer)
-    x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * block.ffn_norm
+    weights = source.layer(layer)
+    x = torch.randn((ROWS, source.config.d), generator=torch.Generator().manual_seed(layer)) * weights.ffn_norm
     x = x.bfloat16().float()
-    assert block.router is not None
-    return x, *route(x, block.router, source.config)
+    assert weights.router is not None
+    return x, *route(x, weights.router, source.config)
 
 
 def _last_line(text: str) -> str:
-    """First line, and what the engine said last."""
+    """First line, and what the oracle said last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1]}"

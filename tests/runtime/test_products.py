@@ -1,46 +1,22 @@
-"""Blocks taken apart with torch, and by the Triton kernels (interpreted on the CPU), against ggml's decoders."""
+"""The Triton kernels (interpreted on the CPU) against torch and ggml's decoders."""
 
 import dataclasses
 import json
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from random_blocks import close, random_blocks
 
 from quantkit import bundle
-from quantkit.codecs import blocks
-from quantkit.ggml import library as ggml
-from quantkit.models.config import DeepseekConfig
+from quantkit.codecs.registry import CODECS, codec, in_groups
+from quantkit.models import family
 from quantkit.runtime.layers import Router, route
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bytes, every field in its whole range but for numbers that are not finite: uint8 [*shape, row_bytes] and
-    their values."""
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]]
-    generator = np.random.default_rng(3)
-    data = generator.integers(0, 256, (int(np.prod(shape)) * n_in // weights, size), np.uint8)
-    data[~np.isfinite(ggml.dequantize(qtype, data, weights)).all(1)] = 0
-    data = data.reshape(*shape, -1)
-    values = ggml.dequantize(qtype, data.reshape(-1, data.shape[-1]), n_in).reshape(*shape, n_in)
-    return torch.from_numpy(data), torch.from_numpy(values)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, error: float) -> bool:
-    return float((a.cpu() - b.cpu()).abs().max()) <= error * float(b.abs().max())
-
-
-@pytest.mark.parametrize("qtype", blocks.TYPES)
-def test_torch_agrees_with_ggml(qtype):
-    data, values = random_blocks(qtype, (23,), 512)
-    assert torch.allclose(blocks.dequantize(qtype, data), values, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("qtype", blocks.TYPES)
+@pytest.mark.parametrize("qtype", filter(in_groups, CODECS))
 def test_kernels_agree_with_torch(qtype, device):
     """Whole, tail and partly masked tiles; one matrix and chosen ones; rows of x shared by pairs."""
     pytest.importorskip("triton")
@@ -49,7 +25,7 @@ def test_kernels_agree_with_torch(qtype, device):
     data, values = random_blocks(qtype, (3, 5), 768)
     data, there = data.to(device), values.to(device)
     out = kernels.dequantize(qtype, data.flatten(0, 1), torch.empty(15, 768, device=device))
-    assert close(out, blocks.dequantize(qtype, data).flatten(0, 1), 1e-6)
+    assert close(out, codec(qtype).dequantize(data).flatten(0, 1), 1e-6)
     rounded = kernels.dequantize(qtype, data[0], torch.empty(5, 768, device=device, dtype=torch.bfloat16))
     assert close(rounded.float(), values[0], 2**-7)  # the interpreter cuts off
     x, ids = torch.randn(2, 768, device=device), torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
@@ -80,8 +56,7 @@ def test_routing_kernel(device):
 
     folder = bundle.models_dir()
     r1, tiny = (
-        DeepseekConfig.from_hf(json.loads((folder / name / "config.json").read_text()))
-        for name in ("deepseek-r1", "tiny-r1")
+        family.from_hf(json.loads((folder / name / "config.json").read_text())) for name in ("deepseek-r1", "tiny-r1")
     )
     v2 = dataclasses.replace(
         r1,

@@ -1,0 +1,41 @@
+"""Types that only ggml encodes: floats, and blocks of 32 weights under one scale (Q8_0, Q4_0, IQ4_NL)."""
+
+import numpy as np
+
+from quantkit.codecs.bits import separate, spread
+from quantkit.codecs.codebooks import entries
+from quantkit.codecs.codec import Codec, Groups, Parts
+
+F32 = np.dtype([("x", "<f4")])
+F16 = np.dtype([("x", "<f2")])
+BF16 = np.dtype([("x", "<u2")])  # the upper half of a float32
+Q8_0 = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
+Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])  # 2 weights 16 apart in each, biased by 8
+IQ4_NL = np.dtype([("d", "<f2"), ("qs", "u1", 16)])  # likewise, codes of 16 levels
+GROUPS = 4  # of 8 weights in a block
+
+
+def unpack_q8_0(b: Parts) -> Groups:
+    """Q8_0 -> weights."""
+    return Groups(b["qs"].view(-1, GROUPS, 8), spread(b["d"], GROUPS))
+
+
+def unpack_q4_0(b: Parts) -> Groups:
+    """Q4_0 -> weights."""
+    return Groups(separate(b["qs"], 16, (0, 4), 15).view(-1, GROUPS, 8) - 8, spread(b["d"], GROUPS))
+
+
+def unpack_iq4_nl(b: Parts) -> Groups:
+    """IQ4_NL -> weights."""
+    v = entries("IQ4_NL", separate(b["qs"], 16, (0, 4), 15))
+    return Groups(v.view(-1, GROUPS, 8), spread(b["d"], GROUPS))
+
+
+CODECS = (
+    Codec("F32", F32),
+    Codec("F16", F16),
+    Codec("BF16", BF16),
+    Codec("Q8_0", Q8_0, unpack_q8_0),
+    Codec("Q4_0", Q4_0, unpack_q4_0),
+    Codec("IQ4_NL", IQ4_NL, unpack_iq4_nl, codebook="IQ4_NL"),
+)

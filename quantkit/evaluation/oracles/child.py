@@ -1,0 +1,49 @@
+"""Native code of others runs in a process of its own: a crash is then an answer, and its threads end with it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import quantkit
+
+
+class OracleError(RuntimeError):
+    """An oracle could not answer; the message says why: a line, then what it printed."""
+
+    def reason(self) -> str:
+        """The line that says it best: llama.cpp logs hundreds."""
+        lines = str(self).splitlines()
+        said = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line]
+        return f"{lines[0].rstrip(':')}: {said[0].strip()}" if said and said[0] != lines[0] else lines[0]
+
+
+class IllegalInstruction(OracleError):
+    """This CPU lacks an instruction that the oracle was compiled with."""
+
+
+def run_module(module: str, request: str, name: str, timeout: float, settings: Mapping[str, str] | None = None) -> None:
+    """`python -m module request`, which leaves its answer where the request says. OracleError if it does not end well.
+
+    name: of the oracle, for messages. timeout: in seconds. settings: added to the environment.
+    """
+    places = [str(Path(quantkit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", module, request],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | dict(settings or {}),
+        )
+    except subprocess.TimeoutExpired:
+        raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
+    if child.returncode == -signal.SIGILL:
+        raise IllegalInstruction(f"this CPU does not run {name}")
+    if child.returncode:
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        raise OracleError(f"{name} ended with {how}:\n{child.stderr[-3000:]}")

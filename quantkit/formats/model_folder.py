@@ -1,0 +1,14 @@
+"""A model folder as what it is: weights, or a description without them."""
+
+from pathlib import Path
+
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.geometry import TENSORS, Geometry
+
+
+def open_source(path: Path | str) -> Checkpoint | Geometry:
+    """`tensors.json` without shards beside it is a Geometry, everything else a Checkpoint (or its QuantkitError)."""
+    folder = Path(path)
+    if (folder / TENSORS).is_file() and not any(folder.glob("*.safetensors")):
+        return Geometry.load(folder)
+    return Checkpoint.open(folder)

@@ -1,0 +1,69 @@
+"""What a person calls a model, and opening it: a folder, the name of a bundled model, or a model on a Hub."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit import bundle
+from quantkit.errors import QuantkitError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.geometry import Geometry
+from quantkit.formats.model_folder import open_source
+from quantkit.models import family
+from quantkit.remote import repo as remote
+from quantkit.sizes import parse_size
+
+CACHE_SIZE = "QUANTKIT_CACHE_SIZE"
+CACHE_BYTES = 60 * 10**9
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """name: a folder, a bundled name, `user/name`, or an address. revision: branch, tag or commit of a model on a Hub,
+    None: its main branch, or the one in the address. cache_bytes: disk for weights that are downloaded."""
+
+    name: str
+    revision: str | None = None
+    cache_bytes: int = CACHE_BYTES
+
+    @classmethod
+    def parse(cls, text: str | Path) -> "ModelRef":
+        """`user/name@revision` is taken apart; any other text is the name. The size of the cache is in the environment,
+        $QUANTKIT_CACHE_SIZE; QuantkitError, naming it, if it is not a size."""
+        size = os.environ.get(CACHE_SIZE)
+        cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
+        name, at, revision = str(text).rpartition("@")
+        if at and remote.REPO_ID.fullmatch(str(text)):
+            return cls(name, revision, cache)
+        return cls(str(text), None, cache)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
+    """Config and headers only; weights come when they are read, and a bare description has none.
+
+    A folder of that name comes first. QuantkitError if it is none of these, or broken.
+    """
+    ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
+    path = Path(str(ref))
+    if path.is_dir():
+        return open_source(path)
+    if str(ref) in bundle.model_names():
+        return open_source(bundle.models_dir() / str(ref))
+    if (repo := remote.parse(str(ref))) and not path.exists():
+        return remote.open_remote(repo, ref.cache_bytes)
+    names = ", ".join(bundle.model_names())
+    raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
+
+
+def open_weights(model: ModelRef | Path | str) -> Checkpoint:
+    """The model as a checkpoint with weights, all of its family's tensors there; a bare description is refused."""
+    found = open_model(model)
+    if isinstance(found, Geometry):
+        raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
+    config = family.from_hf(found.config)
+    found.validate(family.source_shapes(config))
+    found.schedule(*family.reading_order(config))
+    return found

@@ -1,0 +1,18 @@
+"""Rotary embedding: turning interleaved pairs, as DeepSeek and llama.cpp's `deepseek2` have them."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Angles(NamedTuple):
+    """What each position turns each pair by: cos and sin, float32 [..., qk_rope / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs (x0, x1), (x2, x3), ... of the last dimension; cos and sin broadcast against [..., n / 2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
