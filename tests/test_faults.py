@@ -31,7 +31,7 @@ from quantkit.job import stages
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.planning.plan import Plan
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import open_gguf
 
 ROOT = Path(__file__).parents[1]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
@@ -297,7 +297,7 @@ def test_zero_weights_and_zero_activations(model_copy, tmp_path, options):
         overwrite(model_copy, f"model.layers.2.mlp.experts.{expert}.gate_proj.weight", 0)
     overwrite(model_copy, "model.layers.1.mlp.experts.3.down_proj.weight", 0)
     files, _ = pipeline.make(model_copy, tmp_path / "out", options)
-    source = GGUFSource(files[0], "cpu")
+    source = open_gguf(files[0])
     for layer, role in ((2, "gate"), (2, "down"), (1, "down")):
         assert torch.isfinite(source.dense(f"blk.{layer}.ffn_{role}_exps.weight")).all()
     assert not source.dense("blk.1.ffn_down_exps.weight")[3].any()

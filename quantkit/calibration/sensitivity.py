@@ -24,7 +24,7 @@ from quantkit.ggml import codec as ggml
 from quantkit.models import family
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, attention, route
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import apply_attention, ffn_input, head_tiles
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, TensorSpec

@@ -190,11 +190,13 @@ def run(
 ) -> None:
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
     from quantkit.job.stages import default_device
+    from quantkit.runtime.engines.open import open_engine
+    from quantkit.runtime.sources.weights import open_gguf
     from quantkit.serving.chat import Conversation
 
     show_placement()
-    device = placement.device or default_device()
-    talk = Conversation(file, device, context, sampling, placement.gpu_layers, ram=placement.ram)
+    weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
+    talk = Conversation(weights, open_engine(weights, 1, context, placement.gpu_layers), sampling)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:
@@ -270,15 +272,15 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit.job.stages import default_device
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.sources import GGUFSource
+    from quantkit.runtime.sources.weights import open_gguf
 
     with needs("serve"):
         from quantkit.serving import http as server
 
     show_placement()
-    source = GGUFSource(file, placement.device or default_device(), ram=placement.ram)
-    engine = open_engine(source, parallel, context, placement.gpu_layers)
-    server.serve(source, engine, door.host, door.port, server.Limits(queue=door.queue), door.api_key)
+    weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
+    engine = open_engine(weights, parallel, context, placement.gpu_layers)
+    server.serve(weights, engine, door.host, door.port, server.Limits(queue=door.queue), door.api_key)
 
 
 def _target(**given: Any) -> "Destination":

@@ -28,7 +28,7 @@ from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import family
 from quantkit.planning.plan import Plan
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Importance, TensorSpec
 

@@ -15,9 +15,8 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.evaluation.divergence import VOCAB_SLAB, HeadLogits
 from quantkit.progress import track
-from quantkit.runtime.engines.open import Engine, TorchEngine, generate, open_engine
-from quantkit.runtime.generate import Model, Sampling
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.generate import Engine, Opener, Sampling, generate
 from quantkit.runtime.stream import Source, final_hidden
 
 GREEDY = Sampling(temperature=0.0)
@@ -64,7 +63,7 @@ def top_tokens(source: Source, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def check(
-    file: GGUFSource,
+    runtime: Opener,
     reference: Source,
     chunks: Chunks,
     n_prompts: int,
@@ -75,11 +74,13 @@ def check(
 ) -> dict[str, Any]:
     """Continue the first n_prompt tokens of the first n_prompts chunks. The same file and text give the same result.
 
+    runtime: opens the file as a person runs it.
+
     Greedily for n_new tokens, compared with the original; sampled as R1 is meant to be (temperature 0.6, top-p 0.95,
     seed = number of the prompt) for n_long tokens, searched for loops.
     """
     prompts = chunks.tokens[:n_prompts, :n_prompt]
-    engine = open_engine(file, 1, n_prompt + max(n_new, n_long) + 1)
+    engine = runtime(n_prompt + max(n_new, n_long) + 1)
     with track("generate", len(prompts) * (n_new + n_long), "tokens") as advance:
         greedy = [_write(engine, prompt.tolist(), n_new, GREEDY) for prompt in prompts]
         advance(len(prompts) * n_new)
@@ -129,7 +130,7 @@ def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) ->
     c = reference.config
     if c.n_moe * c.n_expert * 3 * c.d * c.n_ff_exp > SMALL_WEIGHTS:
         return [None] * len(prompts)
-    engine = TorchEngine(Model(reference), 1, prompts.shape[1] + n_long + 1)
+    engine = TorchEngine(reference, 1, prompts.shape[1] + n_long + 1)
     return [
         loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed))) for seed, prompt in enumerate(prompts)
     ]

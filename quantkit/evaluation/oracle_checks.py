@@ -19,7 +19,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import route
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
 
 TOKENS = 192
@@ -53,7 +53,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     name = "engine llama.cpp"
     if not llama_oracle.available():
         return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
-    source = GGUFSource(path, device, hybrid=False)
+    source = open_source(path, device)
     ids = tokenizers.tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
@@ -83,7 +83,7 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
     if not kt_oracle.available():
         yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}")
         return
-    source = GGUFSource(path, hybrid=False)
+    source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
         where = path if len(file.files) == 1 else Path(folder)
         for part in file.files if where != path else ():  # kt-kernel merges splits by folder, and takes all it finds

@@ -8,7 +8,7 @@ from quantkit.calibration.corpus import Chunks
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import scored
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import job_of, stream
 
 

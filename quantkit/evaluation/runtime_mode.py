@@ -19,14 +19,13 @@ from quantkit.evaluation.divergence import (
     scored_targets,
 )
 from quantkit.progress import track
-from quantkit.runtime.engines.open import Engine, open_engine
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.generate import Engine, Opener
 
 MODE_KLD, MODE_SHARE, MODE_PPL = 0.002, 0.1, 0.02  # agreement of modes: nats, share of the file's KLD, log ratio of PPL
 
 
 def runtime_mode(
-    runtime: GGUFSource, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score, n_tokens: int
+    runtime: Opener, heads: tuple[HeadLogits, HeadLogits], chunks: Chunks, score: Score, n_tokens: int
 ) -> dict[str, Any]:
     """The file as a person runs it: what is not scored as a prompt, then token by token through the KV cache, routed
     experts multiplied from their quantized bytes. heads: of the original's and the streamed file's scored states.
@@ -35,7 +34,7 @@ def runtime_mode(
     `agreement`: of this mode from the streamed one. What remains there is the rounding of activations to 8 bits.
     """
     t = chunks.tokens.shape[1]
-    engine = open_engine(runtime, 1, t)
+    engine = runtime(t)
     prompt, n_chunk = first_scored(t, score), min(len(chunks.tokens), max(1, n_tokens // t))
     parts: dict[str, list[Divergence]] = {"original": [], "streamed": [], "agreement": []}
     with track("runtime", n_chunk * (t - 1), "tokens") as advance:
@@ -50,7 +49,7 @@ def runtime_mode(
                 "agreement": (ours, logits),
             }
             for key, (p, q) in pairs.items():
-                parts[key].append(diverge(p, q, targets, runtime.config.n_vocab))
+                parts[key].append(diverge(p, q, targets, engine.config.n_vocab))
     figures = {key: join(values).summary(t - 1 - prompt) for key, values in parts.items()}
     return {"agree": modes_agree(figures)} | figures
 

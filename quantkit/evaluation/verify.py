@@ -18,7 +18,7 @@ from quantkit.models.config import mla_of
 from quantkit.planning import targets
 from quantkit.progress import track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
 
 

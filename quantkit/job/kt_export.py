@@ -25,7 +25,7 @@ from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
 SIDECAR = "attn_kv_b.gguf"
@@ -98,7 +98,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
 
     QuantkitError if KTransformers cannot compute the file, saying which tensor and why, or if `output` exists.
     """
-    source = GGUFSource(path, hybrid=False)
+    source = open_gguf(path)
     check(source)
     c = source.config
     if not 1 <= gpus <= c.n_layer:
@@ -117,7 +117,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     return output
 
 
-def check(source: GGUFSource) -> None:
+def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
     for tensor in file.tensors.values():
@@ -134,7 +134,7 @@ def check(source: GGUFSource) -> None:
         raise QuantkitError(f"{file.path}: KTransformers fails on the empty array {empty[0]}; write the file without")
 
 
-def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int, linear: Linear) -> None:
+def _fill(work: Path, output: Path, source: GGUFWeights, gpus: int, threads: int, linear: Linear) -> None:
     file, c = source.file, source.config
     (work / GGUF).mkdir()
     for part in file.files:
@@ -150,7 +150,7 @@ def _fill(work: Path, output: Path, source: GGUFSource, gpus: int, threads: int,
     (work / README).write_text(_readme(source, gpus, threads, linear, split), encoding="utf-8")
 
 
-def _readme(source: GGUFSource, gpus: int, threads: int, linear: Linear, split: bool) -> str:
+def _readme(source: GGUFWeights, gpus: int, threads: int, linear: Linear, split: bool) -> str:
     sidecar = (
         (
             f",\n  so `{SIDECAR}` adds the combined kv_b that versions up to 0.3.1 need: BF16, bit for bit what "
@@ -237,7 +237,7 @@ def _numbers(first: int, end: int) -> str:
     return f"({'|'.join(map(str, range(first, end)))})"
 
 
-def write_sidecar(source: GGUFSource, path: Path) -> None:
+def write_sidecar(source: GGUFWeights, path: Path) -> None:
     """`attn_kv_b` of every layer, which versions up to 0.3.1 read instead of k_b and v_b.
 
     BF16, because KTransformers holds kv_b in BF16 whatever its type was: rounding the decoded values once gives what
@@ -247,7 +247,7 @@ def write_sidecar(source: GGUFSource, path: Path) -> None:
     shape = (c.n_head * (c.qk_nope + c.v_head), c.kv_lora)
     tensors = [PlainTensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
     metadata = {"general.architecture": "deepseek2", "general.name": f"attn_kv_b of {source.name}"}
-    identity = {"model": source.fingerprint()}
+    identity = {"model": source.file.fingerprint()}
     with GGUFWriter.open(path, tensors, metadata, fingerprint=identity) as writer:
         for layer, tensor in enumerate(tensors):
             k_b, v_b = (source.dense(f"blk.{layer}.attn_{part}_b.weight") for part in "kv")
@@ -263,7 +263,7 @@ def _bytes(values: torch.Tensor) -> np.ndarray:
     return values.bfloat16().contiguous().view(torch.uint8).numpy()
 
 
-def write_model(source: GGUFSource, folder: Path) -> None:
+def write_model(source: GGUFWeights, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files, from the GGUF's metadata alone."""
     c = source.config
     meta: Mapping[str, Any] = source.file.metadata

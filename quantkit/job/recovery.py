@@ -35,7 +35,7 @@ from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.memory import memory_limit
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.runtime.watch import Watcher
 from quantkit.tensors import TensorSpec

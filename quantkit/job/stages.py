@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from quantkit.models import family, tokenizer
 from quantkit.models.open import open_model, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import Source
 
 
@@ -45,7 +49,7 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
 def open_for_calibration(model: str | Path, device: str) -> Source:
     """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
     if Path(model).suffix == ".gguf":
-        return GGUFSource(model, device, hybrid=False)
+        return open_source(model, device)
     return source_of(open_weights(model), device)
 
 
@@ -163,7 +167,7 @@ def verify_file(
 
     out: where to write the figures too. passed: the original's side, if it has run along with another pass.
     """
-    original, quantized = source_of(reference, device), GGUFSource(path, device, hybrid=False)
+    original, quantized = source_of(reference, device), open_source(path, device)
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
     sample = text.documents[0].text[:4096]
@@ -172,10 +176,11 @@ def verify_file(
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
     result = made.figures
-    if how.runtime_tokens:
-        result["runtime"] = runtime_mode(GGUFSource(path, device), made.heads, chunks, how.score, how.runtime_tokens)
-    if how.prompts:
-        result["generation"] = generation.check(GGUFSource(path, device), original, chunks, how.prompts)
+    runtime = partial(open_engine, open_gguf(path, device), 1) if how.runtime_tokens or how.prompts else None
+    if runtime and how.runtime_tokens:
+        result["runtime"] = runtime_mode(runtime, made.heads, chunks, how.score, how.runtime_tokens)
+    if runtime and how.prompts:
+        result["generation"] = generation.check(runtime, original, chunks, how.prompts)
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)

@@ -4,6 +4,7 @@ Free are the superblock scales of every matrix (their codes stay), the norms and
 weights of the matrices that are to be encoded once more.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quantkit.codecs.format import SUPERBLOCK
-from quantkit.encoding.api import SUPPORTED
-from quantkit.runtime.experts.streamed import Turns, expert_names
+from quantkit.codecs.registry import FORMATS
+from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import Dequantized, GGUFSource
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.runtime.stream import head_logits
 from quantkit.tensors import TensorSpec
 
@@ -27,9 +29,10 @@ class Student(GGUFSource):
     an element of a norm) and `moved` (in standard deviations of the matrix)."""
 
     def __init__(self, path: Path, device: str, dtype: torch.dtype):
-        super().__init__(path, device, dtype, hybrid=False)
+        weights = open_gguf(path)
+        super().__init__(weights, FreeProducts(weights, self.part, torch.device(device), dtype))
         self.base = {
-            name: super(Student, self).dense(name).to(self.device, dtype if len(t.shape) > 1 else torch.float32)
+            name: weights.dense(name).to(self.device, dtype if len(t.shape) > 1 else torch.float32)
             for name, t in self.file.tensors.items()
         }
         self.packed: dict[str, np.ndarray] = {}  # matrices that were encoded again
@@ -47,8 +50,8 @@ class Student(GGUFSource):
                 self.base[spec.name] = moved.get(spec.name, base)
                 self.unit[spec.name] = self.base[spec.name].float().std()
                 self.moved[spec.name] = torch.zeros(base.shape, device=self.device, requires_grad=True)
-            elif qtype in SUPPORTED or spec.role.endswith("_norm"):
-                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in SUPPORTED else base.shape
+            elif qtype in FORMATS or spec.role.endswith("_norm"):
+                shape = (*base.shape[:-1], base.shape[-1] // SUPERBLOCK) if qtype in FORMATS else base.shape
                 self.factor[spec.name] = torch.zeros(shape, device=self.device, requires_grad=True)
 
     def part(self, name: str, index: int | None = None) -> torch.Tensor:
@@ -67,21 +70,10 @@ class Student(GGUFSource):
             return base * by
         return (base.float().unflatten(-1, (-1, SUPERBLOCK)) * by[..., None]).flatten(-2).to(base.dtype)
 
-    def dense(self, name: str) -> torch.Tensor:
-        """As of any source, with the free parameters in it."""
-        return self.part(name)
-
-    def _matrix(self, name: str) -> torch.Tensor:
-        return self.part(name).to(self.device, self.dtype)
-
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """As of any source, but differentiable."""
         # Not by indexing, whose gradient adds up repeated tokens in the order in which threads come.
         rows = F.embedding(tokens.to(self.device), self.part("token_embd.weight")).float()
         return rows if out is None else out.copy_(rows)
-
-    def _experts(self, layer: int, turns: Turns) -> LayerExperts:
-        return unwatched(HeldExperts(self, expert_names(layer)))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [n_chunk, t, n_vocab], differentiable; a layer's intermediates are computed anew for its gradient."""
@@ -98,18 +90,40 @@ class Student(GGUFSource):
         return h + feed_forward(x, weights, self.config).view_as(h)
 
 
+class FreeProducts(Dequantized):
+    """Products with tensors as the student's parameters make them. part: `Student.part`."""
+
+    def __init__(
+        self, weights: GGUFWeights, part: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
+    ):
+        super().__init__(weights, device, dtype)
+        self.part = part
+
+    def vector(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.part(name)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.part(name).to(self.device, self.dtype)
+
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
+        """As `Products`."""
+        return unwatched(HeldExperts(self.part, expert_names(layer), self.weights.config.n_expert))
+
+
 class HeldExperts:
     """Routed experts whose matrices are all at hand: no reading ahead, and gradients for them."""
 
-    def __init__(self, student: Student, names: list[str]):
-        self.student, self.names = student, names
+    def __init__(self, part: Callable[..., torch.Tensor], names: list[str], n_expert: int):
+        self.part, self.names, self.n_expert = part, names, n_expert
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(x.shape, device=x.device)
-        for e in range(self.student.config.n_expert):
+        for e in range(self.n_expert):
             tokens, slots = (expert == e).nonzero(as_tuple=True)
             if len(tokens):
-                gate, up, down = (self.student.part(name, e) for name in self.names)
+                gate, up, down = (self.part(name, e) for name in self.names)
                 rows = x[tokens]
                 value = (F.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
                 out.index_add_(0, tokens, value.float() * weight[tokens, slots, None])

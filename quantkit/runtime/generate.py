@@ -1,65 +1,37 @@
-"""Token by token: a loaded model with its compressed KV caches, and sampling."""
+"""Token by token: what an engine does, sampling, and the loop over both."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
-from quantkit.runtime.rope import angles
-from quantkit.runtime.rotation import Angles
-from quantkit.runtime.stream import Source
+from quantkit.models.config import ModelConfig
 
 HEAD = 1024  # most probable tokens that are sorted at first
 
 
-class Model:
-    """All layers of a source, loaded. With a GGUF on the CPU that costs little: matrices stay in the mapped file."""
+class Engine(Protocol):
+    """A way to compute a model: n_slots sequences, each with a cache of its own for `capacity` tokens. Calls come from
+    one thread at a time. piece: most tokens that `prefill` takes."""
 
-    def __init__(self, source: Source):
-        self.source, self.config = source, source.config
-        self.layers: list[LayerWeights] = [source.layer(layer) for layer in range(source.config.n_layer)]
-        self.norm, self.output = source.head()
+    config: ModelConfig
+    n_slots: int
+    capacity: int
+    piece: int
 
-    def caches(self, capacity: int, n_seq: int = 1) -> list[KVCache]:
-        device, dtype = self.source.device, self.source.dtype
-        return [KVCache.empty(self.config, n_seq, capacity, device, dtype) for _ in self.layers]
+    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+        """Put tokens at positions begin, begin + 1, ... of a slot, forgetting what stood from there on; returns the
+        last one's float32 logits [n_vocab], valid until the next call."""
 
-    @torch.inference_mode()
-    def forward(self, tokens: torch.Tensor, caches: list[KVCache], all_logits: bool = False) -> torch.Tensor:
-        """tokens int64 [n_seq, t] after what the caches hold -> float32 logits [n_seq, 1, v], or all: [n_seq, t, v]."""
-        begin = caches[0].length
-        if begin + tokens.shape[1] > caches[0].latent.shape[1]:
-            raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {caches[0].latent.shape[1]}")
-        h = self.source.embed(tokens.to(self.source.device))
-        turns = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
-        for weights, cache in zip(self.layers, caches, strict=True):
-            h = self._feed(h + attention(h, weights, self.config, turns, cache), weights)
-        return self._logits(h if all_logits else h[:, -1:])
+    def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
+        """Add one token to each of several slots, all in one step: float32 logits [n, n_vocab], valid until the next
+        call."""
 
-    @torch.inference_mode()
-    def step(self, tokens: torch.Tensor, caches: list[list[KVCache]]) -> torch.Tensor:
-        """One more token of each of several sequences: tokens int64 [n], their caches -> float32 logits [n, v].
 
-        Attention is computed sequence by sequence over each one's own cache, everything else for all together.
-        """
-        h = self.source.embed(tokens.to(self.source.device))[:, None]
-        cos, sin = angles(self.config, torch.tensor([[own[0].length] for own in caches], device=h.device))
-        for layer, weights in enumerate(self.layers):
-            mixed = [
-                attention(h[i : i + 1], weights, self.config, Angles(cos[i], sin[i]), own[layer])
-                for i, own in enumerate(caches)
-            ]
-            h = self._feed(h + torch.cat(mixed), weights)
-        return self._logits(h)[:, 0]
-
-    def _feed(self, h: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-        x = rms_norm(h, weights.ffn_norm, self.config.rms_eps).view(-1, self.config.d).to(self.source.dtype)
-        return h + feed_forward(x, weights, self.config).view_as(h)
-
-    def _logits(self, h: torch.Tensor) -> torch.Tensor:
-        flat = rms_norm(h, self.norm, self.config.rms_eps).reshape(-1, self.config.d).to(self.source.dtype)
-        return self.output(flat).float().view(*h.shape[:2], -1)
+Opener = Callable[[int], Engine]
+"""An engine for one sequence of at most so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +58,20 @@ def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> i
     kept = (share.cumsum(-1) - share < how.top_p) & (best >= how.min_p * best[0])
     kept[0] = True
     return int(order[torch.multinomial(best * kept, 1, generator=generator)])
+
+
+def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, begin: int = 0) -> Iterator[int]:
+    """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS; in slot 0, whose cache already
+    holds the first `begin` tokens of the prompt. QuantkitError if the prompt and one more do not fit the context."""
+    if len(prompt) >= engine.capacity:
+        raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
+    generator = torch.Generator().manual_seed(how.seed)
+    for at in range(begin, len(prompt), engine.piece):
+        logits = engine.prefill(0, prompt[at : at + engine.piece], at)
+    for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
+        token = sample(logits, how, generator)
+        if token == engine.config.eos:
+            return
+        yield token
+        if left:
+            logits = engine.decode([0], [token])[0]

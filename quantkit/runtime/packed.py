@@ -28,6 +28,7 @@ class Packed:
 
     @property
     def n_bytes(self) -> int:
+        """Quantized, as they are held."""
         return self.data.nbytes
 
     def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
@@ -40,6 +41,10 @@ class Packed:
         out = torch.empty(*data.shape[:2], self.n_in, dtype=self.dtype, device=data.device)
         kernels.dequantize(self.qtype, data.flatten(0, 1), out.view(-1, self.n_in))
         return out
+
+    def part(self, begin: int, end: int) -> "Packed":
+        """Matrices begin ... end as they are."""
+        return Packed(self.qtype, self.data[begin:end], self.n_in, self.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The first matrix: x [n, n_in] -> [n, n_out]."""
@@ -79,15 +84,18 @@ class Plain:
 
     @property
     def n_bytes(self) -> int:
+        """As they are held."""
         return self.weights.nbytes
 
     def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Matrices begin ... end."""
         return self.weights[begin:end]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return (x.to(self.weights.dtype) @ self.weights[0].T).to(x.dtype)
 
     def each(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
         return torch.einsum("nmi,moi->nmo", x.to(self.weights.dtype), self.weights).to(x.dtype)
 
 

@@ -10,55 +10,72 @@ import mmap
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models.config import ModelConfig
-from quantkit.runtime.experts.streamed import expert_names
+from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.sizes import gib
 
 READERS = 8  # reads under way at once
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
+class ExpertFile(Protocol):
+    """What is asked of a `GGUFFile`."""
+
+    path: Path
+    tensors: dict[str, GGUFTensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes."""
+
+    def set_apart(self, name: str) -> None:
+        """The tensor will not be read through the mapping."""
+
+    def read_into(self, name: str, index: int, out: np.ndarray) -> None:
+        """Copy one matrix of a tensor to `out`, from any thread."""
+
+
 class Residency:
     """Which routed experts are in memory. `need` is called before a layer's experts are computed.
 
-    limit: bytes that the file may take in memory. on_gpu: of all tensors but routed experts only the embedding is still
-    needed once the engine is made. stacks: uint8 [n_expert, n_out, row_bytes] by tensor, valid where `need` has put
-    experts. read: bytes of experts read so far.
+    names: the stacks of experts of each layer that has any. limit: bytes that the file may take in memory. on_gpu: of
+    all tensors but routed experts only the embedding is still needed once the engine is made. stacks: uint8
+    [n_expert, n_out, row_bytes] by tensor, valid where `need` has put experts. most: experts that fit at once. read:
+    bytes of experts read so far.
     """
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, limit: int, on_gpu: bool = False):
-        self.file, self.limit, self.held, self.read = file, limit, 0, 0
+    def __init__(self, file: ExpertFile, names: Mapping[int, list[str]], n_used: int, limit: int, on_gpu: bool = False):
+        self.file, self.names, self.n_used, self.limit = file, names, n_used, limit
+        self.held = self.read = 0
         self.order: OrderedDict[tuple[int, int], None] = OrderedDict()  # the one used longest ago first
-        self.names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
-        self.layer = {name: layer for layer, names in self.names.items() for name in names}
-        self.n_expert, self.n_used = config.n_expert, config.n_used
+        self.layer = {name: layer for layer, stacks in names.items() for name in stacks}
         self.elsewhere: set[int] = set()
         self.changing = threading.Condition()
         self.copying = 0  # copies out of memory that are under way: nothing is dropped then
         self.memory: dict[str, mmap.mmap] = {}
         self.stacks: dict[str, np.ndarray] = {}
-        for name in (name for names in self.names.values() for name in names):
+        for name in self.layer:
             file.set_apart(name)
             tensor = file.tensors[name]
             kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
             self.memory[name] = mmap.mmap(-1, tensor.n_bytes, flags=kind)
             flat = np.frombuffer(self.memory[name], np.uint8)
             self.stacks[name] = flat.reshape(*tensor.shape[:-1], tensor.row_bytes)
-        self.size = {layer: sum(self.stacks[name][0].nbytes for name in names) for layer, names in self.names.items()}
+        self.size = {layer: sum(self.stacks[name][0].nbytes for name in stacks) for layer, stacks in names.items()}
         # Pages that two experts share are never given back.
-        seams = mmap.PAGESIZE * self.n_expert * sum(s[0].nbytes % mmap.PAGESIZE > 0 for s in self.stacks.values())
+        seams = mmap.PAGESIZE * sum(len(s) for s in self.stacks.values() if s[0].nbytes % mmap.PAGESIZE)
         stay = ["token_embd.weight"] if on_gpu else [name for name in file.tensors if name not in self.stacks]
         self.rest = seams + sum(file.tensors[name].n_bytes for name in stay)
         self.room = limit - self.rest
         largest = max(self.size.values(), default=0)
-        self.most = self.room // largest if largest else sys.maxsize  # experts that fit at once
+        self.most = self.room // largest if largest else sys.maxsize
         fewest = max(2, self.n_used)  # prompts read one while another is computed
         if self.room < fewest * largest:
             least = f"{gib(self.rest)} and {gib(fewest * largest)} for experts of a layer"
@@ -66,9 +83,10 @@ class Residency:
         self.pool = ThreadPoolExecutor(READERS)
 
     def __str__(self) -> str:
-        sizes = [size for layer, size in self.size.items() if layer not in self.elsewhere]
-        share = min(1, self.room / (sum(sizes) * self.n_expert)) if sizes else 1
-        a_token = self.n_used * sum(sizes) * (1 - share)
+        here = [layer for layer in self.names if layer not in self.elsewhere]
+        n_bytes = sum(self.stacks[name].nbytes for layer in here for name in self.names[layer])
+        share = min(1, self.room / n_bytes) if here else 1
+        a_token = self.n_used * sum(self.size[layer] for layer in here) * (1 - share)
         fits = f"{gib(self.rest)} stay, {100 * share:.0f} % of the experts fit"
         cost = f"if all are chosen equally often, {gib(int(a_token))} are read for each token"
         return f"file {gib(self.file.n_bytes)}, RAM limit {gib(self.limit)}: {fits}; {cost}"

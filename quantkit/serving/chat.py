@@ -1,9 +1,7 @@
-"""Text in, text out: prompt, chat template, generation and streaming decode."""
+"""Text in, text out: the prompt by the file's chat template, and a conversation."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -12,14 +10,10 @@ from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.models import tokenizer as tokenizers
-from quantkit.runtime.engines.gpu import GpuLayers
-from quantkit.runtime.engines.open import generate, open_engine
-from quantkit.runtime.experts import kt as kt_experts
-from quantkit.runtime.generate import Sampling
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.generate import Engine, Sampling, generate
+from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.serving.pieces import Pieces, thoughts
 from quantkit.sizes import gib
-
-UNFINISHED_TOKENS = 16  # that many tokens without the end of a character are no text: shown as they are
 
 
 def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], **given: Any) -> str:
@@ -37,89 +31,20 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], 
         raise QuantkitError(f"the file's chat template fails: {error}") from None
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
     """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
     ids = tokenizers.tokenize(tokenizer, text)
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 
-class Pieces:
-    """Text of tokens as they come: `add` returns what is certain, `rest` what is left at the end.
-
-    A character may take several tokens, so an unfinished one waits; a text that may become one of the `stop` strings
-    waits too. `stopped` once a stop string was met; it and all after it are left out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.tokens: list[int] = []
-        self.held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=False)
-        if text.endswith("\ufffd") and len(self.tokens) < UNFINISHED_TOKENS:
-            return ""
-        self.tokens.clear()
-        return self._certain(text)
-
-    def rest(self) -> str:
-        text = self._certain(self.tokenizer.decode(self.tokens, skip_special_tokens=False)) + self.held
-        self.tokens.clear()
-        self.held = ""
-        return text
-
-    def _certain(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text, self.held = self.held + text, ""
-        if found := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
-            self.stopped = True
-            return text[: min(found)]
-        for size in range(min(len(text), max(map(len, self.stop), default=1) - 1), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stop):
-                self.held = text[-size:]
-                return text[:-size]
-        return text
-
-
-def thoughts(pieces: Iterable[str], thinking: bool) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is reasoning): the tags <think> and </think> count as reasoning."""
-    text = ""
-    for piece in chain(pieces, [None]):
-        text += piece or ""
-        while (at := text.find(tag := "</think>" if thinking else "<think>")) >= 0:
-            end = at + len(tag) if thinking else at
-            yield text[:end], thinking
-            text, thinking = text[end:], not thinking
-            if thinking:
-                yield tag, True
-                text = text.removeprefix(tag)
-        unsure = 0 if piece is None else next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
-        yield text[: len(text) - unsure], thinking
-        text = text[len(text) - unsure :]
-
-
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: str,
-        context: int,
-        how: Sampling,
-        gpu_layers: GpuLayers = "auto",
-        experts: kt_experts.Choice = "auto",
-        ram: int | None = None,
-    ):
-        """ram: bytes that the file may take in memory."""
-        source = GGUFSource(path, device, ram=ram)
-        kt_experts.select(source, experts)
-        self.residency = source.residency
-        self.metadata, self.tokenizer, self.how = source.file.metadata, source.tokenizer(), how
-        self.engine = open_engine(source, 1, context, gpu_layers)
+    def __init__(self, weights: GGUFWeights, engine: Engine, how: Sampling):
+        """engine: of these weights; its slot 0 is taken."""
+        self.residency = weights.residency
+        self.engine, self.how, self.metadata = engine, how, weights.file.metadata
+        self.tokenizer = weights.tokenizer()
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""
@@ -143,7 +68,7 @@ class Conversation:
 
     def complete(self, text: str, n_tokens: int) -> Iterator[str]:
         """The text's continuation, piece by piece. `speed` then says how fast it was."""
-        prompt = encode_prompt(self.tokenizer, text, self.engine.config.bos)
+        prompt = tokenize_prompt(self.tokenizer, text, self.engine.config.bos)
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.cached, strict=False)) if a != b), len(self.cached))
         begin = min(same, len(prompt) - 1)
         pieces, times = Pieces(self.tokenizer), [time.perf_counter()]

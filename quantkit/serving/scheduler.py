@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.engines.open import Engine
-from quantkit.runtime.generate import Sampling, sample
+from quantkit.runtime.generate import Engine, Sampling, sample
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 
 from quantkit.ggml.graph import Graph
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import open_gguf
 
 
 def theirs(binary: str, file: str, threads: int, n_prompt: int, n_tokens: int) -> tuple[float, float]:
@@ -73,9 +73,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clock, peer = (time.process_time, theirs_by_cpu) if args.cpu else (time.perf_counter, theirs)
     watch = Stopwatch(clock)
-    source = GGUFSource(args.file, n_threads=args.threads)
-    engine = open_engine(source, 1, args.prompt + args.tokens)
-    prompt = torch.randint(300, source.config.n_vocab - 100, (args.prompt,)).tolist()
+    weights = open_gguf(args.file, n_threads=args.threads)
+    engine = open_engine(weights, 1, args.prompt + args.tokens)
+    prompt = torch.randint(300, weights.config.n_vocab - 100, (args.prompt,)).tolist()
 
     def prefill() -> None:
         for at in range(0, len(prompt), engine.piece):
@@ -99,7 +99,7 @@ def main() -> None:
         engine.prefill(0, prompt[:1], 0)  # llama-bench decodes from an empty context
         watch.seconds = 0.0
         tg = speed(decode, args.tokens)
-        outside.append((args.tokens / tg - watch.seconds) / args.tokens / source.config.n_layer)
+        outside.append((args.tokens / tg - watch.seconds) / args.tokens / weights.config.n_layer)
         ours.append((pp, tg))
     for i, what in enumerate(("prefill", "decode")):
         ratio = statistics.median(a[i] / b[i] for a, b in zip(ours, peers, strict=True))

@@ -21,14 +21,17 @@ import torch
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.registry import codec
 from quantkit.runtime import kernels
-from quantkit.runtime.engines import gpu
+from quantkit.runtime.engines import gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
-from quantkit.runtime.engines.graph import GraphEngine
-from quantkit.runtime.engines.open import TorchEngine
+from quantkit.runtime.engines.gpu_layers import GpuLayer
+from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.staging import copy_bytes
+from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.cpu import GgmlExperts
-from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.experts.streamed import expert_names
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.workers import Workers
 
 GB = 1e9
 BEGUN = time.perf_counter()
@@ -89,14 +92,14 @@ def kernel_report(types: list[str]) -> None:
         )
 
 
-def bandwidths(threads: int, source: GGUFSource) -> float:
+def bandwidths(workers: Workers) -> float:
     """GB/s that all threads read; also printed: the bus, and the GPU's own memory."""
     data = np.ones(2 << 30, np.uint8)
-    spans = np.array_split(data.view(np.int64), threads)
+    spans = np.array_split(data.view(np.int64), workers.n)
     total = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        list(source.pool.map(np.add.reduce, spans))
+        list(workers.pool.map(np.add.reduce, spans))
         total = max(total, data.nbytes / (time.perf_counter() - start) / GB)
     host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -104,11 +107,11 @@ def bandwidths(threads: int, source: GGUFSource) -> float:
     own = 2 * there.nbytes / timed(lambda: there.clone(), 20) / GB
     start = time.perf_counter()
     for _ in range(4):
-        copy_bytes([(host.numpy(), data[: host.nbytes])], source.pool, threads)
+        copy_bytes([(host.numpy(), data[: host.nbytes])], workers)
     staging = 4 * host.nbytes / (time.perf_counter() - start) / GB
     say(
-        f"memory: {threads} threads read {total:.0f} GB/s, copy to pinned {staging:.0f} GB/s; bus {bus:.0f} GB/s; GPU "
-        f"copy {own:.0f} GB/s"
+        f"memory: {workers.n} threads read {total:.0f} GB/s, copy to pinned {staging:.0f} GB/s; bus {bus:.0f} GB/s; "
+        f"GPU copy {own:.0f} GB/s"
     )
     return total
 
@@ -193,10 +196,10 @@ def profile(engine: GpuEngine, prompt: list[int]) -> None:
             print(f"    {row.device_time_total / 1e3:9.3f} ms {row.count:6} x {row.key[:90]}", flush=True)
 
 
-def layer_bytes(layer: gpu.Layer) -> int:
-    block, feed = layer.block, layer.block.feed
-    parts = [layer.k_b, layer.v_b, block.kv_a, block.output, feed.gate, feed.up, feed.down]
-    return sum(part.n_bytes for part in parts + [part for part in block.q if hasattr(part, "n_bytes")])
+def layer_bytes(layer: GpuLayer) -> int:
+    weights, feed = layer.weights, layer.weights.feed
+    parts = [layer.k_b, layer.v_b, weights.kv_a, weights.output, feed.gate, feed.up, feed.down]
+    return sum(part.n_bytes for part in parts + [part for part in weights.q if hasattr(part, "n_bytes")])
 
 
 def theirs(binary: str, file: str, options: str, n_prompt: int, n_tokens: int) -> dict[str, float]:
@@ -221,18 +224,18 @@ def agreement(engine, other, tokens: list[int], n_prompt: int) -> tuple[float, f
 
 def check(file: str, threads: int) -> None:
     """A small file: engines on the GPU against the exactly dequantized file."""
-    source = GGUFSource(file, "cpu", n_threads=threads)
-    exact = TorchEngine(Model(source.dequantizing(torch.float32)), 1, 700)
+    source = open_source(file)
+    exact = TorchEngine(source, 1, 700)
     tokens = torch.randint(300, source.config.n_vocab - 100, (640,)).tolist()
     text = source.tokenizer().encode("The ship went down in the storm, and nobody came home. " * 80).ids
     for what, ids in (("text", [0, *text[:639]]), ("random tokens", tokens)):
         for layers in (0, source.config.n_moe):
-            engine = GpuEngine(GGUFSource(file, "cuda", n_threads=threads), 1, 700, layers)
+            engine = GpuEngine(open_gguf(file, "cuda", threads), 1, 700, layers)
             d, same = agreement(engine, exact, ids, 600)
             say(
                 f"{Path(file).name}, {what}, {layers} layers' experts in VRAM: KLD from exact {d:.5f}, top-1 {same:.3f}"
             )
-        d, same = agreement(GraphEngine(source, 1, 700), exact, ids, 600)
+        d, same = agreement(open_engine(open_gguf(file, n_threads=threads), 1, 700), exact, ids, 600)
         say(f"{Path(file).name}, {what}, CPU graph: KLD from exact {d:.5f}, top-1 {same:.3f}")
 
 
@@ -255,20 +258,20 @@ def main() -> None:
     kernel_report(args.types.split(","))
     if args.check:
         check(args.check, args.threads)
-    source = GGUFSource(args.file, "cuda", n_threads=args.threads)
-    c, watch = source.config, Watch()
+    weights = open_gguf(args.file, "cuda", args.threads)
+    c, watch = weights.config, Watch()
     prompt = torch.randint(300, min(8000, c.n_vocab), (args.prompt,)).tolist()
-    speed = bandwidths(args.threads, source)
-    names = [name for i in range(c.n_dense, c.n_layer) for name in gpu.expert_names(i)]
-    read = sum(source.file.tensors[name].n_bytes for name in names) * c.n_used // c.n_expert
+    speed = bandwidths(weights.workers)
+    names = [name for i in range(c.n_dense, c.n_layer) for name in expert_names(i)]
+    read = sum(weights.file.tensors[name].n_bytes for name in names) * c.n_used // c.n_expert
     for layers in (0, c.n_moe):
         name = f"{layers} of {c.n_moe} layers' experts in VRAM"
         before = torch.cuda.memory_allocated()
-        engine = GpuEngine(source, 4, args.prompt + 256, layers)
+        engine = GpuEngine(weights, 4, args.prompt + 256, layers)
         say(
             f"{name}: loaded, {(torch.cuda.memory_allocated() - before) / GB:.3f} GB on the GPU, piece {engine.piece}; "
-            f"planned {gpu.fixed_bytes(source.file.tensors, c, 4 * engine.rows)}, workspace "
-            f"{gpu.workspace(c, engine.piece) / GB:.2f} GB"
+            f"planned {gpu_memory.fixed_bytes(weights.file.tensors, c, 4 * engine.rows)}, workspace "
+            f"{gpu_memory.workspace(c, engine.piece) / GB:.2f} GB"
         )
         for i in (0, c.n_layer - 1):
             say(f"  layer {i}: {layer_bytes(engine.layers[i]) / 1e6:.1f} MB of matrices beside routed experts")
@@ -281,7 +284,7 @@ def main() -> None:
             say(f"{name}: llama-bench {options}", {what: round(rate, 2) for what, rate in peer.items()})
             say(f"{name}: ratio to llama-bench", {what: round(found[what] / rate, 2) for what, rate in peer.items()})
         if layers:
-            graph = GraphEngine(GGUFSource(args.file, "cpu", n_threads=args.threads), 1, 512)
+            graph = open_engine(open_gguf(args.file, n_threads=args.threads), 1, 512)
             d, same = agreement(engine, graph, prompt[:72], 64)
             say(f"logits against the CPU graph, same file: KLD {d:.5f}, top-1 {same:.3f}")
         if args.profile:

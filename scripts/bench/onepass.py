@@ -27,7 +27,7 @@ from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
 

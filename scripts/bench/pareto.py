@@ -33,7 +33,7 @@ from quantkit.models import family
 from quantkit.planning.assign import make_plan, plan_within
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import final_hidden
 
 HAND = ("1.58bit", "1.73bit", "2.22bit", "2.51bit", "Q3_K", "Q4_K")
@@ -100,7 +100,7 @@ class Bench:
     @torch.inference_mode()
     def judge(self, family: str, name: str, path: Path) -> Point:
         """Measure a file and remove it."""
-        source = GGUFSource(path, "cpu", hybrid=False)
+        source = open_source(path)
         hidden = scored(final_hidden(source, self.tokens))
         heads = HeadLogits(self.source, self.clean), HeadLogits(source, hidden)
         result = diverge(*heads, self.targets, self.source.config.n_vocab).summary()

@@ -11,8 +11,9 @@ import time
 import torch
 
 from quantkit import sizes
-from quantkit.runtime.engines.open import Engine, open_engine
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Engine
+from quantkit.runtime.sources.weights import open_gguf
 
 
 def decode(engine: Engine, prompts: list[list[int]], n_tokens: int) -> tuple[list[list[int]], float]:
@@ -36,11 +37,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ram = sizes.parse_size(args.ram, "--ram") if args.ram else None
-    source = GGUFSource(args.file, n_threads=args.threads, ram=ram)
-    engine = open_engine(source, max(args.sequences), 256)
+    weights = open_gguf(args.file, n_threads=args.threads, ram=ram)
+    engine = open_engine(weights, max(args.sequences), 256)
     generator = torch.Generator().manual_seed(0)
     shape = (max(args.sequences), 4)
-    prompts = torch.randint(300, source.config.n_vocab - 100, shape, generator=generator).tolist()
+    prompts = torch.randint(300, weights.config.n_vocab - 100, shape, generator=generator).tolist()
     alone = [decode(engine, [prompt], args.tokens)[0][0] for prompt in prompts]
     for n in args.sequences:
         made, speed = decode(engine, prompts[:n], args.tokens)

@@ -16,7 +16,7 @@ import openai
 import torch
 
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.serving import http as serve
 
 
@@ -29,17 +29,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    source = GGUFSource(args.file, n_threads=args.threads)
-    engine = open_engine(source, max(args.users), 512)
-    api = serve.Api("bench", source.file.metadata, source.tokenizer(), engine, serve.Limits(), None)
+    weights = open_gguf(args.file, n_threads=args.threads)
+    engine = open_engine(weights, max(args.users), 512)
+    api = serve.Api("bench", weights.file.metadata, weights.tokenizer(), engine, serve.Limits(), None)
     listener = serve.bind("127.0.0.1", 0)
     server = serve.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="none", timeout=600)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(300, source.config.n_vocab - 100, (max(args.users), 64), generator=generator)
-    prompts[:, 0] = source.config.bos
+    prompts = torch.randint(300, weights.config.n_vocab - 100, (max(args.users), 64), generator=generator)
+    prompts[:, 0] = weights.config.bos
 
     def ask(i: int) -> tuple[str, int]:
         answer = client.completions.create(

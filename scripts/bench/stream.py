@@ -18,7 +18,7 @@ from quantkit.calibration.collect import collect
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.memory import memory
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 R1_BYTES, R1_MOE, R1_DENSE = 688_574_839_360, 58, 3
 

@@ -27,7 +27,8 @@ from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.memory import memory
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.tensors import Importance
 
 R1_MOE, R1_DENSE = 58, 3
@@ -102,7 +103,7 @@ def main(
         print(f"made {file} ({file.stat().st_size / 1e9:.2f} GB) in {time.perf_counter() - started:.0f} s")
     if make_only:
         return
-    source = GGUFSource(file, device, hybrid=False)
+    source = open_source(file, device)
     if layers:
         only_layers(checkpoint, source, layers)
     reference = CheckpointSource(checkpoint, device, source.dtype)

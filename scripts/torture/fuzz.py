@@ -48,7 +48,7 @@ from quantkit.models import family, tokenizer
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import open_gguf
 
 HOSTILE = [
     None,
@@ -311,8 +311,7 @@ class Files:
         found = GGUFFile.open(path)
         for name in found.tensors:
             found.data(name)[:1].sum()
-        source = GGUFSource(path, "cpu")
-        source.tokenizer()
+        open_gguf(path).tokenizer()
 
     def imatrix(self, data: bytes) -> None:
         path = self.folder / "i.gguf"

@@ -15,7 +15,8 @@ from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.layers import feed_forward, rms_norm, route
 from quantkit.runtime.room import Room
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import stream
 
 
@@ -152,7 +153,7 @@ def test_a_gguf_is_measured_as_its_checkpoint_is(tiny, source, tokens, imatrix, 
     out = tmp_path / "tiny.gguf"
     quantize(tiny, eight, {}, Output(out), GgmlEncoder())
     with torch.inference_mode():
-        found = collect(GGUFSource(out, hybrid=False), tokens)
+        found = collect(open_source(out), tokens)
     assert found.keys() == imatrix.keys()
     for name, entry in imatrix.items():
         whole = found[name].in_sum2.sum(), entry.in_sum2.sum()

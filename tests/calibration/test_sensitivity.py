@@ -14,7 +14,8 @@ from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import final_hidden
 
 RULES = """
@@ -77,7 +78,7 @@ def brute_force(source, imatrix, chunks, name, qtype, folder) -> float:
     path = folder / "one.gguf"
     only = {k: v for k, v in imatrix.items() if k == name}
     quantize(source.checkpoint, plan, only, Output(path), GgmlEncoder())
-    file = GGUFSource(path, hybrid=False)
+    file = open_source(path)
     with torch.inference_mode():
         logits = [HeadLogits(model, scored(final_hidden(model, chunks.tokens))) for model in (source, file)]
         return diverge(*logits, scored_targets(chunks.targets), source.config.n_vocab).summary()["kld_mean"]

@@ -1,19 +1,28 @@
 """Greedy agreement with the original, and loops."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from quantkit.calibration import corpus
 from quantkit.evaluation.generation import GREEDY, check, loop_period, top_tokens
-from quantkit.runtime.engines.open import TorchEngine, generate, open_engine
-from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.generate import Opener, generate
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 
 @pytest.fixture(scope="module")
 def reference(tiny) -> CheckpointSource:
     return CheckpointSource(tiny)
+
+
+def opener(path: Path) -> Opener:
+    return partial(open_engine, open_gguf(path), 1)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +59,9 @@ def test_top_tokens_over_slabs(reference, chunks, monkeypatch):
 def test_agreement_is_what_two_greedy_runs_share(made, reference, chunks):
     """The original's own greedy run, token by token, against the one streamed pass over the file's text."""
     path = made / "tiny-r1-1.58bit.gguf"
-    found = check(GGUFSource(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
-    assert found == check(GGUFSource(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
-    ours, theirs = open_engine(GGUFSource(path), 1, 40), TorchEngine(Model(reference), 1, 40)
+    found = check(opener(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
+    assert found == check(opener(path), reference, chunks, 2, n_prompt=24, n_new=8, n_long=8)
+    ours, theirs = opener(path)(40), TorchEngine(reference, 1, 40)
     for prompt, row in zip(chunks.tokens[:2, :24].tolist(), found["continuations"], strict=True):
         a, b = (list(generate(engine, prompt, 8, GREEDY)) for engine in (ours, theirs))
         shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -73,6 +82,6 @@ def test_a_lossless_file_agrees_in_every_token(tiny, reference, chunks, tmp_path
     (tmp_path / "f32.toml").write_text(text + '[[rules]]\nmatch = "*"\nqtype = "F32"\nwhy = "a test"\n')
     plan = make_plan(family.specs(reference.config), Recipe.load(tmp_path / "f32.toml"), model="tiny")
     files = quantize(tiny, plan, {}, Output(tmp_path / "f32.gguf"), GgmlEncoder(), workers=1)
-    found = check(GGUFSource(files[0]), reference, chunks, 2, n_prompt=24, n_new=12, n_long=8)
+    found = check(opener(files[0]), reference, chunks, 2, n_prompt=24, n_new=12, n_long=8)
     assert found["agreed"] == 100 and all(c["matched"] == c["tokens"] for c in found["continuations"])
     assert found["loops"] == sum(c["loop_original"] > 0 for c in found["continuations"])

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from quantkit.evaluation.summary import short_table
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.stages import VerifyOptions, verify_file
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 from .mutations import Model
@@ -46,14 +50,15 @@ def chunks(reference) -> corpus.Chunks:
 @pytest.fixture(scope="module")
 @torch.inference_mode()
 def result(good, reference, chunks) -> dict:
-    found = verify(GGUFSource(good, hybrid=False), reference, chunks)
-    return found.figures | {"runtime": runtime_mode(GGUFSource(good), found.heads, chunks, "half", 384)}
+    found = verify(open_source(good), reference, chunks)
+    runtime = partial(open_engine, open_gguf(good), 1)
+    return found.figures | {"runtime": runtime_mode(runtime, found.heads, chunks, "half", 384)}
 
 
 @torch.inference_mode()
 def test_equals_two_separate_passes(result, good, reference, chunks):
     """The copies of probe chunks in the quantized stream must not change the figures."""
-    models = (reference, GGUFSource(good, hybrid=False))
+    models = (reference, open_source(good))
     tiles = [logit_tiles(model, scored(final_hidden(model, chunks.tokens))) for model in models]
     held = [HeldLogits(torch.cat(list(each))) for each in tiles]
     plain = diverge(*held, scored_targets(chunks.targets), reference.config.n_vocab).summary()
@@ -85,7 +90,7 @@ def test_a_bad_layer_is_named(good, reference, chunks, tmp_path):
     """One matrix of layer 2 is damaged: later layers carry its error on, but the own error is layer 2's alone."""
     model = Model(good)
     model.change("blk.2.attn_output.weight", lambda t: t.with_values(-t.values()))
-    source = GGUFSource(model.write(tmp_path / "bad.gguf"), hybrid=False)
+    source = open_source(model.write(tmp_path / "bad.gguf"))
     found = verify(source, reference, chunks).figures
     assert found["bad_layers"] == [2]
     assert found["layers"][3]["error"] > 0.5 and found["layers"][3]["own"] < 0.5
@@ -112,7 +117,7 @@ def test_layers_that_stand_out():
 def test_numbers_that_are_not_finite_name_their_layer(good, reference, chunks, tmp_path):
     model = Model(good)
     model.change("blk.1.ffn_norm.weight", lambda t: t.with_values(t.values() * float("nan")))
-    source = GGUFSource(model.write(tmp_path / "nan.gguf"), hybrid=False)
+    source = open_source(model.write(tmp_path / "nan.gguf"))
     with pytest.raises(QuantkitError, match=r"layer 1 computes numbers that are not finite"):
         verify(source, reference, chunks)
 

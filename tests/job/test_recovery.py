@@ -13,7 +13,8 @@ from quantkit.job.student import Student
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_source
 
 HOW = RecoverOptions(epochs=(3, 2), batch=4, lr=3e-3, lr_moved=4e-3, held_out=8)
 
@@ -112,7 +113,7 @@ def test_the_student_computes_what_the_file_does(base, tokens):
     from quantkit.runtime.stream import final_hidden, logit_tiles
 
     student = Student(base, "cpu", torch.float32)
-    file = GGUFSource(base, hybrid=False)
+    file = open_source(base)
     with torch.no_grad():
         expected = torch.cat(list(logit_tiles(file, final_hidden(file, tokens).flatten(0, 1))))
         found = student.logits(tokens).flatten(0, 1)

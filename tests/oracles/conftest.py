@@ -15,7 +15,7 @@ from quantkit import bundle
 from quantkit.__main__ import main
 from quantkit.calibration import corpus
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 MODEL = bundle.models_dir() / "tiny-r1"
 ONE_TYPE = """name = "all-{qtype}"

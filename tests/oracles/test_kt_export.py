@@ -26,7 +26,8 @@ from quantkit.job import kt_export
 from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.sources import GGUFSource, split_kv_b
+from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.sources.weights import open_gguf
 
 from . import conftest
 
@@ -285,7 +286,7 @@ def test_failure_leaves_nothing(quantized, tmp_path, monkeypatch):
 
 
 def test_what_the_rules_do_not_cover(quantized, tmp_path):
-    source = GGUFSource(quantized("1.58bit", "ktransformers"), hybrid=False)
+    source = open_gguf(quantized("1.58bit", "ktransformers"))
     kt_export.check(source)
     bias = source.file.tensors.pop("blk.2.exp_probs_b.bias")
     with pytest.raises(QuantkitError, match=r"blk\.2\.exp_probs_b\.bias"):

@@ -16,7 +16,7 @@ import torch
 from quantkit import bundle
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.runtime.layers import Experts, LayerExperts, unwatched
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import stream
 
 pytestmark = [
@@ -60,7 +60,7 @@ def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
 @pytest.mark.parametrize("recipe", bundle.recipe_names())
 def test_moe_layers(recipe: str, quantized: Callable[..., Path], chunks):
     path = quantized(recipe, "ktransformers")
-    source = GGUFSource(path, hybrid=False)
+    source = open_source(path)
     variant = None
     for layer, visit in visits(source, chunks(1, 256)).items():
         inputs = (path, layer, source.config, visit.x, visit.expert, visit.weight)

@@ -19,8 +19,10 @@ import torch
 from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
+from quantkit.runtime.sources.quantized import Quantized
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import Source, final_hidden, logit_tiles
 
 from .conftest import reference, twin
@@ -71,11 +73,11 @@ def streamed(source: Source, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def stepped(source: Source, tokens: torch.Tensor, prompt: int = 1) -> torch.Tensor:
-    """The same by runtime.generate.Model: a prompt, then token by token through the KV cache."""
-    model = Model(source)
-    caches = model.caches(tokens.shape[1], len(tokens))
+    """The same by the torch engine: a prompt, then token by token through the KV cache."""
+    engine = TorchEngine(source, 1, tokens.shape[1])
+    caches = engine.caches(len(tokens))
     parts = [tokens[:, :prompt], *tokens[:, prompt:].split(1, dim=1)]
-    return torch.cat([model.forward(part, caches, all_logits=True) for part in parts], dim=1)
+    return torch.cat([engine.forward(part, caches, all_logits=True) for part in parts], dim=1)
 
 
 FILES = [("llama.cpp", "split"), ("llama.cpp", "combined"), ("ktransformers", "split"), ("ktransformers", "combined")]
@@ -86,7 +88,7 @@ def test_quantized_weights_in_exact_arithmetic(target, mla, quantized, chunks: C
     path = quantized("1.58bit", target, mla)
     tokens = chunks(2, 256)
     theirs = llama_oracle.logits(twin(path, work / f"twin-{target}-{mla}.gguf"), tokens.numpy())
-    source = GGUFSource(path, hybrid=False)
+    source = open_source(path)
     assert_exact(theirs, streamed(source, tokens))
     assert_exact(theirs[:, :96], stepped(source, tokens[:, :96], prompt=5))
 
@@ -97,8 +99,9 @@ def test_same_file_within_the_spread_of_llama_cpp(target, mla, quantized, chunks
     tokens = chunks(4, 256)
     theirs = llama_oracle.logits(path, tokens.numpy())
     again = llama_oracle.logits(path, tokens.numpy(), cache="f32", flash_attention=0)
-    exact = streamed(GGUFSource(path, hybrid=False), tokens)
-    source = GGUFSource(path, hybrid=True)
+    exact = streamed(open_source(path), tokens)
+    weights = open_gguf(path)
+    source = GGUFSource(weights, Quantized(weights))
     spread, error = agreement(theirs, again), agreement(exact, theirs)
     for logits in (streamed(source, tokens), stepped(source, tokens, prompt=224)):
         found, from_exact = agreement(theirs, logits), agreement(exact, logits)
@@ -136,7 +139,7 @@ def test_engine_of_run_and_serve_over_a_long_context(n, plain, chunks: Chunks):
     theirs = torch.from_numpy(llama_oracle.logits(plain("F32"), tokens.numpy(), step=512)[0])
     prompt, last = tokens[0].tolist(), n - 16
     for piece in (512, 100):
-        engine = open_engine(GGUFSource(plain("F32"), n_threads=1), 1, n)
+        engine = open_engine(open_gguf(plain("F32"), n_threads=1), 1, n)
         ours, places = [], []
         for at in range(0, last, piece):
             part = prompt[at : min(at + piece, last)]
@@ -170,7 +173,7 @@ TEXTS = [
 def test_tokenizer(plain):
     path = plain("F32")
     theirs = llama_oracle.tokenize(path, TEXTS)
-    original, from_file = reference().tokenizer(), GGUFSource(path).tokenizer()
+    original, from_file = reference().tokenizer(), open_gguf(path).tokenizer()
     for text, ids in zip(TEXTS, theirs, strict=True):
         assert tokenizers.tokenize(original, text) == ids, text
         assert tokenizers.tokenize(from_file, text) == ids, text

@@ -7,19 +7,27 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines import graph
-from quantkit.runtime.engines.graph import GraphEngine
-from quantkit.runtime.engines.open import TorchEngine, generate, open_engine
-from quantkit.runtime.generate import Model, Sampling, sample
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.generate import Sampling, generate, sample
+from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.quantized import Quantized
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
-def source(made) -> GGUFSource:
-    return GGUFSource(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
+def weights(made) -> GGUFWeights:
+    return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def layers(weights) -> GGUFSource:
+    return GGUFSource(weights, Quantized(weights))
 
 
 def kld(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -28,22 +36,21 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dense_rows", [1, 1000])
-def test_graph_agrees_with_torch(source, monkeypatch, dense_rows):
+def test_graph_agrees_with_torch(weights, layers, monkeypatch, dense_rows):
     """Prompt in two pieces (both ways) and then tokens, past the first KV_STEP; slot 0 is left unused."""
     monkeypatch.setattr(graph, "DENSE_ROWS", dense_rows)
-    text = source.tokenizer().encode("The ship went down in the storm. " * 40, add_special_tokens=False).ids
+    text = tokenizers.tokenize(weights.tokenizer(), "The ship went down in the storm. " * 40)
     prompt, rest = [0, *text[:299]], text[299:330]
-    engines = [kind(what, 2, 400) for kind, what in ((TorchEngine, Model(source)), (GraphEngine, source))]
-    logits = [[], []]
-    for engine, found in zip(engines, logits, strict=True):
+    logits: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for engine, found in zip((TorchEngine(layers, 2, 400), open_engine(weights, 2, 400)), logits, strict=True):
         engine.prefill(1, prompt[:200], 0)
         found.append(engine.prefill(1, prompt[200:], 200).clone())
         found.extend(engine.decode([1], [token])[0].clone() for token in rest)
     assert kld(*map(torch.stack, logits)) < 0.01  # 8-bit activations: see test_sources
 
 
-def test_begin_forgets_what_stood_there(source):
-    engine = GraphEngine(source, 1, 64)
+def test_begin_forgets_what_stood_there(weights):
+    engine = open_engine(weights, 1, 64)
     fresh = engine.prefill(0, [0, 50, 60, 70], 0).clone()
     engine.prefill(0, [0, 50, 300, 301, 302], 0)
     engine.decode([0], [99])
@@ -51,9 +58,9 @@ def test_begin_forgets_what_stood_there(source):
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [4, 0, 2], [1, 2]])
-def test_decoding_together_gives_the_same_bits(source, slots):
+def test_decoding_together_gives_the_same_bits(weights, slots):
     """Different lengths, orders and gaps between slots: each row equals the one computed alone, bit for bit."""
-    engine = GraphEngine(source, 5, 512)
+    engine = open_engine(weights, 5, 512)
     prompts = {slot: [0] + [40 + slot] * (3 + 90 * slot) for slot in slots}
     tokens = [100 + slot for slot in slots]
     for slot in slots:
@@ -77,24 +84,24 @@ def collect(scheduler: Scheduler, prompts: list[list[int]], n: int, how=GREEDY) 
     return found
 
 
-def test_continuous_batching_equals_one_at_a_time(source):
+def test_continuous_batching_equals_one_at_a_time(weights):
     """Twenty sequences over seven slots: they join and leave at different steps."""
     prompts = [[0] + [30 + i, 60 + 7 * i] * (1 + 5 * i) for i in range(20)]
-    alone = [list(generate(open_engine(source, 1, 512), prompt, 8 + i, GREEDY)) for i, prompt in enumerate(prompts)]
-    with Scheduler(open_engine(source, 7, 512)) as scheduler:
+    alone = [list(generate(open_engine(weights, 1, 512), prompt, 8 + i, GREEDY)) for i, prompt in enumerate(prompts)]
+    with Scheduler(open_engine(weights, 7, 512)) as scheduler:
         together = collect(scheduler, prompts, 27)
     assert [made[: 8 + i] for i, made in enumerate(together)] == alone
     assert len({tuple(made) for made in together}) > 10
 
 
-def test_torch_engine_serves_several(source):
+def test_torch_engine_serves_several(layers):
     prompts = [[0, 50 + i, 60] for i in range(3)]
-    with Scheduler(TorchEngine(Model(source), 3, 64)) as scheduler:
+    with Scheduler(TorchEngine(layers, 3, 64)) as scheduler:
         assert all(len(made) == 6 for made in collect(scheduler, prompts, 6))
 
 
-def test_scheduler_refuses_and_cancels(source):
-    engine = open_engine(source, 1, 512)
+def test_scheduler_refuses_and_cancels(weights):
+    engine = open_engine(weights, 1, 512)
     engine.config = dataclasses.replace(engine.config, eos=-1)  # no token ends a sequence
     with Scheduler(engine, queue_limit=1) as scheduler:
         ends: list[str] = []
@@ -121,8 +128,8 @@ def test_scheduler_refuses_and_cancels(source):
     assert ends == ["cancelled"] * 2 and scheduler.free == [0] and first.n_made < 500
 
 
-def test_a_failing_step_ends_its_jobs_only(source, monkeypatch, caplog):
-    engine = open_engine(source, 2, 64)
+def test_a_failing_step_ends_its_jobs_only(weights, monkeypatch, caplog):
+    engine = open_engine(weights, 2, 64)
     with Scheduler(engine) as scheduler:
         monkeypatch.setattr(engine, "decode", lambda *_: 1 / 0)
         assert [len(made) for made in collect(scheduler, [[0, 50]], 5)] == [1]
@@ -131,8 +138,8 @@ def test_a_failing_step_ends_its_jobs_only(source, monkeypatch, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_generation_is_repeatable_and_seeded(source):
-    engine = open_engine(source, 1, 64)
+def test_generation_is_repeatable_and_seeded(weights):
+    engine = open_engine(weights, 1, 64)
 
     def once(seed: int, **how) -> list[int]:
         return list(

@@ -9,13 +9,16 @@ from quantkit import bundle
 from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
 from quantkit.models import family
+from quantkit.models import tokenizer as tokenizers
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.engines import gpu
+from quantkit.runtime.engines import gpu, gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
-from quantkit.runtime.engines.open import TorchEngine, open_engine
-from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.generate import Engine
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -26,20 +29,16 @@ def path(made):
 
 
 @pytest.fixture(scope="module")
-def source(path) -> GGUFSource:
-    return GGUFSource(path, device="cpu", n_threads=1)
+def weights(path) -> GGUFWeights:
+    return open_gguf(path, n_threads=1)
 
 
-def text(source: GGUFSource, n: int) -> list[int]:
-    return [
-        0,
-        *source.tokenizer().encode("The ship went down in the storm. " * 60, add_special_tokens=False).ids[: n - 1],
-    ]
+def text(weights: GGUFWeights, n: int) -> list[int]:
+    return [0, *tokenizers.tokenize(weights.tokenizer(), "The ship went down in the storm. " * 60)[: n - 1]]
 
 
-def logits(engine) -> torch.Tensor:
-    """A prompt in two pieces, then tokens past the first KV_STEP; slot 0 is left unused."""
-    tokens = text(engine.source if hasattr(engine, "source") else engine.model.source, 270)
+def logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
+    """A prompt in two pieces, then tokens past the first KV_STEP; slot 0 is left unused. tokens: 270."""
     found = [engine.prefill(1, tokens[:130], 0).clone(), engine.prefill(1, tokens[130:250], 130).clone()]
     return torch.stack(found + [engine.decode([1], [token])[0].clone() for token in tokens[250:]])
 
@@ -50,27 +49,27 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def exact(source) -> torch.Tensor:
-    return logits(TorchEngine(Model(source.dequantizing(torch.float32)), 2, 300))
+def exact(path, weights) -> torch.Tensor:
+    return logits(TorchEngine(open_source(path), 2, 300), text(weights, 270))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "gpu_layers, stream_tokens, error", [(0, 1000, 2e-3), (0, 1, 2e-3), (1, 1, 2e-3), (3, 1, 1e-6)]
 )
-def test_agrees_with_the_dequantized_file(path, exact, monkeypatch, device, gpu_layers, stream_tokens, error):
+def test_agrees_with_the_dequantized_file(path, weights, exact, monkeypatch, device, gpu_layers, stream_tokens, error):
     """Experts on the CPU (8-bit activations), streamed, and resident."""
     monkeypatch.setattr(gpu, "STREAM_TOKENS", stream_tokens)
-    engine = GpuEngine(GGUFSource(path, device, n_threads=1), 2, 300, gpu_layers)
-    assert kld(exact, logits(engine)) < (error if device == "cpu" else 2e-3)
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 2, 300, gpu_layers)
+    assert kld(exact, logits(engine, text(weights, 270))) < (error if device == "cpu" else 2e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_several_sequences(path, device):
     """Of different lengths, in any order of slots: each gets what it gets alone."""
-    source = GGUFSource(path, device, n_threads=1)
-    engine = GpuEngine(source, 3, 300, 2)
-    prompts = {slot: text(source, n) for slot, n in ((0, 5), (1, 260), (2, 30))}
+    weights = open_gguf(path, device, n_threads=1)
+    engine = GpuEngine(weights, 3, 300, 2)
+    prompts = {slot: text(weights, n) for slot, n in ((0, 5), (1, 260), (2, 30))}
     for _ in range(2):  # on a GPU the second time with captured graphs
         for slot, prompt in prompts.items():
             engine.prefill(slot, prompt, 0)
@@ -80,27 +79,27 @@ def test_several_sequences(path, device):
         assert kld(engine.decode([slot], [token]), row[None]) < (1e-6 if device == "cpu" else 1e-4)
 
 
-def test_a_prompt_of_one_token(source):
-    engine = GpuEngine(source, 1, 300, 3)
+def test_a_prompt_of_one_token(weights):
+    engine = GpuEngine(weights, 1, 300, 3)
     alone = engine.prefill(0, [0], 0).clone()
-    engine.prefill(0, text(source, 40), 0)
+    engine.prefill(0, text(weights, 40), 0)
     assert torch.equal(engine.prefill(0, [0], 0), alone)
 
 
-def test_types_without_kernel(source, monkeypatch, caplog):
+def test_types_without_kernel(weights, monkeypatch, caplog):
     """Their experts stay on the CPU, other matrices are kept dequantized."""
-    usual = logits(GpuEngine(source, 2, 300, 0))
+    usual = logits(GpuEngine(weights, 2, 300, 0), text(weights, 270))
     in_groups = registry.in_groups
     monkeypatch.setattr(registry, "in_groups", lambda name: name not in ("IQ1_S", "Q4_K") and in_groups(name))
-    engine = GpuEngine(source, 2, 300, 9)
+    engine = GpuEngine(weights, 2, 300, 9)
     assert "its experts stay on the CPU" in caplog.text and "kept as" in caplog.text
-    assert kld(usual, logits(engine)) < 2e-3
+    assert kld(usual, logits(engine, text(weights, 270))) < 2e-3
 
 
-def test_a_broken_transfer_ends_the_prompt_only(source, monkeypatch):
+def test_a_broken_transfer_ends_the_prompt_only(weights, monkeypatch):
     monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
-    engine = GpuEngine(source, 1, 300, 0)
-    tokens = text(source, 140)
+    engine = GpuEngine(weights, 1, 300, 0)
+    tokens = text(weights, 140)
     good = engine.prefill(0, tokens, 0).clone()
     ring, move = engine.ring, engine.ring._move
     monkeypatch.setattr(ring, "_move", lambda i, *rest: 1 / 0 if i == 2 else move(i, *rest))
@@ -111,24 +110,24 @@ def test_a_broken_transfer_ends_the_prompt_only(source, monkeypatch):
     assert torch.equal(engine.prefill(0, tokens, 0), good)
 
 
-def test_made_in_inference_mode(source, monkeypatch):
+def test_made_in_inference_mode(weights, monkeypatch):
     """As verification does: the thread that moves experts is not in that mode by itself."""
     monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
-    tokens = text(source, 140)
+    tokens = text(weights, 140)
     with torch.inference_mode():
-        inside = GpuEngine(source, 1, 300, 0).prefill(0, tokens, 0)
-    assert torch.equal(inside, GpuEngine(source, 1, 300, 0).prefill(0, tokens, 0))
+        inside = GpuEngine(weights, 1, 300, 0).prefill(0, tokens, 0)
+    assert torch.equal(inside, GpuEngine(weights, 1, 300, 0).prefill(0, tokens, 0))
 
 
-def test_gpu_layers_without_gpu(source):
+def test_gpu_layers_without_gpu(weights):
     with pytest.raises(QuantkitError, match="--gpu-layers 3: needs a GPU"):
-        open_engine(source, 1, 64, 3)
+        open_engine(weights, 1, 64, 3)
 
 
 def test_r1_fits_in_14_gb():
     """Weights of the 1.58-bit recipe but for routed experts, a cache of 8,192 tokens, and a piece's workspace."""
     c = family.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
     plan = make_plan(family.specs(c), Recipe.load("1.58bit"), "llama.cpp", "r1")
-    parts = gpu.fixed_bytes({tensor.name: tensor for tensor in plan.tensors}, c, 8192)
-    print(parts, {n: gpu.workspace(c, n) for n in gpu.PIECES})
-    assert sum(parts.values()) + gpu.workspace(c, gpu.PIECES[-1]) + gpu.SPARE < 14e9
+    parts = gpu_memory.fixed_bytes({tensor.name: tensor for tensor in plan.tensors}, c, 8192)
+    print(parts, {n: gpu_memory.workspace(c, n) for n in gpu_memory.PIECES})
+    assert sum(parts.values()) + gpu_memory.workspace(c, gpu_memory.PIECES[-1]) + gpu_memory.SPARE < 14e9

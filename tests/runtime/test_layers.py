@@ -10,7 +10,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import KVCache, LayerWeights, Router, attention, rms_norm, route
 from quantkit.runtime.rope import angles, frequencies
 from quantkit.runtime.rotation import Angles, rotate
-from quantkit.runtime.sources import CheckpointSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.watch import Watcher
 
 

@@ -17,11 +17,10 @@ from quantkit.models import family, tokenizer
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine
-from quantkit.runtime.engines.open import generate, open_engine
-from quantkit.runtime.experts import kt as kt_experts
-from quantkit.runtime.generate import Sampling
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.residency import Residency
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving.chat import Conversation
 
 TINY = bundle.models_dir() / "tiny-r1"
@@ -61,9 +60,9 @@ def random_file(folder: Path, **changes: int) -> Path:
     return folder / "random.gguf"
 
 
-def resident(source: GGUFSource) -> int:
+def resident(weights: GGUFWeights) -> int:
     """Bytes of the file in this process's memory: of its mapping, and of experts that were read."""
-    file, total, inside = source.file, 0, False
+    file, total, inside = weights.file, 0, False
     base = file.data("output.weight").ctypes.data - file.tensors["output.weight"].offset
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if not line.split(" ", 1)[0].endswith(":"):
@@ -71,7 +70,7 @@ def resident(source: GGUFSource) -> int:
             inside = base <= start < base + file.n_bytes
         elif inside and line.startswith("Rss:"):
             total += 1024 * int(line.split()[1])
-    for stack in source.residency.stacks.values():
+    for stack in weights.residency.stacks.values():
         pages = (ctypes.c_ubyte * -(-stack.nbytes // mmap.PAGESIZE))()
         assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(stack.ctypes.data), ctypes.c_size_t(stack.nbytes), pages)
         total += mmap.PAGESIZE * sum(page & 1 for page in pages)
@@ -82,18 +81,18 @@ def resident(source: GGUFSource) -> int:
 def test_same_tokens_within_the_limit(path, n_prompt):
     """Prompts through the graph, in one part and in several, and through whole layers; then decoding."""
     prompt = [0, *range(100, 100 + n_prompt)]
-    free = GGUFSource(path, n_threads=1)
+    free = open_gguf(path, n_threads=1)
     expected = list(generate(open_engine(free, 1, 512), prompt, 24, GREEDY))
     limit = path.stat().st_size // 3
-    source = GGUFSource(path, n_threads=1, ram=limit)
-    engine = open_engine(source, 1, 512)
+    weights = open_gguf(path, n_threads=1, ram=limit)
+    engine = open_engine(weights, 1, 512)
     found, most = [], 0
     for token in generate(engine, prompt, 24, GREEDY):
         found.append(token)
-        most = max(most, resident(source))
+        most = max(most, resident(weights))
     assert found == expected and len(set(found)) > 2
     assert 0 < most <= limit
-    assert source.residency.held <= source.residency.room < source.residency.read
+    assert weights.residency.held <= weights.residency.room < weights.residency.read
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -103,25 +102,25 @@ def test_the_rest_on_a_gpu(path, device, gpu_layers, n_prompt, caplog):
     """Prompts whose experts the CPU computes, and such that send all of them to the GPU; then decoding."""
     caplog.set_level("INFO")
     prompt = [0, *range(100, 100 + n_prompt)]
-    free = GpuEngine(GGUFSource(path, device, n_threads=2), 1, 512, gpu_layers)
+    free = GpuEngine(open_gguf(path, device, n_threads=2), 1, 512, gpu_layers)
     expected = list(generate(free, prompt, 12, GREEDY))
     del free
     limit = path.stat().st_size // 3
-    source = GGUFSource(path, device, n_threads=2, ram=limit)
-    engine = GpuEngine(source, 1, 512, gpu_layers)
-    assert "read for each token" in caplog.text and len(source.residency.elsewhere) == gpu_layers
-    found, most = [], resident(source)
+    weights = open_gguf(path, device, n_threads=2, ram=limit)
+    engine = GpuEngine(weights, 1, 512, gpu_layers)
+    assert "read for each token" in caplog.text and len(weights.residency.elsewhere) == gpu_layers
+    found, most = [], resident(weights)
     for token in generate(engine, prompt, 12, GREEDY):
         found.append(token)
-        most = max(most, resident(source))
+        most = max(most, resident(weights))
     assert found == expected and len(set(found)) > 2
     assert 0 < most <= limit
-    assert source.residency.held <= source.residency.room and source.residency.read > 0
+    assert weights.residency.held <= weights.residency.room and weights.residency.read > 0
 
 
 def test_several_sequences(path):
-    source, free = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3), GGUFSource(path, n_threads=1)
-    ours, theirs = open_engine(source, 12, 64), open_engine(free, 12, 64)
+    weights, free = open_gguf(path, n_threads=1, ram=path.stat().st_size // 3), open_gguf(path, n_threads=1)
+    ours, theirs = open_engine(weights, 12, 64), open_engine(free, 12, 64)
     for engine in (ours, theirs):
         for slot in range(12):
             engine.prefill(slot, [0, 100 + slot], 0)
@@ -132,10 +131,10 @@ def test_several_sequences(path):
 @pytest.mark.parametrize("n_prompt", [5, 200])
 def test_a_read_that_fails_fails_the_step_and_no_later_one(path, n_prompt, monkeypatch):
     prompt = [0, *range(100, 100 + n_prompt)]
-    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
-    engine = open_engine(source, 1, 512)
+    weights = open_gguf(path, n_threads=1, ram=path.stat().st_size // 3)
+    engine = open_engine(weights, 1, 512)
     expected = list(generate(engine, prompt, 12, GREEDY))
-    real, left = source.file.read_into, [20]
+    real, left = weights.file.read_into, [20]
 
     def failing(*where):
         left[0] -= 1
@@ -143,26 +142,26 @@ def test_a_read_that_fails_fails_the_step_and_no_later_one(path, n_prompt, monke
             raise OSError("the disk is gone")
         real(*where)
 
-    monkeypatch.setattr(source.file, "read_into", failing)
+    monkeypatch.setattr(weights.file, "read_into", failing)
     for _ in range(3):
         with pytest.raises(OSError, match="the disk is gone"):
             list(generate(engine, prompt, 12, GREEDY))
         left[0] = 20
     left[0] = 1 << 30
     assert list(generate(engine, prompt, 12, GREEDY)) == expected
-    assert source.residency.held <= source.residency.room
+    assert weights.residency.held <= weights.residency.room
 
 
 def test_copies_beside_reads(path):
     """Threads copy experts, some of which others drop meanwhile."""
-    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
-    residency, name = source.residency, "blk.1.ffn_up_exps.weight"
+    weights = open_gguf(path, n_threads=1, ram=path.stat().st_size // 3)
+    residency, name = weights.residency, "blk.1.ffn_up_exps.weight"
     size = residency.stacks[name][0].nbytes
 
     def copied(i: int) -> bool:
         out = np.empty(size, np.uint8)
         residency.copy(name, i % 32, out)
-        return bool((out == source.file.matrix(name, i % 32).reshape(-1)).all())
+        return bool((out == weights.file.matrix(name, i % 32).reshape(-1)).all())
 
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(copied, i) for i in range(200)]
@@ -174,15 +173,15 @@ def test_copies_beside_reads(path):
 def test_a_file_without_experts(tmp_path):
     file = random_file(tmp_path, num_hidden_layers=1, first_k_dense_replace=1)
     tokens = [
-        list(generate(open_engine(GGUFSource(file, n_threads=1, ram=ram), 1, 256), [0, 200, 201], 8, GREEDY))
+        list(generate(open_engine(open_gguf(file, n_threads=1, ram=ram), 1, 256), [0, 200, 201], 8, GREEDY))
         for ram in (None, 30 << 20)
     ]
     assert tokens[0] == tokens[1]
 
 
 def test_experts_used_last_stay(path):
-    source = GGUFSource(path, n_threads=1, ram=path.stat().st_size // 3)
-    residency: Residency = source.residency
+    weights = open_gguf(path, n_threads=1, ram=path.stat().st_size // 3)
+    residency: Residency = weights.residency
     most = residency.most
     residency.need(1, range(most))
     read = residency.read
@@ -197,10 +196,9 @@ def test_experts_used_last_stay(path):
 
 def test_too_little_is_refused_and_the_cost_is_said(path, capsys):
     with pytest.raises(QuantkitError, match=r"--ram 2.0 MiB is too little for random.gguf: every token needs"):
-        GGUFSource(path, ram=2 << 20)
-    with pytest.raises(QuantkitError, match="leave out --ram"):
-        kt_experts.select(GGUFSource(path, ram=30 << 20), "kt")
-    talk = Conversation(path, "cpu", 64, GREEDY, ram=30 << 20)
+        open_gguf(path, ram=2 << 20)
+    weights = open_gguf(path, ram=30 << 20)
+    talk = Conversation(weights, open_engine(weights, 1, 64), GREEDY)
     assert "RAM limit 30.0 MiB" in (said := capsys.readouterr().err) and "read for each token" in said
     list(talk.complete("abc", 4))
     assert talk.speed.endswith("of experts read")

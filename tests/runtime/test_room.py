@@ -43,7 +43,7 @@ def test_arrays_on_disk_are_arrays(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_beside_a_gpu_the_same_hidden_states_come_out(tiny, tmp_path, kind):
-    from quantkit.runtime.sources import CheckpointSource
+    from quantkit.runtime.sources.checkpoint import CheckpointSource
     from quantkit.runtime.stream import stream
 
     source = CheckpointSource(tiny, "cuda", torch.float32)

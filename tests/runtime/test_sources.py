@@ -1,4 +1,4 @@
-"""A file runs the same way through every path: streamed, hybrid, and token by token with its cache."""
+"""A file runs the same way through every path: dequantized, quantized, and token by token with its cache."""
 
 import time
 
@@ -9,11 +9,15 @@ from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models import tokenizer
+from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts, Turns
-from quantkit.runtime.generate import Model
-from quantkit.runtime.sources import CheckpointSource, GGUFSource
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
+from quantkit.runtime.sources.quantized import Quantized
+from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 from quantkit.runtime.watch import Watcher
+from quantkit.runtime.workers import Workers
 from quantkit.serving.chat import apply_template
 
 
@@ -28,6 +32,12 @@ def tokens(tiny) -> torch.Tensor:
     return corpus.chunk(corpus.default("evaluation"), tokenizer.load(tiny.path), bos=0, length=96, limit=384).tokens
 
 
+def quantized(path) -> GGUFSource:
+    """As a person runs it, layer by layer."""
+    weights = open_gguf(path)
+    return GGUFSource(weights, Quantized(weights))
+
+
 def logits(source, tokens) -> torch.Tensor:
     with torch.inference_mode():
         hidden = final_hidden(source, tokens)
@@ -39,31 +49,31 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_hybrid_agrees_with_dequantized(path, tokens):
+def test_quantized_agrees_with_dequantized(path, tokens):
     """ggml rounds activations to 8 bits, torch does not: close, not equal."""
-    exact, hybrid = (logits(GGUFSource(path, hybrid=how), tokens) for how in (False, True))
-    assert kld(exact, hybrid) < 0.02
+    exact, rounded = (logits(open_it(path), tokens) for open_it in (open_source, quantized))
+    assert kld(exact, rounded) < 0.02
 
 
-@pytest.mark.parametrize(("hybrid", "bound"), [(False, 1e-6), (True, 0.01)])
-def test_cache_gives_what_the_whole_prompt_gives(path, tokens, hybrid, bound):
+@pytest.mark.parametrize(("open_it", "bound"), [(open_source, 1e-6), (quantized, 0.01)])
+def test_cache_gives_what_the_whole_prompt_gives(path, tokens, open_it, bound):
     """Exactly, but for ggml's 8-bit activations: there a last bit decides a rounding, and that now and then a route."""
-    source = GGUFSource(path, hybrid=hybrid)
-    model = Model(source)
-    caches = model.caches(96, n_seq=4)
-    steps = [model.forward(tokens[:, :80], caches, all_logits=True)]
-    steps += [model.forward(tokens[:, i : i + 1], caches) for i in range(80, 96)]
+    source = open_it(path)
+    engine = TorchEngine(source, 1, 96)
+    caches = engine.caches(4)
+    steps = [engine.forward(tokens[:, :80], caches, all_logits=True)]
+    steps += [engine.forward(tokens[:, i : i + 1], caches) for i in range(80, 96)]
     assert kld(logits(source, tokens), torch.cat(steps, 1)) < bound
 
 
 def test_cache_overflow_is_refused(path, tokens):
-    model = Model(GGUFSource(path))
+    engine = TorchEngine(quantized(path), 1, 8)
     with pytest.raises(QuantkitError, match="context of 8"):
-        model.forward(tokens, model.caches(8, n_seq=4))
+        engine.forward(tokens, engine.caches(4))
 
 
 def test_original_and_file_differ_but_not_wildly(path, tiny, tokens):
-    divergence = kld(logits(CheckpointSource(tiny), tokens), logits(GGUFSource(path, hybrid=False), tokens))
+    divergence = kld(logits(CheckpointSource(tiny), tokens), logits(open_source(path), tokens))
     assert 1e-3 < divergence < 3
 
 
@@ -77,7 +87,7 @@ def test_missing_tensor_is_named(path, monkeypatch):
     del file.tensors["blk.2.attn_k_b.weight"]
     monkeypatch.setattr(GGUFFile, "open", classmethod(lambda cls, _: file))
     with pytest.raises(QuantkitError, match=r"blk\.2\.attn_k_b\.weight is missing"):
-        GGUFSource(path)
+        open_gguf(path)
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 50])
@@ -105,8 +115,8 @@ def test_experts_are_read_ahead_but_no_further(ahead):
     assert begun == taken == expert.unique().tolist()
 
 
-def test_an_error_in_one_thread_ends_the_work_of_all(path):
-    source, done = GGUFSource(path, n_threads=3), []
+def test_an_error_in_one_thread_ends_the_work_of_all():
+    workers, done = Workers(3), []
 
     def work(worker, item):
         if item == 3:
@@ -115,8 +125,8 @@ def test_an_error_in_one_thread_ends_the_work_of_all(path):
         done.append(item)
 
     with pytest.raises(ValueError, match="three"):
-        source.share_out(work, range(100), 3)
+        workers.share_out(work, range(100))
     before = len(done)
     time.sleep(0.1)
     assert len(done) == before < 100
-    assert source.share_out(lambda worker, item: 2 * item, range(50), 3) == list(range(0, 100, 2))
+    assert workers.share_out(lambda worker, item: 2 * item, range(50)) == list(range(0, 100, 2))

@@ -5,8 +5,11 @@ from click.testing import CliRunner
 
 from quantkit.__main__ import main
 from quantkit.models import tokenizer as tokenizers
+from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
-from quantkit.serving.chat import Conversation, Pieces, thoughts
+from quantkit.runtime.sources.weights import open_gguf
+from quantkit.serving.chat import Conversation
+from quantkit.serving.pieces import Pieces, thoughts
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ def test_conversation_computes_only_what_is_new(path):
     def ask(talk: Conversation, text: str) -> str:
         return "".join(piece for piece, _ in talk.ask(text, 12))
 
-    talk, other = (Conversation(path, "cpu", 512, Sampling(temperature=0)) for _ in range(2))
+    weights = open_gguf(path)
+    talk, other = (Conversation(weights, open_engine(weights, 1, 512), Sampling(temperature=0)) for _ in range(2))
     ask(talk, "Tell me about the sea, the ships and the storms of winter.")
     first = len(talk.cached)
     pieces = talk.ask("Go on.", 12)  # left early, as by Ctrl-C

@@ -11,9 +11,9 @@ import openai
 import pytest
 import uvicorn
 
-from quantkit.runtime.engines.open import generate, open_engine
-from quantkit.runtime.generate import Sampling
-from quantkit.runtime.sources import GGUFSource
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Sampling, generate
+from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving import http as serve
 
 KEY = "secret"
@@ -21,16 +21,17 @@ CONTEXT = 512
 
 
 @pytest.fixture(scope="module")
-def source(made) -> GGUFSource:
-    return GGUFSource(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
+def weights(made) -> GGUFWeights:
+    return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
 
 
 class Running:
     """A server in a thread of this process: its scheduler can be looked at."""
 
-    def __init__(self, source: GGUFSource, n_slots: int = 8, **limits):
-        self.engine = open_engine(source, n_slots, CONTEXT)
-        self.api = serve.Api("tiny", source.file.metadata, source.tokenizer(), self.engine, serve.Limits(**limits), KEY)
+    def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
+        self.engine = open_engine(weights, n_slots, CONTEXT)
+        tokenizer = weights.tokenizer()
+        self.api = serve.Api("tiny", weights.file.metadata, tokenizer, self.engine, serve.Limits(**limits), KEY)
         self.listener = serve.bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server: uvicorn.Server = serve.server(self.api)
@@ -72,8 +73,8 @@ def endless(engine, monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def running(source):
-    server = Running(source)
+def running(weights):
+    server = Running(weights)
     yield server
     server.wait_idle()
     server.stop()
@@ -280,11 +281,11 @@ def test_tools_are_refused_where_the_template_describes_them(running, monkeypatc
         assert running.post(json.dumps(ask | harmless).encode())[0] == 200
 
 
-def test_completion_is_what_the_engine_gives(running, source):
+def test_completion_is_what_the_engine_gives(running, weights):
     prompt = [0, 50, 60, 70]
-    made = list(generate(open_engine(source, 1, 64), prompt, 20, Sampling(temperature=0)))
+    made = list(generate(open_engine(weights, 1, 64), prompt, 20, Sampling(temperature=0)))
     answer = running.client().completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=20)
-    assert answer.choices[0].text == source.tokenizer().decode(made, skip_special_tokens=False)
+    assert answer.choices[0].text == weights.tokenizer().decode(made, skip_special_tokens=False)
     assert answer.usage.prompt_tokens == 4 and answer.usage.completion_tokens == len(made)
 
 
@@ -388,8 +389,8 @@ def test_200_parallel_requests(running):
     assert threading.active_count() <= tasks + 2
 
 
-def test_full_queue_is_429(source, monkeypatch):
-    server = Running(source, n_slots=1, queue=2)
+def test_full_queue_is_429(weights, monkeypatch):
+    server = Running(weights, n_slots=1, queue=2)
     endless(server.engine, monkeypatch)
     body = json.dumps({"prompt": [0, 50], "max_tokens": 200, "temperature": 1.0}).encode()
     with ThreadPoolExecutor(12) as pool:
@@ -399,9 +400,9 @@ def test_full_queue_is_429(source, monkeypatch):
     server.stop()
 
 
-def test_shutdown_ends_running_streams(source, monkeypatch):
+def test_shutdown_ends_running_streams(weights, monkeypatch):
     monkeypatch.setattr(serve, "SHUTDOWN_SECONDS", 0.2)
-    server = Running(source, n_slots=1)
+    server = Running(weights, n_slots=1)
     endless(server.engine, monkeypatch)
     stream = server.client().completions.create(
         model="tiny", prompt=[0, 50], max_tokens=500, temperature=1.5, stream=True

@@ -4,12 +4,10 @@ The mathematics is that of `layers` (absorbed MLA over the compressed cache, noa
 in the mapped file. Decoding gives a sequence the same bits whatever runs beside it: each column of a product is
 computed alone, and attention goes over a sequence's own cache with ggml's plain kernel.
 
-Long pieces of prompts take another way into the same cache: each layer is dequantized once and multiplied by torch,
-which is faster as soon as an expert sees enough tokens to pay for its decoding.
+Long pieces of prompts take another way into the same cache (see by_layers.py).
 """
 
 import math
-from dataclasses import replace
 from functools import partial, reduce
 from itertools import pairwise
 from math import prod
@@ -20,9 +18,10 @@ import torch
 from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import TensorP, library
 from quantkit.progress import say
-from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
-from quantkit.runtime.rope import angles, frequencies
-from quantkit.runtime.sources import GGUFSource, split_kv_b
+from quantkit.runtime.engines.by_layers import ByLayers
+from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.rope import frequencies
+from quantkit.runtime.sources.weights import GGUFWeights
 from quantkit.sizes import gib
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing
@@ -36,43 +35,42 @@ LAYER_TENSORS = 192  # tensors and nodes of a layer, views included, without tho
 
 
 class GraphEngine:
-    """`Engine` (see engine.py) of a GGUF on the CPU. Cache: float32 [n_layer, n_slots, capacity, kv_lora + qk_rope],
-    untouched pages of which take no memory: at R1's size 140 kB a token."""
+    """`generate.Engine` of a GGUF on the CPU; `open.open_engine` makes it. Cache: float32 [n_layer, n_slots, rows,
+    kv_lora + qk_rope], untouched pages of which take no memory: at R1's size 140 kB a token."""
 
-    def __init__(self, source: GGUFSource, n_slots: int, capacity: int):
-        self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
+    def __init__(self, weights: GGUFWeights, n_slots: int, capacity: int, by_layers: ByLayers):
+        """by_layers: the way of long pieces."""
+        self.weights, self.config, self.n_slots, self.capacity = weights, weights.config, n_slots, capacity
+        self.by_layers = by_layers
         say(f"computing with {library()}")
         c = self.config
         self.rows = -(-capacity // KV_STEP) * KV_STEP
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, c.kv_lora + c.qk_rope)
         self.length = [0] * n_slots
         plain = c.rope_base ** (-torch.arange(c.qk_rope // 2, dtype=torch.float64) / (c.qk_rope // 2))
-        self.holder = Graph(source.n_threads, len(source.file.tensors) + 3 * c.n_layer + 1)
+        self.holder = Graph(weights.workers.n, len(weights.file.tensors) + 3 * c.n_layer + 1)
         self.rope_factors = self.holder.over((plain / frequencies(c).double()).float())
         # attn_kv_b is used in two parts, see below
-        self.weights = {name: self._weight(name) for name in source.file.tensors if ".attn_kv_b." not in name}
+        self.tensors = {name: self._weight(name) for name in weights.file.tensors if ".attn_kv_b." not in name}
         if self.holder.copied >= WORTH_SAYING:
             say(f"{gib(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
         self.caches = [self.holder.over(layer.view(n_slots * self.rows, -1)) for layer in self.cache]
         for layer in range(c.n_layer):
-            if (name := f"blk.{layer}.attn_kv_b.weight") in source.file.tensors:
-                k_b, v_b = split_kv_b(source.dense(name), c)
-                self.weights[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
-                self.weights[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
+            if (name := f"blk.{layer}.attn_kv_b.weight") in weights.file.tensors:
+                k_b, v_b = split_kv_b(weights.dense(name), c)
+                self.tensors[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
+                self.tensors[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
         self.graphs: dict[tuple, Step] = {}
         self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
-        self.by_layers = source.for_prompts(product_dtype())
-        self.norm, self.head = source.head()
-        self.last_feed = source.feed_forward(c.n_layer - 1)
-        shapes = [tensor.shape for tensor in source.file.tensors.values() if tensor.name.startswith("blk.")]
+        shapes = [tensor.shape for tensor in weights.file.tensors.values() if tensor.name.startswith("blk.")]
         self.layer_weights = sum(prod(shape) for shape in shapes if len(shape) == 2) // c.n_layer
 
     def _weight(self, name: str) -> TensorP:
-        tensor = self.source.file.tensors[name]
+        tensor = self.weights.file.tensors[name]
         n_matrices, n_out, n_in = (1, 1, *tensor.shape)[-3:]
         # Experts would need as much memory again, and rows of the embedding are read one by one.
-        repack = n_matrices == 1 and name != "token_embd.weight" and self.source.residency is None
-        return self.holder.weights(tensor.qtype, self.source.data(name), n_in, n_out, n_matrices, repack)
+        repack = n_matrices == 1 and name != "token_embd.weight" and self.weights.residency is None
+        return self.holder.weights(tensor.qtype, self.weights.data(name), n_in, n_out, n_matrices, repack)
 
     def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
         key = (slots, n, n_kv)
@@ -87,35 +85,20 @@ class GraphEngine:
         return min(self.rows, KV_STEP << max(0, math.ceil(math.log2(length / KV_STEP))))
 
     def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+        """As `Engine`."""
         self.length[slot] = begin + len(tokens)
-        if self._by_layers(len(tokens)):
-            return self._prefill_by_layers(slot, torch.tensor([tokens]), begin)
+        if self._goes_by_layers(len(tokens)):
+            return self.by_layers.prefill(torch.tensor([tokens]), self.cache[:, slot : slot + 1], begin)
         step = self._step((slot,), len(tokens), self._n_kv(self.length[slot]))
         return step.run(np.array(tokens), np.array([begin]))[0]
 
-    def _by_layers(self, n: int) -> bool:
+    def _goes_by_layers(self, n: int) -> bool:
         """Whether a piece of n tokens is to be multiplied by dequantized matrices."""
         experts_pay = n * self.config.n_used >= DENSE_ROWS * self.config.n_expert
         return experts_pay or (n >= DENSE_ROWS and n * self.layer_weights >= DENSE_MACS)
 
-    @torch.inference_mode()
-    def _prefill_by_layers(self, slot: int, tokens: torch.Tensor, begin: int) -> torch.Tensor:
-        """A layer at a time, a matrix at a time: no more is dequantized than a tile for each thread."""
-        c, source = self.config, self.by_layers
-        h = source.embed(tokens)
-        turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
-        for layer in range(c.n_layer):
-            weights = source.layer(layer)
-            latent, key = self.cache[layer, slot : slot + 1].split([c.kv_lora, c.qk_rope], dim=-1)
-            h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
-            dtype = source.dtype
-            if layer == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
-                h, weights, dtype = h[:, -1:], replace(weights, **self.last_feed), torch.float32
-            x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
-            h = h + feed_forward(x, weights, c).view_as(h)
-        return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]
-
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
+        """As `Engine`."""
         order = sorted(range(len(slots)), key=slots.__getitem__)
         begin = np.array([self.length[slots[i]] for i in order])
         for slot in slots:
@@ -123,12 +106,6 @@ class GraphEngine:
         step = self._step(tuple(slots[i] for i in order), 1, self._n_kv(int(begin.max()) + 1))
         logits = step.run(np.array([tokens[i] for i in order]), begin)
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort()]
-
-
-def product_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else float32."""
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 class Step:
@@ -141,10 +118,10 @@ class Step:
         self.engine, self.config, self.slots, self.n, self.n_kv = engine, engine.config, slots, n, n_kv
         c = self.config
         self.total = len(slots) * n
-        residency = engine.source.residency
+        residency = engine.weights.residency
         self.rows = residency.most // c.n_used if residency else self.total  # tokens whose experts are computed at once
         per_layer = LAYER_TENSORS + 4 * len(slots) + 2 * c.n_used + PART_TENSORS * -(-self.total // self.rows)
-        self.graph = Graph(engine.source.n_threads, per_layer * c.n_layer + 64)
+        self.graph = Graph(engine.weights.workers.n, per_layer * c.n_layer + 64)
         self.op = self.graph.op
         tokens, self.token_values = self._input((self.total,), torch.int32)
         self.positions, self.position_values = self._input((self.total,), torch.int32)
@@ -152,16 +129,15 @@ class Step:
         self.offsets = np.repeat(np.array(slots) * engine.rows, n)
         self.masks, self.mask = self._input((len(slots), 1, n, n_kv), torch.float16)
         last = len(slots) if n == 1 else 1
-        h = self.op("get_rows", engine.weights["token_embd.weight"], tokens)
+        h = self.op("get_rows", engine.tensors["token_embd.weight"], tokens)
         for layer in range(c.n_layer):
             h = self.op("add", h, self._attention(h, layer))
             if layer == c.n_layer - 1:  # only the last tokens go on
                 h = self._view(h, (c.d, last), offset=(self.total - last) * 4 * c.d)
             x = self._norm(h, f"blk.{layer}.ffn_norm.weight")
             h = self.op("add", h, self._feed_forward(x, layer))
-        head = "output.weight" if "output.weight" in engine.weights else "token_embd.weight"
         x = self._reshape(self._norm(h, "output_norm.weight"), c.d, 1, last)  # see _product
-        y = self.op("mul_mat", engine.weights[head], x)
+        y = self.op("mul_mat", engine.tensors[engine.weights.head_name], x)
         self.logits = self.graph.result(y, (last, c.n_vocab))
         self.graph.finish(y, allocate=True, reference=n == 1)
 
@@ -193,7 +169,7 @@ class Step:
         return self.op("reshape_4d", x, *(*ne, 1, 1, 1)[:4])
 
     def _norm(self, x: TensorP, name: str) -> TensorP:
-        return self.op("mul", self.op("rms_norm", x, self.config.rms_eps), self.engine.weights[name])
+        return self.op("mul", self.op("rms_norm", x, self.config.rms_eps), self.engine.tensors[name])
 
     def _product(self, weight: TensorP, x: TensorP) -> TensorP:
         """x [n_in, N] -> [n_out, N]. In decoding every column is a batch of its own: ggml then takes the same kernel
@@ -205,7 +181,7 @@ class Step:
         return self._reshape(y, weight.contents.ne[1], n_columns)
 
     def _attention(self, h: TensorP, layer: int) -> TensorP:
-        c, w, p = self.config, self.engine.weights, f"blk.{layer}.attn_"
+        c, w, p = self.config, self.engine.tensors, f"blk.{layer}.attn_"
         x = self._norm(h, p + "norm.weight")
         if c.q_lora is None:
             q = self._product(w[p + "q.weight"], x)
@@ -289,11 +265,11 @@ class Step:
         return self.op("add", out, self._feed(x, p, "_shexp")) if self.config.n_shared else out
 
     def _feed(self, x: TensorP, prefix: str, suffix: str) -> TensorP:
-        gate, up, down = (self.engine.weights[f"{prefix}{part}{suffix}.weight"] for part in ("gate", "up", "down"))
+        gate, up, down = (self.engine.tensors[f"{prefix}{part}{suffix}.weight"] for part in ("gate", "up", "down"))
         return self._product(down, self.op("swiglu_split", self._product(gate, x), self._product(up, x)))
 
     def _experts(self, x: TensorP, layer: int) -> TensorP:
-        c, w, p = self.config, self.engine.weights, f"blk.{layer}."
+        c, w, p = self.config, self.engine.tensors, f"blk.{layer}."
         n = x.contents.ne[1]
         scores = self._product(w[p + "ffn_gate_inp.weight"], x)
         scores = self.op("sigmoid" if c.scoring == "sigmoid" else "soft_max", scores)
@@ -314,10 +290,10 @@ class Step:
     def _chosen(self, x: TensorP, chosen: TensorP, layer: int, begin: int, n: int) -> TensorP:
         """Outputs [d, n_used, n] of the experts of n tokens. If only some experts are in memory: of as many tokens as
         they are certain to serve, and done before the next ones are asked for."""
-        c, w, p = self.config, self.engine.weights, f"blk.{layer}.ffn_"
+        c, w, p = self.config, self.engine.tensors, f"blk.{layer}.ffn_"
         row = chosen.contents.nb[1]
         ids = self._view(chosen, (c.n_used, n), (row,), begin * row)
-        if residency := self.engine.source.residency:
+        if residency := self.engine.weights.residency:
             ids = self.graph.watch(ids, partial(residency.need, layer))
         one = self._view(x, (c.d, 1, n), offset=begin * 4 * c.d)
         gate, up = (self.op("mul_mat_id", w[f"{p}{part}_exps.weight"], one, ids) for part in ("gate", "up"))
@@ -328,8 +304,8 @@ class Step:
     def _choice(self, scores: TensorP, p: str) -> TensorP:
         """What experts are chosen by: scores [n_expert, N] with bias, those of groups left out at -inf."""
         c = self.config
-        if (bias := p + "exp_probs_b.bias") in self.engine.weights:
-            scores = self.op("add", scores, self.engine.weights[bias])
+        if (bias := p + "exp_probs_b.bias") in self.engine.tensors:
+            scores = self.op("add", scores, self.engine.tensors[bias])
         if c.n_group == 1:
             return scores
         n, size, n_best = scores.contents.ne[1], c.n_expert // c.n_group, 2 if c.group_score == "top2" else 1

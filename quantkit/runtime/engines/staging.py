@@ -1,15 +1,17 @@
 """Moving expert bytes from the mapped file to a device, ahead of their use."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from quantkit.runtime.packed import Packed
+from quantkit.runtime.workers import Workers
 
 CHUNK = 4  # experts moved and dequantized at once: at R1's size 34 MB of IQ1_S, 352 MB dequantized
 SLOTS = 3
@@ -35,17 +37,26 @@ Stacks = list[Stack]
 """gate, up and down of a layer."""
 
 
-def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
-    """Fill the first of each pair, uint8 [n], from the second: shared out among a pool's threads, since one alone is
-    slower than the bus."""
-    step = -(-sum(len(data) for _, data in pairs) // workers)
+class Part(NamedTuple):
+    """Matrices of some experts of a stack on the device: data uint8 [n, n_out, row_bytes]."""
+
+    qtype: str
+    data: torch.Tensor
+    n_in: int
+
+
+def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], workers: Workers) -> None:
+    """Fill the first of each pair, uint8 [n], from the second: shared out among threads, since one alone is slower than
+    the bus."""
+    step = -(-sum(len(data) for _, data in pairs) // workers.n)
     spans = [(to[i : i + step], data[i : i + step]) for to, data in pairs for i in range(0, len(data), step)]
-    list(pool.map(lambda span: np.copyto(*span), spans))
+    list(workers.pool.map(lambda span: np.copyto(*span), spans))
 
 
-def fill(jobs: list[tuple[Stack, int, np.ndarray]], pool: ThreadPoolExecutor, workers: int) -> None:
-    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by a pool's threads."""
-    pairs, reads = [], []
+def fill(jobs: list[tuple[Stack, int, np.ndarray]], workers: Workers) -> None:
+    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by all threads."""
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    reads: list[tuple[Callable[[int, np.ndarray], None], int, np.ndarray]] = []
     for stack, begin, to in jobs:
         size = stack.data[0].nbytes
         if stack.read is None:
@@ -53,30 +64,30 @@ def fill(jobs: list[tuple[Stack, int, np.ndarray]], pool: ThreadPoolExecutor, wo
         else:
             reads += [(stack.read, begin + i, to[i * size : (i + 1) * size]) for i in range(len(to) // size)]
     if pairs:
-        copy_bytes(pairs, pool, workers)
-    list(pool.map(lambda job: job[0](*job[1:]), reads))
+        copy_bytes(pairs, workers)
+    list(workers.pool.map(lambda job: job[0](*job[1:]), reads))
 
 
-def upload_experts(stack: Stack, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+def upload_experts(stack: Stack, device: torch.device, workers: Workers) -> torch.Tensor:
     """A copy of all experts' bytes on a device, in the shape of `data`."""
     if stack.read is None:
-        return upload(stack.data, device, pool, workers)
+        return upload(stack.data, device, workers)
     out = torch.empty(stack.data.shape, dtype=torch.uint8, device=device)
     buffer = torch.empty(CHUNK * stack.data[0].nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for begin, part in zip(range(0, len(out), CHUNK), out.split(CHUNK), strict=True):
-        fill([(stack, begin, buffer[: part.numel()].numpy())], pool, workers)
+        fill([(stack, begin, buffer[: part.numel()].numpy())], workers)
         part.view(-1).copy_(buffer[: part.numel()])
     return out
 
 
-def upload(data: np.ndarray, device: torch.device, pool: ThreadPoolExecutor, workers: int) -> torch.Tensor:
+def upload(data: np.ndarray, device: torch.device, workers: Workers) -> torch.Tensor:
     """A copy of mapped bytes on a device."""
     flat = data.reshape(-1)
     out = torch.empty(flat.shape, dtype=torch.uint8, device=device)
     buffer = torch.empty(min(SLICE, len(flat)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for begin in range(0, len(flat), SLICE):
         part = buffer[: len(flat) - begin]
-        copy_bytes([(part.numpy(), flat[begin : begin + SLICE])], pool, workers)
+        copy_bytes([(part.numpy(), flat[begin : begin + SLICE])], workers)
         out[begin : begin + len(part)].copy_(part)
     return out.view(data.shape)
 
@@ -85,12 +96,10 @@ class Ring:
     """Buffers through which chunks of experts reach the device: while one is computed with, the next is on its way and
     the one after that is read. A thread moves them, in order."""
 
-    def __init__(
-        self, largest: Stacks, device: torch.device, dtype: torch.dtype, pool: ThreadPoolExecutor, workers: int
-    ):
+    def __init__(self, largest: Stacks, device: torch.device, workers: Workers):
         """largest: the layer with most bytes."""
         size = sum(CHUNK * stack.data[0].nbytes + ALIGN for stack in largest)
-        self.on_gpu, self.dtype, self.pool, self.workers = device.type == "cuda", dtype, pool, workers
+        self.on_gpu, self.workers = device.type == "cuda", workers
         self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(SLOTS)]
         self.there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         if self.on_gpu:
@@ -99,11 +108,12 @@ class Ring:
 
     @property
     def n_bytes(self) -> int:
+        """On the device."""
         return sum(buffer.nbytes for buffer in self.there)
 
-    def chunks(self, layers: list[Stacks]) -> Iterator[tuple[int, list[Packed]]]:
-        """All experts of these layers in order: (first expert, matrices of CHUNK experts or fewer). They are valid
-        until the next is asked for."""
+    def chunks(self, layers: list[Stacks]) -> Generator[tuple[int, list[Part]], None, None]:
+        """All experts of these layers in order: (first expert, gate, up and down of CHUNK experts or fewer). They
+        are valid until the next is asked for."""
         plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0].data), CHUNK)]
         with ThreadPoolExecutor(1) as mover:
             ahead: deque[Future] = deque(mover.submit(self._move, i, *plan[i]) for i in range(min(SLOTS, len(plan))))
@@ -122,7 +132,7 @@ class Ring:
                     future.cancel()
 
     @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
-    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Packed]:
+    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Part]:
         slot, at, spans, jobs = i % SLOTS, 0, [], []
         if self.on_gpu:
             self.copied[slot].synchronize()  # the buffer's last transfer
@@ -132,7 +142,7 @@ class Ring:
             jobs.append((stack, begin, host[at : at + part.nbytes]))
             spans.append((stack.qtype, at, part.shape, stack.n_in))
             at += -(-part.nbytes // ALIGN) * ALIGN
-        fill(jobs, self.pool, self.workers)
+        fill(jobs, self.workers)
         with torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
             if self.on_gpu:
                 self.stream.wait_event(self.used[slot])
@@ -140,6 +150,5 @@ class Ring:
             if self.on_gpu:
                 self.copied[slot].record(self.stream)
         return [
-            Packed(qtype, self.there[slot][at : at + int(np.prod(shape))].view(shape), n_in, self.dtype)
-            for qtype, at, shape, n_in in spans
+            Part(qtype, self.there[slot][at : at + prod(shape)].view(shape), n_in) for qtype, at, shape, n_in in spans
         ]

@@ -1,72 +1,81 @@
-"""Routed experts on the CPU for an engine that computes the rest elsewhere.
+"""Routed experts on the CPU, from their quantized bytes."""
 
-The interface is `layers.Experts` with tensors on the CPU: x float32 [n, d], expert int [n, n_used], weight float32
-[n, n_used] -> the weighted sum float32 [n, d], valid until the next call.
-"""
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from quantkit.ggml.graph import Experts as GgmlProducts
 from quantkit.ggml.graph import Graph
-from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import Experts
-from quantkit.runtime.sources import GGUFSource
+from quantkit.models.config import ModelConfig
 
-ROWS = 128  # tokens computed at once: bounds the activations
+EXPERT_ROWS = 128  # tokens computed at once: bounds the activations
 
 
-def open_experts(source: GGUFSource, layer: int) -> Experts:
-    """The engine for one layer's experts on this machine's CPU: ggml as one graph, or what was chosen instead."""
-    if source.make_experts is GgmlProducts:
-        return GgmlExperts(source, layer)
-    return source.cpu_experts(layer)
+class Product(NamedTuple):
+    """A graph for n tokens, and the memory of its inputs x [n, 1, d], experts int32 [n, n_used], weights
+    [n, n_used, 1], and of its result [n, d]."""
+
+    graph: Graph
+    x: torch.Tensor
+    ids: torch.Tensor
+    weight: torch.Tensor
+    result: torch.Tensor
 
 
 class GgmlExperts:
-    """ggml's mul_mat_id on the file's bytes, weighted and summed in the same graph."""
+    """`layers.Experts` of one layer with tensors on the CPU: ggml's mul_mat_id on the file's bytes, weighted and summed
+    in the same graph."""
 
-    def __init__(self, source: GGUFSource, layer: int):
-        self.source, self.names, self.need = source, expert_names(layer), source.needs(layer)
-        self.rows = min(ROWS, source.at_once(source.config.n_used))
-        self.graphs: dict[int, tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    def _graph(self, n: int) -> tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        c, file = self.source.config, self.source.file
-        graph = Graph(self.source.n_threads, 64 + 2 * c.n_used)
-        op = graph.op
-        x, x_data = graph.input((n, 1, c.d))
-        ids, ids_data = graph.input((n, c.n_used), torch.int32)
-        weight, weight_data = graph.input((n, c.n_used, 1))
-        gate, up, down = (
-            graph.weights(file.tensors[name].qtype, self.source.data(name), *reversed(file.tensors[name].shape))
-            for name in self.names
-        )
-        hidden = op("swiglu_split", op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids))
-        y = op("mul", op("mul_mat_id", down, hidden, ids), weight)  # [d, n_used, n]
-        row = 4 * c.d
-        views = [
-            op("view_4d", y, c.d, n, 1, 1, row * c.n_used, row * c.n_used * n, row * c.n_used * n, row * i)
-            for i in range(c.n_used)
-        ]
-        out = op("cont", views[0])
-        for view in views[1:]:
-            out = op("add", out, view)
-        result = graph.result(out, (n, c.d))
-        return graph.finish(out, allocate=True), x_data, ids_data, weight_data, result
+    def __init__(
+        self,
+        stacks: Sequence[tuple[str, np.ndarray]],
+        config: ModelConfig,
+        n_threads: int,
+        rows: int = EXPERT_ROWS,
+        need: Callable[[Iterable[int]], None] = lambda _: None,
+    ):
+        """stacks: qtype and bytes, uint8 [n_expert, n_out, row_bytes], of gate, up and down. rows: tokens computed at
+        once. need: called with experts before they are multiplied."""
+        self.stacks, self.config, self.n_threads, self.rows, self.need = stacks, config, n_threads, rows, need
+        self.products: dict[int, Product] = {}
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `layers.Experts`; the result is valid until the next call."""
         if len(x) > self.rows:
             parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
             return torch.cat([self(*part).clone() for part in parts])
         n = len(x)
-        if n not in self.graphs:
+        if n not in self.products:
             if n > 1:  # decoding and the newest other number of tokens
-                self.graphs = {k: v for k, v in self.graphs.items() if k == 1}
-            self.graphs[n] = self._graph(n)
-        graph, x_data, ids_data, weight_data, result = self.graphs[n]
-        x_data[:, 0] = x
-        ids_data.copy_(expert)
-        weight_data[:, :, 0] = weight
+                self.products = {k: v for k, v in self.products.items() if k == 1}
+            self.products[n] = self._product(n)
+        product = self.products[n]
+        product.x[:, 0] = x
+        product.ids.copy_(expert)
+        product.weight[:, :, 0] = weight
         self.need(expert.flatten().tolist())
-        graph.run()
-        return result
+        product.graph.run()
+        return product.result
+
+    def _product(self, n: int) -> Product:
+        c, graph = self.config, Graph(self.n_threads, 64 + 2 * self.config.n_used)
+        op = graph.op
+        x, x_data = graph.input((n, 1, c.d))
+        ids, ids_data = graph.input((n, c.n_used), torch.int32)
+        weight, weight_data = graph.input((n, c.n_used, 1))
+        sizes = [(c.d, c.n_ff_exp), (c.d, c.n_ff_exp), (c.n_ff_exp, c.d)]
+        gate, up, down = (
+            graph.weights(qtype, data, n_in, n_out, c.n_expert)
+            for (qtype, data), (n_in, n_out) in zip(self.stacks, sizes, strict=True)
+        )
+        hidden = op("swiglu_split", op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids))
+        y = op("mul", op("mul_mat_id", down, hidden, ids), weight)  # [d, n_used, n]
+        row = 4 * c.d
+        token = row * c.n_used
+        views = [op("view_4d", y, c.d, n, 1, 1, token, token * n, token * n, row * i) for i in range(c.n_used)]
+        out = op("cont", views[0])
+        for view in views[1:]:
+            out = op("add", out, view)
+        result = graph.result(out, (n, c.d))
+        return Product(graph.finish(out, allocate=True), x_data, ids_data, weight_data, result)

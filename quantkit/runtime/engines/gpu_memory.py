@@ -1,0 +1,63 @@
+"""What lies in GPU memory: how much is needed in any case, and the routed experts of how many layers fit beside."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.engines.staging import CHUNK
+from quantkit.runtime.experts.streamed import expert_names
+from quantkit.runtime.layers import SCORE_ELEMENTS
+
+log = logging.getLogger(__name__)
+
+PIECES = (4096, 2048, 1024, 512, 256)  # tokens of a prompt computed at once: the first for which there is memory
+SPARE = 768 << 20  # bytes of GPU memory left for the driver, cuBLAS and what cannot be foreseen
+
+GpuLayers = int | Literal["auto"]
+"""Layers whose routed experts stay in GPU memory; auto: as many as fit."""
+
+
+def workspace(c: ModelConfig, n: int) -> int:
+    """Upper estimate of the bytes that a piece of n tokens needs besides weights and cache."""
+    ffn = 6 * max(c.n_ff, c.n_ff_exp * c.n_used // 4)
+    tokens = n * (16 * c.d + 2 * c.n_head * (4 * c.qk_head + 4 * c.v_head) + ffn)
+    matrices = 2 * max(c.d * c.n_head * c.v_head, c.d * c.n_ff, 3 * CHUNK * c.d * c.n_ff_exp)
+    return tokens + matrices + 8 * SCORE_ELEMENTS
+
+
+def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: ModelConfig, n_tokens: int) -> dict[str, int]:
+    """GPU memory that does not depend on --gpu-layers: the weights but for routed experts and the embedding (which stay
+    in the mapped file), and the cache of n_tokens in all."""
+    elsewhere = {name for layer in range(c.n_layer) for name in expert_names(layer)}
+    if "output.weight" in tensors:
+        elsewhere.add("token_embd.weight")
+    weights = sum(tensor.n_bytes for name, tensor in tensors.items() if name not in elsewhere)
+    return {"weights": weights, "cache": 2 * n_tokens * c.n_layer * (c.kv_lora + c.qk_rope)}
+
+
+def largest_piece(c: ModelConfig, free: int) -> int:
+    """Tokens of a prompt at once, if so many bytes are free."""
+    return next((n for n in PIECES if workspace(c, n) + SPARE <= free), PIECES[-1])
+
+
+def resident_layers(wanted: GpuLayers, sizes: Sequence[int], room: int | None) -> int:
+    """The experts of how many of the first layers are kept. sizes: bytes of each layer's, of those whose types the GPU
+    can multiply. room: bytes free for them; None: there is no GPU.
+
+    QuantkitError if more layers are wanted than fit.
+    """
+    fits = next((n for n in range(len(sizes), 0, -1) if sum(sizes[:n]) <= (room or 0)), 0)
+    if wanted == "auto":
+        return fits
+    if wanted > len(sizes):
+        log.warning("--gpu-layers %d: only %d layers have experts that the GPU can hold", wanted, len(sizes))
+        wanted = len(sizes)
+    if room is not None and wanted > fits:
+        raise QuantkitError(
+            f"--gpu-layers {wanted}: {sum(sizes[:wanted]) / 1e9:.1f} GB of experts, but "
+            f"{max(0, room) / 1e9:.1f} GB of GPU memory are free: at most {fits}"
+        )
+    return wanted

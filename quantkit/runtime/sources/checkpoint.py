@@ -1,0 +1,113 @@
+"""Layers of the original checkpoint."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models import family
+from quantkit.models import tokenizer as tokenizers
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
+from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
+from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.watch import Projections
+
+VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
+
+
+class CheckpointSource:
+    """`stream.Source` of the original weights, dequantized to `dtype` on `device` as they are needed."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        """QuantkitError if a tensor is missing or has another shape than the configuration says."""
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.name = Path(checkpoint.path).name
+        self.config = family.from_hf(checkpoint.config)
+        checkpoint.validate(family.source_shapes(self.config))
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own."""
+        return tokenizers.load(Path(self.checkpoint.path))
+
+    def fingerprint(self) -> str:
+        """Changes if the checkpoint does."""
+        return self.checkpoint.fingerprint()
+
+    def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens int64 [...] -> [..., d] in `out` (default: new, float32); reads the embedding a slab at a time."""
+        out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
+        flat, rows = tokens.flatten().to(out.device), out.view(-1, self.config.d)
+        for start in range(0, self.config.n_vocab, VOCAB_ROWS):
+            stop = min(start + VOCAB_ROWS, self.config.n_vocab)
+            here = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
+            if len(here):
+                slab = self.checkpoint.read("model.embed_tokens.weight", start, stop, device=self.device)
+                for part in here.split(VOCAB_ROWS):
+                    rows[part] = slab[(flat[part] - start).to(slab.device)].to(rows.device, rows.dtype)
+        return out
+
+    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+        """All of a layer but its routed experts, which are read when it is computed. turns: how ranks share these."""
+        c, p = self.config, f"model.layers.{layer}."
+        attn = p + "self_attn."
+        k_b, v_b = split_kv_b(self._matrix(attn + "kv_b_proj.weight"), c)
+        moe = c.is_moe(layer)
+        feed = self._feed(p + ("mlp.shared_experts." if moe else "mlp.")) if not moe or c.n_shared else None
+        router = experts = None
+        if moe:
+            bias = self._vector(p + "mlp.gate.e_score_correction_bias") if c.has_bias else None
+            router = Router(self._vector(p + "mlp.gate.weight"), bias)
+            experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, turns)
+        return LayerWeights(
+            attn_norm=self._vector(p + "input_layernorm.weight"),
+            q=self._query(attn),
+            kv_a=self._linear(attn + "kv_a_proj_with_mqa"),
+            kv_a_norm=self._vector(attn + "kv_a_layernorm.weight"),
+            k_b=k_b,
+            v_b=v_b,
+            output=self._linear(attn + "o_proj"),
+            ffn_norm=self._vector(p + "post_attention_layernorm.weight"),
+            feed=feed,
+            router=router,
+            experts=experts,
+        )
+
+    def expert(self, layer: int, expert: int) -> Projections:
+        """The three matrices of a routed expert."""
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+        gate, up, down = (self._matrix(f"{prefix}{part}.weight") for part in ("gate_proj", "up_proj", "down_proj"))
+        return gate, up, down
+
+    def head(self) -> tuple[torch.Tensor, Linear]:
+        """Output norm and output matrix."""
+        weight = self.head_rows(0, self.config.n_vocab)
+        return self.output_norm(), lambda x: x @ weight.T
+
+    def output_norm(self) -> torch.Tensor:
+        """float32 [d]."""
+        return self._vector("model.norm.weight")
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output matrix, [stop - start, d] in the compute dtype."""
+        name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
+        return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name, device=self.device, dtype=self.dtype)
+
+    def _vector(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name, device=self.device, dtype=torch.float32)
+
+    def _linear(self, name: str) -> Linear:
+        weight = self._matrix(name + ".weight")
+        return lambda x: x @ weight.T
+
+    def _query(self, attn: str) -> tuple[Linear, torch.Tensor, Linear] | Linear:
+        if self.config.q_lora is None:
+            return self._linear(attn + "q_proj")
+        norm = self._vector(attn + "q_a_layernorm.weight")
+        return self._linear(attn + "q_a_proj"), norm, self._linear(attn + "q_b_proj")
+
+    def _feed(self, prefix: str) -> Feed:
+        return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))

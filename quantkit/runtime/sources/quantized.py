@@ -1,0 +1,44 @@
+"""Matrices of a GGUF multiplied from their quantized bytes, by ggml on the CPU: how a person runs the file."""
+
+import torch
+
+from quantkit.ggml import graph as ggml
+from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
+from quantkit.runtime.experts.streamed import ALONE, Turns
+from quantkit.runtime.layers import LayerExperts, Linear, unwatched
+from quantkit.runtime.sources.weights import GGUFWeights
+
+BATCH = 512  # rows per product: bounds ggml's buffers
+
+
+class Quantized:
+    """`gguf.Products` on the CPU: nothing is dequantized but norms, routers and k_b, v_b. ggml rounds the rows to 8
+    bits."""
+
+    def __init__(self, weights: GGUFWeights):
+        self.weights, self.device, self.dtype = weights, torch.device("cpu"), torch.float32
+
+    def vector(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.weights.dense(name)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """As `Products`."""
+        return self.weights.dense(name)
+
+    def linear(self, name: str) -> Linear:
+        """As `Products`, at most BATCH rows at a time."""
+        tensor = self.weights.file.tensors[name]
+        n_out, n_in = tensor.shape
+        product = ggml.Linear(tensor.qtype, self.weights.file.data(name), n_in, n_out, self.weights.workers.n)
+
+        def batched(x: torch.Tensor) -> torch.Tensor:
+            return product(x) if len(x) <= BATCH else torch.cat([product(part) for part in x.split(BATCH)])
+
+        return batched
+
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
+        """As `Products`."""
+        weights, c = self.weights, self.weights.config
+        rows = weights.at_once(EXPERT_ROWS, c.n_used)
+        return unwatched(GgmlExperts(weights.expert_stacks(layer), c, weights.workers.n, rows, weights.needs(layer)))
