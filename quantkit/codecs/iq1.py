@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 from quantkit.codecs.codebooks import ggml_grid
-from quantkit.codecs.format import Codes, Format, as_bytes, gather_bits, words
+from quantkit.codecs.format import Codes, Format, Rounding, as_bytes, gather_bits, words
 
 ODD = tuple(2.0 * code + 1 for code in range(8))
+SHIFTS = (0.125, -0.125)
 
 
 def pack_iq1_s(c: Codes) -> torch.Tensor:
@@ -26,7 +27,8 @@ def pack_iq1_m(c: Codes) -> torch.Tensor:
 def formats() -> list[Format]:
     grid = ggml_grid("IQ1_S")
     both = np.concatenate([grid + 0.125, grid - 0.125])
+    by_block, by_entry = (Rounding((-1.0, 0.0, 1.0), SHIFTS, span) for span in (32, 8))
     return [
-        Format("IQ1_S", block=32, multipliers=ODD, pack=pack_iq1_s, grid=grid, shifts=(0.125, -0.125)),
-        Format("IQ1_M", block=16, multipliers=ODD, pack=pack_iq1_m, grid=both),
+        Format("IQ1_S", 32, ODD, pack_iq1_s, grid, shifts=SHIFTS, rounding=by_block, needs_hessian=True),
+        Format("IQ1_M", 16, ODD, pack_iq1_m, both, rounding=by_entry, needs_hessian=True),
     ]

@@ -3,7 +3,7 @@
 import torch
 
 from quantkit.codecs.codebooks import ggml_grid
-from quantkit.codecs.format import Codes, Format, as_bytes, gather_bits, words
+from quantkit.codecs.format import Codes, Format, Rounding, as_bytes, gather_bits, words
 
 HALVES = tuple((0.5 + code) * 0.25 for code in range(16))
 
@@ -27,8 +27,9 @@ def pack_iq2_s(c: Codes) -> torch.Tensor:
 
 
 def formats() -> list[Format]:
+    wide, narrow = (Rounding((8.0, 25.5, 43.0), (0.0,), span) for span in (32, 16))
     return [
-        Format("IQ2_XXS", 32, HALVES, pack_iq2_xxs, ggml_grid("IQ2_XXS"), signs="even"),
-        Format("IQ2_XS", 16, HALVES, pack_iq2_xs, ggml_grid("IQ2_XS"), signs="even"),
-        Format("IQ2_S", 16, HALVES, pack_iq2_s, ggml_grid("IQ2_S"), signs="free"),
+        Format("IQ2_XXS", 32, HALVES, pack_iq2_xxs, ggml_grid("IQ2_XXS"), signs="even", rounding=wide),
+        Format("IQ2_XS", 16, HALVES, pack_iq2_xs, ggml_grid("IQ2_XS"), signs="even", rounding=narrow),
+        Format("IQ2_S", 16, HALVES, pack_iq2_s, ggml_grid("IQ2_S"), signs="free", rounding=narrow),
     ]

@@ -3,7 +3,7 @@
 import torch
 
 from quantkit.codecs.codebooks import ggml_grid
-from quantkit.codecs.format import Codes, Format, as_bytes, gather_bits, words
+from quantkit.codecs.format import Codes, Format, Rounding, as_bytes, gather_bits, words
 
 
 def pack_iq3_xxs(c: Codes) -> torch.Tensor:
@@ -21,7 +21,9 @@ def pack_iq3_s(c: Codes) -> torch.Tensor:
 def formats() -> list[Format]:
     halves = tuple((0.5 + code) * 0.5 for code in range(16))
     odd = tuple(1.0 + 2 * code for code in range(16))
+    fours = Rounding(tuple(float(v) for v in range(4, 61, 8)), (0.0,), 32)
+    odds = Rounding(tuple(float(v) for v in range(1, 16, 2)), (0.0,), 32)
     return [
-        Format("IQ3_XXS", 32, halves, pack_iq3_xxs, ggml_grid("IQ3_XXS"), signs="even"),
-        Format("IQ3_S", 32, odd, pack_iq3_s, ggml_grid("IQ3_S"), signs="free"),
+        Format("IQ3_XXS", 32, halves, pack_iq3_xxs, ggml_grid("IQ3_XXS"), signs="even", rounding=fours),
+        Format("IQ3_S", 32, odd, pack_iq3_s, ggml_grid("IQ3_S"), signs="free", rounding=odds),
     ]

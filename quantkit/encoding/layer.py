@@ -21,9 +21,9 @@ from quantkit import ranks
 from quantkit.calibration.collect import Accumulator, Watcher, collect
 from quantkit.calibration.coverage import shrink
 from quantkit.calibration.state import PassState
-from quantkit.encoding import encoders
-from quantkit.encoding.encoders import Hessian
+from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.hessian import Hessian, blend, describe, gram, prepare, second_moment
 from quantkit.encoding.jobs import encode_pending, fit_importance, layer_plan
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -81,7 +81,7 @@ class Moments:
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""
         scaled = x.float() * weight.sqrt().view(-1, *[1] * (x.ndim - 1))
-        product = encoders.gram(scaled)
+        product = gram(scaled)
         self.matrix = product if self.matrix is None else self.matrix.add_(product)
         self.total += float(weight.sum())
         self.squares += float(weight.double().square().sum())
@@ -114,7 +114,7 @@ class LayerEncoder:
         used: Counter[str],
     ):
         self.layer, self.source, self.out, self.how, self.used = layer, source, out, how, used
-        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in encoders.SUPPORTED]
+        mine = [tensor for tensor in plan.tensors if tensor.layer == layer and tensor.qtype in SUPPORTED]
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: specs[tensor.name] for tensor in mine}
         self.own = self._share()
@@ -156,8 +156,8 @@ class LayerEncoder:
         if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
             self.flush()
         weight = self.weight[visit.tokens] * visit.weight.float().square()
-        own = encoders.blend(encoders.second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
-        self.waiting.append((visit, own, encoders.second_moment(visit.hidden, weight)))
+        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
+        self.waiting.append((visit, own, second_moment(visit.hidden, weight)))
         if (visit.expert + 1) % self.group == 0:
             self.flush()
 
@@ -201,7 +201,7 @@ class LayerEncoder:
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
-                    factor = encoders.prepare(inner, weights.shape[-1], self.source.device, full=full)
+                    factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
                 data = self._encode(role, weights, factor)
             rows = weights.shape[1]
             for (visit, _, _), packed in zip(waiting, data, strict=True):
@@ -248,12 +248,12 @@ class LayerEncoder:
         if self.out.done(name, 0, spec.n_rows):
             return
         full = self.how.effort != "fast"
-        factor = encoders.prepare([hessian], spec.n_in, self.source.device, full=full)
+        factor = prepare([hessian], spec.n_in, self.source.device, full=full)
         whole = self.source.device.type == "cuda"
         for start, stop in [(0, spec.n_rows)] if whole else deepseek.slices(spec):
             self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
         self.out.sync()
-        self.used[encoders.describe(hessian)] += 1
+        self.used[describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         return deepseek.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
@@ -263,12 +263,10 @@ class LayerEncoder:
         routed = self.specs[role].is_routed
         gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
-            self.used.update(encoders.describe(hessian) for hessian in knowledge)
+            self.used.update(describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
             self.used["full"] += weights.shape[0]
-        return encoders.encode_batch(
-            qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device
-        )
+        return encode_batch(qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device)
 
 
 class WithRest:

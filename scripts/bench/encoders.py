@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from quantkit.encoding.api import formats
-from quantkit.encoding.encoders import encode_batch, prepare, second_moment
-from quantkit.encoding.feedback import EFFORTS
+from quantkit.encoding.api import encode_batch, formats
+from quantkit.encoding.hessian import prepare, second_moment
+from quantkit.encoding.state import EFFORTS
 from quantkit.ggml import library as ggml
 
 R1_ROUTED = 58 * 256 * 3 * 2048 * 7168

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from encoder_harness import Harness, Variant
 
-from quantkit.encoding.feedback import EFFORTS
+from quantkit.encoding.state import EFFORTS
 
 NORMAL = EFFORTS["normal"]
 CASES = {
@@ -31,7 +31,7 @@ CASES = {
         ("0 CD passes", Variant(effort=replace(NORMAL, passes=0))),
         ("2 CD passes", Variant(effort=replace(NORMAL, passes=2))),
     ],
-    "beta": [("β = 0.8", Variant(effort=replace(NORMAL, beta=0.8)))],
+    "beta": [("β = 0.8", Variant(beta=0.8))],
     "no feedback": [("exhaustive, diagonal", Variant(effort="fast"))],
 }
 TYPES = ("IQ1_S", "IQ2_XXS")

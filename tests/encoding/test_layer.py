@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from quantkit.calibration.state import PassState
-from quantkit.encoding import encoders
 from quantkit.encoding import layer as onepass
-from quantkit.encoding.encoders import Hessian
 from quantkit.encoding.ggml_encoder import GgmlEncoder
+from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import encode_pending, fit_importance, open_writer
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
@@ -84,7 +83,7 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
     try:
         for n in (1, 2, 5, 8):
             torch.set_num_threads(n)
-            found.append(encoders.gram(x))
+            found.append(gram(x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(each, found[0]) for each in found)
