@@ -5,17 +5,22 @@ x [E, N, 256] (targets), weights [E, 256] (diagonal of the metric).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 
-from quantkit.codecs.format import SUPERBLOCK, Format, to_fp16
-from quantkit.encoding.search import compiled, half_steps, kernels, round_to_levels, runs_compiled, runs_fused, tables
+from quantkit.codecs.format import SUPERBLOCK, Format, Rounding, to_fp16
 
 CURVE = np.arange(-10, 9) / 4  # log2 of the sampled scales, relative to the superblock's rms
 CANDIDATES = np.arange(-4, 19) / 8  # log2 of the candidates for d · max(multipliers), likewise
+
+Sample = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rounding], torch.Tensor]
+"""sampled, or its twin."""
+Fit = Callable[[Format, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""fit_blocks, or its twin."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +36,21 @@ class Guess:
 def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:
     """tries: how many pairs of scale and shift of a codebook type to keep for each block; None for all."""
     if fmt.grid is not None:
-        return _guess_codebook(fmt, x, weights, tries)
-    return _guess_levels(fmt, x, weights)
+        return guess_codebook(fmt, x, weights, tries, sampled)
+    return guess_levels(fmt, x, weights, fit_blocks)
 
 
 # -- codebooks ------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _rounding(qtype: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Levels of |v| or v, evenly spaced (25 stands at 25.5, 62 at 60), the shifts to try, and how many weights share a
-    shift."""
-    if qtype.startswith("IQ1"):
-        return (-1.0, 0.0, 1.0), (0.125, -0.125), 32 if qtype == "IQ1_S" else 8
-    span = 16 if qtype in ("IQ2_XS", "IQ2_S") else 32
-    levels = {"IQ3_XXS": range(4, 61, 8), "IQ3_S": range(1, 16, 2)}.get(qtype, (8.0, 25.5, 43.0))
-    return tuple(float(v) for v in levels), (0.0,), span
+def codebook_level(fmt: Format) -> float:
+    """The rms of a codebook's weights."""
+    return math.sqrt(float((fmt.grid**2).mean())) if fmt.grid is not None else 1.0
 
 
 @cache
-def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
+def interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
     """[curve points, codes · candidates]: cost at the scale of every (code, candidate d), linear in log2 scale."""
     s = CANDIDATES + np.log2(np.array(multipliers) / max(multipliers))[:, None]
     position = np.clip((s.ravel() - CURVE[0]) / (CURVE[1] - CURVE[0]), 0, len(CURVE) - 1 - 1e-6)
@@ -61,20 +61,20 @@ def _interpolation(multipliers: tuple[float, ...]) -> np.ndarray:
     return matrix
 
 
-def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def _curves(fmt: Format, x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, sample: Sample) -> torch.Tensor:
     """Cost of every block at the sampled scales, for each shift of the block: [E, N, blocks, shifts, points]."""
-    levels, shifts, span = _rounding(fmt.qtype)
-    e, n, _ = x.shape
-    sample = _sampled_compiled if runs_compiled(x) else _sampled
-    cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, levels, shifts, span)
-    cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, len(shifts), len(CURVE))
-    if len(fmt.shifts) < len(shifts):  # the shift belongs to the group: its better one counts
+    n_shifts, (e, n, _) = len(fmt.rounding.shifts), x.shape
+    cost = sample(x if fmt.signs == "grid" else x.abs(), weights, base, fmt.rounding)
+    cost = cost.view(e, n, SUPERBLOCK // fmt.block, -1, n_shifts, len(CURVE))
+    if len(fmt.shifts) < n_shifts:  # the shift belongs to the group: its better one counts
         cost = cost.amin(4, keepdim=True)
     return cost.sum(3)
 
 
-def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
-    """Cost of rounding every `span` weights at the sampled scales: [E, N, 256/span, shifts, points]."""
+def sampled(x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """Cost of rounding every `span` weights at the sampled scales, multiples of base [E, N]: [E, N, 256/span, shifts,
+    points]."""
+    levels, shifts, span = rounding
     step, top = levels[1] - levels[0], len(levels) - 1
     owner = torch.arange(SUPERBLOCK, device=x.device)[:, None] // span
     sums = (owner == torch.arange(SUPERBLOCK // span, device=x.device)) * weights[..., None]  # [E, 256, spans]
@@ -88,34 +88,14 @@ def _sampled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
     return torch.stack(out, -1).unflatten(-1, (len(shifts), -1))
 
 
-def _sampled_compiled(x, weights, base, levels, shifts, span: int) -> torch.Tensor:
-    """As _sampled."""
-    step, (e, n, width) = levels[1] - levels[0], x.shape
-    offset = np.repeat((levels[0] + np.array(shifts, np.float32))[:, None] / step, len(CURVE), 1).astype(np.float32)
-    points = np.repeat(2.0 ** -CURVE.astype(np.float32)[None], len(shifts), 0)
-    unit = base * step
-    out = torch.empty(e, n, width // span, len(shifts), len(CURVE))
-    for i in range(e):
-        row, top = x[i].contiguous().numpy(), np.float32(len(levels) - 1)
-        compiled.sampled(
-            row, weights[i].contiguous().numpy(), (1 / unit[i]).numpy(), offset, points, top, span, out[i].numpy()
-        )
-    return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
-
-
-def _guess_codebook(fmt: Format, x, weights, tries: int | None) -> Guess:
-    level, top = math.sqrt(float((fmt.grid**2).mean())), max(fmt.multipliers)
-    if runs_fused(x) and tries is not None:
-        d, pairs = kernels.guess(
-            fmt, x, weights, level, tries, _rounding(fmt.qtype), CURVE, CANDIDATES, _interpolation(fmt.multipliers)
-        )
-        return Guess(d, torch.zeros_like(d), (pairs & 255).long(), (pairs >> 8).long())
+def guess_codebook(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None, sample: Sample) -> Guess:
+    """`guess` for codebook types, with `sampled` or its twin."""
     rms = ((x.square() * weights[:, None]).sum(-1) / weights.sum(-1)[:, None].clamp_min(1e-30)).sqrt()
-    base = (rms / level).clamp_min(1e-20)
-    matrix = torch.from_numpy(_interpolation(fmt.multipliers)).to(x.device)
-    cost = (_curves(fmt, x, weights, base) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
+    base = (rms / codebook_level(fmt)).clamp_min(1e-20)
+    matrix = torch.from_numpy(interpolation(fmt.multipliers)).to(x.device)
+    cost = (_curves(fmt, x, weights, base, sample) @ matrix).unflatten(-1, (-1, len(CANDIDATES))).flatten(3, 4)
     best = cost.amin(3).sum(2).argmin(-1)  # cost: [E, N, blocks, shifts · codes, candidates]
-    d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / top)
+    d = to_fp16(base * 2.0 ** (torch.from_numpy(CANDIDATES).to(x)[best]) / max(fmt.multipliers))
     d = torch.where(rms > 0, d, torch.zeros_like(d))
     chosen = cost.gather(4, best[..., None, None, None].expand(*cost.shape[:4], 1)).squeeze(-1)
     pairs = least(chosen, chosen.shape[-1] if tries is None else tries)
@@ -137,11 +117,6 @@ def least(cost: torch.Tensor, k: int) -> torch.Tensor:
 # -- weights rounded alone --------------------------------------------------------------------------------------------
 
 
-def _blocks(fmt: Format, x, weights):
-    e, n, width = x.shape
-    return x.view(e, n, -1, fmt.block), weights.view(e, 1, width // fmt.block, fmt.block)
-
-
 def signed_stretches(fmt: Format) -> tuple[float, ...]:
     """Scales to try, as multiples of a block's largest weight: it lies near the lowest level or near the highest."""
     if len(fmt.levels) < 32:
@@ -150,6 +125,7 @@ def signed_stretches(fmt: Format) -> tuple[float, ...]:
 
 
 def min_stretches(fmt: Format) -> tuple[float, ...]:
+    """Steps to try, as multiples of the one that reaches from a block's least weight to its largest."""
     return (0.6, 0.7, 0.8, 0.9, 1.0, 1.1) if len(fmt.levels) == 4 else (0.85, 0.925, 1.0)
 
 
@@ -159,7 +135,7 @@ def fit_signed(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     best_s, best_gain = torch.zeros_like(peak[..., 0]), torch.zeros_like(peak[..., 0])
     for stretch in signed_stretches(fmt):
         s = peak * stretch
-        value = round_to_levels(fmt, x / torch.where(s == 0, torch.ones_like(s), s))[0]
+        value = fmt.round_to_levels(x / torch.where(s == 0, torch.ones_like(s), s))[0]
         wq = weights * value
         xq, qq = (wq * x).sum(-1), (wq * value).sum(-1)
         gain = xq.square() / qq.clamp_min(1e-30)
@@ -197,18 +173,13 @@ def fit_mins(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch
     return best_s, best_m
 
 
-def _fit_compiled(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As fit_mins or (m = 0) fit_signed: x [E, N, blocks, block], weights [E, 1, blocks, block] -> s, m."""
-    s, m = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
-    low, high = np.float32(fmt.levels[0]), np.float32(fmt.levels[-1])
-    for e in range(len(x)):
-        xe, we = x[e].contiguous().numpy(), weights[e, 0].contiguous().numpy()
-        if fmt.n_mins:
-            compiled.fit_mins(xe, we, np.array(min_stretches(fmt), np.float32), high, s[e].numpy(), m[e].numpy())
-        else:
-            stretches = np.array(signed_stretches(fmt), np.float32)
-            compiled.fit_signed(xe, we, stretches, low, high, half_steps(fmt), s[e].numpy())
-    return s, m
+def fit_blocks(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and min (0 without mins) of each block: x [E, N, blocks, block], weights [E, 1, blocks, block] -> two
+    tensors [E, N, blocks]."""
+    if fmt.n_mins:
+        return fit_mins(fmt, x, weights)
+    s = fit_signed(fmt, x, weights)
+    return s, torch.zeros_like(s)
 
 
 def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -216,16 +187,14 @@ def _codes(value: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.T
     return (value / safe).round().clamp(low, high).long()
 
 
-def _guess_levels(fmt: Format, x, weights) -> Guess:
-    xb, wb = _blocks(fmt, x, weights)
-    if runs_compiled(x):
-        s, m = _fit_compiled(fmt, xb, wb)
-    else:
-        s, m = fit_mins(fmt, xb, wb) if fmt.n_mins else (fit_signed(fmt, xb, wb), None)
-    return share(fmt, s, m, wb.sum(-1))
+def guess_levels(fmt: Format, x: torch.Tensor, weights: torch.Tensor, fit: Fit) -> Guess:
+    """`guess` for types that round each weight alone, with `fit_blocks` or its twin."""
+    e, n, width = x.shape
+    xb, wb = x.view(e, n, -1, fmt.block), weights.view(e, 1, width // fmt.block, fmt.block)
+    return share(fmt, *fit(fmt, xb, wb), wb.sum(-1))
 
 
-def share(fmt: Format, s: torch.Tensor, m: torch.Tensor | None, energy: torch.Tensor) -> Guess:
+def share(fmt: Format, s: torch.Tensor, m: torch.Tensor, energy: torch.Tensor) -> Guess:
     """d (and dmin) for scales (and mins) [E, N, blocks] that were fitted to each block alone; energy: Σ weights of each
     block, [E, 1, blocks]."""
     if fmt.n_mins:
@@ -251,7 +220,9 @@ def _shared(value: torch.Tensor, top: int, energy: torch.Tensor) -> tuple[torch.
     return best_d, _codes(value, best_d, 0, top)
 
 
-def refresh(fmt: Format, x: torch.Tensor, weights: torch.Tensor, d, dmin) -> tuple[torch.Tensor, torch.Tensor]:
+def refresh(
+    fmt: Format, x: torch.Tensor, weights: torch.Tensor, d: torch.Tensor, dmin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of one block [E, N, block] for its current target, d and dmin being fixed; weights [E, block]."""
     w = weights[:, None]
     if fmt.n_mins:
@@ -262,12 +233,3 @@ def refresh(fmt: Format, x: torch.Tensor, weights: torch.Tensor, d, dmin) -> tup
     low, high = int(fmt.multipliers[0]), int(fmt.multipliers[-1])
     code = _codes(s[..., None], d, low, high)[..., 0] - low
     return code, torch.zeros_like(code)
-
-
-def block_scale(fmt: Format, d: torch.Tensor, dmin: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor):
-    """s and o of codes [E, N, …] under d, dmin [E, N]."""
-    t = tables(fmt, d.device)
-    shape = d.shape + (1,) * (scale.ndim - d.ndim)
-    s = d.view(shape) * t.multipliers[scale]
-    o = -dmin.view(shape) * offset if fmt.n_mins else s * t.shifts[offset]
-    return s, o

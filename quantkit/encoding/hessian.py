@@ -7,9 +7,9 @@ already encoded moves the target of the later ones: `T = W + (W − Q) U`, and t
 `(T_g − Q_g) D_g (T_g − Q_g)ᵀ`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -35,16 +35,31 @@ class Hessian:
 class Factor:
     """Block-UDU factors of the damped Hessians of E matrices, float32.
 
-    h: [E, n, n] damped; None if only a diagonal is known (then nothing couples columns, and feedback vanishes).
-    u: [E, n, n] strictly block-upper in blocks of 8; None as h. d: [E, n/8, 8, 8] the blocks of D.
+    h: [E, n, n] damped; [E, 0, 0] if only a diagonal is known (then nothing couples columns, and feedback vanishes).
+    u: [E, n, n] strictly block-upper in blocks of 8; empty as h. d: [E, n/8, 8, 8] the blocks of D.
     """
 
-    h: torch.Tensor | None
-    u: torch.Tensor | None
+    h: torch.Tensor
+    u: torch.Tensor
     d: torch.Tensor
 
+    @property
+    def coupled(self) -> bool:
+        """Whether an error in one column moves the targets of others."""
+        return self.h.shape[-1] > 0
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The diagonal of D, [E, n]."""
+        return self.d.diagonal(dim1=-2, dim2=-1).flatten(1)
+
     def of(self, part: slice) -> "Factor":
-        return Factor(*(None if t is None else t[part] for t in (self.h, self.u, self.d)))
+        """Those of some of the matrices."""
+        return Factor(self.h[part], self.u[part], self.d[part])
+
+    def to(self, device: torch.device) -> "Factor":
+        """The same on a device."""
+        return Factor(self.h.to(device), self.u.to(device), self.d.to(device))
 
 
 def second_moment(x: torch.Tensor, weight: torch.Tensor | None = None) -> Hessian:
@@ -102,19 +117,15 @@ def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:
     return Hessian(matrix, matrix.diagonal().clone(), own.tokens + min(pseudo_tokens, shared.tokens))
 
 
-def damp(hessian: Hessian, strength: float = 1.0, diagonal: float = 0.1) -> Hessian:
-    """Add `λ mean(diag) I + diagonal · diag(H)`, λ = clip(0.1 d / tokens, 0.01, 1.6) · strength.
+def damp(matrix: torch.Tensor, tokens: float) -> torch.Tensor:
+    """matrix [n, n], a mean over so many tokens, plus `λ mean(diag) I + 0.1 diag(H)`, λ = clip(0.1 n / tokens, 0.01,
+    1.6).
 
     Few tokens leave directions unseen; the added diagonal keeps feedback from moving error into them.
     """
-    h = hessian.matrix
-    if h is None:
-        return hessian
-    n = len(h)
-    rate = min(max(0.1 * n / max(hessian.tokens, 1.0), 0.01), 1.6) * strength
-    diag = h.diagonal().clamp_min(0)
-    added = rate * diag.mean() + diagonal * diag
-    return replace(hessian, matrix=h + torch.diag(added), diagonal=diag + added)
+    rate = min(max(0.1 * len(matrix) / max(tokens, 1.0), 0.01), 1.6)
+    diag = matrix.diagonal().clamp_min(0)
+    return matrix + torch.diag(rate * diag.mean() + 0.1 * diag)
 
 
 def blocked_cholesky(a: torch.Tensor, size: int = 256) -> torch.Tensor | None:
@@ -181,34 +192,46 @@ def factorize(h: torch.Tensor) -> Factor:
 def diagonal_factor(weights: torch.Tensor) -> Factor:
     """weights [E, n] >= 0 (an imatrix, or ones) -> a Factor without coupling."""
     e, n = weights.shape
-    return Factor(None, None, torch.diag_embed(weights.float().view(e, n // GROUP, GROUP)))
+    nothing = weights.new_empty(e, 0, 0, dtype=torch.float32)
+    return Factor(nothing, nothing, torch.diag_embed(weights.float().view(e, n // GROUP, GROUP)))
 
 
-def _usable(t: torch.Tensor | None) -> bool:
-    return t is not None and bool(torch.isfinite(t).all()) and float(t.diagonal().sum() if t.ndim == 2 else t.sum()) > 0
+def _usable(t: torch.Tensor) -> bool:
+    return bool(torch.isfinite(t).all()) and float(t.diagonal().sum() if t.ndim == 2 else t.sum()) > 0
+
+
+def _matrix(hessian: Hessian | None) -> torch.Tensor | None:
+    """The full matrix, if there is one to go by."""
+    return None if hessian is None or hessian.matrix is None or not _usable(hessian.matrix) else hessian.matrix
+
+
+def _diagonal(hessian: Hessian | None) -> torch.Tensor | None:
+    """The diagonal, if there is one to go by."""
+    return None if hessian is None or hessian.diagonal is None or not _usable(hessian.diagonal) else hessian.diagonal
 
 
 def describe(hessian: Hessian | None) -> str:
     """Which knowledge an encoding will use: 'full', 'diagonal' or 'identity'."""
-    if hessian is not None and _usable(hessian.matrix):
+    if _matrix(hessian) is not None:
         return "full"
-    return "diagonal" if hessian is not None and _usable(hessian.diagonal) else "identity"
+    return "identity" if _diagonal(hessian) is None else "diagonal"
 
 
-def prepare(hessians: list[Hessian | None], n_in: int, device: torch.device, full: bool = True) -> Factor:
+def prepare(hessians: Sequence[Hessian | None], n_in: int, device: torch.device, full: bool = True) -> Factor:
     """One Factor for E matrices that are encoded together.
 
     Where some of them have no full matrix, the diagonal (or the identity) stands in, as a diagonal matrix.
     full=False: only the diagonals are used (`--effort fast`).
     """
-    kinds = [describe(h) for h in hessians]
-    if not full or "full" not in kinds:
-        rows = [_diagonal(h, kind, n_in) for h, kind in zip(hessians, kinds, strict=True)]
+    matrices = [_matrix(h) for h in hessians]
+    if not full or all(m is None for m in matrices):
+        rows = [_weights(m, h, n_in) for m, h in zip(matrices, hessians, strict=True)]
         return diagonal_factor(torch.stack([r.to(device) for r in rows]))
-    matrices = []
-    for h, kind in zip(hessians, kinds, strict=True):
-        matrices.append(damp(h).matrix if kind == "full" else torch.diag(_diagonal(h, kind, n_in)))
-    return factorize(torch.stack([_normalised(m.to(device)) for m in matrices]))
+    damped = []
+    for m, h in zip(matrices, hessians, strict=True):
+        whole = torch.diag(_weights(m, h, n_in)) if m is None or h is None else damp(m, h.tokens)
+        damped.append(_normalised(whole.to(device)))
+    return factorize(torch.stack(damped))
 
 
 def _normalised(h: torch.Tensor) -> torch.Tensor:
@@ -216,10 +239,11 @@ def _normalised(h: torch.Tensor) -> torch.Tensor:
     return (h / h.diagonal().mean().clamp_min(1e-30)).float()
 
 
-def _diagonal(hessian: Hessian | None, kind: str, n_in: int) -> torch.Tensor:
-    if kind == "identity":
+def _weights(matrix: torch.Tensor | None, hessian: Hessian | None, n_in: int) -> torch.Tensor:
+    """A weight for each column: of the matrix, else of the diagonal, else ones; float32 [n_in]."""
+    diag = _diagonal(hessian) if matrix is None else matrix.diagonal()
+    if diag is None:
         return torch.ones(n_in)
-    diag = hessian.matrix.diagonal() if hessian.matrix is not None and kind == "full" else hessian.diagonal
     diag = diag.float().clamp_min(0)
     # A column that calibration never saw still needs some weight, or its codes would be arbitrary.
     return diag / diag.mean() + 0.01

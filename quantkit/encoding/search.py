@@ -1,40 +1,21 @@
 """Exhaustive search: the values that a format can store in 8 neighbouring weights, nearest under an 8×8 metric.
 
-Everything here is the plain reference; `kernels.py` replaces `best_entry` on CUDA, `cpu.py` whole passes on the CPU.
+Everything here is plain torch. Over a codebook the search is a product, which a back end may replace (`BestEntry`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from quantkit.codecs.format import Format, table
+from quantkit.codecs.format import Format, tables
 from quantkit.encoding.hessian import GROUP
 
-try:
-    from quantkit.encoding.backends import triton_search as kernels
-except ImportError:  # no Triton on this platform
-    kernels = None
-try:
-    from quantkit.encoding.backends import numba_kernels as compiled
-except ImportError:  # no numba for this Python
-    compiled = None
-
-use_fused = kernels is not None  # as the next
-use_compiled = compiled is not None  # tests and benchmarks set it to False to compare with the plain path
 CPU_CHUNK = 256  # rows of scores at a time: 256 × 2048 floats stay in a core's L2 cache
 SPLIT = 64  # entries per partial minimum: amin is vectorised in torch, argmin is not
 
-
-@dataclass(frozen=True)
-class Tables:
-    """A format's constants as tensors on one device."""
-
-    grid: torch.Tensor | None  # [entries, width]
-    levels: torch.Tensor | None
-    multipliers: torch.Tensor
-    shifts: torch.Tensor
-    bits: torch.Tensor  # 1, 2, 4 … 128
+BestEntry = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""best_entry, or its twin on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +27,6 @@ class Choice:
     value: torch.Tensor
 
 
-_tables: dict[tuple[str, torch.device], Tables] = {}
-
-
-def tables(fmt: Format, device: torch.device) -> Tables:
-    key = (fmt.qtype, device)
-    if key not in _tables:
-        grid = None if fmt.grid is None else table(fmt.grid, device)
-        levels = table(fmt.levels, device) if fmt.levels else None
-        bits = 2 ** torch.arange(GROUP, device=device, dtype=torch.int32)
-        _tables[key] = Tables(grid, levels, table(fmt.multipliers, device), table(fmt.shifts, device), bits)
-    return _tables[key]
-
-
-def runs_fused(t: torch.Tensor) -> bool:
-    return use_fused and t.is_cuda
-
-
-def runs_compiled(t: torch.Tensor) -> bool:
-    return use_compiled and t.device.type == "cpu"
-
-
 def best_entry(
     linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +34,6 @@ def best_entry(
 
     linear [E, N, k], square [E, N] ≥ 0, grid [entries, k], bias [E, entries].
     """
-    if linear.is_cuda and kernels is not None:
-        return kernels.best_entry(linear, square, grid, bias)
     entries = len(grid)
     a = torch.cat([linear, square[..., None]], -1)
     b = torch.cat([grid.T.expand(len(bias), -1, -1), bias[:, None]], 1)
@@ -95,7 +53,7 @@ def quadratic(r: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     return ((r @ d) * r).sum(-1)
 
 
-def nearest(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor) -> Choice:
+def nearest(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor, best: BestEntry) -> Choice:
     """The v of this format that minimises (s v − x) D (s v − x)ᵀ.
 
     x float32 [E, N, 8], s float32 [E, N], d float32 [E, 8, 8]. Exact for codebooks that hold their signs; signs beside
@@ -104,19 +62,19 @@ def nearest(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor) -> C
     if fmt.grid is None:
         return _nearest_levels(fmt, x, s, d)
     if fmt.signs == "grid":
-        return _nearest_full(fmt, x, s, d)
-    return _nearest_signed(fmt, x, s, d)
+        return _nearest_full(fmt, x, s, d, best)
+    return _nearest_signed(fmt, x, s, d, best)
 
 
-def _nearest_full(fmt: Format, x, s, d) -> Choice:
+def _nearest_full(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor, best: BestEntry) -> Choice:
     grid = tables(fmt, x.device).grid
     bias = ((grid @ d) * grid).sum(-1)  # [E, entries]
-    index, value = best_entry((x @ d) * (-2 * s)[..., None], s * s, grid, bias)
+    index, value = best((x @ d) * (-2 * s)[..., None], s * s, grid, bias)
     return Choice(index[..., None], torch.zeros_like(index), value)
 
 
-def _nearest_signed(fmt: Format, x, s, d) -> Choice:
-    t = tables(fmt, x.device)
+def _nearest_signed(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor, best: BestEntry) -> Choice:
+    grid = tables(fmt, x.device).grid
     weights = d.diagonal(dim1=-2, dim2=-1)  # [E, 8]
     magnitude, negative = x.abs(), x < 0
     if fmt.signs == "even":
@@ -128,33 +86,15 @@ def _nearest_signed(fmt: Format, x, s, d) -> Choice:
     halves = GROUP // fmt.width
     e, n, _ = x.shape
     w = weights.reshape(e, halves, fmt.width)
-    bias = torch.einsum("mk,ehk->ehm", t.grid**2, w).flatten(0, 1)
+    bias = torch.einsum("mk,ehk->ehm", grid**2, w).flatten(0, 1)
     linear = (magnitude * weights[:, None] * (-2 * s)[..., None]).view(e, n, halves, fmt.width).transpose(1, 2)
     squared = (s * s)[:, None].expand(e, halves, n)
-    index, value = best_entry(linear.flatten(0, 1), squared.flatten(0, 1), t.grid, bias)
+    index, value = best(linear.flatten(0, 1), squared.flatten(0, 1), grid, bias)
     index = index.view(e, halves, n).transpose(1, 2)
     value = value.view(e, halves, n, fmt.width).transpose(1, 2).reshape(e, n, GROUP)
-    sign = (negative.int() * t.bits).sum(-1, dtype=torch.int32)
+    bits = 2 ** torch.arange(GROUP, device=x.device, dtype=torch.int32)
+    sign = (negative.int() * bits).sum(-1, dtype=torch.int32)
     return Choice(index, sign, torch.where(negative, -value, value))
-
-
-def round_to_levels(fmt: Format, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest level and its index, for any shape."""
-    levels = tables(fmt, x.device).levels
-    if fmt.qtype == "IQ4_XS":
-        index = torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
-        return levels[index], index
-    value = x.round().clamp(fmt.levels[0], fmt.levels[-1])
-    return value, (value - fmt.levels[0]).long()
-
-
-def half_steps(fmt: Format) -> np.ndarray | None:
-    """For unevenly spaced integer levels: the level nearest to low + i / 2 … low + (i + 1) / 2, float32; else None."""
-    if fmt.qtype != "IQ4_XS":
-        return None
-    levels = np.array(fmt.levels, np.float32)
-    middle = np.arange(levels[0], levels[-1] + 0.5, 0.5) + 0.25  # boundaries are multiples of 1/2
-    return levels[np.abs(middle[:, None] - levels).argmin(1)]
 
 
 def unit_upper(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,15 +104,16 @@ def unit_upper(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.triu(root / diag[..., None, :], 1), diag**2
 
 
-def _nearest_levels(fmt: Format, x, s, d) -> Choice:
+def _nearest_levels(fmt: Format, x: torch.Tensor, s: torch.Tensor, d: torch.Tensor) -> Choice:
     u, _ = unit_upper(d)
     safe = torch.where(s == 0, torch.ones_like(s), s)
-    errors, values, indices = [], [], []
+    errors: list[torch.Tensor] = []
+    values, indices = [], []
     for j in range(GROUP):
         y = x[..., j]
         for i, error in enumerate(errors):
             y = y + error * u[:, None, i, j]
-        value, index = round_to_levels(fmt, y / safe)
+        value, index = fmt.round_to_levels(y / safe)
         errors.append(x[..., j] - s * value)
         values.append(value)
         indices.append(index)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK
 from quantkit.codecs.registry import FORMATS, rescale
-from quantkit.encoding import encoders
+from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
@@ -212,8 +212,8 @@ class Recovery:
         qtype = student.file.tensors[name].qtype
         weight = student.part(name).float().view(spec.n_matrices, -1, spec.n_in)
         hessians = seen.hessians()
-        if qtype in encoders.SUPPORTED:
-            packed = encoders.encode_batch(qtype, weight, hessians, device=student.device)
+        if qtype in SUPPORTED:
+            packed = encode_batch(qtype, weight, hessians, device=student.device)
         else:
             diagonal = [None if h.diagonal is None else h.diagonal.float().cpu().numpy() for h in hessians]
             packed = np.stack([ggml.quantize(qtype, w, d) for w, d in zip(weight.cpu().numpy(), diagonal, strict=True)])

@@ -15,9 +15,9 @@ import time
 import numpy as np
 import torch
 
-from quantkit.encoding.api import formats
-from quantkit.encoding.encoders import Hessian, encode_batch, prepare, second_moment
-from quantkit.encoding.feedback import EFFORTS
+from quantkit.encoding.api import encode_batch, formats
+from quantkit.encoding.hessian import Hessian, prepare, second_moment
+from quantkit.encoding.state import EFFORTS
 from quantkit.ggml import codec as ggml
 
 R1_ROUTED = 58 * 256 * 3 * 2048 * 7168

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from encoder_harness import Harness, Variant
 
-from quantkit.encoding.feedback import EFFORTS
+from quantkit.encoding.state import EFFORTS
 
 NORMAL = EFFORTS["normal"]
 CASES = {

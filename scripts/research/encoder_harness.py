@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from encoder_proxy import layer, load, logits, positions
+from encoder_targets import encode_values
 from tokenizers import Tokenizer
 
 from quantkit.encoding.api import SUPPORTED
-from quantkit.encoding.encoders import Hessian, blend, encode_values, second_moment
+from quantkit.encoding.hessian import Hessian, blend, second_moment
 from quantkit.ggml import codec as ggml
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
@@ -157,6 +158,7 @@ class Variant:
 
     encoder: str = "quantkit"
     effort: object = "normal"
+    beta: float = 1.0  # share of the errors that is fed back
     kind: str = "norm"  # plain, w2, norm
     scope: str = "expert"  # expert or layer (one Hessian for gate/up of a layer)
     pseudo: float = 512.0  # pseudo tokens of the layer's Hessian blended into gate/up of an expert
@@ -190,7 +192,7 @@ def quantized(qtype: str, w: torch.Tensor, hessians: list, importances: list, v:
     if v.encoder == "quantkit" and qtype in SUPPORTED:
         if v.damping != 1.0:
             hessians = [None if h is None else replace(h, tokens=h.tokens / v.damping) for h in hessians]
-        return encode_values(qtype, w, hessians, effort=v.effort, device=w.device)
+        return encode_values(qtype, w, hessians, effort=v.effort)
     out = []
     for matrix, importance in zip(w.cpu(), importances, strict=True):
         data = ggml.quantize(qtype, matrix.numpy(), None if importance is None else importance.cpu().numpy())
@@ -327,7 +329,9 @@ def main() -> None:
         for encoder in a.encoder:
             for gamma in a.gamma if encoder == "quantkit" else [1.0]:
                 pairs = tuple((t, gamma) for t in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "Q2_K"))
-                v = Variant(encoder, a.effort, a.kind, a.scope, a.pseudo, gamma=pairs if gamma != 1 else ())
+                v = Variant(
+                    encoder, a.effort, kind=a.kind, scope=a.scope, pseudo=a.pseudo, gamma=pairs if gamma != 1 else ()
+                )
                 label = "ggml" if encoder == "ggml" else f"{a.effort} {a.kind} {a.scope} γ={gamma}"
                 harness.run(plan, v, label)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from encoder_harness import Harness, Variant, evaluate, plan_types, quantized
 from encoder_proxy import Telling, positions, swiglu, weights_of
+from encoder_targets import cross_moment, retarget
 
-from quantkit.encoding.encoders import blend, cross_moment, retarget, second_moment
-from quantkit.encoding.feedback import EFFORTS, Effort
+from quantkit.encoding.hessian import blend, second_moment
+from quantkit.encoding.state import EFFORTS, Effort
 from quantkit.runtime.layers import attention, feed_forward, rms_norm, route
 
 

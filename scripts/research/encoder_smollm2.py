@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from quantkit.encoding.encoders import Hessian, encode, prepare
+from quantkit.encoding.api import encode
+from quantkit.encoding.hessian import Hessian, prepare
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml import codec as ggml
 

@@ -1,4 +1,4 @@
-"""Every packed block decodes, by gguf and by ggml, to exactly the weights that the engine chose."""
+"""Every packed block decodes, by gguf and by ggml, to exactly the weights that the encoder chose."""
 
 import gguf
 import numpy as np
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quantkit.codecs.types import row_bytes
-from quantkit.encoding.api import formats, pack
-from quantkit.encoding.encoders import SUPPORTED, Hessian, cross_moment, encode, encode_batch, retarget, second_moment
-from quantkit.encoding.feedback import EFFORTS, encode_rows
-from quantkit.encoding.hessian import prepare
+from quantkit.encoding.api import SUPPORTED, choose, encode, encode_batch, formats, pack
+from quantkit.encoding.feedback import encode_rows
+from quantkit.encoding.hessian import Hessian, prepare, second_moment
+from quantkit.encoding.state import EFFORTS
 from quantkit.ggml import codec as ggml
 
 TYPES = sorted(SUPPORTED)
@@ -35,11 +35,12 @@ def output_error(w, q, hessian) -> float:
 
 @pytest.mark.parametrize("effort", ["fast", "normal"])
 @pytest.mark.parametrize("qtype", TYPES)
-def test_bytes_decode_to_what_the_engine_chose(qtype, effort):
+def test_bytes_decode_to_what_the_encoder_chose(qtype, effort):
     w, hessian = data()
     fmt, how = formats()[qtype], EFFORTS[effort]
-    state = encode_rows(fmt, w[None], prepare([hessian], w.shape[1], CPU, full=how.feedback), how)
-    packed = pack(fmt, state)[0]
+    factor = prepare([hessian], w.shape[1], CPU, full=how.feedback)
+    state = encode_rows(fmt, w[None], factor, how, choose("cpu"))
+    packed = pack(state)[0]
     assert packed.shape == (len(w), row_bytes(qtype, w.shape[1]))
     assert torch.equal(decode(qtype, packed), state.q[0])
     assert np.array_equal(ggml.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
@@ -159,11 +160,3 @@ def test_coarsest_types_without_a_hessian_take_ggmls_bytes(monkeypatch):
     both = encode_batch("IQ1_S", torch.stack([b, a]), [Hessian(diagonal=torch.ones(512)), ha])
     assert np.array_equal(both[0], theirs)
     assert np.array_equal(both[1], encode("IQ1_S", a, ha))
-
-
-def test_retarget_undoes_a_linear_change_of_the_inputs():
-    """If the inputs come out 10 % short, the weights grow."""
-    w, x = torch.randn(4, 256), torch.randn(4096, 256)
-    hessian, cross = second_moment(0.9 * x), cross_moment(x, 0.9 * x, torch.ones(4096))
-    assert torch.allclose(retarget(w, hessian, cross), w / 0.9, rtol=0.05, atol=0.05)
-    assert torch.allclose(retarget(w, hessian), w, atol=1e-4)

@@ -1,20 +1,70 @@
-"""Triton: encode a whole block of a codebook format in one launch, for every hypothesis, with feedback in registers.
+"""Triton: encode a whole block of a codebook type in one launch, for every hypothesis, with feedback in registers.
 
-The plain twins are `engine.encode_span` (`_feedback`) and `engine.descent_pass` with spans of 8 (`_descent`); the
-search is `kernels._best_entry`'s. Up to four groups of 8 are written out one after the other, because Triton keeps no
-lists of registers.
+The plain twins are reference.Backend.encode_span (`_feedback`) and descend_groups (`_descent`); the search is
+triton_search._best_entry's. Up to four groups of 8 are written out one after the other, because Triton keeps no lists
+of registers.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from quantkit.codecs.format import SUPERBLOCK, Format
+from quantkit.codecs.format import SUPERBLOCK, Format, tables
 from quantkit.encoding.hessian import GROUP, Factor
-from quantkit.encoding.search import tables
+from quantkit.encoding.state import State
 
 ROWS, TILE, WARPS = 64, 128, 4
 SIGNS = {"grid": 0, "free": 1, "even": 2}
+
+
+class How(NamedTuple):
+    """Constants of a type. tries: pairs of codes in each block. groups: of 8 in a block. signs: see SIGNS. halves:
+    entries of a group."""
+
+    tries: int
+    groups: int
+    signs: int
+    halves: int
+    entries: int
+    rows: int
+    tile: int
+
+
+class Out(NamedTuple):
+    """Where a kernel writes the codes and values of a state, and `d`, which it reads; change [E, R, 256]: of q, by a
+    descent."""
+
+    q: torch.Tensor
+    value: torch.Tensor
+    entry: torch.Tensor
+    sign: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor
+    d: torch.Tensor
+    change: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """What a superblock's searches need: the codebook [halves, entries, 8], the metric [E, 32, 8, 8], for a descent its
+    inverse; `score_tables` of them."""
+
+    grid: torch.Tensor
+    metric: torch.Tensor
+    inverse: torch.Tensor
+    table: torch.Tensor
+    factor: torch.Tensor
+
+
+class Place(NamedTuple):
+    """Columns and rows of a matrix; where the block stands in its superblock and in the matrix."""
+
+    n: int
+    r: int
+    lo: int
+    start: int
 
 
 @triton.jit
@@ -25,20 +75,16 @@ def _times(x, m, stride):
 
 
 @triton.jit
-def _search(
-    x,
-    s,
-    metric,
-    table,
-    factor,
-    grid,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """Nearest entry to x [rows, 8] at scale s [rows] -> (entry, entry of the second half, sign bits, value, cost)."""
+def _search(g: tl.constexpr, x, s, scores, how: tl.constexpr):
+    """Nearest entry to x [rows, 8] at scale s [rows], in group g of those at `scores`: (entry, entry of the second
+    half, sign bits), value, cost."""
+    signs: tl.constexpr = how.signs
+    halves: tl.constexpr = how.halves
+    entries: tl.constexpr = how.entries
+    rows: tl.constexpr = how.rows
+    tile: tl.constexpr = how.tile
+    metric, grid = scores.metric + g * 64, scores.grid
+    table, factor = scores.table + g * halves * 16 * entries, scores.factor + g * halves
     k = tl.arange(0, 8)
     negative = x < 0
     if signs == 0:
@@ -82,402 +128,191 @@ def _search(
         value = tl.where(negative, -value, value)
         bits = tl.sum(negative.to(tl.int32) << k[None, :], axis=1)
     r = x - s[:, None] * value
-    return first, second, bits, value, tl.sum(_times(r, metric, 8) * r, axis=1)
+    return (first, second, bits), value, tl.sum(_times(r, metric, 8) * r, axis=1)
 
 
 @triton.jit
-def _group(
-    g: tl.constexpr,
-    x,
-    w,
-    s,
-    o,
-    metric,
-    table,
-    factor,
-    grid,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """Encode group g of the block towards x; returns codes, cost and the error w − q."""
-    a, b, bits, value, cost = _search(
-        x - o[:, None],
-        s,
-        metric + g * 64,
-        table + g * halves * 16 * entries,
-        factor + g * halves,
-        grid,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
-    return a, b, bits, cost, w - s[:, None] * value - o[:, None]
+def _group(g: tl.constexpr, x, w, scale, scores, how: tl.constexpr):
+    """Encode group g of the block towards x under scale, s and o; returns codes, cost and the error w − q."""
+    s, o = scale
+    codes, value, cost = _search(g, x - o[:, None], s, scores, how)
+    return codes, cost, w - s[:, None] * value - o[:, None]
 
 
 @triton.jit
-def _put(
-    g: tl.constexpr,
-    at,
-    start,
-    n,
-    s,
-    o,
-    a,
-    b,
-    bits,
-    mask,
-    grid,
-    entry,
-    sign,
-    value,
-    q,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-):
-    """Store the codes and the weights of group g."""
+def _put(g: tl.constexpr, codes, scale, here, out, grid, how: tl.constexpr):
+    """Store the codes and the weights of group g; here: rows, which of them, place."""
+    a, b, bits = codes
+    s, o = scale
+    at, mask, place = here
+    n = place.n
+    entries: tl.constexpr = how.entries
+    halves: tl.constexpr = how.halves
     k = tl.arange(0, 8)
-    column = start + g * 8
+    column = place.start + g * 8
     v = tl.load(grid + a[:, None] * 8 + k[None, :])
     if halves == 2:
         v += tl.load(grid + (entries + b)[:, None] * 8 + k[None, :])
-        tl.store(entry + at * (n // 4) + column // 4 + 1, b, mask=mask)
-    if signs > 0:
+        tl.store(out.entry + at * (n // 4) + column // 4 + 1, b, mask=mask)
+    if how.signs > 0:
         v = tl.where((bits[:, None] >> k[None, :]) & 1 == 1, -v, v)
-        tl.store(sign + at * (n // 8) + column // 8, bits, mask=mask)
-    tl.store(entry + at * (n // 8 * halves) + column // 8 * halves, a, mask=mask)
-    here = at[:, None] * n + column + k[None, :]
-    tl.store(value + here, v, mask=mask[:, None])
-    tl.store(q + here, s[:, None] * v + o[:, None], mask=mask[:, None])
+        tl.store(out.sign + at * (n // 8) + column // 8, bits, mask=mask)
+    tl.store(out.entry + at * (n // 8 * halves) + column // 8 * halves, a, mask=mask)
+    where = at[:, None] * n + column + k[None, :]
+    tl.store(out.value + where, v, mask=mask[:, None])
+    tl.store(out.q + where, s[:, None] * v + o[:, None], mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["superblock"])
-def _feedback(
-    target,
-    w,
-    q,
-    value,
-    entry,
-    sign,
-    scale,
-    offset,
-    d,
-    guesses,
-    multipliers,
-    shifts,
-    metric,
-    table,
-    factor,
-    grid,
-    u,
-    n,
-    r,
-    lo,
-    start,
-    superblock,
-    tries: tl.constexpr,
-    blocks: tl.constexpr,
-    groups: tl.constexpr,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """One block of `groups` · 8 columns at `start` (at `lo` in its superblock) for `rows` rows of matrix e."""
+@triton.jit
+def _of(e, scores, lo, how: tl.constexpr):
+    """The scores of matrix e from the group at column `lo` on."""
+    group = e * 32 + lo // 8
+    halves: tl.constexpr = how.halves
+    size: tl.constexpr = how.halves * 16 * how.entries
+    metric, inverse = scores.metric + (e * (32 * 64) + lo * 8), scores.inverse + (e * (32 * 64) + lo * 8)
+    return Scores(scores.grid, metric, inverse, scores.table + group * size, scores.factor + group * halves)
+
+
+@triton.jit
+def _pick(better, new, old):
+    """The codes of a group, new ones where they are better."""
+    a, b, bits = new
+    a_, b_, bits_ = old
+    return tl.where(better, a, a_), tl.where(better, b, b_), tl.where(better, bits, bits_)
+
+
+@triton.jit
+def _feedback(columns, out, guesses, steps, scores, place, how: tl.constexpr):
+    """One block for `rows` rows of matrix e. columns: target [E, R, 256], w, u; guesses: int32 [E, R, blocks, tries];
+    steps: multipliers, shifts."""
+    target, w, u = columns
+    multipliers, shifts = steps
+    n, r, lo, start = place
+    tries: tl.constexpr = how.tries
+    groups: tl.constexpr = how.groups
+    rows: tl.constexpr = how.rows
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     mask = row < r
     at = e * r + row
+    here = (at, mask, place)
     k = tl.arange(0, 8)
-    metric += e * (32 * 64) + lo * 8
-    table += (e * 32 + lo // 8) * halves * 16 * entries
-    factor += (e * 32 + lo // 8) * halves
+    scores = _of(e, scores, lo, how)
     u += e * n * n + start * n + start
     t = target + at[:, None] * 256 + lo + k[None, :]
     v = w + at[:, None] * n + start + k[None, :]
-    step = tl.load(d + at * (n // 256) + superblock, mask=mask, other=0.0)
-    guesses += (at * blocks + lo // (groups * 8)) * tries
+    step = tl.load(out.d + at * (n // 256) + start // 256, mask=mask, other=0.0)
+    guesses += (at * (32 // groups) + lo // (groups * 8)) * tries
     guessed = tl.load(guesses, mask=mask, other=0)
     least = tl.full([rows], float("inf"), tl.float32)
     best_code, best_shift = guessed, guessed * 0
-    a0, b0, s0 = guessed * 0, guessed * 0, guessed * 0
-    a1, b1, s1, a2, b2, s2, a3, b3, s3 = a0, a0, a0, a0, a0, a0, a0, a0, a0
+    zero = guessed * 0
+    best0, best1, best2, best3 = (zero, zero, zero), (zero, zero, zero), (zero, zero, zero), (zero, zero, zero)
     for h in range(tries):
         pair = tl.load(guesses + h, mask=mask, other=0)
         code, shift = pair & 255, pair >> 8
         s = step * tl.load(multipliers + code)
-        o = s * tl.load(shifts + shift)
-        x0 = tl.load(t, mask=mask[:, None], other=0.0)
+        scale = (s, s * tl.load(shifts + shift))
+        x = tl.load(t, mask=mask[:, None], other=0.0)
         w0 = tl.load(v, mask=mask[:, None], other=0.0)
-        c0, d0, z0, cost, e0 = _group(0, x0, w0, s, o, metric, table, factor, grid, signs, halves, entries, rows, tile)
+        codes0, cost, e0 = _group(0, x, w0, scale, scores, how)
         if groups > 1:
-            x1 = tl.load(t + 8, mask=mask[:, None], other=0.0) + _times(e0, u + 8, n)
+            x = tl.load(t + 8, mask=mask[:, None], other=0.0) + _times(e0, u + 8, n)
             w1 = tl.load(v + 8, mask=mask[:, None], other=0.0)
-            c1, d1, z1, more, e1 = _group(
-                1, x1, w1, s, o, metric, table, factor, grid, signs, halves, entries, rows, tile
-            )
+            codes1, more, e1 = _group(1, x, w1, scale, scores, how)
             cost += more
         if groups > 2:
-            x2 = tl.load(t + 16, mask=mask[:, None], other=0.0) + _times(e0, u + 16, n) + _times(e1, u + 8 * n + 16, n)
+            x = tl.load(t + 16, mask=mask[:, None], other=0.0) + _times(e0, u + 16, n) + _times(e1, u + 8 * n + 16, n)
             w2 = tl.load(v + 16, mask=mask[:, None], other=0.0)
-            c2, d2, z2, more, e2 = _group(
-                2, x2, w2, s, o, metric, table, factor, grid, signs, halves, entries, rows, tile
-            )
+            codes2, more, e2 = _group(2, x, w2, scale, scores, how)
             cost += more
-            x3 = tl.load(t + 24, mask=mask[:, None], other=0.0) + _times(e0, u + 24, n) + _times(e1, u + 8 * n + 24, n)
-            x3 += _times(e2, u + 16 * n + 24, n)
+            x = tl.load(t + 24, mask=mask[:, None], other=0.0) + _times(e0, u + 24, n) + _times(e1, u + 8 * n + 24, n)
+            x += _times(e2, u + 16 * n + 24, n)
             w3 = tl.load(v + 24, mask=mask[:, None], other=0.0)
-            c3, d3, z3, more, _ = _group(
-                3, x3, w3, s, o, metric, table, factor, grid, signs, halves, entries, rows, tile
-            )
+            codes3, more, _ = _group(3, x, w3, scale, scores, how)
             cost += more
         better = cost < least
         least = tl.where(better, cost, least)
         best_code = tl.where(better, code, best_code)
         best_shift = tl.where(better, shift, best_shift)
-        a0, b0, s0 = tl.where(better, c0, a0), tl.where(better, d0, b0), tl.where(better, z0, s0)
+        best0 = _pick(better, codes0, best0)
         if groups > 1:
-            a1, b1, s1 = tl.where(better, c1, a1), tl.where(better, d1, b1), tl.where(better, z1, s1)
+            best1 = _pick(better, codes1, best1)
         if groups > 2:
-            a2, b2, s2 = tl.where(better, c2, a2), tl.where(better, d2, b2), tl.where(better, z2, s2)
-            a3, b3, s3 = tl.where(better, c3, a3), tl.where(better, d3, b3), tl.where(better, z3, s3)
+            best2 = _pick(better, codes2, best2)
+            best3 = _pick(better, codes3, best3)
     index = start // (groups * 8)
-    tl.store(scale + at * (n // (groups * 8)) + index, best_code, mask=mask)
-    tl.store(offset + at * (n // (groups * 8)) + index, best_shift, mask=mask)
+    tl.store(out.scale + at * (n // (groups * 8)) + index, best_code, mask=mask)
+    tl.store(out.offset + at * (n // (groups * 8)) + index, best_shift, mask=mask)
     s = step * tl.load(multipliers + best_code)
-    o = s * tl.load(shifts + best_shift)
-    _put(0, at, start, n, s, o, a0, b0, s0, mask, grid, entry, sign, value, q, signs, halves, entries)
+    scale = (s, s * tl.load(shifts + best_shift))
+    _put(0, best0, scale, here, out, scores.grid, how)
     if groups > 1:
-        _put(1, at, start, n, s, o, a1, b1, s1, mask, grid, entry, sign, value, q, signs, halves, entries)
+        _put(1, best1, scale, here, out, scores.grid, how)
     if groups > 2:
-        _put(2, at, start, n, s, o, a2, b2, s2, mask, grid, entry, sign, value, q, signs, halves, entries)
-        _put(3, at, start, n, s, o, a3, b3, s3, mask, grid, entry, sign, value, q, signs, halves, entries)
+        _put(2, best2, scale, here, out, scores.grid, how)
+        _put(3, best3, scale, here, out, scores.grid, how)
 
 
 @triton.jit
-def _descend(
-    g: tl.constexpr,
-    at,
-    start,
-    n,
-    gradient,
-    s,
-    o,
-    mask,
-    metric,
-    inverse,
-    table,
-    factor,
-    grid,
-    entry,
-    sign,
-    value,
-    q,
-    change,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
+def _descend(g: tl.constexpr, slope, scale, here, out, scores, how: tl.constexpr):
     """Revise group g for its current gradient; stores what decreased and returns the change of q."""
+    s, o = scale
+    at, mask, place = here
     k = tl.arange(0, 8)
-    here = at[:, None] * n + start + g * 8 + k[None, :]
-    old = tl.load(q + here, mask=mask[:, None], other=0.0)
-    aim = old - _times(gradient, inverse + g * 64, 8)
-    a, b, bits, v, cost = _search(
-        aim - o[:, None],
-        s,
-        metric + g * 64,
-        table + g * halves * 16 * entries,
-        factor + g * halves,
-        grid,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
+    metric = scores.metric + g * 64
+    where = at[:, None] * place.n + place.start + g * 8 + k[None, :]
+    old = tl.load(out.q + where, mask=mask[:, None], other=0.0)
+    aim = old - _times(slope, scores.inverse + g * 64, 8)
+    codes, v, cost = _search(g, aim - o[:, None], s, scores, how)
     r = old - aim
-    better = (cost < tl.sum(_times(r, metric + g * 64, 8) * r, axis=1) * (1 - 1e-6)) & mask
-    _put(g, at, start, n, s, o, a, b, bits, better, grid, entry, sign, value, q, signs, halves, entries)
+    better = (cost < tl.sum(_times(r, metric, 8) * r, axis=1) * (1 - 1e-6)) & mask
+    _put(g, codes, scale, (at, better, place), out, scores.grid, how)
     moved = tl.where(better[:, None], s[:, None] * v + o[:, None] - old, 0.0)
-    tl.store(change + at[:, None] * 256 + g * 8 + k[None, :], moved, mask=mask[:, None])
+    tl.store(out.change + at[:, None] * 256 + place.lo + g * 8 + k[None, :], moved, mask=mask[:, None])
     return moved
 
 
-@triton.jit(do_not_specialize=["superblock"])
-def _descent(
-    gradient,
-    change,
-    q,
-    value,
-    entry,
-    sign,
-    scale,
-    offset,
-    d,
-    multipliers,
-    shifts,
-    metric,
-    inverse,
-    table,
-    factor,
-    grid,
-    hessian,
-    n,
-    r,
-    lo,
-    start,
-    superblock,
-    per_block: tl.constexpr,
-    signs: tl.constexpr,
-    halves: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
+@triton.jit
+def _scale(d, steps, scale, offset, mask):
+    """s and o of the codes at scale and offset."""
+    multipliers, shifts = steps
+    s = d * tl.load(multipliers + tl.load(scale, mask=mask, other=0))
+    return s, s * tl.load(shifts + tl.load(offset, mask=mask, other=0))
+
+
+@triton.jit
+def _descent(gradient, hessian, out, steps, scores, place, how: tl.constexpr):
     """Coordinate descent over four groups of 8 columns at `start`, under the scales that they have."""
+    n, r, lo, start = place
+    groups: tl.constexpr = how.groups
+    rows: tl.constexpr = how.rows
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     mask = row < r
     at = e * r + row
+    here = (at, mask, place)
     k = tl.arange(0, 8)
-    metric += e * (32 * 64) + lo * 8
-    inverse += e * (32 * 64) + lo * 8
-    table += (e * 32 + lo // 8) * halves * 16 * entries
-    factor += (e * 32 + lo // 8) * halves
-    hessian += e * n * n + start * n + start
-    change += lo
+    scores = _of(e, scores, lo, how)
+    h = hessian + (e * n * n + start * n + start)
     t = gradient + at[:, None] * 256 + lo + k[None, :]
-    step = tl.load(d + at * (n // 256) + superblock, mask=mask, other=0.0)
-    index = at * (n // (per_block * 8)) + start // (per_block * 8)
-    s = step * tl.load(multipliers + tl.load(scale + index, mask=mask, other=0))
-    o = s * tl.load(shifts + tl.load(offset + index, mask=mask, other=0))
-    g0 = tl.load(t, mask=mask[:, None], other=0.0)
-    m0 = _descend(
-        0,
-        at,
-        start,
-        n,
-        g0,
-        s,
-        o,
-        mask,
-        metric,
-        inverse,
-        table,
-        factor,
-        grid,
-        entry,
-        sign,
-        value,
-        q,
-        change,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
-    g1 = tl.load(t + 8, mask=mask[:, None], other=0.0) + _times(m0, hessian + 8, n)
-    m1 = _descend(
-        1,
-        at,
-        start,
-        n,
-        g1,
-        s,
-        o,
-        mask,
-        metric,
-        inverse,
-        table,
-        factor,
-        grid,
-        entry,
-        sign,
-        value,
-        q,
-        change,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
-    if per_block == 2:
-        s = step * tl.load(multipliers + tl.load(scale + index + 1, mask=mask, other=0))
-        o = s * tl.load(shifts + tl.load(offset + index + 1, mask=mask, other=0))
-    g2 = (
-        tl.load(t + 16, mask=mask[:, None], other=0.0)
-        + _times(m0, hessian + 16, n)
-        + _times(m1, hessian + 8 * n + 16, n)
-    )
-    m2 = _descend(
-        2,
-        at,
-        start,
-        n,
-        g2,
-        s,
-        o,
-        mask,
-        metric,
-        inverse,
-        table,
-        factor,
-        grid,
-        entry,
-        sign,
-        value,
-        q,
-        change,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
-    g3 = (
-        tl.load(t + 24, mask=mask[:, None], other=0.0)
-        + _times(m0, hessian + 24, n)
-        + _times(m1, hessian + 8 * n + 24, n)
-    )
-    g3 += _times(m2, hessian + 16 * n + 24, n)
-    _descend(
-        3,
-        at,
-        start,
-        n,
-        g3,
-        s,
-        o,
-        mask,
-        metric,
-        inverse,
-        table,
-        factor,
-        grid,
-        entry,
-        sign,
-        value,
-        q,
-        change,
-        signs,
-        halves,
-        entries,
-        rows,
-        tile,
-    )
+    step = tl.load(out.d + at * (n // 256) + start // 256, mask=mask, other=0.0)
+    index = at * (n // (groups * 8)) + start // (groups * 8)
+    scale = _scale(step, steps, out.scale + index, out.offset + index, mask)
+    x = tl.load(t, mask=mask[:, None], other=0.0)
+    m0 = _descend(0, x, scale, here, out, scores, how)
+    x = tl.load(t + 8, mask=mask[:, None], other=0.0) + _times(m0, h + 8, n)
+    m1 = _descend(1, x, scale, here, out, scores, how)
+    if groups == 2:
+        scale = _scale(step, steps, out.scale + index + 1, out.offset + index + 1, mask)
+    x = tl.load(t + 16, mask=mask[:, None], other=0.0) + _times(m0, h + 16, n) + _times(m1, h + 8 * n + 16, n)
+    m2 = _descend(2, x, scale, here, out, scores, how)
+    x = tl.load(t + 24, mask=mask[:, None], other=0.0) + _times(m0, h + 24, n) + _times(m1, h + 8 * n + 24, n)
+    x += _times(m2, h + 16 * n + 24, n)
+    _descend(3, x, scale, here, out, scores, how)
 
 
+@cache
 def padded_grid(fmt: Format, device: torch.device) -> torch.Tensor:
     """The codebook as [8 / width, entries, 8], each half in its own columns."""
     grid, halves = tables(fmt, device).grid, GROUP // fmt.width
@@ -487,10 +322,10 @@ def padded_grid(fmt: Format, device: torch.device) -> torch.Tensor:
     return out
 
 
-def score_tables(fmt: Format, metric: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score_tables(fmt: Format, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-hand sides of the search for every group of a superblock: float16 [E, 32 · halves, 16, entries], and the
     factor that brings a row's linear terms to their scale [E, 32 · halves]. metric [E, 32, 8, 8]."""
-    e, groups = metric.shape[:2]
+    grid, (e, groups) = padded_grid(fmt, metric.device), metric.shape[:2]
     halves, entries, _ = grid.shape
     size = grid.abs().max()
     if fmt.signs == "grid":
@@ -508,102 +343,50 @@ def score_tables(fmt: Format, metric: torch.Tensor, grid: torch.Tensor) -> tuple
     return table, size / unit
 
 
-def feedback_block(fmt: Format, state, w, target, factor: Factor, metric, prepared, codes, start: int, lo: int) -> None:
+def scores_of(fmt: Format, metric: torch.Tensor, inverse: torch.Tensor) -> Scores:
+    """metric, inverse [E, 32, 8, 8] of one superblock."""
+    return Scores(padded_grid(fmt, metric.device), metric, inverse, *score_tables(fmt, metric))
+
+
+@cache
+def _how(fmt: Format, tries: int) -> How:
+    entries = len(tables(fmt, torch.device("cpu")).grid)
+    groups, halves = fmt.block // GROUP, GROUP // fmt.width
+    return How(tries, groups, SIGNS[fmt.signs], halves, entries, ROWS, min(TILE, entries))
+
+
+def _out(state: State, change: torch.Tensor) -> Out:
+    return Out(state.q, state.value, state.entry, state.sign, state.scale, state.offset, state.d, change)
+
+
+def feedback_block(
+    state: State,
+    w: torch.Tensor,
+    target: torch.Tensor,
+    factor: Factor,
+    scores: Scores,
+    codes: torch.Tensor,
+    start: int,
+) -> None:
     """Encode the block of every row at column `start` into the state.
 
-    prepared: (grid, *score_tables); codes: int32 [E, R, blocks, K] what to try, scale + 256 · shift.
+    codes: int32 [E, R, blocks, K] what to try, scale + 256 · shift.
     """
     e, r, n = w.shape
-    t, (grid, table, unit) = tables(fmt, w.device), prepared
+    t, place = tables(state.fmt, w.device), Place(n, r, start % SUPERBLOCK, start)
+    how, out = _how(state.fmt, codes.shape[-1]), _out(state, state.q)  # nothing goes to `change`
     _feedback[(triton.cdiv(r, ROWS), e)](
-        target,
-        w,
-        state.q,
-        state.value,
-        state.entry,
-        state.sign,
-        state.scale,
-        state.offset,
-        state.d,
-        codes,
-        t.multipliers,
-        t.shifts,
-        metric,
-        table,
-        unit,
-        grid,
-        factor.u,
-        n,
-        r,
-        lo,
-        start,
-        start // SUPERBLOCK,
-        codes.shape[-1],
-        SUPERBLOCK // fmt.block,
-        fmt.block // GROUP,
-        SIGNS[fmt.signs],
-        GROUP // fmt.width,
-        len(t.grid),
-        ROWS,
-        min(TILE, len(t.grid)),
-        num_warps=WARPS,
+        (target, w, factor.u), out, codes, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )
 
 
-def descent_block(fmt: Format, state, gradient, change, h, metric, inverse, prepared, start: int, lo: int) -> None:
-    """Revise 32 columns of every row, `lo` in their superblock; the change of q goes to change [E, R, 256]."""
+def descent_block(
+    state: State, gradient: torch.Tensor, change: torch.Tensor, h: torch.Tensor, scores: Scores, start: int
+) -> None:
+    """Revise 32 columns of every row at `start`; the change of q goes to change [E, R, 256]."""
     e, r, n = state.q.shape
-    t, (grid, table, unit) = tables(fmt, h.device), prepared
+    t, place = tables(state.fmt, h.device), Place(n, r, start % SUPERBLOCK, start)
+    how, out = _how(state.fmt, 0), _out(state, change)
     _descent[(triton.cdiv(r, ROWS), e)](
-        gradient,
-        change,
-        state.q,
-        state.value,
-        state.entry,
-        state.sign,
-        state.scale,
-        state.offset,
-        state.d,
-        t.multipliers,
-        t.shifts,
-        metric,
-        inverse,
-        table,
-        unit,
-        grid,
-        h,
-        n,
-        r,
-        lo,
-        start,
-        start // SUPERBLOCK,
-        fmt.block // GROUP,
-        SIGNS[fmt.signs],
-        GROUP // fmt.width,
-        len(t.grid),
-        ROWS,
-        min(TILE, len(t.grid)),
-        num_warps=WARPS,
+        gradient, h, out, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )
-
-
-@triton.jit(do_not_specialize=["first", "count", "k", "width"])
-def _products(image, unit, a, r, n, first, count, k, width, kinds: tl.constexpr, rows: tl.constexpr):
-    """One superblock of image [E, R, 256 count] against that of unit [E, R, kinds, n] it stands for: row k of A."""
-    e, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    mask = row < r
-    at = e * r + row
-    column = block * 256 + tl.arange(0, 256)
-    x = tl.load(image + at[:, None] * (count * 256) + column[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
-    for kind in tl.static_range(kinds):
-        right = unit + (at[:, None] * kinds + kind) * n + first * 256 + column[None, :]
-        y = tl.load(right, mask=mask[:, None], other=0.0).to(tl.float32)
-        tl.store(a + (at * width + k) * width + (first + block) * kinds + kind, tl.sum(x * y, axis=1), mask=mask)
-
-
-def products(image, unit, a, k: int) -> None:
-    """Twin of the sums in refit.normal_equations: fills a[..., k, :] [E, R, K, K] from superblock k // kinds on."""
-    e, r, kinds, n = unit.shape
-    count = image.shape[-1] // SUPERBLOCK
-    _products[(triton.cdiv(r, 16), e, count)](image, unit, a, r, n, k // kinds, count, k, a.shape[-1], kinds, 16)

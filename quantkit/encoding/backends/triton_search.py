@@ -1,39 +1,50 @@
-"""Triton kernels for CUDA. Each has a plain torch twin: `best_entry` in search.py, `guess` in scales.py."""
+"""Triton: the search of a codebook (`best_entry`, search.py) and the first guesses of its types (`guess`, guess.py).
 
+A kernel takes what belongs together as a named tuple of tensors, and its constants as one of numbers. Constants that
+shape a tensor are first given a name: Triton 3.5 takes no other in a list of sizes.
+"""
+
+from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from quantkit.codecs.format import Format
+from quantkit.codecs.format import Format, table
+from quantkit.encoding.guess import CANDIDATES, CURVE, codebook_level, interpolation
 
 INNER = 16  # the least inner size of a tensor-core product: 8 linear terms, bias and row constant in two halves each
 ROWS, ENTRIES, WARPS = 128, 128, 4
 GUESS_ROWS = 4
 
 
+class Scan(NamedTuple):
+    """Sizes of a search: weights of an entry, entries, rows and entries of a tile."""
+
+    width: int
+    entries: int
+    rows: int
+    tile: int
+
+
 @triton.jit
-def _best_entry(
-    linear,
-    square,
-    factor,
-    table,
-    grid,
-    out,
-    value,
-    n,
-    width: tl.constexpr,
-    entries: tl.constexpr,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-):
+def _best_entry(terms, scores, grid, found, n, how: tl.constexpr):
     """One program: `rows` groups against the whole codebook of matrix e; the index rides in the score's low bits.
 
-    Scores are positive floats, which order like their bits, so one integer minimum finds score and index together: in
-    the loop the bits of the tile's number, which is the same for the whole tile, at the end those of the column.
+    terms: linear, square; scores: factor, table; found: index, value. Scores are positive floats, which order like
+    their bits, so one integer minimum finds score and index together: in the loop the bits of the tile's number, which
+    is the same for the whole tile, at the end those of the column.
     """
+    linear, square = terms
+    factor, table = scores
+    out, value = found
+    width: tl.constexpr = how.width
+    entries: tl.constexpr = how.entries
+    rows: tl.constexpr = how.rows
+    tile: tl.constexpr = how.tile
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     k = tl.arange(0, 16)[None, :]
@@ -79,39 +90,49 @@ def best_entry(
     out = torch.empty(e, n, dtype=torch.int32, device=linear.device)
     value = torch.empty(e, n, width, device=linear.device)
     programs = (triton.cdiv(n, ROWS), e)
-    _best_entry[programs](
-        linear.contiguous(),
-        square.contiguous(),
-        size / unit,
-        table,
-        grid,
-        out,
-        value,
-        n,
-        width,
-        entries,
-        ROWS,
-        min(ENTRIES, entries),
-        num_warps=WARPS,
-    )
+    terms, scores = (linear.contiguous(), square.contiguous()), (size / unit, table)
+    how = Scan(width, entries, ROWS, min(ENTRIES, entries))
+    _best_entry[programs](terms, scores, grid, (out, value), n, how, num_warps=WARPS)
     return out, value
 
 
+class Samples(NamedTuple):
+    """What the guesses of a type look at: sampled scales; boundaries between levels, and steps from one to the next;
+    shifts; the interpolation to candidates for d, and these."""
+
+    points: torch.Tensor
+    mids: torch.Tensor
+    steps: torch.Tensor
+    shifts: torch.Tensor
+    matrix: torch.Tensor
+    candidates: torch.Tensor
+
+
+class GuessSizes(NamedTuple):
+    """Sizes of a guess. own_shifts: each span of a block takes its better shift (else the block has one). absolute:
+    signs stand beside the codebook."""
+
+    tries: int
+    points: int
+    candidates: int
+    steps: int
+    shifts: int
+    own_shifts: bool
+    spans: int
+    codes: int
+    blocks: int
+    absolute: bool
+    rows: int
+
+
 @triton.jit
-def _curve(
-    t,
-    unit,
-    shift,
-    weights,
-    points,
-    mids,
-    steps,
-    n_points: tl.constexpr,
-    n_steps: tl.constexpr,
-    spans: tl.constexpr,
-    rows: tl.constexpr,
-):
+def _curve(t, unit, shift, weights, samples, how: tl.constexpr):
     """Cost of rounding each span of t [rows, spans, span] at the sampled scales of unit [rows]: [rows, spans, 32]."""
+    points, mids, steps = samples.points, samples.mids, samples.steps
+    n_points: tl.constexpr = how.points
+    n_steps: tl.constexpr = how.steps
+    spans: tl.constexpr = how.spans
+    rows: tl.constexpr = how.rows
     lane = tl.arange(0, 32)[None, None, :]
     out = tl.zeros([rows, spans, 32], tl.float32)
     for p in tl.static_range(n_points):
@@ -151,35 +172,19 @@ def _under(cost, best, codes: tl.constexpr, blocks: tl.constexpr, rows: tl.const
 
 
 @triton.jit
-def _guess(
-    x,
-    weights,
-    points,
-    mids,
-    steps,
-    shifts,
-    matrix,
-    candidates,
-    d,
-    pairs,
-    n,
-    level,
-    tries: tl.constexpr,
-    n_points: tl.constexpr,
-    n_candidates: tl.constexpr,
-    n_steps: tl.constexpr,
-    n_shifts: tl.constexpr,
-    own_shifts: tl.constexpr,
-    spans: tl.constexpr,
-    codes: tl.constexpr,
-    blocks: tl.constexpr,
-    absolute: tl.constexpr,
-    rows: tl.constexpr,
-):
-    """d and the best pairs of code and shift of every block, for `rows` superblocks of matrix e.
-
-    own_shifts: each span of a block takes its better shift (else the block has one).
-    """
+def _guess(x, weights, samples, guessed, n, level, how: tl.constexpr):
+    """d and the best pairs of code and shift of every block, for `rows` superblocks of matrix e."""
+    shifts, matrix, candidates = samples.shifts, samples.matrix, samples.candidates
+    d, pairs = guessed
+    tries: tl.constexpr = how.tries
+    n_candidates: tl.constexpr = how.candidates
+    n_shifts: tl.constexpr = how.shifts
+    own_shifts: tl.constexpr = how.own_shifts
+    spans: tl.constexpr = how.spans
+    codes: tl.constexpr = how.codes
+    blocks: tl.constexpr = how.blocks
+    absolute: tl.constexpr = how.absolute
+    rows: tl.constexpr = how.rows
     e = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     mask = row < n
@@ -193,9 +198,9 @@ def _guess(
         t = tl.abs(t)
     t = tl.reshape(t, (rows, spans, 256 // spans))
     w = tl.reshape(w, (spans, 256 // spans))
-    curve = _curve(t, base, tl.load(shifts), w, points, mids, steps, n_points, n_steps, spans, rows)
+    curve = _curve(t, base, tl.load(shifts), w, samples, how)
     if n_shifts == 2:
-        other = _curve(t, base, tl.load(shifts + 1), w, points, mids, steps, n_points, n_steps, spans, rows)
+        other = _curve(t, base, tl.load(shifts + 1), w, samples, how)
         if own_shifts:
             curve = tl.minimum(curve, other)
         else:
@@ -228,62 +233,46 @@ def _guess(
         tl.store(pairs + (at[:, None] * blocks + block[None, :]) * tries + i, pair, mask=mask[:, None])
 
 
-_constants: dict[tuple, list[torch.Tensor]] = {}
-
-
-def guess(
-    fmt: Format,
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    level: float,
-    tries: int,
-    rounding,
-    points: np.ndarray,
-    candidates: np.ndarray,
-    interpolation: np.ndarray,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As scales._guess_codebook: x [E, N, 256], weights [E, 256] -> d [E, N], pairs int32 [E, N, blocks, tries].
-
-    rounding: levels, shifts, span. points, candidates: log2 of the sampled scales and of the candidates for d times
-    the largest multiplier. interpolation: [points, codes · candidates]. A pair is the scale code + 256 · shift.
-    """
-    (e, n, width), (levels, shifts, span), codes = x.shape, rounding, len(fmt.multipliers)
-    if (fmt.qtype, x.device) not in _constants:
-        taps = np.zeros((32, codes, 32), np.float32)
-        taps[: len(points), :, : len(candidates)] = interpolation.reshape(len(points), codes, -1)
-        neighbours = list(pairwise(levels))
-        values = (
-            2.0**points,
-            [(a + b) / 2 for a, b in neighbours],
-            [levels[0]] + [b - a for a, b in neighbours],
-            shifts,
-            taps,
-            2.0**candidates / max(fmt.multipliers),
-        )
-        _constants[fmt.qtype, x.device] = [torch.as_tensor(np.asarray(v, np.float32), device=x.device) for v in values]
-    constants = _constants[fmt.qtype, x.device]
-    blocks = width // fmt.block
-    d = torch.empty(e, n, device=x.device)
-    pairs = torch.empty(e, n, blocks, tries, dtype=torch.int32, device=x.device)
-    _guess[(triton.cdiv(n, GUESS_ROWS), e)](
-        x.contiguous(),
-        weights.contiguous(),
-        *constants,
-        d,
-        pairs,
-        n,
-        level,
-        tries,
-        len(points),
-        len(candidates),
-        len(levels) - 1,
-        len(shifts),
-        len(fmt.shifts) < len(shifts),
-        width // span,
-        codes,
-        blocks,
-        fmt.signs != "grid",
-        GUESS_ROWS,
-        num_warps=codes // 2,
+@cache
+def samples_of(fmt: Format, device: torch.device) -> Samples:
+    """Constants of the guesses of a type."""
+    codes, (levels, shifts, _) = len(fmt.multipliers), fmt.rounding
+    taps = np.zeros((32, codes, 32), np.float32)
+    taps[: len(CURVE), :, : len(CANDIDATES)] = interpolation(fmt.multipliers).reshape(len(CURVE), codes, -1)
+    neighbours = list(pairwise(levels))
+    values = (
+        2.0**CURVE,
+        [(a + b) / 2 for a, b in neighbours],
+        [levels[0]] + [b - a for a, b in neighbours],
+        shifts,
+        taps,
+        2.0**CANDIDATES / max(fmt.multipliers),
     )
+    return Samples(*(table(v, device) for v in values))
+
+
+def guess(fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As guess.guess_codebook: x [E, N, 256], weights [E, 256] -> d [E, N], pairs int32 [E, N, blocks, tries].
+
+    A pair is the scale code + 256 · shift.
+    """
+    (e, n, width), (levels, shifts, span) = x.shape, fmt.rounding
+    how = GuessSizes(
+        tries=tries,
+        points=len(CURVE),
+        candidates=len(CANDIDATES),
+        steps=len(levels) - 1,
+        shifts=len(shifts),
+        own_shifts=len(fmt.shifts) < len(shifts),
+        spans=width // span,
+        codes=len(fmt.multipliers),
+        blocks=width // fmt.block,
+        absolute=fmt.signs != "grid",
+        rows=GUESS_ROWS,
+    )
+    d = torch.empty(e, n, device=x.device)
+    pairs = torch.empty(e, n, how.blocks, tries, dtype=torch.int32, device=x.device)
+    level, samples = codebook_level(fmt), samples_of(fmt, x.device)
+    programs = (triton.cdiv(n, GUESS_ROWS), e)
+    _guess[programs](x.contiguous(), weights.contiguous(), samples, (d, pairs), n, level, how, num_warps=how.codes // 2)
     return d, pairs

@@ -4,10 +4,9 @@ import pytest
 import torch
 from test_bytes import data, decode, output_error
 
-from quantkit.encoding.api import formats
-from quantkit.encoding.encoders import encode, second_moment
+from quantkit.encoding.api import choose, encode, formats
 from quantkit.encoding.guess import guess
-from quantkit.encoding.hessian import blocked_cholesky, factorize
+from quantkit.encoding.hessian import blocked_cholesky, factorize, second_moment
 from quantkit.encoding.search import best_entry
 
 GPU = pytest.mark.gpu
@@ -40,7 +39,8 @@ def test_best_entry_kernel(qtype):
     x = torch.randn(e, n, k, generator=g).abs() * s[..., None] * grid.abs().mean()
     bias = (grid**2) @ metric.T
     args = (x * metric[:, None] * -2 * s[..., None], s * s, grid, bias.T.contiguous())
-    want, (got, value) = best_entry(*args)[0], (t.cpu() for t in best_entry(*(a.cuda() for a in args)))
+    want = best_entry(*args)[0]
+    got, value = (t.cpu() for t in choose("cuda").best_entry(*(a.cuda() for a in args)))
     assert torch.equal(value, grid[got])
     energy = (x.square() * metric[:, None]).sum(-1)
 
@@ -56,7 +56,7 @@ def test_best_entry_kernel(qtype):
 def test_guess_kernel(qtype):
     g = torch.Generator().manual_seed(2)
     fmt, x, weights = formats()[qtype], torch.randn(2, 77, 256, generator=g), torch.rand(2, 256, generator=g)
-    want, got = guess(fmt, x, weights, 2), guess(fmt, x.cuda(), weights.cuda(), 2)
+    want, got = guess(fmt, x, weights, 2), choose("cuda").guess(fmt, x.cuda(), weights.cuda(), 2)
     same = got.d.cpu() == want.d
     assert torch.allclose(got.d.cpu(), want.d, rtol=0.1) and same.float().mean() > 0.9
     assert (got.scale.cpu() == want.scale)[same][..., 0].float().mean() > 0.97

@@ -11,46 +11,40 @@ pytest.importorskip("numba")
 
 from test_bytes import TYPES, data, output_error
 
-from quantkit.encoding import search
 from quantkit.encoding.api import formats
-from quantkit.encoding.feedback import EFFORTS, Effort, encode_rows
-from quantkit.encoding.guess import CURVE, _fit_compiled, _rounding, _sampled, _sampled_compiled, fit_mins, fit_signed
-from quantkit.encoding.hessian import prepare
+from quantkit.encoding.backends import numba_backend
+from quantkit.encoding.backends.numba_backend import NumbaBackend
+from quantkit.encoding.backends.reference import Backend
+from quantkit.encoding.feedback import encode_rows
+from quantkit.encoding.guess import CURVE, fit_blocks, sampled
+from quantkit.encoding.hessian import Factor, prepare
 from quantkit.encoding.refit import normal_equations
-from quantkit.encoding.search import half_steps, round_to_levels
+from quantkit.encoding.state import EFFORTS, Effort
 
 CPU = torch.device("cpu")
-
-
-def both(monkeypatch, function):
-    """The plain and the compiled result."""
-    out = []
-    for compiled in (False, True):
-        monkeypatch.setattr(search, "use_compiled", compiled)
-        out.append(function())
-    return out
+BOTH = (Backend(), NumbaBackend())
 
 
 @pytest.mark.parametrize("effort", ["fast", "normal"])
 @pytest.mark.parametrize("qtype", TYPES)
-def test_passes_choose_what_the_reference_chooses(qtype, effort, monkeypatch):
+def test_passes_choose_what_the_reference_chooses(qtype, effort):
     """Nearly always the same codes: sums in another order decide near-ties. The short lists of IQ1_S and IQ2_S at
     `fast` may miss the nearest entry: at most 1 % of the output error."""
     w, hessian = data(rows=37)
     fmt, how = formats()[qtype], EFFORTS[effort]
     factor = prepare([hessian], w.shape[1], CPU, full=how.feedback)
-    plain, ours = both(monkeypatch, lambda: encode_rows(fmt, w[None], factor, how))
+    plain, ours = (encode_rows(fmt, w[None], factor, how, backend) for backend in BOTH)
     short = effort == "fast" and qtype in ("IQ1_S", "IQ2_S")
     assert (ours.entry == plain.entry).float().mean() > (0.95 if short else 0.99)
     rel = 0.01 if short else 2e-3
     assert output_error(w, ours.q[0], hessian) == pytest.approx(output_error(w, plain.q[0], hessian), rel=rel)
 
 
-def test_full_metric_without_feedback_is_searched_exactly(monkeypatch):
+def test_full_metric_without_feedback_is_searched_exactly():
     w, hessian = data(rows=9)
     fmt, factor = formats()["IQ1_S"], prepare([hessian], 512, CPU)
     how = Effort(feedback=False, tries=1, near=0, passes=0, refit=False)
-    plain, ours = both(monkeypatch, lambda: encode_rows(fmt, w[None], factor, how))
+    plain, ours = (encode_rows(fmt, w[None], factor, how, backend) for backend in BOTH)
     assert (ours.entry == plain.entry).float().mean() > 0.99
 
 
@@ -58,10 +52,10 @@ def test_full_metric_without_feedback_is_searched_exactly(monkeypatch):
 def test_sampled(qtype):
     g = torch.Generator().manual_seed(2)
     x, weights, base = (torch.rand(s, generator=g) + 0.1 for s in ((2, 9, 256), (2, 256), (2, 9)))
-    levels, shifts, span = _rounding(qtype)
-    want = _sampled(x, weights, base, levels, shifts, span)
+    rounding = formats()[qtype].rounding
+    want = sampled(x, weights, base, rounding)
     assert len(CURVE) == want.shape[-1]
-    assert torch.allclose(_sampled_compiled(x, weights, base, levels, shifts, span), want, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(numba_backend.sampled(x, weights, base, rounding), want, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
@@ -70,8 +64,8 @@ def test_fits(qtype):
     fmt = formats()[qtype]
     x = torch.randn(2, 9, 256 // fmt.block, fmt.block, generator=g)
     w = torch.rand(2, 1, 256 // fmt.block, fmt.block, generator=g) + 0.1
-    s, m = _fit_compiled(fmt, x, w)
-    want_s, want_m = fit_mins(fmt, x, w) if fmt.n_mins else (fit_signed(fmt, x, w), torch.zeros_like(m))
+    s, m = numba_backend.fit_blocks(fmt, x, w)
+    want_s, want_m = fit_blocks(fmt, x, w)
     same = torch.isclose(s, want_s, rtol=1e-3) & torch.isclose(m, want_m, rtol=1e-3, atol=1e-4)
     assert same.float().mean() > 0.97  # two candidates may be as good as each other
 
@@ -80,23 +74,23 @@ def test_half_steps_are_nearest_levels():
     fmt = formats()["IQ4_XS"]
     y = torch.linspace(-140, 120, 2001)
     low, high = fmt.levels[0], fmt.levels[-1]
-    got = torch.from_numpy(half_steps(fmt))[((y.clamp(low, high) - low) * 2).long()]
-    assert torch.equal(got, round_to_levels(fmt, y)[0])
+    got = torch.from_numpy(fmt.half_steps)[((y.clamp(low, high) - low) * 2).long()]
+    assert torch.equal(got, fmt.round_to_levels(y)[0])
 
 
-def test_products(monkeypatch):
+def test_products():
     g = torch.Generator().manual_seed(3)
     unit, w, h = (torch.randn(s, generator=g) for s in ((1, 5, 2, 512), (1, 5, 512), (1, 512, 512)))
-    factor = type(prepare([None], 512, CPU))(h @ h.mT, None, None)
-    (a, b), (got_a, got_b) = both(monkeypatch, lambda: normal_equations(unit, w @ factor.h, factor))
+    factor = Factor(h @ h.mT, torch.empty(0), torch.empty(0))
+    (a, b), (got_a, got_b) = (normal_equations(unit, w @ factor.h, factor, backend.gram) for backend in BOTH)
     assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)
 
 
 FRESH = """
 import hashlib, torch
-from quantkit import encoders
+from quantkit.encoding import api
 w = torch.randn(1, 32, 512, generator=torch.Generator().manual_seed(0))
-print(hashlib.sha256(encoders.encode_batch("Q4_K", w, effort="fast", device="cpu").tobytes()).hexdigest())
+print(hashlib.sha256(api.encode_batch("Q4_K", w, effort="fast", device="cpu").tobytes()).hexdigest())
 """
 
 

@@ -1,0 +1,311 @@
+"""The back end of a CPU: the passes over a matrix's rows, around kernels that numba compiles."""
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from quantkit.codecs.format import SUPERBLOCK, Format, Rounding
+from quantkit.encoding.backends import numba_codebooks as codebooks
+from quantkit.encoding.backends import numba_levels as levels
+from quantkit.encoding.backends import numba_refit
+from quantkit.encoding.backends.reference import Backend
+from quantkit.encoding.guess import CURVE, Guess, guess_codebook, guess_levels, min_stretches, signed_stretches
+from quantkit.encoding.hessian import GROUP, Factor, blocks
+from quantkit.encoding.search import unit_upper
+from quantkit.encoding.state import Effort, State, near_mins
+
+GROUPS = SUPERBLOCK // GROUP
+WHOLE = np.empty((0, 0), np.int16)
+LONG = 1024  # entries from which a short list pays
+SHORT_LIST = 32  # entries per vector: costs 0.2 % of the output error at IQ1_S, 0.4 % at IQ2_S
+
+
+def array(t: torch.Tensor, rows: int | None = None) -> np.ndarray:
+    """A contiguous array of t, filled with zeros up to `rows`."""
+    if rows is not None and len(t) < rows:
+        t = torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])])
+    return t.contiguous().numpy()
+
+
+# -- constants of a type ----------------------------------------------------------------------------------------------
+
+
+@cache
+def sampling(rounding: Rounding) -> tuple[codebooks.Sampling, np.ndarray]:
+    """What `sampled` takes, and the sampled points as 2^-p: float32 [shifts, points]."""
+    step, n_shifts = rounding.levels[1] - rounding.levels[0], len(rounding.shifts)
+    zero = (rounding.levels[0] + np.array(rounding.shifts, np.float32))[:, None] / step
+    offset = np.repeat(zero, len(CURVE), 1).astype(np.float32)
+    points = np.repeat(2.0 ** -CURVE.astype(np.float32)[None], n_shifts, 0)
+    return codebooks.Sampling(offset, points, np.float32(len(rounding.levels) - 1), rounding.span), points
+
+
+@cache
+def book(fmt: Format) -> codebooks.Book:
+    """A codebook type, all of its entries to be searched."""
+    assert fmt.grid is not None
+    values = np.unique(fmt.grid)[:3]
+    return codebooks.Book(
+        grid=np.ascontiguousarray(fmt.grid.reshape(-1, codebooks.TILE, fmt.width).transpose(0, 2, 1)),
+        points=fmt.grid,
+        near=WHOLE,
+        middles=(values[1:] + values[:-1]) / 2,
+        multipliers=np.array(fmt.multipliers, np.float32),
+        shifts=np.array(fmt.shifts, np.float32),
+        signs=codebooks.SIGNS[fmt.signs],
+        block=fmt.block,
+    )
+
+
+@cache
+def short_book(fmt: Format) -> codebooks.Book:
+    """The same, with the entries closest to every vector of three levels, numbered in base 3: int16 [3^8, SHORT_LIST].
+    Only of long codebooks of three levels."""
+    whole = book(fmt)
+    grid = torch.from_numpy(whole.points)
+    if len(grid) < LONG or len(grid.unique()) != 3:
+        return whole
+    distance = torch.cdist(torch.cartesian_prod(*[grid.unique()] * GROUP), grid)
+    return whole._replace(near=distance.topk(SHORT_LIST, largest=False).indices.to(torch.int16).numpy())
+
+
+@cache
+def features(fmt: Format) -> torch.Tensor:
+    """What a metric's numbers must be multiplied by to give every entry's energy: [64, entries] where signs are in the
+    grid (full metric), else [width, entries] (diagonal)."""
+    entries = torch.from_numpy(fmt.grid)
+    products = (entries[:, :, None] * entries[:, None]).flatten(1) if fmt.signs == "grid" else entries.square()
+    return products.T.contiguous()
+
+
+def bias_of(fmt: Format, metric: torch.Tensor) -> np.ndarray:
+    """metric [32, 8, 8] -> energy of every entry in every group: [32, 8/width, tiles, TILE]."""
+    terms = metric.flatten(1) if fmt.signs == "grid" else metric.diagonal(dim1=1, dim2=2).reshape(-1, fmt.width)
+    return (terms @ features(fmt)).view(GROUPS, GROUP // fmt.width, -1, codebooks.TILE).numpy()
+
+
+@cache
+def kind(fmt: Format) -> levels.Levels:
+    """A type that rounds each weight alone."""
+    return levels.Levels(
+        low=np.float32(fmt.levels[0]),
+        high=np.float32(fmt.levels[-1]),
+        halves=fmt.half_steps,
+        stretches=np.array(min_stretches(fmt) if fmt.n_mins else signed_stretches(fmt), np.float32),
+        multipliers=np.array(fmt.multipliers, np.float32),
+        n_mins=fmt.n_mins,
+        block=fmt.block,
+    )
+
+
+def level_index(fmt: Format, value: np.ndarray) -> np.ndarray:
+    """Levels -> their indices."""
+    if fmt.half_steps is None:
+        return (value - np.float32(fmt.levels[0])).astype(np.int32)
+    return np.searchsorted(fmt.levels, value).astype(np.int32)
+
+
+def padded(rows: int) -> int:
+    """Rows that the kernels of types without a codebook take."""
+    return -(-rows // levels.LANES) * levels.LANES
+
+
+# -- first guesses ----------------------------------------------------------------------------------------------------
+
+
+def sampled(x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """As guess.sampled."""
+    (how, points), (e, n, width) = sampling(rounding), x.shape
+    unit = base * (rounding.levels[1] - rounding.levels[0])
+    out = torch.empty(e, n, width // rounding.span, *points.shape)
+    for i in range(e):
+        codebooks.sampled(array(x[i]), array(weights[i]), (1 / unit[i]).numpy(), how, out[i].numpy())
+    return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
+
+
+def fit_blocks(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As guess.fit_blocks."""
+    s, m = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
+    for e in range(len(x)):
+        xe, we = array(x[e]), array(weights[e, 0])
+        if fmt.n_mins:
+            levels.fit_mins(xe, we, kind(fmt), s[e].numpy(), m[e].numpy())
+        else:
+            levels.fit_signed(xe, we, kind(fmt), s[e].numpy())
+    return s, m
+
+
+# -- one superblock of one matrix -------------------------------------------------------------------------------------
+
+
+def encode_grid(
+    fmt: Format, target: torch.Tensor, w: torch.Tensor, first: Guess, metric: torch.Tensor, u: np.ndarray
+) -> codebooks.Chosen:
+    """Encode 256 columns of a codebook type: target, w [R, 256]; metric [32, 8, 8]; u as in codebooks.Local."""
+    rows, count = len(w), SUPERBLOCK // fmt.block
+    out = codebooks.Chosen(
+        np.zeros((rows, count), np.int32),
+        np.zeros((rows, count), np.int32),
+        np.empty((rows, SUPERBLOCK // fmt.width), np.int32),
+        np.zeros((rows, GROUPS), np.int32),
+        np.empty((rows, SUPERBLOCK), np.float32),
+        np.empty((rows, SUPERBLOCK), np.float32),
+    )
+    # Under a diagonal a few entries serve as well as all; where errors are fed back, all are scored.
+    alone = not len(u) and torch.equal(metric, torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1)))
+    codes = array(torch.stack([first.scale, first.offset], -1).int())
+    local = codebooks.Local(array(metric), bias_of(fmt, metric), u)
+    here = short_book(fmt) if alone else book(fmt)
+    codebooks.feedback_grid(array(target), array(w), array(first.d), codes, here, local, out)
+    return out
+
+
+def encode_levels(
+    fmt: Format, target: torch.Tensor, w: torch.Tensor, first: Guess, metric: torch.Tensor, u: np.ndarray, near: int
+) -> levels.Chosen:
+    """The same of a type that rounds each weight alone; rows are filled up to a multiple of LANES."""
+    rows = padded(len(w))
+    upper, diagonal = unit_upper(metric)
+    weights = metric.diagonal(dim1=-2, dim2=-1).flatten()
+    local = levels.Local(array(weights), array(upper), array(diagonal.flatten()), u)
+    out = levels.Chosen(
+        array(first.scale[..., 0].int(), rows),
+        array(first.offset[..., 0].int(), rows),
+        np.empty((rows, SUPERBLOCK), np.float32),
+        np.empty((rows, SUPERBLOCK), np.float32),
+    )
+    steps = array(first.d, rows), array(first.dmin, rows)
+    reach = near, near_mins(fmt, near)
+    levels.feedback_levels(array(target, rows), array(w, rows), steps, reach, kind(fmt), local, out)
+    return out
+
+
+class Window:
+    """The codes of one superblock of matrix e in a state."""
+
+    def __init__(self, state: State, e: int, start: int):
+        self.fmt = state.fmt
+        each = {"scale": self.fmt.block, "offset": self.fmt.block, "entry": self.fmt.width, "sign": GROUP}
+        each |= {"value": 1, "q": 1}
+        self.codes = {
+            name: getattr(state, name)[e, :, start // k : (start + SUPERBLOCK) // k] for name, k in each.items()
+        }
+        self.d, self.dmin = (t[e, :, start // SUPERBLOCK] for t in (state.d, state.dmin))
+
+    def read(self, name: str, rows: int | None = None) -> np.ndarray:
+        """A copy for a kernel: [rows, …]."""
+        t = self.codes[name]
+        return array(t.int() if name in ("scale", "offset") else t.clone(), rows)
+
+    def write(self, out: codebooks.Chosen | levels.Chosen) -> None:
+        """Keep what a kernel has chosen."""
+        new = out._asdict()
+        if isinstance(out, levels.Chosen):
+            new["entry"] = level_index(self.fmt, out.value)
+        for name, values in new.items():
+            self.codes[name].copy_(torch.from_numpy(values[: len(self.d)]))
+
+
+def revise_grid(
+    window: Window, gradient: torch.Tensor, h: torch.Tensor, metric: torch.Tensor, inverse: torch.Tensor
+) -> None:
+    """Descend over one superblock of a codebook type.
+
+    gradient [R, 256] of half the cost; h [256, 256], metric and inverse [32, 8, 8]: its blocks and their inverses.
+    """
+    fmt = window.fmt
+    out = codebooks.Chosen(*(window.read(name) for name in codebooks.Chosen._fields))
+    local = codebooks.Curvature(array(metric), bias_of(fmt, metric), array(h), array(inverse))
+    codebooks.descent_grid(array(gradient), array(window.d), book(fmt), local, out)
+    window.write(out)
+
+
+def revise_levels(
+    window: Window, gradient: torch.Tensor, h: torch.Tensor, metric: torch.Tensor, inverse: torch.Tensor
+) -> None:
+    """The same of a type that rounds each weight alone."""
+    fmt, rows = window.fmt, padded(len(gradient))
+    upper, diagonal = unit_upper(metric)
+    out = levels.Chosen(*(window.read(name, rows) for name in levels.Chosen._fields))
+    local = levels.Curvature(array(h), array(inverse), array(upper), array(diagonal.flatten()))
+    steps = array(window.d, rows), array(window.dmin, rows)
+    levels.descent_levels(array(gradient, rows), steps, kind(fmt), local, out)
+    window.write(out)
+
+
+# -- passes -----------------------------------------------------------------------------------------------------------
+
+
+class NumbaBackend(Backend):
+    """Encodes a superblock of all rows of a matrix in one call of a kernel. Matrices are on the CPU."""
+
+    def guess(self, fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:
+        """See guess.guess."""
+        if fmt.grid is not None:
+            return guess_codebook(fmt, x, weights, tries, sampled)
+        return guess_levels(fmt, x, weights, fit_blocks)
+
+    def plain_pass(self, fmt: Format, w: torch.Tensor, d: torch.Tensor, effort: Effort) -> State:
+        """See reference.Backend; a superblock after the other."""
+        state, uncoupled = State.empty(fmt, w), d.new_empty(len(w), 0, 0)
+        for start in range(0, w.shape[-1], SUPERBLOCK):
+            self._encode(state, w, w[..., start : start + SUPERBLOCK].contiguous(), d, uncoupled, start, effort)
+        return state
+
+    def superblock(
+        self,
+        state: State,
+        w: torch.Tensor,
+        target: torch.Tensor,
+        error: torch.Tensor,
+        factor: Factor,
+        start: int,
+        effort: Effort,
+    ) -> None:
+        """See reference.Backend."""
+        part = slice(start, start + SUPERBLOCK)
+        self._encode(state, w, target, factor.d, factor.u[:, part, part], start, effort)
+        torch.sub(w[..., part], state.q[..., part], out=error[..., part])
+
+    def _encode(
+        self,
+        state: State,
+        w: torch.Tensor,
+        target: torch.Tensor,
+        d: torch.Tensor,
+        u: torch.Tensor,
+        start: int,
+        effort: Effort,
+    ) -> None:
+        """d [E, n/8, 8, 8]; u [E, 256, 256] of these columns, or [E, 0, 0]."""
+        fmt = state.fmt
+        metric = d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
+        first = self.guess(fmt, target, metric.diagonal(dim1=-2, dim2=-1).flatten(1), effort.tries)
+        state.d[..., start // SUPERBLOCK], state.dmin[..., start // SUPERBLOCK] = first.d, first.dmin
+        for e in range(len(w)):
+            window, old = Window(state, e, start), w[e, :, start : start + SUPERBLOCK]
+            one = Guess(first.d[e], first.dmin[e], first.scale[e], first.offset[e])
+            if fmt.grid is not None:
+                window.write(encode_grid(fmt, target[e], old, one, metric[e], array(u[e])))
+            else:
+                window.write(encode_levels(fmt, target[e], old, one, metric[e], array(u[e]), effort.near))
+
+    def descend_groups(self, w: torch.Tensor, factor: Factor, state: State) -> None:
+        """See reference.Backend."""
+        revise = revise_levels if state.fmt.grid is None else revise_grid
+        for e in range(len(w)):
+            h = factor.h[e]
+            metrics = blocks(h[None])[0]
+            inverses = torch.linalg.inv(metrics)
+            error = state.q[e] - w[e]
+            for start in range(0, w.shape[-1], SUPERBLOCK):
+                part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+                window = Window(state, e, start)
+                revise(window, error @ h[:, part], h[part, part], metrics[groups], inverses[groups])
+                error[:, part] = state.q[e, :, part] - w[e, :, part]
+
+    def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
+        """See reference.Backend."""
+        for e in range(len(unit)):
+            numba_refit.products(image[e].numpy(), unit[e].numpy(), a[e].numpy(), k)

@@ -1,0 +1,184 @@
+"""The back end of a CUDA GPU: the passes over all rows of all matrices, around Triton's kernels."""
+
+import torch
+
+from quantkit.codecs.format import SUPERBLOCK, Format, tables
+from quantkit.encoding.backends import triton_codebooks as codebooks
+from quantkit.encoding.backends import triton_levels as levels
+from quantkit.encoding.backends import triton_refit, triton_search
+from quantkit.encoding.backends.reference import Backend
+from quantkit.encoding.guess import Guess, share
+from quantkit.encoding.hessian import GROUP, Factor, blocks
+from quantkit.encoding.search import unit_upper
+from quantkit.encoding.state import Effort, State, block_scale
+
+SPAN = 32  # columns that one launch of a descent revises
+
+
+class TritonBackend(Backend):
+    """Encodes a block of all rows of all matrices in one launch."""
+
+    def best_entry(
+        self, linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See search.best_entry."""
+        return triton_search.best_entry(linear, square, grid, bias)
+
+    def guess(self, fmt: Format, x: torch.Tensor, weights: torch.Tensor, tries: int | None) -> Guess:
+        """See guess.guess."""
+        if fmt.grid is None:
+            return _guess_levels(fmt, x.mT.contiguous(), weights)
+        if tries is None:
+            return super().guess(fmt, x, weights, tries)
+        d, pairs = triton_search.guess(fmt, x, weights, tries)
+        return Guess(d, torch.zeros_like(d), (pairs & 255).long(), (pairs >> 8).long())
+
+    def superblock(
+        self,
+        state: State,
+        w: torch.Tensor,
+        target: torch.Tensor,
+        error: torch.Tensor,
+        factor: Factor,
+        start: int,
+        effort: Effort,
+    ) -> None:
+        """See reference.Backend."""
+        if state.fmt.grid is not None:
+            metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
+            weights = metric.diagonal(dim1=-2, dim2=-1).flatten(1)
+            first = self.guess(state.fmt, target, weights, effort.tries)
+            _codebook_superblock(state, w, target, error, factor, start, first)
+        else:
+            _levels_superblock(state, w, target, factor, start, effort.near)
+            part = slice(start, start + SUPERBLOCK)
+            torch.sub(w[..., part], state.q[..., part], out=error[..., part])
+
+    def descend_groups(self, w: torch.Tensor, factor: Factor, state: State) -> None:
+        """See reference.Backend."""
+        descend = _descend_levels if state.fmt.grid is None else _descend_codebook
+        descend(w, factor.h, state)
+
+    def gram(self, unit: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """See reference.Backend."""
+        if factor.coupled:  # sums of 256 and more products: 8 bits of each are enough for d
+            unit, factor = unit.bfloat16(), Factor(factor.h.bfloat16(), factor.u, factor.d)
+        return super().gram(unit, factor)
+
+    def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
+        """See reference.Backend."""
+        triton_refit.products(image, unit, a, k)
+
+
+# -- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def _codebook_superblock(
+    state: State, w: torch.Tensor, target: torch.Tensor, error: torch.Tensor, factor: Factor, start: int, first: Guess
+) -> None:
+    """From the guess `first` on, with a kernel for each block."""
+    fmt = state.fmt
+    metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
+    state.d[..., start // SUPERBLOCK] = first.d
+    scores = codebooks.scores_of(fmt, metric, metric)  # no inverse is needed
+    codes = (first.scale + 256 * first.offset).int().contiguous()
+    for lo in range(0, SUPERBLOCK, fmt.block):
+        before, here = slice(start, start + lo), slice(start + lo, start + lo + fmt.block)
+        if lo:
+            target[..., lo : lo + fmt.block].baddbmm_(error[..., before], factor.u[:, before, here])
+        codebooks.feedback_block(state, w, target, factor, scores, codes, start + lo)
+        torch.sub(w[..., here], state.q[..., here], out=error[..., here])
+
+
+def _descend_codebook(w: torch.Tensor, h: torch.Tensor, state: State) -> None:
+    """With a kernel for every 32 columns."""
+    metrics = blocks(h)
+    inverses = torch.linalg.inv(metrics)
+    error, change = state.q - w, w.new_empty(*w.shape[:2], SUPERBLOCK)
+    for start in range(0, w.shape[-1], SUPERBLOCK):
+        groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+        gradient = error @ h[:, :, start : start + SUPERBLOCK]
+        scores = codebooks.scores_of(state.fmt, metrics[:, groups].contiguous(), inverses[:, groups].contiguous())
+        for lo in range(0, SUPERBLOCK, SPAN):
+            before, here = slice(start, start + lo), slice(start + lo, start + lo + SPAN)
+            if lo:
+                gradient[..., lo : lo + SPAN].baddbmm_(change[..., :lo], h[:, before, here])
+            codebooks.descent_block(state, gradient, change, h, scores, start + lo)
+        error[..., start : start + SUPERBLOCK] += change
+
+
+# -- weights rounded alone --------------------------------------------------------------------------------------------
+
+
+def _guess_levels(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> Guess:
+    """As guess.guess, but of x [E, 256, N]; weights [E, 256]."""
+    return share(fmt, *levels.fit(fmt, x, weights), weights.view(len(weights), 1, -1, fmt.block).sum(-1))
+
+
+def _levels_superblock(
+    state: State, w: torch.Tensor, target: torch.Tensor, factor: Factor, start: int, near: int
+) -> None:
+    """With a kernel for each block; the superblock in hand is kept as [E, 256, R]."""
+    fmt, (e, r, _) = state.fmt, w.shape
+    part, count = slice(start, start + SUPERBLOCK), SUPERBLOCK // fmt.block
+    groups = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
+    weights = groups.diagonal(dim1=-2, dim2=-1).reshape(e, SUPERBLOCK)
+    upper, diagonal = (t.contiguous() for t in unit_upper(groups))
+    metric = levels.Metric(weights, upper, diagonal, blocks(factor.u[:, part, part], fmt.block))
+    target, old = target.mT.contiguous(), w[..., part].mT.contiguous()
+    first = _guess_levels(fmt, target, weights)
+    columns = levels.Columns(target, old, torch.empty_like(target), torch.empty_like(target))
+    codes = torch.empty(2, e, count, r, dtype=torch.int32, device=w.device)
+    steps = levels.Steps(codes[0], codes[1], first.d.contiguous(), first.dmin.contiguous())
+    for b in range(count):
+        levels.feedback_block(fmt, b, near, columns, steps, metric)
+        lo, hi = b * fmt.block, (b + 1) * fmt.block
+        if hi < SUPERBLOCK:
+            rest = factor.u[:, start + lo : start + hi, start + hi : start + SUPERBLOCK]
+            target[:, hi:].baddbmm_(rest.mT, columns.error[:, lo:hi])
+    here = slice(start // fmt.block, start // fmt.block + count)
+    state.d[..., start // SUPERBLOCK], state.dmin[..., start // SUPERBLOCK] = steps.d, steps.dmin
+    state.scale[..., here], state.offset[..., here] = steps.scale.mT, steps.offset.mT
+    _keep(state, start, columns.value)
+
+
+def _keep(state: State, start: int, value: torch.Tensor) -> None:
+    """Levels of one superblock [E, 256, R], and what follows from them, into the state."""
+    fmt, part = state.fmt, slice(start, start + SUPERBLOCK)
+    state.value[..., part] = value.mT
+    s, o = _scales(state, start)
+    v = state.value[..., part].unflatten(-1, (-1, fmt.block))
+    state.q[..., part] = (s[..., None] * v + o[..., None]).flatten(-2)
+    if fmt.half_steps is None:
+        state.entry[..., part] = state.value[..., part] - fmt.levels[0]
+    else:
+        state.entry[..., part] = torch.bucketize(state.value[..., part].contiguous(), tables(fmt, value.device).levels)
+
+
+def _scales(state: State, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """s and o of a superblock's blocks: [E, R, 256 / block]."""
+    fmt, sb = state.fmt, start // SUPERBLOCK
+    here = slice(start // fmt.block, (start + SUPERBLOCK) // fmt.block)
+    return block_scale(fmt, state.d[..., sb], state.dmin[..., sb], state.scale[..., here], state.offset[..., here])
+
+
+def _descend_levels(w: torch.Tensor, h: torch.Tensor, state: State) -> None:
+    """With a kernel for every 32 columns."""
+    e, r, n = w.shape
+    metrics, wide = blocks(h), blocks(h, SPAN)
+    by_group = torch.linalg.inv(metrics), *unit_upper(metrics)
+    error = state.q - w
+    for start in range(0, n, SUPERBLOCK):
+        part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+        inverse, upper, diagonal = (t[:, groups].contiguous() for t in by_group)
+        near = wide[:, start // SPAN : (start + SUPERBLOCK) // SPAN].contiguous()
+        curvature = levels.Curvature(inverse, upper, diagonal, near)
+        gradient = h[:, part] @ error.mT  # H is symmetric
+        value, s = state.value[..., part].mT.contiguous(), _scales(state, start)[0].mT.contiguous()
+        descent = levels.Descent(gradient, value, torch.empty(e, SPAN, r, device=w.device), s)
+        for i in range(SUPERBLOCK // SPAN):
+            levels.descent_part(state.fmt, i, descent, curvature)
+            lo, hi = start + i * SPAN, start + (i + 1) * SPAN
+            gradient[:, hi - start :].baddbmm_(h[:, lo:hi, hi : part.stop].mT, descent.change)
+        _keep(state, start, value)
+        torch.sub(state.q[..., part], w[..., part], out=error[..., part])
