@@ -192,7 +192,7 @@ def quantized(qtype: str, w: torch.Tensor, hessians: list, importances: list, v:
     if v.encoder == "quantkit" and qtype in SUPPORTED:
         if v.damping != 1.0:
             hessians = [None if h is None else replace(h, tokens=h.tokens / v.damping) for h in hessians]
-        return encode_values(qtype, w, hessians, effort=v.effort)
+        return encode_values(qtype, w, hessians, effort=v.effort, beta=v.beta)
     out = []
     for matrix, importance in zip(w.cpu(), importances, strict=True):
         data = ggml.quantize(qtype, matrix.numpy(), None if importance is None else importance.cpu().numpy())
