@@ -1,1 +1,1 @@
-"""Several requests at once: scheduler, chat, HTTP."""
+"""Text to people: a conversation on the terminal, several requests at once over HTTP."""

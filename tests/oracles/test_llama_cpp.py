@@ -173,7 +173,7 @@ TEXTS = [
 def test_tokenizer(plain):
     path = plain("F32")
     theirs = llama_oracle.tokenize(path, TEXTS)
-    original, from_file = reference().tokenizer(), open_gguf(path).tokenizer()
+    original, from_file = reference().tokenizer(), open_source(path).tokenizer()
     for text, ids in zip(TEXTS, theirs, strict=True):
         assert tokenizers.tokenize(original, text) == ids, text
         assert tokenizers.tokenize(from_file, text) == ids, text
