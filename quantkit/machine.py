@@ -16,6 +16,11 @@ DISK_BYTES = 1 << 30
 BLOCK = 8 << 20
 
 
+def default_device() -> str:
+    """torch's name of a GPU if there is one, else of the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def free_ram() -> int:
     """Bytes that a new process can take without swapping (MemAvailable)."""
     for line in Path("/proc/meminfo").read_text().splitlines():

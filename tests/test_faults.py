@@ -31,7 +31,7 @@ from quantkit.job import stages
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.planning.plan import Plan
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 
 ROOT = Path(__file__).parents[1]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"

@@ -75,8 +75,9 @@ def calibrate(model: str, output: Path, calibration: "Calibration", device: str 
     """
     from quantkit.calibration import measure
     from quantkit.job import stages
+    from quantkit.machine import default_device
 
-    source = stages.open_for_calibration(model, device or stages.default_device())
+    source = stages.open_for_calibration(model, device or default_device())
     measure.calibrate(source, calibration, output, restart)
     click.echo(str(output))
 
@@ -121,9 +122,10 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
     from quantkit.job import stages
+    from quantkit.machine import default_device
     from quantkit.models.open import open_weights
 
-    source = stages.source_of(open_weights(model), device or stages.default_device())
+    source = stages.source_of(open_weights(model), device or default_device())
     stages.measure_sensitivity(source, imatrix, output, how)
     click.echo(str(output / "sensitivity.json"))
 

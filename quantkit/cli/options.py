@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
     from quantkit.calibration.measure import Calibration
-    from quantkit.job.plan import BudgetOptions
+    from quantkit.planning.budget import BudgetOptions
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -165,7 +165,7 @@ class Types:
 def _budget(
     size: FileSize | None, ram: int | None, vram: int | None, context: int = 16384, measured: Path | None = None
 ) -> "BudgetOptions":
-    from quantkit.job.plan import BudgetOptions
+    from quantkit.planning.budget import BudgetOptions
 
     size = size or FileSize()
     return BudgetOptions(size=size.size, bpw=size.bpw, ram=ram, vram=vram, context=context, measured=measured)

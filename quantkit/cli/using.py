@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +16,9 @@ from quantkit.cli.options import FILE, FOLDER, OUT, Placement, Shared
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
+    from quantkit.job.certify import CertifyOptions
     from quantkit.job.publish.upload import Destination
-    from quantkit.job.stages import CertifyOptions, VerifyOptions
+    from quantkit.job.stages import VerifyOptions
     from quantkit.runtime.generate import Sampling
     from quantkit.serving.chat import Conversation
 
@@ -77,16 +79,20 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
     from quantkit.job import stages
+    from quantkit.machine import default_device
     from quantkit.models.open import open_weights
+    from quantkit.runtime.engines.open import open_engine
+    from quantkit.runtime.sources.gguf import open_gguf
 
-    original = open_weights(reference)
-    result = stages.verify_file(file, original, device or stages.default_device(), how, out)
+    original, device = open_weights(reference), device or default_device()
+    runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
+    result = stages.verify_file(file, original, device, how, out, runtime=runtime)
     click.echo(short_table(result, file))
 
 
 def _certify_options(**given: Any) -> "CertifyOptions":
     """given: fields of CertifyOptions, by their names."""
-    from quantkit.job.stages import CertifyOptions
+    from quantkit.job.certify import CertifyOptions
 
     return CertifyOptions(**given)
 
@@ -110,10 +116,11 @@ def _certify_options(**given: Any) -> "CertifyOptions":
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
     """Is this file right for that engine? A table of checks, certify.json, and exit code 1 if one fails."""
-    from quantkit.job import stages
+    from quantkit.job.certify import certify_file
     from quantkit.job.folder import CERTIFY
+    from quantkit.machine import default_device
 
-    made = stages.certify_file(file, device or stages.default_device(), out or file.with_name(CERTIFY), how)
+    made = certify_file(file, device or default_device(), out or file.with_name(CERTIFY), how)
     Console(width=110).print(made.table())
     sys.exit(0 if made.passed else 1)
 
@@ -189,9 +196,9 @@ def run(
     placement: Placement,
 ) -> None:
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
-    from quantkit.job.stages import default_device
+    from quantkit.machine import default_device
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.sources.weights import open_gguf
+    from quantkit.runtime.sources.gguf import open_gguf
     from quantkit.serving.chat import Conversation
 
     show_placement()
@@ -270,9 +277,9 @@ class Door:
 @options.placement
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
-    from quantkit.job.stages import default_device
+    from quantkit.machine import default_device
     from quantkit.runtime.engines.open import open_engine
-    from quantkit.runtime.sources.weights import open_gguf
+    from quantkit.runtime.sources.gguf import open_gguf
 
     with needs("serve"):
         from quantkit.serving import http as server

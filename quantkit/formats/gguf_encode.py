@@ -4,13 +4,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from gguf.constants import GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType
 
 from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import MAX_NAME, pad
+from quantkit.formats.gguf_values import I32List, Scalar, Typed, Value
 
 
 class TensorInfo(Protocol):
@@ -60,50 +61,6 @@ class PlainTensor:
         """Bytes of all rows."""
         return self.row_bytes * prod(self.shape[:-1])
 
-
-@dataclass(frozen=True)
-class Typed:
-    """A metadata value with its exact GGUF type: llama.cpp refuses a u32 key stored as anything else."""
-
-    value: int | float
-    kind: ClassVar[GGUFValueType]
-
-
-class U16(Typed):
-    """An unsigned 16-bit integer: numbers of splits."""
-
-    kind = GGUFValueType.UINT16
-
-
-class U32(Typed):
-    """An unsigned 32-bit integer: most counts and sizes."""
-
-    kind = GGUFValueType.UINT32
-
-
-class I32(Typed):
-    """A signed 32-bit integer."""
-
-    kind = GGUFValueType.INT32
-
-
-class F32(Typed):
-    """A single-precision float."""
-
-    kind = GGUFValueType.FLOAT32
-
-
-@dataclass(frozen=True)
-class I32List:
-    """An array of i32 (token types); a plain list of ints is stored the same way."""
-
-    values: Sequence[int]
-
-
-Scalar = str | bool | int | float
-PlainValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
-Value = PlainValue | Typed | I32List
-"""A metadata value. Plain ones: bool, str, int >= 0 as u32, int < 0 as i32, float as f32, ints in a list as i32."""
 
 LAYOUT = {
     GGUFValueType.UINT16: "<H",

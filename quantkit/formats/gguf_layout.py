@@ -5,17 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_encode import (
-    I32,
-    U16,
-    TensorInfo,
-    Value,
-    check_tensors,
-    encode_header,
-    encode_metadata,
-    encode_tensor,
-)
+from quantkit.formats.gguf_encode import TensorInfo, check_tensors, encode_header, encode_metadata, encode_tensor
 from quantkit.formats.gguf_spec import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, pad, split_path
+from quantkit.formats.gguf_values import I32, U16, Value
 from quantkit.formats.part_file import FileLayout
 
 MAX_SPLITS = 65_535  # split.count is a u16

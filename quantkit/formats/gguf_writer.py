@@ -12,8 +12,9 @@ import numpy as np
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_encode import TensorInfo, Value
+from quantkit.formats.gguf_encode import TensorInfo
 from quantkit.formats.gguf_layout import digest, layout
+from quantkit.formats.gguf_values import Value
 from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
 from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
 from quantkit.formats.resume import all_written, existing_files, fresh_parts, old_parts, resumable

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_encode import U32, PlainTensor, Value
+from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_values import U32, Value
 from quantkit.formats.part_file import FileLayout, make_folder, sync_folder
 from quantkit.formats.whole_file import replacing
 from quantkit.tensors import Imatrix, Importance

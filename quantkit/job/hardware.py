@@ -6,10 +6,11 @@ from pathlib import Path
 
 from quantkit import bundle
 from quantkit import machine as probe
-from quantkit.job.plan import BudgetOptions, files_of, load_or_plan
+from quantkit.job.plan import files_of, load_or_plan
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
 from quantkit.planning import hardware_table, targets
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
 from quantkit.planning.recipe import Recipe
 

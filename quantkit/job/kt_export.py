@@ -25,7 +25,7 @@ from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
 SIDECAR = "attn_kv_b.gguf"

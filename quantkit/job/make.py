@@ -33,12 +33,12 @@ from quantkit.job.plan import plan_model, recipe_text
 from quantkit.job.stages import (
     QuantizeOptions,
     VerifyOptions,
-    default_device,
     imatrix_metadata,
     quantize_model,
     source_of,
     verify_file,
 )
+from quantkit.machine import default_device
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track

@@ -13,7 +13,7 @@ from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.folder import IMATRIX
-from quantkit.job.plan import BudgetOptions
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
 
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes

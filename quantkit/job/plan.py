@@ -1,7 +1,6 @@
 """A model, a recipe and a budget -> a plan and the bytes of its file, before any weight is read."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -15,6 +14,7 @@ from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
 from quantkit.planning import hardware, targets
 from quantkit.planning.assign import make_plan, plan_within, predict
+from quantkit.planning.budget import NO_BUDGET, BudgetOptions
 from quantkit.planning.damage import Damage, Measured, Prior
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
@@ -24,40 +24,6 @@ from quantkit.tensors import TensorSpec
 DEFAULT_RECIPE = "1.58bit"
 VOCABULARY_BYTES = 41.1  # a token in R1's GGUF: 5.3 MB of tokens, types and merges for 129,280
 RUN_BYTES = 512  # metadata that only the run knows: names of imatrix and text
-
-
-@dataclass(frozen=True)
-class BudgetOptions:
-    """What `plan` and `make` can be told about size; nothing: the recipe alone decides.
-
-    size: bytes of the whole file; bpw: bits of tensor data per weight; ram, vram: bytes that the model may take on the
-    machine that will run it, with a KV cache of `context` tokens. measured: a sensitivity.json, None: the prior.
-    """
-
-    size: int | None = None
-    bpw: float | None = None
-    ram: int | None = None
-    vram: int | None = None
-    context: int = 16384
-    measured: Path | None = None
-
-    @property
-    def given(self) -> bool:
-        """Whether there is any limit."""
-        return any(limit is not None for limit in (self.size, self.bpw, self.ram, self.vram))
-
-    def check(self) -> None:
-        """QuantkitError for limits that contradict each other or leave no room."""
-        limits = {"--size": self.size, "--size in bpw": self.bpw, "--ram": self.ram}
-        chosen = [name for name, value in limits.items() if value is not None]
-        if len(chosen) > 1:
-            raise QuantkitError(f"{' and '.join(chosen)} contradict each other: give one budget")
-        if self.size == 0 or (self.ram == 0 and not self.vram):
-            raise QuantkitError(f"{chosen[0]} 0 leaves no room for any file")
-        if self.vram is not None and self.ram is None:
-            raise QuantkitError(
-                "--vram needs --ram too: what the GPU cannot hold of the routed experts streams from it"
-            )
 
 
 def recipe_name(recipe: str | Path | None, budget: BudgetOptions) -> str:
@@ -80,7 +46,7 @@ def plan_model(
     model: ModelRef | Path | str,
     recipe: str | Path | None = None,
     target: str | None = None,
-    budget: BudgetOptions = BudgetOptions(),
+    budget: BudgetOptions = NO_BUDGET,
     split_max_bytes: int | None = None,
 ) -> Plan:
     """A type for every tensor: by a recipe, within a budget, or as a plan.json has it. Needs no weights.
@@ -179,7 +145,7 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
     """`plan_model` for one of several that are shown together: target and budget are for those that they can decide."""
     if is_plan(recipe):
         return plan_model(model, recipe)
-    return plan_model(model, recipe, target, budget if Recipe.load(recipe).is_open else BudgetOptions())
+    return plan_model(model, recipe, target, budget if Recipe.load(recipe).is_open else NO_BUDGET)
 
 
 def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,24 @@ from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError, needs
 from quantkit.evaluation import generation
-from quantkit.evaluation.certificate import Certificate
-from quantkit.evaluation.certify import certify
 from quantkit.evaluation.divergence import Score
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX
 from quantkit.models import family, tokenizer
-from quantkit.models.open import open_model, open_weights
+from quantkit.models.open import open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import Source
-
-
-def default_device() -> str:
-    """A GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
@@ -162,10 +153,12 @@ def verify_file(
     how: VerifyOptions = VerifyOptions(),
     out: Path | None = None,
     passed: ReferencePass | None = None,
+    runtime: Opener | None = None,
 ) -> dict[str, Any]:
     """Perplexity and divergence of a file from the original, on text that calibration never uses. See `verify`.
 
     out: where to write the figures too. passed: the original's side, if it has run along with another pass.
+    runtime: opens the file as a person runs it, for what `how` asks of that.
     """
     original, quantized = source_of(reference, device), open_source(path, device)
     text = how.text.corpus("evaluation")
@@ -176,7 +169,6 @@ def verify_file(
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
     result = made.figures
-    runtime = partial(open_engine, open_gguf(path, device), 1) if how.runtime_tokens or how.prompts else None
     if runtime and how.runtime_tokens:
         result["runtime"] = runtime_mode(runtime, made.heads, chunks, how.score, how.runtime_tokens)
     if runtime and how.prompts:
@@ -185,25 +177,3 @@ def verify_file(
     if out:
         write_json(out, result)
     return result
-
-
-@dataclass(frozen=True)
-class CertifyOptions:
-    """What `certify` checks. reference: a model, whose metadata and weights to compare with. imatrix: importance by
-    which to weigh errors. engine: run the file in the target's engine where it is installed. values: decode all."""
-
-    target: str = "llama.cpp"
-    reference: str | Path | None = None
-    imatrix: Path | None = None
-    engine: bool = True
-    values: bool = True
-
-
-@torch.inference_mode()
-def certify_file(path: Path, device: str, out: Path, how: CertifyOptions = CertifyOptions()) -> Certificate:
-    """All checks of a file for a target; writes certify.json, passed or not."""
-    original = open_model(how.reference) if how.reference else None
-    importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
-    made = certify(path, how.target, original, importance, engine=how.engine, values=how.values, device=device)
-    write_json(out, made.to_dict())
-    return made

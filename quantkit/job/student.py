@@ -18,8 +18,7 @@ from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, attention, feed_forward, rms_norm, unwatched
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
-from quantkit.runtime.sources.gguf import Dequantized, GGUFSource
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import Dequantized, GGUFSource, GGUFWeights, open_gguf
 from quantkit.runtime.stream import head_logits
 from quantkit.tensors import TensorSpec
 

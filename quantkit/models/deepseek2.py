@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_encode import F32, U32
+from quantkit.formats.gguf_values import F32, U32
 from quantkit.models.config import Mla, ModelConfig, Yarn
 from quantkit.tensors import Assembly, TensorSpec, Weights
 

@@ -8,7 +8,7 @@ import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_encode import U32, I32List
+from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_json
 from quantkit.formats.tensor_table import read_text_file
 

@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 
 from quantkit import __version__
-from quantkit.formats.gguf_encode import U32
+from quantkit.formats.gguf_values import U32
 from quantkit.models import family, tokenizer
 from quantkit.models.config import ModelConfig
 from quantkit.planning.plan import Plan

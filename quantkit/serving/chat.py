@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.generate import Engine, Sampling, generate
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.pieces import Pieces, thoughts
 from quantkit.sizes import gib
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
 from quantkit.serving.chat import apply_template, tokenize_prompt
 from quantkit.serving.pieces import Pieces

@@ -19,7 +19,7 @@ import torch
 
 from quantkit.ggml.graph import Graph
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 
 
 def theirs(binary: str, file: str, threads: int, n_prompt: int, n_tokens: int) -> tuple[float, float]:

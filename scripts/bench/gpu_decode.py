@@ -29,8 +29,7 @@ from quantkit.runtime.engines.staging import copy_bytes
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.cpu import GgmlExperts
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.workers import Workers
 
 GB = 1e9

@@ -13,7 +13,7 @@ import torch
 from quantkit import sizes
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 
 
 def decode(engine: Engine, prompts: list[list[int]], n_tokens: int) -> tuple[list[list[int]], float]:

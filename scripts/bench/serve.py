@@ -16,7 +16,7 @@ import openai
 import torch
 
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.serving import http as serve
 
 

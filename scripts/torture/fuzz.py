@@ -48,7 +48,7 @@ from quantkit.models import family, tokenizer
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 
 HOSTILE = [
     None,

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.formats.gguf_encode import F32, U32, I32List, PlainTensor
+from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_values import F32, U32, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml import codec as ggml
 

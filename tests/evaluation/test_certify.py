@@ -15,8 +15,8 @@ from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt as kt_oracle
 from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_encode import F32, U32
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_values import F32, U32
 
 from .mutations import MUTATIONS, Model
 

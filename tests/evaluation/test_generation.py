@@ -12,7 +12,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Opener, generate
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 

@@ -25,8 +25,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.stream import final_hidden, logit_tiles
 
 from .mutations import Model

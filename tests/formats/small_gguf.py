@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantkit.formats.gguf_encode import F32, U16, U32, I32List, PlainTensor
+from quantkit.formats.gguf_encode import PlainTensor
+from quantkit.formats.gguf_values import F32, U16, U32, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
 
 TENSORS = [

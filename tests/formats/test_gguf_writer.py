@@ -11,8 +11,9 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import part_file
-from quantkit.formats.gguf_encode import F32, U16, I32List, PlainTensor
+from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_values import F32, U16, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
 
 from .small_gguf import ID, METADATA, TENSORS, begin, data_of, fill, slices, write

@@ -21,7 +21,7 @@ from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job import make as pipeline
 from quantkit.job.options import MakeOptions
-from quantkit.job.plan import BudgetOptions
+from quantkit.planning.budget import BudgetOptions
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.watch import Watcher
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
+from quantkit.job.certify import CertifyOptions, certify_file
 from quantkit.job.plan import plan_model
 from quantkit.job.report import FIGURES, Material, write_report
-from quantkit.job.stages import CertifyOptions, certify_file
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
 

@@ -27,7 +27,7 @@ from quantkit.models import family
 from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 
 from . import conftest
 

@@ -20,9 +20,8 @@ from quantkit.evaluation.oracles import llama as llama_oracle
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.sources.gguf import GGUFSource, open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import Source, final_hidden, logit_tiles
 
 from .conftest import reference, twin

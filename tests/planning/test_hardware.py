@@ -11,6 +11,7 @@ from quantkit.job import plan as plans
 from quantkit.models import family
 from quantkit.models.open import open_model
 from quantkit.planning import bitmap, hardware, table
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
 
 GIB = 1 << 30
@@ -92,7 +93,7 @@ def test_vram_too_small_is_refused(plan, config):
 
 @pytest.mark.parametrize("ram, vram, context", [(128, 24, 16384), (96, 48, 4096), (160, 0, 8192), (64, 192, 32768)])
 def test_a_machines_plan_fits_it(config, ram, vram, context):
-    budget = plans.BudgetOptions(ram=ram * GIB, vram=vram * GIB or None, context=context)
+    budget = BudgetOptions(ram=ram * GIB, vram=vram * GIB or None, context=context)
     plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
     machine = Machine(ram * GIB, vram * GIB)
     placed = hardware.place(plan, config, machine, context)

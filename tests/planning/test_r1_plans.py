@@ -16,6 +16,7 @@ from quantkit.job import plan as plans
 from quantkit.models import family
 from quantkit.planning import table
 from quantkit.planning.assign import make_plan
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
@@ -76,13 +77,13 @@ def check_snapshot(name: str, text: str) -> None:
 def test_allocated_snapshot(recipe, target):
     """What the prior makes of the bytes of Unsloth's files."""
     size, _ = UNSLOTH[recipe]
-    plan = plans.plan_model("deepseek-r1", None, target, plans.BudgetOptions(size=size))
+    plan = plans.plan_model("deepseek-r1", None, target, BudgetOptions(size=size))
     tail = table.outlook(plan, plans.plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
     check_snapshot(f"auto-{recipe}.{target}.split.txt", f"{snapshot(plan)}\n{tail}\n")
 
 
 def test_machine_snapshot():
-    budget = plans.BudgetOptions(ram=128 << 30, vram=24 << 30)
+    budget = BudgetOptions(ram=128 << 30, vram=24 << 30)
     plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
     check_snapshot("auto-128GiB-24GiB.llama.cpp.split.txt", f"{snapshot(plan)}\n{plan.outlook.limit}\n")
 

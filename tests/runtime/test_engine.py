@@ -12,9 +12,8 @@ from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Sampling, generate, sample
-from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 GREEDY = Sampling(temperature=0)

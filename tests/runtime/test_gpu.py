@@ -17,8 +17,7 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -20,7 +20,7 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.residency import Residency
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving.chat import Conversation
 
 TINY = bundle.models_dir() / "tiny-r1"

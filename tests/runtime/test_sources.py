@@ -12,9 +12,8 @@ from quantkit.models import tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts, Turns
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import GGUFSource, open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.sources.weights import open_gguf
 from quantkit.runtime.stream import final_hidden, logit_tiles
 from quantkit.runtime.watch import Watcher
 from quantkit.runtime.workers import Workers

@@ -7,7 +7,7 @@ from quantkit.__main__ import main
 from quantkit.models import tokenizer as tokenizers
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
-from quantkit.runtime.sources.weights import open_gguf
+from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.serving.chat import Conversation
 from quantkit.serving.pieces import Pieces, thoughts
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
-from quantkit.runtime.sources.weights import GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import http as serve
 
 KEY = "secret"

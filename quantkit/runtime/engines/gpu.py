@@ -58,7 +58,7 @@ from quantkit.runtime.layers import (
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
 from quantkit.runtime.rope import angles
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gib
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing

@@ -6,10 +6,9 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.gguf import GGUFSource
+from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.tiled import Tiled, product_dtype
-from quantkit.runtime.sources.weights import GGUFWeights
 
 
 def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: GpuLayers = "auto") -> Engine:

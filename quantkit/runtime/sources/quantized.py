@@ -6,7 +6,7 @@ from quantkit.ggml import graph as ggml
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 
 BATCH = 512  # rows per product: bounds ggml's buffers
 

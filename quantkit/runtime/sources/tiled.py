@@ -16,7 +16,7 @@ from quantkit.ggml import graph as ggml
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
-from quantkit.runtime.sources.weights import GGUFWeights
+from quantkit.runtime.sources.gguf import GGUFWeights
 
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
