@@ -54,7 +54,8 @@ class EncoderOptions:
 
     effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype. Least squares shrinks what a
     matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are those that gave the least
-    KLD on other text (docs/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, as tokens.
+    KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, in
+    tokens.
     """
 
     effort: str = "normal"

@@ -6,7 +6,7 @@ original's over the calibration text, by Adam (arXiv 1412.6980); tuning only sca
 (arXiv 2407.11062), with the divergence of the whole model as target in place of the next token.
 
 The decoded model has to fit on the device: this is for models of up to about 15 billion weights on one GPU. The same
-by layer or by expert, which R1 would need, was measured and does not help (docs/encoders.md).
+by layer or by expert, which R1 would need, was measured and does not help (docs/results/encoders.md).
 """
 
 import math

@@ -1,7 +1,7 @@
 """What a type costs a tensor: predicted KL divergence at the output, nats a token.
 
 Two sources. `Prior` knows no model: one gain per role and an error per type, fitted on measured models
-(docs/allocation.md). `Measured` holds the entries of a sensitivity.json.
+(docs/results/allocation.md). `Measured` holds the entries of a sensitivity.json.
 """
 
 import math
@@ -135,7 +135,7 @@ def _mean(values: list[tuple[float, float]]) -> float:
 
 
 def interact(damages: float) -> float:
-    """Damages add up while they are small; larger ones meet a model that is already off (docs/allocation.md)."""
+    """Damages add up while small; larger ones meet a model that is already off (docs/results/allocation.md)."""
     return damages * (1 + INTERACTION * damages)
 
 

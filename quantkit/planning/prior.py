@@ -2,8 +2,8 @@
 
 log damage = log GAIN[role] / (tensors of that role) + log ERROR[type], fitted by `scripts/research/fit_prior.py` on the
 measured sensitivities of two trained models of R1's architecture (tiny-r1, 5.8 M weights, and another of 51 M), encoded
-by ggml with an imatrix; GAIN is the geometric mean of the two, in nats a token at Q4_K. docs/allocation.md: how well it
-does.
+by ggml with an imatrix; GAIN is the geometric mean of the two, in nats a token at Q4_K. How well it does:
+docs/results/allocation.md.
 """
 
 from quantkit.codecs.types import QTYPES

@@ -1,6 +1,6 @@
 """`quantkit export-kt`: rules that place every module, the sidecar's values, the folder's files and refusals.
 
-How rules were compared with KTransformers' own code is told in docs/engines.md; here its matching is repeated.
+How rules were compared with KTransformers' own code is told in docs/results/oracles.md; here its matching is repeated.
 """
 
 import json

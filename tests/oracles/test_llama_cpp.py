@@ -2,7 +2,7 @@
 
 llama.cpp rounds the input of every quantized matrix product to 8 bits. In a model of four layers that alone moves the
 logits by a KLD of about 0.005 and changes 5 % of the top tokens, and any other order of summation re-rolls it:
-llama.cpp differs from itself by as much with one flag or another (docs/engines.md). So there are two
+llama.cpp differs from itself by as much with one flag or another (docs/results/oracles.md). So there are two
 kinds of test. Where weights are not quantized, the two engines must agree to rounding, on the same quantized weights
 too (decoded to F32 by the `gguf` package, an independent decoder). On the quantized file itself, they must not differ
 more than llama.cpp differs from itself, and ours must be as near to exact arithmetic as llama.cpp is.

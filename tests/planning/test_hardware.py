@@ -62,7 +62,7 @@ def test_sixty_and_fourteen(plan, config):
     by_hand = speed.gpu / 900e9 + speed.ram / 80e9 + speed.disk / 3e9
     assert speed.tokens_per_second == pytest.approx(1 / by_hand)
     assert speed.ram + speed.disk == pytest.approx(placed.cpu_experts / 32, rel=1e-6)
-    assert 1 < speed.tokens_per_second < 2  # published: 3 to 5; see docs/allocation.md
+    assert 1 < speed.tokens_per_second < 2  # published: 3 to 5; see docs/results/allocation.md
 
 
 def test_without_gpu_everything_is_ram(plan, config):
