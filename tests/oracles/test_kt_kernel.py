@@ -45,8 +45,9 @@ def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
     def recording(layer: int, inner: LayerExperts) -> Experts:
         def recorded(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             x = x.bfloat16().float()
-            found[layer] = Visit(x, expert, weight, inner(x, expert, weight))
-            return found[layer].out
+            out = inner(x, expert, weight)
+            found[layer] = Visit(x, expert, weight, out.clone())  # the shared expert is added to `out` itself
+            return out
 
         return recorded
 
@@ -57,7 +58,7 @@ def visits(source: GGUFSource, tokens: torch.Tensor) -> dict[int, Visit]:
     return found
 
 
-@pytest.mark.parametrize("recipe", bundle.recipe_names())
+@pytest.mark.parametrize("recipe", [name for name in bundle.recipe_names() if name != "auto"])  # that wants a size
 def test_moe_layers(recipe: str, quantized: Callable[..., Path], chunks):
     path = quantized(recipe, "ktransformers")
     source = open_source(path)
