@@ -282,12 +282,12 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
     from quantkit.runtime.sources.gguf import open_gguf
 
     with needs("serve"):
-        from quantkit.serving import http as server
+        from quantkit.serving import http
 
     show_placement()
     weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
-    server.serve(weights, engine, door.host, door.port, server.Limits(queue=door.queue), door.api_key)
+    http.serve(weights, engine, door.host, door.port, http.Limits(queue=door.queue), door.api_key)
 
 
 def _target(**given: Any) -> "Destination":

@@ -12,12 +12,11 @@ import torch
 
 from quantkit.evaluation.certificate import Check, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
-from quantkit.evaluation.oracles import kt as kt_oracle
-from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles import kt, llama
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
+from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
@@ -51,14 +50,14 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
     name = "engine llama.cpp"
-    if not llama_oracle.available():
-        return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
+    if not llama.available():
+        return Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
     source = open_source(path, device)
-    ids = tokenizers.tokenize(source.tokenizer(), TEXT * 4)
+    ids = tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
-        theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
-        logits = torch.from_numpy(llama_oracle.logits(file.files[0], tokens.numpy()))[0]
+        theirs = llama.tokenize(file.files[0], [TEXT * 4])[0]
+        logits = torch.from_numpy(llama.logits(file.files[0], tokens.numpy()))[0]
     except OracleError as error:
         return Check(name, "fail", error.reason())
     if theirs != ids:
@@ -69,7 +68,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
     what = (
-        f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
+        f"{llama.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
         f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
     return Check(name, "pass" if kld < MOST_KLD else "fail", what)
@@ -80,8 +79,8 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
 
     variant: of the wheel's CPU variants; default the best that this machine runs.
     """
-    if not kt_oracle.available():
-        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}")
+    if not kt.available():
+        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt.WHEEL}")
         return
     source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,8 +93,8 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             assert experts is not None
             want = experts(*inputs)
             try:
-                variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
-                got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
+                variant = variant or kt.runnable(where, layer, source.config, *inputs)
+                got = kt.experts(where, layer, source.config, *inputs, variant)
             except OracleError as failure:
                 yield Check(f"engine kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue

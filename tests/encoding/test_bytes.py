@@ -10,7 +10,7 @@ from quantkit.encoding.api import SUPPORTED, choose, encode, encode_batch, forma
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 TYPES = sorted(SUPPORTED)
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_bytes_decode_to_what_the_encoder_chose(qtype, effort):
     packed = pack(state)[0]
     assert packed.shape == (len(w), row_bytes(qtype, w.shape[1]))
     assert torch.equal(decode(qtype, packed), state.q[0])
-    assert np.array_equal(ggml.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
+    assert np.array_equal(quants.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
 
 
 @pytest.mark.parametrize("qtype", TYPES)
@@ -59,7 +59,7 @@ def test_feedback_beats_independent_rounding(qtype):
 @pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ3_S", "IQ4_XS"])
 def test_beats_ggml_in_the_same_bytes(qtype):
     w, hessian = data(rows=16, n_in=512)
-    theirs = ggml.quantize(qtype, w.numpy(), hessian.diagonal.numpy())
+    theirs = quants.quantize(qtype, w.numpy(), hessian.diagonal.numpy())
     ours = encode(qtype, w, hessian)
     assert ours.nbytes == theirs.nbytes
     assert output_error(w, decode(qtype, ours), hessian) < 0.85 * output_error(w, decode(qtype, theirs), hessian)
@@ -156,7 +156,7 @@ def test_wrong_row_length_names_the_type():
 def test_coarsest_types_without_a_hessian_take_ggmls_bytes(monkeypatch):
     (a, ha), (b, _) = data(rows=6, seed=1), data(rows=6, seed=2)
     theirs = np.full((6, row_bytes("IQ1_S", 512)), 7, np.uint8)
-    monkeypatch.setattr(ggml, "quantize", lambda qtype, rows, importance: theirs)
+    monkeypatch.setattr(quants, "quantize", lambda qtype, rows, importance: theirs)
     both = encode_batch("IQ1_S", torch.stack([b, a]), [Hessian(diagonal=torch.ones(512)), ha])
     assert np.array_equal(both[0], theirs)
     assert np.array_equal(both[1], encode("IQ1_S", a, ha))

@@ -12,8 +12,7 @@ from quantkit.__main__ import main
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
-from quantkit.evaluation.oracles import kt as kt_oracle
-from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles import kt, llama
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U32
@@ -150,7 +149,7 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
     assert json.loads((tmp_path / "certify.json").read_text())["passed"] is False
 
 
-@pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")
+@pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
         found = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
@@ -167,7 +166,7 @@ class TestLlamaCpp:
 
 
 @pytest.mark.large
-@pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}")
+@pytest.mark.skipif(not kt.available(), reason=f"needs pip install --no-deps {kt.WHEEL}")
 class TestKtKernel:
     def test_every_combination_of_types_is_computed(self, good):
         found = list(oracle_checks.kt_kernel(good, GGUFFile.open(good)))

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from quantkit import bundle
-from quantkit.evaluation.oracles import kt as kt_oracle
+from quantkit.evaluation.oracles import kt
 from quantkit.runtime.layers import Experts, LayerExperts, unwatched
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import stream
 
 pytestmark = [
     pytest.mark.large,
-    pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}"),
+    pytest.mark.skipif(not kt.available(), reason=f"needs pip install --no-deps {kt.WHEEL}"),
 ]
 
 MAX_ERROR = 0.03
@@ -65,8 +65,8 @@ def test_moe_layers(recipe: str, quantized: Callable[..., Path], chunks):
     variant = None
     for layer, visit in visits(source, chunks(1, 256)).items():
         inputs = (path, layer, source.config, visit.x, visit.expert, visit.weight)
-        variant = variant or kt_oracle.runnable(*inputs)
-        found = kt_oracle.experts(*inputs, variant)
+        variant = variant or kt.runnable(*inputs)
+        found = kt.experts(*inputs, variant)
         error = float((found - visit.out).norm() / visit.out.norm())
         worst = float(((found - visit.out).norm(dim=1) / visit.out.norm(dim=1)).max())
         types = "/".join(

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from quantkit import machine as probe
+from quantkit import machine
 from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.runtime.engines.gpu_buffers import Buffers
@@ -100,7 +100,7 @@ class GpuEngine:
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
         self.buffers = Buffers(c, n_slots, self.rows, self.device)
         self.ring = self._ring()
-        self.piece = largest_piece(c, probe.free_vram(self.device)) if self.on_gpu else PIECES[0]
+        self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
         if self.on_gpu:
@@ -191,7 +191,7 @@ class GpuEngine:
         """Upload the experts of the first layers that can be, and say where they all are."""
         able = [(layer, layer.stacks) for layer in self.layers if layer.stacks]
         sizes = [sum(stack.data.nbytes for stack in stacks) for _, stacks in able]
-        room = probe.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
+        room = machine.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
         n, n_moe, workers = resident_layers(gpu_layers, sizes, room), self.config.n_moe, self.weights.workers
         for layer, stacks in able[:n]:
             layer.resident = [

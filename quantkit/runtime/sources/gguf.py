@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from quantkit.codecs.unpack import unpack
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml.codec import dequantize
+from quantkit.ggml.quants import dequantize
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig, mla_of
+from quantkit.models.tokenizer import tokenizer_of_gguf
 from quantkit.progress import say
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
@@ -51,7 +51,7 @@ class GGUFWeights:
 
     def tokenizer(self) -> Tokenizer:
         """From the file's metadata."""
-        return tokenizers.from_gguf(self.file.metadata, family.PRE)
+        return tokenizer_of_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
         """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
