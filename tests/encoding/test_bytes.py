@@ -1,36 +1,18 @@
 """Every packed block decodes, by gguf and by ggml, to exactly the weights that the encoder chose."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from encoder_data import TYPES, data, decode, output_error
 
 from quantkit.codecs.types import row_bytes
-from quantkit.encoding.api import SUPPORTED, choose, encode, encode_batch, formats, pack
+from quantkit.encoding.api import choose, encode, encode_batch, formats, pack
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
 from quantkit.ggml import quants
 
-TYPES = sorted(SUPPORTED)
 CPU = torch.device("cpu")
-
-
-def data(rows=24, n_in=512, seed=0):
-    """Weights and correlated inputs with unequal channels: what real layers look like."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.eye(n_in) + 0.5 * torch.randn(n_in, n_in, generator=g) / n_in**0.5
-    x = torch.randn(2048, n_in, generator=g) @ mix * torch.exp(0.5 * torch.randn(n_in, generator=g))
-    return torch.randn(rows, n_in, generator=g) * 0.02, second_moment(x)
-
-
-def decode(qtype: str, packed: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[qtype]))
-
-
-def output_error(w, q, hessian) -> float:
-    e = w - q
-    return float(((e @ hessian.matrix) * e).sum() / ((w @ hessian.matrix) * w).sum())
 
 
 @pytest.mark.parametrize("effort", ["fast", "normal"])

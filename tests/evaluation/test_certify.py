@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mutations import MUTATIONS, Model
 
 from quantkit import bundle
 from quantkit.__main__ import main
@@ -16,8 +17,6 @@ from quantkit.evaluation.oracles import kt, llama
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U32
-
-from .mutations import MUTATIONS, Model
 
 
 @pytest.fixture(scope="module")

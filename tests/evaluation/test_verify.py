@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import Model
 from safetensors.torch import load_file, save_file
 
 from quantkit.calibration import corpus
@@ -27,8 +28,6 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.stream import final_hidden, logit_tiles
-
-from .mutations import Model
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from oracle_files import MODEL
+from oracle_files import quantkit as run
 from tokenizers import Tokenizer
 
 from quantkit import bundle
@@ -28,8 +30,6 @@ from quantkit.models.config import ModelConfig
 from quantkit.models.tokenizer import read_tokenizer
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.gguf import open_gguf
-
-from . import conftest
 
 LINEAR = "torch.nn.Linear"
 V3 = "ktransformers.models.modeling_deepseek_v3."
@@ -254,9 +254,9 @@ def test_types_that_ktransformers_cannot_compute(quantized, tmp_path):
 
 def test_all_splits_are_linked(quantized, imatrix, tmp_path):
     whole = quantized("1.58bit", "ktransformers")
-    conftest.quantkit(
+    run(
         "quantize",
-        conftest.MODEL,
+        MODEL,
         "--plan",
         whole.with_suffix(".json"),
         "--imatrix",

@@ -1,7 +1,7 @@
 """KTransformers' own kernels compute every MoE layer of the files that are made for it.
 
     pip install --no-deps kt-kernel==0.7.2
-    pytest -m large tests/oracles/test_kt_kernel.py -s
+    pytest -m large tests/evaluation/oracles/test_kt.py -s
 
 KT_KERNEL_CPU_VARIANT chooses a variant of the wheel (amx, avx512_bf16, ..., avx2); by default the best that runs.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle_files import reference, twin
 
 from quantkit.evaluation.oracles import llama
 from quantkit.models.tokenizer import tokenize
@@ -23,8 +24,6 @@ from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.stream import Source, final_hidden, logit_tiles
-
-from .conftest import reference, twin
 
 pytestmark = pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 

@@ -33,7 +33,7 @@ from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.sources.gguf import open_gguf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
 SMALL = MakeOptions(
     calibration=Calibration(TextChoice(n_tokens=1024)),
