@@ -122,12 +122,13 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
     from quantkit.job import stages
+    from quantkit.job.folder import SENSITIVITY
     from quantkit.machine import default_device
     from quantkit.models.open import open_weights
 
     source = stages.source_of(open_weights(model), device or default_device())
     stages.measure_sensitivity(source, imatrix, output, how)
-    click.echo(str(output / "sensitivity.json"))
+    click.echo(str(output / SENSITIVITY))
 
 
 @click.command()

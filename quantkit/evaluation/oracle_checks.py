@@ -17,6 +17,7 @@ from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import ModelConfig
 from quantkit.models.tokenizer import tokenize
+from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
@@ -109,7 +110,7 @@ def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:
     """The first layer of every combination of types of gate, up and down."""
     found: dict[str, int] = {}
     for layer in range(config.n_dense, config.n_layer):
-        kinds = "/".join(file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].qtype for part in ("gate", "up", "down"))
+        kinds = "/".join(file.tensors[name].qtype for name in expert_names(layer))
         found.setdefault(kinds, layer)
     return {layer: kinds for kinds, layer in found.items()}
 

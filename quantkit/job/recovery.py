@@ -38,6 +38,7 @@ from quantkit.runtime.memory import memory_limit
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.runtime.watch import Watcher
+from quantkit.sizes import gb
 from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0  # matrices of this many bits a weight are moved in full precision and encoded again
@@ -329,6 +330,5 @@ def open_original(checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int
         if n * dtype.itemsize + besides <= limit and (dtype == torch.float32 or device != "cpu"):
             return CheckpointSource(checkpoint, device, dtype)
     raise QuantkitError(
-        f"--recover holds the decoded model: that takes {(2 * n + besides) / 1e9:,.0f} GB, {where} is "
-        f"{limit / 1e9:,.0f} GB; leave it out"
+        f"--recover holds the decoded model: that takes {gb(2 * n + besides)}, {where} is {gb(limit)}; leave it out"
     )

@@ -24,6 +24,7 @@ from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, REPORT, VERIFY
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
+from quantkit.sizes import gb
 from quantkit.tensors import Imatrix
 
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
@@ -297,8 +298,7 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             if plan
             else (0, 0.0, 0.0)
         )
-        short = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-        out.append(("size", short, f"{size:,} bytes"))
+        out.append(("size", gb(size), f"{size:,} bytes"))
         out.append(("bits per weight", f"{bpw:.3f}", f"routed experts {routed:.3f}"))
     if s:
         out += [

@@ -21,7 +21,7 @@ from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.folder import IMATRIX
+from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.models.tokenizer import tokenize
@@ -128,7 +128,7 @@ def measure_sensitivity(
             progress=lambda _: advance(1),
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "sensitivity.json", found.to_json())
+    write_text(folder / SENSITIVITY, found.to_json())
     sensitivity.heat_map(found, folder / "sensitivity.png")
     return found
 

@@ -123,7 +123,7 @@ class GpuEngine:
         return Plain(dense if dense.dim() == 3 else dense[None])
 
     def _heads(self, p: str) -> tuple[Matrix, Matrix]:
-        if p + "attn_kv_b.weight" not in self.weights.file.tensors:
+        if self.weights.mla == "split":
             return self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
         k_b, v_b = split_kv_b(self.weights.dense(p + "attn_kv_b.weight").to(self.device, self.dtype), self.config)
         return Plain(k_b), Plain(v_b)

@@ -47,6 +47,7 @@ class GGUFWeights:
         self.file, self.config, self.device = file, config, device
         self.workers, self.residency = workers, residency
         self.name = file.path.name
+        self.mla = mla_of(file.tensors)
         self.head_name = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
 
     def tokenizer(self) -> Tokenizer:
@@ -54,7 +55,8 @@ class GGUFWeights:
         return tokenizer_of_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
-        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
+        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after
+        `Residency.need` was called."""
         stack = self.residency.stacks.get(name) if self.residency else None
         return self.file.data(name) if stack is None else stack
 
@@ -184,7 +186,7 @@ class GGUFSource:
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix
-        if p + "attn_kv_b.weight" in self.file.tensors:
+        if self.weights.mla == "combined":
             return split_kv_b(matrix(p + "attn_kv_b.weight"), self.config)
         return matrix(p + "attn_k_b.weight"), matrix(p + "attn_v_b.weight")
 
