@@ -59,6 +59,7 @@ from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
+from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)
 
@@ -200,10 +201,10 @@ class GpuEngine:
             ]
             layer.on_cpu = None
         log.info(
-            "experts of %d of %d layers in GPU memory (%.1f GB), %d on the CPU; prompts in pieces of %d",
+            "experts of %d of %d layers in GPU memory (%s), %d on the CPU; prompts in pieces of %d",
             n,
             n_moe,
-            sum(sizes[:n]) / 1e9,
+            gb(sum(sizes[:n])),
             n_moe - n,
             self.piece,
         )
