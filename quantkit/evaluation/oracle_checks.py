@@ -44,13 +44,13 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
     else:
         yield llama_cpp(path, file, device)
     if target == "ollama":
-        yield Check("engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
+        yield Check("oracle ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
 
 
 @torch.inference_mode()
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
-    name = "engine llama.cpp"
+    name = "oracle llama.cpp"
     if not llama.available():
         return Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
     source = open_source(path, device)
@@ -81,7 +81,7 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
     variant: of the wheel's CPU variants; default the best that this machine runs.
     """
     if not kt.available():
-        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt.WHEEL}")
+        yield Check("oracle kt-kernel", "skip", f"not installed: pip install --no-deps {kt.WHEEL}")
         return
     source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,13 +97,13 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
                 variant = variant or kt.runnable(where, layer, source.config, *inputs)
                 got = kt.experts(where, layer, source.config, *inputs, variant)
             except OracleError as failure:
-                yield Check(f"engine kt-kernel {kinds}", "fail", _last_line(str(failure)))
+                yield Check(f"oracle kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue
             error = float((got - want).norm() / want.norm())
             said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
             # Written so that an answer that is not a number fails.
             status: Status = "pass" if error <= MOST_ERROR else "fail"
-            yield Check(f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
+            yield Check(f"oracle kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
 
 
 def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:

@@ -91,7 +91,7 @@ def files(file: GGUFFile, target: str) -> Iterator[str]:
 
 
 def beside(file: GGUFFile, target: str) -> str | None:
-    """What lies in the same folder and would disturb the engine."""
+    """What lies in the same folder and would disturb the target."""
     if target != "ktransformers":
         return None
     others = {p.name for p in file.path.parent.iterdir() if p.suffix in (".gguf", ".safetensors")}

@@ -309,12 +309,12 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
         ]
     if m.certificate:
         passed = m.certificate.get("passed")
-        ran = [c for c in m.certificate["checks"] if c["name"].startswith("engine ") and c["status"] != "skip"]
+        ran = [c for c in m.certificate["checks"] if c["name"].startswith("oracle ") and c["status"] != "skip"]
         out.append(
             (
                 "certificate",
                 "passed" if passed else "FAILED",
-                f"{m.certificate.get('target')}, {'run in the engine' if ran else 'engine not run'}",
+                f"{m.certificate.get('target')}, {'run in its program' if ran else 'its program not run'}",
             )
         )
     return out

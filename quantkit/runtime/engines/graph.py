@@ -60,7 +60,7 @@ class GraphEngine:
             k_b, v_b = split_kv_b(weights.dense(name), c)
             self.tensors[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
             self.tensors[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
-        self.graphs: dict[tuple, Step] = {}
+        self.graphs: dict[tuple, TokenGraph] = {}
         self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
         shapes = [tensor.shape for tensor in weights.file.tensors.values() if tensor.name.startswith("blk.")]
         self.layer_weights = sum(prod(shape) for shape in shapes if len(shape) == 2) // c.n_layer
@@ -72,9 +72,9 @@ class GraphEngine:
         repack = n_matrices == 1 and name != "token_embd.weight" and self.weights.residency is None
         return self.holder.weights(tensor.qtype, self.weights.data(name), n_in, n_out, n_matrices, repack)
 
-    def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
+    def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "TokenGraph":
         key = (slots, n, n_kv)
-        step = self.graphs.pop(key, None) or Step(self, slots, n, n_kv)
+        step = self.graphs.pop(key, None) or TokenGraph(self, slots, n, n_kv)
         self.graphs[key] = step
         alike = [other for other in self.graphs if (other[1] == 1) == (n == 1)]
         for oldest in alike[: -KEPT_GRAPHS[n == 1]]:
@@ -108,7 +108,7 @@ class GraphEngine:
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort()]
 
 
-class Step:
+class TokenGraph:
     """The graph of n new tokens for each of several slots (ascending); either n or the number of slots is 1.
 
     Shapes are in ggml's order, fastest first. s: slots, n: tokens of each, N = s n.
