@@ -107,10 +107,8 @@ def layout(file: GGUFFile) -> Mla:
 def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Keys that llama.cpp needs, that must fit each other, and that must be the original's."""
     meta: Mapping[str, Any] = file.metadata
-    architecture, families = (
-        meta.get("general.architecture"),
-        [known.architecture] if known else list(family.BY_ARCHITECTURE),
-    )
+    architecture = meta.get("general.architecture")
+    families = [known.architecture] if known else list(family.BY_ARCHITECTURE)
     if architecture not in families:
         yield f"general.architecture is {architecture!r}, not {' or '.join(families)}"
         return

@@ -120,8 +120,8 @@ def _svg(figure: Figure, name: str) -> Markup:
 # Figures: None where the folder does not hold what they show.
 
 
-def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
     return figure, figure.subplots()
 
 

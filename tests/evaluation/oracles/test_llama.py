@@ -23,7 +23,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.stream import Source, final_hidden, logit_tiles
+from quantkit.runtime.stream import Source, final_hidden, head_tiles
 
 pytestmark = pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 
@@ -67,7 +67,7 @@ def assert_exact(first, second) -> None:
 def streamed(source: Source, tokens: torch.Tensor) -> torch.Tensor:
     """float32 [n_chunk, t, n_vocab] by runtime.stream."""
     hidden = final_hidden(source, tokens)
-    return torch.cat(list(logit_tiles(source, hidden.view(-1, source.config.d)))).view(*tokens.shape, -1)
+    return torch.cat(list(head_tiles(source, source.head(), hidden.view(-1, source.config.d)))).view(*tokens.shape, -1)
 
 
 def stepped(source: Source, tokens: torch.Tensor, prompt: int = 1) -> torch.Tensor:
