@@ -8,7 +8,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
-from quantkit.tensors import ROUTED_ROLES, Importance
+from quantkit.tensors import ROUTED_ROLES, Importance, split_name
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ def coverage(imatrix: Mapping[str, Importance], threshold: int) -> list[LayerCov
     """One row per MoE layer, in order."""
     rows = []
     for name, entry in imatrix.items():
-        if name.endswith(".ffn_down_exps.weight"):
+        role, layer = split_name(name)
+        if role == ROUTED_ROLES[-1] and layer is not None:
             counts = entry.counts
             rows.append(
                 LayerCoverage(
-                    int(name.split(".")[1]),
+                    layer,
                     int(counts.min()),
                     int(np.median(counts)),
                     int(counts.max()),

@@ -1,4 +1,4 @@
-"""The two functions that the pipeline calls: weights in, packed ggml blocks out."""
+"""The encoder's two doors: weights in, packed ggml blocks out."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoding.state import EFFORTS, Effort, State
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 SUPPORTED = frozenset(FORMATS)
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
@@ -128,7 +128,7 @@ def _by_ggml(qtype: str, weight: torch.Tensor, hessian: Hessian | None) -> np.nd
     importance = torch.ones(weight.shape[-1])
     if hessian is not None and hessian.diagonal is not None and describe(hessian) == "diagonal":
         importance = hessian.diagonal
-    return ggml.quantize(qtype, _finite(weight).cpu().numpy(), importance.float().cpu().numpy())
+    return quants.quantize(qtype, _finite(weight).cpu().numpy(), importance.float().cpu().numpy())
 
 
 def _encode_tiles(

@@ -16,7 +16,7 @@ from quantkit.encoding.moments import Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.stages import source_of
 from quantkit.planning.plan import Plan
@@ -30,7 +30,7 @@ def ours(tmp_path_factory):
         evaluation=TextChoice(n_tokens=4096),
         encoder="quantkit",
     )
-    pipeline.make("tiny-r1", folder, options)
+    make("tiny-r1", folder, options)
     return folder
 
 
@@ -95,4 +95,4 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
 def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
     options = MakeOptions(imatrix=made / "imatrix.gguf", encoder="quantkit")
     with pytest.raises(QuantkitError, match="second moments"):
-        pipeline.make("tiny-r1", tmp_path / "x", options)
+        make("tiny-r1", tmp_path / "x", options)
