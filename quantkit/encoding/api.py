@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """How matrices are encoded; gamma as in `encode`."""
+    """How matrices are encoded; gamma as in `encode_batch`."""
 
     fmt: Format
     effort: Effort
-    gamma: float
+    gamma: Sequence[float]
     device: torch.device
     backend: Backend
 
@@ -86,7 +86,7 @@ def encode_batch(
     hessians: Knowledge = None,
     *,
     effort: str | Effort = "normal",
-    gamma: float = 1.0,
+    gamma: float | Sequence[float] = 1.0,
     device: str | torch.device | None = None,
     backend: Backend | None = None,
 ) -> np.ndarray:
@@ -94,13 +94,15 @@ def encode_batch(
 
     hessians: one per matrix (None: nothing is known of its inputs; IQ1_S and IQ1_M then take ggml's own bytes, unless
     at effort `fast`), or a Factor prepared once for several matrices that share their inputs (gate and up).
+    gamma: as in `encode`, of all matrices or of each.
     device: None takes CUDA if there is one. backend: None takes the fastest that is installed for the device. Rows and
     matrices are tiled, so memory on the device stays bounded.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     effort = EFFORTS[effort] if isinstance(effort, str) else effort
-    how = Method(formats()[qtype], effort, gamma, device, backend or choose(device.type))
     e, rows, n_in = weights.shape
+    gammas = [gamma] * e if isinstance(gamma, float | int) else list(gamma)
+    how = Method(formats()[qtype], effort, gammas, device, backend or choose(device.type))
     out = np.empty((e, rows, row_bytes(qtype, n_in)), np.uint8)  # or an error that names the type
     seeing = list(range(e))
     if not isinstance(hessians, Factor):
@@ -111,6 +113,7 @@ def encode_batch(
         if blind:
             seeing = [i for i in seeing if i not in blind]
             weights, hessians = weights[seeing], [hessians[i] for i in seeing]
+            how = replace(how, gamma=[gammas[i] for i in seeing])
     for matrices, some, state in _encode_tiles(how, weights, hessians):
         out[seeing[matrices], some] = pack(state)
     return out
@@ -150,8 +153,9 @@ def _encode_tiles(
             with torch.inference_mode(), tf32():
                 w = _finite(weights[part, some].to(how.device))
                 state = encode_rows(how.fmt, w, factor, how.effort, how.backend)
-                if how.gamma != 1.0:
-                    state = replace(state, d=to_fp16(state.d * how.gamma), dmin=to_fp16(state.dmin * how.gamma))
+                if any(gamma != 1 for gamma in how.gamma[part]):
+                    by = torch.tensor(how.gamma[part], device=how.device)[:, None, None]
+                    state = replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
             yield part, some, state
 
 

@@ -22,7 +22,7 @@ from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
 from quantkit.codecs.types import QTYPES
 from quantkit.encoding.api import SUPPORTED, encode_batch
-from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment
+from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment, unshrinking
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -52,15 +52,15 @@ def group_size(device: torch.device, n_in: int, n_expert: int) -> int:
 class EncoderOptions:
     """How our encoders work.
 
-    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype. Least squares shrinks what a
-    matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are those that gave the least
-    KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, in
-    tokens.
+    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype, before `unshrinking`. Least
+    squares shrinks what a matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are
+    those that gave the least KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments
+    in an expert's, in tokens.
     """
 
     effort: str = "normal"
     gamma: Mapping[str, float] = field(default_factory=lambda: dict(GAMMA))
-    pseudo_tokens: float = 512.0
+    pseudo_tokens: float = 2048.0
 
 
 Group = list[tuple[ExpertVisit, Hessian, Hessian]]
@@ -218,19 +218,20 @@ class LayerEncoder(Watcher):
         self._encode_group(waiting[half:])
 
     def _encode_experts(self, waiting: Group) -> None:
-        inner: list[Hessian | None] = [own for _, own, _ in waiting]
+        inner = [own for _, own, _ in waiting]
         factor = None
         for index, role in enumerate(ROUTED_ROLES):
             if role not in self.planned:
                 continue
             weights = torch.stack([visit.matrices[index].float() for visit, _, _ in waiting])
             if role == "ffn_down_exps":
-                data = self._encode(role, weights, [down for _, _, down in waiting])
+                known = [down for _, _, down in waiting]
+                data = self._encode(role, weights, known, self._gammas(role, known))
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
                     factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
-                data = self._encode(role, weights, factor)
+                data = self._encode(role, weights, factor, self._gammas(role, inner))
             rows = weights.shape[1]
             for (visit, _, _), packed in zip(waiting, data, strict=True):
                 self.out.write(self.planned[role].name, visit.expert * rows, packed)
@@ -285,10 +286,16 @@ class LayerEncoder(Watcher):
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
-    def _encode(self, role: str, weights: torch.Tensor, knowledge: list[Hessian] | Factor) -> np.ndarray:
+    def _gammas(self, role: str, known: list[Hessian]) -> list[float]:
+        """One for each expert, by the tokens that its damping went by."""
+        gamma, n_in = self.how.gamma.get(self.planned[role].qtype, 1.0), self.specs[role].n_in
+        damped = [self.how.effort != "fast" and describe(hessian) == "full" for hessian in known]
+        return [unshrinking(gamma, n_in, h.tokens) if full else gamma for full, h in zip(damped, known, strict=True)]
+
+    def _encode(
+        self, role: str, weights: torch.Tensor, knowledge: list[Hessian] | Factor, gamma: float | list[float] = 1.0
+    ) -> np.ndarray:
         qtype = self.planned[role].qtype
-        routed = self.specs[role].is_routed
-        gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         if isinstance(knowledge, list):
             self.used.update(describe(hessian) for hessian in knowledge)
         elif weights.shape[0] > 1 or self.specs[role].is_routed:
