@@ -109,8 +109,8 @@ class HubSource:
             self._plan = Schedule(kept, layers, elsewhere)
         if (need := self._plan.comfortable_bytes()) > self.limit:
             say(
-                f"warning: $QUANTKIT_CACHE_SIZE ({self.limit / 1e9:.3g} GB) does not hold two layers and the embeddings "
-                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
+                f"warning: $QUANTKIT_CACHE_SIZE ({self.limit / 1e9:.3g} GB) does not hold two layers and the "
+                f"embeddings ({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
             )
 
     def close(self) -> None:
