@@ -1,6 +1,7 @@
 """The streamed backward pass equals autograd through the whole model, and goes on where it was stopped."""
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -219,7 +220,14 @@ def test_a_gguf_has_gradients_too(made, tokens, tmp_path):
     assert all(h.isfinite().all() and h.any() for layer in found for h in layer.outputs.values())
 
 
-TEXT = TextChoice(n_tokens=256, chunk=64)
+@pytest.fixture(scope="module")
+def how(tmp_path_factory):
+    """Of a short text, which is tokenized at once."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "".join(f"The square of {i} is {i * i}, and {i} is {'odd' if i % 2 else 'even'}.\n" for i in range(60))
+    )
+    return GradientOptions(TextChoice((str(path),), n_tokens=256, chunk=64))
 
 
 def bytes_of(folder):
@@ -227,10 +235,10 @@ def bytes_of(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
+def whole(source, how, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "g"
     with torch.inference_mode():  # a caller may be in it
-        calibrate_gradients(source, GradientOptions(TEXT), folder)
+        calibrate_gradients(source, how, folder)
     return folder
 
 
@@ -251,9 +259,9 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_stopped_pass_goes_on_to_the_same_bytes(source, whole, tmp_path, monkeypatch, place):
+def test_stopped_pass_goes_on_to_the_same_bytes(source, how, whole, tmp_path, monkeypatch, place):
     """Before an array is saved, or in the middle of a layer's file."""
-    folder, how, save, see = tmp_path / "g", GradientOptions(TEXT), Spill.put, Recorder.matrix
+    folder, save, see = tmp_path / "g", Spill.put, Recorder.matrix
     visits = []
 
     def put(self, name, array):
@@ -279,44 +287,44 @@ def test_stopped_pass_goes_on_to_the_same_bytes(source, whole, tmp_path, monkeyp
     assert bytes_of(folder) == bytes_of(whole) and not (folder / "state").exists()
 
 
-def test_another_pass_is_refused_and_a_finished_one_not_repeated(source, whole, tmp_path, capsys, monkeypatch):
+def test_another_pass_is_refused_and_a_finished_one_not_repeated(source, how, whole, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "g"
     shutil.copytree(whole, folder)
     monkeypatch.setattr(GradientPass, "run", lambda *_: pytest.fail("it ran"))
-    assert calibrate_gradients(source, GradientOptions(TEXT), folder) == sorted(folder.glob("*.safetensors"))
+    assert calibrate_gradients(source, how, folder) == sorted(folder.glob("*.safetensors"))
     assert "the gradients are there" in capsys.readouterr().err
     with pytest.raises(QuantkitError, match="gradients of another pass"):
-        calibrate_gradients(source, GradientOptions(TEXT, seed=1), folder)
+        calibrate_gradients(source, replace(how, seed=1), folder)
     path_of(folder, 0).unlink()
     (folder / "state").mkdir()
     (folder / "state" / "job").write_text(str(job_in(path_of(folder, 1)))[::-1])
     with pytest.raises(QuantkitError, match="state of another pass"):
-        calibrate_gradients(source, GradientOptions(TEXT), folder)
+        calibrate_gradients(source, how, folder)
 
 
-def test_restart_forgets_the_other_pass(source, whole, tmp_path):
+def test_restart_forgets_the_other_pass(source, how, whole, tmp_path):
     folder = tmp_path / "g"
     shutil.copytree(whole, folder)
-    calibrate_gradients(source, GradientOptions(TEXT, seed=1, samples=1), folder, restart=True)
+    calibrate_gradients(source, replace(how, seed=1, samples=1), folder, restart=True)
     assert not bytes_of(folder).items() & bytes_of(whole).items()
 
 
-def test_samples_and_seeds_are_reproducible(source, whole, tmp_path):
+def test_samples_and_seeds_are_reproducible(source, how, whole, tmp_path):
     """Sample s of a pass is sample 0 of one whose seed is s higher."""
-    calibrate_gradients(source, GradientOptions(TEXT, seed=1, samples=1), tmp_path / "one")
+    calibrate_gradients(source, replace(how, seed=1, samples=1), tmp_path / "one")
     one, three = (LayerGradients.load(path_of(folder, 3)) for folder in (tmp_path / "one", whole))
     for e in range(source.config.n_expert):
         a, b = one.experts[INNER].of(e), three.experts[INNER].of(e)
         torch.testing.assert_close(a, b[len(b) // 3 : 2 * len(b) // 3], rtol=1e-3, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_before_any_work(source, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_is_refused_before_any_work(source, how, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(GradientPass, "run", lambda *_: pytest.fail("it ran"))
     with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
-        calibrate_gradients(source, GradientOptions(TEXT, memory=1_500_000_000), tmp_path / "g")
+        calibrate_gradients(source, replace(how, memory=1_500_000_000), tmp_path / "g")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     with pytest.raises(QuantkitError, match=r"bytes are needed, 10,000,000 are free"):
-        calibrate_gradients(source, GradientOptions(TEXT), tmp_path / "g")
+        calibrate_gradients(source, how, tmp_path / "g")
     assert "gradients of 256 tokens x 3 samples" in capsys.readouterr().err
 
 
