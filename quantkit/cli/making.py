@@ -1,5 +1,6 @@
 """`make`, and the stages that it runs one after another, each by itself."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,18 +67,43 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
 @click.argument("model", default="tiny-r1")
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
 @options.calibration
+@click.option(
+    "--gradients",
+    type=OUT_FOLDER,
+    default=None,
+    help="Also derive the model's loss, layer by layer back, and write gradients-NNN.safetensors here.",
+)
+@click.option(
+    "--gradient-tokens",
+    default=16384,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most tokens of calibration text for that.",
+)
 @options.device
 @options.restart
-def calibrate(model: str, output: Path, calibration: "Calibration", device: str | None, restart: bool) -> None:
+def calibrate(
+    model: str,
+    output: Path,
+    calibration: "Calibration",
+    gradients: Path | None,
+    gradient_tokens: int,
+    device: str | None,
+    restart: bool,
+) -> None:
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
     MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
     from quantkit.calibration import measure
+    from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
     from quantkit.job import stages
     from quantkit.machine import default_device
 
     source = stages.open_for_calibration(model, device or default_device())
+    if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
+        text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
+        calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
     measure.calibrate(source, calibration, output, restart)
     click.echo(str(output))
 

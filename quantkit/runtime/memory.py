@@ -37,6 +37,9 @@ class Memory:
         """That fit into `limit` bytes there."""
         return max(0, (limit - self.fixed) // (self.total(1, place) - self.fixed))
 
+    def __add__(self, more: "Memory") -> "Memory":
+        return Memory(self.fixed + more.fixed, self.beside + more.beside, self.per_token + more.per_token)
+
 
 def memory(config: ModelConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
     """An upper estimate. Per token: hidden state, normed input, sum of experts. Fixed: weights and tiles."""
@@ -100,10 +103,12 @@ class Limits:
     beside: int = 0
 
 
-def room_for(source: Source, n_tokens: int, limits: Limits) -> Room:
-    """The hidden states' room: float32 while they are small. Refuses a pass that fits nowhere."""
+def room_for(source: Source, n_tokens: int, limits: Limits, more: Memory = Memory(0, 0, 0)) -> Room:
+    """The hidden states' room: float32 while they are small. Refuses a pass that fits nowhere.
+
+    more: what it needs besides what a forward pass does."""
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
-    need = memory(source.config, source.dtype, hidden_dtype)
+    need = memory(source.config, source.dtype, hidden_dtype) + more
     limit, option = memory_limit(limits.memory, source.device)
     if limits.beside:
         limit -= memory(source.config, source.dtype, torch.float32).total(limits.beside) - BASE_BYTES
