@@ -33,11 +33,31 @@ log = logging.getLogger(__name__)
 class Method:
     """How matrices are encoded; gamma as in `encode`."""
 
+    qtype: str
     fmt: Format
     effort: Effort
     gamma: float
     device: torch.device
     backend: Backend
+
+    @staticmethod
+    def of(
+        qtype: str,
+        effort: str | Effort = "normal",
+        gamma: float = 1.0,
+        device: str | torch.device | None = None,
+        backend: Backend | None = None,
+    ) -> "Method":
+        """device and backend as in `encode_batch`."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        effort = EFFORTS[effort] if isinstance(effort, str) else effort
+        return Method(qtype, formats()[qtype], effort, gamma, device, backend or choose(device.type))
+
+    def finished(self, state: State) -> State:
+        """With gamma, which comes last."""
+        if self.gamma == 1.0:
+            return state
+        return replace(state, d=to_fp16(state.d * self.gamma), dmin=to_fp16(state.dmin * self.gamma))
 
 
 def formats() -> dict[str, Format]:
@@ -97,9 +117,7 @@ def encode_batch(
     device: None takes CUDA if there is one. backend: None takes the fastest that is installed for the device. Rows and
     matrices are tiled, so memory on the device stays bounded.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    effort = EFFORTS[effort] if isinstance(effort, str) else effort
-    how = Method(formats()[qtype], effort, gamma, device, backend or choose(device.type))
+    how = Method.of(qtype, effort, gamma, device, backend)
     e, rows, n_in = weights.shape
     out = np.empty((e, rows, row_bytes(qtype, n_in)), np.uint8)  # or an error that names the type
     seeing = list(range(e))
@@ -128,7 +146,7 @@ def _by_ggml(qtype: str, weight: torch.Tensor, hessian: Hessian | None) -> np.nd
     importance = torch.ones(weight.shape[-1])
     if hessian is not None and hessian.diagonal is not None and describe(hessian) == "diagonal":
         importance = hessian.diagonal
-    return ggml.quantize(qtype, _finite(weight).cpu().numpy(), importance.float().cpu().numpy())
+    return ggml.quantize(qtype, finite(weight).cpu().numpy(), importance.float().cpu().numpy())
 
 
 def _encode_tiles(
@@ -148,10 +166,8 @@ def _encode_tiles(
         for j in range(0, rows, tile):
             some = slice(j, j + tile)
             with torch.inference_mode(), tf32():
-                w = _finite(weights[part, some].to(how.device))
-                state = encode_rows(how.fmt, w, factor, how.effort, how.backend)
-                if how.gamma != 1.0:
-                    state = replace(state, d=to_fp16(state.d * how.gamma), dmin=to_fp16(state.dmin * how.gamma))
+                w = finite(weights[part, some].to(how.device))
+                state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend))
             yield part, some, state
 
 
@@ -173,7 +189,8 @@ def _tile(n: int, most: int) -> int:
     return n if n <= most else 1 << (max(1, most).bit_length() - 1)
 
 
-def _finite(w: torch.Tensor) -> torch.Tensor:
+def finite(w: torch.Tensor) -> torch.Tensor:
+    """What is encoded of weights: NaN counts as 0, float16 must hold them."""
     return torch.nan_to_num(w.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
 
 

@@ -5,6 +5,7 @@ H_O = Σ mean(x²) g gᵀ over tokens, with g the gradient of the loss at a matr
 instead: H_O = GᵀG.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
 
 INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `rows`; the first: of gate and up stacked, gate first
+ENDS = 1 << 20  # bytes of a file that its digest sees at either end
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,19 @@ class LayerGradients:
 def path_of(folder: Path, layer: int) -> Path:
     """The file of a layer."""
     return folder / f"gradients-{layer:03}.safetensors"
+
+
+def digest(folder: Path) -> str:
+    """Hex SHA-256 of the files' names, sizes and both ends: a cheap identity. QuantkitError if there is none."""
+    paths = sorted(folder.glob("gradients-*.safetensors"))
+    if not paths:
+        raise QuantkitError(f"{folder} holds no gradients (gradients-000.safetensors and so on)")
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            found.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            found.update(file.read())
+    return found.hexdigest()
