@@ -164,7 +164,8 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     n_tokens = chunks.tokens.numel()
     limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
     room = room_for(source, n_tokens, limits)
-    state = state_of(out, job_of(source, chunks.tokens) + encoder_of(order))
+    encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
+    state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
@@ -205,17 +206,14 @@ def fingerprint(order: Order, state: PassState) -> dict[str, str]:
         "checkpoint": order.checkpoint.fingerprint(),
         "plan": order.plan.digest(),
         "calibration": state.job,
-        "encoder": f"{order.encoder} {order.options.effort}",
-        "gradients": gradients.digest(order.options.gradients) if order.options.gradients else "",
+        "encoder": f"{order.encoder} {order.options.effort}" + known_outputs(order),
         "min_expert_tokens": str(order.options.calibration.min_expert_tokens),
     }
 
 
-def encoder_of(order: Order) -> str:
-    """What of the encoder the state of a pass depends on."""
-    if order.encoder == "ggml":
-        return "ggml"
-    return order.options.effort + (gradients.digest(order.options.gradients) if order.options.gradients else "")
+def known_outputs(order: Order) -> str:
+    """The gradients that matrices are encoded by, if any."""
+    return f" {gradients.digest(order.options.gradients)}" if order.options.gradients else ""
 
 
 def beside(reference: ReferencePass | None, steps: Steps) -> Callable[[int], None]:
