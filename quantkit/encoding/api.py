@@ -33,11 +33,33 @@ log = logging.getLogger(__name__)
 class Method:
     """How matrices are encoded; gamma as in `encode_batch`."""
 
+    qtype: str
     fmt: Format
     effort: Effort
-    gamma: Sequence[float]
+    gamma: float | Sequence[float]
     device: torch.device
     backend: Backend
+
+    @staticmethod
+    def of(
+        qtype: str,
+        effort: str | Effort = "normal",
+        gamma: float | Sequence[float] = 1.0,
+        device: str | torch.device | None = None,
+        backend: Backend | None = None,
+    ) -> "Method":
+        """device and backend as in `encode_batch`."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        effort = EFFORTS[effort] if isinstance(effort, str) else effort
+        return Method(qtype, formats()[qtype], effort, gamma, device, backend or choose(device.type))
+
+    def finished(self, state: State, part: slice = slice(None)) -> State:
+        """With gamma, which comes last. part: which of the matrices these are."""
+        gammas = [self.gamma] if isinstance(self.gamma, float | int) else self.gamma[part]
+        if all(gamma == 1 for gamma in gammas):
+            return state
+        by = torch.tensor(gammas, device=state.d.device)[:, None, None]
+        return replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
 
 
 def formats() -> dict[str, Format]:
@@ -98,11 +120,8 @@ def encode_batch(
     device: None takes CUDA if there is one. backend: None takes the fastest that is installed for the device. Rows and
     matrices are tiled, so memory on the device stays bounded.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    effort = EFFORTS[effort] if isinstance(effort, str) else effort
+    how = Method.of(qtype, effort, gamma, device, backend)
     e, rows, n_in = weights.shape
-    gammas = [gamma] * e if isinstance(gamma, float | int) else list(gamma)
-    how = Method(formats()[qtype], effort, gammas, device, backend or choose(device.type))
     out = np.empty((e, rows, row_bytes(qtype, n_in)), np.uint8)  # or an error that names the type
     seeing = list(range(e))
     if not isinstance(hessians, Factor):
@@ -113,7 +132,8 @@ def encode_batch(
         if blind:
             seeing = [i for i in seeing if i not in blind]
             weights, hessians = weights[seeing], [hessians[i] for i in seeing]
-            how = replace(how, gamma=[gammas[i] for i in seeing])
+            if not isinstance(gamma, float | int):
+                how = replace(how, gamma=[gamma[i] for i in seeing])
     for matrices, some, state in _encode_tiles(how, weights, hessians):
         out[seeing[matrices], some] = pack(state)
     return out
@@ -131,7 +151,7 @@ def _by_ggml(qtype: str, weight: torch.Tensor, hessian: Hessian | None) -> np.nd
     importance = torch.ones(weight.shape[-1])
     if hessian is not None and hessian.diagonal is not None and describe(hessian) == "diagonal":
         importance = hessian.diagonal
-    return quants.quantize(qtype, _finite(weight).cpu().numpy(), importance.float().cpu().numpy())
+    return quants.quantize(qtype, finite(weight).cpu().numpy(), importance.float().cpu().numpy())
 
 
 def _encode_tiles(
@@ -151,11 +171,8 @@ def _encode_tiles(
         for j in range(0, rows, tile):
             some = slice(j, j + tile)
             with torch.inference_mode(), tf32():
-                w = _finite(weights[part, some].to(how.device))
-                state = encode_rows(how.fmt, w, factor, how.effort, how.backend)
-                if any(gamma != 1 for gamma in how.gamma[part]):
-                    by = torch.tensor(how.gamma[part], device=how.device)[:, None, None]
-                    state = replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
+                w = finite(weights[part, some].to(how.device))
+                state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend), part)
             yield part, some, state
 
 
@@ -177,7 +194,8 @@ def _tile(n: int, most: int) -> int:
     return n if n <= most else 1 << (max(1, most).bit_length() - 1)
 
 
-def _finite(w: torch.Tensor) -> torch.Tensor:
+def finite(w: torch.Tensor) -> torch.Tensor:
+    """What is encoded of weights: NaN counts as 0, float16 must hold them."""
     return torch.nan_to_num(w.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
 
 

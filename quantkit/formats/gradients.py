@@ -6,6 +6,7 @@ instead: H_O = GᵀG. Those of down are the gradients of the layer's output, eac
 and not for each of a token's experts.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from quantkit.formats.whole_file import replacing
 INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `experts`; the first: of gate and up stacked, gate first
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 WRITE_BYTES = 64 << 20
+ENDS = 1 << 20  # bytes of a file that its digest sees at either end
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensors of a file to be: name -> dtype, shape."""
@@ -140,3 +142,19 @@ def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) 
 def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:
     """Of a tensor's data."""
     return shape[0].itemsize * prod(shape[1])
+
+
+def digest(folder: Path) -> str:
+    """Hex SHA-256 of the files' names, sizes and both ends: a cheap identity. QuantkitError if there is none."""
+    paths = sorted(folder.glob("gradients-*.safetensors"))
+    if not paths:
+        raise QuantkitError(f"{folder} holds no gradients (gradients-000.safetensors and so on)")
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            found.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            found.update(file.read())
+    return found.hexdigest()
