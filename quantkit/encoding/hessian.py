@@ -149,7 +149,7 @@ def unshrinking(gamma: float, n_in: int, tokens: float) -> float:
 
     gamma: what undoes the shrinkage without damping. Fitted with `damping`.
     """
-    return 1 + (gamma - 1) * (1 + 0.9 * damping(n_in, tokens) ** 0.5)
+    return 1 + (gamma - 1) * (0.93 + 0.9 * damping(n_in, tokens) ** 0.5)
 
 
 def damp(matrix: torch.Tensor, tokens: float) -> torch.Tensor:
