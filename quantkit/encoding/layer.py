@@ -59,8 +59,8 @@ class EncoderOptions:
     effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype, before `unshrinking`. Least
     squares shrinks what a matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are
     those that gave the least KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments
-    in an expert's, as tokens for each dimension. gradients: folder of a backward pass (formats/gradients.py); matrices that it knows the
-    outputs of are then encoded as `two_sided` says.
+    in an expert's, as tokens for each dimension. gradients: folder of a backward pass (formats/gradients.py); matrices
+    that it knows the outputs of are then encoded as `two_sided` says.
     """
 
     effort: str = "normal"
