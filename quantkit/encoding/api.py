@@ -1,4 +1,4 @@
-"""The two functions that the pipeline calls: weights in, packed ggml blocks out."""
+"""The encoder's two doors: weights in, packed ggml blocks out."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoding.state import EFFORTS, Effort, State
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 SUPPORTED = frozenset(FORMATS)
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
@@ -31,13 +31,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """How matrices are encoded; gamma as in `encode`."""
+    """How matrices are encoded; gamma as in `encode_batch`."""
 
+    qtype: str
     fmt: Format
     effort: Effort
-    gamma: float
+    gamma: float | Sequence[float]
     device: torch.device
     backend: Backend
+
+    @staticmethod
+    def of(
+        qtype: str,
+        effort: str | Effort = "normal",
+        gamma: float | Sequence[float] = 1.0,
+        device: str | torch.device | None = None,
+        backend: Backend | None = None,
+    ) -> "Method":
+        """device and backend as in `encode_batch`."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        effort = EFFORTS[effort] if isinstance(effort, str) else effort
+        return Method(qtype, formats()[qtype], effort, gamma, device, backend or choose(device.type))
+
+    def finished(self, state: State, part: slice = slice(None)) -> State:
+        """With gamma, which comes last. part: which of the matrices these are."""
+        gammas = [self.gamma] if isinstance(self.gamma, float | int) else self.gamma[part]
+        if all(gamma == 1 for gamma in gammas):
+            return state
+        by = torch.tensor(gammas, device=state.d.device)[:, None, None]
+        return replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
 
 
 def formats() -> dict[str, Format]:
@@ -86,7 +108,7 @@ def encode_batch(
     hessians: Knowledge = None,
     *,
     effort: str | Effort = "normal",
-    gamma: float = 1.0,
+    gamma: float | Sequence[float] = 1.0,
     device: str | torch.device | None = None,
     backend: Backend | None = None,
 ) -> np.ndarray:
@@ -94,12 +116,11 @@ def encode_batch(
 
     hessians: one per matrix (None: nothing is known of its inputs; IQ1_S and IQ1_M then take ggml's own bytes, unless
     at effort `fast`), or a Factor prepared once for several matrices that share their inputs (gate and up).
+    gamma: as in `encode`, of all matrices or of each.
     device: None takes CUDA if there is one. backend: None takes the fastest that is installed for the device. Rows and
     matrices are tiled, so memory on the device stays bounded.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    effort = EFFORTS[effort] if isinstance(effort, str) else effort
-    how = Method(formats()[qtype], effort, gamma, device, backend or choose(device.type))
+    how = Method.of(qtype, effort, gamma, device, backend)
     e, rows, n_in = weights.shape
     out = np.empty((e, rows, row_bytes(qtype, n_in)), np.uint8)  # or an error that names the type
     seeing = list(range(e))
@@ -111,6 +132,8 @@ def encode_batch(
         if blind:
             seeing = [i for i in seeing if i not in blind]
             weights, hessians = weights[seeing], [hessians[i] for i in seeing]
+            if not isinstance(gamma, float | int):
+                how = replace(how, gamma=[gamma[i] for i in seeing])
     for matrices, some, state in _encode_tiles(how, weights, hessians):
         out[seeing[matrices], some] = pack(state)
     return out
@@ -128,7 +151,7 @@ def _by_ggml(qtype: str, weight: torch.Tensor, hessian: Hessian | None) -> np.nd
     importance = torch.ones(weight.shape[-1])
     if hessian is not None and hessian.diagonal is not None and describe(hessian) == "diagonal":
         importance = hessian.diagonal
-    return ggml.quantize(qtype, _finite(weight).cpu().numpy(), importance.float().cpu().numpy())
+    return quants.quantize(qtype, finite(weight).cpu().numpy(), importance.float().cpu().numpy())
 
 
 def _encode_tiles(
@@ -148,10 +171,8 @@ def _encode_tiles(
         for j in range(0, rows, tile):
             some = slice(j, j + tile)
             with torch.inference_mode(), tf32():
-                w = _finite(weights[part, some].to(how.device))
-                state = encode_rows(how.fmt, w, factor, how.effort, how.backend)
-                if how.gamma != 1.0:
-                    state = replace(state, d=to_fp16(state.d * how.gamma), dmin=to_fp16(state.dmin * how.gamma))
+                w = finite(weights[part, some].to(how.device))
+                state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend), part)
             yield part, some, state
 
 
@@ -173,7 +194,8 @@ def _tile(n: int, most: int) -> int:
     return n if n <= most else 1 << (max(1, most).bit_length() - 1)
 
 
-def _finite(w: torch.Tensor) -> torch.Tensor:
+def finite(w: torch.Tensor) -> torch.Tensor:
+    """What is encoded of weights: NaN counts as 0, float16 must hold them."""
     return torch.nan_to_num(w.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
 
 

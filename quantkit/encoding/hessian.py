@@ -10,6 +10,7 @@ already encoded moves the target of the later ones: `T = W + (W − Q) U`, and t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,7 +37,8 @@ class Factor:
     """Block-UDU factors of the damped Hessians of E matrices, float32.
 
     h: [E, n, n] damped; [E, 0, 0] if only a diagonal is known (then nothing couples columns, and feedback vanishes).
-    u: [E, n, n] strictly block-upper in blocks of 8; empty as h. d: [E, n/8, 8, 8] the blocks of D.
+    u: [E, n, n] strictly block-upper in blocks of 8; empty as h. d: [E, n/8, 8, 8] the blocks of D. What else follows
+    from h is kept: encoders ask for it once for every few rows.
     """
 
     h: torch.Tensor
@@ -52,6 +54,21 @@ class Factor:
     def weights(self) -> torch.Tensor:
         """The diagonal of D, [E, n]."""
         return self.d.diagonal(dim1=-2, dim2=-1).flatten(1)
+
+    @cached_property
+    def metrics(self) -> torch.Tensor:
+        """The blocks on the diagonal of h, [E, n/8, 8, 8]."""
+        return blocks(self.h)
+
+    @cached_property
+    def inverses(self) -> torch.Tensor:
+        """Those of `metrics`."""
+        return torch.linalg.inv(self.metrics)
+
+    @cached_property
+    def coarse(self) -> torch.Tensor:
+        """h in bfloat16."""
+        return self.h.bfloat16()
 
     def of(self, part: slice) -> "Factor":
         """Those of some of the matrices."""
@@ -117,13 +134,30 @@ def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:
     return Hessian(matrix, matrix.diagonal().clone(), own.tokens + min(pseudo_tokens, shared.tokens))
 
 
+def damping(n_in: int, tokens: float) -> float:
+    """λ of `damp` for a mean over so many tokens: what makes H invertible, and what makes it true of other text.
+
+    The second part falls from 1.6 where there are few tokens for each of the n_in dimensions (R1's experts see 0.6 of
+    131,072) to 0.4 where there are plenty; fitted on starved experts (docs/results/encoders.md).
+    """
+    rest = max(tokens, 1.0) / n_in
+    return min(max(0.1 / rest, 0.01), 1.6) + 0.4 + 1.2 / (1 + rest / 4)
+
+
+def unshrinking(gamma: float, n_in: int, tokens: float) -> float:
+    """A type's gamma for a matrix whose H was damped: rounding under a rounder metric shrinks more.
+
+    gamma: what undoes the shrinkage without damping. Fitted with `damping`.
+    """
+    return 1 + (gamma - 1) * (1 + 0.9 * damping(n_in, tokens) ** 0.5)
+
+
 def damp(matrix: torch.Tensor, tokens: float) -> torch.Tensor:
-    """matrix [n, n], a mean over so many tokens, plus `λ mean(diag) I + 0.1 diag(H)`, λ = clip(0.1 n / tokens, 0.01,
-    1.6).
+    """matrix [n, n], a mean over so many tokens, plus `λ mean(diag) I + 0.1 diag(H)`, λ by `damping`.
 
     Few tokens leave directions unseen; the added diagonal keeps feedback from moving error into them.
     """
-    rate = min(max(0.1 * len(matrix) / max(tokens, 1.0), 0.01), 1.6)
+    rate = damping(len(matrix), tokens)
     diag = matrix.diagonal().clamp_min(0)
     return matrix + torch.diag(rate * diag.mean() + 0.1 * diag)
 
@@ -176,16 +210,17 @@ def blocks(h: torch.Tensor, size: int = GROUP) -> torch.Tensor:
     return h.view(e, n // size, size, n // size, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
 
 
-def factorize(h: torch.Tensor) -> Factor:
-    """h [E, n, n], damped -> Factor. FP64 on the CPU, FP32 on a GPU (where FP64 Cholesky would dominate the run)."""
+def factorize(h: torch.Tensor, size: int = GROUP) -> Factor:
+    """h [E, n, n], damped -> Factor, in blocks of `size`. FP64 on the CPU, FP32 on a GPU (where FP64 Cholesky would
+    dominate the run)."""
     precise = h.double() if h.device.type == "cpu" else h
     root = _upper_root(precise)
-    diag = blocks(root)  # upper triangular 8x8
+    diag = blocks(root, size)  # upper triangular
     e, n, _ = h.shape
     inverse = torch.linalg.inv(diag)
     # (I + U) = R R_bd⁻¹, block column by block column.
-    unit = torch.einsum("enga,egab->engb", root.view(e, n, n // GROUP, GROUP), inverse).reshape(e, n, n)
-    unit.view(e, n // GROUP, GROUP, n // GROUP, GROUP).diagonal(dim1=1, dim2=3).zero_()
+    unit = torch.einsum("enga,egab->engb", root.view(e, n, n // size, size), inverse).reshape(e, n, n)
+    unit.view(e, n // size, size, n // size, size).diagonal(dim1=1, dim2=3).zero_()
     return Factor(h.float(), unit.float(), (diag @ diag.mT).float())
 
 

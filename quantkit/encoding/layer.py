@@ -13,6 +13,7 @@ the moments of what it encodes.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +22,14 @@ from quantkit import ranks
 from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
 from quantkit.codecs.types import QTYPES
-from quantkit.encoding.api import SUPPORTED, encode_batch
-from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment
+from quantkit.encoding.api import SUPPORTED, Method, encode_batch
+from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment, unshrinking
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
 from quantkit.encoding.moments import SAME_INPUT, Moments
+from quantkit.encoding.outputs import LayerOutputs
+from quantkit.encoding.two_sided import TwoSided, encode_two_sided
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.gradients import DOWN, INNER
 from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -52,15 +56,18 @@ def group_size(device: torch.device, n_in: int, n_expert: int) -> int:
 class EncoderOptions:
     """How our encoders work.
 
-    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype. Least squares shrinks what a
-    matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are those that gave the least
-    KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, in
-    tokens.
+    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype, before `unshrinking`. Least
+    squares shrinks what a matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are
+    those that gave the least KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments
+    in an expert's, in tokens. gradients: folder of a backward pass (formats/gradients.py); matrices that it knows the
+    outputs of are then encoded as `two_sided` says.
     """
 
     effort: str = "normal"
     gamma: Mapping[str, float] = field(default_factory=lambda: dict(GAMMA))
-    pseudo_tokens: float = 512.0
+    pseudo_tokens: float = 2048.0
+    gradients: Path | None = None
+    two_sided: TwoSided = field(default_factory=TwoSided)
 
 
 Group = list[tuple[ExpertVisit, Hessian, Hessian]]
@@ -149,6 +156,7 @@ class LayerEncoder(Watcher):
         self.planned = {tensor.role: tensor for tensor in mine}
         self.specs = {tensor.role: file.specs[tensor.name] for tensor in mine}
         self.own = self._share()
+        self.outputs = LayerOutputs(how.gradients, layer, how.two_sided.own, self.source.device)
         self.moments: dict[str, Moments] = {}
         self.weights: list[torch.Tensor] = []
         self.shared: Hessian | None = None
@@ -218,22 +226,50 @@ class LayerEncoder(Watcher):
         self._encode_group(waiting[half:])
 
     def _encode_experts(self, waiting: Group) -> None:
-        inner: list[Hessian | None] = [own for _, own, _ in waiting]
+        inner = [own for _, own, _ in waiting]
         factor = None
-        for index, role in enumerate(ROUTED_ROLES):
-            if role not in self.planned:
-                continue
-            weights = torch.stack([visit.matrices[index].float() for visit, _, _ in waiting])
-            if role == "ffn_down_exps":
-                data = self._encode(role, weights, [down for _, _, down in waiting])
+        for roles in self._stacks():
+            each = [ROUTED_ROLES.index(role) for role in roles]
+            weights = torch.stack([torch.cat([visit.matrices[i].float() for i in each]) for visit, _, _ in waiting])
+            outputs = self._outputs(roles, [visit.expert for visit, _, _ in waiting])
+            if roles == ROUTED_ROLES[-1:]:
+                known = [down for _, _, down in waiting]
+                data = self._encode(roles, weights, known, outputs, self._gammas(roles, known))
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
                     factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
-                data = self._encode(role, weights, factor)
-            rows = weights.shape[1]
-            for (visit, _, _), packed in zip(waiting, data, strict=True):
-                self.out.write(self.planned[role].name, visit.expert * rows, packed)
+                data = self._encode(roles, weights, factor, outputs, self._gammas(roles, inner))
+            for role, part in zip(roles, np.split(data, len(roles), axis=1), strict=True):
+                for (visit, _, _), packed in zip(waiting, part, strict=True):
+                    self.out.write(self.planned[role].name, visit.expert * len(packed), packed)
+
+    def _stacks(self) -> list[tuple[str, ...]]:
+        """Routed roles that are encoded as one matrix: gate on up, if what they put out is known and of one type."""
+        gate, up, down = ROUTED_ROLES
+        types = {role: tensor.qtype for role, tensor in self.planned.items() if role in ROUTED_ROLES}
+        if types.keys() >= {gate, up} and types[gate] == types[up] and self._knows(gate):
+            return [(gate, up), *([(down,)] if down in types else [])]
+        return [(role,) for role in ROUTED_ROLES if role in types]
+
+    def _knows(self, role: str) -> bool:
+        """Whether a backward pass tells of what this routed role puts out, in blocks of rows."""
+        spec = self.specs[role]
+        key, rows = (DOWN, spec.shape[1]) if role == "ffn_down_exps" else (INNER, 2 * spec.shape[1])
+        known = self.outputs.knows(key, self.source.config.n_expert, rows)
+        return known and spec.shape[1] % self.how.two_sided.block == 0
+
+    def _outputs(self, roles: tuple[str, ...], experts: list[int]) -> list[torch.Tensor] | None:
+        """H_O of the experts' matrices, stacked as the roles are."""
+        if not self._knows(roles[0]):
+            return None
+        key = DOWN if roles == ("ffn_down_exps",) else INNER
+        found = [self.outputs.expert(key, expert) for expert in experts]
+        if roles == ("ffn_gate_exps",) or roles == ("ffn_up_exps",):
+            rows = self.specs[roles[0]].shape[1]
+            part = slice(0, rows) if roles == ("ffn_gate_exps",) else slice(rows, 2 * rows)
+            return [h[part, part] for h in found]
+        return found
 
     def _done(self, role: str, expert: int) -> bool:
         """Whether the expert's rows are written, or are not ours to write."""
@@ -263,12 +299,12 @@ class LayerEncoder(Watcher):
             return
         per_head = spec.n_rows // spec.n_matrices
         weights = [self._read(spec, first, first + per_head) for first in range(0, spec.n_rows, per_head)]
-        packed = self._encode(role, torch.stack(weights), hessians)
+        packed = self._encode((role,), torch.stack(weights), hessians)
         self.out.write(name, 0, packed.reshape(spec.n_rows, -1))
         self.out.sync()
 
     def _whole(self, role: str, name: str, spec: TensorSpec, hessian: Hessian) -> None:
-        """One matrix under one factor, on a CPU a slice of rows at a time.
+        """One matrix under one factor, on a CPU a slice of rows at a time, unless its rows are coupled.
 
         A GPU waits for launches, as many for a slice as for all rows; encode_batch cuts what does not fit its memory.
         """
@@ -276,21 +312,51 @@ class LayerEncoder(Watcher):
             return
         full = self.how.effort != "fast"
         factor = prepare([hessian], spec.n_in, self.source.device, full=full)
-        whole = self.source.device.type == "cuda"
+        h = self.outputs.matrix(role, spec.n_rows) if spec.n_rows % self.how.two_sided.block == 0 else None
+        outputs = None if h is None or not factor.coupled else [h]
+        whole = self.source.device.type == "cuda" or outputs is not None
         for start, stop in [(0, spec.n_rows)] if whole else family.slices(spec):
-            self.out.write(name, start, self._encode(role, self._read(spec, start, stop)[None], factor)[0])
+            self.out.write(name, start, self._encode((role,), self._read(spec, start, stop)[None], factor, outputs)[0])
         self.out.sync()
-        self.used[describe(hessian)] += 1
+        if outputs is None:
+            self.used[describe(hessian)] += 1
 
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
-    def _encode(self, role: str, weights: torch.Tensor, knowledge: list[Hessian] | Factor) -> np.ndarray:
-        qtype = self.planned[role].qtype
-        routed = self.specs[role].is_routed
-        gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
+    def _gammas(self, roles: tuple[str, ...], known: list[Hessian]) -> list[float]:
+        """One for each expert, by the tokens that its damping went by."""
+        spec = self.specs[roles[0]]
+        gamma = self.how.gamma.get(self.planned[roles[0]].qtype, 1.0)
+        damped = [self.how.effort != "fast" and describe(hessian) == "full" for hessian in known]
+        return [
+            unshrinking(gamma, spec.n_in, h.tokens) if full else gamma for full, h in zip(damped, known, strict=True)
+        ]
+
+    def _encode(
+        self,
+        roles: tuple[str, ...],
+        weights: torch.Tensor,
+        knowledge: list[Hessian] | Factor,
+        outputs: list[torch.Tensor] | None = None,
+        gamma: float | list[float] = 1.0,
+    ) -> np.ndarray:
+        """Matrices of one role, or of several stacked; two-sided if all is known that it takes."""
+        qtype = self.planned[roles[0]].qtype
+        method = Method.of(qtype, self.how.effort, gamma, self.source.device)
+        if outputs is not None and method.effort.feedback and _complete(knowledge):
+            data = encode_two_sided(method, weights, knowledge, outputs, self.how.two_sided)
+            self.used["two-sided"] += len(weights) * len(roles)
+            return data
         if isinstance(knowledge, list):
             self.used.update(describe(hessian) for hessian in knowledge)
-        elif weights.shape[0] > 1 or self.specs[role].is_routed:
-            self.used["full"] += weights.shape[0]
+        elif weights.shape[0] > 1 or self.specs[roles[0]].is_routed:
+            self.used["full"] += weights.shape[0] * len(roles)
         return encode_batch(qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device)
+
+
+def _complete(knowledge: list[Hessian] | Factor) -> bool:
+    """Whether the inputs of all matrices are known, and not by their diagonals alone."""
+    if isinstance(knowledge, Factor):
+        return knowledge.coupled
+    return all(describe(hessian) == "full" for hessian in knowledge)

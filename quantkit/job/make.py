@@ -22,6 +22,7 @@ from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_impo
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
+from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
@@ -163,14 +164,17 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     n_tokens = chunks.tokens.numel()
     limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
     room = room_for(source, n_tokens, limits)
-    state = state_of(out, job_of(source, chunks.tokens) + (options.effort if order.encoder == "quantkit" else "ggml"))
+    encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
+    state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, overwrite=True)
-    ours = EncoderOptions(options.effort) if order.encoder == "quantkit" else None
+    # Here `--effort best` runs the backward pass first (calibration/gradients.py) where options.gradients is None, into
+    # a folder of its own beside `out`, and goes on with that folder.
+    ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
         layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))
         with track("layers", source.config.n_layer, "layers") as advance:
@@ -202,9 +206,14 @@ def fingerprint(order: Order, state: PassState) -> dict[str, str]:
         "checkpoint": order.checkpoint.fingerprint(),
         "plan": order.plan.digest(),
         "calibration": state.job,
-        "encoder": f"{order.encoder} {order.options.effort}",
+        "encoder": f"{order.encoder} {order.options.effort}" + known_outputs(order),
         "min_expert_tokens": str(order.options.calibration.min_expert_tokens),
     }
+
+
+def known_outputs(order: Order) -> str:
+    """The gradients that matrices are encoded by, if any."""
+    return f" {gradients.digest(order.options.gradients)}" if order.options.gradients else ""
 
 
 def beside(reference: ReferencePass | None, steps: Steps) -> Callable[[int], None]:

@@ -11,6 +11,7 @@ from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
+from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.folder import IMATRIX
 from quantkit.planning.budget import BudgetOptions
@@ -26,7 +27,8 @@ class MakeOptions:
 
     recipe: a name, a TOML file or a plan.json. target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`.
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
-    quantkit's. device: cpu or cuda, default a GPU if there is one. workers: encoding threads, default the cores.
+    quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
+    workers: encoding threads, default the cores.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
     with the scores.
     """
@@ -39,6 +41,7 @@ class MakeOptions:
     imatrix: Path | None = None
     encoder: str = "auto"
     effort: str = "normal"
+    gradients: Path | None = None
     device: str | None = None
     workers: int | None = None
     split_max_bytes: int | None = None
@@ -50,6 +53,9 @@ class MakeOptions:
         """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""
         if self.encoder not in ENCODERS:
             raise QuantkitError(f"--encoder {self.encoder}: unknown; choose {', '.join(ENCODERS)}")
+        if self.gradients and (self.encoder == "ggml" or self.effort == "fast"):
+            what = f"--encoder {self.encoder}" if self.encoder == "ggml" else "--effort fast"
+            raise QuantkitError(f"{what} has no use for gradients (leave them out)")
         if self.imatrix:
             if self.encoder == "quantkit":
                 raise QuantkitError(
@@ -96,18 +102,22 @@ class Order:
             "min_expert_tokens": how.min_expert_tokens,
             "expert_tokens": how.expert_tokens,
         }
-        return {
-            "quantkit": __version__,
-            "checkpoint": checkpoint.fingerprint(),
-            "recipe": plan.recipe,
-            "target": plan.target,
-            "mla": plan.mla,
-            "plan": plan.digest(),
-            "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
-            "encoder": options.encoder,
-            "effort": options.effort,
-            "recover": options.recover,
-        } | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
+        return (
+            {
+                "quantkit": __version__,
+                "checkpoint": checkpoint.fingerprint(),
+                "recipe": plan.recipe,
+                "target": plan.target,
+                "mla": plan.mla,
+                "plan": plan.digest(),
+                "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
+                "encoder": options.encoder,
+                "effort": options.effort,
+                "recover": options.recover,
+            }
+            | ({"gradients": gradients.digest(options.gradients)} if options.gradients else {})
+            | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
+        )
 
     def circumstances(self) -> dict[str, Any]:
         """What a reader wants to know, or needs to make the same again, besides the identity."""

@@ -1,6 +1,7 @@
 """Our encoders in the one-pass job: better than ggml's at the same bytes, and honest about what they knew."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,18 @@ from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.moments import Moments
+from quantkit.encoding.two_sided import TwoSided
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gradients import DOWN, INNER, ExpertRows, LayerGradients, path_of
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.job.plan import plan_model
 from quantkit.job.stages import source_of
+from quantkit.models import family
 from quantkit.planning.plan import Plan
+from quantkit.tensors import ROUTED_ROLES
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def ours(tmp_path_factory):
         evaluation=TextChoice(n_tokens=4096),
         encoder="quantkit",
     )
-    pipeline.make("tiny-r1", folder, options)
+    make("tiny-r1", folder, options)
     return folder
 
 
@@ -67,6 +73,39 @@ def test_experts_without_tokens_fall_to_ggml(tiny, made, tmp_path):
     assert sum(layers.used_by_all().values()) > 0
 
 
+def few_types(up: str, folder: Path) -> Plan:
+    """Routed experts at IQ2_XXS, but for up; attn_output at Q4_K; all else is for ggml."""
+    rules = {"ffn_up_exps": up, "ffn_*_exps": "IQ2_XXS", "attn_output": "Q4_K", "*": "Q8_0"}
+    text = 'name = "few"\ndescription = "Few types."\ntarget = "llama.cpp"\n' + "".join(
+        f'[[rules]]\nmatch = "{match}"\nqtype = "{qtype}"\nwhy = "to test"\n' for match, qtype in rules.items()
+    )
+    (folder / "few.toml").write_text(text)
+    return plan_model("tiny-r1", folder / "few.toml")
+
+
+@pytest.mark.parametrize("up", ["IQ2_XXS", "Q2_K"])  # of gate's type: encoded with it, as one matrix
+def test_experts_are_encoded_two_sided_where_a_backward_pass_has_been(tiny, tmp_path, up):
+    source, g, plan = source_of(tiny, "cpu"), torch.Generator().manual_seed(0), few_types(up, tmp_path)
+    counts = torch.full((16,), 3)
+    rows = {key: ExpertRows(torch.randn(48, n, generator=g), counts) for key, n in ((INNER, 512), (DOWN, 256))}
+    LayerGradients(rows, {"attn_output": torch.eye(256)}).save(path_of(tmp_path, 1))
+    how = EncoderOptions(gradients=tmp_path, two_sided=TwoSided(block=64, passes=0))
+    with torch.inference_mode(), open_writer(tiny, plan, Output(tmp_path / "o.gguf")) as out:
+        layers = FileEncoder(source, plan, out, LayerOptions(how))
+        imatrix = collect(source, torch.tensor([[0, 99]]), turns=layers.turns, watch=layers.watch)
+        reached = {layer: int((imatrix[f"blk.{layer}.ffn_down_exps.weight"].counts > 0).sum()) for layer in (1, 2, 3)}
+        used = layers.used_by_all()
+        encode_pending(tiny, plan, fit_importance(plan, imatrix), out, GgmlEncoder())
+    assert used["two-sided"] == 3 * reached[1] + 1 and used["full"] >= 3 * (reached[2] + reached[3])
+    file, specs = GGUFFile.open(tmp_path / "o.gguf"), {s.name: s for s in family.specs(source.config, plan.mla)}
+    expert = int(np.argmax(imatrix["blk.1.ffn_down_exps.weight"].counts))
+    for role in ROUTED_ROLES:  # each stands where it belongs
+        name = f"blk.1.{role}.weight"
+        want = family.read(tiny, source.config, specs[name], expert * 256, expert * 256 + 256)
+        got = torch.from_numpy(file.matrix(name, expert))
+        assert torch.corrcoef(torch.stack([want.flatten(), got.flatten()]))[0, 1] > 0.5
+
+
 def test_moments_are_weighted_means_over_batches():
     x, weight = torch.randn(50, 16), torch.rand(50)
     moments = Moments()
@@ -95,4 +134,10 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
 def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
     options = MakeOptions(imatrix=made / "imatrix.gguf", encoder="quantkit")
     with pytest.raises(QuantkitError, match="second moments"):
-        pipeline.make("tiny-r1", tmp_path / "x", options)
+        make("tiny-r1", tmp_path / "x", options)
+
+
+@pytest.mark.parametrize("how", [{"encoder": "ggml"}, {"effort": "fast"}])
+def test_gradients_that_nobody_would_use_are_refused(how, tmp_path):
+    with pytest.raises(QuantkitError, match="no use for gradients"):
+        make("tiny-r1", tmp_path / "x", MakeOptions(gradients=tmp_path, **how))

@@ -11,7 +11,7 @@ from quantkit.encoding.backends import numba_levels as levels
 from quantkit.encoding.backends import numba_refit
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import CURVE, Guess, guess_codebook, guess_levels, min_stretches, signed_stretches
-from quantkit.encoding.hessian import GROUP, Factor, blocks
+from quantkit.encoding.hessian import GROUP, Factor
 from quantkit.encoding.search import unit_upper
 from quantkit.encoding.state import Effort, State, near_mins
 
@@ -296,8 +296,7 @@ class NumbaBackend(Backend):
         revise = revise_levels if state.fmt.grid is None else revise_grid
         for e in range(len(w)):
             h = factor.h[e]
-            metrics = blocks(h[None])[0]
-            inverses = torch.linalg.inv(metrics)
+            metrics, inverses = factor.metrics[e], factor.inverses[e]
             error = state.q[e] - w[e]
             for start in range(0, w.shape[-1], SUPERBLOCK):
                 part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)

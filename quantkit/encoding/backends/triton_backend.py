@@ -57,12 +57,12 @@ class TritonBackend(Backend):
     def descend_groups(self, w: torch.Tensor, factor: Factor, state: State) -> None:
         """See reference.Backend."""
         descend = _descend_levels if state.fmt.grid is None else _descend_codebook
-        descend(w, factor.h, state)
+        descend(w, factor, state)
 
     def gram(self, unit: torch.Tensor, factor: Factor) -> torch.Tensor:
         """See reference.Backend."""
         if factor.coupled:  # sums of 256 and more products: 8 bits of each are enough for d
-            unit, factor = unit.bfloat16(), Factor(factor.h.bfloat16(), factor.u, factor.d)
+            unit, factor = unit.bfloat16(), Factor(factor.coarse, factor.u, factor.d)
         return super().gram(unit, factor)
 
     def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
@@ -90,10 +90,9 @@ def _codebook_superblock(
         torch.sub(w[..., here], state.q[..., here], out=error[..., here])
 
 
-def _descend_codebook(w: torch.Tensor, h: torch.Tensor, state: State) -> None:
+def _descend_codebook(w: torch.Tensor, factor: Factor, state: State) -> None:
     """With a kernel for every 32 columns."""
-    metrics = blocks(h)
-    inverses = torch.linalg.inv(metrics)
+    h, metrics, inverses = factor.h, factor.metrics, factor.inverses
     error, change = state.q - w, w.new_empty(*w.shape[:2], SUPERBLOCK)
     for start in range(0, w.shape[-1], SUPERBLOCK):
         groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
@@ -162,11 +161,11 @@ def _scales(state: State, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     return block_scale(fmt, state.d[..., sb], state.dmin[..., sb], state.scale[..., here], state.offset[..., here])
 
 
-def _descend_levels(w: torch.Tensor, h: torch.Tensor, state: State) -> None:
+def _descend_levels(w: torch.Tensor, factor: Factor, state: State) -> None:
     """With a kernel for every 32 columns."""
-    e, r, n = w.shape
-    metrics, wide = blocks(h), blocks(h, SPAN)
-    by_group = torch.linalg.inv(metrics), *unit_upper(metrics)
+    (e, r, n), h = w.shape, factor.h
+    wide = blocks(h, SPAN)
+    by_group = factor.inverses, *unit_upper(factor.metrics)
     error = state.q - w
     for start in range(0, n, SUPERBLOCK):
         part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)

@@ -1,0 +1,147 @@
+"""Two-sided encoding: not only a row's inputs have a metric, its output does too.
+
+The loss of the whole model moves by about ½ tr(H_O Δ H_I Δᵀ), Δ the error of a matrix, H_I of its inputs as in
+`hessian`, H_O of its outputs (YAQA, arXiv 2505.22988; where it comes from: formats/gradients.py). So what holds of
+columns holds of rows: `H_O = (I + U) D (I + U)ᵀ` in blocks of rows, the most important first, and the error of blocks
+that are encoded moves the target of the later ones, `T_k = W_k + Σ_{j<k} U_jkᵀ (W_j − Q_j)`. Each block is encoded
+under H_I as ever. Then rows are revised block by block, all others fixed, each towards its optimum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from quantkit import machine
+from quantkit.codecs.types import row_bytes
+from quantkit.encoding.api import GPU_SHARE, Method, finite, pack
+from quantkit.encoding.feedback import encode_rows
+from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
+from quantkit.encoding.refit import pull, refit
+from quantkit.encoding.state import State
+from quantkit.errors import QuantkitError
+
+GPU_BYTES = 40  # per weight: all of a matrix's codes, values and errors
+OUTPUT_BYTES = 32  # per element of H_O: its factor, and the copies on the way
+INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """block: rows that are encoded at once. damping: added to H_O, in parts of its diagonal and of the diagonal's mean.
+    passes: over all rows again, once they are encoded. own: an expert's own part in its H_O, the rest being its
+    layer's mean."""
+
+    block: int = 16
+    damping: float = 0.3
+    passes: int = 3
+    own: float = 0.5
+
+
+@dataclass(frozen=True)
+class RowFactor:
+    """How the rows of E matrices are gone through.
+
+    order: int64 [E, R], the rows by importance. factor: of H_O, damped, in that order and in blocks of rows. inverse:
+    [E, R/block, block, block] of the blocks on H_O's diagonal.
+    """
+
+    order: torch.Tensor
+    factor: Factor
+    inverse: torch.Tensor
+
+    @property
+    def block(self) -> int:
+        """Rows that are encoded at once."""
+        return self.inverse.shape[-1]
+
+
+def row_factor(outputs: torch.Tensor, how: TwoSided) -> RowFactor:
+    """Of H_O float32 [E, R, R]."""
+    diag = outputs.diagonal(dim1=-2, dim2=-1)
+    mean = diag.mean(-1, keepdim=True).clamp_min(1e-30)
+    h = outputs + torch.diag_embed(how.damping * (mean + diag))
+    h /= ((1 + 2 * how.damping) * mean)[..., None]  # mean diagonal 1
+    order = diag.argsort(stable=True, descending=True)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+    return RowFactor(order, factorize(h, how.block), torch.linalg.inv(blocks(h, how.block)))
+
+
+def encode_two_sided(
+    method: Method,
+    weights: torch.Tensor,
+    inputs: Sequence[Hessian | None] | Factor,
+    outputs: Sequence[torch.Tensor] | torch.Tensor,
+    how: TwoSided = TwoSided(),
+) -> np.ndarray:
+    """Encode E matrices of one shape: weights [E, R, n] -> uint8 [E, R, row_bytes].
+
+    inputs: a Hessian for each matrix, or a Factor, as in `api.encode_batch`. outputs: H_O of each, float32 [R, R], of
+    any scale; to be shrunk already (`outputs.ExpertOutputs`). Matrices are tiled, so memory on a GPU stays bounded.
+    QuantkitError if the rows do not divide into blocks.
+    """
+    e, r, n = weights.shape
+    if r % how.block:
+        raise QuantkitError(f"{r} rows do not divide into blocks of {how.block}")
+    out = np.empty((e, r, row_bytes(method.qtype, n)), np.uint8)
+    tile = _tile(method.device, (e, r, n), isinstance(inputs, Factor))
+    for first in range(0, e, tile):
+        part = slice(first, first + tile)
+        with torch.inference_mode():
+            if isinstance(inputs, Factor):
+                factor = inputs.of(part).to(method.device)
+            else:
+                factor = prepare(inputs[part], n, method.device, full=method.effort.feedback)
+            rows = row_factor(torch.stack([h.to(method.device).float() for h in outputs[part]]), how)
+            with tf32():
+                w = finite(weights[part].to(method.device))
+                w = w.gather(1, rows.order[:, :, None].expand_as(w))
+                states = encode_row_blocks(method, w, factor, rows, how.passes)
+            packed = np.concatenate([pack(method.finished(state, part)) for state in states], 1)
+        for i, order in enumerate(rows.order.cpu().numpy()):
+            out[first + i, order] = packed[i]
+    return out
+
+
+def _tile(device: torch.device, shape: tuple[int, int, int], factored: bool) -> int:
+    """Matrices that are encoded at once: powers of two on a GPU, as in `api`."""
+    e, r, n = shape
+    if device.type == "cpu":
+        return 1
+    each = GPU_BYTES * r * n + OUTPUT_BYTES * r * r + (0 if factored else INPUT_BYTES * n * n)
+    most = max(1, int(machine.free_vram(device) * GPU_SHARE) // each)
+    return e if e <= most else 1 << (most.bit_length() - 1)
+
+
+def encode_row_blocks(method: Method, w: torch.Tensor, inputs: Factor, rows: RowFactor, passes: int) -> list[State]:
+    """w [E, R, n], finite, in the order of `rows` -> the State of every block of rows; without gamma."""
+    error = torch.empty_like(w)  # w − q of the rows that are done
+    states = []
+    for k in range(0, w.shape[1], rows.block):
+        here = slice(k, k + rows.block)
+        target = w[:, here].clone(memory_format=torch.contiguous_format)
+        if k:
+            target.baddbmm_(rows.factor.u[:, :k, here].mT, error[:, :k])
+        state = encode_rows(method.fmt, target, inputs, method.effort, method.backend)
+        torch.sub(w[:, here], state.q, out=error[:, here])
+        states.append(state)
+    for _ in range(passes):
+        _descend_rows(method, w, error, states, inputs, rows)
+    return states
+
+
+def _descend_rows(
+    method: Method, w: torch.Tensor, error: torch.Tensor, states: list[State], inputs: Factor, rows: RowFactor
+) -> None:
+    """Revise every block of rows once, all others fixed: towards W_k + H_kk⁻¹ Σ_{j≠k} H_kj (W_j − Q_j)."""
+    backend = method.backend
+    for i, state in enumerate(states):
+        here = slice(i * rows.block, (i + 1) * rows.block)
+        # Σ over all j, k itself too, moves Q_k instead of W_k.
+        target = state.q + rows.inverse[:, i] @ (rows.factor.h[:, here] @ error)
+        if inputs.coupled:
+            backend.descend_groups(target, inputs, state)
+        if method.effort.refit:
+            refit(pull(target, inputs), inputs, state, backend.gram)
+        torch.sub(w[:, here], state.q, out=error[:, here])
