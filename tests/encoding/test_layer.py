@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_bytes import decode
 
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import TextChoice
@@ -102,7 +103,7 @@ def test_experts_are_encoded_two_sided_where_a_backward_pass_has_been(tiny, tmp_
     for role in ROUTED_ROLES:  # each stands where it belongs
         name = f"blk.1.{role}.weight"
         want = family.read(tiny, source.config, specs[name], expert * 256, expert * 256 + 256)
-        got = torch.from_numpy(file.matrix(name, expert))
+        got = decode(file.tensors[name].qtype, file.matrix(name, expert))
         assert torch.corrcoef(torch.stack([want.flatten(), got.flatten()]))[0, 1] > 0.5
 
 
