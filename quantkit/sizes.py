@@ -24,7 +24,11 @@ def gib(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.1f} GiB" if n_bytes >= 1 << 27 else f"{n_bytes / (1 << 20):.1f} MiB"
 
 
+def gb(n_bytes: float) -> str:
+    """Bytes for a sentence: GB, or MB if small."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1 << 27 else f"{n_bytes / 1e6:.1f} MB"
+
+
 def both_units(n_bytes: int) -> str:
     """Bytes for a sentence, in the unit of shops and in that of programs: `140.2 GB, 130.6 GiB`."""
-    decimal = f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1 << 27 else f"{n_bytes / 1e6:.1f} MB"
-    return f"{decimal}, {gib(n_bytes)}"
+    return f"{gb(n_bytes)}, {gib(n_bytes)}"

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from quantkit.codecs import types as qtypes
-from quantkit.ggml.codec import dequantize
+from quantkit.ggml.quants import dequantize
 
 
 def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.Tensor, torch.Tensor]:

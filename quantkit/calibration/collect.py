@@ -17,7 +17,7 @@ from quantkit.runtime.experts.streamed import Turns
 from quantkit.runtime.room import Room
 from quantkit.runtime.stream import Source, stream
 from quantkit.runtime.watch import ExpertVisit, Watcher
-from quantkit.tensors import Importance
+from quantkit.tensors import ROUTED_ROLES, Importance, split_name
 
 TURNS = 32  # of the ranks in a layer, unless an encoder works on more experts at once
 
@@ -76,7 +76,7 @@ class Accumulator(Watcher):
 
 def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
     """Sums of experts: a rank has zeros for those of others, so adding is exact. All else every rank has."""
-    mine = {name: list(entry.in_sum2.shape) for name, entry in entries.items() if "_exps." in name}
+    mine = {name: list(entry.in_sum2.shape) for name, entry in entries.items() if split_name(name)[0] in ROUTED_ROLES}
     shapes: dict[str, list[int]] = {}
     for found in ranks.gather(mine):
         shapes |= found

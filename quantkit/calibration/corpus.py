@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError, needs
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
@@ -254,7 +254,7 @@ def chunk(
     """
     ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
     for document in corpus.documents:
-        ids += tokenizers.tokenize(tokenizer, document.text)
+        ids += tokenize(tokenizer, document.text)
         edges.append((len(ids), document.domain))
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)

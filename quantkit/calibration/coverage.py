@@ -8,42 +8,52 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
-from quantkit.tensors import ROUTED_ROLES, Importance
+from quantkit.tensors import ROUTED_ROLES, Importance, split_name
+
+FEW, PLENTY = 1.0, 5.0  # tokens for each dimension of an expert's input (docs/results/encoders.md)
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """Tokens that reached the experts of one layer. below: experts with fewer than the threshold."""
+    """Tokens that reached the experts of one layer. below: experts with fewer than the threshold. per_dim: tokens of
+    the median expert for each dimension of gate and up's input; what error feedback learns depends on it."""
 
     layer: int
     least: int
     median: int
     most: int
     below: int
+    per_dim: float
 
 
 def coverage(imatrix: Mapping[str, Importance], threshold: int) -> list[LayerCoverage]:
     """One row per MoE layer, in order."""
     rows = []
     for name, entry in imatrix.items():
-        if name.endswith(".ffn_down_exps.weight"):
-            counts = entry.counts
-            rows.append(
-                LayerCoverage(
-                    int(name.split(".")[1]),
-                    int(counts.min()),
-                    int(np.median(counts)),
-                    int(counts.max()),
-                    int((counts < threshold).sum()),
-                )
-            )
+        role, layer = split_name(name)
+        if role == ROUTED_ROLES[0] and layer is not None:
+            counts, n_in = entry.counts, entry.in_sum2.shape[-1]
+            median = float(np.median(counts))
+            few = int((counts < threshold).sum())
+            rows.append(LayerCoverage(layer, int(counts.min()), int(median), int(counts.max()), few, median / n_in))
     return sorted(rows, key=lambda row: row.layer)
 
 
 def table(rows: list[LayerCoverage]) -> str:
     """The coverage table that `calibrate` prints."""
-    head = f"{'layer':>5} {'fewest':>8} {'median':>8} {'most':>8} {'below':>6}   tokens per expert"
-    return "\n".join([head, *(f"{r.layer:>5} {r.least:>8,} {r.median:>8,} {r.most:>8,} {r.below:>6}" for r in rows)])
+    head = f"{'layer':>5} {'fewest':>8} {'median':>8} {'most':>8} {'below':>6} {'per dim':>8}   tokens per expert"
+    lines = (f"{r.layer:>5} {r.least:>8,} {r.median:>8,} {r.most:>8,} {r.below:>6} {r.per_dim:>8.1f}" for r in rows)
+    return "\n".join([head, *lines])
+
+
+def verdict(rows: list[LayerCoverage], n_tokens: int) -> str:
+    """Whether so many tokens are enough for our encoders, and how many would be."""
+    least = min(row.per_dim for row in rows)
+    if least >= PLENTY:
+        return f"{least:.1f} tokens for each dimension of an expert's input: plenty"
+    more = math.ceil(n_tokens * PLENTY / max(least, PLENTY / 1000))
+    what = "few" if least < FEW else "enough"
+    return f"{least:.1f} tokens for each dimension of an expert's input: {what}; better up to about --tokens {more}"
 
 
 def tokens_needed(rows: list[LayerCoverage], n_tokens: int, threshold: int) -> int:
@@ -61,6 +71,7 @@ def report(imatrix: Mapping[str, Importance], n_tokens: int, threshold: int) -> 
     if not rows:
         return
     say(table(rows))
+    say(verdict(rows, n_tokens))
     if short := sum(row.below for row in rows):
         needed = tokens_needed(rows, n_tokens, threshold)
         say(

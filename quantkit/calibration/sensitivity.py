@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, attention, route
 from quantkit.runtime.rope import angles
@@ -70,7 +70,7 @@ class Measurement:
         self.forks: list[Fork] = []
         self.gains: list[int] = []  # cheap tier: layer of each noise fork, in stream order
         for name in {qtype for types in self.plan.values() for qtype in types}:
-            ggml.prepare(name)
+            quants.prepare(name)
         self.pool = ThreadPoolExecutor(torch.get_num_threads())
 
     def variants(self, layer: int | None, roles: Callable[[str], bool]) -> list[Fork]:
@@ -86,11 +86,11 @@ class Measurement:
         """weight [n_out, n_in] of one matrix after encoding and decoding, in the compute dtype."""
         entry = self.imatrix.get(fork.spec.name)
         importance = entry.mean(matrix) if entry is not None else None
-        if importance is None and ggml.requires_importance(fork.qtype):
+        if importance is None and quants.requires_importance(fork.qtype):
             raise QuantkitError(f"imatrix has no {fork.spec.name}, and {fork.qtype} cannot be encoded without it")
         rows = weight.float().cpu().numpy()
-        packed = ggml.quantize(fork.qtype, rows, importance)
-        decoded = torch.from_numpy(ggml.dequantize(fork.qtype, packed, rows.shape[1]))
+        packed = quants.quantize(fork.qtype, rows, importance)
+        decoded = torch.from_numpy(quants.dequantize(fork.qtype, packed, rows.shape[1]))
         return decoded.to(weight.device, weight.dtype)
 
     def whole(self, fork: Fork) -> torch.Tensor:

@@ -10,7 +10,6 @@ A layer's statistics are written before the hidden states that include it, each 
 the folder is consistent at any moment.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors_header import encode_header
 from quantkit.tensors import Importance
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -80,13 +80,10 @@ class PassState:
 
     def _write_hidden(self, hidden: torch.Tensor, about: dict[str, str]) -> None:
         """A few chunks at a time: save_file would copy all of it, gigabytes for a large job, in memory."""
-        about = dict(sorted(about.items()))
-        table = {"dtype": DTYPES[hidden.dtype], "shape": list(hidden.shape), "data_offsets": [0, hidden.nbytes]}
-        head = json.dumps({"__metadata__": about, "hidden": table}).encode()
-        head += b" " * (-len(head) % 8)
+        head, _ = encode_header({"hidden": (DTYPES[hidden.dtype], hidden.shape)}, about)
         part = self.folder / "hidden.safetensors.part"
         with open(part, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
+            file.write(head)
             for chunk in hidden.split(max(1, WRITE_BYTES // hidden[:1].nbytes)):
                 file.write(memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy()))
             file.flush()

@@ -1,5 +1,6 @@
 """`make`, and the stages that it runs one after another, each by itself."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,9 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id
     (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
-    from quantkit.job import make as job
+    from quantkit.job.make import make
 
-    files, result = job.make(model, output, asked)
+    files, result = make(model, output, asked)
     click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
 
@@ -66,18 +67,43 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
 @click.argument("model", default="tiny-r1")
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
 @options.calibration
+@click.option(
+    "--gradients",
+    type=OUT_FOLDER,
+    default=None,
+    help="Also derive the model's loss, layer by layer back, and write gradients-NNN.safetensors here.",
+)
+@click.option(
+    "--gradient-tokens",
+    default=16384,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most tokens of calibration text for that.",
+)
 @options.device
 @options.restart
-def calibrate(model: str, output: Path, calibration: "Calibration", device: str | None, restart: bool) -> None:
+def calibrate(
+    model: str,
+    output: Path,
+    calibration: "Calibration",
+    gradients: Path | None,
+    gradient_tokens: int,
+    device: str | None,
+    restart: bool,
+) -> None:
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
     MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
     from quantkit.calibration import measure
+    from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
     from quantkit.job import stages
     from quantkit.machine import default_device
 
     source = stages.open_for_calibration(model, device or default_device())
+    if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
+        text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
+        calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
     measure.calibrate(source, calibration, output, restart)
     click.echo(str(output))
 
@@ -122,12 +148,13 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
     from quantkit.job import stages
+    from quantkit.job.folder import SENSITIVITY
     from quantkit.machine import default_device
     from quantkit.models.open import open_weights
 
     source = stages.source_of(open_weights(model), device or default_device())
     stages.measure_sensitivity(source, imatrix, output, how)
-    click.echo(str(output / "sensitivity.json"))
+    click.echo(str(output / SENSITIVITY))
 
 
 @click.command()
@@ -146,15 +173,15 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`."""
     from quantkit.formats.whole_file import write_text
-    from quantkit.job import plan as plans
+    from quantkit.job.plan import load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
     if compare:
-        a, b = (plans.load_or_plan(model, name, target, budget) for name in compare)
-        click.echo(table.compare(a, b, *(plans.predict_plan(model, one, budget.measured) for one in (a, b))))
+        a, b = (load_or_plan(model, name, target, budget) for name in compare)
+        click.echo(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
-    chosen = plans.plan_model(model, types.recipe, target, budget)
+    chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
         if output.suffix not in (".png", ".svg"):
             write_text(output, chosen.to_json())
@@ -164,9 +191,9 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
 
         bitmap.draw(chosen, output)
     click.echo(table.render(chosen))
-    kld = plans.predict_plan(model, chosen, budget.measured)
+    kld = predict_plan(model, chosen, budget.measured)
     basis = str(budget.measured or "prior")
-    click.echo(table.outlook(chosen, plans.plan_file_bytes(model, chosen), kld, basis))
+    click.echo(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
 
 
 def _machine(**given: Any) -> "Machine":
@@ -210,9 +237,9 @@ def hardware(
     model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
 ) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
-    from quantkit.job import hardware as view
+    from quantkit.job.hardware import hardware_report
 
-    click.echo(view.hardware_report(model, recipes, target, machine, context, threads))
+    click.echo(hardware_report(model, recipes, target, machine, context, threads))
 
 
 def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":

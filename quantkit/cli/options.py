@@ -224,9 +224,9 @@ device = click.option("--device", type=OneOf(["cpu", "cuda"]), default=None, hel
 target = click.option(
     "--target",
     default=None,
-    metavar="ENGINE",
-    help="Engine the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as engines "
-    "of old read it. Overrides the recipe's.",
+    metavar="TARGET",
+    help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
+    "versions read it. Overrides the recipe's.",
 )
 recipe = click.option(
     "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."

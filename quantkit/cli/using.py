@@ -106,7 +106,9 @@ def _certify_options(**given: Any) -> "CertifyOptions":
             "--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared."
         ),
         click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance."),
-        click.option("--engine/--no-engine", default=True, help="Load and run the file in the engine, if installed."),
+        click.option(
+            "--oracle/--no-oracle", default=True, help="Also run the file in the target's program, if installed."
+        ),
         click.option("--values/--no-values", default=True, help="Decode every tensor."),
     ),
     "how",
@@ -115,7 +117,7 @@ def _certify_options(**given: Any) -> "CertifyOptions":
 @click.option("--json", "out", type=OUT, default=None, help="Default: certify.json beside FILE.")
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
-    """Is this file right for that engine? A table of checks, certify.json, and exit code 1 if one fails."""
+    """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails."""
     from quantkit.job.certify import certify_file
     from quantkit.job.folder import CERTIFY
     from quantkit.machine import default_device
@@ -282,12 +284,12 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
     from quantkit.runtime.sources.gguf import open_gguf
 
     with needs("serve"):
-        from quantkit.serving import http as server
+        from quantkit.serving import http
 
     show_placement()
     weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
-    server.serve(weights, engine, door.host, door.port, server.Limits(queue=door.queue), door.api_key)
+    http.serve(weights, engine, door.host, door.port, http.Limits(queue=door.queue), door.api_key)
 
 
 def _target(**given: Any) -> "Destination":

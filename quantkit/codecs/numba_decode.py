@@ -4,6 +4,8 @@ cached on disk.
 Each kernel takes blocks uint8 [n, bytes], one flat output of float32 or of bfloat16 bits (uint16), the other being
 None, the values of all float16 numbers (float32 [65536], by their bits), tables of its own, and WIDTH. bfloat16 is
 rounded to nearest, ties away from zero. Codebook entries are read as bfloat16, which holds them exactly.
+
+Parameters are many and flat: a tuple of the two outputs, cut outside the loop, costs up to a quarter of the speed.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.codecs.registry import codec, numba_twin
 from quantkit.codecs.types import stored
-from quantkit.ggml.codec import dequantize
+from quantkit.ggml.quants import dequantize
 
 CACHED = 1 << 16  # weights that are converted from float32 while in the cache
 SPAN_ROWS = 64  # rows below which a thread is not worth starting

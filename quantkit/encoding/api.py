@@ -1,4 +1,4 @@
-"""The two functions that the pipeline calls: weights in, packed ggml blocks out."""
+"""The encoder's two doors: weights in, packed ggml blocks out."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoding.state import EFFORTS, Effort, State
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 SUPPORTED = frozenset(FORMATS)
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """How matrices are encoded; gamma as in `encode`."""
+    """How matrices are encoded; gamma as in `encode_batch`."""
 
     qtype: str
     fmt: Format
     effort: Effort
-    gamma: float
+    gamma: float | Sequence[float]
     device: torch.device
     backend: Backend
 
@@ -44,7 +44,7 @@ class Method:
     def of(
         qtype: str,
         effort: str | Effort = "normal",
-        gamma: float = 1.0,
+        gamma: float | Sequence[float] = 1.0,
         device: str | torch.device | None = None,
         backend: Backend | None = None,
     ) -> "Method":
@@ -53,11 +53,13 @@ class Method:
         effort = EFFORTS[effort] if isinstance(effort, str) else effort
         return Method(qtype, formats()[qtype], effort, gamma, device, backend or choose(device.type))
 
-    def finished(self, state: State) -> State:
-        """With gamma, which comes last."""
-        if self.gamma == 1.0:
+    def finished(self, state: State, part: slice = slice(None)) -> State:
+        """With gamma, which comes last. part: which of the matrices these are."""
+        gammas = [self.gamma] if isinstance(self.gamma, float | int) else self.gamma[part]
+        if all(gamma == 1 for gamma in gammas):
             return state
-        return replace(state, d=to_fp16(state.d * self.gamma), dmin=to_fp16(state.dmin * self.gamma))
+        by = torch.tensor(gammas, device=state.d.device)[:, None, None]
+        return replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
 
 
 def formats() -> dict[str, Format]:
@@ -106,7 +108,7 @@ def encode_batch(
     hessians: Knowledge = None,
     *,
     effort: str | Effort = "normal",
-    gamma: float = 1.0,
+    gamma: float | Sequence[float] = 1.0,
     device: str | torch.device | None = None,
     backend: Backend | None = None,
 ) -> np.ndarray:
@@ -114,6 +116,7 @@ def encode_batch(
 
     hessians: one per matrix (None: nothing is known of its inputs; IQ1_S and IQ1_M then take ggml's own bytes, unless
     at effort `fast`), or a Factor prepared once for several matrices that share their inputs (gate and up).
+    gamma: as in `encode`, of all matrices or of each.
     device: None takes CUDA if there is one. backend: None takes the fastest that is installed for the device. Rows and
     matrices are tiled, so memory on the device stays bounded.
     """
@@ -129,6 +132,8 @@ def encode_batch(
         if blind:
             seeing = [i for i in seeing if i not in blind]
             weights, hessians = weights[seeing], [hessians[i] for i in seeing]
+            if not isinstance(gamma, float | int):
+                how = replace(how, gamma=[gamma[i] for i in seeing])
     for matrices, some, state in _encode_tiles(how, weights, hessians):
         out[seeing[matrices], some] = pack(state)
     return out
@@ -146,7 +151,7 @@ def _by_ggml(qtype: str, weight: torch.Tensor, hessian: Hessian | None) -> np.nd
     importance = torch.ones(weight.shape[-1])
     if hessian is not None and hessian.diagonal is not None and describe(hessian) == "diagonal":
         importance = hessian.diagonal
-    return ggml.quantize(qtype, finite(weight).cpu().numpy(), importance.float().cpu().numpy())
+    return quants.quantize(qtype, finite(weight).cpu().numpy(), importance.float().cpu().numpy())
 
 
 def _encode_tiles(
@@ -167,7 +172,7 @@ def _encode_tiles(
             some = slice(j, j + tile)
             with torch.inference_mode(), tf32():
                 w = finite(weights[part, some].to(how.device))
-                state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend))
+                state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend), part)
             yield part, some, state
 
 

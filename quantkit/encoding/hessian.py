@@ -134,13 +134,30 @@ def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:
     return Hessian(matrix, matrix.diagonal().clone(), own.tokens + min(pseudo_tokens, shared.tokens))
 
 
+def damping(n_in: int, tokens: float) -> float:
+    """λ of `damp` for a mean over so many tokens: what makes H invertible, and what makes it true of other text.
+
+    The second part falls from 1.6 where there are few tokens for each of the n_in dimensions (R1's experts see 0.6 of
+    131,072) to 0.4 where there are plenty; fitted on starved experts (docs/results/encoders.md).
+    """
+    rest = max(tokens, 1.0) / n_in
+    return min(max(0.1 / rest, 0.01), 1.6) + 0.4 + 1.2 / (1 + rest / 4)
+
+
+def unshrinking(gamma: float, n_in: int, tokens: float) -> float:
+    """A type's gamma for a matrix whose H was damped: rounding under a rounder metric shrinks more.
+
+    gamma: what undoes the shrinkage without damping. Fitted with `damping`.
+    """
+    return 1 + (gamma - 1) * (1 + 0.9 * damping(n_in, tokens) ** 0.5)
+
+
 def damp(matrix: torch.Tensor, tokens: float) -> torch.Tensor:
-    """matrix [n, n], a mean over so many tokens, plus `λ mean(diag) I + 0.1 diag(H)`, λ = clip(0.1 n / tokens, 0.01,
-    1.6).
+    """matrix [n, n], a mean over so many tokens, plus `λ mean(diag) I + 0.1 diag(H)`, λ by `damping`.
 
     Few tokens leave directions unseen; the added diagonal keeps feedback from moving error into them.
     """
-    rate = min(max(0.1 * len(matrix) / max(tokens, 1.0), 0.01), 1.6)
+    rate = damping(len(matrix), tokens)
     diag = matrix.diagonal().clamp_min(0)
     return matrix + torch.diag(rate * diag.mean() + 0.1 * diag)
 

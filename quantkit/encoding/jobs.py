@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.planning.metadata import file_metadata
@@ -38,7 +38,7 @@ class GgmlEncoder:
     name = "ggml"
 
     def __call__(self, qtype: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        return ggml.quantize(qtype, rows, importance)
+        return quants.quantize(qtype, rows, importance)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def encode_pending(
     workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
-        ggml.prepare(qtype)
+        quants.prepare(qtype)
 
     def work(job: Job) -> None:
         """One job, recorded before its worker takes the next: a crash costs at most one job per worker."""
@@ -212,7 +212,7 @@ def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:
         if entry is not None:
             n_matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
             fitted[tensor.name] = fit(entry, n_matrices, tensor.shape[-1], tensor.name)
-        elif ggml.requires_importance(tensor.qtype):
+        elif quants.requires_importance(tensor.qtype):
             raise QuantkitError(
                 f"imatrix has no {tensor.name}, and {tensor.qtype} cannot be encoded without it: "
                 "calibrate this model (quantkit calibrate)"

@@ -23,7 +23,7 @@ from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
 from quantkit.codecs.types import QTYPES
 from quantkit.encoding.api import SUPPORTED, Method, encode_batch
-from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment
+from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment, unshrinking
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.encoding.outputs import LayerOutputs
@@ -56,16 +56,16 @@ def group_size(device: torch.device, n_in: int, n_expert: int) -> int:
 class EncoderOptions:
     """How our encoders work.
 
-    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype. Least squares shrinks what a
-    matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are those that gave the least
-    KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments in an expert's, in
-    tokens. gradients: folder of a backward pass (formats/gradients.py); matrices that it knows the outputs of are then
-    encoded as `two_sided` says.
+    effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype, before `unshrinking`. Least
+    squares shrinks what a matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are
+    those that gave the least KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments
+    in an expert's, in tokens. gradients: folder of a backward pass (formats/gradients.py); matrices that it knows the
+    outputs of are then encoded as `two_sided` says.
     """
 
     effort: str = "normal"
     gamma: Mapping[str, float] = field(default_factory=lambda: dict(GAMMA))
-    pseudo_tokens: float = 512.0
+    pseudo_tokens: float = 2048.0
     gradients: Path | None = None
     two_sided: TwoSided = field(default_factory=TwoSided)
 
@@ -226,19 +226,20 @@ class LayerEncoder(Watcher):
         self._encode_group(waiting[half:])
 
     def _encode_experts(self, waiting: Group) -> None:
-        inner: list[Hessian | None] = [own for _, own, _ in waiting]
+        inner = [own for _, own, _ in waiting]
         factor = None
         for roles in self._stacks():
             each = [ROUTED_ROLES.index(role) for role in roles]
             weights = torch.stack([torch.cat([visit.matrices[i].float() for i in each]) for visit, _, _ in waiting])
             outputs = self._outputs(roles, [visit.expert for visit, _, _ in waiting])
-            if roles == ("ffn_down_exps",):
-                data = self._encode(roles, weights, [down for _, _, down in waiting], outputs)
+            if roles == ROUTED_ROLES[-1:]:
+                known = [down for _, _, down in waiting]
+                data = self._encode(roles, weights, known, outputs, self._gammas(roles, known))
             else:
                 if factor is None:
                     full = self.how.effort != "fast"
                     factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
-                data = self._encode(roles, weights, factor, outputs)
+                data = self._encode(roles, weights, factor, outputs, self._gammas(roles, inner))
             for role, part in zip(roles, np.split(data, len(roles), axis=1), strict=True):
                 for (visit, _, _), packed in zip(waiting, part, strict=True):
                     self.out.write(self.planned[role].name, visit.expert * len(packed), packed)
@@ -323,17 +324,25 @@ class LayerEncoder(Watcher):
     def _read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         return family.read(self.source.checkpoint, self.source.config, spec, start, stop, str(self.source.device))
 
+    def _gammas(self, roles: tuple[str, ...], known: list[Hessian]) -> list[float]:
+        """One for each expert, by the tokens that its damping went by."""
+        spec = self.specs[roles[0]]
+        gamma = self.how.gamma.get(self.planned[roles[0]].qtype, 1.0)
+        damped = [self.how.effort != "fast" and describe(hessian) == "full" for hessian in known]
+        return [
+            unshrinking(gamma, spec.n_in, h.tokens) if full else gamma for full, h in zip(damped, known, strict=True)
+        ]
+
     def _encode(
         self,
         roles: tuple[str, ...],
         weights: torch.Tensor,
         knowledge: list[Hessian] | Factor,
         outputs: list[torch.Tensor] | None = None,
+        gamma: float | list[float] = 1.0,
     ) -> np.ndarray:
         """Matrices of one role, or of several stacked; two-sided if all is known that it takes."""
         qtype = self.planned[roles[0]].qtype
-        routed = self.specs[roles[0]].is_routed
-        gamma = self.how.gamma.get(qtype, 1.0) if routed else 1.0
         method = Method.of(qtype, self.how.effort, gamma, self.source.device)
         if outputs is not None and method.effort.feedback and _complete(knowledge):
             data = encode_two_sided(method, weights, knowledge, outputs, self.how.two_sided)
@@ -341,7 +350,7 @@ class LayerEncoder(Watcher):
             return data
         if isinstance(knowledge, list):
             self.used.update(describe(hessian) for hessian in knowledge)
-        elif weights.shape[0] > 1 or routed:
+        elif weights.shape[0] > 1 or self.specs[roles[0]].is_routed:
             self.used["full"] += weights.shape[0] * len(roles)
         return encode_batch(qtype, weights, knowledge, effort=self.how.effort, gamma=gamma, device=self.source.device)
 

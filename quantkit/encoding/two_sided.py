@@ -98,7 +98,7 @@ def encode_two_sided(
                 w = finite(weights[part].to(method.device))
                 w = w.gather(1, rows.order[:, :, None].expand_as(w))
                 states = encode_row_blocks(method, w, factor, rows, how.passes)
-            packed = np.concatenate([pack(method.finished(state)) for state in states], 1)
+            packed = np.concatenate([pack(method.finished(state, part)) for state in states], 1)
         for i, order in enumerate(rows.order.cpu().numpy()):
             out[first + i, order] = packed[i]
     return out

@@ -27,14 +27,14 @@ def certify(
     reference: TensorTable | None = None,
     imatrix: Imatrix | None = None,
     *,
-    engine: bool = True,
+    oracle: bool = True,
     values: bool = True,
     device: str = "cpu",
 ) -> Certificate:
     """Run every check that can run. A file that cannot be opened fails the first one, and that is the result.
 
     reference: the original; without it, a bundled description of the same geometry stands in for its metadata.
-    engine: load and run the file in what the target computes with, where that is installed. values: decode every
+    oracle: load and run the file in what the target computes with, where that is installed. values: decode every
     tensor. QuantkitError for an unknown target only.
     """
     targets.get(target)
@@ -51,9 +51,9 @@ def certify(
         checkpoint = reference if isinstance(reference, Checkpoint) else None
         made.checks.append(_by_value(made, WeightCheck(file, known or config, checkpoint, imatrix, device)))
     if made.failed(but="types"):
-        made.checks.append(Check("engine", "skip", "the file has failed already"))
-    elif not engine:
-        made.checks.append(Check("engine", "skip", "not asked for"))
+        made.checks.append(Check("oracle", "skip", "the file has failed already"))
+    elif not oracle:
+        made.checks.append(Check("oracle", "skip", "not asked for"))
     else:
         made.checks += _by_running(path, file, target, device)
     return made
@@ -93,7 +93,7 @@ def _by_running(path: Path, file: GGUFFile, target: str, device: str) -> list[Ch
     try:
         return list(oracle_checks.run(path, file, target, device))
     except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
-        return [Check("engine", "fail", f"{type(error).__name__}: {error}")]
+        return [Check("oracle", "fail", f"{type(error).__name__}: {error}")]
 
 
 def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:

@@ -12,12 +12,12 @@ import torch
 
 from quantkit.evaluation.certificate import Check, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
-from quantkit.evaluation.oracles import kt as kt_oracle
-from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles import kt, llama
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
+from quantkit.models.tokenizer import tokenize
+from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
@@ -44,21 +44,21 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
     else:
         yield llama_cpp(path, file, device)
     if target == "ollama":
-        yield Check("engine ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
+        yield Check("oracle ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
 
 
 @torch.inference_mode()
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
-    name = "engine llama.cpp"
-    if not llama_oracle.available():
-        return Check(name, "skip", f"not installed: pip install {llama_oracle.WHEEL} (or llama-cpp-python)")
+    name = "oracle llama.cpp"
+    if not llama.available():
+        return Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
     source = open_source(path, device)
-    ids = tokenizers.tokenize(source.tokenizer(), TEXT * 4)
+    ids = tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
     try:
-        theirs = llama_oracle.tokenize(file.files[0], [TEXT * 4])[0]
-        logits = torch.from_numpy(llama_oracle.logits(file.files[0], tokens.numpy()))[0]
+        theirs = llama.tokenize(file.files[0], [TEXT * 4])[0]
+        logits = torch.from_numpy(llama.logits(file.files[0], tokens.numpy()))[0]
     except OracleError as error:
         return Check(name, "fail", error.reason())
     if theirs != ids:
@@ -69,7 +69,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
     found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
     what = (
-        f"{llama_oracle.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
+        f"{llama.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
         f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
     return Check(name, "pass" if kld < MOST_KLD else "fail", what)
@@ -80,8 +80,8 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
 
     variant: of the wheel's CPU variants; default the best that this machine runs.
     """
-    if not kt_oracle.available():
-        yield Check("engine kt-kernel", "skip", f"not installed: pip install --no-deps {kt_oracle.WHEEL}")
+    if not kt.available():
+        yield Check("oracle kt-kernel", "skip", f"not installed: pip install --no-deps {kt.WHEEL}")
         return
     source = open_source(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,23 +94,23 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             assert experts is not None
             want = experts(*inputs)
             try:
-                variant = variant or kt_oracle.runnable(where, layer, source.config, *inputs)
-                got = kt_oracle.experts(where, layer, source.config, *inputs, variant)
+                variant = variant or kt.runnable(where, layer, source.config, *inputs)
+                got = kt.experts(where, layer, source.config, *inputs, variant)
             except OracleError as failure:
-                yield Check(f"engine kt-kernel {kinds}", "fail", _last_line(str(failure)))
+                yield Check(f"oracle kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue
             error = float((got - want).norm() / want.norm())
             said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
             # Written so that an answer that is not a number fails.
             status: Status = "pass" if error <= MOST_ERROR else "fail"
-            yield Check(f"engine kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
+            yield Check(f"oracle kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
 
 
 def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:
     """The first layer of every combination of types of gate, up and down."""
     found: dict[str, int] = {}
     for layer in range(config.n_dense, config.n_layer):
-        kinds = "/".join(file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].qtype for part in ("gate", "up", "down"))
+        kinds = "/".join(file.tensors[name].qtype for name in expert_names(layer))
         found.setdefault(kinds, layer)
     return {layer: kinds for kinds, layer in found.items()}
 

@@ -4,7 +4,7 @@ Anyone may have written the file: a value of the wrong kind may raise TypeError,
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -70,7 +70,8 @@ def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelCo
     if reference is not None:
         return family.from_hf(reference.config), f"{reference.path.name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
-    found = [file.metadata.get(f"deepseek2.{key}") for key in keys]
+    prefix = file.metadata.get("general.architecture")
+    found = [file.metadata.get(f"{prefix}.{key}") for key in keys]
     for name in bundle.model_names():
         c = family.from_hf(open_source(bundle.models_dir() / name).config)
         if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
@@ -90,7 +91,7 @@ def files(file: GGUFFile, target: str) -> Iterator[str]:
 
 
 def beside(file: GGUFFile, target: str) -> str | None:
-    """What lies in the same folder and would disturb the engine."""
+    """What lies in the same folder and would disturb the target."""
     if target != "ktransformers":
         return None
     others = {p.name for p in file.path.parent.iterdir() if p.suffix in (".gguf", ".safetensors")}
@@ -106,18 +107,21 @@ def layout(file: GGUFFile) -> Mla:
 def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
     """Keys that llama.cpp needs, that must fit each other, and that must be the original's."""
     meta: Mapping[str, Any] = file.metadata
-    if (architecture := meta.get("general.architecture")) != "deepseek2":
-        yield f"general.architecture is {architecture!r}, not deepseek2"
+    architecture = meta.get("general.architecture")
+    families = [known.architecture] if known else list(family.BY_ARCHITECTURE)
+    if architecture not in families:
+        yield f"general.architecture is {architecture!r}, not {' or '.join(families)}"
         return
-    missing = [key for key in REQUIRED if f"deepseek2.{key}" not in meta]
-    yield from (f"deepseek2.{key} is missing: llama.cpp refuses the file" for key in missing)
+    prefix = f"{architecture}."
+    missing = [key for key in REQUIRED if prefix + key not in meta]
+    yield from (f"{prefix}{key} is missing: llama.cpp refuses the file" for key in missing)
     if any(key in missing for key in ("attention.head_count", "attention.kv_lora_rank", "block_count")):
         return
     if known is None:
-        yield from _consistent(file, lambda key: meta.get(f"deepseek2.{key}"))
+        yield from _consistent(file, prefix)
         return
     for key, wrapped in family.metadata(known, layout(file), "").items():
-        name, want = key.removeprefix("deepseek2."), getattr(wrapped, "value", wrapped)
+        name, want = key.removeprefix(prefix), getattr(wrapped, "value", wrapped)
         if key.startswith("general.") or (name == "vocab_size" and key not in meta) or name in missing:
             continue
         have = meta.get(key, ABSENT.get(name))
@@ -127,31 +131,35 @@ def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
             yield f"{key} {state}, must be {want}{why}"
 
 
-def _consistent(file: GGUFFile, key: Callable[[str], Any]) -> Iterator[str]:
-    """What can be seen without the original."""
+def _consistent(file: GGUFFile, prefix: str) -> Iterator[str]:
+    """What can be seen without the original. prefix: of the architecture's keys."""
+
+    def key(name: str) -> Any:
+        return file.metadata.get(prefix + name)
+
     split, lora, rope = layout(file) == "split", key("attention.kv_lora_rank"), key("rope.dimension_count")
     if rope is None:
-        yield "deepseek2.rope.dimension_count is missing"
+        yield f"{prefix}rope.dimension_count is missing"
         return
     if split:
         wanted = {"attention.head_count_kv": 1, "attention.key_length": lora + rope, "attention.value_length": lora}
         for name in ("attention.key_length_mla", "attention.value_length_mla"):
             if key(name) is None:
-                yield f"deepseek2.{name} is missing: {CONSEQUENCE[name]}"
+                yield f"{prefix}{name} is missing: {CONSEQUENCE[name]}"
     else:
         wanted = {"attention.head_count_kv": key("attention.head_count"), "attention.key_length_mla": None}
     for name, want in wanted.items():
         if key(name) != want:
-            yield f"deepseek2.{name} is {key(name)}, must be {want} in the {layout(file)} layout"
+            yield f"{prefix}{name} is {key(name)}, must be {want} in the {layout(file)} layout"
     has_bias = any(".exp_probs_b." in name for name in file.tensors)
     if has_bias and (key("expert_gating_func") != 2 or not key("expert_weights_norm")):
-        yield "the router has a bias (V3, R1), so deepseek2.expert_gating_func must be 2 and expert_weights_norm true"
+        yield f"the router has a bias (V3, R1), so {prefix}expert_gating_func must be 2 and expert_weights_norm true"
     yarn = key("rope.scaling.type") == "yarn"
     if not yarn and (key("context_length") or 0) > LONG_CONTEXT:
-        yield f"deepseek2.rope.scaling.type is not yarn, with a context of {key('context_length'):,}"
+        yield f"{prefix}rope.scaling.type is not yarn, with a context of {key('context_length'):,}"
     for name in ("factor", "original_context_length", "yarn_log_multiplier") if yarn else ():
         if not key(f"rope.scaling.{name}"):
-            yield f"deepseek2.rope.scaling.{name} is missing"
+            yield f"{prefix}rope.scaling.{name} is missing"
 
 
 def _same(have: Any, want: Any) -> bool:
@@ -180,7 +188,9 @@ def tensors(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
             yield f"{spec.name} has shape {tuple(found.shape)}, must be {spec.shape} (slowest first)"
         elif spec.fixed and found.qtype != spec.fixed:
             yield f"{spec.name} is {found.qtype}, must be {spec.fixed}"
-    yield from (f"{name} belongs to no deepseek2 model: llama.cpp rejects extra tensors" for name in sorted(names))
+    yield from (
+        f"{name} belongs to no {config.architecture} model: llama.cpp rejects extra tensors" for name in sorted(names)
+    )
 
 
 def types(file: GGUFFile, target: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from quantkit.progress import track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
+from quantkit.tensors import ROUTED_ROLES
 
 
 def sizes(file: GGUFFile) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def sizes(file: GGUFFile) -> dict[str, Any]:
     return {
         "bytes": sum(path.stat().st_size for path in file.files),
         "bpw": bpw(values),
-        "bpw_routed": bpw(tensor for tensor in values if "_exps." in tensor.name),
+        "bpw_routed": bpw(tensor for tensor in values if tensor.role in ROUTED_ROLES),
     }
 
 

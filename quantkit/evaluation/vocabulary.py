@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_metadata, tokenizer_of_gguf
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",
@@ -63,7 +63,7 @@ def _merges(tokens: Sequence[str], merges: Sequence[str]) -> Iterator[str]:
 
 
 def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Iterator[str]:
-    original = tokenizers.metadata(folder, n_vocab, family.PRE)
+    original = tokenizer_metadata(folder, n_vocab, family.PRE)
     for key, want in original.items():
         want, have = getattr(want, "value", want), meta.get(key)
         if isinstance(want, list):
@@ -77,9 +77,9 @@ def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Itera
             yield f"{key} is {have}, in the original {want}"
         elif key == "tokenizer.chat_template" and have != want:
             yield f"{key} {'is missing' if have is None else 'is not the original one'}"
-    ours, theirs = _or_none(lambda: tokenizers.from_gguf(meta, family.PRE)), tokenizers.load(folder)
+    ours, theirs = _or_none(lambda: tokenizer_of_gguf(meta, family.PRE)), read_tokenizer(folder)
     for text in SAMPLES if ours else ():
-        if tokenizers.tokenize(ours, text) != tokenizers.tokenize(theirs, text):
+        if tokenize(ours, text) != tokenize(theirs, text):
             yield f"{text[:24]!r} is cut into other tokens than by the original"
             return
 

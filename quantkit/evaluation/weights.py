@@ -22,7 +22,7 @@ from quantkit.evaluation.structure import layout
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit
-from quantkit.ggml.codec import dequantize
+from quantkit.ggml.quants import dequantize
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.progress import track

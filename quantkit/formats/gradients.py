@@ -1,37 +1,56 @@
 """What a backward pass leaves of one layer, in a safetensors file: how much each output of its matrices matters.
 
 H_O = Σ mean(x²) g gᵀ over tokens, with g the gradient of the loss at a matrix's output and x its input (YAQA, arXiv
-2505.22988, sketch B's weighting). Of routed experts, whose H_O would be a terabyte in R1, the rows √mean(x²) · g stand
-instead: H_O = GᵀG.
+2505.22988, sketch B's weighting). Of routed experts, whose H_O would be terabytes in R1, the rows √mean(x²) · g stand
+instead: H_O = GᵀG. Those of down are the gradients of the layer's output, each times a number, so these are stored once
+and not for each of a token's experts.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.whole_file import write_whole
+from quantkit.formats.safetensors_header import encode_header
+from quantkit.formats.whole_file import replacing
 
-INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `rows`; the first: of gate and up stacked, gate first
+INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `experts`; the first: of gate and up stacked, gate first
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+WRITE_BYTES = 64 << 20
 ENDS = 1 << 20  # bytes of a file that its digest sees at either end
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensors of a file to be: name -> dtype, shape."""
 
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Gradient rows of one stack of routed experts: rows [m, n_out] (any float type), those of an expert together, in
-    the order of experts; counts int64 [n_expert]."""
+    """Gradient rows of one stack of routed experts; `of` gives those of an expert.
+
+    rows [m, n_out] (any float type), those of an expert together, in the order of experts; counts int64 [n_expert].
+    With index, int32 [m], and scale, float32 [m], row i is scale[i] · rows[index[i]].
+    """
 
     rows: torch.Tensor
     counts: torch.Tensor
+    index: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     def of(self, expert: int) -> torch.Tensor:
-        """[m of this expert, n_out]."""
+        """[m of this expert, n_out]; float32 where rows are scaled."""
         first = int(self.counts[:expert].sum())
-        return self.rows[first : first + int(self.counts[expert])]
+        mine = slice(first, first + int(self.counts[expert]))
+        if self.index is None or self.scale is None:
+            return self.rows[mine]
+        return self.rows[self.index[mine].long()] * self.scale[mine, None]
 
 
 @dataclass(frozen=True)
@@ -43,18 +62,21 @@ class LayerGradients:
 
     def save(self, path: Path) -> None:
         """Written whole or not at all."""
-        tensors = {f"outputs.{role}": t.contiguous() for role, t in self.outputs.items()}
+        tensors = {f"outputs.{role}": t for role, t in self.outputs.items()}
         for key, of in self.experts.items():
-            tensors |= {f"rows.{key}": of.rows.contiguous(), f"counts.{key}": of.counts}
-        write_whole(path, save(tensors))
+            parts = {"rows": of.rows, "counts": of.counts, "index": of.index, "scale": of.scale}
+            tensors |= {f"{part}.{key}": t for part, t in parts.items() if t is not None}
+        with writing(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
 
     @classmethod
     def load(cls, path: Path) -> "LayerGradients":
-        """QuantkitError, naming the file, for anything that `save` has not written."""
+        """QuantkitError, naming the file, for anything that was not written here."""
         try:
             tensors = load_file(path)
             keys = [name.removeprefix("rows.") for name in tensors if name.startswith("rows.")]
-            experts = {key: ExpertRows(tensors[f"rows.{key}"], tensors[f"counts.{key}"]) for key in keys}
+            experts = {key: _rows(tensors, key) for key in keys}
         except Exception as error:  # the Rust library raises its own
             raise QuantkitError(f"{path}: not a file of gradients ({error}); run the pass again") from None
         prefix = "outputs."
@@ -62,9 +84,64 @@ class LayerGradients:
         return cls(experts, outputs)
 
 
+def _rows(tensors: Mapping[str, torch.Tensor], key: str) -> ExpertRows:
+    index, scale = tensors.get(f"index.{key}"), tensors.get(f"scale.{key}")
+    return ExpertRows(tensors[f"rows.{key}"], tensors[f"counts.{key}"], index, scale)
+
+
 def path_of(folder: Path, layer: int) -> Path:
     """The file of a layer."""
     return folder / f"gradients-{layer:03}.safetensors"
+
+
+def job_in(path: Path) -> str | None:
+    """Identity of the pass that wrote a file; None if the file is not there, or is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("job")
+    except (SafetensorError, OSError):
+        return None
+
+
+class Writer:
+    """A file whose shapes are known before its data, which may come in any order and in pieces: a layer's rows are
+    gigabytes in R1."""
+
+    def __init__(self, file: BinaryIO, shapes: Shapes, offsets: Mapping[str, int]) -> None:
+        self._file, self._shapes, self._offsets = file, shapes, offsets
+        self.missing = sum(n_bytes(shape) for shape in shapes.values())
+
+    def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
+        """Rows of a tensor from row `first`, in its dtype when they are written, wherever they live."""
+        dtype, shape = self._shapes[name]
+        row = dtype.itemsize * prod(shape[1:])
+        self._file.seek(self._offsets[name] + first * row)
+        for part in rows.split(max(1, WRITE_BYTES // max(1, row))):
+            data = part.to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
+            self.missing -= data.nbytes
+
+
+@contextmanager
+def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) -> Iterator[Writer]:
+    """A new file of these tensors in the place of `path`, if the `with` block writes all of them. about: its metadata.
+    QuantkitError if the disk does not take it."""
+    large_first = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)  # aligned without padding
+    head, offsets = encode_header({name: (DTYPES[shapes[name][0]], shapes[name][1]) for name in large_first}, about)
+    try:
+        with replacing(path) as file:
+            file.write(head)
+            writer = Writer(file, shapes, offsets)
+            yield writer
+            if writer.missing:
+                raise RuntimeError(f"{path}: {writer.missing} bytes were not written")
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot write ({error.strerror}); run again to resume") from None
+
+
+def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    """Of a tensor's data."""
+    return shape[0].itemsize * prod(shape[1])
 
 
 def digest(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -42,6 +42,22 @@ def parse_header(header: bytes, file_size: int, file: str, where: str) -> dict[s
     }
     _check_layout(entries, data_start, file_size, where)
     return entries
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], about: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """First bytes of a file of these tensors (name -> dtype, shape), whose data lie in this order, and where those of
+    each begin in the file. about: metadata."""
+    table: dict[str, object] = {"__metadata__": dict(sorted(about.items()))} if about else {}
+    starts, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        starts[name], end = end, end + ITEM_SIZE[dtype] * prod(shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    body = json.dumps(table).encode()
+    body += b" " * (-len(body) % 8)
+    head = len(body).to_bytes(8, "little") + body
+    return head, {name: len(head) + start for name, start in starts.items()}
 
 
 def check_shard_name(name: object, where: str) -> str:

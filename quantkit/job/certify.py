@@ -15,12 +15,12 @@ from quantkit.models.open import open_model
 @dataclass(frozen=True)
 class CertifyOptions:
     """What `certify` checks. reference: a model, whose metadata and weights to compare with. imatrix: importance by
-    which to weigh errors. engine: run the file in the target's engine where it is installed. values: decode all."""
+    which to weigh errors. oracle: run the file in the target's program where it is installed. values: decode all."""
 
     target: str = "llama.cpp"
     reference: str | Path | None = None
     imatrix: Path | None = None
-    engine: bool = True
+    oracle: bool = True
     values: bool = True
 
 
@@ -29,6 +29,6 @@ def certify_file(path: Path, device: str, out: Path, how: CertifyOptions = Certi
     """All checks of a file for a target; writes certify.json, passed or not."""
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
-    made = certify(path, how.target, original, importance, engine=how.engine, values=how.values, device=device)
+    made = certify(path, how.target, original, importance, oracle=how.oracle, values=how.values, device=device)
     write_json(out, made.to_dict())
     return made

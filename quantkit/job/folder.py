@@ -22,6 +22,7 @@ from quantkit.formats.whole_file import write_json, write_text
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 REPORT = "report.html"
+SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own
 BASE = "base"
 REFERENCE = "reference.state"  # of the original's half of the evaluation
 

@@ -4,8 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkit import bundle
-from quantkit import machine as probe
+from quantkit import bundle, machine
 from quantkit.job.plan import files_of, load_or_plan
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
@@ -27,13 +26,13 @@ def machine_of(
 ) -> Machine:
     """Sizes in bytes and bandwidths in GB/s as given, else as measured on this machine."""
     if vram is None:
-        vram = probe.free_vram()
+        vram = machine.free_vram()
     return Machine(
-        ram=probe.free_ram() if ram is None else ram,
+        ram=machine.free_ram() if ram is None else ram,
         vram=vram,
-        ram_bandwidth=ram_bandwidth * 1e9 if ram_bandwidth else probe.ram_bandwidth(),
-        gpu_bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else probe.gpu_bandwidth() if vram else None,
-        disk_bandwidth=disk_bandwidth * 1e9 if disk_bandwidth else probe.disk_bandwidth(disk) if disk else None,
+        ram_bandwidth=ram_bandwidth * 1e9 if ram_bandwidth else machine.ram_bandwidth(),
+        gpu_bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else machine.gpu_bandwidth() if vram else None,
+        disk_bandwidth=disk_bandwidth * 1e9 if disk_bandwidth else machine.disk_bandwidth(disk) if disk else None,
     )
 
 

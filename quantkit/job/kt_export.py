@@ -246,7 +246,7 @@ def write_sidecar(source: GGUFWeights, path: Path) -> None:
     c = source.config
     shape = (c.n_head * (c.qk_nope + c.v_head), c.kv_lora)
     tensors = [PlainTensor(f"blk.{layer}.attn_kv_b.weight", shape, "BF16") for layer in range(c.n_layer)]
-    metadata = {"general.architecture": "deepseek2", "general.name": f"attn_kv_b of {source.name}"}
+    metadata = {"general.architecture": c.architecture, "general.name": f"attn_kv_b of {source.name}"}
     identity = {"model": source.file.fingerprint()}
     with GGUFWriter.open(path, tensors, metadata, fingerprint=identity) as writer:
         for layer, tensor in enumerate(tensors):

@@ -28,7 +28,7 @@ from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 from quantkit.job.student import Student
 from quantkit.models import family
 from quantkit.planning.plan import Plan
@@ -38,6 +38,7 @@ from quantkit.runtime.memory import memory_limit
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits, stream
 from quantkit.runtime.watch import Watcher
+from quantkit.sizes import gb
 from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0  # matrices of this many bits a weight are moved in full precision and encoded again
@@ -216,7 +217,9 @@ class Recovery:
             packed = encode_batch(qtype, weight, hessians, device=student.device)
         else:
             diagonal = [None if h.diagonal is None else h.diagonal.float().cpu().numpy() for h in hessians]
-            packed = np.stack([ggml.quantize(qtype, w, d) for w, d in zip(weight.cpu().numpy(), diagonal, strict=True)])
+            packed = np.stack(
+                [quants.quantize(qtype, w, d) for w, d in zip(weight.cpu().numpy(), diagonal, strict=True)]
+            )
         self._adopt(spec, packed)
 
     def _adopt(self, spec: TensorSpec, packed: np.ndarray) -> None:
@@ -224,7 +227,7 @@ class Recovery:
         student, name = self.student, spec.name
         qtype = student.file.tensors[name].qtype
         student.packed[name] = packed.reshape(*spec.shape[:-1], -1)
-        values = ggml.dequantize(qtype, packed.reshape(-1, packed.shape[-1]), spec.n_in)
+        values = quants.dequantize(qtype, packed.reshape(-1, packed.shape[-1]), spec.n_in)
         student.base[name] = torch.from_numpy(values).view(spec.shape).to(student.device, student.dtype)
         student.moved.pop(name, None)
         if qtype in FORMATS:
@@ -327,6 +330,5 @@ def open_original(checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int
         if n * dtype.itemsize + besides <= limit and (dtype == torch.float32 or device != "cpu"):
             return CheckpointSource(checkpoint, device, dtype)
     raise QuantkitError(
-        f"--recover holds the decoded model: that takes {(2 * n + besides) / 1e9:,.0f} GB, {where} is "
-        f"{limit / 1e9:,.0f} GB; leave it out"
+        f"--recover holds the decoded model: that takes {gb(2 * n + besides)}, {where} is {gb(limit)}; leave it out"
     )

@@ -24,6 +24,7 @@ from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, REPORT, VERIFY
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
+from quantkit.sizes import gb
 from quantkit.tensors import Imatrix
 
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
@@ -119,8 +120,8 @@ def _svg(figure: Figure, name: str) -> Markup:
 # Figures: None where the folder does not hold what they show.
 
 
-def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
     return figure, figure.subplots()
 
 
@@ -297,8 +298,7 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             if plan
             else (0, 0.0, 0.0)
         )
-        short = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-        out.append(("size", short, f"{size:,} bytes"))
+        out.append(("size", gb(size), f"{size:,} bytes"))
         out.append(("bits per weight", f"{bpw:.3f}", f"routed experts {routed:.3f}"))
     if s:
         out += [
@@ -309,12 +309,12 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
         ]
     if m.certificate:
         passed = m.certificate.get("passed")
-        ran = [c for c in m.certificate["checks"] if c["name"].startswith("engine ") and c["status"] != "skip"]
+        ran = [c for c in m.certificate["checks"] if c["name"].startswith("oracle ") and c["status"] != "skip"]
         out.append(
             (
                 "certificate",
                 "passed" if passed else "FAILED",
-                f"{m.certificate.get('target')}, {'run in the engine' if ran else 'engine not run'}",
+                f"{m.certificate.get('target')}, {'run in its program' if ran else 'its program not run'}",
             )
         )
     return out

@@ -21,9 +21,10 @@ from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.folder import IMATRIX
-from quantkit.models import family, tokenizer
+from quantkit.job.folder import IMATRIX, SENSITIVITY
+from quantkit.models import family
 from quantkit.models.open import open_weights
+from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
@@ -127,7 +128,7 @@ def measure_sensitivity(
             progress=lambda _: advance(1),
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "sensitivity.json", found.to_json())
+    write_text(folder / SENSITIVITY, found.to_json())
     sensitivity.heat_map(found, folder / "sensitivity.png")
     return found
 
@@ -164,7 +165,7 @@ def verify_file(
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
     sample = text.documents[0].text[:4096]
-    if tokenizer.tokenize(original.tokenizer(), sample) != tokenizer.tokenize(quantized.tokenizer(), sample):
+    if tokenize(original.tokenizer(), sample) != tokenize(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)

@@ -80,7 +80,8 @@ PRE: Mapping[str, tuple[str, ...]] = {name: splits for family in FAMILIES for na
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. QuantkitError names the key that is missing or not supported."""
     names = raw.get("architectures") or []
-    known = [name for name in names if name in BY_HF_ARCHITECTURE] if isinstance(names, list) else []
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    known = [name for name in named if name in BY_HF_ARCHITECTURE]
     if not known:
         raise QuantkitError(
             f"config.json: architecture {names or 'missing'} is not one of {sorted(BY_HF_ARCHITECTURE)}"

@@ -10,7 +10,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
-from quantkit.remote import repo as remote
+from quantkit.remote import repo
 from quantkit.sizes import parse_size
 
 CACHE_SIZE = "QUANTKIT_CACHE_SIZE"
@@ -33,7 +33,7 @@ class ModelRef:
         size = os.environ.get(CACHE_SIZE)
         cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
         name, at, revision = str(text).rpartition("@")
-        if at and remote.REPO_ID.fullmatch(str(text)):
+        if at and repo.REPO_ID.fullmatch(str(text)):
             return cls(name, revision, cache)
         return cls(str(text), None, cache)
 
@@ -52,8 +52,8 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
         return open_source(path)
     if str(ref) in bundle.model_names():
         return open_source(bundle.models_dir() / str(ref))
-    if (repo := remote.parse(str(ref))) and not path.exists():
-        return remote.open_remote(repo, ref.cache_bytes)
+    if (remote := repo.parse(str(ref))) and not path.exists():
+        return repo.open_remote(remote, ref.cache_bytes)
     names = ", ".join(bundle.model_names())
     raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
 

@@ -16,7 +16,7 @@ Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
 
 
-def load(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer.json."""
     path = folder / "tokenizer.json"
     return _built(lambda: Tokenizer.from_file(str(path)), str(path))
@@ -38,7 +38,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
+def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     """`tokenizer.*` keys for a checkpoint folder.
 
     n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
@@ -123,7 +123,7 @@ def _looks_special(token: str) -> bool:
     return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
 
 
-def from_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
+def tokenizer_of_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
     """Rebuild the tokenizer from `tokenizer.ggml.*`, as llama.cpp does. known: pre-tokenizers it may have."""
     pre = meta.get("tokenizer.ggml.pre")
     if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in known:

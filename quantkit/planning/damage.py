@@ -13,7 +13,7 @@ from typing import Protocol
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
 
 EXACT = frozenset(name for name, qtype in qtypes.QTYPES.items() if not qtype.damage)
 FLOOR = 1e-9
@@ -126,7 +126,7 @@ class _Point:
 
 
 def _key(tensor: str, qtype: str) -> tuple[bool, str]:
-    return "_exps." in tensor, qtype
+    return split_name(tensor)[0] in ROUTED_ROLES, qtype
 
 
 def _mean(values: list[tuple[float, float]]) -> float:

@@ -145,7 +145,7 @@ def unsloths_layers(vram: int, n_bytes: int, n_layer: int) -> int:
 def commands(
     plan: Plan, placed: Placement, machine: Machine, context: int, file: str, original: str, threads: int
 ) -> dict[str, list[str]]:
-    """Engine -> command lines. file: the GGUF (its first split). original: the checkpoint folder."""
+    """Program -> command lines. file: the GGUF (its first split). original: the checkpoint folder."""
     first_on_gpu = placed.gpu_layers[0] if placed.gpu_layers else (max(placed.cpu_layers, default=-1) + 1)
     base = f"llama-server -m {file} -c {context} -t {threads}"
     if not machine.vram:

@@ -50,8 +50,8 @@ def report(
     if placed:
         plan, n_bytes, file, where = next((one for one in placed if one[-1].disk == 0), placed[0])
         lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
-        for engine, commands in hardware.commands(plan, where, machine, context, file, original, threads).items():
-            lines += [f"  {engine}", *(f"    {command}" for command in commands)]
+        for program, commands in hardware.commands(plan, where, machine, context, file, original, threads).items():
+            lines += [f"  {program}", *(f"    {command}" for command in commands)]
     return "\n".join([*lines, "", *_offload(plans, config, context)])
 
 

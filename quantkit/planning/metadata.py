@@ -8,8 +8,9 @@ import gguf
 
 from quantkit import __version__
 from quantkit.formats.gguf_values import U32
-from quantkit.models import family, tokenizer
+from quantkit.models import family
 from quantkit.models.config import ModelConfig
+from quantkit.models.tokenizer import tokenizer_metadata
 from quantkit.planning.plan import Plan
 
 
@@ -25,7 +26,7 @@ def file_metadata(folder: Path, config: ModelConfig, plan: Plan) -> dict[str, An
         "quantkit.recipe": plan.recipe,
         "quantkit.target": plan.target,
     }
-    words = tokenizer.metadata(folder, config.n_vocab, family.of(config).PRE)
+    words = tokenizer_metadata(folder, config.n_vocab, family.of(config).PRE)
     return family.metadata(config, plan.mla, plan.model or folder.name) | general | words
 
 

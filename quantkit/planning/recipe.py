@@ -2,8 +2,8 @@
 
 name = "1.58bit"
 description = "one line"
-target = "ktransformers"       # the engine that has to compute the file
-mla = "split"                  # or "combined": how kv_b is stored; --target ENGINE/combined overrides both
+target = "ktransformers"       # what the file is made for
+mla = "split"                  # or "combined": how kv_b is stored; --target TARGET/combined overrides both
 
 [[rules]]
 match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them

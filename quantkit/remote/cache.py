@@ -22,6 +22,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
 from quantkit.remote.pieces import Range
+from quantkit.sizes import gb
 
 NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
 READ = 1 << 24
@@ -187,7 +188,7 @@ def failed(folder: Path, error: OSError) -> QuantkitError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         return QuantkitError(
-            f"{folder}: the disk is full ({free / 1e9:.1f} GB free); make room, lower "
+            f"{folder}: the disk is full ({gb(free)} free); make room, lower "
             "$QUANTKIT_CACHE_SIZE, or set HF_HOME to another disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

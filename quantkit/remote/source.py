@@ -25,6 +25,7 @@ from quantkit.progress import say
 from quantkit.remote.cache import RangeCache, copy_range, is_sound, keep
 from quantkit.remote.client import RangeReader, Repo
 from quantkit.remote.pieces import Piece, Range, Schedule
+from quantkit.sizes import gb
 
 CONNECTIONS = 8
 HEADER_CONNECTIONS = 16
@@ -109,8 +110,8 @@ class HubSource:
             self._plan = Schedule(kept, layers, elsewhere)
         if (need := self._plan.comfortable_bytes()) > self.limit:
             say(
-                f"warning: --cache-size {self.limit / 1e9:.3g} GB does not hold two layers and the embeddings "
-                f"({need / 1e9:.3g} GB): some ranges will be downloaded more than once"
+                f"warning: $QUANTKIT_CACHE_SIZE, {gb(self.limit)}, does not hold two layers and the embeddings "
+                f"({gb(need)}): some ranges will be downloaded more than once"
             )
 
     def close(self) -> None:

@@ -50,12 +50,12 @@ def _group(w, row, g):
 
 
 @triton.jit
-def _products(w, x, ids, out, x_share, chosen: tl.constexpr, rows: tl.constexpr, groups: tl.constexpr):
+def _products(w, x, ids, out, x_share, rows: tl.constexpr, groups: tl.constexpr):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x."""
     pair = tl.program_id(1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     data = w.data + tl.minimum(row, w.n_out - 1).to(tl.int64)[None, :] * w.row_bytes
-    if chosen:
+    if ids is not None:
         data += tl.load(ids + pair).to(tl.int64) * w.matrix_bytes
     x += (pair // x_share).to(tl.int64) * w.n_in
     last: tl.constexpr = w.n_in // 8
@@ -110,7 +110,7 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _route(logits, bias, ids, weights, n_expert, factor, how, has_bias: tl.constexpr):
+def _route(logits, bias, ids, weights, n_expert, factor, how):
     """One token's experts, as layers.route: groups of experts, both padded."""
     token = tl.program_id(0)
     a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
@@ -125,7 +125,7 @@ def _route(logits, bias, ids, weights, n_expert, factor, how, has_bias: tl.const
         score = tl.exp(x - top)
         score = score / tl.sum(tl.sum(score, axis=1), axis=0)
     choice = score
-    if has_bias:
+    if bias is not None:
         choice += tl.load(bias + index, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
     if how.n_group > 1:
@@ -199,7 +199,6 @@ def products(qtype: str, data: torch.Tensor, x: torch.Tensor, ids: torch.Tensor 
         ids,
         out,
         pairs // n,
-        ids is not None,
         rows,
         groups,
         num_warps=WARPS,
@@ -223,5 +222,5 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, c: ModelConfig) -> tu
     powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
     numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
     how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](logits, bias, ids, weights, c.n_expert, c.weights_scale, how, bias is not None, num_warps=1)
+    _route[(n,)](logits, bias, ids, weights, c.n_expert, c.weights_scale, how, num_warps=1)
     return ids, weights

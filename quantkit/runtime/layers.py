@@ -260,8 +260,7 @@ def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.T
 
     DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
     """
-    logits = x.float() @ router.weight.T
-    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
+    scores = router_scores(x, router, config)
     choice = scores if router.bias is None else scores + router.bias
     if config.n_group > 1:
         grouped = choice.view(len(x), config.n_group, -1)
@@ -270,10 +269,21 @@ def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.T
         kept.scatter_(1, per_group.topk(config.n_group_used, dim=-1).indices, True)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).view(len(x), -1)
     expert = choice.topk(config.n_used, dim=-1).indices
+    return expert, routing_weights(scores, expert, config)
+
+
+def router_scores(x: torch.Tensor, router: Router, config: ModelConfig) -> torch.Tensor:
+    """float32 [n, n_expert] of normed x [n, d], without the bias."""
+    logits = x.float() @ router.weight.T
+    return logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
+
+
+def routing_weights(scores: torch.Tensor, expert: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """How much of each chosen expert's output a token takes, float32 [n, n_used]: expert int64 [n, n_used]."""
     weight = scores.gather(1, expert)
     if config.norm_weights:
         weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return expert, weight * config.weights_scale
+    return weight * config.weights_scale
 
 
 def feed_forward(

@@ -13,6 +13,7 @@ from quantkit.progress import say
 from quantkit.runtime.layers import SCORE_ELEMENTS
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import ATTENTION_TOKENS, Source
+from quantkit.sizes import gb
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
 RAM_SHARE = 0.7  # of the machine's memory for hidden states of a GPU's pass
@@ -35,6 +36,9 @@ class Memory:
     def most_tokens(self, limit: int, place: Place = "device") -> int:
         """That fit into `limit` bytes there."""
         return max(0, (limit - self.fixed) // (self.total(1, place) - self.fixed))
+
+    def __add__(self, more: "Memory") -> "Memory":
+        return Memory(self.fixed + more.fixed, self.beside + more.beside, self.per_token + more.per_token)
 
 
 def memory(config: ModelConfig, compute: torch.dtype, hidden: torch.dtype) -> Memory:
@@ -66,11 +70,10 @@ def choose_place(
             return place
     place = places[-1]
     most = need.most_tokens(limit, place)
-    least = f"no tokens fit: this model needs {need.fixed / 1e9:.1f} GB"
+    least = f"no tokens fit: this model needs {gb(need.fixed)}"
     advice = f"at most {most:,} tokens fit" if most else least
     raise QuantkitError(
-        f"{n_tokens:,} tokens need {need.total(n_tokens, place) / 1e9:.1f} GB, but {option} is "
-        f"{limit / 1e9:.1f} GB; {advice}"
+        f"{n_tokens:,} tokens need {gb(need.total(n_tokens, place))}, but {option} is {gb(limit)}; {advice}"
     )
 
 
@@ -100,10 +103,12 @@ class Limits:
     beside: int = 0
 
 
-def room_for(source: Source, n_tokens: int, limits: Limits) -> Room:
-    """The hidden states' room: float32 while they are small. Refuses a pass that fits nowhere."""
+def room_for(source: Source, n_tokens: int, limits: Limits, more: Memory = Memory(0, 0, 0)) -> Room:
+    """The hidden states' room: float32 while they are small. Refuses a pass that fits nowhere.
+
+    more: what it needs besides what a forward pass does."""
     hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
-    need = memory(source.config, source.dtype, hidden_dtype)
+    need = memory(source.config, source.dtype, hidden_dtype) + more
     limit, option = memory_limit(limits.memory, source.device)
     if limits.beside:
         limit -= memory(source.config, source.dtype, torch.float32).total(limits.beside) - BASE_BYTES
@@ -112,7 +117,7 @@ def room_for(source: Source, n_tokens: int, limits: Limits) -> Room:
     place = choose_place(need, n_tokens, limits.place, limit, option, machine_memory(), on_gpu)
     if place != "device":
         say(
-            f"hidden states of {n_tokens:,} tokens ({need.per_token * n_tokens / 1e9:.1f} GB) live "
+            f"hidden states of {n_tokens:,} tokens ({gb(need.per_token * n_tokens)}) live "
             f"{'on disk' if place == 'disk' else 'in RAM'}"
         )
     return Room(place, source.device, limits.folder, hidden_dtype)

@@ -25,8 +25,13 @@ class Room:
         hidden: torch.dtype = torch.float32,
     ):
         self.hidden, self.place, self.device = hidden, place, torch.device(device if place == "device" else "cpu")
+        self._parent = folder
         self._folder = tempfile.TemporaryDirectory(prefix="quantkit-", dir=folder) if place == "disk" else None
         self._made = 0
+
+    def another(self) -> "Room":
+        """Of the same kind: this one may go, and its files with it."""
+        return Room(self.place, self.device, self._parent, self.hidden)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new array; what is in it is undefined."""

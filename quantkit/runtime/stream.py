@@ -170,13 +170,9 @@ def final_hidden(
     return hidden
 
 
-def logit_tiles(source: Source, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """float32 logits of hidden [n, d] in tiles of rows; nothing of size tokens x vocabulary is ever held."""
-    yield from head_tiles(source, source.head(), hidden)
-
-
 def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`logit_tiles` with a head that is already loaded: (output norm, output matrix)."""
+    """float32 logits of hidden [n, d] in tiles of rows; nothing of size tokens x vocabulary is ever held. head: the
+    source's, loaded: (output norm, output matrix)."""
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
         yield head_logits(source, head, part)

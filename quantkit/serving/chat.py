@@ -9,7 +9,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.pieces import Pieces, thoughts
@@ -33,7 +33,7 @@ def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], 
 
 def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
     """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
-    ids = tokenizers.tokenize(tokenizer, text)
+    ids = tokenize(tokenizer, text)
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 

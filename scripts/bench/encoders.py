@@ -18,7 +18,7 @@ import torch
 from quantkit.encoding.api import encode_batch, formats
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 R1_ROUTED = 58 * 256 * 3 * 2048 * 7168
 R1_FACTORS = {7168: 58 * 256, 2048: 58 * 256}  # matrices to factorise: gate and up share one
@@ -82,9 +82,9 @@ def bench(qtype: str, shape: tuple[int, int, int], effort: str, device: torch.de
 
 def against_ggml(qtype: str, w: torch.Tensor, hessians: list[Hessian], packed: np.ndarray, rate: float) -> str:
     """ggml's rate on the same weights, and the ratios of speed and output error."""
-    ggml.prepare(qtype)
+    quants.prepare(qtype)
     t = time.process_time()
-    theirs = [ggml.quantize(qtype, m.numpy(), h.diagonal.numpy()) for m, h in zip(w, hessians, strict=True)]
+    theirs = [quants.quantize(qtype, m.numpy(), h.diagonal.numpy()) for m, h in zip(w, hessians, strict=True)]
     their_rate = w.numel() / (time.process_time() - t)
     mine, peer = (
         sum(output_error(qtype, m, h, data) for m, h, data in zip(w, hessians, side, strict=True))
@@ -95,7 +95,7 @@ def against_ggml(qtype: str, w: torch.Tensor, hessians: list[Hessian], packed: n
 
 def output_error(qtype: str, w: torch.Tensor, h: Hessian, packed: np.ndarray) -> float:
     """Energy of what the rounding adds to the outputs."""
-    error = w - torch.from_numpy(ggml.dequantize(qtype, packed, w.shape[-1]))
+    error = w - torch.from_numpy(quants.dequantize(qtype, packed, w.shape[-1]))
     return float(((error @ h.matrix) * error).sum())
 
 

@@ -26,10 +26,10 @@ from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import HeadLogits, diverge, scored, scored_targets
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.job import make as pipeline
-from quantkit.job import plan as plans
+from quantkit.job.plan import damage_model, file_bytes
 from quantkit.job.stages import source_of
 from quantkit.models import family
+from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan, plan_within
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
@@ -75,11 +75,11 @@ class CachedEncoder:
 
 class Bench:
     def __init__(self, model: str, folder: Path, data: tuple[str, ...], tokens: int, prior: bool):
-        self.checkpoint, self.folder, self.model = pipeline.open_weights(model), folder, model
+        self.checkpoint, self.folder, self.model = open_weights(model), folder, model
         self.config = family.from_hf(self.checkpoint.config)
         self.specs = family.specs(self.config)
         self.imatrix, _ = load_imatrix(folder / "imatrix.gguf")
-        self.damage = plans.damage_model(self.specs, None if prior else folder / "sensitivity.json")
+        self.damage = damage_model(self.specs, None if prior else folder / "sensitivity.json")
         self.encoder = CachedEncoder(folder / "cache")
         self.source = source_of(self.checkpoint, "cpu")
         choice = TextChoice(data, n_tokens=tokens)
@@ -89,7 +89,7 @@ class Bench:
             self.clean = scored(final_hidden(self.source, self.tokens))
 
     def file_bytes(self, plan: Plan) -> int:
-        return plans.file_bytes(self.checkpoint, plan, None)
+        return file_bytes(self.checkpoint, plan, None)
 
     def measure(self, family: str, name: str, plan: Plan) -> Point:
         path = self.folder / f"{family}-{name}.gguf"

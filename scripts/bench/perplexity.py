@@ -49,7 +49,7 @@ def ours(
     checkpoint: Path, file: Path, text: Path, chunks: int, threads: int, folder: Path
 ) -> tuple[dict[str, Cost], dict[str, float]]:
     out = folder / "verify.json"
-    command = [sys.executable, "-m", "quantkit", "verify", file, "--reference", checkpoint, "--text", text]
+    command = [sys.executable, "-m", "quantkit", "verify", file, "--reference", checkpoint, "--data", text]
     command += ["--tokens", CHUNK * chunks, "--device", "cpu", "--json", out]
     cost = measure([str(part) for part in command], threads, folder / "ours.log")
     return {"verify": cost}, json.loads(out.read_text())

@@ -17,7 +17,7 @@ import torch
 
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.gguf import open_gguf
-from quantkit.serving import http as serve
+from quantkit.serving import http
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     weights = open_gguf(args.file, n_threads=args.threads)
     engine = open_engine(weights, max(args.users), 512)
-    api = serve.Api("bench", weights.file.metadata, weights.tokenizer(), engine, serve.Limits(), None)
-    listener = serve.bind("127.0.0.1", 0)
-    server = serve.server(api)
+    api = http.Api("bench", weights.file.metadata, weights.tokenizer(), engine, http.Limits(), None)
+    listener = http.bind("127.0.0.1", 0)
+    server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="none", timeout=600)

@@ -16,8 +16,9 @@ from synthetic import layout
 from quantkit import bundle
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml.codec import quantize
-from quantkit.models import family, tokenizer
+from quantkit.ggml.quants import quantize
+from quantkit.models import family
+from quantkit.models.tokenizer import tokenizer_metadata
 from quantkit.planning.assign import make_plan
 from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.recipe import Recipe
@@ -72,7 +73,7 @@ def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -
     config = layout(dense, moe, 256)[0]
     c = family.from_hf(config)
     plan = make_plan(family.specs(c), Recipe.load(recipe), target, "deepseek-r1-random")
-    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer.metadata(
+    metadata = family.metadata(c, plan.mla, plan.model) | tokenizer_metadata(
         bundle.models_dir() / "tiny-r1", c.n_vocab, family.PRE
     )
     blocks = Blocks(seed)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from quantkit.encoding.api import SUPPORTED
 from quantkit.encoding.hessian import Hessian, blend, second_moment
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
 
@@ -195,8 +195,8 @@ def quantized(qtype: str, w: torch.Tensor, hessians: list, importances: list, v:
         return encode_values(qtype, w, hessians, effort=v.effort, beta=v.beta)
     out = []
     for matrix, importance in zip(w.cpu(), importances, strict=True):
-        data = ggml.quantize(qtype, matrix.numpy(), None if importance is None else importance.cpu().numpy())
-        out.append(torch.from_numpy(ggml.dequantize(qtype, data, w.shape[-1]).copy()))
+        data = quants.quantize(qtype, matrix.numpy(), None if importance is None else importance.cpu().numpy())
+        out.append(torch.from_numpy(quants.dequantize(qtype, data, w.shape[-1]).copy()))
     return torch.stack(out).to(w.device)
 
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from quantkit.encoding.api import encode
 from quantkit.encoding.hessian import Hessian, prepare
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 INPUT = dict.fromkeys(KINDS[:3], "attn_in") | {"ffn_gate": "ffn_in", "ffn_up": "ffn_in"}  # else an input of its own
@@ -152,11 +152,11 @@ def compare(model: Llama, qtype: str, effort: str, layer: int, known, squares, t
             h = known[key]
             h = Hessian(h.matrix[:n, :n].contiguous(), h.diagonal[:n], h.tokens)
             factors[key] = prepare([h], n, torch.device("cpu"), full=effort != "fast")
-        theirs = ggml.quantize(qtype, w.numpy(), squares[key][:n].numpy())
+        theirs = quants.quantize(qtype, w.numpy(), squares[key][:n].numpy())
         ours = encode(qtype, w, factors[key], effort=effort)
         errors = []
         for packed in (ours, theirs):
-            e = w - torch.from_numpy(ggml.dequantize(qtype, packed, n))
+            e = w - torch.from_numpy(quants.dequantize(qtype, packed, n))
             errors.append(float(((e @ truth[key].matrix[:n, :n]) * e).sum()))
         out.append(errors[0] / errors[1])
     return out

@@ -24,7 +24,7 @@ SPLITS = [
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
-PIECE = 50_000  # characters encoded at a time
+PIECE = 50_000  # characters tokenized at a time
 DIALOGUE = 2_000  # characters per made-up dialogue
 HOLD_OUT = 128  # one passage in so many is held out (a passage is PIECE characters or a shorter document)
 
@@ -134,7 +134,7 @@ def dialogues(doc: str) -> Iterator[str]:
         yield f"<｜User｜>{part[:a]}<｜Assistant｜><think>\n{part[a:b]}\n</think>\n\n{part[b:]}"
 
 
-def encode(tokenizer: Tokenizer, docs: list[str], chat_share: float, seed: int = 0) -> np.ndarray:
+def tokenize(tokenizer: Tokenizer, docs: list[str], chat_share: float, seed: int = 0) -> np.ndarray:
     """Encode documents to one uint16 stream, each as BOS ... EOS; a share of them is made into dialogues."""
     rng = random.Random(seed)
     texts: list[str] = []

@@ -17,7 +17,7 @@ import math
 import time
 from pathlib import Path
 
-import data as data
+import data
 import numpy as np
 import torch
 from export import load_checkpoint, save_checkpoint
@@ -210,8 +210,8 @@ def load_tokens(args: argparse.Namespace, cfg: TinyConfig) -> tuple[Tokenizer, n
         tokenizer = Tokenizer.from_file(str(args.tokenizer))
     else:
         tokenizer = data.train_tokenizer(train_docs, cfg.vocab_size)
-    train = data.encode(tokenizer, train_docs, args.chat_share)
-    held_out = data.encode(tokenizer, held_out_docs, 0.0)[: args.held_out_tokens]
+    train = data.tokenize(tokenizer, train_docs, args.chat_share)
+    held_out = data.tokenize(tokenizer, held_out_docs, 0.0)[: args.held_out_tokens]
     if cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         np.savez(cache, train=train, held_out=held_out)
@@ -274,7 +274,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--data", type=Path, help="documents separated by NUL bytes, plain or .xz")
     p.add_argument("--out", type=Path, help="folder of the checkpoint")
     p.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of training one")
-    p.add_argument("--cache", type=Path, help="folder that keeps the encoded corpus for the next run")
+    p.add_argument("--cache", type=Path, help="folder that keeps the tokenized corpus for the next run")
     p.add_argument("--vocab", type=int, default=TinyConfig.vocab_size)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--minutes", type=float, help="training time (default: 7, unless --steps is given)")

@@ -42,9 +42,10 @@ from quantkit.formats.ledger import Ledger
 from quantkit.formats.model_folder import open_source
 from quantkit.formats.safetensors_header import load_json, parse_header
 from quantkit.formats.sensitivity import Entry, Sensitivity
-from quantkit.job import folder as folders
+from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
-from quantkit.models import family, tokenizer
+from quantkit.models import family
+from quantkit.models.tokenizer import read_tokenizer, tokenizer_metadata
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
@@ -297,8 +298,8 @@ class Files:
     def tokenizer_file(self, name: str) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
             with self.replaced(name, data):
-                tokenizer.metadata(self.model, self.config.n_vocab, family.PRE)
-                tokenizer.load(self.model)
+                tokenizer_metadata(self.model, self.config.n_vocab, family.PRE)
+                read_tokenizer(self.model)
 
         return parse
 
@@ -342,8 +343,8 @@ class Files:
     def provenance(self, data: bytes) -> None:
         folder = self.folder / "claim"
         folder.mkdir(exist_ok=True)
-        (folder / folders.PROVENANCE).write_bytes(data)
-        folders.claim(folder, {"recipe": "1.58bit"}, False)
+        (folder / PROVENANCE).write_bytes(data)
+        claim(folder, {"recipe": "1.58bit"}, False)
 
     def geometry(self, data: bytes) -> None:
         folder = self.folder / "geometry"

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from quantkit.__main__ import main as command_line
-from quantkit.encoding import jobs as quantize
+from quantkit.encoding import jobs
 from quantkit.encoding.layer import LayerEncoder
 from quantkit.formats.ledger import Coverage
 from quantkit.tensors import ROUTED_ROLES
@@ -36,7 +36,7 @@ def child(arguments: list[str], log: Path) -> None:
     def note(*slices: tuple[str, int, int]) -> None:
         os.write(fd, (json.dumps(slices) + "\n").encode())
 
-    encode, flush, whole = quantize._encode, LayerEncoder.flush, LayerEncoder._whole
+    encode, flush, whole = jobs._encode, LayerEncoder.flush, LayerEncoder._whole
 
     def noted_encode(checkpoint, config, job, *rest):
         note((job.tensor.name, job.start, job.stop))
@@ -54,7 +54,7 @@ def child(arguments: list[str], log: Path) -> None:
         note((name, 0, spec.n_rows))
         whole(self, role, name, spec, hessian)
 
-    quantize._encode = noted_encode
+    jobs._encode = noted_encode
     LayerEncoder.flush, LayerEncoder._whole = noted_flush, noted_whole
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):

@@ -8,7 +8,7 @@ from pyarrow import parquet
 
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
-from quantkit.models import tokenizer
+from quantkit.models.tokenizer import read_tokenizer, tokenize
 
 
 def test_default_parts_are_disjoint_and_of_every_domain():
@@ -30,20 +30,20 @@ def test_any_prefix_is_a_mix():
 
 
 def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
-    ours = tokenizer.load(tiny.path)
+    ours = read_tokenizer(tiny.path)
     text = corpus.Corpus("t", (corpus.Document("text", "one two three four five six seven eight " * 40),))
     chunks = corpus.chunk(text, ours, bos=0, length=32, limit=100)
     assert chunks.tokens.shape == (3, 32)
     assert (chunks.tokens[:, 0] == 0).all()
     assert (chunks.tokens[:, 1:] == chunks.targets[:, 1:]).all()
-    ids = [0, *tokenizer.tokenize(ours, text.documents[0].text)]
+    ids = [0, *tokenize(ours, text.documents[0].text)]
     every = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
     assert all(chunk in every for chunk in chunks.targets.tolist())
     assert corpus.chunk(text, ours, bos=0, length=32).targets.tolist() == every
 
 
 def test_few_chunks_are_spread_over_the_text(tiny):
-    ours = tokenizer.load(tiny.path)
+    ours = read_tokenizer(tiny.path)
     parts = [corpus.Document("text", word * 300) for word in ("alpha ", "12 ", "道可道 ", "def f(): ")]
     text = corpus.Corpus("t", tuple(corpus.Document(d, p.text) for d, p in zip("abcd", parts, strict=True)))
     assert set(corpus.chunk(text, ours, bos=0, length=32, limit=12 * 32).domains) == set("abcd")
@@ -54,7 +54,7 @@ def test_few_chunks_are_spread_over_the_text(tiny):
 def test_too_little_text_is_refused(tiny):
     text = corpus.Corpus("short", (corpus.Document("text", "hi"),))
     with pytest.raises(QuantkitError, match=r"short: \d+ tokens of text, but a chunk needs 512"):
-        corpus.chunk(text, tokenizer.load(tiny.path), bos=0)
+        corpus.chunk(text, read_tokenizer(tiny.path), bos=0)
 
 
 def test_files_folders_and_jsonl(tmp_path):

@@ -7,7 +7,7 @@ from quantkit.calibration import coverage
 from quantkit.errors import QuantkitError
 from quantkit.tensors import Importance
 
-NAME = "blk.3.ffn_down_exps.weight"
+NAME = "blk.3.ffn_gate_exps.weight"
 
 
 @pytest.fixture
@@ -19,8 +19,19 @@ def imatrix():
 
 
 def test_rows(imatrix):
-    assert coverage.coverage(imatrix, 32) == [coverage.LayerCoverage(3, 0, 55, 290, 2)]
+    assert coverage.coverage(imatrix, 32) == [coverage.LayerCoverage(3, 0, 55, 290, 2, 27.5)]
     assert "290" in coverage.table(coverage.coverage(imatrix, 32))
+
+
+def test_verdict_says_how_many_tokens_would_do():
+    counts, sums = np.full(4, 100, np.float32), np.ones((4, 200), np.float32)
+    rows = coverage.coverage({NAME: Importance(sums, counts)}, 32)
+    assert rows[0].per_dim == 0.5
+    assert coverage.verdict(rows, 1000).endswith(
+        "0.5 tokens for each dimension of an expert's input: few; better up to about --tokens 10000"
+    )
+    plenty = coverage.coverage({NAME: Importance(sums, counts * 10)}, 32)
+    assert coverage.verdict(plenty, 1000).endswith("plenty")
 
 
 def test_tokens_needed_scales_with_the_least_used_expert(imatrix):

@@ -12,7 +12,7 @@ from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK, Codes, Format
 from quantkit.codecs.registry import CODECS, FORMATS, codec, in_groups, numba_twin, rescale, triton_twin
 from quantkit.codecs.unpack import unpack
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 try:
     import triton
@@ -36,7 +36,7 @@ def test_sizes_are_ggmls(name):
     assert gguf.GGML_QUANT_SIZES[ggml_type] == (sizes.block_size, sizes.type_size)
     assert codec(name).block.itemsize == sizes.type_size
     assert sizes.row_bytes(7168) == gguf.quant_shape_to_byte_shape((1, 7168), ggml_type)[1]
-    assert ggml.quantize(name, np.ones((1, 256), np.float32), np.ones(256, np.float32)).nbytes == (sizes.row_bytes(256))
+    assert quants.quantize(name, np.ones((1, 256), np.float32), np.ones(256, np.float32)).nbytes == sizes.row_bytes(256)
 
 
 @pytest.mark.parametrize("qtype", GROUPED)
@@ -103,7 +103,7 @@ def half_up(values: torch.Tensor) -> torch.Tensor:
 def test_unpacked_values_are_ggmls(qtype, dtype, workers):
     n_rows, n_in = 200, 768
     data = packed(qtype, n_rows, n_in)
-    expected = torch.from_numpy(ggml.dequantize(qtype, data, n_in))
+    expected = torch.from_numpy(quants.dequantize(qtype, data, n_in))
     if dtype == torch.bfloat16:
         expected = half_up(expected) if numba_twin(qtype, dtype) else expected.bfloat16()
     with ThreadPoolExecutor(workers) as pool, torch.inference_mode():  # a mode that the pool's threads do not have
@@ -121,7 +121,7 @@ def test_unpacked_stack_of_matrices_and_part_of_a_row_count():
     out = torch.empty(2, 3, 256)
     with ThreadPoolExecutor(1) as pool:
         unpack("IQ2_XXS", data.reshape(2, 3, -1), out, pool, 1)
-    assert torch.equal(out.view(6, 256), torch.from_numpy(ggml.dequantize("IQ2_XXS", data, 256)))
+    assert torch.equal(out.view(6, 256), torch.from_numpy(quants.dequantize("IQ2_XXS", data, 256)))
 
 
 # -- packing ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_packed_codes_decode_to_what_they_mean(qtype):
     data = fmt.pack(codes)
     assert data.shape == (40, qtypes.row_bytes(qtype, SUPERBLOCK)) and data.dtype == torch.uint8
     assert torch.allclose(codec(qtype).dequantize(data), meaning(fmt, codes), rtol=1e-6, atol=1e-6)
-    assert close(torch.from_numpy(ggml.dequantize(qtype, data.numpy(), SUPERBLOCK)), meaning(fmt, codes), 1e-6)
+    assert close(torch.from_numpy(quants.dequantize(qtype, data.numpy(), SUPERBLOCK)), meaning(fmt, codes), 1e-6)
 
 
 # -- new scales ------------------------------------------------------------------------------------------------------
@@ -175,22 +175,22 @@ def test_packed_codes_decode_to_what_they_mean(qtype):
 def test_rescaled_weights_follow_the_factor(qtype):
     rng = np.random.default_rng(3)
     w = rng.standard_normal((6, 768), dtype=np.float32) * 0.05
-    data = ggml.quantize(qtype, w, np.ones(768, np.float32))
+    data = quants.quantize(qtype, w, np.ones(768, np.float32))
     factor = rng.uniform(0.8, 1.3, (6, 3)).astype(np.float32)
-    before, after = ggml.dequantize(qtype, data, 768), ggml.dequantize(qtype, rescale(qtype, data, factor), 768)
+    before, after = quants.dequantize(qtype, data, 768), quants.dequantize(qtype, rescale(qtype, data, factor), 768)
     expected = before.reshape(6, 3, 256) * factor[..., None]
     np.testing.assert_allclose(after.reshape(6, 3, 256), expected, rtol=2e-3, atol=2e-3 * np.abs(w).max())
     np.testing.assert_array_equal(rescale(qtype, data, np.ones((6, 3), np.float32)), data)
 
 
 def test_rescaled_scales_stay_finite():
-    data = ggml.quantize("Q4_K", np.full((1, 256), 1e4, np.float32), None)
-    after = ggml.dequantize("Q4_K", rescale("Q4_K", data, np.full((1, 1), 1e9, np.float32)), 256)
+    data = quants.quantize("Q4_K", np.full((1, 256), 1e4, np.float32), None)
+    after = quants.dequantize("Q4_K", rescale("Q4_K", data, np.full((1, 1), 1e9, np.float32)), 256)
     assert np.isfinite(after).all()
 
 
 def test_a_factor_for_each_superblock():
-    data = ggml.quantize("Q4_K", np.ones((2, 256), np.float32), None)
+    data = quants.quantize("Q4_K", np.ones((2, 256), np.float32), None)
     with pytest.raises(ValueError, match="3 factors for 2 superblocks"):
         rescale("Q4_K", data, np.ones(3, np.float32))
     with pytest.raises(KeyError):

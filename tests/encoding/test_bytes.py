@@ -1,36 +1,18 @@
 """Every packed block decodes, by gguf and by ggml, to exactly the weights that the encoder chose."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from encoder_data import TYPES, data, decode, output_error
 
 from quantkit.codecs.types import row_bytes
-from quantkit.encoding.api import SUPPORTED, choose, encode, encode_batch, formats, pack
+from quantkit.encoding.api import choose, encode, encode_batch, formats, pack
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
-TYPES = sorted(SUPPORTED)
 CPU = torch.device("cpu")
-
-
-def data(rows=24, n_in=512, seed=0):
-    """Weights and correlated inputs with unequal channels: what real layers look like."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.eye(n_in) + 0.5 * torch.randn(n_in, n_in, generator=g) / n_in**0.5
-    x = torch.randn(2048, n_in, generator=g) @ mix * torch.exp(0.5 * torch.randn(n_in, generator=g))
-    return torch.randn(rows, n_in, generator=g) * 0.02, second_moment(x)
-
-
-def decode(qtype: str, packed: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[qtype]))
-
-
-def output_error(w, q, hessian) -> float:
-    e = w - q
-    return float(((e @ hessian.matrix) * e).sum() / ((w @ hessian.matrix) * w).sum())
 
 
 @pytest.mark.parametrize("effort", ["fast", "normal"])
@@ -43,7 +25,7 @@ def test_bytes_decode_to_what_the_encoder_chose(qtype, effort):
     packed = pack(state)[0]
     assert packed.shape == (len(w), row_bytes(qtype, w.shape[1]))
     assert torch.equal(decode(qtype, packed), state.q[0])
-    assert np.array_equal(ggml.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
+    assert np.array_equal(quants.dequantize(qtype, packed, w.shape[1]), state.q[0].numpy())
 
 
 @pytest.mark.parametrize("qtype", TYPES)
@@ -59,7 +41,7 @@ def test_feedback_beats_independent_rounding(qtype):
 @pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ3_S", "IQ4_XS"])
 def test_beats_ggml_in_the_same_bytes(qtype):
     w, hessian = data(rows=16, n_in=512)
-    theirs = ggml.quantize(qtype, w.numpy(), hessian.diagonal.numpy())
+    theirs = quants.quantize(qtype, w.numpy(), hessian.diagonal.numpy())
     ours = encode(qtype, w, hessian)
     assert ours.nbytes == theirs.nbytes
     assert output_error(w, decode(qtype, ours), hessian) < 0.85 * output_error(w, decode(qtype, theirs), hessian)
@@ -156,7 +138,7 @@ def test_wrong_row_length_names_the_type():
 def test_coarsest_types_without_a_hessian_take_ggmls_bytes(monkeypatch):
     (a, ha), (b, _) = data(rows=6, seed=1), data(rows=6, seed=2)
     theirs = np.full((6, row_bytes("IQ1_S", 512)), 7, np.uint8)
-    monkeypatch.setattr(ggml, "quantize", lambda qtype, rows, importance: theirs)
+    monkeypatch.setattr(quants, "quantize", lambda qtype, rows, importance: theirs)
     both = encode_batch("IQ1_S", torch.stack([b, a]), [Hessian(diagonal=torch.ones(512)), ha])
     assert np.array_equal(both[0], theirs)
     assert np.array_equal(both[1], encode("IQ1_S", a, ha))

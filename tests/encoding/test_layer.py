@@ -20,7 +20,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gradients import DOWN, INNER, ExpertRows, LayerGradients, path_of
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.plan import plan_model
 from quantkit.job.stages import source_of
@@ -37,7 +37,7 @@ def ours(tmp_path_factory):
         evaluation=TextChoice(n_tokens=4096),
         encoder="quantkit",
     )
-    pipeline.make("tiny-r1", folder, options)
+    make("tiny-r1", folder, options)
     return folder
 
 
@@ -135,10 +135,10 @@ def test_moments_do_not_depend_on_the_number_of_threads(shape):
 def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
     options = MakeOptions(imatrix=made / "imatrix.gguf", encoder="quantkit")
     with pytest.raises(QuantkitError, match="second moments"):
-        pipeline.make("tiny-r1", tmp_path / "x", options)
+        make("tiny-r1", tmp_path / "x", options)
 
 
 @pytest.mark.parametrize("how", [{"encoder": "ggml"}, {"effort": "fast"}])
 def test_gradients_that_nobody_would_use_are_refused(how, tmp_path):
     with pytest.raises(QuantkitError, match="no use for gradients"):
-        pipeline.make("tiny-r1", tmp_path / "x", MakeOptions(gradients=tmp_path, **how))
+        make("tiny-r1", tmp_path / "x", MakeOptions(gradients=tmp_path, **how))

@@ -11,7 +11,7 @@ from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U32, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tensor(PlainTensor):
         return self.data.reshape(self.shape[0], -1, self.row_bytes).copy()
 
     def values(self) -> np.ndarray:
-        return ggml.dequantize(self.qtype, self.data, self.shape[-1]).reshape(self.shape)
+        return quants.dequantize(self.qtype, self.data, self.shape[-1]).reshape(self.shape)
 
     def with_data(self, data: np.ndarray) -> "Tensor":
         return replace(self, data=np.ascontiguousarray(data).reshape(-1, self.row_bytes))
@@ -34,8 +34,8 @@ class Tensor(PlainTensor):
     def with_values(self, values: np.ndarray, qtype: str | None = None) -> "Tensor":
         made = replace(self, qtype=qtype or self.qtype, shape=values.shape)
         rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]), dtype=np.float32)
-        weights = np.ones(rows.shape[1], np.float32) if ggml.requires_importance(made.qtype) else None
-        return made.with_data(ggml.quantize(made.qtype, rows, weights))
+        weights = np.ones(rows.shape[1], np.float32) if quants.requires_importance(made.qtype) else None
+        return made.with_data(quants.quantize(made.qtype, rows, weights))
 
 
 class Model:

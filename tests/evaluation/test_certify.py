@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mutations import MUTATIONS, Model
 
 from quantkit import bundle
 from quantkit.__main__ import main
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
-from quantkit.evaluation.oracles import kt as kt_oracle
-from quantkit.evaluation.oracles import llama as llama_oracle
+from quantkit.evaluation.oracles import kt, llama
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U32
-
-from .mutations import MUTATIONS, Model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def failures(made: Certificate) -> dict[str, str]:
 
 
 def test_a_good_file_passes(good, tiny):
-    made = certify(good, "ktransformers", tiny, engine=False)
+    made = certify(good, "ktransformers", tiny, oracle=False)
     assert made.passed and not failures(made)
     assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
     assert made.files == {good.name: good.stat().st_size}
@@ -49,7 +47,7 @@ def test_mutation_is_caught_and_named(name, good, tmp_path, tiny):
     change, check, says = MUTATIONS[name]
     model = Model(good)
     change(model)
-    found = failures(certify(model.write(tmp_path / "broken.gguf"), "ktransformers", tiny, engine=False))
+    found = failures(certify(model.write(tmp_path / "broken.gguf"), "ktransformers", tiny, oracle=False))
     assert check in found, found
     assert says in found[check]
 
@@ -73,9 +71,9 @@ def cut(path: Path, share: float) -> None:
 def test_damaged_files_are_named(damage, says, good, tmp_path, tiny):
     first = Model(good).write(tmp_path / "broken.gguf", split_max_bytes=1_600_000)
     files = sorted(tmp_path.glob("*.gguf"))
-    assert certify(first, "llama.cpp", tiny, engine=False, values=False).passed
+    assert certify(first, "llama.cpp", tiny, oracle=False, values=False).passed
     damage(files)
-    found = failures(certify(files[0], "llama.cpp", tiny, engine=False))
+    found = failures(certify(files[0], "llama.cpp", tiny, oracle=False))
     assert says in found["files"]
 
 
@@ -86,12 +84,12 @@ def test_unfinished_download_is_seen_without_the_original(good, tmp_path):
     cut(broken, 0.7)
     with broken.open("r+b") as file:
         file.truncate(size)
-    assert "all zeros" in failures(certify(broken, "llama.cpp", engine=False))["weights"]
+    assert "all zeros" in failures(certify(broken, "llama.cpp", oracle=False))["weights"]
 
 
 def test_splits_are_refused_for_ollama(good, tmp_path):
     first = Model(good).write(tmp_path / "parts.gguf", split_max_bytes=1_600_000)
-    assert "3 splits" in failures(certify(first, "ollama", engine=False, values=False))["files"]
+    assert "3 splits" in failures(certify(first, "ollama", oracle=False, values=False))["files"]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +102,9 @@ def test_metadata_rules_need_no_original(key, good, tmp_path):
     model.key("feed_forward_length", U32(999))
     model.key("context_length", U32(163840))
     path = model.write(tmp_path / "unknown.gguf")
-    assert "metadata" not in failures(certify(path, "llama.cpp", engine=False, values=False))
+    assert "metadata" not in failures(certify(path, "llama.cpp", oracle=False, values=False))
     model.key(key)
-    found = failures(certify(model.write(tmp_path / "broken.gguf"), "llama.cpp", engine=False, values=False))
+    found = failures(certify(model.write(tmp_path / "broken.gguf"), "llama.cpp", oracle=False, values=False))
     assert key in found["metadata"]
 
 
@@ -125,36 +123,36 @@ def test_hostile_metadata_fail_without_harm(key, value, good, tmp_path):
     model = Model(good)
     model.key("feed_forward_length", U32(999))  # no bundled model has this geometry
     model.key(key, value)
-    found = failures(certify(model.write(tmp_path / "hostile.gguf"), "llama.cpp", engine=False))
+    found = failures(certify(model.write(tmp_path / "hostile.gguf"), "llama.cpp", oracle=False))
     assert found.keys() & {"metadata", "tensors"}
 
 
 def test_r1_metadata_come_from_the_bundled_description(good, tmp_path):
     """A description without weights serves as reference: its metadata are compared, its weights are not."""
     geometry = Geometry.load(bundle.models_dir() / "deepseek-r1")
-    found = failures(certify(good, "llama.cpp", geometry, engine=False, values=False))
+    found = failures(certify(good, "llama.cpp", geometry, oracle=False, values=False))
     assert "deepseek2.block_count is 4, must be 61" in found["metadata"]
 
 
 def test_cli_exit_code_table_and_json(good, tmp_path):
     out = tmp_path / "certify.json"
-    arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-engine"]
+    arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-oracle"]
     done = CliRunner().invoke(main, [*arguments, "--json", str(out)])
     assert done.exit_code == 0 and "tokenizer" in done.stdout
     assert json.loads(out.read_text())["passed"] is True
     model = Model(good)
     model.key("expert_gating_func", U32(1))
     broken = model.write(tmp_path / "broken.gguf")
-    done = CliRunner().invoke(main, ["certify", str(broken), "--no-engine", "--no-values"])
+    done = CliRunner().invoke(main, ["certify", str(broken), "--no-oracle", "--no-values"])
     assert done.exit_code == 1
     assert json.loads((tmp_path / "certify.json").read_text())["passed"] is False
 
 
-@pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")
+@pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
         found = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
-        assert (found.name, found.status) == ("engine llama.cpp", "pass"), found.detail
+        assert (found.name, found.status) == ("oracle llama.cpp", "pass"), found.detail
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
@@ -167,13 +165,13 @@ class TestLlamaCpp:
 
 
 @pytest.mark.large
-@pytest.mark.skipif(not kt_oracle.available(), reason=f"needs pip install --no-deps {kt_oracle.WHEEL}")
+@pytest.mark.skipif(not kt.available(), reason=f"needs pip install --no-deps {kt.WHEEL}")
 class TestKtKernel:
     def test_every_combination_of_types_is_computed(self, good):
         found = list(oracle_checks.kt_kernel(good, GGUFFile.open(good)))
         assert [check.name for check in found] == [
-            "engine kt-kernel IQ1_S/IQ1_S/Q2_K",
-            "engine kt-kernel IQ1_S/IQ1_S/IQ1_S",
+            "oracle kt-kernel IQ1_S/IQ1_S/Q2_K",
+            "oracle kt-kernel IQ1_S/IQ1_S/IQ1_S",
         ]
         assert all(check.status == "pass" for check in found), found
 

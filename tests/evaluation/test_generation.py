@@ -13,7 +13,7 @@ from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Opener, generate
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.stream import final_hidden, head_tiles
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_loops(tokens, period):
 @torch.inference_mode()
 def test_top_tokens_over_slabs(reference, chunks, monkeypatch):
     hidden = final_hidden(reference, chunks.tokens[:1])[0]
-    whole = torch.cat(list(logit_tiles(reference, hidden))).argmax(-1)
+    whole = torch.cat(list(head_tiles(reference, reference.head(), hidden))).argmax(-1)
     monkeypatch.setattr("quantkit.evaluation.generation.VOCAB_SLAB", 100)
     assert torch.equal(top_tokens(reference, hidden), whole)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import Model
 from safetensors.torch import load_file, save_file
 
 from quantkit.calibration import corpus
@@ -26,9 +27,7 @@ from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf, open_source
-from quantkit.runtime.stream import final_hidden, logit_tiles
-
-from .mutations import Model
+from quantkit.runtime.stream import final_hidden, head_tiles
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def result(good, reference, chunks) -> dict:
 def test_equals_two_separate_passes(result, good, reference, chunks):
     """The copies of probe chunks in the quantized stream must not change the figures."""
     models = (reference, open_source(good))
-    tiles = [logit_tiles(model, scored(final_hidden(model, chunks.tokens))) for model in models]
+    tiles = [head_tiles(model, model.head(), scored(final_hidden(model, chunks.tokens))) for model in models]
     held = [HeldLogits(torch.cat(list(each))) for each in tiles]
     plain = diverge(*held, scored_targets(chunks.targets), reference.config.n_vocab).summary()
     for key, value in plain.items():

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_checkpoint import fp8, shards, write_checkpoint, write_index, write_shard
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import byte_source
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.model_folder import open_source
-
-from .conftest import fp8, shards, write_checkpoint, write_index, write_shard
 
 FIRST, SECOND = shards()
 INDEX = "model.safetensors.index.json"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 import pytest
+from small_gguf import ID, METADATA, TENSORS, begin, data_of, fill, slices, write
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import part_file
@@ -15,8 +16,6 @@ from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U16, I32List
 from quantkit.formats.gguf_writer import GGUFWriter
-
-from .small_gguf import ID, METADATA, TENSORS, begin, data_of, fill, slices, write
 
 
 def test_gguf_py_reads_it(tmp_path):

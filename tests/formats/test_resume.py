@@ -9,12 +9,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from small_gguf import ID, TENSORS, begin, data_of, fill, interrupt, slices, write
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import gguf_writer, part_file
 from quantkit.formats.ledger import Coverage, Ledger
-
-from .small_gguf import ID, TENSORS, begin, data_of, fill, interrupt, slices, write
 
 
 @pytest.mark.parametrize("split", [None, 2900])
@@ -37,10 +36,10 @@ def test_resume_after_kill(tmp_path):
     """SIGKILL in the middle: what the ledger vouches for is there, and the rest can be written."""
     script = f"""
         import os, signal, sys
-        sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from quantkit.formats import gguf_writer
-        from formats.small_gguf import begin, fill, slices
+        from small_gguf import begin, fill, slices
         gguf_writer.SYNC_BYTES = 1
         with begin(Path({str(tmp_path / "m.gguf")!r})) as out:
             fill(out, slices()[:11])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.ggml.codec import dequantize, quantize
 from quantkit.ggml.graph import Experts, Graph
 from quantkit.ggml.library import library
+from quantkit.ggml.quants import dequantize, quantize
 
 
 def rows(n: int = 12, n_in: int = 512) -> np.ndarray:

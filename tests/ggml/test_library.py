@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.codec import quantize
 from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import LOG, Library, library
+from quantkit.ggml.quants import quantize
 
 
 def test_what_ggml_logs_to_outlives_a_library():

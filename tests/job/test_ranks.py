@@ -19,7 +19,7 @@ from quantkit import bundle, ranks
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.planning.budget import BudgetOptions
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
@@ -64,12 +64,12 @@ def launch_script(n: int, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def make(n: int, folder: Path, *more: object) -> subprocess.Popen:
+def launch_make(n: int, folder: Path, *more: object) -> subprocess.Popen:
     return launch(n, "make", "tiny-r1", "-o", folder, "--tokens", TOKENS, "--device", "cpu", "--no-verify", *more)
 
 
 def ours(n: int, folder: Path) -> subprocess.Popen:
-    return make(n, folder, "--encoder", "quantkit", "--effort", "fast")
+    return launch_make(n, folder, "--encoder", "quantkit", "--effort", "fast")
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -103,7 +103,7 @@ def gone(pids: Iterable[int]) -> bool:
 def calm(tmp_path_factory) -> Path:
     """One process."""
     folder = tmp_path_factory.mktemp("calm")
-    pipeline.make("tiny-r1", folder, OURS)
+    make("tiny-r1", folder, OURS)
     return folder
 
 
@@ -120,8 +120,8 @@ def test_one_pass_has_the_bytes_of_one_process(calm, tmp_path, n):
 def test_ggml_has_the_bytes_of_one_process(tmp_path, n):
     """Jobs shared out, in split files, of types that are quick to encode."""
     options = dataclasses.replace(OURS, encoder="ggml", budget=BudgetOptions(bpw=6), split_max_bytes=4_000_000)
-    pipeline.make("tiny-r1", tmp_path / "one", options)
-    code, stderr = end(make(n, tmp_path / "n", "--encoder", "ggml", "--size", "6bpw", "--split-max-size", "4M"))
+    make("tiny-r1", tmp_path / "one", options)
+    code, stderr = end(launch_make(n, tmp_path / "n", "--encoder", "ggml", "--size", "6bpw", "--split-max-size", "4M"))
     assert code == 0, stderr
     names = {path.name for path in (tmp_path / "one").glob("*.gguf")}
     assert len(names) >= 4 and names == {path.name for path in (tmp_path / "n").glob("*.gguf")}
@@ -178,7 +178,7 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_pat
     recorded = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("*.ledger*"))
     assert recorded >= 8
     if again == 1:
-        pipeline.make("tiny-r1", tmp_path, OURS)
+        make("tiny-r1", tmp_path, OURS)
     else:
         assert end(ours(again, tmp_path))[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in calm.iterdir()}
@@ -186,7 +186,7 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_pat
 
 
 def test_what_all_ranks_refuse_is_said_once(tmp_path):
-    code, stderr = end(make(2, tmp_path / "out", "--recipe", "9bit"))
+    code, stderr = end(launch_make(2, tmp_path / "out", "--recipe", "9bit"))
     assert code != 0 and len(complaints(stderr)) == 1 and "9bit" in complaints(stderr)[0]
     assert not (tmp_path / "out").exists()
 

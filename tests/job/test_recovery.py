@@ -110,11 +110,11 @@ def test_a_model_that_does_not_fit_is_refused(tiny, plan):
 
 
 def test_the_student_computes_what_the_file_does(base, tokens):
-    from quantkit.runtime.stream import final_hidden, logit_tiles
+    from quantkit.runtime.stream import final_hidden, head_tiles
 
     student = Student(base, "cpu", torch.float32)
     file = open_source(base)
     with torch.no_grad():
-        expected = torch.cat(list(logit_tiles(file, final_hidden(file, tokens).flatten(0, 1))))
+        expected = torch.cat(list(head_tiles(file, file.head(), final_hidden(file, tokens).flatten(0, 1))))
         found = student.logits(tokens).flatten(0, 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -30,7 +30,7 @@ def folder(made, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("report")
     folder = Path(shutil.copytree(made, root / "tiny-r1-1.58bit"))
     file = folder / "tiny-r1-1.58bit.gguf"
-    certify_file(file, "cpu", folder / "certify.json", CertifyOptions("llama.cpp", "tiny-r1", engine=False))
+    certify_file(file, "cpu", folder / "certify.json", CertifyOptions("llama.cpp", "tiny-r1", oracle=False))
     other = json.loads((folder / "verify.json").read_text()) | {"bytes": 9_000_000, "kld_mean": 0.1}
     (root / "larger").mkdir()
     (root / "larger" / "verify.json").write_text(json.dumps(other))

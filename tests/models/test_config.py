@@ -38,6 +38,7 @@ def test_r1_numbers():
     ("key", "value", "says"),
     [
         ("architectures", ["LlamaForCausalLM"], "LlamaForCausalLM"),
+        ("architectures", [[]], "architecture"),
         ("scoring_func", "tanh", "tanh"),
         ("topk_method", "random", "random"),
         ("num_experts_per_tok", 200, "top-200"),

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.models import tokenizer
 from quantkit.models.family import PRE
+from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_metadata, tokenizer_of_gguf
 
 TEXT = """def f(x):\n\treturn x**2  # 12345.678\n\n\n  The well-known "naïve" café —
 道可道,非常道。 東京は ひらがな ｶﾅ 1234567
@@ -18,15 +18,15 @@ def plain(metadata: dict) -> dict:
 
 
 def test_round_trip(tiny):
-    ours = tokenizer.load(tiny.path)
-    rebuilt = tokenizer.from_gguf(plain(tokenizer.metadata(tiny.path, 768, PRE)), PRE)
-    ids = tokenizer.tokenize(ours, TEXT)
-    assert tokenizer.tokenize(rebuilt, TEXT) == ids
+    ours = read_tokenizer(tiny.path)
+    rebuilt = tokenizer_of_gguf(plain(tokenizer_metadata(tiny.path, 768, PRE)), PRE)
+    ids = tokenize(ours, TEXT)
+    assert tokenize(rebuilt, TEXT) == ids
     assert rebuilt.decode(ids, skip_special_tokens=False) == TEXT
 
 
 def test_chat_markers_are_control_tokens(tiny):
-    meta = plain(tokenizer.metadata(tiny.path, 768, PRE))
+    meta = plain(tokenizer_metadata(tiny.path, 768, PRE))
     kinds = dict(zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], strict=True))
     assert kinds["<｜User｜>"] == 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
     assert kinds["a"] == 1
@@ -34,7 +34,7 @@ def test_chat_markers_are_control_tokens(tiny):
 
 
 def test_padding_rows_of_the_embedding_get_names(tiny):
-    meta = plain(tokenizer.metadata(tiny.path, 800, PRE))
+    meta = plain(tokenizer_metadata(tiny.path, 800, PRE))
     assert meta["tokenizer.ggml.tokens"][799] == "[PAD799]" and meta["tokenizer.ggml.token_type"][799] == 5
 
 
@@ -44,9 +44,9 @@ def test_another_pre_tokenizer_is_refused(model_copy):
     raw["pre_tokenizer"]["pretokenizers"].pop(0)
     path.write_text(json.dumps(raw))
     with pytest.raises(QuantkitError, match="pre-tokenizer"):
-        tokenizer.metadata(model_copy, 768, PRE)
+        tokenizer_metadata(model_copy, 768, PRE)
 
 
 def test_vocabulary_beyond_the_embedding_is_refused(tiny):
     with pytest.raises(QuantkitError, match="767 is beyond vocab_size 700"):
-        tokenizer.metadata(tiny.path, 700, PRE)
+        tokenizer_metadata(tiny.path, 700, PRE)

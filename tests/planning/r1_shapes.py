@@ -1,4 +1,4 @@
-"""R1's tensors written out from llama.cpp's naming, independently of quantkit.arch, as a check on it."""
+"""R1's tensors written out from llama.cpp's naming, independently of quantkit.models, as a check on it."""
 
 from quantkit.tensors import TensorSpec
 

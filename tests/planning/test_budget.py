@@ -9,7 +9,7 @@ import r1_shapes
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import pad
-from quantkit.job import plan as plans
+from quantkit.job.plan import file_bytes, plan_file_bytes, plan_model
 from quantkit.models.open import open_model
 from quantkit.planning.assign import plan_within, predict
 from quantkit.planning.budget import BudgetOptions
@@ -38,8 +38,8 @@ def within(rules, n_bytes=None, gpu=None, n_layer=6, bpw=None):
 def test_r1_fills_its_budget_and_never_more(size, target):
     begin = time.monotonic()
     budget = BudgetOptions(size=parse_size(size, "--size"))
-    plan = plans.plan_model("deepseek-r1", None, target, budget)
-    used = plans.plan_file_bytes("deepseek-r1", plan)
+    plan = plan_model("deepseek-r1", None, target, budget)
+    used = plan_file_bytes("deepseek-r1", plan)
     assert time.monotonic() - begin < 5
     assert len(plan.tensors) == 1086
     assert 0.999 * budget.size < used <= budget.size
@@ -48,34 +48,34 @@ def test_r1_fills_its_budget_and_never_more(size, target):
 
 def test_splits_count_too():
     size = 200 * 10**9
-    plan = plans.plan_model("deepseek-r1", budget=BudgetOptions(size=size), split_max_bytes=5 * 10**9)
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(size=size), split_max_bytes=5 * 10**9)
     source = open_model("deepseek-r1")
-    assert 0.999 * size < plans.file_bytes(source, plan, 5 * 10**9) <= size
+    assert 0.999 * size < file_bytes(source, plan, 5 * 10**9) <= size
 
 
 @pytest.mark.parametrize("limits", [{"size": 0}, {"ram": 0}, {"ram": 1, "size": 1}, {"vram": 1 << 34}])
 def test_contradictory_options(limits):
     with pytest.raises(QuantkitError):
-        plans.plan_model("deepseek-r1", budget=BudgetOptions(**limits))
+        plan_model("deepseek-r1", budget=BudgetOptions(**limits))
 
 
 def test_all_on_the_gpu():
-    plan = plans.plan_model("deepseek-r1", budget=BudgetOptions(ram=0, vram=160 << 30))
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(ram=0, vram=160 << 30))
     assert plan.n_bytes < 160 << 30
 
 
 def test_bits_per_weight():
-    plan = plans.plan_model("deepseek-r1", budget=BudgetOptions(bpw=2.0))
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(bpw=2.0))
     assert 1.998 < plan.bpw <= 2.0
 
 
 def test_more_bytes_are_never_worse():
     specs = r1_shapes.specs()
     sizes = [n * 10**9 for n in (140, 150, 170, 200, 250, 350)]
-    klds = [plans.plan_model("deepseek-r1", budget=BudgetOptions(size=n)).outlook.kld for n in sizes]
+    klds = [plan_model("deepseek-r1", budget=BudgetOptions(size=n)).outlook.kld for n in sizes]
     assert klds == sorted(klds, reverse=True)
-    hand = plans.plan_model("deepseek-r1", "1.58bit")
-    auto = plans.plan_model("deepseek-r1", budget=BudgetOptions(size=plans.plan_file_bytes("deepseek-r1", hand)))
+    hand = plan_model("deepseek-r1", "1.58bit")
+    auto = plan_model("deepseek-r1", budget=BudgetOptions(size=plan_file_bytes("deepseek-r1", hand)))
     assert predict(auto, specs, Prior(specs)) < predict(hand, specs, Prior(specs))
 
 
@@ -125,7 +125,7 @@ def test_near_the_optimum(n_layer, size):
 
 
 def test_budget_in_the_recipe():
-    plan = plans.plan_model("tiny-r1", "auto", budget=BudgetOptions(bpw=3.0))
+    plan = plan_model("tiny-r1", "auto", budget=BudgetOptions(bpw=3.0))
     assert plan.bpw <= 3.0
     recipe = Recipe.parse(HEAD + REST + '[budget]\nsize = "20GiB"\ngpu = "3000MiB"\n', "r.toml")
     assert recipe.budget == Budget(20 << 30, None, 3000 << 20)

@@ -8,7 +8,7 @@ import r1_shapes
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.job import plan as plans
+from quantkit.job.plan import plan_model, predict_plan
 from quantkit.planning.damage import Measured, Prior, interact
 from quantkit.planning.prior import ERROR, GAIN
 
@@ -85,8 +85,8 @@ def test_prior_is_near_r1s_published_losses():
     """Log ratio of perplexities, Unsloth's files to Q8_0 (3.3490), is about the KLD: within a third."""
     published = {"1.58bit": 5.5749, "1.73bit": 4.7238, "2.22bit": 4.0964}
     for recipe, perplexity in published.items():
-        plan = plans.plan_model("deepseek-r1", recipe, "llama.cpp/combined")
-        ratio = plans.predict_plan("deepseek-r1", plan, None) / math.log(perplexity / 3.3490)
+        plan = plan_model("deepseek-r1", recipe, "llama.cpp/combined")
+        ratio = predict_plan("deepseek-r1", plan, None) / math.log(perplexity / 3.3490)
         assert 0.67 < ratio < 1.5
 
 

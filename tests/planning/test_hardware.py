@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from quantkit import machine as probe
+from quantkit import machine
 from quantkit.errors import QuantkitError
-from quantkit.job import hardware as view
-from quantkit.job import plan as plans
+from quantkit.job.hardware import hardware_report
+from quantkit.job.plan import plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model
 from quantkit.planning import bitmap, hardware, table
@@ -24,7 +24,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def plan():
-    return plans.plan_model("deepseek-r1", "1.58bit")
+    return plan_model("deepseek-r1", "1.58bit")
 
 
 def test_kv_cache(config):
@@ -94,7 +94,7 @@ def test_vram_too_small_is_refused(plan, config):
 @pytest.mark.parametrize("ram, vram, context", [(128, 24, 16384), (96, 48, 4096), (160, 0, 8192), (64, 192, 32768)])
 def test_a_machines_plan_fits_it(config, ram, vram, context):
     budget = BudgetOptions(ram=ram * GIB, vram=vram * GIB or None, context=context)
-    plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
+    plan = plan_model("deepseek-r1", target="llama.cpp", budget=budget)
     machine = Machine(ram * GIB, vram * GIB)
     placed = hardware.place(plan, config, machine, context)
     assert placed.disk == 0 and placed.gpu <= machine.vram
@@ -113,7 +113,7 @@ def test_commands_name_the_layers(plan, config):
     assert hardware.commands(plan, alone, Machine(256 * GIB), 4096, "x.gguf", "R1", 8)["llama.cpp"][0].endswith(
         "-ngl 0"
     )
-    ollama = plans.plan_model("deepseek-r1", "1.58bit", "ollama")
+    ollama = plan_model("deepseek-r1", "1.58bit", "ollama")
     assert any(
         "Modelfile" in line for line in hardware.commands(ollama, placed, machine, 4096, "x.gguf", "R1", 8)["ollama"]
     )
@@ -121,35 +121,35 @@ def test_commands_name_the_layers(plan, config):
 
 def test_report(plan):
     machine = Machine(60 * GIB, 14 * GIB, 80e9, 900e9, 3e9)
-    text = view.hardware_report("deepseek-r1", (), None, machine, 4096, 32)
+    text = hardware_report("deepseek-r1", (), None, machine, 4096, 32)
     assert "tok/s ≤ 1 / (gpu bytes / gpu bandwidth" in text
     assert all(name in text for name in ("1.58bit", "2.51bit", "--n-cpu-moe", "--kt-method LLAMAFILE", "quantkit run"))
-    assert "does not fit" in view.hardware_report("deepseek-r1", ("1.58bit",), None, Machine(GIB, 4 * GIB), 512, 1)
+    assert "does not fit" in hardware_report("deepseek-r1", ("1.58bit",), None, Machine(GIB, 4 * GIB), 512, 1)
 
 
 def test_compare_and_bit_map(plan, tmp_path):
-    other = plans.plan_model("deepseek-r1", "2.22bit")
+    other = plan_model("deepseek-r1", "2.22bit")
     text = table.compare(plan, other, 0.5, 0.25)
     assert "A: 1.58bit" in text and "-0.2500" in text and "B blk 3-5 Q3_K · 6-60 Q2_K" in text
     assert max(map(len, text.splitlines())) <= 100
     for name, magic in (("map.png", b"\x89PNG"), ("map.svg", b"<?xml")):
-        bitmap.draw(plans.plan_model("tiny-r1", "1.58bit"), tmp_path / name)
+        bitmap.draw(plan_model("tiny-r1", "1.58bit"), tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(magic)
     with pytest.raises(QuantkitError, match=r"\.png or \.svg"):
         bitmap.draw(plan, tmp_path / "map.gif")
 
 
 def test_probes(tmp_path):
-    assert probe.free_ram() > 1 << 28
-    assert 1e8 < probe.ram_bandwidth(1 << 26, 2) < 1e13
+    assert machine.free_ram() > 1 << 28
+    assert 1e8 < machine.ram_bandwidth(1 << 26, 2) < 1e13
     path = tmp_path / "file"
     path.write_bytes(os.urandom(16 << 20))
     try:
-        assert 1e6 < probe.disk_bandwidth(path) < 1e12
+        assert 1e6 < machine.disk_bandwidth(path) < 1e12
     except QuantkitError as error:  # a RAM disk has no O_DIRECT
         assert "--disk-bandwidth" in str(error)
     path.write_bytes(b"short")
     with pytest.raises(QuantkitError, match="--disk-bandwidth"):
-        probe.disk_bandwidth(path)
+        machine.disk_bandwidth(path)
     with pytest.raises(QuantkitError, match="--disk-bandwidth"):
-        probe.disk_bandwidth(tmp_path / "none")
+        machine.disk_bandwidth(tmp_path / "none")

@@ -11,8 +11,8 @@ import pytest
 import r1_shapes
 
 from quantkit import bundle
-from quantkit.job import hardware as view
-from quantkit.job import plan as plans
+from quantkit.job.hardware import hardware_report
+from quantkit.job.plan import plan_file_bytes, plan_model
 from quantkit.models import family
 from quantkit.planning import table
 from quantkit.planning.assign import make_plan
@@ -77,14 +77,14 @@ def check_snapshot(name: str, text: str) -> None:
 def test_allocated_snapshot(recipe, target):
     """What the prior makes of the bytes of Unsloth's files."""
     size, _ = UNSLOTH[recipe]
-    plan = plans.plan_model("deepseek-r1", None, target, BudgetOptions(size=size))
-    tail = table.outlook(plan, plans.plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
+    plan = plan_model("deepseek-r1", None, target, BudgetOptions(size=size))
+    tail = table.outlook(plan, plan_file_bytes("deepseek-r1", plan), plan.outlook.kld, plan.outlook.damage)
     check_snapshot(f"auto-{recipe}.{target}.split.txt", f"{snapshot(plan)}\n{tail}\n")
 
 
 def test_machine_snapshot():
     budget = BudgetOptions(ram=128 << 30, vram=24 << 30)
-    plan = plans.plan_model("deepseek-r1", target="llama.cpp", budget=budget)
+    plan = plan_model("deepseek-r1", target="llama.cpp", budget=budget)
     check_snapshot("auto-128GiB-24GiB.llama.cpp.split.txt", f"{snapshot(plan)}\n{plan.outlook.limit}\n")
 
 
@@ -92,7 +92,7 @@ def test_machine_snapshot():
 def test_hardware_snapshot(target):
     """The 60 GiB + 14 GiB machine with DDR4 and one NVMe drive."""
     machine = Machine(60 << 30, 14 << 30, 80e9, 900e9, 3e9)
-    text = view.hardware_report("deepseek-r1", (), target, machine, 4096, 32)
+    text = hardware_report("deepseek-r1", (), target, machine, 4096, 32)
     check_snapshot(f"hardware.{target}.txt", text + "\n")
 
 

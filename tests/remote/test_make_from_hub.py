@@ -15,10 +15,10 @@ import torch
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
-from quantkit.models.open import ModelRef
+from quantkit.models.open import ModelRef, open_weights
 
 TEXT = TextChoice(n_tokens=1024)
 HOW = Calibration(TEXT)
@@ -29,7 +29,7 @@ LIMIT = 9_600_000  # two of the model's four layers, and its embeddings; the who
 @pytest.fixture(scope="module")
 def from_folder(sharded, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("from_folder")
-    pipeline.make(sharded, folder, OPTIONS)
+    make(sharded, folder, OPTIONS)
     return results(folder)
 
 
@@ -101,7 +101,7 @@ class Watch:
 
 def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, from_folder, tmp_path):
     with Watch(env / "quantkit") as watch:
-        pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
+        make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
     assert results(tmp_path / "out") == from_folder
     total, twice = downloaded(hub)
     assert twice == 0 and total == needed_bytes(sharded)  # so nothing of the MTP layer
@@ -116,7 +116,7 @@ def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, fr
 def test_fifty_dropped_connections(hub, env, from_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.remote.client.FIRST_WAIT", 0.01)
     count = hub.drop_randomly(50)
-    pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
+    make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "out", OPTIONS)
     assert count["dropped"] == 50
     assert results(tmp_path / "out") == from_folder
     total, twice = downloaded(hub)
@@ -163,7 +163,7 @@ def test_a_cache_that_holds_all_serves_the_next_run(hub, env, sharded):
     local = Checkpoint.open(sharded)
     for wanted in (needed_bytes(sharded), 0):
         hub.reset()
-        remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+        remote = open_weights(ModelRef("user/tiny-r1"))
         for name in flat([names for group in family.reading_order(family.from_hf(remote.config)) for names in group]):
             assert torch.equal(remote.read(name), local.read(name))
         remote.close()
@@ -175,8 +175,8 @@ def test_our_encoders_and_the_scores(hub, env, sharded, tmp_path):
     """The default job of a small model: 1.58bit, quantkit's encoders, verify."""
     text = TextChoice(n_tokens=8192)
     options = MakeOptions(calibration=Calibration(text), evaluation=text)
-    pipeline.make(sharded, tmp_path / "local", options)
-    pipeline.make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
+    make(sharded, tmp_path / "local", options)
+    make(ModelRef("user/tiny-r1", None, LIMIT), tmp_path / "remote", options)
     assert results(tmp_path / "remote") == results(tmp_path / "local")
     total, twice = downloaded(hub)
     print(f"\n1.58bit, our encoders: {total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} twice")

@@ -3,8 +3,7 @@
 import torch
 
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.job import make as pipeline
-from quantkit.models.open import ModelRef
+from quantkit.models.open import ModelRef, open_weights
 
 
 def same_tensors(a: Checkpoint, b: Checkpoint) -> None:
@@ -14,7 +13,7 @@ def same_tensors(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def test_reads_as_from_the_folder(hub, env, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1"))
+    local, remote = Checkpoint.open(sharded), open_weights(ModelRef("user/tiny-r1"))
     assert remote.fingerprint() == local.fingerprint() and remote.path.name == "tiny-r1"
     same_tensors(remote, local)
     remote.close()

@@ -15,9 +15,9 @@ from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
-from quantkit.models.open import ModelRef
+from quantkit.models.open import ModelRef, open_weights
 from quantkit.remote import client
 from quantkit.remote.cache import RangeCache
 from quantkit.remote.pieces import PIECE, Range, cut
@@ -101,7 +101,7 @@ def test_passing_trouble_is_outlived(hub, env, fast, sharded):
         hub.fault("config.json", 0, 1),
         hub.fault("model-00003", 429, 2, Retry_After="0"),
     ):
-        remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+        remote = open_weights(ModelRef("user/tiny-r1"))
         assert torch.equal(remote.read(NAME), Checkpoint.open(sharded).read(NAME))
         remote.close()
 
@@ -117,7 +117,7 @@ def test_retry_after_is_honoured_and_a_long_one_is_refused(hub, env, fast, monke
 
 
 def test_an_expired_address_is_asked_for_anew(hub, env, fast, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1"))
+    local, remote = Checkpoint.open(sharded), open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME))
     hub.signature = "2"
     for name in list(local.tensors)[:200]:
@@ -128,7 +128,7 @@ def test_an_expired_address_is_asked_for_anew(hub, env, fast, sharded):
 
 def test_a_changed_file_is_noticed(hub, env, fast):
     """The same commit with other content, as only a mirror could have it, and one that changes behind its address."""
-    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+    remote = open_weights(ModelRef("user/tiny-r1"))
     files = hub.models["user/tiny-r1"].commits[0]
     file = remote.entry(NAME).file
     data = bytearray(files[file].read(0, files[file].size))
@@ -145,7 +145,7 @@ def test_new_weights_under_the_same_name_are_another_job(hub, env, tmp_path):
     text = TextChoice(n_tokens=256, chunk=64)
     how = Calibration(text)
     options = MakeOptions(recipe="2.51bit", calibration=how, encoder="ggml", verify=False)
-    pipeline.make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
+    make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
     model = hub.models["user/tiny-r1"]
     name = next(name for name in model.commits[0] if name.endswith("-00009-of-000024.safetensors"))
     blob = model.commits[0][name]
@@ -153,13 +153,13 @@ def test_new_weights_under_the_same_name_are_another_job(hub, env, tmp_path):
     data[-1] ^= 1
     model.commits.append(model.commits[0] | {name: Blob(bytes(data), True)})
     with pytest.raises(QuantkitError, match="holds another job: weights"):
-        pipeline.make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
+        make(ModelRef("user/tiny-r1"), tmp_path / "out", options)
     old = ModelRef("user/tiny-r1", model.sha(0))
-    pipeline.make(old, tmp_path / "out", options)
+    make(old, tmp_path / "out", options)
 
 
 def test_damaged_cache_is_downloaded_again(hub, env, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1"))
+    local, remote = Checkpoint.open(sharded), open_weights(ModelRef("user/tiny-r1"))
     remote.read(NAME)
     remote.close()
     headers = (env / "quantkit" / "headers").glob("*")
@@ -167,13 +167,13 @@ def test_damaged_cache_is_downloaded_again(hub, env, sharded):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+    remote = open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME))
     remote.close()
 
 
 def test_a_cache_too_small_for_anything_still_reads_right(hub, env, sharded):
-    local, remote = Checkpoint.open(sharded), pipeline.open_weights(ModelRef("user/tiny-r1", None, 500_000))
+    local, remote = Checkpoint.open(sharded), open_weights(ModelRef("user/tiny-r1", None, 500_000))
     for name in list(local.tensors)[::40]:
         if not name.endswith("_scale_inv"):
             assert torch.equal(remote.read(name), local.read(name))
@@ -181,7 +181,7 @@ def test_a_cache_too_small_for_anything_still_reads_right(hub, env, sharded):
 
 
 def test_two_processes_do_not_share_a_cache(hub, env):
-    first, second = (pipeline.open_weights(ModelRef("user/tiny-r1")) for _ in range(2))
+    first, second = (open_weights(ModelRef("user/tiny-r1")) for _ in range(2))
     first.read(NAME)
     with pytest.raises(QuantkitError, match="another quantkit is using this cache"):
         second.read(NAME)
@@ -195,10 +195,10 @@ def test_offline_from_the_cache_and_from_a_whole_snapshot(hub, env, sharded, mon
 
     local = Checkpoint.open(sharded)
     snapshot_download("user/tiny-r1", cache_dir=env / "hub")
-    pipeline.open_weights(ModelRef("user/tiny-r1")).close()
+    open_weights(ModelRef("user/tiny-r1")).close()
     hub.reset()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    remote = pipeline.open_weights(ModelRef("user/tiny-r1"))
+    remote = open_weights(ModelRef("user/tiny-r1"))
     assert torch.equal(remote.read(NAME), local.read(NAME)) and not hub.sent
     remote.close()
     shutil.rmtree(env)

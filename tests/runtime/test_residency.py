@@ -12,8 +12,9 @@ import pytest
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.ggml import codec as ggml
-from quantkit.models import family, tokenizer
+from quantkit.ggml import quants
+from quantkit.models import family
+from quantkit.models.tokenizer import tokenizer_metadata
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine
@@ -47,7 +48,7 @@ def random_file(folder: Path, **changes: int) -> Path:
     c = family.from_hf(config)
     (folder / "rules.toml").write_text(RULES)
     plan = make_plan(family.specs(c), Recipe.load(str(folder / "rules.toml")), model="random")
-    metadata = family.metadata(c, plan.mla, "random") | tokenizer.metadata(TINY, c.n_vocab, family.PRE)
+    metadata = family.metadata(c, plan.mla, "random") | tokenizer_metadata(TINY, c.n_vocab, family.PRE)
     rng = np.random.default_rng(0)
     with GGUFWriter.open(folder / "random.gguf", plan.tensors, metadata, fingerprint={}) as out:
         for tensor in plan.tensors:
@@ -55,7 +56,7 @@ def random_file(folder: Path, **changes: int) -> Path:
             rows = rng.standard_normal((n_rows, n_in), np.float32) / np.float32(n_in**0.5)
             if len(tensor.shape) == 1:
                 rows[:] = "norm" in tensor.name
-            packed = rows.view(np.uint8) if tensor.qtype == "F32" else ggml.quantize(tensor.qtype, rows)
+            packed = rows.view(np.uint8) if tensor.qtype == "F32" else quants.quantize(tensor.qtype, rows)
             out.write(tensor.name, 0, packed)
     return folder / "random.gguf"
 

@@ -8,13 +8,13 @@ import torch
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models import tokenizer
+from quantkit.models.tokenizer import read_tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts, Turns
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.stream import final_hidden, logit_tiles
+from quantkit.runtime.stream import final_hidden, head_tiles
 from quantkit.runtime.watch import Watcher
 from quantkit.runtime.workers import Workers
 from quantkit.serving.chat import apply_template
@@ -28,7 +28,7 @@ def path(made):
 @pytest.fixture(scope="module")
 def tokens(tiny) -> torch.Tensor:
     """Real text: on random tokens a low-bit model is undecided everywhere, and rounding alone changes routes."""
-    return corpus.chunk(corpus.default("evaluation"), tokenizer.load(tiny.path), bos=0, length=96, limit=384).tokens
+    return corpus.chunk(corpus.default("evaluation"), read_tokenizer(tiny.path), bos=0, length=96, limit=384).tokens
 
 
 def quantized(path) -> GGUFSource:
@@ -40,7 +40,9 @@ def quantized(path) -> GGUFSource:
 def logits(source, tokens) -> torch.Tensor:
     with torch.inference_mode():
         hidden = final_hidden(source, tokens)
-        return torch.cat(list(logit_tiles(source, hidden.view(-1, hidden.shape[-1])))).view(*tokens.shape, -1)
+        return torch.cat(list(head_tiles(source, source.head(), hidden.view(-1, hidden.shape[-1])))).view(
+            *tokens.shape, -1
+        )
 
 
 def kld(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import read_tokenizer, tokenize
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources.gguf import open_gguf
@@ -19,19 +19,19 @@ def path(made):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenizers.load(tiny.path)
+    return read_tokenizer(tiny.path)
 
 
 def test_pieces_join_to_the_text(tokenizer):
     text = "naïve 你好, 世界! 🙂🙃 end"
     pieces = Pieces(tokenizer)
-    parts = [pieces.add(token) for token in tokenizers.tokenize(tokenizer, text)] + [pieces.rest()]
+    parts = [pieces.add(token) for token in tokenize(tokenizer, text)] + [pieces.rest()]
     assert "".join(parts) == text and not any("\ufffd" in part for part in parts)
 
 
 def test_half_a_character_is_not_swallowed(tokenizer):
     pieces = Pieces(tokenizer)
-    ids = tokenizers.tokenize(tokenizer, "🙂")
+    ids = tokenize(tokenizer, "🙂")
     assert len(ids) > 1 and [pieces.add(token) for token in ids[:-1]] == [""] * (len(ids) - 1)
     assert pieces.rest()
 
@@ -42,7 +42,7 @@ def test_half_a_character_is_not_swallowed(tokenizer):
 def test_stop_strings(tokenizer, stop, expected):
     pieces = Pieces(tokenizer, stop)
     shown = ""
-    for token in tokenizers.tokenize(tokenizer, "a dark stormy night"):
+    for token in tokenize(tokenizer, "a dark stormy night"):
         shown += pieces.add(token)
         assert expected.startswith(shown)
     assert shown + pieces.rest() == expected

@@ -14,7 +14,7 @@ import uvicorn
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving import http as serve
+from quantkit.serving import http
 
 KEY = "secret"
 CONTEXT = 512
@@ -31,10 +31,10 @@ class Running:
     def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
         self.engine = open_engine(weights, n_slots, CONTEXT)
         tokenizer = weights.tokenizer()
-        self.api = serve.Api("tiny", weights.file.metadata, tokenizer, self.engine, serve.Limits(**limits), KEY)
-        self.listener = serve.bind("127.0.0.1", 0)
+        self.api = http.Api("tiny", weights.file.metadata, tokenizer, self.engine, http.Limits(**limits), KEY)
+        self.listener = http.bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        self.server: uvicorn.Server = serve.server(self.api)
+        self.server: uvicorn.Server = http.server(self.api)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
         while not self.server.started:
@@ -401,7 +401,7 @@ def test_full_queue_is_429(weights, monkeypatch):
 
 
 def test_shutdown_ends_running_streams(weights, monkeypatch):
-    monkeypatch.setattr(serve, "SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr(http, "SHUTDOWN_SECONDS", 0.2)
     server = Running(weights, n_slots=1)
     endless(server.engine, monkeypatch)
     stream = server.client().completions.create(

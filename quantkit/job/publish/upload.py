@@ -14,6 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors_header import load_object
+from quantkit.job.folder import PLAN, PROVENANCE, VERIFY
 from quantkit.job.publish.card import Row, layer_plot, render_card
 from quantkit.job.publish.folder import Quant, refuse_secrets, reproduce
 from quantkit.progress import say
@@ -85,9 +86,9 @@ class Uploader:
         sizes = {path: local.stat().st_size for path, local in quant.files.items()}
         sizes[f"{quant.name}/layers.png"] = len(self.plot)
         rows = [self._row(quant.name, sizes, quant.verify, quant.provenance)]
-        others = sorted({path.split("/")[0] for path in present.files if path.endswith("/plan.json")} - {quant.name})
+        others = sorted({path.split("/")[0] for path in present.files if path.endswith(f"/{PLAN}")} - {quant.name})
         for name in others:
-            known = [self._remote_json(f"{name}/{each}", present) for each in ("verify.json", "provenance.json")]
+            known = [self._remote_json(f"{name}/{each}", present) for each in (VERIFY, PROVENANCE)]
             rows.append(self._row(name, present.files, *known))
         return sorted((row for row in rows if row.gguf), key=lambda row: row.verify.get("bytes", 0))
 

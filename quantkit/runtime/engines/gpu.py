@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from quantkit import machine as probe
+from quantkit import machine
 from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.runtime.engines.gpu_buffers import Buffers
@@ -59,6 +59,7 @@ from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
+from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class GpuEngine:
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
         self.buffers = Buffers(c, n_slots, self.rows, self.device)
         self.ring = self._ring()
-        self.piece = largest_piece(c, probe.free_vram(self.device)) if self.on_gpu else PIECES[0]
+        self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
         if self.on_gpu:
@@ -123,7 +124,7 @@ class GpuEngine:
         return Plain(dense if dense.dim() == 3 else dense[None])
 
     def _heads(self, p: str) -> tuple[Matrix, Matrix]:
-        if p + "attn_kv_b.weight" not in self.weights.file.tensors:
+        if self.weights.mla == "split":
             return self._matrix(p + "attn_k_b.weight"), self._matrix(p + "attn_v_b.weight")
         k_b, v_b = split_kv_b(self.weights.dense(p + "attn_kv_b.weight").to(self.device, self.dtype), self.config)
         return Plain(k_b), Plain(v_b)
@@ -191,7 +192,7 @@ class GpuEngine:
         """Upload the experts of the first layers that can be, and say where they all are."""
         able = [(layer, layer.stacks) for layer in self.layers if layer.stacks]
         sizes = [sum(stack.data.nbytes for stack in stacks) for _, stacks in able]
-        room = probe.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
+        room = machine.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
         n, n_moe, workers = resident_layers(gpu_layers, sizes, room), self.config.n_moe, self.weights.workers
         for layer, stacks in able[:n]:
             layer.resident = [
@@ -200,10 +201,10 @@ class GpuEngine:
             ]
             layer.on_cpu = None
         log.info(
-            "experts of %d of %d layers in GPU memory (%.1f GB), %d on the CPU; prompts in pieces of %d",
+            "experts of %d of %d layers in GPU memory (%s), %d on the CPU; prompts in pieces of %d",
             n,
             n_moe,
-            sum(sizes[:n]) / 1e9,
+            gb(sum(sizes[:n])),
             n_moe - n,
             self.piece,
         )

@@ -7,7 +7,7 @@ from quantkit.runtime.rope import frequencies
 
 
 class Buffers:
-    """Of at most n_slots sequences with caches of so many rows; `_host`: the pinned twin on the CPU.
+    """Of at most n_slots sequences with caches of so many rows; `h_host` and its like: the pinned twin on the CPU.
 
     h: residual stream. at: cell of the cache, position and slot of each new token. sent: what experts on the CPU need.
     got: what they answer. columns: numbers of the cache's rows. turns: angle per position of each rotated pair.

@@ -10,6 +10,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.staging import CHUNK
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import SCORE_ELEMENTS
+from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def resident_layers(wanted: GpuLayers, sizes: Sequence[int], room: int | None) -
         wanted = len(sizes)
     if room is not None and wanted > fits:
         raise QuantkitError(
-            f"--gpu-layers {wanted}: {sum(sizes[:wanted]) / 1e9:.1f} GB of experts, but "
-            f"{max(0, room) / 1e9:.1f} GB of GPU memory are free: at most {fits}"
+            f"--gpu-layers {wanted}: {gb(sum(sizes[:wanted]))} of experts, but "
+            f"{gb(max(0, room))} of GPU memory are free: at most {fits}"
         )
     return wanted

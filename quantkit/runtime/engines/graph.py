@@ -19,6 +19,7 @@ from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import TensorP, library
 from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
+from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
 from quantkit.runtime.sources.gguf import GGUFWeights
@@ -50,17 +51,16 @@ class GraphEngine:
         plain = c.rope_base ** (-torch.arange(c.qk_rope // 2, dtype=torch.float64) / (c.qk_rope // 2))
         self.holder = Graph(weights.workers.n, len(weights.file.tensors) + 3 * c.n_layer + 1)
         self.rope_factors = self.holder.over((plain / frequencies(c).double()).float())
-        # attn_kv_b is used in two parts, see below
-        self.tensors = {name: self._weight(name) for name in weights.file.tensors if ".attn_kv_b." not in name}
+        kv_b = [f"blk.{layer}.attn_kv_b.weight" for layer in range(c.n_layer)] if weights.mla == "combined" else []
+        self.tensors = {name: self._weight(name) for name in weights.file.tensors if name not in kv_b}
         if self.holder.copied >= WORTH_SAYING:
             say(f"{gib(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
         self.caches = [self.holder.over(layer.view(n_slots * self.rows, -1)) for layer in self.cache]
-        for layer in range(c.n_layer):
-            if (name := f"blk.{layer}.attn_kv_b.weight") in weights.file.tensors:
-                k_b, v_b = split_kv_b(weights.dense(name), c)
-                self.tensors[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
-                self.tensors[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
-        self.graphs: dict[tuple, Step] = {}
+        for layer, name in enumerate(kv_b):  # used in two parts
+            k_b, v_b = split_kv_b(weights.dense(name), c)
+            self.tensors[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
+            self.tensors[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
+        self.graphs: dict[tuple, TokenGraph] = {}
         self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
         shapes = [tensor.shape for tensor in weights.file.tensors.values() if tensor.name.startswith("blk.")]
         self.layer_weights = sum(prod(shape) for shape in shapes if len(shape) == 2) // c.n_layer
@@ -72,9 +72,9 @@ class GraphEngine:
         repack = n_matrices == 1 and name != "token_embd.weight" and self.weights.residency is None
         return self.holder.weights(tensor.qtype, self.weights.data(name), n_in, n_out, n_matrices, repack)
 
-    def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "Step":
+    def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "TokenGraph":
         key = (slots, n, n_kv)
-        step = self.graphs.pop(key, None) or Step(self, slots, n, n_kv)
+        step = self.graphs.pop(key, None) or TokenGraph(self, slots, n, n_kv)
         self.graphs[key] = step
         alike = [other for other in self.graphs if (other[1] == 1) == (n == 1)]
         for oldest in alike[: -KEPT_GRAPHS[n == 1]]:
@@ -108,7 +108,7 @@ class GraphEngine:
         return logits if order == sorted(order) else logits[torch.tensor(order).argsort()]
 
 
-class Step:
+class TokenGraph:
     """The graph of n new tokens for each of several slots (ascending); either n or the number of slots is 1.
 
     Shapes are in ggml's order, fastest first. s: slots, n: tokens of each, N = s n.
@@ -290,14 +290,14 @@ class Step:
     def _chosen(self, x: TensorP, chosen: TensorP, layer: int, begin: int, n: int) -> TensorP:
         """Outputs [d, n_used, n] of the experts of n tokens. If only some experts are in memory: of as many tokens as
         they are certain to serve, and done before the next ones are asked for."""
-        c, w, p = self.config, self.engine.tensors, f"blk.{layer}.ffn_"
+        c, (gate_exps, up_exps, down_exps) = self.config, (self.engine.tensors[name] for name in expert_names(layer))
         row = chosen.contents.nb[1]
         ids = self._view(chosen, (c.n_used, n), (row,), begin * row)
         if residency := self.engine.weights.residency:
             ids = self.graph.watch(ids, partial(residency.need, layer))
         one = self._view(x, (c.d, 1, n), offset=begin * 4 * c.d)
-        gate, up = (self.op("mul_mat_id", w[f"{p}{part}_exps.weight"], one, ids) for part in ("gate", "up"))
-        y = self.op("mul_mat_id", w[p + "down_exps.weight"], self.op("swiglu_split", gate, up), ids)
+        gate, up = (self.op("mul_mat_id", stack, one, ids) for stack in (gate_exps, up_exps))
+        y = self.op("mul_mat_id", down_exps, self.op("swiglu_split", gate, up), ids)
         self.graph.expand(y)
         return y
 

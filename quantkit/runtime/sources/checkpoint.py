@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import read_tokenizer
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
@@ -28,7 +28,7 @@ class CheckpointSource:
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own."""
-        return tokenizers.load(Path(self.checkpoint.path))
+        return read_tokenizer(Path(self.checkpoint.path))
 
     def fingerprint(self) -> str:
         """Changes if the checkpoint does."""

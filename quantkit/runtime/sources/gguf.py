@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from quantkit.codecs.unpack import unpack
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.ggml.codec import dequantize
+from quantkit.ggml.quants import dequantize
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig, mla_of
+from quantkit.models.tokenizer import tokenizer_of_gguf
 from quantkit.progress import say
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
@@ -47,14 +47,16 @@ class GGUFWeights:
         self.file, self.config, self.device = file, config, device
         self.workers, self.residency = workers, residency
         self.name = file.path.name
+        self.mla = mla_of(file.tensors)
         self.head_name = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
 
     def tokenizer(self) -> Tokenizer:
         """From the file's metadata."""
-        return tokenizers.from_gguf(self.file.metadata, family.PRE)
+        return tokenizer_of_gguf(self.file.metadata, family.PRE)
 
     def data(self, name: str) -> np.ndarray:
-        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after `needs` was called."""
+        """uint8 [*shape[:-1], row_bytes]; where memory is limited, experts are there only after
+        `Residency.need` was called."""
         stack = self.residency.stacks.get(name) if self.residency else None
         return self.file.data(name) if stack is None else stack
 
@@ -184,7 +186,7 @@ class GGUFSource:
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix
-        if p + "attn_kv_b.weight" in self.file.tensors:
+        if self.weights.mla == "combined":
             return split_kv_b(matrix(p + "attn_kv_b.weight"), self.config)
         return matrix(p + "attn_k_b.weight"), matrix(p + "attn_v_b.weight")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantkit.ggml import graph as ggml
+from quantkit.ggml import graph
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
@@ -30,7 +30,7 @@ class Quantized:
         """As `Products`, at most BATCH rows at a time."""
         tensor = self.weights.file.tensors[name]
         n_out, n_in = tensor.shape
-        product = ggml.Linear(tensor.qtype, self.weights.file.data(name), n_in, n_out, self.weights.workers.n)
+        product = graph.Linear(tensor.qtype, self.weights.file.data(name), n_in, n_out, self.weights.workers.n)
 
         def batched(x: torch.Tensor) -> torch.Tensor:
             return product(x) if len(x) <= BATCH else torch.cat([product(part) for part in x.split(BATCH)])

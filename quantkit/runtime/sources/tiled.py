@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quantkit.ggml import graph as ggml
+from quantkit.ggml import graph
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
@@ -126,7 +126,7 @@ class PromptExperts:
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""
         c, n_used = self.config, expert.shape[1]
-        products = ggml.Experts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n)
+        products = graph.Experts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n)
         rows, parts = self.weights.at_once(BATCH, n_used), []
         for part in zip(*(v.split(rows) for v in (x.float(), expert, weight)), strict=True):
             self.need(part[1].flatten().tolist())

@@ -14,7 +14,7 @@ from loopback_hub import TOKEN, Blob
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
-from quantkit.job import make as pipeline
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.models.open import ModelRef, open_weights
@@ -34,7 +34,7 @@ def certify(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def made_local(sharded, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "out"
-    pipeline.make(sharded, folder, OPTIONS)
+    make(sharded, folder, OPTIONS)
     certify(folder)
     return folder
 
@@ -62,7 +62,7 @@ def refused(*arguments) -> str:
 
 def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     out = tmp_path / "out"
-    _, result = pipeline.make(ModelRef("user/tiny-r1"), out, OPTIONS)
+    _, result = make(ModelRef("user/tiny-r1"), out, OPTIONS)
     certify(out)
     quantkit("publish", out, "--repo", "user/tiny-r1-GGUF")
     got = Path(snapshot_download("user/tiny-r1-GGUF", local_dir=tmp_path / "published", token=TOKEN))

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from oracle_files import MODEL
+from oracle_files import quantkit as run
 from tokenizers import Tokenizer
 
 from quantkit import bundle
@@ -24,12 +26,10 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import kt_export
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
 from quantkit.models.config import ModelConfig
+from quantkit.models.tokenizer import read_tokenizer
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.gguf import open_gguf
-
-from . import conftest
 
 LINEAR = "torch.nn.Linear"
 V3 = "ktransformers.models.modeling_deepseek_v3."
@@ -177,7 +177,7 @@ def test_configuration_is_the_original(exported, chunks):
     assert set(original) - set(found) == {"num_nextn_predict_layers", "quantization_config"}
     assert {key: found[key] for key in set(found) - ours} == {key: original[key] for key in set(found) - ours}
     saved = Tokenizer.from_file(str(exported / "model" / "tokenizer.json"))
-    theirs = tokenizers.load(bundle.models_dir() / "tiny-r1")
+    theirs = read_tokenizer(bundle.models_dir() / "tiny-r1")
     text = theirs.decode(chunks(1, 256)[0].tolist(), skip_special_tokens=False) + "<｜User｜>深度 12345\n<think>"
     assert saved.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
     merges = json.loads((exported / "model" / "tokenizer.json").read_text())["model"]["merges"]
@@ -254,9 +254,9 @@ def test_types_that_ktransformers_cannot_compute(quantized, tmp_path):
 
 def test_all_splits_are_linked(quantized, imatrix, tmp_path):
     whole = quantized("1.58bit", "ktransformers")
-    conftest.quantkit(
+    run(
         "quantize",
-        conftest.MODEL,
+        MODEL,
         "--plan",
         whole.with_suffix(".json"),
         "--imatrix",

@@ -9,7 +9,7 @@ from quantkit import bundle
 from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
 from quantkit.models import family
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import tokenize
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines import gpu, gpu_memory
@@ -33,7 +33,7 @@ def weights(path) -> GGUFWeights:
 
 
 def text(weights: GGUFWeights, n: int) -> list[int]:
-    return [0, *tokenizers.tokenize(weights.tokenizer(), "The ship went down in the storm. " * 60)[: n - 1]]
+    return [0, *tokenize(weights.tokenizer(), "The ship went down in the storm. " * 60)[: n - 1]]
 
 
 def logits(engine: Engine, tokens: list[int]) -> torch.Tensor:

@@ -15,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle_files import reference, twin
 
-from quantkit.evaluation.oracles import llama as llama_oracle
-from quantkit.models import tokenizer as tokenizers
+from quantkit.evaluation.oracles import llama
+from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
-from quantkit.runtime.stream import Source, final_hidden, logit_tiles
+from quantkit.runtime.stream import Source, final_hidden, head_tiles
 
-from .conftest import reference, twin
-
-pytestmark = pytest.mark.skipif(not llama_oracle.available(), reason=f"needs {llama_oracle.WHEEL}")
+pytestmark = pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 
 MAX_KLD, MIN_TOP1 = 0.002, 99.0  # what agreement means: mean KLD in nats, equal top tokens in percent
 EXACT_MEDIAN = 5e-6  # both compute in float32: only orders of summation and llama.cpp's F16 cache differ
@@ -68,7 +67,7 @@ def assert_exact(first, second) -> None:
 def streamed(source: Source, tokens: torch.Tensor) -> torch.Tensor:
     """float32 [n_chunk, t, n_vocab] by runtime.stream."""
     hidden = final_hidden(source, tokens)
-    return torch.cat(list(logit_tiles(source, hidden.view(-1, source.config.d)))).view(*tokens.shape, -1)
+    return torch.cat(list(head_tiles(source, source.head(), hidden.view(-1, source.config.d)))).view(*tokens.shape, -1)
 
 
 def stepped(source: Source, tokens: torch.Tensor, prompt: int = 1) -> torch.Tensor:
@@ -86,7 +85,7 @@ FILES = [("llama.cpp", "split"), ("llama.cpp", "combined"), ("ktransformers", "s
 def test_quantized_weights_in_exact_arithmetic(target, mla, quantized, chunks: Chunks, work: Path):
     path = quantized("1.58bit", target, mla)
     tokens = chunks(2, 256)
-    theirs = llama_oracle.logits(twin(path, work / f"twin-{target}-{mla}.gguf"), tokens.numpy())
+    theirs = llama.logits(twin(path, work / f"twin-{target}-{mla}.gguf"), tokens.numpy())
     source = open_source(path)
     assert_exact(theirs, streamed(source, tokens))
     assert_exact(theirs[:, :96], stepped(source, tokens[:, :96], prompt=5))
@@ -96,8 +95,8 @@ def test_quantized_weights_in_exact_arithmetic(target, mla, quantized, chunks: C
 def test_same_file_within_the_spread_of_llama_cpp(target, mla, quantized, chunks: Chunks):
     path = quantized("1.58bit", target, mla)
     tokens = chunks(4, 256)
-    theirs = llama_oracle.logits(path, tokens.numpy())
-    again = llama_oracle.logits(path, tokens.numpy(), cache="f32", flash_attention=0)
+    theirs = llama.logits(path, tokens.numpy())
+    again = llama.logits(path, tokens.numpy(), cache="f32", flash_attention=0)
     exact = streamed(open_source(path), tokens)
     weights = open_gguf(path)
     source = GGUFSource(weights, Quantized(weights))
@@ -112,19 +111,19 @@ def test_same_file_within_the_spread_of_llama_cpp(target, mla, quantized, chunks
 @pytest.mark.parametrize("mla", ["split", "combined"])
 def test_original_against_f32_file(mla, plain, chunks: Chunks):
     tokens = chunks(2, 256)
-    theirs = llama_oracle.logits(plain("F32", mla), tokens.numpy())
+    theirs = llama.logits(plain("F32", mla), tokens.numpy())
     assert_exact(theirs, streamed(reference(), tokens))
 
 
 def test_original_against_bf16_file(plain, chunks: Chunks):
     tokens = chunks(4, 256)
-    theirs = llama_oracle.logits(plain("BF16"), tokens.numpy())
+    theirs = llama.logits(plain("BF16"), tokens.numpy())
     assert_agrees(theirs, streamed(reference(), tokens))
 
 
 def test_long_context(plain, chunks: Chunks):
     tokens = chunks(1, 2048)
-    theirs = llama_oracle.logits(plain("F32"), tokens.numpy())
+    theirs = llama.logits(plain("F32"), tokens.numpy())
     ours = streamed(reference(), tokens)
     assert_exact(theirs, ours)
     assert_exact(theirs[:, 1792:], ours[:, 1792:])
@@ -135,7 +134,7 @@ def test_engine_of_run_and_serve_over_a_long_context(n, plain, chunks: Chunks):
     """Beyond the 4,096 positions before YaRN: pieces through whole layers (512) and through the graph (100), of each
     its last token, then 16 tokens one by one."""
     tokens = chunks(1, n)
-    theirs = torch.from_numpy(llama_oracle.logits(plain("F32"), tokens.numpy(), step=512)[0])
+    theirs = torch.from_numpy(llama.logits(plain("F32"), tokens.numpy(), step=512)[0])
     prompt, last = tokens[0].tolist(), n - 16
     for piece in (512, 100):
         engine = open_engine(open_gguf(plain("F32"), n_threads=1), 1, n)
@@ -171,8 +170,8 @@ TEXTS = [
 
 def test_tokenizer(plain):
     path = plain("F32")
-    theirs = llama_oracle.tokenize(path, TEXTS)
+    theirs = llama.tokenize(path, TEXTS)
     original, from_file = reference().tokenizer(), open_source(path).tokenizer()
     for text, ids in zip(TEXTS, theirs, strict=True):
-        assert tokenizers.tokenize(original, text) == ids, text
-        assert tokenizers.tokenize(from_file, text) == ids, text
+        assert tokenize(original, text) == ids, text
+        assert tokenize(from_file, text) == ids, text

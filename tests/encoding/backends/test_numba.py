@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from test_bytes import TYPES, data, output_error
+from encoder_data import TYPES, data, output_error
 
 from quantkit.encoding.api import formats
 from quantkit.encoding.backends import numba_backend

@@ -1,7 +1,7 @@
 """Our files against llama.cpp's own tools: the same plan and importance give the same bytes, and the same text the
 same importance.
 
-    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/oracles/test_llama_quantize.py
+    QUANTKIT_LLAMA_BIN=folder/of/llama.cpp/build/bin pytest -m large tests/evaluation/oracles/test_llama_quantize.py
 
 llama-quantize and llama-imatrix are looked for in that folder, then on PATH.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracle_files import make, reference
 
 from quantkit.calibration import corpus
 from quantkit.calibration.measure import Calibration, calibrate
@@ -22,8 +23,6 @@ from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix
 from quantkit.models import family
-
-from .conftest import make, reference
 
 pytestmark = pytest.mark.large
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_bytes import data
+from encoder_data import data
 
 from quantkit.encoding import api
 from quantkit.encoding.backends.reference import Backend

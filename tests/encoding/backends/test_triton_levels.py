@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_bytes import data, decode, output_error
+from encoder_data import data, decode, output_error
 
 from quantkit.codecs.format import SUPERBLOCK
 from quantkit.encoding.api import formats, pack

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_bytes import data, output_error
+from encoder_data import data, output_error
 
 from quantkit.encoding.api import formats
 from quantkit.encoding.backends.reference import Backend

@@ -1,4 +1,5 @@
-"""Files for the tests with oracles, made once from the bundled tiny-r1 with little calibration text."""
+"""Files made once from the bundled tiny-r1 with little calibration text: fixtures of the tests with oracles and of
+tests/job/test_kt_export.py."""
 
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -41,7 +42,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engines")
+    return tmp_path_factory.mktemp("oracles")
 
 
 def quantkit(*arguments: object) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from quantkit.codecs.types import QTYPES, row_bytes
 from quantkit.errors import QuantkitError
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 RELATIVE_ERROR = {
     "F32": 0,
@@ -37,9 +37,9 @@ def rows(n: int = 12, n_in: int = 512) -> np.ndarray:
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_decoding_equals_gguf(qtype):
     x = rows()
-    data = ggml.quantize(qtype, x, np.ones(512, np.float32))
+    data = quants.quantize(qtype, x, np.ones(512, np.float32))
     assert data.shape == (12, row_bytes(qtype, 512))
-    ours = ggml.dequantize(qtype, data, 512)
+    ours = quants.dequantize(qtype, data, 512)
     if qtype != "F32":
         theirs = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[qtype])
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
@@ -51,7 +51,7 @@ def test_importance_lowers_the_weighted_error(qtype):
     x, weight = rows(64), np.random.default_rng(4).lognormal(0, 1.5, 512).astype(np.float32)
 
     def error(importance):
-        decoded = ggml.dequantize(qtype, ggml.quantize(qtype, x, importance), 512)
+        decoded = quants.dequantize(qtype, quants.quantize(qtype, x, importance), 512)
         return float(((decoded - x) ** 2 * weight).sum())
 
     assert error(weight) < 0.97 * error(np.ones(512, np.float32))
@@ -59,12 +59,12 @@ def test_importance_lowers_the_weighted_error(qtype):
 
 def test_rows_are_encoded_independently():
     x = rows(8)
-    whole = ggml.quantize("IQ1_S", x, np.ones(512, np.float32))
-    assert np.array_equal(whole[3:5], ggml.quantize("IQ1_S", x[3:5], np.ones(512, np.float32)))
+    whole = quants.quantize("IQ1_S", x, np.ones(512, np.float32))
+    assert np.array_equal(whole[3:5], quants.quantize("IQ1_S", x[3:5], np.ones(512, np.float32)))
 
 
 def test_bad_lengths_and_names():
     with pytest.raises(QuantkitError, match="row of 128 is not a multiple"):
-        ggml.quantize("Q4_K", np.zeros((1, 128), np.float32))
+        quants.quantize("Q4_K", np.zeros((1, 128), np.float32))
     with pytest.raises(QuantkitError, match="unknown ggml type IQ9"):
-        ggml.quantize("IQ9", np.zeros((1, 256), np.float32))
+        quants.quantize("IQ9", np.zeros((1, 256), np.float32))

@@ -1,17 +1,12 @@
 """scripts/research/encoder_targets.py: targets of sequential encoding, and the values that experiments look at."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from test_bytes import data, decode, output_error
+from encoder_data import data, decode, output_error
+from encoder_targets import cross_moment, encode_values, retarget
 
 from quantkit.encoding.api import encode
 from quantkit.encoding.hessian import second_moment
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts" / "research"))
-from encoder_targets import cross_moment, encode_values, retarget
 
 
 def test_retarget_undoes_a_linear_change_of_the_inputs():

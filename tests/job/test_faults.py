@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.measure import Calibration
-from quantkit.encoding import jobs as quantize
+from quantkit.encoding import jobs
 from quantkit.encoding.jobs import GgmlEncoder
 from quantkit.encoding.layer import LayerEncoder
 from quantkit.errors import QuantkitError, out_of_memory
@@ -26,14 +26,14 @@ from quantkit.formats.checkpoint import INDEX, Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.ledger import Ledger
 from quantkit.formats.safetensors_header import load_json
-from quantkit.job import make as pipeline
 from quantkit.job import stages
+from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.runtime.sources.gguf import open_gguf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
 SMALL = MakeOptions(
     calibration=Calibration(TextChoice(n_tokens=1024)),
@@ -74,7 +74,7 @@ def one_line(stderr: str) -> str:
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> bytes:
     folder = tmp_path_factory.mktemp("calm")
-    return pipeline.make("tiny-r1", folder, SMALL)[0][0].read_bytes()
+    return make("tiny-r1", folder, SMALL)[0][0].read_bytes()
 
 
 @pytest.mark.parametrize("encoder", ["ggml", pytest.param("quantkit", marks=pytest.mark.large)])
@@ -116,7 +116,7 @@ def test_full_disk(tmp_path, calm, stage, limit, says):
     done = subprocess.run(run, capture_output=True, text=True, preexec_fn=small_disk, timeout=200)
     assert done.returncode == 1 and says in one_line(done.stderr)
     assert not (tmp_path / NAME).exists() and not (tmp_path / "imatrix.gguf").exists()
-    pipeline.make("tiny-r1", tmp_path, SMALL)
+    make("tiny-r1", tmp_path, SMALL)
     assert (tmp_path / NAME).read_bytes() == calm
 
 
@@ -154,7 +154,7 @@ def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1 and "interrupted; run the same command again to go on" in one_line(stderr)
     assert not (tmp_path / NAME).exists()
-    pipeline.make("tiny-r1", tmp_path, SMALL)
+    make("tiny-r1", tmp_path, SMALL)
     assert (tmp_path / NAME).read_bytes() == calm
 
 
@@ -210,7 +210,7 @@ def test_a_shard_that_shrinks_under_the_run(made, tmp_path, model_copy, monkeypa
     ],
 )
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
-    monkeypatch.setattr(pipeline, "make", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("quantkit.job.make.make", lambda *_: (_ for _ in ()).throw(error))
     handler = signal.getsignal(signal.SIGTERM)
     try:
         done = CliRunner().invoke(main, ["make", "-o", str(tmp_path)])
@@ -221,7 +221,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error, what):
 
 
 def test_experts_that_do_not_fit_together_are_encoded_in_halves(tmp_path, monkeypatch):
-    expected = pipeline.make("tiny-r1", tmp_path / "calm", OURS)[0][0].read_bytes()
+    expected = make("tiny-r1", tmp_path / "calm", OURS)[0][0].read_bytes()
     init, encode, sizes = LayerEncoder.__init__, LayerEncoder._encode_experts, []
 
     def grouped(self, *arguments):
@@ -236,7 +236,7 @@ def test_experts_that_do_not_fit_together_are_encoded_in_halves(tmp_path, monkey
 
     monkeypatch.setattr(LayerEncoder, "__init__", grouped)
     monkeypatch.setattr(LayerEncoder, "_encode_experts", short)
-    assert pipeline.make("tiny-r1", tmp_path / "short", OURS)[0][0].read_bytes() == expected
+    assert make("tiny-r1", tmp_path / "short", OURS)[0][0].read_bytes() == expected
     assert sizes[0] == 7 and sizes.count(7) <= 3  # once a layer, then the smaller group stays
 
 
@@ -248,26 +248,26 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(quantize, "_encode", stop)
-        pipeline.make("tiny-r1", tmp_path / "out", SMALL)
+        patch.setattr(jobs, "_encode", stop)
+        make("tiny-r1", tmp_path / "out", SMALL)
     more = dataclasses.replace(SMALL, calibration=Calibration(TextChoice(n_tokens=2048)))
     with pytest.raises(QuantkitError, match=r"calibration\.text\.n_tokens was 1024, now 2048; choose another --output"):
-        pipeline.make("tiny-r1", tmp_path / "out", more)
+        make("tiny-r1", tmp_path / "out", more)
     with pytest.raises(QuantkitError, match=r"recipe was 1\.58bit, now 2\.51bit"):
-        pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, recipe="2.51bit"))
+        make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, recipe="2.51bit"))
     shard = sorted(model_copy.glob("*.safetensors"))[0]
     data = shard.read_bytes()
     n = int.from_bytes(data[:8], "little")
     shard.write_bytes((n + 8).to_bytes(8, "little") + data[8 : 8 + n] + b" " * 8 + data[8 + n :])
     with pytest.raises(QuantkitError, match="checkpoint was"):
-        pipeline.make(model_copy, tmp_path / "out", SMALL)
+        make(model_copy, tmp_path / "out", SMALL)
     other = dataclasses.replace(SMALL, recipe="2.51bit", restart=True)
     (tmp_path / "out" / "download.gguf.part").write_bytes(b"not ours")
     writing = Ledger(tmp_path / "out" / (NAME + ".part.ledger"))
     with pytest.raises(QuantkitError, match="another process is writing"):
-        pipeline.make("tiny-r1", tmp_path / "out", other)
+        make("tiny-r1", tmp_path / "out", other)
     writing.close()
-    assert [file.name for file in pipeline.make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
+    assert [file.name for file in make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-2.51bit.gguf"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "tiny-r1-2.51bit.gguf",
         "imatrix.gguf",
@@ -276,7 +276,7 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
         "provenance.json",
         "download.gguf.part",
     }
-    pipeline.make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
+    make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
     assert (tmp_path / "out" / "tiny-r1-2.51bit.gguf").exists()  # a finished model is nobody's leftover
 
@@ -296,7 +296,7 @@ def test_zero_weights_and_zero_activations(model_copy, tmp_path, options):
     for expert in range(16):
         overwrite(model_copy, f"model.layers.2.mlp.experts.{expert}.gate_proj.weight", 0)
     overwrite(model_copy, "model.layers.1.mlp.experts.3.down_proj.weight", 0)
-    files, _ = pipeline.make(model_copy, tmp_path / "out", options)
+    files, _ = make(model_copy, tmp_path / "out", options)
     source = open_gguf(files[0])
     for layer, role in ((2, "gate"), (2, "down"), (1, "down")):
         assert torch.isfinite(source.dense(f"blk.{layer}.ffn_{role}_exps.weight")).all()
@@ -310,7 +310,7 @@ def test_weights_that_are_not_finite_are_named(model_copy, tmp_path, options):
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     overwrite(model_copy, name, 0x7F)  # NaN in F8_E4M3
     with pytest.raises(QuantkitError, match=f"{name}' has weights that are not finite"):
-        pipeline.make(model_copy, tmp_path / "out", options)
+        make(model_copy, tmp_path / "out", options)
     assert not list((tmp_path / "out").glob("tiny*.gguf")) and not list((tmp_path / "out").glob("model*.gguf"))
 
 
@@ -320,7 +320,7 @@ def test_activations_that_are_not_finite_are_named(model_copy, tmp_path, options
     """Norm weights of 3e38 (bfloat16 0x7f7f) are finite; what they multiply is not."""
     overwrite(model_copy, "model.layers.1.post_attention_layernorm.weight", 0x7F)
     with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
-        pipeline.make(model_copy, tmp_path / "out", options)
+        make(model_copy, tmp_path / "out", options)
     shutil.rmtree(tmp_path / "out")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_bytes import data, decode, output_error
+from encoder_data import data, decode, output_error
 
 from quantkit.encoding.api import choose, encode, formats
 from quantkit.encoding.guess import guess

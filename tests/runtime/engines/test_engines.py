@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models import tokenizer as tokenizers
+from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
@@ -38,7 +38,7 @@ def kld(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_graph_agrees_with_torch(weights, layers, monkeypatch, dense_rows):
     """Prompt in two pieces (both ways) and then tokens, past the first KV_STEP; slot 0 is left unused."""
     monkeypatch.setattr(graph, "DENSE_ROWS", dense_rows)
-    text = tokenizers.tokenize(weights.tokenizer(), "The ship went down in the storm. " * 40)
+    text = tokenize(weights.tokenizer(), "The ship went down in the storm. " * 40)
     prompt, rest = [0, *text[:299]], text[299:330]
     logits: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for engine, found in zip((TorchEngine(layers, 2, 400), open_engine(weights, 2, 400)), logits, strict=True):

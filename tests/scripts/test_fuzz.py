@@ -1,30 +1,17 @@
 """A few thousand cases of scripts/torture/fuzz.py, and the ways out of a folder that it cannot make by chance."""
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
+import fuzz
 import pytest
 
 from quantkit.errors import MAX_MESSAGE, QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "torture" / "fuzz.py"
 
-
-@pytest.fixture(scope="module")
-def fuzz():
-    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_mutated_input_is_refused_or_read(fuzz, tmp_path):
+def test_mutated_input_is_refused_or_read(tmp_path):
     counts, findings, _ = fuzz.fuzz(tmp_path, 3000, seed=5, seconds=10, memory=2 << 30)
     assert not findings, list(findings)
     assert len(counts) == 15
@@ -32,7 +19,7 @@ def test_mutated_input_is_refused_or_read(fuzz, tmp_path):
         assert tally["refused"] and tally["accepted"], name  # both sides of the parser are reached
 
 
-def test_the_fuzzer_sees_what_goes_wrong(fuzz):
+def test_the_fuzzer_sees_what_goes_wrong():
     def parse(data: bytes) -> None:
         json.loads(data)["a"]
 

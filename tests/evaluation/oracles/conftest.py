@@ -1,0 +1,1 @@
+from oracle_files import chunks, imatrix, one_thread, plain, quantized, work  # noqa: F401

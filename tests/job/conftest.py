@@ -1,0 +1,1 @@
+from oracle_files import chunks, imatrix, quantized, work  # noqa: F401
