@@ -1,6 +1,7 @@
 """Our encoders in the one-pass job: better than ggml's at the same bytes, and honest about what they knew."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.moments import Moments
+from quantkit.encoding.state import EFFORTS
 from quantkit.encoding.two_sided import TwoSided
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
@@ -142,3 +144,19 @@ def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
 def test_gradients_that_nobody_would_use_are_refused(how, tmp_path):
     with pytest.raises(QuantkitError, match="no use for gradients"):
         make("tiny-r1", tmp_path / "x", MakeOptions(gradients=tmp_path, **how))
+
+
+def test_best_goes_backward_first(tmp_path, monkeypatch, capfd):
+    """And encodes two-sided with what it finds, which is gone when the file is there."""
+    monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["normal"], tries=1, passes=0, refit=False))
+    few_types("IQ2_XXS", tmp_path)
+    options = MakeOptions(
+        recipe=tmp_path / "few.toml",
+        calibration=Calibration(TextChoice(n_tokens=1024)),
+        encoder="quantkit",
+        effort="best",
+        verify=False,
+    )
+    files, _ = pipeline.make("tiny-r1", tmp_path / "made", options)
+    assert files[0].exists() and not (tmp_path / "made" / "gradients").exists()
+    assert "forward and backward" in (said := "".join(capfd.readouterr())) and "two-sided" in said
