@@ -157,6 +157,6 @@ def test_best_goes_backward_first(tmp_path, monkeypatch, capfd):
         effort="best",
         verify=False,
     )
-    files, _ = pipeline.make("tiny-r1", tmp_path / "made", options)
+    files, _ = make("tiny-r1", tmp_path / "made", options)
     assert files[0].exists() and not (tmp_path / "made" / "gradients").exists()
     assert "forward and backward" in (said := "".join(capfd.readouterr())) and "two-sided" in said
