@@ -212,6 +212,21 @@ def test_tiles_do_not_matter(source, tokens, labels, expected, monkeypatch, tmp_
     assert max(value for (_, role), value in found.items() if role not in (INNER, DOWN)) < 1e-4
 
 
+def test_bfloat16_and_arrays_on_disk_change_little(tiny, tokens, labels, streamed, tmp_path):
+    """As large jobs have it; experts' rows are not compared, since rounding moves some tokens to others."""
+    source = CheckpointSource(tiny, dtype=torch.bfloat16)
+    rows, room = Rows(tokens.numel(), SAMPLES, torch.bfloat16), Room("disk", folder=tmp_path, hidden=torch.bfloat16)
+    GradientPass(source, tokens, rows, room, Spill(tmp_path / "state", "job"), tmp_path).run(fixed(labels))
+    for layer, plain in enumerate(streamed[1]):
+        found = LayerGradients.load(path_of(tmp_path, layer))
+        for role, h in plain.outputs.items():
+            assert (found.outputs[role] - h).norm() < 0.15 * h.norm(), (layer, role)
+        for key, of in plain.experts.items():
+            assert (
+                found.experts[key].rows.dtype == torch.bfloat16 and found.experts[key].counts.sum() == of.counts.sum()
+            )
+
+
 def test_a_gguf_has_gradients_too(made, tokens, tmp_path):
     source = open_source(next(path for path in made.glob("*.gguf") if path.name != "imatrix.gguf"))
     labels = torch.zeros(SAMPLES, *SHAPE, dtype=torch.int64)
