@@ -54,3 +54,30 @@ def test_imports_point_one_way():
             continue
         later = set(ORDER[ORDER.index(part) + 1 :])
         assert not imported(path) & later, f"{path.name} imports {imported(path) & later}"
+
+
+def bound(path: Path) -> set[str]:
+    """Names that a module has: what it defines, assigns and imports, under `if` and `try` too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {name.asname or name.name for name in node.names}
+    return found
+
+
+def test_scripts_import_what_there_is():
+    """Scripts are run by no other test, and need what is not installed: what they import of ours is looked up."""
+    for script in (PACKAGE.parent / "scripts").rglob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "quantkit":
+                path = PACKAGE.joinpath(*str(node.module).split(".")[1:])
+                there = (
+                    {inner.stem if inner.suffix else inner.name for inner in path.iterdir()} if path.is_dir() else set()
+                )
+                there |= bound(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+                missing = {name.name for name in node.names} - there
+                assert not missing, f"{script.name}: {node.module} has no {', '.join(sorted(missing))}"

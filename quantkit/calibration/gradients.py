@@ -11,9 +11,10 @@ of a layer. What is left of a layer is a file of `formats.gradients`:
   left out too: they are many small matrices, and attn_kv_b, which they are cut from, has 32,768 outputs. Router, norms
   and embedding have no low-bit type.
 
-In memory, where the weights are, besides one layer's weights, the next one's being read, and H_O of a layer (0.5 GB in
-R1): tiles (about 6 GB in R1), and for each token the hidden state, the input of the feed-forward, and two float32
-vectors a sample: 0.23 MB in R1 for 3 samples in bfloat16, or in RAM or on disk, as there is room.
+In memory, where the weights are: one layer's weights and the next one's being read, H_O of a layer (0.5 GB in R1) and
+tiles, 9 GB in R1 by the estimate; and for each token the hidden state, the input of the feed-forward, and two float32
+vectors a sample, 0.24 MB in R1 for 3 samples: there too, or in RAM or on disk, as there is room. So R1's peak is 13 GB
+for 16,384 tokens and 25 GB for 65,536. Attention holds the scores of ATTENTION_TOKENS, so chunks are to be short.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from quantkit import ranks
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
-from quantkit.formats import gradients as files
+from quantkit.formats import gradients
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say, track
@@ -39,6 +40,7 @@ from quantkit.runtime.layers import LayerWeights
 from quantkit.runtime.memory import HIDDEN_BYTES, Limits, Memory, room_for
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import HEAD_ELEMENTS, Source, job_of, stream
+from quantkit.sizes import gb
 
 MOST_OUTPUTS = 8192
 TOKENS = 16384
@@ -60,7 +62,7 @@ class GradientOptions:
 def calibrate_gradients(source: Source, how: GradientOptions, folder: Path, restart: bool = False) -> list[Path]:
     """Write gradients-NNN.safetensors of every layer into a folder; a pass that was stopped anywhere goes on, to the
     same bytes. Refuses, before any work, what memory or disk have no room for. Rank 0 alone works."""
-    paths = [files.path_of(folder, layer) for layer in range(source.config.n_layer)]
+    paths = [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
     tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
     if ranks.count() > 1:
         say("gradients: one rank works, the others wait")
@@ -72,8 +74,8 @@ def calibrate_gradients(source: Source, how: GradientOptions, folder: Path, rest
 
 
 def _write(source: Source, tokens: torch.Tensor, how: GradientOptions, folder: Path, restart: bool) -> None:
-    paths = [files.path_of(folder, layer) for layer in range(source.config.n_layer)]
-    found, state = {files.job_in(path) for path in paths}, folder / "state"
+    paths = [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
+    found, state = {gradients.job_in(path) for path in paths}, folder / "state"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "state.done", ignore_errors=True)
     more = memory(source, how.samples, tokens.shape[1])
@@ -120,21 +122,21 @@ class Rows:
     def of(cls, c: ModelConfig, n_tokens: int, n_sample: int) -> "Rows":
         """float32 while they are small."""
         rows = cls(n_tokens, n_sample, torch.float32)
-        size = sum(files.n_bytes(shape) for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
+        size = sum(gradients.n_bytes(shape) for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
         return rows if size <= HIDDEN_BYTES else replace(rows, dtype=torch.bfloat16)
 
-    def shapes(self, c: ModelConfig, layer: int) -> files.Shapes:
+    def shapes(self, c: ModelConfig, layer: int) -> gradients.Shapes:
         """Of all tensors of a layer's file: known before there are any data."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if c.is_moe(layer):
             m, counts = self.n_sample * self.n_tokens * c.n_used, (torch.int64, (c.n_expert,))
             found = {
-                f"rows.{files.INNER}": (self.dtype, (m, 2 * c.n_ff_exp)),
-                f"counts.{files.INNER}": counts,
-                f"rows.{files.DOWN}": (self.dtype, (self.n_sample * self.n_tokens, c.d)),
-                f"counts.{files.DOWN}": counts,
-                f"index.{files.DOWN}": (torch.int32, (m,)),
-                f"scale.{files.DOWN}": (torch.float32, (m,)),
+                f"rows.{gradients.INNER}": (self.dtype, (m, 2 * c.n_ff_exp)),
+                f"counts.{gradients.INNER}": counts,
+                f"rows.{gradients.DOWN}": (self.dtype, (self.n_sample * self.n_tokens, c.d)),
+                f"counts.{gradients.DOWN}": counts,
+                f"index.{gradients.DOWN}": (torch.int32, (m,)),
+                f"scale.{gradients.DOWN}": (torch.float32, (m,)),
             }
         return found | {f"outputs.{role}": (torch.float32, (n, n)) for role, n in outputs(c, layer).items()}
 
@@ -161,7 +163,7 @@ def disk(c: ModelConfig, rows: Rows, hidden: torch.dtype) -> tuple[int, int]:
     array = rows.n_tokens * c.d
     state = (c.n_layer + 1) * array * hidden.itemsize + 2 * rows.n_sample * array * 4
     shapes = (shape for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
-    return state, sum(map(files.n_bytes, shapes))
+    return state, sum(map(gradients.n_bytes, shapes))
 
 
 def _check_disk(source: Source, rows: Rows, room: Room, folder: Path) -> None:
@@ -172,8 +174,8 @@ def _check_disk(source: Source, rows: Rows, room: Room, folder: Path) -> None:
             rows.n_tokens * source.config.d * (2 * room.hidden.itemsize + source.dtype.itemsize + 8 * rows.n_sample)
         )
     say(
-        f"gradients of {rows.n_tokens:,} tokens x {rows.n_sample} samples: {kept / 1e9:.1f} GB in {folder}, and "
-        f"{state / 1e9:.1f} GB there until the end"
+        f"gradients of {rows.n_tokens:,} tokens x {rows.n_sample} samples: {gb(kept)} in {folder}, and "
+        f"{gb(state)} there until the end"
     )
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
@@ -243,11 +245,11 @@ class GradientPass:
 
     def _layer(self, layer: int, weights: LayerWeights, back: Backward) -> None:
         shapes = self.rows.shapes(self.source.config, layer)
-        with files.writing(files.path_of(self.folder, layer), shapes, {"job": self.spill.job}) as file:
+        with gradients.writing(gradients.path_of(self.folder, layer), shapes, {"job": self.spill.job}) as file:
             recorder = Recorder(file, self.rows.n_tokens, outputs(self.source.config, layer))
             if weights.router is not None:
                 for s, gradient in enumerate(back.gradient):
-                    file.write(f"rows.{files.DOWN}", gradient, s * self.rows.n_tokens)
+                    file.write(f"rows.{gradients.DOWN}", gradient, s * self.rows.n_tokens)
             back.layer(weights, recorder)
             if not back.gradient.isfinite().all():
                 raise QuantkitError(f"layer {layer}: its gradient is not finite")
@@ -257,7 +259,7 @@ class GradientPass:
 class Recorder:
     """The `backward.Receiver` that writes a layer's file: rows of experts as they come, H_O in the end."""
 
-    def __init__(self, file: files.Writer, n_tokens: int, roles: Mapping[str, int]):
+    def __init__(self, file: gradients.Writer, n_tokens: int, roles: Mapping[str, int]):
         self.file, self.n_tokens, self.roles = file, n_tokens, roles
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
@@ -277,9 +279,9 @@ class Recorder:
         inner = found.inner * _mean_square(found.x).sqrt()[:, None]
         index = torch.arange(n_sample, device=found.tokens.device)[:, None] * self.n_tokens + found.tokens
         scale = (_mean_square(found.hidden).sqrt() * found.weight).repeat(n_sample)
-        self.file.write(f"rows.{files.INNER}", inner.flatten(0, 1), here)
-        self.file.write(f"index.{files.DOWN}", index.flatten(), here)
-        self.file.write(f"scale.{files.DOWN}", scale, here)
+        self.file.write(f"rows.{gradients.INNER}", inner.flatten(0, 1), here)
+        self.file.write(f"index.{gradients.DOWN}", index.flatten(), here)
+        self.file.write(f"scale.{gradients.DOWN}", scale, here)
         self.counts[found.expert] = self.counts.get(found.expert, 0) + n_sample * m
         self.written += n_sample * m
 
@@ -287,7 +289,7 @@ class Recorder:
         """n_expert: routed experts of the layer, 0 if it is dense."""
         if n_expert:
             counts = torch.tensor([self.counts.get(e, 0) for e in range(n_expert)])
-            for key in (files.INNER, files.DOWN):
+            for key in (gradients.INNER, gradients.DOWN):
                 self.file.write(f"counts.{key}", counts)
         for role in self.roles:
             self.file.write(f"outputs.{role}", self.sums[role])

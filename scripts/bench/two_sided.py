@@ -20,7 +20,7 @@ from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.api import Method, encode_batch
 from quantkit.encoding.hessian import gram, prepare
 from quantkit.encoding.two_sided import TwoSided, encode_two_sided
-from quantkit.ggml import codec as ggml
+from quantkit.ggml import quants
 
 R1_LAYERS, R1_EXPERTS = 58, 256
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def gradients(experts: int, n: int, rows: int, device: torch.device) -> list[tor
 
 def error(qtype, w, packed, h_in, h_out) -> float:
     """tr(H_O Δ H_I Δᵀ) of one matrix."""
-    q = torch.from_numpy(ggml.dequantize(qtype, packed, w.shape[-1])).to(w.device)
+    q = torch.from_numpy(quants.dequantize(qtype, packed, w.shape[-1])).to(w.device)
     return float(((h_out @ (w - q) @ h_in) * (w - q)).sum())
 
 

@@ -30,7 +30,7 @@ from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.stream import Source, final_hidden, logit_tiles
+from quantkit.runtime.stream import Source, final_hidden, head_tiles
 from quantkit.runtime.watch import ExpertVisit
 
 CHUNK = 512
@@ -69,7 +69,7 @@ def chunks(source: Source, text: Path, most: int) -> torch.Tensor:
 def scored(source: Source, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
     """Log-probabilities of the second halves, a few chunks at a time: float32 [n, n_vocab]."""
     hidden = final_hidden(source, tokens)[:, CHUNK // 2 : -1].flatten(0, 1)
-    for tile in logit_tiles(source, hidden):
+    for tile in head_tiles(source, source.head(), hidden):
         yield tile.log_softmax(-1)
 
 

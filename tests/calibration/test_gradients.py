@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quantkit.calibration import gradients as module
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.gradients import GradientOptions, GradientPass, Recorder, Rows, calibrate_gradients
+from quantkit.calibration.gradients import GradientOptions, GradientPass, Recorder, Rows, calibrate_gradients, disk
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import DOWN, INNER, ExpertRows, LayerGradients, job_in, path_of
@@ -322,7 +321,7 @@ def test_what_does_not_fit_is_refused_before_any_work(source, how, tmp_path, mon
     monkeypatch.setattr(GradientPass, "run", lambda *_: pytest.fail("it ran"))
     with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
         calibrate_gradients(source, replace(how, memory=1_500_000_000), tmp_path / "g")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     with pytest.raises(QuantkitError, match=r"bytes are needed, 10,000,000 are free"):
         calibrate_gradients(source, how, tmp_path / "g")
     assert "gradients of 256 tokens x 3 samples" in capsys.readouterr().err
@@ -330,7 +329,7 @@ def test_what_does_not_fit_is_refused_before_any_work(source, how, tmp_path, mon
 
 def test_sizes_are_known_before(source, whole):
     rows = Rows.of(source.config, 256, 3)
-    _, kept = module.disk(source.config, rows, torch.float32)
+    _, kept = disk(source.config, rows, torch.float32)
     headers = sum(8 + int.from_bytes(data[:8], "little") for data in bytes_of(whole).values())
     assert kept + headers == sum(map(len, bytes_of(whole).values()))
     assert Rows.of(source.config, 1 << 20, 3).dtype == torch.bfloat16

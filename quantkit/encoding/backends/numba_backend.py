@@ -6,9 +6,7 @@ import numpy as np
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, Format, Rounding
-from quantkit.encoding.backends import numba_codebooks as codebooks
-from quantkit.encoding.backends import numba_levels as levels
-from quantkit.encoding.backends import numba_refit
+from quantkit.encoding.backends import numba_codebooks, numba_levels, numba_refit
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import CURVE, Guess, guess_codebook, guess_levels, min_stretches, signed_stretches
 from quantkit.encoding.hessian import GROUP, Factor
@@ -32,34 +30,34 @@ def array(t: torch.Tensor, rows: int | None = None) -> np.ndarray:
 
 
 @cache
-def sampling(rounding: Rounding) -> tuple[codebooks.Sampling, np.ndarray]:
+def sampling(rounding: Rounding) -> tuple[numba_codebooks.Sampling, np.ndarray]:
     """What `sampled` takes, and the sampled points as 2^-p: float32 [shifts, points]."""
     step, n_shifts = rounding.levels[1] - rounding.levels[0], len(rounding.shifts)
     zero = (rounding.levels[0] + np.array(rounding.shifts, np.float32))[:, None] / step
     offset = np.repeat(zero, len(CURVE), 1).astype(np.float32)
     points = np.repeat(2.0 ** -CURVE.astype(np.float32)[None], n_shifts, 0)
-    return codebooks.Sampling(offset, points, np.float32(len(rounding.levels) - 1), rounding.span), points
+    return numba_codebooks.Sampling(offset, points, np.float32(len(rounding.levels) - 1), rounding.span), points
 
 
 @cache
-def book(fmt: Format) -> codebooks.Book:
+def book(fmt: Format) -> numba_codebooks.Book:
     """A codebook type, all of its entries to be searched."""
     assert fmt.grid is not None
     values = np.unique(fmt.grid)[:3]
-    return codebooks.Book(
-        grid=np.ascontiguousarray(fmt.grid.reshape(-1, codebooks.TILE, fmt.width).transpose(0, 2, 1)),
+    return numba_codebooks.Book(
+        grid=np.ascontiguousarray(fmt.grid.reshape(-1, numba_codebooks.TILE, fmt.width).transpose(0, 2, 1)),
         points=fmt.grid,
         near=WHOLE,
         middles=(values[1:] + values[:-1]) / 2,
         multipliers=np.array(fmt.multipliers, np.float32),
         shifts=np.array(fmt.shifts, np.float32),
-        signs=codebooks.SIGNS[fmt.signs],
+        signs=numba_codebooks.SIGNS[fmt.signs],
         block=fmt.block,
     )
 
 
 @cache
-def short_book(fmt: Format) -> codebooks.Book:
+def short_book(fmt: Format) -> numba_codebooks.Book:
     """The same, with the entries closest to every vector of three levels, numbered in base 3: int16 [3^8, SHORT_LIST].
     Only of long codebooks of three levels."""
     whole = book(fmt)
@@ -82,13 +80,13 @@ def features(fmt: Format) -> torch.Tensor:
 def bias_of(fmt: Format, metric: torch.Tensor) -> np.ndarray:
     """metric [32, 8, 8] -> energy of every entry in every group: [32, 8/width, tiles, TILE]."""
     terms = metric.flatten(1) if fmt.signs == "grid" else metric.diagonal(dim1=1, dim2=2).reshape(-1, fmt.width)
-    return (terms @ features(fmt)).view(GROUPS, GROUP // fmt.width, -1, codebooks.TILE).numpy()
+    return (terms @ features(fmt)).view(GROUPS, GROUP // fmt.width, -1, numba_codebooks.TILE).numpy()
 
 
 @cache
-def kind(fmt: Format) -> levels.Levels:
+def kind(fmt: Format) -> numba_levels.Levels:
     """A type that rounds each weight alone."""
-    return levels.Levels(
+    return numba_levels.Levels(
         low=np.float32(fmt.levels[0]),
         high=np.float32(fmt.levels[-1]),
         halves=fmt.half_steps,
@@ -108,7 +106,7 @@ def level_index(fmt: Format, value: np.ndarray) -> np.ndarray:
 
 def padded(rows: int) -> int:
     """Rows that the kernels of types without a codebook take."""
-    return -(-rows // levels.LANES) * levels.LANES
+    return -(-rows // numba_levels.LANES) * numba_levels.LANES
 
 
 # -- first guesses ----------------------------------------------------------------------------------------------------
@@ -120,7 +118,7 @@ def sampled(x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, rounding
     unit = base * (rounding.levels[1] - rounding.levels[0])
     out = torch.empty(e, n, width // rounding.span, *points.shape)
     for i in range(e):
-        codebooks.sampled(array(x[i]), array(weights[i]), (1 / unit[i]).numpy(), how, out[i].numpy())
+        numba_codebooks.sampled(array(x[i]), array(weights[i]), (1 / unit[i]).numpy(), how, out[i].numpy())
     return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
 
 
@@ -130,9 +128,9 @@ def fit_blocks(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[tor
     for e in range(len(x)):
         xe, we = array(x[e]), array(weights[e, 0])
         if fmt.n_mins:
-            levels.fit_mins(xe, we, kind(fmt), s[e].numpy(), m[e].numpy())
+            numba_levels.fit_mins(xe, we, kind(fmt), s[e].numpy(), m[e].numpy())
         else:
-            levels.fit_signed(xe, we, kind(fmt), s[e].numpy())
+            numba_levels.fit_signed(xe, we, kind(fmt), s[e].numpy())
     return s, m
 
 
@@ -141,10 +139,10 @@ def fit_blocks(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[tor
 
 def encode_grid(
     fmt: Format, target: torch.Tensor, w: torch.Tensor, first: Guess, metric: torch.Tensor, u: np.ndarray
-) -> codebooks.Chosen:
-    """Encode 256 columns of a codebook type: target, w [R, 256]; metric [32, 8, 8]; u as in codebooks.Local."""
+) -> numba_codebooks.Chosen:
+    """Encode 256 columns of a codebook type: target, w [R, 256]; metric [32, 8, 8]; u as in numba_codebooks.Local."""
     rows, count = len(w), SUPERBLOCK // fmt.block
-    out = codebooks.Chosen(
+    out = numba_codebooks.Chosen(
         np.zeros((rows, count), np.int32),
         np.zeros((rows, count), np.int32),
         np.empty((rows, SUPERBLOCK // fmt.width), np.int32),
@@ -155,21 +153,21 @@ def encode_grid(
     # Under a diagonal a few entries serve as well as all; where errors are fed back, all are scored.
     alone = not len(u) and torch.equal(metric, torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1)))
     codes = array(torch.stack([first.scale, first.offset], -1).int())
-    local = codebooks.Local(array(metric), bias_of(fmt, metric), u)
+    local = numba_codebooks.Local(array(metric), bias_of(fmt, metric), u)
     here = short_book(fmt) if alone else book(fmt)
-    codebooks.feedback_grid(array(target), array(w), array(first.d), codes, here, local, out)
+    numba_codebooks.feedback_grid(array(target), array(w), array(first.d), codes, here, local, out)
     return out
 
 
 def encode_levels(
     fmt: Format, target: torch.Tensor, w: torch.Tensor, first: Guess, metric: torch.Tensor, u: np.ndarray, near: int
-) -> levels.Chosen:
+) -> numba_levels.Chosen:
     """The same of a type that rounds each weight alone; rows are filled up to a multiple of LANES."""
     rows = padded(len(w))
     upper, diagonal = unit_upper(metric)
     weights = metric.diagonal(dim1=-2, dim2=-1).flatten()
-    local = levels.Local(array(weights), array(upper), array(diagonal.flatten()), u)
-    out = levels.Chosen(
+    local = numba_levels.Local(array(weights), array(upper), array(diagonal.flatten()), u)
+    out = numba_levels.Chosen(
         array(first.scale[..., 0].int(), rows),
         array(first.offset[..., 0].int(), rows),
         np.empty((rows, SUPERBLOCK), np.float32),
@@ -177,7 +175,7 @@ def encode_levels(
     )
     steps = array(first.d, rows), array(first.dmin, rows)
     reach = near, near_mins(fmt, near)
-    levels.feedback_levels(array(target, rows), array(w, rows), steps, reach, kind(fmt), local, out)
+    numba_levels.feedback_levels(array(target, rows), array(w, rows), steps, reach, kind(fmt), local, out)
     return out
 
 
@@ -198,10 +196,10 @@ class Window:
         t = self.codes[name]
         return array(t.int() if name in ("scale", "offset") else t.clone(), rows)
 
-    def write(self, out: codebooks.Chosen | levels.Chosen) -> None:
+    def write(self, out: numba_codebooks.Chosen | numba_levels.Chosen) -> None:
         """Keep what a kernel has chosen."""
         new = out._asdict()
-        if isinstance(out, levels.Chosen):
+        if isinstance(out, numba_levels.Chosen):
             new["entry"] = level_index(self.fmt, out.value)
         for name, values in new.items():
             self.codes[name].copy_(torch.from_numpy(values[: len(self.d)]))
@@ -215,9 +213,9 @@ def revise_grid(
     gradient [R, 256] of half the cost; h [256, 256], metric and inverse [32, 8, 8]: its blocks and their inverses.
     """
     fmt = window.fmt
-    out = codebooks.Chosen(*(window.read(name) for name in codebooks.Chosen._fields))
-    local = codebooks.Curvature(array(metric), bias_of(fmt, metric), array(h), array(inverse))
-    codebooks.descent_grid(array(gradient), array(window.d), book(fmt), local, out)
+    out = numba_codebooks.Chosen(*(window.read(name) for name in numba_codebooks.Chosen._fields))
+    local = numba_codebooks.Curvature(array(metric), bias_of(fmt, metric), array(h), array(inverse))
+    numba_codebooks.descent_grid(array(gradient), array(window.d), book(fmt), local, out)
     window.write(out)
 
 
@@ -227,10 +225,10 @@ def revise_levels(
     """The same of a type that rounds each weight alone."""
     fmt, rows = window.fmt, padded(len(gradient))
     upper, diagonal = unit_upper(metric)
-    out = levels.Chosen(*(window.read(name, rows) for name in levels.Chosen._fields))
-    local = levels.Curvature(array(h), array(inverse), array(upper), array(diagonal.flatten()))
+    out = numba_levels.Chosen(*(window.read(name, rows) for name in numba_levels.Chosen._fields))
+    local = numba_levels.Curvature(array(h), array(inverse), array(upper), array(diagonal.flatten()))
     steps = array(window.d, rows), array(window.dmin, rows)
-    levels.descent_levels(array(gradient, rows), steps, kind(fmt), local, out)
+    numba_levels.descent_levels(array(gradient, rows), steps, kind(fmt), local, out)
     window.write(out)
 
 

@@ -3,9 +3,7 @@
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, Format, tables
-from quantkit.encoding.backends import triton_codebooks as codebooks
-from quantkit.encoding.backends import triton_levels as levels
-from quantkit.encoding.backends import triton_refit, triton_search
+from quantkit.encoding.backends import triton_codebooks, triton_levels, triton_refit, triton_search
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import Guess, share
 from quantkit.encoding.hessian import GROUP, Factor, blocks
@@ -80,13 +78,13 @@ def _codebook_superblock(
     fmt = state.fmt
     metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
     state.d[..., start // SUPERBLOCK] = first.d
-    scores = codebooks.scores_of(fmt, metric, metric)  # no inverse is needed
+    scores = triton_codebooks.scores_of(fmt, metric, metric)  # no inverse is needed
     codes = (first.scale + 256 * first.offset).int().contiguous()
     for lo in range(0, SUPERBLOCK, fmt.block):
         before, here = slice(start, start + lo), slice(start + lo, start + lo + fmt.block)
         if lo:
             target[..., lo : lo + fmt.block].baddbmm_(error[..., before], factor.u[:, before, here])
-        codebooks.feedback_block(state, w, target, factor, scores, codes, start + lo)
+        triton_codebooks.feedback_block(state, w, target, factor, scores, codes, start + lo)
         torch.sub(w[..., here], state.q[..., here], out=error[..., here])
 
 
@@ -97,12 +95,14 @@ def _descend_codebook(w: torch.Tensor, factor: Factor, state: State) -> None:
     for start in range(0, w.shape[-1], SUPERBLOCK):
         groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
         gradient = error @ h[:, :, start : start + SUPERBLOCK]
-        scores = codebooks.scores_of(state.fmt, metrics[:, groups].contiguous(), inverses[:, groups].contiguous())
+        scores = triton_codebooks.scores_of(
+            state.fmt, metrics[:, groups].contiguous(), inverses[:, groups].contiguous()
+        )
         for lo in range(0, SUPERBLOCK, SPAN):
             before, here = slice(start, start + lo), slice(start + lo, start + lo + SPAN)
             if lo:
                 gradient[..., lo : lo + SPAN].baddbmm_(change[..., :lo], h[:, before, here])
-            codebooks.descent_block(state, gradient, change, h, scores, start + lo)
+            triton_codebooks.descent_block(state, gradient, change, h, scores, start + lo)
         error[..., start : start + SUPERBLOCK] += change
 
 
@@ -111,7 +111,7 @@ def _descend_codebook(w: torch.Tensor, factor: Factor, state: State) -> None:
 
 def _guess_levels(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> Guess:
     """As guess.guess, but of x [E, 256, N]; weights [E, 256]."""
-    return share(fmt, *levels.fit(fmt, x, weights), weights.view(len(weights), 1, -1, fmt.block).sum(-1))
+    return share(fmt, *triton_levels.fit(fmt, x, weights), weights.view(len(weights), 1, -1, fmt.block).sum(-1))
 
 
 def _levels_superblock(
@@ -123,14 +123,14 @@ def _levels_superblock(
     groups = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
     weights = groups.diagonal(dim1=-2, dim2=-1).reshape(e, SUPERBLOCK)
     upper, diagonal = (t.contiguous() for t in unit_upper(groups))
-    metric = levels.Metric(weights, upper, diagonal, blocks(factor.u[:, part, part], fmt.block))
+    metric = triton_levels.Metric(weights, upper, diagonal, blocks(factor.u[:, part, part], fmt.block))
     target, old = target.mT.contiguous(), w[..., part].mT.contiguous()
     first = _guess_levels(fmt, target, weights)
-    columns = levels.Columns(target, old, torch.empty_like(target), torch.empty_like(target))
+    columns = triton_levels.Columns(target, old, torch.empty_like(target), torch.empty_like(target))
     codes = torch.empty(2, e, count, r, dtype=torch.int32, device=w.device)
-    steps = levels.Steps(codes[0], codes[1], first.d.contiguous(), first.dmin.contiguous())
+    steps = triton_levels.Steps(codes[0], codes[1], first.d.contiguous(), first.dmin.contiguous())
     for b in range(count):
-        levels.feedback_block(fmt, b, near, columns, steps, metric)
+        triton_levels.feedback_block(fmt, b, near, columns, steps, metric)
         lo, hi = b * fmt.block, (b + 1) * fmt.block
         if hi < SUPERBLOCK:
             rest = factor.u[:, start + lo : start + hi, start + hi : start + SUPERBLOCK]
@@ -171,12 +171,12 @@ def _descend_levels(w: torch.Tensor, factor: Factor, state: State) -> None:
         part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
         inverse, upper, diagonal = (t[:, groups].contiguous() for t in by_group)
         near = wide[:, start // SPAN : (start + SUPERBLOCK) // SPAN].contiguous()
-        curvature = levels.Curvature(inverse, upper, diagonal, near)
+        curvature = triton_levels.Curvature(inverse, upper, diagonal, near)
         gradient = h[:, part] @ error.mT  # H is symmetric
         value, s = state.value[..., part].mT.contiguous(), _scales(state, start)[0].mT.contiguous()
-        descent = levels.Descent(gradient, value, torch.empty(e, SPAN, r, device=w.device), s)
+        descent = triton_levels.Descent(gradient, value, torch.empty(e, SPAN, r, device=w.device), s)
         for i in range(SUPERBLOCK // SPAN):
-            levels.descent_part(state.fmt, i, descent, curvature)
+            triton_levels.descent_part(state.fmt, i, descent, curvature)
             lo, hi = start + i * SPAN, start + (i + 1) * SPAN
             gradient[:, hi - start :].baddbmm_(h[:, lo:hi, hi : part.stop].mT, descent.change)
         _keep(state, start, value)
