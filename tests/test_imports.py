@@ -70,7 +70,7 @@ def bound(path: Path) -> set[str]:
 
 
 def test_scripts_import_what_there_is():
-    """Few tests run them, and some need what is not installed: what they take from the package is looked up."""
+    """Scripts are run by no other test, and need what is not installed: what they import of ours is looked up."""
     for script in (PACKAGE.parent / "scripts").rglob("*.py"):
         for node in ast.walk(ast.parse(script.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "quantkit":

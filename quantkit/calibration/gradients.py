@@ -11,9 +11,10 @@ of a layer. What is left of a layer is a file of `formats.gradients`:
   left out too: they are many small matrices, and attn_kv_b, which they are cut from, has 32,768 outputs. Router, norms
   and embedding have no low-bit type.
 
-In memory, where the weights are, besides one layer's weights, the next one's being read, and H_O of a layer (0.5 GB in
-R1): tiles (about 6 GB in R1), and for each token the hidden state, the input of the feed-forward, and two float32
-vectors a sample: 0.23 MB in R1 for 3 samples in bfloat16, or in RAM or on disk, as there is room.
+In memory, where the weights are: one layer's weights and the next one's being read, H_O of a layer (0.5 GB in R1) and
+tiles, 9 GB in R1 by the estimate; and for each token the hidden state, the input of the feed-forward, and two float32
+vectors a sample, 0.24 MB in R1 for 3 samples: there too, or in RAM or on disk, as there is room. So R1's peak is 13 GB
+for 16,384 tokens and 25 GB for 65,536. Attention holds the scores of ATTENTION_TOKENS, so chunks are to be short.
 """
 
 import hashlib

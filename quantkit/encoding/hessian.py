@@ -137,11 +137,11 @@ def blend(own: Hessian, shared: Hessian, pseudo_tokens: float) -> Hessian:
 def damping(n_in: int, tokens: float) -> float:
     """λ of `damp` for a mean over so many tokens: what makes H invertible, and what makes it true of other text.
 
-    The second part falls from 1.6 where there are few tokens for each of the n_in dimensions (R1's experts see 0.6 of
-    131,072) to 0.4 where there are plenty; fitted on starved experts (docs/results/encoders.md).
+    The second part falls from 1.6, where there are few tokens for each of the n_in dimensions (R1's experts see 0.6 of
+    131,072), towards 0; fitted on starved experts (docs/results/encoders.md).
     """
-    rest = max(tokens, 1.0) / n_in
-    return min(max(0.1 / rest, 0.01), 1.6) + 0.4 + 1.2 / (1 + rest / 4)
+    share = max(tokens, 1.0) / n_in
+    return min(max(0.1 / share, 0.01), 1.6) + 1.6 / (1 + share / 4)
 
 
 def unshrinking(gamma: float, n_in: int, tokens: float) -> float:
@@ -149,7 +149,7 @@ def unshrinking(gamma: float, n_in: int, tokens: float) -> float:
 
     gamma: what undoes the shrinkage without damping. Fitted with `damping`.
     """
-    return 1 + (gamma - 1) * (1 + 0.9 * damping(n_in, tokens) ** 0.5)
+    return 1 + (gamma - 1) * (0.93 + 0.9 * damping(n_in, tokens) ** 0.5)
 
 
 def damp(matrix: torch.Tensor, tokens: float) -> torch.Tensor:

@@ -59,13 +59,13 @@ class EncoderOptions:
     effort: fast, normal or best. gamma: factor on the scales of routed experts by qtype, before `unshrinking`. Least
     squares shrinks what a matrix puts out, and through gate, up and down the shrinkage multiplies; the defaults are
     those that gave the least KLD on other text (docs/results/encoders.md). pseudo_tokens: weight of the layer's moments
-    in an expert's, in tokens. gradients: folder of a backward pass (formats/gradients.py); matrices that it knows the
-    outputs of are then encoded as `two_sided` says.
+    in an expert's, as tokens for each dimension. gradients: folder of a backward pass (formats/gradients.py); matrices
+    that it knows the outputs of are then encoded as `two_sided` says.
     """
 
     effort: str = "normal"
     gamma: Mapping[str, float] = field(default_factory=lambda: dict(GAMMA))
-    pseudo_tokens: float = 2048.0
+    pseudo_tokens: float = 1.0
     gradients: Path | None = None
     two_sided: TwoSided = field(default_factory=TwoSided)
 
@@ -192,7 +192,7 @@ class LayerEncoder(Watcher):
         if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
             self.flush()
         weight = self.weight[visit.tokens] * visit.weight.float().square()
-        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens)
+        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens * visit.x.shape[1])
         self.waiting.append((visit, own, second_moment(visit.hidden, weight)))
         if (visit.expert + 1) % self.group == 0:
             self.flush()

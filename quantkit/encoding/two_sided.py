@@ -22,8 +22,8 @@ from quantkit.encoding.refit import pull, refit
 from quantkit.encoding.state import State
 from quantkit.errors import QuantkitError
 
-GPU_BYTES = 40  # per weight: all of a matrix's codes, values and errors
-OUTPUT_BYTES = 32  # per element of H_O: its factor, and the copies on the way
+GPU_BYTES = 32  # per weight: all of a matrix's codes, values and errors
+OUTPUT_BYTES = 10  # per element of H_O: damped, and its factor
 INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
 
 
@@ -57,15 +57,26 @@ class RowFactor:
         return self.inverse.shape[-1]
 
 
-def row_factor(outputs: torch.Tensor, how: TwoSided) -> RowFactor:
-    """Of H_O float32 [E, R, R]."""
-    diag = outputs.diagonal(dim1=-2, dim2=-1)
-    mean = diag.mean(-1, keepdim=True).clamp_min(1e-30)
-    h = outputs + torch.diag_embed(how.damping * (mean + diag))
-    h /= ((1 + 2 * how.damping) * mean)[..., None]  # mean diagonal 1
-    order = diag.argsort(stable=True, descending=True)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
-    return RowFactor(order, factorize(h, how.block), torch.linalg.inv(blocks(h, how.block)))
+def row_factor(outputs: Sequence[torch.Tensor] | torch.Tensor, how: TwoSided, device: torch.device) -> RowFactor:
+    """Of H_O of each matrix, float32 [R, R]; one after the other, so that little more than the result is in memory."""
+    e, r = len(outputs), outputs[0].shape[-1]
+    shape = (e, r // how.block, how.block, how.block)
+    h, u = (torch.empty(e, r, r, device=device) for _ in range(2))
+    d, inverse = (torch.empty(shape, device=device) for _ in range(2))
+    order = torch.empty(e, r, dtype=torch.int64, device=device)
+    for i in range(e):
+        damped = _damped(outputs[i].to(device).float(), how.damping)
+        order[i] = damped.diagonal().argsort(stable=True, descending=True)
+        one = factorize(damped[order[i]][:, order[i]][None], how.block)
+        h[i], u[i], d[i], inverse[i] = one.h[0], one.u[0], one.d[0], torch.linalg.inv(blocks(one.h, how.block))[0]
+    return RowFactor(order, Factor(h, u, d), inverse)
+
+
+def _damped(h: torch.Tensor, damping: float) -> torch.Tensor:
+    """h [R, R] with so much of its diagonal, and of that one's mean, added to the diagonal; then of mean diagonal 1."""
+    diag = h.diagonal()
+    mean = diag.mean().clamp_min(1e-30)
+    return (h + torch.diag(damping * (mean + diag))) / ((1 + 2 * damping) * mean)
 
 
 def encode_two_sided(
@@ -93,7 +104,7 @@ def encode_two_sided(
                 factor = inputs.of(part).to(method.device)
             else:
                 factor = prepare(inputs[part], n, method.device, full=method.effort.feedback)
-            rows = row_factor(torch.stack([h.to(method.device).float() for h in outputs[part]]), how)
+            rows = row_factor(outputs[part], how, method.device)
             with tf32():
                 w = finite(weights[part].to(method.device))
                 w = w.gather(1, rows.order[:, :, None].expand_as(w))

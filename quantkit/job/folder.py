@@ -5,7 +5,8 @@ imatrix.gguf        the importance that was measured
 plan.json           the type of every tensor, and why; recipe.toml: the rules behind it
 verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained
 provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
-*.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from
+*.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from;
+                    gradients: what a backward pass found, for --effort best
 """
 
 import glob
@@ -25,6 +26,7 @@ REPORT = "report.html"
 SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own
 BASE = "base"
 REFERENCE = "reference.state"  # of the original's half of the evaluation
+GRADIENTS = "gradients"  # of the backward pass, until the file is made
 
 
 def finished_files(path: Path) -> list[Path]:
@@ -45,7 +47,7 @@ def begin(
     for name, text in texts.items():
         write_text(folder / name, text)
     if restart:
-        for left in (REFERENCE, BASE):
+        for left in (REFERENCE, BASE, GRADIENTS):
             shutil.rmtree(folder / left, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ Every stage is file to file: checkpoint -> imatrix -> plan -> GGUF -> scores. Th
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quantkit import __version__, ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
+from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
@@ -28,7 +30,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.whole_file import write_json
 from quantkit.job import recovery
-from quantkit.job.folder import BASE, PLAN, RECIPE, RECOVERY, REFERENCE, VERIFY, begin, finished_files
+from quantkit.job.folder import BASE, GRADIENTS, PLAN, RECIPE, RECOVERY, REFERENCE, VERIFY, begin, finished_files
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import plan_model, recipe_text
 from quantkit.job.stages import (
@@ -139,7 +141,23 @@ def make_file(order: Order, out: Path, reference: ReferencePass | None) -> list[
     repeated = ranks.agree(order.imatrix.exists) or order.options.calibration.expert_tokens
     if order.options.imatrix or (order.encoder == "ggml" and repeated):
         return make_in_two_steps(order, out, reference)
-    return make_in_one_pass(order, out, reference)
+    order = with_gradients(order)
+    files = make_in_one_pass(order, out, reference)
+    if ranks.index() == 0:
+        shutil.rmtree(order.folder / GRADIENTS, ignore_errors=True)
+    return files
+
+
+def with_gradients(order: Order) -> Order:
+    """The order with gradients to encode by, if its effort is `best`: given, or of a backward pass, run here."""
+    options, how = order.options, order.options.calibration
+    if order.encoder != "quantkit" or options.effort != "best" or options.gradients:
+        return order
+    folder, text = order.folder / GRADIENTS, replace(how.text, n_tokens=min(how.text.n_tokens, TOKENS))
+    source = source_of(order.checkpoint, order.device)
+    say(f"{text.n_tokens:,} tokens forward and backward, to know what matrices' outputs matter")
+    calibrate_gradients(source, GradientOptions(text, memory=how.memory, hidden=how.hidden), folder, options.restart)
+    return replace(order, options=replace(options, gradients=folder))
 
 
 def make_in_two_steps(order: Order, out: Path, reference: ReferencePass | None) -> list[Path]:
@@ -172,8 +190,6 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, overwrite=True)
-    # Here `--effort best` runs the backward pass first (calibration/gradients.py) where options.gradients is None, into
-    # a folder of its own beside `out`, and goes on with that folder.
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
         layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))

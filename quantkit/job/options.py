@@ -53,9 +53,8 @@ class MakeOptions:
         """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""
         if self.encoder not in ENCODERS:
             raise QuantkitError(f"--encoder {self.encoder}: unknown; choose {', '.join(ENCODERS)}")
-        if self.gradients and (self.encoder == "ggml" or self.effort == "fast"):
-            what = f"--encoder {self.encoder}" if self.encoder == "ggml" else "--effort fast"
-            raise QuantkitError(f"{what} has no use for gradients (leave them out)")
+        if self.gradients and (self.encoder == "ggml" or self.effort == "fast" or self.imatrix):
+            raise QuantkitError("ggml's encoder, effort fast and an imatrix have no use for gradients (leave them out)")
         if self.imatrix:
             if self.encoder == "quantkit":
                 raise QuantkitError(
@@ -102,22 +101,23 @@ class Order:
             "min_expert_tokens": how.min_expert_tokens,
             "expert_tokens": how.expert_tokens,
         }
-        return (
-            {
-                "quantkit": __version__,
-                "checkpoint": checkpoint.fingerprint(),
-                "recipe": plan.recipe,
-                "target": plan.target,
-                "mla": plan.mla,
-                "plan": plan.digest(),
-                "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
-                "encoder": options.encoder,
-                "effort": options.effort,
-                "recover": options.recover,
-            }
-            | ({"gradients": gradients.digest(options.gradients)} if options.gradients else {})
-            | ({"weights": checkpoint.origin["weights"]} if checkpoint.origin else {})
-        )
+        facts = {
+            "quantkit": __version__,
+            "checkpoint": checkpoint.fingerprint(),
+            "recipe": plan.recipe,
+            "target": plan.target,
+            "mla": plan.mla,
+            "plan": plan.digest(),
+            "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
+            "encoder": options.encoder,
+            "effort": options.effort,
+            "recover": options.recover,
+        }
+        if checkpoint.origin:
+            facts["weights"] = checkpoint.origin["weights"]
+        if options.gradients and self.encoder == "quantkit":
+            facts["gradients"] = gradients.digest(options.gradients)
+        return facts
 
     def circumstances(self) -> dict[str, Any]:
         """What a reader wants to know, or needs to make the same again, besides the identity."""

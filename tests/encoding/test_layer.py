@@ -1,11 +1,13 @@
 """Our encoders in the one-pass job: better than ggml's at the same bytes, and honest about what they knew."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_bytes import decode
 
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import TextChoice
@@ -14,6 +16,7 @@ from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.moments import Moments
+from quantkit.encoding.state import EFFORTS
 from quantkit.encoding.two_sided import TwoSided
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
@@ -102,7 +105,7 @@ def test_experts_are_encoded_two_sided_where_a_backward_pass_has_been(tiny, tmp_
     for role in ROUTED_ROLES:  # each stands where it belongs
         name = f"blk.1.{role}.weight"
         want = family.read(tiny, source.config, specs[name], expert * 256, expert * 256 + 256)
-        got = torch.from_numpy(file.matrix(name, expert))
+        got = decode(file.tensors[name].qtype, file.matrix(name, expert))
         assert torch.corrcoef(torch.stack([want.flatten(), got.flatten()]))[0, 1] > 0.5
 
 
@@ -141,3 +144,19 @@ def test_an_imatrix_alone_is_not_enough_for_our_encoders(made, tmp_path):
 def test_gradients_that_nobody_would_use_are_refused(how, tmp_path):
     with pytest.raises(QuantkitError, match="no use for gradients"):
         make("tiny-r1", tmp_path / "x", MakeOptions(gradients=tmp_path, **how))
+
+
+def test_best_goes_backward_first(tmp_path, monkeypatch, capfd):
+    """And encodes two-sided with what it finds, which is gone when the file is there."""
+    monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["normal"], tries=1, passes=0, refit=False))
+    few_types("IQ2_XXS", tmp_path)
+    options = MakeOptions(
+        recipe=tmp_path / "few.toml",
+        calibration=Calibration(TextChoice(n_tokens=1024)),
+        encoder="quantkit",
+        effort="best",
+        verify=False,
+    )
+    files, _ = make("tiny-r1", tmp_path / "made", options)
+    assert files[0].exists() and not (tmp_path / "made" / "gradients").exists()
+    assert "forward and backward" in (said := "".join(capfd.readouterr())) and "two-sided" in said

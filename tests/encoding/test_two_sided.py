@@ -98,7 +98,7 @@ def test_bytes_are_the_values_that_were_chosen_in_their_own_order():
     method = Method.of("Q2_K", gamma=1.03, device="cpu")
     packed = encode_two_sided(method, w, factor, outputs, how)
     for e in range(2):
-        rows = row_factor(outputs[e : e + 1], how)
+        rows = row_factor(outputs[e : e + 1], how, CPU)
         assert not torch.equal(rows.order[0], torch.arange(ROWS))
         one = factor.of(slice(e, e + 1))
         states = encode_row_blocks(method, w[e : e + 1, rows.order[0]], one, rows, how.passes)
@@ -113,7 +113,7 @@ def test_bytes_are_the_values_that_were_chosen_in_their_own_order():
 
 def test_row_factor_gives_back_the_damped_outputs():
     outputs, how = correlated(2) * 1e-12, TwoSided(block=16, damping=0.3)
-    rows = row_factor(outputs, how)
+    rows = row_factor(outputs, how, CPU)
     diag = rows.factor.h.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(diag.mean(-1), torch.ones(2))
     assert (diag.diff(dim=-1) <= 0).all()
