@@ -141,7 +141,7 @@ def damping(n_in: int, tokens: float) -> float:
     131,072), towards 0; fitted on starved experts (docs/results/encoders.md).
     """
     share = max(tokens, 1.0) / n_in
-    return min(max(0.1 / share, 0.01), 1.6) + 1.6 / (1 + share / 4)
+    return min(max(0.1 / share, 0.01), 1.6) + 1.6 / (1 + (share / 3) ** 1.5)
 
 
 def unshrinking(gamma: float, n_in: int, tokens: float) -> float:

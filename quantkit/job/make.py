@@ -48,6 +48,7 @@ from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
+TWO_SIDED_RATE = 5e6  # weights a second on an H200 (docs/results/encoders.md)
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 
@@ -156,6 +157,8 @@ def with_gradients(order: Order) -> Order:
     folder, text = order.folder / GRADIENTS, replace(how.text, n_tokens=min(how.text.n_tokens, TOKENS))
     source = source_of(order.checkpoint, order.device)
     say(f"{text.n_tokens:,} tokens forward and backward, to know what matrices' outputs matter")
+    if (hours := sum(t.n_weights for t in order.plan.tensors) / TWO_SIDED_RATE / 3600) > 1:
+        say(f"warning: then about {hours:.0f} hours of two-sided encoding on a fast GPU; --effort normal takes minutes")
     calibrate_gradients(source, GradientOptions(text, memory=how.memory, hidden=how.hidden), folder, options.restart)
     return replace(order, options=replace(options, gradients=folder))
 

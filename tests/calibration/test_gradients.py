@@ -14,7 +14,7 @@ from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import DOWN, INNER, ExpertRows, LayerGradients, job_in, path_of
 from quantkit.runtime.backward import Backward
-from quantkit.runtime.layers import Router, rms_norm, route
+from quantkit.runtime.layers import Router, rms_norm, route, router_scores, routing_weights
 from quantkit.runtime.room import Room
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import rotate
@@ -212,19 +212,48 @@ def test_tiles_do_not_matter(source, tokens, labels, expected, monkeypatch, tmp_
     assert max(value for (_, role), value in found.items() if role not in (INNER, DOWN)) < 1e-4
 
 
-def test_bfloat16_and_arrays_on_disk_change_little(tiny, tokens, labels, streamed, tmp_path):
-    """As large jobs have it; experts' rows are not compared, since rounding moves some tokens to others."""
-    source = CheckpointSource(tiny, dtype=torch.bfloat16)
-    rows, room = Rows(tokens.numel(), SAMPLES, torch.bfloat16), Room("disk", folder=tmp_path, hidden=torch.bfloat16)
-    GradientPass(source, tokens, rows, room, Spill(tmp_path / "state", "job"), tmp_path).run(fixed(labels))
-    for layer, plain in enumerate(streamed[1]):
+def test_bfloat16_and_arrays_on_disk_change_little(source, tiny, tokens, labels, monkeypatch, tmp_path):
+    """Backward in bfloat16 from the same inputs and by the same routes. Left to itself, rounding moves some tokens in a
+    thousand to other experts, which changes H_O of a text as short as this by up to a fifth."""
+    routes = []
+
+    def noting(*args):
+        routes.append(route(*args)[0])
+        return route(*args)
+
+    def repeating(x, router, c):
+        expert = routes.pop(0)
+        return expert, routing_weights(router_scores(x, router, c), expert, c)
+
+    monkeypatch.setattr("quantkit.runtime.backward.route", noting)
+    plain = derive(source, tokens, fixed(labels), tmp_path)
+    monkeypatch.setattr("quantkit.runtime.backward.route", repeating)
+    rows, room, spill = Rows(tokens.numel(), SAMPLES, torch.bfloat16), Room("disk", folder=tmp_path), tmp_path / "state"
+    for path in spill.glob("gradient-*"):
+        path.unlink()
+    short = CheckpointSource(tiny, dtype=torch.bfloat16)
+    GradientPass(short, tokens, rows, room, Spill(spill, "job"), tmp_path).run(fixed(labels))
+    assert not routes
+    for layer, exact in enumerate(plain):
         found = LayerGradients.load(path_of(tmp_path, layer))
-        for role, h in plain.outputs.items():
-            assert (found.outputs[role] - h).norm() < 0.15 * h.norm(), (layer, role)
-        for key, of in plain.experts.items():
-            assert (
-                found.experts[key].rows.dtype == torch.bfloat16 and found.experts[key].counts.sum() == of.counts.sum()
-            )
+        for role, h in exact.outputs.items():
+            assert (found.outputs[role] - h).norm() < 0.03 * h.norm(), (layer, role)
+        for key, of in exact.experts.items():
+            assert found.experts[key].rows.dtype == torch.bfloat16
+            for e in range(source.config.n_expert):
+                assert (found.experts[key].of(e) - of.of(e)).norm() <= 0.03 * of.of(e).norm(), (layer, key, e)
+
+
+def test_arrays_of_either_dtype_are_kept_as_they_are(tmp_path):
+    spill = Spill(tmp_path / "state", "job")
+    for dtype in (torch.float32, torch.bfloat16):
+        array = torch.randn(3, 5, 7).to(dtype)
+        spill.put("inputs-000", array)
+        found = torch.empty_like(array)
+        spill.read("inputs-000", found)
+        assert torch.equal(found, array)
+    with pytest.raises(QuantkitError, match=r"inputs-000: 210 bytes, not 140"):
+        spill.read("inputs-000", torch.empty(2, 5, 7, dtype=torch.bfloat16))
 
 
 def test_a_gguf_has_gradients_too(made, tokens, tmp_path):
