@@ -1,11 +1,11 @@
 """The server over loopback, asked by the real openai client; and by clients that misbehave."""
 
 import dataclasses
-import http.client
 import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import openai
 import pytest
@@ -45,7 +45,7 @@ class Running:
         return openai.OpenAI(**given)
 
     def post(self, body: bytes, path: str = "/v1/chat/completions", **headers) -> tuple[int, dict]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         base = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         connection.request("POST", path, body, base | {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
@@ -185,7 +185,7 @@ TOOLS = [
 )
 def test_requests_of_open_webui(running, body):
     """As Open-WebUI 0.12.4 sends them, shortened: its own tools come with every chat."""
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", running.port, timeout=60)
     connection.request(
         "POST",
         "/v1/chat/completions",
@@ -351,7 +351,7 @@ def test_other_refusals(running):
 def test_client_that_hangs_up_ends_its_job(running, monkeypatch, stream):
     endless(running.engine, monkeypatch)
     body = {"prompt": [0, 50], "max_tokens": CONTEXT - 2, "temperature": 1.5, "stream": stream}
-    connection = http.client.HTTPConnection("127.0.0.1", running.port)
+    connection = HTTPConnection("127.0.0.1", running.port)
     connection.request(
         "POST",
         "/v1/completions",
