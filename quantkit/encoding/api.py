@@ -51,7 +51,7 @@ class Method:
         """device and backend as in `encode_batch`."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         effort = EFFORTS[effort] if isinstance(effort, str) else effort
-        return Method(qtype, formats()[qtype], effort, gamma, device, backend or choose(device.type))
+        return Method(qtype, FORMATS[qtype], effort, gamma, device, backend or choose(device.type))
 
     def finished(self, state: State, part: slice = slice(None)) -> State:
         """With gamma, which comes last. part: which of the matrices these are."""
@@ -60,10 +60,6 @@ class Method:
             return state
         by = torch.tensor(gammas, device=state.d.device)[:, None, None]
         return replace(state, d=to_fp16(state.d * by), dmin=to_fp16(state.dmin * by))
-
-
-def formats() -> dict[str, Format]:
-    return FORMATS
 
 
 @cache

@@ -255,7 +255,7 @@ class LayerEncoder(Watcher):
     def _knows(self, role: str) -> bool:
         """Whether a backward pass tells of what this routed role puts out, in blocks of rows."""
         spec = self.specs[role]
-        key, rows = (DOWN, spec.shape[1]) if role == "ffn_down_exps" else (INNER, 2 * spec.shape[1])
+        key, rows = (DOWN, spec.shape[1]) if role == ROUTED_ROLES[-1] else (INNER, 2 * spec.shape[1])
         known = self.outputs.knows(key, self.source.config.n_expert, rows)
         return known and spec.shape[1] % self.how.two_sided.block == 0
 
@@ -263,11 +263,11 @@ class LayerEncoder(Watcher):
         """H_O of the experts' matrices, stacked as the roles are."""
         if not self._knows(roles[0]):
             return None
-        key = DOWN if roles == ("ffn_down_exps",) else INNER
+        key = DOWN if roles == ROUTED_ROLES[-1:] else INNER
         found = [self.outputs.expert(key, expert) for expert in experts]
-        if roles == ("ffn_gate_exps",) or roles == ("ffn_up_exps",):
+        if roles in (ROUTED_ROLES[:1], ROUTED_ROLES[1:2]):
             rows = self.specs[roles[0]].shape[1]
-            part = slice(0, rows) if roles == ("ffn_gate_exps",) else slice(rows, 2 * rows)
+            part = slice(0, rows) if roles == ROUTED_ROLES[:1] else slice(rows, 2 * rows)
             return [h[part, part] for h in found]
         return found
 

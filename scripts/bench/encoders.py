@@ -15,7 +15,8 @@ import time
 import numpy as np
 import torch
 
-from quantkit.encoding.api import encode_batch, formats
+from quantkit.codecs.registry import FORMATS
+from quantkit.encoding.api import encode_batch
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
 from quantkit.ggml import quants
@@ -45,7 +46,7 @@ def clock(device: torch.device) -> float:
 
 def search_flops(qtype: str, effort: str) -> float:
     """Multiply-adds ×2 of the codebook products per weight, by hypotheses; 0 for types without a codebook."""
-    fmt = formats()[qtype]
+    fmt = FORMATS[qtype]
     if fmt.grid is None:
         return 0.0
     how = EFFORTS[effort]

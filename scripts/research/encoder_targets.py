@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from quantkit.encoding.api import CPU_ROWS, choose, formats
+from quantkit.codecs.registry import FORMATS
+from quantkit.encoding.api import CPU_ROWS, choose
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Hessian, damp, prepare, tf32
 from quantkit.encoding.state import EFFORTS, Effort
@@ -30,7 +31,7 @@ def encode_values(
     beta: share of the errors that is fed back. Unlike encode_batch, nothing is left to ggml.
     """
     effort = EFFORTS[effort] if isinstance(effort, str) else effort
-    fmt, device = formats()[qtype], weights.device
+    fmt, device = FORMATS[qtype], weights.device
     out = torch.empty_like(weights, dtype=torch.float32)
     for i, hessian in enumerate(hessians):
         factor = prepare([hessian], weights.shape[-1], device, full=effort.feedback)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from encoder_data import TYPES, data, decode, output_error
 
+from quantkit.codecs.registry import FORMATS
 from quantkit.codecs.types import row_bytes
-from quantkit.encoding.api import choose, encode, encode_batch, formats, pack
+from quantkit.encoding.api import choose, encode, encode_batch, pack
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Hessian, prepare, second_moment
 from quantkit.encoding.state import EFFORTS
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("qtype", TYPES)
 def test_bytes_decode_to_what_the_encoder_chose(qtype, effort):
     w, hessian = data()
-    fmt, how = formats()[qtype], EFFORTS[effort]
+    fmt, how = FORMATS[qtype], EFFORTS[effort]
     factor = prepare([hessian], w.shape[1], CPU, full=how.feedback)
     state = encode_rows(fmt, w[None], factor, how, choose("cpu"))
     packed = pack(state)[0]

@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 from encoder_data import TYPES, data, output_error
 
-from quantkit.encoding.api import formats
+from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.backends import numba_backend
 from quantkit.encoding.backends.numba_backend import NumbaBackend
 from quantkit.encoding.backends.reference import Backend
@@ -31,7 +31,7 @@ def test_passes_choose_what_the_reference_chooses(qtype, effort):
     """Nearly always the same codes: sums in another order decide near-ties. The short lists of IQ1_S and IQ2_S at
     `fast` may miss the nearest entry: at most 1 % of the output error."""
     w, hessian = data(rows=37)
-    fmt, how = formats()[qtype], EFFORTS[effort]
+    fmt, how = FORMATS[qtype], EFFORTS[effort]
     factor = prepare([hessian], w.shape[1], CPU, full=how.feedback)
     plain, ours = (encode_rows(fmt, w[None], factor, how, backend) for backend in BOTH)
     short = effort == "fast" and qtype in ("IQ1_S", "IQ2_S")
@@ -42,7 +42,7 @@ def test_passes_choose_what_the_reference_chooses(qtype, effort):
 
 def test_full_metric_without_feedback_is_searched_exactly():
     w, hessian = data(rows=9)
-    fmt, factor = formats()["IQ1_S"], prepare([hessian], 512, CPU)
+    fmt, factor = FORMATS["IQ1_S"], prepare([hessian], 512, CPU)
     how = Effort(feedback=False, tries=1, near=0, passes=0, refit=False)
     plain, ours = (encode_rows(fmt, w[None], factor, how, backend) for backend in BOTH)
     assert (ours.entry == plain.entry).float().mean() > 0.99
@@ -52,7 +52,7 @@ def test_full_metric_without_feedback_is_searched_exactly():
 def test_sampled(qtype):
     g = torch.Generator().manual_seed(2)
     x, weights, base = (torch.rand(s, generator=g) + 0.1 for s in ((2, 9, 256), (2, 256), (2, 9)))
-    rounding = formats()[qtype].rounding
+    rounding = FORMATS[qtype].rounding
     want = sampled(x, weights, base, rounding)
     assert len(CURVE) == want.shape[-1]
     assert torch.allclose(numba_backend.sampled(x, weights, base, rounding), want, rtol=1e-3, atol=1e-4)
@@ -61,7 +61,7 @@ def test_sampled(qtype):
 @pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
 def test_fits(qtype):
     g = torch.Generator().manual_seed(4)
-    fmt = formats()[qtype]
+    fmt = FORMATS[qtype]
     x = torch.randn(2, 9, 256 // fmt.block, fmt.block, generator=g)
     w = torch.rand(2, 1, 256 // fmt.block, fmt.block, generator=g) + 0.1
     s, m = numba_backend.fit_blocks(fmt, x, w)
@@ -71,7 +71,7 @@ def test_fits(qtype):
 
 
 def test_half_steps_are_nearest_levels():
-    fmt = formats()["IQ4_XS"]
+    fmt = FORMATS["IQ4_XS"]
     y = torch.linspace(-140, 120, 2001)
     low, high = fmt.levels[0], fmt.levels[-1]
     got = torch.from_numpy(fmt.half_steps)[((y.clamp(low, high) - low) * 2).long()]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from encoder_data import data, decode, output_error
 
-from quantkit.encoding.api import choose, encode, formats
+from quantkit.codecs.registry import FORMATS
+from quantkit.encoding.api import choose, encode
 from quantkit.encoding.guess import guess
 from quantkit.encoding.hessian import blocked_cholesky, factorize, second_moment
 from quantkit.encoding.search import best_entry
@@ -32,7 +33,7 @@ def test_factor_rebuilds_the_hessian():
 def test_best_entry_kernel(qtype):
     """Entries may differ only where their scores nearly agree."""
     g = torch.Generator().manual_seed(1)
-    grid = torch.from_numpy(formats()[qtype].grid)
+    grid = torch.from_numpy(FORMATS[qtype].grid)
     e, n, k = 3, 517, grid.shape[1]
     metric = torch.rand(e, k, generator=g) + 0.1
     s = torch.rand(e, n, generator=g) * 0.1 + 0.01
@@ -55,7 +56,7 @@ def test_best_entry_kernel(qtype):
 @pytest.mark.parametrize("qtype", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
 def test_guess_kernel(qtype):
     g = torch.Generator().manual_seed(2)
-    fmt, x, weights = formats()[qtype], torch.randn(2, 77, 256, generator=g), torch.rand(2, 256, generator=g)
+    fmt, x, weights = FORMATS[qtype], torch.randn(2, 77, 256, generator=g), torch.rand(2, 256, generator=g)
     want, got = guess(fmt, x, weights, 2), choose("cuda").guess(fmt, x.cuda(), weights.cuda(), 2)
     same = got.d.cpu() == want.d
     assert torch.allclose(got.d.cpu(), want.d, rtol=0.1) and same.float().mean() > 0.9
@@ -64,7 +65,7 @@ def test_guess_kernel(qtype):
 
 @GPU
 @pytest.mark.parametrize("effort", ["fast", "normal"])
-@pytest.mark.parametrize("qtype", sorted(formats()))
+@pytest.mark.parametrize("qtype", sorted(FORMATS))
 def test_encode_on_the_gpu_is_as_good_as_on_the_cpu(qtype, effort):
     """Not the same bytes (sums in another order choose other near-ties), but the same output error within 2 %."""
     w, hessian = data(rows=64)

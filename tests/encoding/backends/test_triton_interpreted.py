@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from encoder_data import data, output_error
 
-from quantkit.encoding.api import formats
+from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.backends.triton_backend import TritonBackend
 from quantkit.encoding.feedback import encode_rows
@@ -22,7 +22,7 @@ PLAIN, TRITON = Backend(), TritonBackend()
 
 def test_best_entry():
     g = torch.Generator().manual_seed(1)
-    grid = torch.from_numpy(formats()["IQ2_XXS"].grid)
+    grid = torch.from_numpy(FORMATS["IQ2_XXS"].grid)
     x, s = torch.rand(2, 70, 8, generator=g), torch.rand(2, 70, generator=g) * 0.02 + 0.01
     args = (x * -2 * s[..., None], s * s, grid, (grid**2).sum(-1).expand(2, -1).contiguous())
     index, value = TRITON.best_entry(*args)
@@ -34,7 +34,7 @@ def test_best_entry():
 def test_guess(qtype):
     """Kernel and reference choose alike but for near-ties; a row of zeros gets d = 0."""
     g = torch.Generator().manual_seed(2)
-    fmt, x, weights = formats()[qtype], torch.randn(2, 9, 256, generator=g), torch.rand(2, 256, generator=g) + 0.1
+    fmt, x, weights = FORMATS[qtype], torch.randn(2, 9, 256, generator=g), torch.rand(2, 256, generator=g) + 0.1
     x[1, 3] = 0
     want, got = (backend.guess(fmt, x, weights, 2) for backend in (PLAIN, TRITON))
     assert got.d[1, 3] == 0 and torch.allclose(got.d, want.d, rtol=0.1)
@@ -47,7 +47,7 @@ def test_guess(qtype):
 @pytest.mark.parametrize("qtype", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ3_S"])
 def test_feedback_and_descent(qtype):
     w, hessian = data(rows=12, n_in=256)
-    fmt, how = formats()[qtype], Effort(feedback=True, tries=2, near=1, passes=1)
+    fmt, how = FORMATS[qtype], Effort(feedback=True, tries=2, near=1, passes=1)
     factor = prepare([hessian], 256, CPU)
     plain, ours = (encode_rows(fmt, w[None], factor, how, backend) for backend in (PLAIN, TRITON))
     assert output_error(w, ours.q[0], hessian) == pytest.approx(output_error(w, plain.q[0], hessian), rel=0.03)

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 from encoder_data import data, decode, output_error
 
 from quantkit.codecs.format import SUPERBLOCK
-from quantkit.encoding.api import formats, pack
+from quantkit.codecs.registry import FORMATS
+from quantkit.encoding.api import pack
 from quantkit.encoding.backends import triton_levels
 from quantkit.encoding.backends.reference import Backend, hypotheses
 from quantkit.encoding.backends.triton_backend import TritonBackend
@@ -37,7 +38,7 @@ def matrices(rows: int, n: int = 256, count: int = 2) -> tuple[torch.Tensor, Fac
 
 def check_fits(qtype: str, rows: int, count: int) -> None:
     w, factor, _ = matrices(rows, count=count)
-    fmt, weights = formats()[qtype], factor.d.diagonal(dim1=-2, dim2=-1).flatten(1)
+    fmt, weights = FORMATS[qtype], factor.d.diagonal(dim1=-2, dim2=-1).flatten(1)
     x, wb = w.unflatten(-1, (-1, fmt.block)), weights.view(count, 1, -1, fmt.block)
     s, m = triton_levels.fit(fmt, w.mT.contiguous(), weights)
     want_s, want_m = fit_blocks(fmt, x, wb)
@@ -49,7 +50,7 @@ def check_fits(qtype: str, rows: int, count: int) -> None:
 def check_feedback(qtype: str, rows: int, count: int) -> None:
     """The first and the last block of a superblock."""
     w, factor, _ = matrices(rows, count=count)
-    fmt, (upper, diagonal) = formats()[qtype], unit_upper(factor.d)
+    fmt, (upper, diagonal) = FORMATS[qtype], unit_upper(factor.d)
     weights = factor.d.diagonal(dim1=-2, dim2=-1).flatten(1)
     target = w + 0.002 * torch.randn(w.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE) * (w != 0)
     first = guess(fmt, w, weights, None)
@@ -77,7 +78,7 @@ def check_feedback(qtype: str, rows: int, count: int) -> None:
 
 def check_descent(qtype: str, rows: int, count: int, part: int) -> None:
     w, factor, _ = matrices(rows, count=count)
-    fmt, (inverse, (upper, diagonal)) = formats()[qtype], (torch.linalg.inv(m := blocks(factor.h)), unit_upper(m))
+    fmt, (inverse, (upper, diagonal)) = FORMATS[qtype], (torch.linalg.inv(m := blocks(factor.h)), unit_upper(m))
     state = PLAIN.plain_pass(fmt, w.roll(1, 1), factor.d, EFFORTS["fast"])  # far from the optimum: much moves
     old, q, slope, lo = state.value.clone(), state.q.clone(), (state.q - w) @ factor.h, 32 * part
     value, gradient, change = old.mT.contiguous(), slope.mT.contiguous(), torch.zeros(count, 32, rows, device=DEVICE)
@@ -114,7 +115,7 @@ def test_interpreted(qtype, monkeypatch):
 def test_interpreted_matrix():
     """All of it together."""
     w, factor, (hessian,) = matrices(11, count=1)
-    fmt, how = formats()["Q4_K"], Effort(feedback=True, tries=2, near=0, passes=1)
+    fmt, how = FORMATS["Q4_K"], Effort(feedback=True, tries=2, near=0, passes=1)
     plain, ours = (encode_rows(fmt, w, factor, how, backend) for backend in (PLAIN, TRITON))
     assert (ours.entry == plain.entry).float().mean() > 0.9
     assert output_error(w[0], ours.q[0], hessian) == pytest.approx(output_error(w[0], plain.q[0], hessian), rel=0.01)
@@ -135,7 +136,7 @@ def test_kernels_on_the_gpu(qtype):
 def test_matrices_on_the_gpu(qtype, effort):
     """Nearly always the codes of the plain path, its output error within 1 %, bytes that decode to what was chosen."""
     w, factor, hessians = matrices(150, n=768, count=3)
-    fmt, how = formats()[qtype], EFFORTS[effort]
+    fmt, how = FORMATS[qtype], EFFORTS[effort]
     factor = factor if how.feedback else prepare(hessians, 768, DEVICE, full=False)
     plain, ours = (encode_rows(fmt, w, factor, how, backend) for backend in (PLAIN, TRITON))
     assert (ours.entry == plain.entry).float().mean() > 0.9
@@ -151,6 +152,6 @@ def test_matrices_on_the_gpu(qtype, effort):
 def test_hostile_rows_on_the_gpu(qtype):
     w, factor, _ = matrices(9)
     w[0, 3], w[0, 4], w[0, 5, 7], w[1, 3, ::2] = 65504, 1e-12, -65504, 1e-38
-    state = encode_rows(formats()[qtype], w, factor, EFFORTS["normal"], TRITON)
+    state = encode_rows(FORMATS[qtype], w, factor, EFFORTS["normal"], TRITON)
     assert torch.isfinite(state.q).all() and torch.isfinite(state.d).all()
     assert state.q[0, 3].mean() > 60000
