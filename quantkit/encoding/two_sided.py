@@ -8,7 +8,7 @@ under H_I as ever. Then rows are revised block by block, all others fixed, each 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ import torch
 from quantkit import machine
 from quantkit.codecs.types import row_bytes
 from quantkit.encoding.api import GPU_SHARE, Method, finite, pack
+from quantkit.encoding.backends.reference import Work
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
 from quantkit.encoding.refit import pull, refit
 from quantkit.encoding.state import State
 from quantkit.errors import QuantkitError
 
+PACK_ROWS = 512  # that are packed together: it takes several times what they have
 GPU_BYTES = 32  # per weight: all of a matrix's codes, values and errors
 OUTPUT_BYTES = 10  # per element of H_O: damped, and its factor
 INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
@@ -55,6 +57,11 @@ class RowFactor:
     def block(self) -> int:
         """Rows that are encoded at once."""
         return self.inverse.shape[-1]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The blocks of rows, the most important first."""
+        return [slice(k, k + self.block) for k in range(0, self.order.shape[1], self.block)]
 
 
 def row_factor(outputs: Sequence[torch.Tensor] | torch.Tensor, how: TwoSided, device: torch.device) -> RowFactor:
@@ -104,12 +111,13 @@ def encode_two_sided(
                 factor = inputs.of(part).to(method.device)
             else:
                 factor = prepare(inputs[part], n, method.device, full=method.effort.feedback)
+            factor = replace(factor, kept={})
             rows = row_factor(outputs[part], how, method.device)
             with tf32():
                 w = finite(weights[part].to(method.device))
                 w = w.gather(1, rows.order[:, :, None].expand_as(w))
-                states = encode_row_blocks(method, w, factor, rows, how.passes)
-            packed = np.concatenate([pack(method.finished(state, part)) for state in states], 1)
+                state = method.finished(encode_row_blocks(method, w, factor, rows, how.passes), part)
+            packed = np.concatenate([pack(state.rows(slice(i, i + PACK_ROWS))) for i in range(0, r, PACK_ROWS)], 1)
         for i, order in enumerate(rows.order.cpu().numpy()):
             out[first + i, order] = packed[i]
     return out
@@ -125,34 +133,51 @@ def _tile(device: torch.device, shape: tuple[int, int, int], factored: bool) -> 
     return e if e <= most else 1 << (most.bit_length() - 1)
 
 
-def encode_row_blocks(method: Method, w: torch.Tensor, inputs: Factor, rows: RowFactor, passes: int) -> list[State]:
-    """w [E, R, n], finite, in the order of `rows` -> the State of every block of rows; without gamma."""
-    error = torch.empty_like(w)  # w − q of the rows that are done
-    states = []
-    for k in range(0, w.shape[1], rows.block):
-        here = slice(k, k + rows.block)
-        target = w[:, here].clone(memory_format=torch.contiguous_format)
-        if k:
-            target.baddbmm_(rows.factor.u[:, :k, here].mT, error[:, :k])
-        state = encode_rows(method.fmt, target, inputs, method.effort, method.backend)
-        torch.sub(w[:, here], state.q, out=error[:, here])
-        states.append(state)
+def encode_row_blocks(method: Method, w: torch.Tensor, inputs: Factor, rows: RowFactor, passes: int) -> State:
+    """w [E, R, n], finite, in the order of `rows` -> their State, without gamma."""
+    first, again = _first(method, w[:, : rows.block], inputs), None
+    whole, error = State.empty(method.fmt, w), torch.empty_like(w)  # w − q of the rows that are done
+    for here in rows.parts:
+        target = w[:, here]
+        if here.start:
+            target = torch.baddbmm(target, rows.factor.u[:, : here.start, here].mT, error[:, : here.start])
+        _put(whole, here, first([target.contiguous()]))
+        torch.sub(w[:, here], whole.q[:, here], out=error[:, here])
     for _ in range(passes):
-        _descend_rows(method, w, error, states, inputs, rows)
-    return states
+        for i, here in enumerate(rows.parts):  # towards W_k + H_kk⁻¹ Σ_{j≠k} H_kj (W_j − Q_j), all others fixed
+            # Σ over all j, k itself too, moves Q_k instead of W_k.
+            target = whole.q[:, here] + rows.inverse[:, i] @ (rows.factor.h[:, here] @ error)
+            state = [target, *(t.contiguous() for t in whole.rows(here).tensors)]
+            again = again or _again(method, state, inputs)
+            _put(whole, here, again(state))
+            torch.sub(w[:, here], whole.q[:, here], out=error[:, here])
+    return whole
 
 
-def _descend_rows(
-    method: Method, w: torch.Tensor, error: torch.Tensor, states: list[State], inputs: Factor, rows: RowFactor
-) -> None:
-    """Revise every block of rows once, all others fixed: towards W_k + H_kk⁻¹ Σ_{j≠k} H_kj (W_j − Q_j)."""
+def _put(whole: State, here: slice, tensors: list[torch.Tensor]) -> None:
+    for t, part in zip(whole.rows(here).tensors, tensors, strict=True):
+        t.copy_(part)
+
+
+def _first(method: Method, like: torch.Tensor, inputs: Factor) -> Work:
+    """Encodes a block of rows: [target] -> the tensors of its State."""
+
+    def encode(taken: list[torch.Tensor]) -> list[torch.Tensor]:
+        return encode_rows(method.fmt, taken[0], inputs, method.effort, method.backend).tensors
+
+    return method.backend.repeated(encode, [like])
+
+
+def _again(method: Method, like: list[torch.Tensor], inputs: Factor) -> Work:
+    """Revises a block of rows once: [target, the tensors of its State] -> those of the new one."""
     backend = method.backend
-    for i, state in enumerate(states):
-        here = slice(i * rows.block, (i + 1) * rows.block)
-        # Σ over all j, k itself too, moves Q_k instead of W_k.
-        target = state.q + rows.inverse[:, i] @ (rows.factor.h[:, here] @ error)
+
+    def revise(taken: list[torch.Tensor]) -> list[torch.Tensor]:
+        target, state = taken[0], State(method.fmt, *taken[1:])
         if inputs.coupled:
             backend.descend_groups(target, inputs, state)
         if method.effort.refit:
-            refit(pull(target, inputs), inputs, state, backend.gram)
-        torch.sub(w[:, here], state.q, out=error[:, here])
+            refit(pull(target, inputs), inputs, state, backend)
+        return state.tensors
+
+    return backend.repeated(revise, like)

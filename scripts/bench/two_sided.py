@@ -9,6 +9,7 @@ the rest: H_O's factor, rows, packing, the copy to the host. Error: tr(H_O Δ H_
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -68,6 +69,11 @@ def bench(qtype: str, shape: tuple[int, int, int], how: TwoSided, a: argparse.Na
     t_one, one = timed(device, lambda: encode_batch(qtype, w, factor, effort=a.effort, device=device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if a.profile:
+        few = [h[: 8 * how.block, : 8 * how.block] for h in outputs]
+        with torch.profiler.profile() as profile:
+            encode_two_sided(method, w[:, : 8 * how.block].contiguous(), factor, few, how)
+        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
     t_two, two = timed(device, lambda: encode_two_sided(method, w, factor, outputs, how))
     ratio = error(qtype, w[0], two[0], factor.h[0], outputs[0]) / error(qtype, w[0], one[0], factor.h[0], outputs[0])
     line = f"{qtype:8s} {a.effort} {rows}x{n} x{experts}, blocks of {how.block}, {how.passes} passes: factor "
@@ -88,12 +94,12 @@ def main() -> None:
     p.add_argument("--experts", type=int, default=32, help="encoded together")
     p.add_argument("--tokens", type=int, default=1024, help="behind H_I")
     p.add_argument("--gradients", type=int, default=1024, help="rows behind H_O")
-    p.add_argument("--block", type=int, default=16)
+    p.add_argument("--block", type=int, nargs="+", default=[16], help="rows; each is timed")
+    p.add_argument("--profile", action="store_true", help="print the kernels that 8 blocks take")
     p.add_argument("--passes", type=int, default=3)
     a = p.parse_args()
-    how = TwoSided(block=a.block, passes=a.passes)
-    for qtype in a.types:
-        total = 0.0
+    for qtype, block in itertools.product(a.types, a.block):
+        how, total = TwoSided(block=block, passes=a.passes), 0.0
         for shape in a.shapes:
             rows, n = map(int, shape.split("x"))
             total += bench(qtype, (a.experts, rows, n), how, a)

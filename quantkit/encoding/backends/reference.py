@@ -4,6 +4,7 @@ Within a superblock block by block: every hypothesis (scale code × shift or min
 turn, each group's target moved by the errors before it (hessian.py), and the cheapest hypothesis stays.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,17 @@ class Hypotheses(NamedTuple):
         return Hypotheses(*(t.gather(-1, best[..., None]).squeeze(-1) for t in self))
 
 
+Work = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+"""What is done over and over to tensors of the same shapes."""
+
+
 class Backend:
     """The inner loops of the encoder. E matrices of R rows and n columns are at work at once, w float32 [E, R, n]."""
+
+    def repeated(self, work: Work, like: list[torch.Tensor]) -> Work:
+        """`work`, made ready to be done many times to tensors like these. What it returns may be overwritten by the
+        next call, what it takes may not."""
+        return work
 
     def best_entry(
         self, linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor
@@ -199,6 +209,10 @@ class Backend:
         for k in range(k_all):  # each superblock meets itself and those after it
             self.products(_image(unit[:, :, k % kinds], k // kinds, factor), unit, a, k)
         return a.triu() + a.triu(1).mT
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [E, R, K, K] symmetric positive definite, b [E, R, K] -> x with a x = b."""
+        return torch.linalg.solve_ex(a, b)[0]
 
     def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
         """Fill row k of a [E, R, K, K] from superblock k // kinds on: sums over each superblock of image · unit."""
