@@ -82,14 +82,16 @@ def divergence(original: Source, file: Source, tokens: torch.Tensor) -> float:
     return total / n
 
 
-def write(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor, most: int | None, out: Path, ours: bool) -> Path:
-    """The file of the product's one pass, with experts that see `most` tokens."""
+def write(
+    checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor, most: int | None, out: Path, ours: EncoderOptions | None
+) -> Path:
+    """The file of the product's one pass, with experts that see `most` tokens; by ggml, or by our encoders."""
     device = default_device()
     source = CheckpointSource(checkpoint, device, torch.float32)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with open_writer(checkpoint, plan, Output(out / "file.gguf")) as writer:
-        file = StarvedFile(source, plan, writer, LayerOptions(EncoderOptions() if ours else None))
+        file = StarvedFile(source, plan, writer, LayerOptions(ours))
         file.most = most
         measured = coverage.shrink(collect(source, tokens, turns=file.turns, watch=file.watch), 32)
         encode_pending(checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
@@ -131,7 +133,8 @@ def main(
         for encoder in ("ggml", "quantkit"):
             started = time.perf_counter()
             mine, most = (tokens[:count], None) if everything else (tokens, count * CHUNK if count < total else None)
-            path = write(checkpoint, plan, mine, most, out / encoder, encoder == "quantkit")
+            ours = EncoderOptions() if encoder == "quantkit" else None
+            path = write(checkpoint, plan, mine, most, out / encoder, ours)
             file = open_source(path, original.device, torch.float32)
             kld = {name: divergence(original, file, ids) for name, ids in judged.items()}
             rows.append({"chunks": count, "encoder": encoder, "everything": everything, "kld": kld})
