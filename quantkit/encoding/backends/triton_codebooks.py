@@ -16,7 +16,9 @@ from quantkit.codecs.format import SUPERBLOCK, Format, tables
 from quantkit.encoding.hessian import GROUP, Factor
 from quantkit.encoding.state import State
 
-ROWS, LEAST_ROWS, TILE, WARPS = 64, 16, 128, 4
+ROWS, LEAST_ROWS, WARPS = 64, 16, 4
+SCORES = 8192  # of a program, in registers
+PROGRAMS = 132  # at once: with fewer, a GPU would idle
 SIGNS = {"grid": 0, "free": 1, "even": 2}
 
 
@@ -352,12 +354,15 @@ def scores_of(fmt: Format, metric: torch.Tensor, inverse: torch.Tensor) -> Score
 def _how(fmt: Format, tries: int, rows: int) -> How:
     entries = len(tables(fmt, torch.device("cpu")).grid)
     groups, halves = fmt.block // GROUP, GROUP // fmt.width
-    return How(tries, groups, SIGNS[fmt.signs], halves, entries, rows, min(TILE, entries))
+    return How(tries, groups, SIGNS[fmt.signs], halves, entries, rows, min(SCORES // rows, entries))
 
 
-def _rows(r: int) -> int:
-    """Rows of a program, where there are r: few of them go to as many programs as they can."""
-    return min(ROWS, max(LEAST_ROWS, triton.next_power_of_2(r)))
+def _rows(e: int, r: int) -> int:
+    """Rows of a program, where there are r in each of e matrices: few go to as many programs as they can."""
+    rows = ROWS
+    while rows > LEAST_ROWS and e * triton.cdiv(r, rows // 2) <= PROGRAMS:
+        rows //= 2
+    return rows
 
 
 def _out(state: State, change: torch.Tensor) -> Out:
@@ -379,7 +384,7 @@ def feedback_block(
     """
     e, r, n = w.shape
     t, place = tables(state.fmt, w.device), Place(n, r, start % SUPERBLOCK, start)
-    how, out = _how(state.fmt, codes.shape[-1], _rows(r)), _out(state, state.q)  # nothing goes to `change`
+    how, out = _how(state.fmt, codes.shape[-1], _rows(e, r)), _out(state, state.q)  # nothing goes to `change`
     _feedback[(triton.cdiv(r, how.rows), e)](
         (target, w, factor.u), out, codes, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )
@@ -391,7 +396,7 @@ def descent_block(
     """Revise 32 columns of every row at `start`; the change of q goes to change [E, R, 256]."""
     e, r, n = state.q.shape
     t, place = tables(state.fmt, h.device), Place(n, r, start % SUPERBLOCK, start)
-    how, out = _how(state.fmt, 0, _rows(r)), _out(state, change)
+    how, out = _how(state.fmt, 0, _rows(e, r)), _out(state, change)
     _descent[(triton.cdiv(r, how.rows), e)](
         gradient, h, out, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )
