@@ -1,13 +1,24 @@
 """Closed-form scales: all d (and dmin) of a row jointly, under the full Hessian, codes fixed."""
 
+from typing import Protocol
+
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, to_fp16
-from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.hessian import Factor
 from quantkit.encoding.state import State, block_scale
 
 LOW, HIGH = 0.3, 3.0  # a refitted d outside this range of the old one is a sign of a near-singular system
+
+
+class Algebra(Protocol):
+    """What a back end does of a refit: `reference.Backend` says how."""
+
+    def gram(self, unit: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """unit [E, R, kinds, n] -> [E, R, K, K]."""
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [E, R, K, K], b [E, R, K] -> [E, R, K]."""
 
 
 def units(state: State) -> torch.Tensor:
@@ -27,7 +38,7 @@ def pull(w: torch.Tensor, factor: Factor) -> torch.Tensor:
 
 
 def normal_equations(
-    unit: torch.Tensor, pulled: torch.Tensor, factor: Factor, backend: Backend
+    unit: torch.Tensor, pulled: torch.Tensor, factor: Factor, backend: Algebra
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [E, R, K, K] and b [E, R, K] of min (w − Σ x_k unit_k) H (…)ᵀ; K = superblocks × kinds, kinds fastest."""
     e, r, kinds, n = unit.shape
@@ -35,7 +46,7 @@ def normal_equations(
     return backend.gram(unit, factor), b
 
 
-def refit(pulled: torch.Tensor, factor: Factor, state: State, backend: Backend) -> None:
+def refit(pulled: torch.Tensor, factor: Factor, state: State, backend: Algebra) -> None:
     """Move d and dmin to the joint least-squares optimum wherever that lowers the row's output error after rounding.
 
     pulled: `pull` of the weights.

@@ -16,7 +16,7 @@ import torch
 from quantkit import machine
 from quantkit.codecs.types import row_bytes
 from quantkit.encoding.api import GPU_SHARE, Method, finite, pack
-from quantkit.encoding.backends.reference import Work
+from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
 from quantkit.encoding.refit import pull, refit
@@ -26,19 +26,34 @@ from quantkit.errors import QuantkitError
 PACK_ROWS = 512  # that are packed together: it takes several times what they have
 GPU_BYTES = 32  # per weight: all of a matrix's codes, values and errors
 OUTPUT_BYTES = 10  # per element of H_O: damped, and its factor
+MANY_ROWS = 1024
 INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
 
 
 @dataclass(frozen=True)
 class TwoSided:
-    """block: rows that are encoded at once. damping: added to H_O, in parts of its diagonal and of the diagonal's mean.
-    passes: over all rows again, once they are encoded. own: an expert's own part in its H_O, the rest being its
-    layer's mean."""
+    """block: rows that are encoded at once; passes: over all rows again, once they are encoded. None: as many as suit
+    the matrix. damping: added to H_O, in parts of its diagonal and of the diagonal's mean. own: an expert's own part in
+    its H_O, the rest being its layer's mean. effort: of a block's first encoding."""
 
-    block: int = 16
+    block: int | None = None
     damping: float = 0.3
-    passes: int = 3
+    passes: int | None = None
     own: float = 0.5
+    effort: str = "normal"
+
+    def blocks(self, n_rows: int) -> int:
+        """Rows of a block; 0 if these rows do not divide into blocks.
+
+        A GPU takes as long for 64 rows of an expert as for 16. Blocks of R1's 4,096 and 7,168 rows are small at 64 too:
+        with 6 passes they leave the error of blocks of 16 with 3 (docs/results/encoders.md).
+        """
+        sizes = [self.block] if self.block else [64, 32, 16, 8] if n_rows > MANY_ROWS else [16, 8]
+        return next((size for size in sizes if n_rows % size == 0), 0)
+
+    def passes_over(self, n_rows: int) -> int:
+        """How often all rows are revised."""
+        return self.passes if self.passes is not None else 6 if self.blocks(n_rows) == 64 else 3
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,16 @@ class RowFactor:
 def row_factor(outputs: Sequence[torch.Tensor] | torch.Tensor, how: TwoSided, device: torch.device) -> RowFactor:
     """Of H_O of each matrix, float32 [R, R]; one after the other, so that little more than the result is in memory."""
     e, r = len(outputs), outputs[0].shape[-1]
-    shape = (e, r // how.block, how.block, how.block)
+    block = how.blocks(r)
+    shape = (e, r // block, block, block)
     h, u = (torch.empty(e, r, r, device=device) for _ in range(2))
     d, inverse = (torch.empty(shape, device=device) for _ in range(2))
     order = torch.empty(e, r, dtype=torch.int64, device=device)
     for i in range(e):
         damped = _damped(outputs[i].to(device).float(), how.damping)
         order[i] = damped.diagonal().argsort(stable=True, descending=True)
-        one = factorize(damped[order[i]][:, order[i]][None], how.block)
-        h[i], u[i], d[i], inverse[i] = one.h[0], one.u[0], one.d[0], torch.linalg.inv(blocks(one.h, how.block))[0]
+        one = factorize(damped[order[i]][:, order[i]][None], block)
+        h[i], u[i], d[i], inverse[i] = one.h[0], one.u[0], one.d[0], torch.linalg.inv(blocks(one.h, block))[0]
     return RowFactor(order, Factor(h, u, d), inverse)
 
 
@@ -100,8 +116,8 @@ def encode_two_sided(
     QuantkitError if the rows do not divide into blocks.
     """
     e, r, n = weights.shape
-    if r % how.block:
-        raise QuantkitError(f"{r} rows do not divide into blocks of {how.block}")
+    if not how.blocks(r):
+        raise QuantkitError(f"{r} rows do not divide into blocks of {how.block or 8}")
     out = np.empty((e, r, row_bytes(method.qtype, n)), np.uint8)
     tile = _tile(method.device, (e, r, n), isinstance(inputs, Factor))
     for first in range(0, e, tile):
@@ -116,7 +132,7 @@ def encode_two_sided(
             with tf32():
                 w = finite(weights[part].to(method.device))
                 w = w.gather(1, rows.order[:, :, None].expand_as(w))
-                state = method.finished(encode_row_blocks(method, w, factor, rows, how.passes), part)
+                state = method.finished(encode_row_blocks(method, w, factor, rows, how.passes_over(r)), part)
             packed = np.concatenate([pack(state.rows(slice(i, i + PACK_ROWS))) for i in range(0, r, PACK_ROWS)], 1)
         for i, order in enumerate(rows.order.cpu().numpy()):
             out[first + i, order] = packed[i]

@@ -48,7 +48,7 @@ from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
-TWO_SIDED_RATE = 5e6  # weights a second on an H200 (docs/results/encoders.md)
+TWO_SIDED_RATE = 110e6  # weights a second on an H200 (docs/results/encoders.md)
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 

@@ -57,8 +57,9 @@ def options(variant: dict[str, str], folder: Path) -> EncoderOptions:
     gamma |= {name: float(variant.pop(name)) for name in list(variant) if name in GAMMA}
     one = variant.pop("one", None)
     effort, pseudo = variant.pop("effort", "normal"), float(variant.pop("pseudo_tokens", 1))
-    two = TwoSided(**{k: int(v) if k in ("block", "passes") else float(v) for k, v in variant.items()})
-    return EncoderOptions(effort, gamma, pseudo, None if one else folder, two)
+    numbers = {k: int(v) if k in ("block", "passes") else float(v) for k, v in variant.items()}
+    two = TwoSided(effort=effort, **numbers)
+    return EncoderOptions("normal", gamma, pseudo, None if one else folder, two)
 
 
 @click.command()

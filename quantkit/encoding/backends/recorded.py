@@ -1,8 +1,11 @@
 """A CUDA graph of work on tensors of fixed shapes: few rows need as many launches as many rows, and little else."""
 
+from collections.abc import Callable
+
 import torch
 
-from quantkit.encoding.backends.reference import Work
+Work = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+"""What is done over and over to tensors of the same shapes."""
 
 
 class Recorded:
@@ -23,7 +26,7 @@ class Recorded:
             self.given = work(self.taken)
 
     def __call__(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """As `reference.Work`."""
+        """As `Work`."""
         for mine, t in zip(self.taken, tensors, strict=True):
             mine.copy_(t)
         self.graph.replay()

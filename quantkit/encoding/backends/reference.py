@@ -4,12 +4,12 @@ Within a superblock block by block: every hypothesis (scale code × shift or min
 turn, each group's target moved by the errors before it (hessian.py), and the cheapest hypothesis stays.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, Format
+from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.guess import Guess, guess, refresh
 from quantkit.encoding.hessian import GROUP, Factor, blocks, factorize
 from quantkit.encoding.search import Choice, best_entry, nearest, quadratic
@@ -27,10 +27,6 @@ class Hypotheses(NamedTuple):
     def of(self, best: torch.Tensor) -> "Hypotheses":
         """One of them for each block: best [...], its number -> four tensors [...]."""
         return Hypotheses(*(t.gather(-1, best[..., None]).squeeze(-1) for t in self))
-
-
-Work = Callable[[list[torch.Tensor]], list[torch.Tensor]]
-"""What is done over and over to tensors of the same shapes."""
 
 
 class Backend:

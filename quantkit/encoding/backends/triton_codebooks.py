@@ -328,8 +328,7 @@ def score_tables(fmt: Format, metric: torch.Tensor) -> tuple[torch.Tensor, torch
     """Right-hand sides of the search for every group of a superblock: float16 [E, 32 · halves, 16, entries], and the
     factor that brings a row's linear terms to their scale [E, 32 · halves]. metric [E, 32, 8, 8]."""
     grid, (e, groups) = padded_grid(fmt, metric.device), metric.shape[:2]
-    halves, entries, _ = grid.shape
-    size = grid.abs().max()
+    (halves, entries, _), size = grid.shape, grid.abs().max()
     if fmt.signs == "grid":
         bias = ((grid @ metric.view(-1, GROUP, GROUP)) * grid).sum(-1)  # [E · 32, entries]
     else:
@@ -338,8 +337,7 @@ def score_tables(fmt: Format, metric: torch.Tensor) -> tuple[torch.Tensor, torch
     table = torch.zeros(e, groups, halves, 16, entries, dtype=torch.float16, device=metric.device)
     table[..., :GROUP, :] = (grid / size).mT
     flat = table.view(-1, 16, entries)
-    scaled = bias / unit[:, None]
-    flat[:, 8] = scaled
+    flat[:, 8] = scaled = bias / unit[:, None]
     flat[:, 9] = scaled - flat[:, 8]
     flat[:, 10:12] = 1
     return table, size / unit
