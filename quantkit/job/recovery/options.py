@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 
-from quantkit.calibration import gradients
 from quantkit.errors import QuantkitError
-from quantkit.job.recovery.step import Update
-from quantkit.job.recovery.student import Moves
-from quantkit.job.recovery.values import ByLayer
+from quantkit.job.recovery.tuned import Moves
+from quantkit.job.recovery.values import ByLayer, Update
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
 from quantkit.runtime.memory import HIDDEN_BYTES, Limits, Memory, room_for
@@ -72,15 +70,12 @@ class Sizes:
         large = torch.bfloat16 if 4 * n_tokens * c.d > HIDDEN_BYTES else torch.float32
         return values, step + 3 * n_tokens * c.d * large.itemsize
 
-    def memory(self, source: Source, t: int) -> Memory:
-        """Of a step on chunks of t tokens, beyond a forward pass's: for each weight that moves in a layer its gradient,
-        float32, that of a tile, and the weight and the next layer's."""
-        more = gradients.memory(source, 1, t)
-        return Memory(more.fixed + (4 + 3 * source.dtype.itemsize) * self.most, more.beside, more.per_token)
-
-    def room(self, source: Source, n_chunk: int, t: int, limits: Limits) -> Room:
-        """For a step of so many chunks of t tokens; QuantkitError if they do not fit."""
-        place = room_for(source, n_chunk * t, limits, self.memory(source, t)).place
+    def room(self, source: Source, shape: tuple[int, int], limits: Limits, derived: Memory) -> Room:
+        """For a step on [n_chunk, t] tokens; QuantkitError if they do not fit. derived: what a backward pass needs.
+        Besides, for each weight that moves in a layer: its gradient, float32, that of a tile, its value, and the next
+        layer's."""
+        more = derived + Memory((4 + 3 * source.dtype.itemsize) * self.most, 0, 0)
+        place = room_for(source, shape[0] * shape[1], limits, more).place
         return Room(place, source.device, limits.folder, self.hidden)
 
     def check_disk(self, n_tokens: int, file_bytes: int, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Recovery: what a finished file leaves free is tuned against the original. Not a byte is added.
 
 Norms and routers (F32 in the file) move, and the weights of the matrices of 4 bits and more outside of the routed
-experts, which are encoded once more in the end (`student`). The loss is the KL divergence of the logits from the
+experts, which are encoded once more in the end (`tuned`). The loss is the KL divergence of the logits from the
 original's at all positions; the optimizer is Lion (arXiv 2302.06675), whose one momentum fits on a disk. Forward and
 backward go layer by layer (`step`), so a model of any size can be recovered: the file is read twice a step. When it
 stops, and which of its states is taken, is decided by text of other domains than it trains on (`text`).
@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.corpus import Chunks
+from quantkit.calibration import gradients
+from quantkit.calibration.corpus import Chunks, TextChoice
 from quantkit.calibration.spill import Spill
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.whole_file import write_json
 from quantkit.job.recovery.options import RecoverOptions, Sizes
-from quantkit.job.recovery.step import Target, TrainingStep, divergence, forward, inputs
-from quantkit.job.recovery.student import Student, Tuned, moving
+from quantkit.job.recovery.passes import Target, divergence, forward, inputs
+from quantkit.job.recovery.step import TrainingStep
+from quantkit.job.recovery.student import Student
 from quantkit.job.recovery.text import Split
+from quantkit.job.recovery.tuned import Tuned, moving
 from quantkit.job.recovery.twin import Twin, encode_again
 from quantkit.job.recovery.values import Values
 from quantkit.planning.plan import Plan
@@ -78,9 +81,11 @@ class Recovery:
         used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
         self.tokens, self.used = chunks.tokens[used], used
         state.mkdir(parents=True, exist_ok=True)
-        self.room = sizes.room(original, self.batches[0].numel(), chunks.tokens.shape[1], how.limits(state))
+        shape = len(self.batches[0]), chunks.tokens.shape[1]
+        self.room = sizes.room(original, shape, how.limits(state), gradients.memory(original, 1, shape[1]))
         self.values = Values(state, specs, sizes.dtype)
-        self.student = Student(Tuned(weights, original.checkpoint, self.values, original.device), original.dtype)
+        tuned = Tuned(weights.file, original.checkpoint, self.values, original.device)
+        self.student = Student(weights, tuned, original.dtype)
         self.progress = Progress(state / "progress.json", how.every)
 
     def _spill(self, name: str) -> Spill:
@@ -100,7 +105,7 @@ class Recovery:
             progress.save()
         self._train(target, held)
         twin.copy()
-        best = Student(self.student.tuned.at(self.values.best()), self.original.dtype)
+        best = Student(self.student.weights, self.student.tuned.at(self.values.best()), self.original.dtype)
         text = torch.tensor(sorted({int(i) for batch in self.batches for i in batch}))
         tokens, spill = self.tokens[self._chunks(text)], self._spill("encode")
         encode_again(best, tokens, self._room_of(tokens), spill, twin)
@@ -206,12 +211,13 @@ def recover(
 
 
 def open_original(
-    checkpoint: Checkpoint, plan: Plan, device: str, n_tokens: int, folder: Path, how: RecoverOptions
+    checkpoint: Checkpoint, plan: Plan, device: str, text: TextChoice, folder: Path, how: RecoverOptions
 ) -> CheckpointSource:
     """The original as recovery reads it: float32 on the CPU, bfloat16 on a GPU. Says what recovering a file of this
-    plan on n_tokens takes; QuantkitError if memory, or the disk of the folder (which there is), has no room for it."""
+    plan on so much text takes; QuantkitError if memory, or the disk of the folder (it exists), has no room for that."""
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
     sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
-    sizes.check_disk(min(n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
-    sizes.room(source, 1, min(n_tokens, how.tokens), how.limits(folder))
+    sizes.check_disk(min(text.n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
+    shape = max(1, min(text.n_tokens, how.tokens) // text.chunk), text.chunk
+    sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))
     return source

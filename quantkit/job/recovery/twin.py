@@ -15,8 +15,8 @@ from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml import quants
-from quantkit.job.recovery.step import forward, inputs
-from quantkit.job.recovery.student import Student
+from quantkit.job.recovery.passes import forward, inputs
+from quantkit.job.recovery.tuned import TunedSource
 from quantkit.models import family
 from quantkit.progress import track
 from quantkit.runtime.layers import rms_norm
@@ -89,7 +89,7 @@ class Inputs(Watcher):
             self.moments.setdefault(role, Moments()).add(x, weight)
 
 
-def encode_again(student: Student, tokens: torch.Tensor, room: Room, spill: Spill, twin: Twin) -> None:
+def encode_again(student: TunedSource, tokens: torch.Tensor, room: Room, spill: Spill, twin: Twin) -> None:
     """Everything that moved, layer by layer, into the twin: matrices under the moments of the inputs that the student
     has of these tokens, int64 [n_chunk, t]. Goes on after the last finished layer."""
     n_layer, specs = student.config.n_layer, student.tuned.values.specs
@@ -112,7 +112,7 @@ def encode_again(student: Student, tokens: torch.Tensor, room: Room, spill: Spil
         twin.sync()
 
 
-def _of_output(student: Student, hidden: torch.Tensor) -> Moments:
+def _of_output(student: TunedSource, hidden: torch.Tensor) -> Moments:
     """Of the rows that the output matrix multiplies."""
     seen, norm = Moments(), student.output_norm()
     for part in hidden.flatten(0, 1).split(ATTENTION_TOKENS):
@@ -121,7 +121,7 @@ def _of_output(student: Student, hidden: torch.Tensor) -> Moments:
     return seen
 
 
-def _write(student: Student, spec: TensorSpec, seen: Moments | None, twin: Twin) -> None:
+def _write(student: TunedSource, spec: TensorSpec, seen: Moments | None, twin: Twin) -> None:
     qtype, rows = twin.base.tensors[spec.name].qtype, student.tuned.rows
     if seen is None:  # F32 in the file
         values = torch.cat([rows(spec, *some) for some in family.slices(spec)])
@@ -141,7 +141,7 @@ def _write(student: Student, spec: TensorSpec, seen: Moments | None, twin: Twin)
             twin.write(spec.name, start, packed[0])
 
 
-def _by_ggml(student: Student, spec: TensorSpec, hessians: list[Hessian], twin: Twin) -> None:
+def _by_ggml(student: TunedSource, spec: TensorSpec, hessians: list[Hessian], twin: Twin) -> None:
     qtype, each = twin.base.tensors[spec.name].qtype, spec.n_rows // spec.n_matrices
     for start, stop in family.slices(spec):
         diagonal = hessians[start // each].diagonal
@@ -150,7 +150,7 @@ def _by_ggml(student: Student, spec: TensorSpec, hessians: list[Hessian], twin: 
         twin.write(spec.name, start, quants.quantize(qtype, values, importance))
 
 
-def _matrix(student: Student, spec: TensorSpec, index: int) -> torch.Tensor:
+def _matrix(student: TunedSource, spec: TensorSpec, index: int) -> torch.Tensor:
     each = spec.n_rows // spec.n_matrices
     parts = [some for some in family.slices(spec) if index * each <= some[0] < (index + 1) * each]
     return torch.cat([student.tuned.rows(spec, *some) for some in parts])

@@ -11,6 +11,7 @@ The last NNN stands for the output norm and the output matrix. A tensor that nev
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +23,16 @@ from quantkit.tensors import TensorSpec
 
 TILE = 16 << 20  # weights that are updated at once
 
-Betas = tuple[float, float]
-
 ByLayer = Mapping[int, Sequence[TensorSpec]]
 """Tensors that move, by layer; those outside the layers under the number of layers."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """rate: in units of what moves. betas: of Lion."""
+
+    rate: float
+    betas: tuple[float, float]
 
 
 class Values:
@@ -41,7 +48,7 @@ class Values:
         """Rows of a tensor, [stop - start, n_in] on the CPU; None if it has not moved."""
         return _rows(self._path(self.prefix, self.layer_of[spec.name]), spec, start, stop)
 
-    def update(self, layer: int, gradients: Mapping[str, torch.Tensor], rate: float, betas: Betas) -> None:
+    def update(self, layer: int, gradients: Mapping[str, torch.Tensor], how: Update) -> None:
         """A step of Lion into the files of the next step: `delta -= rate · sign(β₁ m + (1 − β₁) g)`, then
         `m = β₂ m + (1 − β₂) g`. gradients: name -> float32, with respect to the delta but for a positive factor."""
         specs = self.specs.get(layer, ())
@@ -51,7 +58,7 @@ class Values:
         paths = [self._path(kind, layer) for kind in ("delta", "moment")]
         with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes) as moments:
             for spec in specs:
-                self._update(spec, gradients[spec.name], paths, (deltas, moments), rate, betas)
+                self._update(spec, gradients[spec.name], paths, (deltas, moments), how)
 
     def _update(
         self,
@@ -59,17 +66,16 @@ class Values:
         gradient: torch.Tensor,
         paths: list[Path],
         out: tuple[Writer, Writer],
-        rate: float,
-        betas: Betas,
+        how: Update,
     ) -> None:
         flat, step = gradient.view(spec.n_rows, spec.n_in), max(1, TILE // spec.n_in)
         for start in range(0, spec.n_rows, step):
             g = flat[start : start + step]
             old = [_rows(path, spec, start, start + len(g)) for path in paths]
             delta, m = (torch.zeros_like(g) if t is None else t.to(g.device, torch.float32) for t in old)
-            delta -= rate * m.lerp(g, 1 - betas[0]).sign()
+            delta -= how.rate * m.lerp(g, 1 - how.betas[0]).sign()
             out[0].write(spec.name, delta, start)
-            out[1].write(spec.name, m.lerp_(g, 1 - betas[1]), start)
+            out[1].write(spec.name, m.lerp_(g, 1 - how.betas[1]), start)
 
     def commit(self, layer: int) -> None:
         """What `update` made of a layer takes its place. May be done again."""
