@@ -29,10 +29,11 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.whole_file import write_json
-from quantkit.job import recovery
 from quantkit.job.folder import BASE, GRADIENTS, PLAN, RECIPE, RECOVERY, REFERENCE, VERIFY, begin, finished_files
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import plan_model, recipe_text
+from quantkit.job.recovery.options import RecoverOptions
+from quantkit.job.recovery.recover import open_original, recover
 from quantkit.job.stages import (
     QuantizeOptions,
     VerifyOptions,
@@ -254,7 +255,8 @@ def state_of(out: Path, job: str = "") -> PassState:
 def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path]:
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     how = order.options.calibration
-    source = recovery.open_original(order.checkpoint, order.plan, order.device, how.text.n_tokens, how.memory)
+    options = RecoverOptions(memory=how.memory, hidden=how.hidden)
+    source = open_original(order.checkpoint, order.plan, order.device, how.text, order.folder, options)
     base = order.folder / BASE / order.out.name
     base.parent.mkdir(exist_ok=True)
     files = earlier(order, base) or make_file(order, base, reference)
@@ -265,7 +267,7 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
-    files, gained = recovery.recover(files[0], order.folder, source, order.plan, chunks.tokens, job)
+    files, gained = recover(files[0], order.folder, source, chunks, job, options)
     write_json(order.folder / RECOVERY, gained)
     shutil.rmtree(base.parent)
     return files

@@ -1,4 +1,5 @@
-"""A layer's backward pass with respect to activations: what reaches its input, and its matrices' outputs on the way.
+"""A layer's backward pass with respect to activations: what reaches its input, and its matrices' outputs on the way;
+and, of tensors that are asked for (`Leaves`), with respect to themselves.
 
 Nothing of the forward pass is kept but the layer's input; the rest is computed again. Attention, dense and shared
 feed-forward are left to autograd, in tiles; routed experts are streamed one by one and derived by hand. Gradients are
@@ -8,7 +9,7 @@ float32, so no loss needs scaling.
 The gradient flows through the routing weights into the router's input, not through the selection of experts.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,6 +43,9 @@ EXPERT_TOKENS = 4096  # per tile of a routed expert
 Draw = Callable[[torch.Tensor], torch.Tensor]
 """Probabilities float32 [m, n_vocab] of the next tokens -> labels int64 [n_sample, m], tile after tile."""
 
+Loss = Callable[[slice, torch.Tensor], torch.Tensor]
+"""Which rows, and their logits float32 [m, n_vocab] -> gradient of the loss there, float32."""
+
 
 @dataclass(frozen=True)
 class ExpertGradients:
@@ -74,11 +78,41 @@ class Receiver(Protocol):
         """One tile of an expert, all samples: experts in order, tokens in order."""
 
 
+class Leaves:
+    """Tensors that require gradients, by name, from which the weights of a layer (or the head) were made; `gradients`
+    holds the sums of theirs, float32, over all tiles so far. Routed experts cannot be among them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self.names, self.tensors = tuple(tensors), tuple(tensors.values())
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def add(self, found: Sequence[torch.Tensor | None]) -> None:
+        """Those of one tile, in the order of `tensors`; None for one that has no part in it."""
+        for name, gradient in zip(self.names, found, strict=True):
+            if gradient is not None and name in self.gradients:
+                self.gradients[name] += gradient
+            elif gradient is not None:
+                layout = torch.contiguous_format  # a matrix's comes transposed
+                self.gradients[name] = gradient.to(torch.float32, copy=True, memory_format=layout)
+
+
+class Silent:
+    """The receiver that wants to know nothing."""
+
+    roles: Collection[str] = ()
+
+    def matrix(self, role: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """As `Receiver`."""
+
+    def expert(self, found: ExpertGradients) -> None:
+        """As `Receiver`."""
+
+
 class _Taps:
     """Linear maps that remember what they multiplied and made, to be told of the gradient there."""
 
-    def __init__(self, receiver: Receiver):
-        self.receiver = receiver
+    def __init__(self, receiver: Receiver, leaves: Leaves):
+        self.receiver, self.leaves = receiver, leaves
         self.seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def on(self, role: str, linear: Linear) -> Linear:
@@ -96,8 +130,8 @@ class _Taps:
     def back(self, made: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], leaf: torch.Tensor) -> torch.Tensor:
         """From the gradients of what was made of it to that of the leaf. The graph stays, for other samples."""
         wanted = [leaf, *(output for *_, output in self.seen)]
-        found, *outputs = torch.autograd.grad(made, wanted, gradients, retain_graph=True)
-        for (role, x, _), gradient in zip(self.seen, outputs, strict=True):
+        found, *others = _grad(made, wanted, gradients, self.leaves)
+        for (role, x, _), gradient in zip(self.seen, others, strict=True):
             self.receiver.matrix(role, x, gradient)
         return found
 
@@ -135,21 +169,33 @@ class Backward:
                 self.gradient[s, rows] = found.to(self.gradient.device)
 
     @torch.enable_grad()
-    def layer(self, weights: LayerWeights, receiver: Receiver) -> None:
-        """Back through one layer."""
+    def head_by(self, head: tuple[torch.Tensor, Linear], loss: Loss, leaves: Leaves) -> None:
+        """As `head`, of the sum of another loss. head: the source's, as it was made from the leaves."""
+        hidden = self.hidden.flatten(0, 1)
+        for rows in _tiles(len(hidden), max(1, HEAD_ELEMENTS // self.source.config.n_vocab)):
+            x = _leaf(hidden[rows], self.device, torch.float32)
+            logits = head_logits(self.source, head, x)
+            (found,) = _grad([logits], [x], [loss(rows, logits.detach())], leaves)
+            self.gradient[0, rows] = found.to(self.gradient.device)
+
+    @torch.enable_grad()
+    def layer(self, weights: LayerWeights, receiver: Receiver, leaves: Leaves | None = None) -> None:
+        """Back through one layer. leaves: what its weights were made from, if its gradients are wanted too."""
+        leaves = leaves or Leaves({})
         self._find_inputs(weights)
         self.at_inputs.zero_()
         if weights.feed is not None:
             for rows in _tiles(len(self.inputs), FEED_TOKENS):
-                self._feed(rows, weights.feed, "" if weights.router is None else "_shexp", receiver)
+                taps = _Taps(receiver, leaves)
+                self._feed(rows, weights.feed, "" if weights.router is None else "_shexp", taps)
         if weights.router is not None:
             if not isinstance(weights.experts, StreamedExperts):
                 raise QuantkitError(
                     "gradients need routed experts that are dequantized: open the checkpoint, or a GGUF"
                 )
-            self._routed(weights.router, weights.experts, receiver)
+            self._routed(weights.router, weights.experts, receiver, leaves)
         for rows, part in self._parts():
-            self._attention(rows, part, weights, receiver)
+            self._attention(rows, part, weights, _Taps(receiver, leaves))
 
     def _parts(self) -> list[tuple[slice, torch.Tensor]]:
         """Whole chunks whose attention is derived together, float32 where the weights are, and their rows."""
@@ -165,8 +211,8 @@ class Backward:
             h = h + attention(h, weights, c, self.angles)
             self.inputs[rows] = rms_norm(h, weights.ffn_norm, c.rms_eps).flatten(0, 1).to(self.inputs)
 
-    def _feed(self, rows: slice, feed: Feed, suffix: str, receiver: Receiver) -> None:
-        x, taps = _leaf(self.inputs[rows], self.device), _Taps(receiver)
+    def _feed(self, rows: slice, feed: Feed, suffix: str, taps: _Taps) -> None:
+        x = _leaf(self.inputs[rows], self.device)
         parts = ((part, getattr(feed, part)) for part in ("gate", "up", "down"))
         made = Feed(*(taps.on(f"ffn_{part}{suffix}", linear) for part, linear in parts))(x)
         for s in range(self.n_sample):
@@ -174,7 +220,7 @@ class Backward:
             self.at_inputs[s, rows] += found.to(self.at_inputs)
 
     @torch.no_grad()
-    def _routed(self, router: Router, experts: StreamedExperts, receiver: Receiver) -> None:
+    def _routed(self, router: Router, experts: StreamedExperts, receiver: Receiver, leaves: Leaves) -> None:
         tiles = list(_tiles(len(self.inputs), FEED_TOKENS))
         chosen = [route(self.inputs[rows].to(self.device), router, self.source.config) for rows in tiles]
         expert, weight = (torch.cat(parts) for parts in zip(*chosen, strict=True))
@@ -185,7 +231,7 @@ class Backward:
             for slots in routes.slots[e].split(EXPERT_TOKENS):
                 at_weights[:, slots] = self._expert(e, matrices, slots, routes, receiver)
         for rows in tiles:
-            self._router(router, expert[rows], at_weights.view(self.n_sample, *expert.shape)[:, rows], rows)
+            self._router(router, expert[rows], at_weights.view(self.n_sample, *expert.shape)[:, rows], rows, leaves)
 
     def _expert(
         self, e: int, matrices: Projections, slots: torch.Tensor, routes: Routes, receiver: Receiver
@@ -209,17 +255,19 @@ class Backward:
         return at_weight
 
     @torch.enable_grad()
-    def _router(self, router: Router, expert: torch.Tensor, at_weights: torch.Tensor, rows: slice) -> None:
+    def _router(
+        self, router: Router, expert: torch.Tensor, at_weights: torch.Tensor, rows: slice, leaves: Leaves
+    ) -> None:
         """From the routing weights of a tile [n_sample, m, n_used] to the router's input."""
         x, c = _leaf(self.inputs[rows], self.device, torch.float32), self.source.config
         weight = routing_weights(router_scores(x, router, c), expert, c)
         for s, at_weight in enumerate(at_weights):
-            (found,) = torch.autograd.grad(weight, x, at_weight, retain_graph=True)
+            (found,) = _grad([weight], [x], [at_weight], leaves)
             self.at_inputs[s, rows] += found.to(self.at_inputs)
 
-    def _attention(self, rows: slice, part: torch.Tensor, weights: LayerWeights, receiver: Receiver) -> None:
+    def _attention(self, rows: slice, part: torch.Tensor, weights: LayerWeights, taps: _Taps) -> None:
         """Both residual additions and both norms with it."""
-        c, taps, h = self.source.config, _Taps(receiver), _leaf(part, self.device, torch.float32)
+        c, h = self.source.config, _leaf(part, self.device, torch.float32)
         with sdpa_kernel(SDPBackend.MATH):  # the backward passes of the others add up in any order on a GPU
             out = h + attention(h, _tapped(weights, taps), c, self.angles)
             x = rms_norm(out, weights.ffn_norm, c.rms_eps)
@@ -235,6 +283,16 @@ def _tapped(weights: LayerWeights, taps: _Taps) -> LayerWeights:
         return replace(weights, q=taps.on("attn_q", weights.q), kv_a=kv_a, output=output)
     q_a, norm, q_b = weights.q
     return replace(weights, q=(taps.on("attn_q_a", q_a), norm, taps.on("attn_q_b", q_b)), kv_a=kv_a, output=output)
+
+
+def _grad(
+    made: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], leaves: Leaves
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of what is wanted; those of the leaves are added there. The graph stays, for other samples."""
+    every = [*wanted, *leaves.tensors]
+    found = torch.autograd.grad(made, every, gradients, retain_graph=True, allow_unused=True)
+    leaves.add(found[len(wanted) :])
+    return found[: len(wanted)]
 
 
 def _leaf(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

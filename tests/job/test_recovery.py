@@ -1,22 +1,38 @@
-"""Recovery on tiny-r1: the divergence falls, sizes stay, and a stopped run ends at the same bytes."""
+"""Recovery on tiny-r1: gradients are the whole model's, the divergence falls, sizes stay, and a stopped run ends at the
+same bytes."""
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.calibration.spill import Spill
 from quantkit.encoding.jobs import GgmlEncoder, Output, quantize
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.job.recovery import RecoverOptions, Recovery, open_original, recover
-from quantkit.job.student import Student
+from quantkit.job.recovery.options import RecoverOptions, Sizes
+from quantkit.job.recovery.recover import Recovery, open_original, recover
+from quantkit.job.recovery.step import TrainingStep
+from quantkit.job.recovery.text import Split
+from quantkit.job.recovery.tuned import Tuned, is_norm, moving
+from quantkit.job.recovery.twin import Twin
+from quantkit.job.recovery.values import Update, Values
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime.layers import attention, rms_norm, route
+from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.gguf import Dequantized
+from quantkit.runtime.stream import final_hidden, head_logits
 
-HOW = RecoverOptions(epochs=(3, 2), batch=4, lr=3e-3, lr_moved=4e-3, held_out=8)
+HOW = RecoverOptions(steps=6, tokens=512, every=3)
+SHORT = replace(HOW, steps=2, every=1)
 
 
 @pytest.fixture(scope="module")
@@ -24,97 +40,288 @@ def source(tiny):
     return CheckpointSource(tiny)
 
 
-@pytest.fixture(scope="module")
-def plan(source):
-    return make_plan(family.specs(source.config), Recipe.load("2.51bit"), "llama.cpp", model="tiny")
+def plan_for(source, target="llama.cpp"):
+    mla = "combined" if "combined" in target else "split"
+    return make_plan(family.specs(source.config, mla), Recipe.load("2.51bit"), target, model="tiny")
 
 
 @pytest.fixture(scope="module")
-def base(tiny, plan, tmp_path_factory):
+def base(tiny, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "tiny.gguf"
-    quantize(tiny, plan, {}, Output(out, split_max_bytes=2_000_000), GgmlEncoder())
+    quantize(tiny, plan_for(source), {}, Output(out, split_max_bytes=2_000_000), GgmlEncoder())
     return out.with_name("tiny-00001-of-00003.gguf")
 
 
 @pytest.fixture(scope="module")
-def tokens(source):
-    choice = TextChoice(n_tokens=16 * 64, chunk=64)
-    return cut(choice.corpus("calibration"), source, choice).tokens
+def chunks(source):
+    choice = TextChoice(n_tokens=24 * 64, chunk=64)
+    return cut(choice.corpus("calibration"), source, choice)
 
 
 @pytest.fixture(scope="module")
-def recovered(base, source, plan, tokens, tmp_path_factory):
-    return recover(base, tmp_path_factory.mktemp("out"), source, plan, tokens, "job", HOW)
+def recovered(base, source, chunks, tmp_path_factory):
+    return recover(base, tmp_path_factory.mktemp("out"), source, chunks, "job", HOW)
+
+
+def plain_gradients(student, original, tokens):
+    """Of the mean divergence, by everything that moves, in one graph; routed experts written down once more."""
+    c, wanted = student.config, {}
+    turns, h = angles(c, torch.arange(tokens.shape[1])), student.embed(tokens)
+    for layer in range(c.n_layer):
+        weights, leaves = student.opened(layer)
+        wanted |= leaves
+        h = h + attention(h, weights, c, turns)
+        x = rms_norm(h, weights.ffn_norm, c.rms_eps).flatten(0, 1)
+        out = 0 if weights.feed is None else weights.feed(x)
+        if weights.router is not None:
+            expert, share = route(x, weights.router, c)
+            for e in range(c.n_expert):
+                gate, up, down = weights.experts.read(e)
+                made = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+                out = out + made * (share * (expert == e)).sum(1, keepdim=True)
+        h = h + out.view_as(h)
+    head, leaves = student.opened_head()
+    wanted |= leaves
+    log_q = head_logits(student, head, h).log_softmax(-1)
+    log_p = head_logits(original, original.head(), final_hidden(original, tokens)).log_softmax(-1).detach()
+    loss = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    found = torch.autograd.grad(loss, list(wanted.values()))
+    scaled = [g * t if is_norm(student.tuned.specs[n]) else g for g, (n, t) in zip(found, wanted.items(), strict=True)]
+    return float(loss.detach()), dict(zip(wanted, scaled, strict=True))
+
+
+@pytest.mark.parametrize("target", ["llama.cpp", "llama.cpp/combined"])
+def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, monkeypatch, target):
+    """In the second step, when everything has moved; in tiles that do not divide the text."""
+    path = tmp_path / "tiny.gguf"
+    quantize(tiny, plan_for(source, target), {}, Output(path), GgmlEncoder())
+    work = Recovery(path, source, chunks, replace(SHORT, tokens=256), tmp_path / "state", "job")
+    aim, seen, losses, update = work._target(), {}, [], Values.update
+    monkeypatch.setattr(Values, "update", lambda v, layer, g, how: (seen.update(g), update(v, layer, g, how)))
+    for name, size in {"ATTENTION_TOKENS": 1, "FEED_TOKENS": 50, "EXPERT_TOKENS": 7, "HEAD_ELEMENTS": 768 * 11}.items():
+        monkeypatch.setattr(f"quantkit.runtime.backward.{name}", size)
+    for number, batch in enumerate(work.batches):
+        now = work._chunks(batch)
+        loss, expected = plain_gradients(work.student, source, work.tokens[now])
+        step = TrainingStep(work.student, work.tokens[now], now, aim, work.room, Spill(tmp_path / str(number), "job"))
+        losses.append((step.run(work.how.update(number), lambda amount=1: None), loss))
+    assert set(seen) == set(work.values.layer_of) == set(expected)
+    assert {"ffn_gate_inp", "attn_q_a_norm", "ffn_norm", "output"} <= {work.student.tuned.specs[n].role for n in seen}
+    assert any("attn_kv_b" in name if "combined" in target else "attn_v_b" in name for name in seen)
+    errors = {n: float((seen[n].view_as(g) - g).norm() / g.norm()) for n, g in expected.items()}
+    assert max(errors.values()) < 1e-4, errors
+    for found, loss in losses:
+        assert found == pytest.approx(loss, rel=1e-4)
+    assert losses[1][1] != losses[0][1]
 
 
 def test_divergence_falls_and_not_a_byte_is_added(base, recovered):
     files, gained = recovered
-    assert gained["kld_after"] < 0.98 * gained["kld_before"]
+    assert gained["kld_after"] < 0.98 * gained["kld_before"] and gained["steps"] > 0
     before, after = GGUFFile.open(base), GGUFFile.open(files[0])
     assert [file.name for file in after.files] == [file.name for file in before.files]
     assert [file.stat().st_size for file in after.files] == [file.stat().st_size for file in before.files]
     assert before.metadata == after.metadata
-    same = [name for name in before.tensors if np.array_equal(before.data(name), after.data(name))]
-    assert set(same) == {name for name in before.tensors if name.endswith("exp_probs_b.bias")}
+    changed = {name for name in before.tensors if not np.array_equal(before.data(name), after.data(name))}
+    config = family.from_gguf(before.metadata)
+    specs = [spec for some in moving(config, before.tensors, "matrices").values() for spec in some]
+    assert changed == {spec.name for spec in specs}
+    assert not any(spec.is_routed or spec.role == "token_embd" for spec in specs)
+    assert {"attn_norm", "ffn_gate_inp", "attn_output", "attn_k_b", "ffn_down_shexp", "output"} <= {
+        spec.role for spec in specs
+    }
 
 
-def test_codes_of_routed_experts_stay(base, recovered):
-    """Q2_K holds d and dmin in the last four bytes of a superblock; nothing else may change."""
-    before, after = GGUFFile.open(base), GGUFFile.open(recovered[0][0])
-    name = "blk.2.ffn_up_exps.weight"
-    old, new = (file.data(name).reshape(-1, 84) for file in (before, after))
-    assert np.array_equal(old[:, :80], new[:, :80]) and not np.array_equal(old, new)
+def test_only_vectors_move_if_that_is_asked_for(base, source, chunks, tmp_path):
+    how = replace(HOW, steps=3, moves="vectors")
+    files, gained = recover(base, tmp_path, source, chunks, "job", how)
+    assert gained["kld_after"] < gained["kld_before"]
+    before, after = GGUFFile.open(base), GGUFFile.open(files[0])
+    changed = {name for name in before.tensors if not np.array_equal(before.data(name), after.data(name))}
+    assert changed == {n for n in before.tensors if n.endswith(("_norm.weight", "ffn_gate_inp.weight"))}
 
 
-def test_what_is_in_the_file_is_what_was_judged(recovered, source, plan, tokens):
-    """The file read anew gives the divergence that recovery reported, but for the rounding of scales."""
-    files, gained = recovered
-    work = Recovery(files[0], source, plan, tokens, HOW, files[0].with_name("none"), "other")
-    assert work.divergence() == pytest.approx(gained["kld_after"], rel=0.02)
+class Stopped(Exception):
+    pass
 
 
-@pytest.mark.parametrize("stop", [(0, 1), (1, 0)])
-def test_stopped_recovery_goes_on_to_the_same_bytes(base, source, plan, tokens, recovered, tmp_path, monkeypatch, stop):
-    class Stopped(Exception):
-        pass
+def stop(monkeypatch, owner, method, matches, late):
+    """The first call that matches stops the run, before or after it does its work."""
+    original = getattr(owner, method)
 
-    original = Recovery._save
-
-    def save(self, stage, epoch, adam):
-        original(self, stage, epoch, adam)
-        if (stage, epoch) == stop:
+    def stopping(self, *args):
+        if late:
+            original(self, *args)
+        if matches(self, *args):
             raise Stopped
+        if not late:
+            original(self, *args)
 
-    monkeypatch.setattr(Recovery, "_save", save)
-    with pytest.raises(Stopped):
-        recover(base, tmp_path, source, plan, tokens, "job", HOW)
+    monkeypatch.setattr(owner, method, stopping)
+
+
+def spilled(folder, name):
+    return lambda spill, found, _: spill.folder.name == folder and found == name
+
+
+def in_step(value, name):
+    """A layer of the second step: its first left values."""
+    return lambda values, layer, *_: layer == value and (values.folder / name).exists()
+
+
+PLACES = {
+    "original": (Spill, "put", spilled("original", "inputs-002"), False),
+    "forward": (Spill, "put", spilled("step-001", "inputs-002"), True),
+    "head": (Spill, "put", spilled("step-000", "gradient-004"), False),
+    "moved, gradient not saved": (Spill, "put", spilled("step-001", "gradient-002"), False),
+    "gradient saved, values not in place": (Values, "commit", in_step(2, "delta-002"), False),
+    "values in place": (Values, "commit", in_step(0, "delta-000"), True),
+    "best": (Values, "keep", lambda values: (values.folder / "delta-000").exists(), True),
+    "encode": (Spill, "put", spilled("encode", "inputs-003"), False),
+    "copied": (Twin, "copy", lambda _: True, True),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(base, source, chunks, tmp_path_factory):
+    return recover(base, tmp_path_factory.mktemp("whole"), source, chunks, "job", SHORT)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_recovery_goes_on_to_the_same_bytes(base, source, chunks, whole, tmp_path, monkeypatch, place):
+    with monkeypatch.context() as patch:
+        stop(patch, *PLACES[place])
+        with pytest.raises(Stopped):
+            recover(base, tmp_path, source, chunks, "job", SHORT)
     assert not list(tmp_path.glob("*.gguf"))
-    monkeypatch.undo()
-    files, gained = recover(base, tmp_path, source, plan, tokens, "job", HOW)
-    assert gained == recovered[1]
-    for ours, theirs in zip(files, recovered[0], strict=True):
+    files, gained = recover(base, tmp_path, source, chunks, "job", SHORT)
+    assert gained == whole[1]
+    for ours, theirs in zip(files, whole[0], strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files)
 
 
-def test_without_a_gain_the_file_stays_as_it_was(base, source, plan, tokens, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Recovery, "run", lambda self: (0.1, 0.2))
-    files, _ = recover(base, tmp_path, source, plan, tokens, "job", HOW)
-    assert files[0].read_bytes() == base.read_bytes()
+def test_state_of_another_job_is_begun_anew(base, source, chunks, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop(patch, *PLACES["best"])
+        with pytest.raises(Stopped):
+            recover(base, tmp_path, source, chunks, "another", SHORT)
+    files, _ = recover(base, tmp_path, source, chunks, "job", SHORT)
+    assert "begun anew" in capsys.readouterr().err
+    assert files[0].read_bytes() == whole[0][0].read_bytes()
+
+
+def test_without_a_gain_the_file_stays_as_it_was(base, source, chunks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Recovery, "_measure", lambda *_: 0.1)
+    files, gained = recover(base, tmp_path, source, chunks, "job", SHORT)
+    for file in files:
+        assert file.read_bytes() == base.with_name(file.name).read_bytes()
     assert "no gain" in capsys.readouterr().err
+    assert gained["steps"] == 0 and list(gained["measured"]) == [0, 1, 2]
 
 
-def test_a_model_that_does_not_fit_is_refused(tiny, plan):
-    with pytest.raises(QuantkitError, match="--recover holds the decoded model"):
-        open_original(tiny, plan, "cpu", 4096, 10**8)
+def test_it_stops_when_two_measurements_bring_nothing(base, source, chunks, tmp_path, monkeypatch):
+    """The state that is taken is that of the best measurement."""
+    measured = iter([0.9, 0.8, 0.5, 0.6, 0.7, 0.4])
+    monkeypatch.setattr(Recovery, "_measure", lambda *_: next(measured))
+    kept, keep = [], Values.keep
+    monkeypatch.setattr(Values, "keep", lambda values: (kept.append(1), keep(values)))
+    _, gained = recover(base, tmp_path, source, chunks, "job", replace(SHORT, steps=9))
+    assert gained["steps"] == 1 and list(gained["measured"]) == [0, 1, 2, 3] and len(kept) == 2
+    assert (gained["kld_before"], gained["kld_after"]) == (0.9, 0.4)
 
 
-def test_the_student_computes_what_the_file_does(base, tokens):
-    from quantkit.runtime.stream import final_hidden, head_tiles
+def test_no_more_than_a_layer_is_in_memory(base, source, chunks, tmp_path, monkeypatch):
+    """Of what was read of the student, at any time: three experts (used, read, being read), two layers' matrices."""
+    experts, matrices, peaks = weakref.WeakSet(), weakref.WeakKeyDictionary(), {"experts": 0, "layers": 0}
+    read, make = Dequantized._expert, Tuned.make
 
-    student = Student(base, "cpu", torch.float32)
-    file = open_source(base)
-    with torch.no_grad():
-        expected = torch.cat(list(head_tiles(file, file.head(), final_hidden(file, tokens).flatten(0, 1))))
-        found = student.logits(tokens).flatten(0, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    def reading(self, name, data):
+        experts.add(made := read(self, name, data))
+        peaks["experts"] = max(peaks["experts"], len(experts))
+        return made
+
+    def making(self, name, dtype):
+        matrices[made := make(self, name, dtype)] = self.specs[name].layer
+        peaks["layers"] = max(peaks["layers"], len(set(matrices.values())))
+        return made
+
+    monkeypatch.setattr(Dequantized, "_expert", reading)
+    monkeypatch.setattr(Tuned, "make", making)
+    recover(base, tmp_path, source, chunks, "job", replace(SHORT, steps=1))
+    assert 3 <= peaks["experts"] <= 9 and peaks["layers"] <= 3  # the third: the head
+
+
+def test_lion(tmp_path, source, base):
+    """Two updates by hand; the values on disk are those that the student is made of."""
+    config = source.config
+    specs = moving(config, GGUFFile.open(base).tensors, "vectors")
+    values, names = Values(tmp_path, specs, torch.float32), [spec.name for spec in specs[2]]
+    assert values.delta(specs[2][0], 0, 1) is None
+    delta = moment = 0.0
+    for rate in (0.01, 0.003):
+        g = {spec.name: torch.randn(spec.shape) for spec in specs[2]}
+        values.update(2, g, Update(rate, (0.9, 0.99)))
+        delta = delta - rate * (0.9 * moment + 0.1 * g[names[0]]).sign()
+        moment = 0.99 * moment + 0.01 * g[names[0]]
+        values.commit(2)
+    torch.testing.assert_close(values.delta(specs[2][0], 0, 1)[0], delta)
+    values.keep()
+    values.update(2, g, Update(0.5, (0.9, 0.99)))
+    values.settle(3)  # layer 2 was not finished
+    torch.testing.assert_close(values.delta(specs[2][0], 0, 1)[0], delta)
+    values.update(2, g, Update(0.5, (0.9, 0.99)))
+    values.settle(2)
+    assert not torch.equal(values.delta(specs[2][0], 0, 1)[0], delta)
+    torch.testing.assert_close(values.best().delta(specs[2][0], 0, 1)[0], delta)
+
+
+def test_bfloat16_values_do_too(base, source, chunks, recovered, tmp_path, monkeypatch):
+    """As for large models: values and hidden states in half the bytes."""
+    monkeypatch.setattr("quantkit.job.recovery.options.HIDDEN_BYTES", 0)
+    _, gained = recover(base, tmp_path, source, chunks, "job", HOW)
+    assert gained["kld_after"] < 0.98 * gained["kld_before"] and gained["kld_after"] != recovered[1]["kld_after"]
+
+
+def test_whole_domains_are_held_back():
+    domains = ["prose"] * 60 + ["code"] * 25 + ["dialogue"] * 1 + ["math"] * 5 + ["chinese"] * 9
+    split = Split.of(domains)
+    assert {domains[i] for i in split.held} == {"math"} and len(split.held) + len(split.train) == 100
+    few = Split.of(["prose"] * 20 + ["code"] * 8 + ["math"] * 1 + ["chinese"] * 3)
+    assert few.held == (28, 29, 30, 31) and "chinese and math" in few.about
+    for same in (["text"] * 40, ["code", "math"] * 20):
+        split = Split.of(same)
+        assert len(split.held) == 2 and split.held[1] - split.held[0] > 10 and "no other domain" in split.about
+    assert Split.of(["text"]).about.startswith("the only chunk")
+
+
+def test_a_short_text_is_used_again():
+    split = Split((0,), tuple(range(1, 8)), "")
+    batches = split.batches(5, 3)
+    assert [len(batch) for batch in batches] == [3] * 5
+    assert set(torch.cat(batches)[:7].tolist()) == set(torch.cat(batches)[7:14].tolist()) == set(range(1, 8))
+    assert all(len(batch) == 7 for batch in split.batches(5, 100))
+
+
+def test_what_does_not_fit_is_refused_before_any_work(tiny, source, tmp_path, monkeypatch, capsys):
+    plan = plan_for(source)
+    with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
+        open_original(tiny, plan, "cpu", TextChoice(n_tokens=4096), tmp_path, replace(HOW, memory=1_500_000_000))
+    assert "recovery moves 2,474,240 weights: 34.3 MB of state" in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    with pytest.raises(QuantkitError, match=r"bytes more, 10,000,000 are free; leave --recover out"):
+        open_original(tiny, plan, "cpu", TextChoice(n_tokens=4096), tmp_path, HOW)
+
+
+def test_sizes_are_known_before(base, source, chunks, tmp_path, monkeypatch):
+    """What lies on disk at the end of a step is what was said, but for headers and the twin."""
+    file, peak = GGUFFile.open(base), []
+    state = tmp_path / (base.name + ".state-recovery")
+    monkeypatch.setattr(
+        Twin, "copy", lambda _: peak.append([p.stat().st_size for p in state.rglob("*") if p.is_file()])
+    )
+    monkeypatch.setattr("quantkit.job.recovery.recover.encode_again", lambda *_: pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception):
+        recover(base, tmp_path, source, chunks, "job", HOW)
+    sizes = Sizes.of(source.config, moving(source.config, file.tensors, "matrices"), HOW)
+    assert 3 * 4 * sizes.n_values < sum(peak[0]) < sum(sizes.disk(chunks.tokens.numel()))

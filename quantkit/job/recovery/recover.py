@@ -1,0 +1,223 @@
+"""Recovery: what a finished file leaves free is tuned against the original. Not a byte is added.
+
+Norms and routers (F32 in the file) move, and the weights of the matrices of 4 bits and more outside of the routed
+experts, which are encoded once more in the end (`tuned`). The loss is the KL divergence of the logits from the
+original's at all positions; the optimizer is Lion (arXiv 2302.06675), whose one momentum fits on a disk. Forward and
+backward go layer by layer (`step`), so a model of any size can be recovered: the file is read twice a step. When it
+stops, and which of its states is taken, is decided by text of other domains than it trains on (`text`).
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration import gradients
+from quantkit.calibration.corpus import Chunks, TextChoice
+from quantkit.calibration.spill import Spill
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.whole_file import write_json
+from quantkit.job.recovery.options import RecoverOptions, Sizes
+from quantkit.job.recovery.passes import Target, divergence, forward, inputs
+from quantkit.job.recovery.step import TrainingStep
+from quantkit.job.recovery.student import Student
+from quantkit.job.recovery.text import Split
+from quantkit.job.recovery.tuned import Tuned, moving
+from quantkit.job.recovery.twin import Twin, encode_again
+from quantkit.job.recovery.values import Values
+from quantkit.planning.plan import Plan
+from quantkit.progress import Advance, say, track
+from quantkit.runtime.memory import room_for
+from quantkit.runtime.room import Room
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.sources.gguf import open_gguf, open_source
+from quantkit.runtime.stream import Source, final_hidden
+
+FORMAT = 1  # of the state: another number, another job
+PATIENCE = 2  # measurements without a gain after which it stops
+
+
+class Progress:
+    """A small file: steps that are done, and the KLD that was measured after how many. `before`: of the base."""
+
+    def __init__(self, path: Path, every: int):
+        self.path, self.every = path, every
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.step: int = found.get("step", 0)
+        self.before: float | None = found.get("before")
+        self.measured = {int(step): kld for step, kld in found.get("measured", {}).items()}
+
+    def save(self) -> None:
+        """Durably."""
+        write_json(self.path, {"step": self.step, "before": self.before, "measured": self.measured})
+
+    @property
+    def best(self) -> int:
+        """Steps after which the KLD was least."""
+        return min(self.measured, key=lambda step: (self.measured[step], step))
+
+    @property
+    def over(self) -> bool:
+        """Whether the last measurements have brought nothing."""
+        return sum(step > self.best for step in self.measured) >= PATIENCE
+
+
+class Recovery:
+    """One job: base file, original and text, and its state in a folder."""
+
+    def __init__(
+        self, base: Path, original: CheckpointSource, chunks: Chunks, how: RecoverOptions, state: Path, job: str
+    ):
+        self.original, self.how, self.state, self.job = original, how, state, job
+        weights = open_gguf(base, original.device)
+        self.base, specs = weights.file, moving(weights.config, weights.file.tensors, how.moves)
+        sizes = Sizes.of(weights.config, specs, how)
+        self.split = Split.of(chunks.domains)
+        self.batches = self.split.batches(how.steps, max(1, how.tokens // chunks.tokens.shape[1]))
+        used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
+        self.tokens, self.used = chunks.tokens[used], used
+        state.mkdir(parents=True, exist_ok=True)
+        shape = len(self.batches[0]), chunks.tokens.shape[1]
+        self.room = sizes.room(original, shape, how.limits(state), gradients.memory(original, 1, shape[1]))
+        self.values = Values(state, specs, sizes.dtype)
+        tuned = Tuned(weights.file, original.checkpoint, self.values, original.device)
+        self.student = Student(weights, tuned, original.dtype)
+        self.progress = Progress(state / "progress.json", how.every)
+
+    def _spill(self, name: str) -> Spill:
+        return Spill(self.state / name, self.job)
+
+    def _chunks(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Where these chunks of the text are among those that are used."""
+        return torch.searchsorted(self.used, numbers)
+
+    def run(self, twin: Twin) -> dict[str, Any]:
+        """Leaves the recovered file in the twin; what was gained."""
+        say(f"recovery is judged by {self.split.about}")
+        target, progress = self._target(), self.progress
+        held = self._chunks(torch.tensor(self.split.held))
+        if progress.before is None:
+            progress.before = self._measure(self._file(self.base.path), target, held)
+            progress.save()
+        self._train(target, held)
+        twin.copy()
+        best = Student(self.student.weights, self.student.tuned.at(self.values.best()), self.original.dtype)
+        text = torch.tensor(sorted({int(i) for batch in self.batches for i in batch}))
+        tokens, spill = self.tokens[self._chunks(text)], self._spill("encode")
+        encode_again(best, tokens, self._room_of(tokens), spill, twin)
+        after = self._measure(self._file(twin.folder / self.base.path.name), target, held)
+        say(f"recovery: KLD on {self.split.about}: {progress.before:.4f} -> {after:.4f}, after {progress.best} steps")
+        if after >= progress.before:
+            say("recovery: no gain on text that it was not tuned on; the file stays as it was")
+            twin.restore(self.values.layer_of)
+        return {
+            "kld_before": progress.before,
+            "kld_after": after,
+            "steps": progress.best,
+            "judged_by": self.split.about,
+            "measured": progress.measured,
+        }
+
+    def _room_of(self, tokens: torch.Tensor) -> Room:
+        return room_for(self.original, tokens.numel(), self.how.limits(self.state))
+
+    def _file(self, path: Path) -> Source:
+        return open_source(path, self.original.device, self.original.dtype)
+
+    def _target(self) -> Target:
+        """The original's hidden states, from a pass that an earlier run may have begun or done."""
+        spill, room, n_layer = self._spill("original"), self._room_of(self.tokens), self.original.config.n_layer
+        with track("original", n_layer, "layers") as advance:
+            forward(self.original, self.tokens, room, spill, advance=advance)
+        return Target.load(self.original, self.tokens.shape, room.hidden, spill.folder / inputs(n_layer))
+
+    @torch.no_grad()
+    def _measure(self, source: Source, target: Target, held: torch.Tensor) -> float:
+        tokens = self.tokens[held]
+        return divergence(source, final_hidden(source, tokens, room=self._room_of(tokens)), target, held)
+
+    def _train(self, target: Target, held: torch.Tensor) -> None:
+        progress, how = self.progress, self.how
+        per_step = 2 * self.student.config.n_layer
+        with track("recover", how.steps * per_step, "layers") as advance:
+            advance(progress.step * per_step)
+            while progress.step < how.steps:
+                self._judge(target, held)
+                if progress.over:
+                    return
+                self._step(target, advance)
+            self._judge(target, held)
+
+    def _judge(self, target: Target, held: torch.Tensor) -> None:
+        """Measures if it is time, and keeps the best."""
+        step, progress = self.progress.step, self.progress
+        due = step % self.how.every == 0 or step == self.how.steps
+        if not due or step in progress.measured:
+            return
+        progress.measured[step] = self._measure(self.student, target, held)
+        if progress.best == step:
+            self.values.keep()
+        progress.save()
+        say(f"after {step} steps: KLD {progress.measured[step]:.4f} on text that it is not tuned on")
+
+    def _step(self, target: Target, advance: Advance) -> None:
+        progress = self.progress
+        for old in self.state.glob("step-*"):
+            if old.name != f"step-{progress.step:03}":
+                shutil.rmtree(old)
+        spill = self._spill(f"step-{progress.step:03}")
+        chunks = self._chunks(self.batches[progress.step])
+        step = TrainingStep(self.student, self.tokens[chunks], chunks, target, self.room, spill)
+        kld = step.run(self.how.update(progress.step), advance)
+        progress.step += 1
+        progress.save()
+        spill.remove()
+        if kld is not None:
+            say(f"step {progress.step} of {self.how.steps}: KLD {kld:.4f} before it, on its own text")
+
+
+def recover(
+    base: Path,
+    folder: Path,
+    original: CheckpointSource,
+    chunks: Chunks,
+    job: str,
+    how: RecoverOptions | None = None,
+) -> tuple[list[Path], Mapping[str, Any]]:
+    """Write the recovered twin of the file (or splits) `base` into another folder; the files, and what was gained.
+
+    chunks: calibration text. job: identity of base file and text; a stopped run of the same job goes on within the
+    layer. If text that was not tuned on does not gain, the twin is a plain copy. `open_original` refuses, before any
+    work, what memory or disk have no room for.
+    """
+    how = how or RecoverOptions()
+    state = folder / (base.name + ".state-recovery")
+    job = hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
+    mark = state / "original" / "job"
+    if mark.exists() and mark.read_text(encoding="utf-8") != job:
+        say(f"{state}: of another recovery; begun anew")
+        shutil.rmtree(state)
+    with torch.inference_mode(False):
+        work = Recovery(base, original, chunks, how, state, job)
+        twin = Twin(work.base, state / "twin")
+        gained = work.run(twin)
+    files = twin.publish(folder)
+    shutil.rmtree(state)
+    return files, gained
+
+
+def open_original(
+    checkpoint: Checkpoint, plan: Plan, device: str, text: TextChoice, folder: Path, how: RecoverOptions
+) -> CheckpointSource:
+    """The original as recovery reads it: float32 on the CPU, bfloat16 on a GPU. Says what recovering a file of this
+    plan on so much text takes; QuantkitError if memory, or the disk of the folder (it exists), has no room for that."""
+    source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
+    sizes.check_disk(min(text.n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
+    shape = max(1, min(text.n_tokens, how.tokens) // text.chunk), text.chunk
+    sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))
+    return source

@@ -1,0 +1,86 @@
+"""One step of recovery: text forward through the student, its divergence from the original backward, what moves moved.
+
+The layers' inputs are spilled on the way up. On the way down a layer is moved as soon as its gradient is known: its new
+values are written beside the old ones, then the gradient at its input, which says that they hold. So a step goes on, to
+the same bytes, wherever it was stopped, and no more than a layer is in memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.calibration.spill import Spill
+from quantkit.errors import QuantkitError
+from quantkit.job.recovery.passes import Target, forward, inputs
+from quantkit.job.recovery.tuned import TunedSource, is_norm
+from quantkit.job.recovery.values import Update
+from quantkit.progress import Advance
+from quantkit.runtime.ahead import read_ahead
+from quantkit.runtime.backward import Backward, Leaves, Silent
+from quantkit.runtime.room import Room
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """tokens int64 [n_chunk, t]: the step's chunks, whose numbers in the target are `chunks`. spill: of this step."""
+
+    student: TunedSource
+    tokens: torch.Tensor
+    chunks: torch.Tensor
+    target: Target
+    room: Room
+    spill: Spill
+
+    def run(self, how: Update, advance: Advance) -> float | None:
+        """The student's values after the step are those of `tuned.values`. The mean KLD before it, if this call has
+        seen it; advance: is told of layers, each twice."""
+        n_layer, spill, values = self.student.config.n_layer, self.spill, self.student.tuned.values
+        done = next((layer for layer in range(n_layer + 1) if spill.has(gradient(layer))), None)
+        values.settle(n_layer + 1 if done is None else done)
+        if done is None:
+            forward(self.student, self.tokens, self.room, spill, keep=True, advance=advance)
+        else:
+            advance(n_layer)
+        shape = self.tokens.shape[0], self.tokens.shape[1]
+        back, found = Backward(self.student, shape, 1, self.room.another()), None
+        if done is None:
+            found = self._head(back, how)
+            done = n_layer
+        else:
+            advance(n_layer - done)
+            if done:
+                spill.read(gradient(done), back.gradient)
+        layers = range(done - 1, -1, -1)
+        for layer, (weights, tensors) in zip(layers, read_ahead(self.student.opened, layers), strict=True):
+            spill.read(inputs(layer), back.hidden)
+            back.layer(weights, Silent(), leaves := Leaves(tensors))
+            self._move(layer, leaves, back, how)
+            spill.drop(gradient(layer + 1))
+            advance(1)
+        return found
+
+    def _head(self, back: Backward, how: Update) -> float:
+        n_layer, loss = self.student.config.n_layer, self.target.of(self.chunks)
+        self.spill.read(inputs(n_layer), back.hidden)
+        head, tensors = self.student.opened_head()
+        leaves = Leaves(tensors)
+        back.head_by(head, loss.gradient, leaves)
+        self._move(n_layer, leaves, back, how)
+        return loss.total / loss.n
+
+    def _move(self, layer: int, leaves: Leaves, back: Backward, how: Update) -> None:
+        """What moves of a layer, then the gradient at its input, which makes that hold."""
+        values, found = self.student.tuned.values, leaves.gradients
+        if not all(bool(g.isfinite().all()) for g in (back.gradient, *found.values())):
+            raise QuantkitError(f"recovery: the gradient of layer {layer} is not finite")
+        for name, leaf in zip(leaves.names, leaves.tensors, strict=True):
+            if is_norm(self.student.tuned.specs[name]):
+                found[name] *= leaf.detach()  # of its logarithm
+        values.update(layer, found, how)
+        self.spill.put(gradient(layer), back.gradient if layer else back.gradient[:, :1])
+        values.commit(layer)
+
+
+def gradient(layer: int) -> str:
+    """Name in a spill: gradient there."""
+    return f"gradient-{layer:03}"

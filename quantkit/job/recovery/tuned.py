@@ -1,0 +1,115 @@
+"""What moves of a file, and what it is now.
+
+Routed experts and the embedding stay the file's. Norms and routers (F32 in the file) move from the file's values; other
+matrices of FINE_BITS and more move from the original's, which are read again from the checkpoint, and are encoded once
+more in the end. Coarser matrices outside of the experts stay as they are: their rounding is larger than any move.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from quantkit.codecs import types as qtypes
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.job.recovery.values import Values
+from quantkit.models import family
+from quantkit.models.config import ModelConfig, mla_of
+from quantkit.planning.plan import PlannedTensor
+from quantkit.runtime.layers import LayerWeights, Linear
+from quantkit.runtime.stream import Source
+from quantkit.tensors import TensorSpec
+
+FINE_BITS = 4.0
+Moves = Literal["matrices", "vectors"]
+"""`matrices`: norms, routers and fine matrices move; `vectors`: norms and routers."""
+
+
+def is_norm(spec: TensorSpec) -> bool:
+    """Whether it moves in its logarithm."""
+    return spec.role.endswith("_norm")
+
+
+def is_fine(spec: TensorSpec, qtype: str) -> bool:
+    """Whether it moves from the original's weights, to be encoded again."""
+    if len(spec.shape) == 1 or spec.fixed or spec.is_routed or spec.role == "token_embd":
+        return False
+    return qtypes.stored(qtype).block_size > 1 and qtypes.get(qtype).bpw >= FINE_BITS
+
+
+def moving(
+    config: ModelConfig, tensors: Mapping[str, GGUFTensor | PlannedTensor], moves: Moves
+) -> dict[int, list[TensorSpec]]:
+    """What moves of a file with these tensors, by layer, as `values.ByLayer`."""
+    found: dict[int, list[TensorSpec]] = {}
+    for spec in family.specs(config, mla_of(tensors)):
+        if spec.name not in tensors:
+            continue  # tied output
+        fine = moves == "matrices" and is_fine(spec, tensors[spec.name].qtype)
+        if fine or is_norm(spec) or spec.role == "ffn_gate_inp":
+            found.setdefault(config.n_layer if spec.layer is None else spec.layer, []).append(spec)
+    return found
+
+
+class Tuned:
+    """The tensors that move, as they are now."""
+
+    def __init__(self, file: GGUFFile, checkpoint: Checkpoint, values: Values, device: torch.device):
+        self.file, self.checkpoint, self.values, self.device = file, checkpoint, values, device
+        self.config = family.from_gguf(file.metadata)
+        self.specs = {spec.name: spec for some in values.specs.values() for spec in some}
+        self._units: dict[str, float] = {}
+
+    def at(self, values: Values) -> "Tuned":
+        """The same tensors with other values."""
+        return Tuned(self.file, self.checkpoint, values, self.device)
+
+    def make(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """On the device, in its own shape: so many rows at a time are read, moved and rounded."""
+        spec = self.specs[name]
+        out = torch.empty((spec.n_rows, spec.n_in), dtype=dtype, device=self.device)
+        for start, stop in family.slices(spec):
+            out[start:stop] = self.rows(spec, start, stop)
+        return out.view(spec.shape)
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """float32 [stop - start, n_in] on the device, of one of `family.slices`."""
+        rows, delta = self._base(spec, start, stop), self.values.delta(spec, start, stop)
+        if delta is None:
+            return rows
+        by = delta.to(self.device, torch.float32)
+        return rows * by.exp() if is_norm(spec) else rows + by * self.unit(spec)
+
+    def unit(self, spec: TensorSpec) -> float:
+        """Standard deviation of what a tensor moves from."""
+        if spec.name not in self._units:
+            total = squares = 0.0
+            for start, stop in family.slices(spec):
+                rows = self._base(spec, start, stop)
+                total += float(rows.sum(dtype=torch.float64))
+                squares += float(rows.square().sum(dtype=torch.float64))
+            mean = total / spec.n_weights
+            self._units[spec.name] = max(0.0, squares / spec.n_weights - mean * mean) ** 0.5
+        return self._units[spec.name]
+
+    def _base(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """Rows that it moves from, float32 [stop - start, n_in]."""
+        if spec.fixed:
+            values = self.file.data(spec.name).view(np.float32).reshape(spec.n_rows, spec.n_in)
+            return torch.from_numpy(values[start:stop].copy()).to(self.device)
+        return family.read(self.checkpoint, self.config, spec, start, stop, str(self.device))
+
+
+class TunedSource(Source, Protocol):
+    """A model with these tensors in it."""
+
+    tuned: Tuned
+
+    def opened(self, layer: int) -> tuple[LayerWeights, dict[str, torch.Tensor]]:
+        """A layer's weights, and what moves of them, by name: to derive with respect to."""
+
+    def opened_head(self) -> tuple[tuple[torch.Tensor, Linear], dict[str, torch.Tensor]]:
+        """As `opened`, of output norm and output matrix."""

@@ -1,0 +1,131 @@
+"""What recovery has moved so far, and its momentum: files on disk, a pair for each layer, replaced whole.
+
+delta-NNN   by how much each tensor of layer NNN moved: a matrix in its standard deviations, a norm in its logarithm
+moment-NNN  Lion's momentum (arXiv 2302.06675)
+best-NNN    the deltas at the step that did best so far: hard links
+*.next      what a step makes of them, until the layer below knows its gradient
+
+The last NNN stands for the output norm and the output matrix. A tensor that never moved has no file.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gradients import Writer, writing
+from quantkit.tensors import TensorSpec
+
+TILE = 16 << 20  # weights that are updated at once
+
+ByLayer = Mapping[int, Sequence[TensorSpec]]
+"""Tensors that move, by layer; those outside the layers under the number of layers."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """rate: in units of what moves. betas: of Lion."""
+
+    rate: float
+    betas: tuple[float, float]
+
+
+class Values:
+    """dtype: of the files: float32 while all of it is small, else bfloat16 (deltas stay below a tenth of a standard
+    deviation, so their rounding is below that of any type the weights are stored in)."""
+
+    def __init__(self, folder: Path, specs: ByLayer, dtype: torch.dtype):
+        self.folder, self.specs, self.dtype = folder, specs, dtype
+        self.layer_of = {spec.name: layer for layer, some in specs.items() for spec in some}
+        self.prefix = "delta"
+
+    def delta(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor | None:
+        """Rows of a tensor, [stop - start, n_in] on the CPU; None if it has not moved."""
+        return _rows(self._path(self.prefix, self.layer_of[spec.name]), spec, start, stop)
+
+    def update(self, layer: int, gradients: Mapping[str, torch.Tensor], how: Update) -> None:
+        """A step of Lion into the files of the next step: `delta -= rate · sign(β₁ m + (1 − β₁) g)`, then
+        `m = β₂ m + (1 − β₂) g`. gradients: name -> float32, with respect to the delta but for a positive factor."""
+        specs = self.specs.get(layer, ())
+        if not specs:
+            return
+        shapes = {spec.name: (self.dtype, (spec.n_rows, spec.n_in)) for spec in specs}
+        paths = [self._path(kind, layer) for kind in ("delta", "moment")]
+        with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes) as moments:
+            for spec in specs:
+                self._update(spec, gradients[spec.name], paths, (deltas, moments), how)
+
+    def _update(
+        self,
+        spec: TensorSpec,
+        gradient: torch.Tensor,
+        paths: list[Path],
+        out: tuple[Writer, Writer],
+        how: Update,
+    ) -> None:
+        flat, step = gradient.view(spec.n_rows, spec.n_in), max(1, TILE // spec.n_in)
+        for start in range(0, spec.n_rows, step):
+            g = flat[start : start + step]
+            old = [_rows(path, spec, start, start + len(g)) for path in paths]
+            delta, m = (torch.zeros_like(g) if t is None else t.to(g.device, torch.float32) for t in old)
+            delta -= how.rate * m.lerp(g, 1 - how.betas[0]).sign()
+            out[0].write(spec.name, delta, start)
+            out[1].write(spec.name, m.lerp_(g, 1 - how.betas[1]), start)
+
+    def commit(self, layer: int) -> None:
+        """What `update` made of a layer takes its place. May be done again."""
+        for kind in ("delta", "moment"):
+            path = self._path(kind, layer)
+            if _next(path).exists():
+                os.replace(_next(path), path)
+
+    def settle(self, done: int) -> None:
+        """After a stop: layers from `done` up were finished, the others are still to be derived."""
+        for layer in self.specs:
+            if layer >= done:
+                self.commit(layer)
+        for path in self.folder.glob("*.next"):
+            path.unlink()
+
+    def keep(self) -> None:
+        """The deltas as they are now are the best."""
+        for layer in self.specs:
+            now, best = self._path("delta", layer), self._path("best", layer)
+            if not now.exists():
+                best.unlink(missing_ok=True)
+                continue
+            part = _next(best)
+            part.unlink(missing_ok=True)
+            try:
+                os.link(now, part)
+            except OSError:  # a file system without links
+                shutil.copyfile(now, part)
+            os.replace(part, best)
+
+    def best(self) -> "Values":
+        """Those that were kept last, to read from."""
+        found = Values(self.folder, self.specs, self.dtype)
+        found.prefix = "best"
+        return found
+
+    def _path(self, kind: str, layer: int) -> Path:
+        return self.folder / f"{kind}-{layer:03}"
+
+
+def _next(path: Path) -> Path:
+    return path.with_name(path.name + ".next")
+
+
+def _rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice(spec.name)[start:stop]
+    except (SafetensorError, OSError) as error:
+        raise QuantkitError(f"{path}: not a state of recovery ({error}); remove {path.parent}") from None
