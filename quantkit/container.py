@@ -1,15 +1,22 @@
 """How much of the machine is this process's: what the host has, cut by control groups (v1 and v2), by limits of the
-process (`ulimit`), and by the cores that it may run on.
+process (`ulimit`), and by the cores that it may run on; and where it may keep what it compiles.
 
-All of it is read from /proc and /sys below a root, so that tests can lay out another machine.
+Limits are read from /proc and /sys below a root, so that tests can lay out another machine.
 """
 
+import contextlib
+import logging
 import math
 import os
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 UNLIMITED_V1 = 1 << 62  # cgroup v1 says "no limit" by a number near 2^63
 
@@ -135,3 +142,52 @@ def _int(text: str) -> int | None:
 def _unescaped(path: str) -> str:
     """Spaces in mountinfo are octal."""
     return path.replace("\\040", " ").replace("\\134", "\\")
+
+
+@cache
+def writable_caches() -> bool:
+    """Before numba, Triton or matplotlib is loaded: what they compile and keep goes where this process can write, which
+    in a container need not be its home. Numba loads what lies there as code, so a folder among other users' is taken
+    only if it is this user's alone. False, once said, if there is no such folder."""
+    home = Path(os.path.expanduser("~"))
+    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):  # invalid, says its specification; numba obeys it
+        del os.environ["XDG_CACHE_HOME"]
+    usual = Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))
+    given = [Path(folder) for folder in [os.environ.get("NUMBA_CACHE_DIR")] if folder]
+    if not any(map(_writable, given)):
+        if not (base := next((folder for folder in (usual, _temporary()) if folder and _writable(folder)), None)):
+            log.warning(
+                "no folder can be written to keep compiled kernels in, so each run compiles anew; set XDG_CACHE_HOME"
+            )
+            return False
+        if base != usual or given:
+            os.environ["NUMBA_CACHE_DIR"] = str(base / "quantkit-numba")
+            if numba := sys.modules.get("numba"):
+                numba.config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+        if not os.access(home, os.W_OK):
+            os.environ.setdefault("TRITON_CACHE_DIR", str(base / "quantkit-triton"))
+            os.environ.setdefault("MPLCONFIGDIR", str(base / "quantkit-matplotlib"))
+    return True
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def _temporary() -> Path | None:
+    """This user's own folder among the temporary ones; None if somebody else has the name, or may write there."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"quantkit-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        there = folder.lstat()
+    except OSError:
+        return None
+    own = stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() and not there.st_mode & 0o022
+    return folder if own else None

@@ -10,7 +10,6 @@ import pytest
 
 from quantkit import machine
 from quantkit.container import Container
-from quantkit.errors import QuantkitError
 
 GIB = 1 << 30
 HOST = {
@@ -162,54 +161,3 @@ def test_limits_of_the_process_are_seen():
     )
     ram, free, cores = told(program)
     assert ram == 3 << 30 and (2 << 30) < free < ram and cores == 1
-
-
-def test_a_quota_bounds_the_threads_of_all_libraries(tmp_path, monkeypatch):
-    quota = {"sys/fs/cgroup/cpu.max": "90000 100000", "proc/self/cgroup": "0::/", "proc/self/mountinfo": V2}
-    less = machine_at(tmp_path, quota | {"proc/self/mountinfo": V2.format(root="/")})
-    monkeypatch.setattr(machine, "Container", lambda: less)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    machine.bound_threads()
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # a person's own choice stands
-    machine.bound_threads()
-    assert os.environ["OMP_NUM_THREADS"] == "5"
-
-
-def test_devices():
-    assert [machine.known_device(name) for name in ("cpu", "cuda", "cuda:7", "gpu", "gpu:1")] == [
-        "cpu",
-        "cuda",
-        "cuda:7",
-        "cuda",
-        "cuda:1",
-    ]
-    for name in ("mps", "xpu", "cuda:x", "cuda:-1", "CPU", ""):
-        with pytest.raises(QuantkitError, match=r"--device .*: unknown; choose cpu, cuda or cuda:N"):
-            machine.known_device(name)
-
-
-def test_a_gpu_that_is_not_there_is_refused_in_one_line(tmp_path):
-    """Before anything is read or written; on a machine with GPUs they are hidden."""
-    for name in ("cuda", "gpu", "cuda:7", "mps"):
-        done = subprocess.run(
-            [sys.executable, "-m", "quantkit", "make", "--device", name, "-o", str(tmp_path / "out")],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith(f"quantkit: --device {name}: ") and not (tmp_path / "out").exists()
-
-
-@pytest.mark.gpu
-def test_one_of_several_gpus():
-    program = (
-        "import json\nfrom quantkit import machine\n"
-        "name = machine.chosen_device('cuda:0')\nimport torch\n"
-        "print(json.dumps([torch.cuda.device_count(), int(name == 'cuda'), int(torch.ones(1, device=name)[0])]))"
-    )
-    assert told(program) == [1, 1, 1]
-    with pytest.raises(AssertionError, match=r"--device cuda:99: torch sees no such GPU here"):
-        told("from quantkit import machine\nmachine.chosen_device('cuda:99')")
