@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from quantkit import machine
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
@@ -71,7 +72,7 @@ class Measurement:
         self.gains: list[int] = []  # cheap tier: layer of each noise fork, in stream order
         for name in {qtype for types in self.plan.values() for qtype in types}:
             quants.prepare(name)
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(min(torch.get_num_threads(), machine.cores()))
 
     def variants(self, layer: int | None, roles: Callable[[str], bool]) -> list[Fork]:
         """Of the layer's tensors (None: of those outside the layers) with such a role."""

@@ -98,9 +98,9 @@ def calibrate(
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
     from quantkit.job import stages
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
 
-    source = stages.open_for_calibration(model, device or default_device())
+    source = stages.open_for_calibration(model, chosen_device(device))
     if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
         text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
         calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
@@ -149,10 +149,11 @@ def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOption
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
     from quantkit.job import stages
     from quantkit.job.folder import SENSITIVITY
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
 
-    source = stages.source_of(open_weights(model), device or default_device())
+    device = chosen_device(device)
+    source = stages.source_of(open_weights(model), device)
     stages.measure_sensitivity(source, imatrix, output, how)
     click.echo(str(output / SENSITIVITY))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from quantkit import sizes
+from quantkit import machine, sizes
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -145,6 +145,13 @@ class OneOf(click.Choice[str]):
         return value
 
 
+def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuses, before torch is loaded, what is no device; whether it is there, `chosen_device` finds."""
+    if value is not None:
+        machine.known_device(value)
+    return value
+
+
 def name_of(param: click.Parameter | None) -> str:
     """`--size`, for messages."""
     return max(param.opts, key=len) if param else ""
@@ -220,7 +227,13 @@ memory = click.option("--memory", type=SIZE, default=None, help="Memory for the 
 calibration = Shared((text(131072), memory), "calibration", _calibration)
 imatrix = click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 
-device = click.option("--device", type=OneOf(["cpu", "cuda"]), default=None, help="Default: a GPU if there is one.")
+device = click.option(
+    "--device",
+    default=None,
+    metavar="cpu|cuda[:N]",
+    callback=_device,
+    help="Default: a GPU if there is one.",
+)
 target = click.option(
     "--target",
     default=None,

@@ -42,7 +42,7 @@ from quantkit.job.stages import (
     source_of,
     verify_file,
 )
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
@@ -62,7 +62,7 @@ def make(
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
     and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
     """
-    device = options.device or default_device()
+    device = chosen_device(options.device)
     plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     checkpoint = open_weights(model)
     check_ranks(checkpoint, plan, device)

@@ -11,7 +11,7 @@ import click
 import torch
 from starve import chunks, divergence
 
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
 from quantkit.models.open import open_weights
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
@@ -25,7 +25,7 @@ from quantkit.runtime.sources.gguf import open_source
 @torch.inference_mode()
 def main(model: str, files: tuple[Path, ...], texts: tuple[Path, ...], scored: int) -> None:
     """Print a line for each file."""
-    original = CheckpointSource(open_weights(model), default_device(), torch.float32)
+    original = CheckpointSource(open_weights(model), chosen_device(), torch.float32)
     tokens = {text.stem: chunks(original, text, scored) for text in texts}
     first: dict[str, float] = {}
     for path in files:

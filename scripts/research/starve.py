@@ -22,7 +22,7 @@ from quantkit.calibration.collect import collect
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions, LayerWriter
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
@@ -86,7 +86,7 @@ def write(
     checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor, most: int | None, out: Path, ours: EncoderOptions | None
 ) -> Path:
     """The file of the product's one pass, with experts that see `most` tokens; by ggml, or by our encoders."""
-    device = default_device()
+    device = chosen_device()
     source = CheckpointSource(checkpoint, device, torch.float32)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -122,7 +122,7 @@ def main(
 ) -> None:
     """Print KLD of both encoders for each number of chunks, and keep it in OUT/starve.json."""
     checkpoint = open_weights(model)
-    original = CheckpointSource(checkpoint, default_device(), torch.float32)
+    original = CheckpointSource(checkpoint, chosen_device(), torch.float32)
     plan = make_plan(family.specs(original.config), Recipe.load(recipe), target, model="starved")
     text, *others = texts
     tokens = chunks(original, text, total)

@@ -22,7 +22,7 @@ from quantkit.encoding import hessian
 from quantkit.encoding.layer import GAMMA, EncoderOptions
 from quantkit.encoding.two_sided import TwoSided
 from quantkit.formats.gradients import path_of
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
@@ -91,7 +91,7 @@ def main(
     """Print a line for each variant; all of them in OUT/two_sided.json."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = open_weights(model)
-    original = CheckpointSource(checkpoint, default_device(), torch.float32)
+    original = CheckpointSource(checkpoint, chosen_device(), torch.float32)
     plan = make_plan(family.specs(original.config), Recipe.load(recipe), "llama.cpp", model="sweep")
     text, *others = texts
     tokens = chunks(original, text, total)
