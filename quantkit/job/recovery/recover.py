@@ -217,6 +217,8 @@ def open_original(
     plan on so much text takes; QuantkitError if memory, or the disk of the folder (it exists), has no room for that."""
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
     sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
+    if checkpoint.origin:
+        say("recovery reads the matrices of the original twice a step: download it (hf download) if its cache is small")
     sizes.check_disk(min(text.n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
     shape = max(1, min(text.n_tokens, how.tokens) // text.chunk), text.chunk
     sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))
