@@ -44,7 +44,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         click.option(
             "--recover",
             is_flag=True,
-            help="Tune scales, norms and 4-bit matrices on the divergence afterwards; holds the decoded model.",
+            help="Tune norms, routers and matrices outside of experts on the divergence afterwards, layer by layer.",
         ),
         click.option(
             "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."

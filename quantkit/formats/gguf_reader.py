@@ -77,9 +77,9 @@ class GGUFFile:
         for file in self._maps.values():
             file.madvise(mmap.MADV_DONTNEED)
 
-    def read_into(self, name: str, index: int, out: np.ndarray) -> None:
-        """Copy one matrix of a 3-D tensor to `out` (uint8, contiguous), past the mapping: neither this process nor the
-        system keeps the pages it was read from. May be called from several threads."""
+    def read_into(self, name: str, index: int, out: np.ndarray, keep: bool = False) -> None:
+        """Copy one matrix of a 3-D tensor to `out` (uint8, contiguous), past the mapping: neither this process nor,
+        unless it shall keep them, the system holds the pages it was read from. May be called from several threads."""
         tensor = self._tensor(name)
         size = tensor.n_bytes // tensor.shape[0]
         offset, rest = tensor.offset + index * size, out.reshape(-1).data
@@ -89,7 +89,8 @@ class GGUFFile:
                 if not (n := os.preadv(fd, [rest], offset + size - len(rest))):
                     raise QuantkitError(f"{tensor.file}: the file ends within tensor {name!r}: was it changed?")
                 rest = rest[n:]
-            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+            if not keep:
+                os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
 

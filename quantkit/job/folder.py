@@ -3,7 +3,8 @@
 MODEL-RECIPE.gguf   the file, or its splits MODEL-RECIPE-00001-of-00003.gguf; only when it is complete
 imatrix.gguf        the importance that was measured
 plan.json           the type of every tensor, and why; recipe.toml: the rules behind it
-verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained
+verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained, by which
+                    text, after how many steps
 provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
 *.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from;
                     gradients: what a backward pass found, for --effort best

@@ -33,7 +33,7 @@ from quantkit.job.folder import BASE, GRADIENTS, PLAN, RECIPE, RECOVERY, REFEREN
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
-from quantkit.job.recovery.recover import open_original, recover
+from quantkit.job.recovery.recover import STATE, open_original, recover
 from quantkit.job.stages import (
     QuantizeOptions,
     VerifyOptions,
@@ -73,7 +73,7 @@ def make(
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
     if files := earlier(order, order.out):
-        state_of(order.out).remove()  # if that run was stopped just before its end
+        clear_left(order)
     elif options.recover:
         files = make_and_recover(order, reference)
     else:
@@ -252,6 +252,14 @@ def state_of(out: Path, job: str = "") -> PassState:
     return PassState(out.with_name(out.name + ".state"), job)
 
 
+def clear_left(order: Order) -> None:
+    """What a run left that was stopped just before its end."""
+    state_of(order.out).remove()
+    if order.options.recover and ranks.index() == 0:
+        for left in (order.folder / BASE, *order.folder.glob(f"*{STATE}")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path]:
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     how = order.options.calibration
@@ -260,6 +268,8 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     base = order.folder / BASE / order.out.name
     base.parent.mkdir(exist_ok=True)
     files = earlier(order, base) or make_file(order, base, reference)
+    if ranks.count() > 1:
+        say("recovery and verification: one rank works, the others end")
     ranks.leave()
     if ranks.index():
         return []

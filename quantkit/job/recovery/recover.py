@@ -34,9 +34,10 @@ from quantkit.progress import Advance, say, track
 from quantkit.runtime.memory import room_for
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import open_gguf, open_source
+from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.runtime.stream import Source, final_hidden
 
+STATE = ".state-recovery"  # after the file's name: the folder of what is done so far
 FORMAT = 1  # of the state: another number, another job
 PATIENCE = 2  # measurements without a gain after which it stops
 
@@ -126,7 +127,10 @@ class Recovery:
         return room_for(self.original, tokens.numel(), self.how.limits(self.state))
 
     def _file(self, path: Path) -> Source:
-        return open_source(path, self.original.device, self.original.dtype)
+        """A file in which nothing moves, read as the student is."""
+        weights, nothing = open_gguf(path, self.original.device), Values(self.state, {}, torch.float32)
+        tuned = Tuned(weights.file, self.original.checkpoint, nothing, self.original.device)
+        return Student(weights, tuned, self.original.dtype)
 
     def _target(self) -> Target:
         """The original's hidden states, from a pass that an earlier run may have begun or done."""
@@ -195,7 +199,7 @@ def recover(
     work, what memory or disk have no room for.
     """
     how = how or RecoverOptions()
-    state = folder / (base.name + ".state-recovery")
+    state = folder / (base.name + STATE)
     job = hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
     mark = state / "original" / "job"
     if mark.exists() and mark.read_text(encoding="utf-8") != job:
@@ -217,6 +221,8 @@ def open_original(
     plan on so much text takes; QuantkitError if memory, or the disk of the folder (it exists), has no room for that."""
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
     sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
+    if checkpoint.origin:
+        say("recovery reads the matrices of the original twice a step: download it (hf download) if its cache is small")
     sizes.check_disk(min(text.n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
     shape = max(1, min(text.n_tokens, how.tokens) // text.chunk), text.chunk
     sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))

@@ -1,10 +1,16 @@
 """The student of recovery: a quantized file, read layer by layer, in which some tensors are what tuning has made."""
 
+from dataclasses import replace
+
 import torch
 
+from quantkit.codecs.registry import in_groups
 from quantkit.job.recovery.tuned import Tuned
-from quantkit.runtime.layers import LayerWeights, Linear
+from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
+from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear
+from quantkit.runtime.packed import Packed, use_kernels
 from quantkit.runtime.sources.gguf import Dequantized, GGUFSource, GGUFWeights
+from quantkit.runtime.watch import Projections
 
 
 class TunedProducts(Dequantized):
@@ -24,6 +30,27 @@ class TunedProducts(Dequantized):
     def matrix(self, name: str) -> torch.Tensor:
         """As `Products`."""
         return self._made(name, self.dtype) if name in self.tuned.specs else super().matrix(name)
+
+    def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
+        """As `Products`. On a GPU they travel as they are packed, and are decoded there: a step decodes them twice."""
+        names = expert_names(layer)
+        packed = all(in_groups(self.weights.file.tensors[name].qtype) for name in names)
+        if not (packed and use_kernels(self.device.type)):
+            return super().experts(layer, turns)
+
+        def read(e: int) -> Projections:
+            gate, up, down = (self.packed_expert(name, e) for name in names)
+            return gate, up, down
+
+        return StreamedExperts(read, self.weights.config.n_expert, replace(turns, ahead=2))
+
+    def packed_expert(self, name: str, e: int) -> torch.Tensor:
+        """One matrix of a stack, read into memory that a GPU can take it from, decoded on the device."""
+        tensor = self.weights.file.tensors[name]
+        shape, pinned = (tensor.shape[1], tensor.row_bytes), self.device.type == "cuda"
+        data = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        self.weights.file.read_into(name, e, data.numpy(), keep=True)
+        return Packed(tensor.qtype, data.to(self.device)[None], tensor.shape[-1], self.dtype).dense()[0]
 
     def _made(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         made = self.tuned.make(name, dtype)
