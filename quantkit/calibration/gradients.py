@@ -6,6 +6,7 @@ all positions is derived backward, layer after layer, with the weights read agai
 of a layer. What is left of a layer is a file of `formats.gradients`:
 
 - of routed experts the rows √mean(x²) · g, for gate and up stacked and for down;
+- the rows g at the residual stream, after attention and after the layer (of layer 0 before it, too);
 - of other matrices H_O, float32, if they have at most MOST_OUTPUTS outputs. In R1 these are left out: attn_q_b (24,576
   outputs: 2.4 GB), gate and up of the dense layers (18,432) and the output matrix (129,280). attn_k_b and attn_v_b are
   left out too: they are many small matrices, and attn_kv_b, which they are cut from, has 32,768 outputs. Router, norms
@@ -44,7 +45,7 @@ from quantkit.sizes import gb
 
 MOST_OUTPUTS = 8192
 TOKENS = 16384
-FORMAT = 1  # of the files: another number, another job
+FORMAT = 2  # of the files: another number, another job
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,18 @@ class Rows:
 
     def shapes(self, c: ModelConfig, layer: int) -> gradients.Shapes:
         """Of all tensors of a layer's file: known before there are any data."""
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        if c.is_moe(layer):
+        stream = (self.dtype, (self.n_sample * self.n_tokens, c.d))
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {gradients.MIDDLE: stream}
+        if layer == 0:
+            found |= {gradients.BEFORE: stream, gradients.TOKENS: (torch.int64, (self.n_tokens,))}
+        if not c.is_moe(layer):
+            found |= {gradients.after(False): stream}
+        else:
             m, counts = self.n_sample * self.n_tokens * c.n_used, (torch.int64, (c.n_expert,))
-            found = {
+            found |= {
                 f"rows.{gradients.INNER}": (self.dtype, (m, 2 * c.n_ff_exp)),
                 f"counts.{gradients.INNER}": counts,
-                f"rows.{gradients.DOWN}": (self.dtype, (self.n_sample * self.n_tokens, c.d)),
+                gradients.after(True): stream,
                 f"counts.{gradients.DOWN}": counts,
                 f"index.{gradients.DOWN}": (torch.int32, (m,)),
                 f"scale.{gradients.DOWN}": (torch.float32, (m,)),
@@ -245,12 +251,14 @@ class GradientPass:
 
     def _layer(self, layer: int, weights: LayerWeights, back: Backward) -> None:
         shapes = self.rows.shapes(self.source.config, layer)
-        with gradients.writing(gradients.path_of(self.folder, layer), shapes, {"job": self.spill.job}) as file:
-            recorder = Recorder(file, self.rows.n_tokens, outputs(self.source.config, layer))
-            if weights.router is not None:
-                for s, gradient in enumerate(back.gradient):
-                    file.write(f"rows.{gradients.DOWN}", gradient, s * self.rows.n_tokens)
+        about = {"job": self.spill.job, "chunk": str(self.tokens.shape[1]), "samples": str(self.rows.n_sample)}
+        with gradients.writing(gradients.path_of(self.folder, layer), shapes, about) as file:
+            recorder = Recorder(file, self.rows, outputs(self.source.config, layer))
+            recorder.stream(gradients.after(weights.router is not None), back.gradient)
             back.layer(weights, recorder)
+            if layer == 0:
+                recorder.stream(gradients.BEFORE, back.gradient)
+                file.write(gradients.TOKENS, self.tokens.flatten())
             if not back.gradient.isfinite().all():
                 raise QuantkitError(f"layer {layer}: its gradient is not finite")
             recorder.finish(self.source.config.n_expert if weights.router is not None else 0)
@@ -259,15 +267,26 @@ class GradientPass:
 class Recorder:
     """The `backward.Receiver` that writes a layer's file: rows of experts as they come, H_O in the end."""
 
-    def __init__(self, file: gradients.Writer, n_tokens: int, roles: Mapping[str, int]):
-        self.file, self.n_tokens, self.roles = file, n_tokens, roles
+    def __init__(self, file: gradients.Writer, rows: Rows, roles: Mapping[str, int]):
+        self.file, self.rows, self.roles = file, rows, roles
+        self.attended = (0, 0)  # sample and first token of the rows that come next: of a tile all samples
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[int, int] = {}
         self.written = 0
 
+    def stream(self, name: str, gradient: torch.Tensor) -> None:
+        """Of the residual stream there, [n_sample, n_tokens, d]."""
+        for s, rows in enumerate(gradient):
+            self.file.write(name, rows, s * self.rows.n_tokens)
+
     def matrix(self, role: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds to H_O, in float32."""
         g, n = gradient.float(), self.roles[role]
+        if role == "attn_output":  # what it puts out is added to the stream
+            sample, first = self.attended
+            self.file.write(gradients.MIDDLE, g, sample * self.rows.n_tokens + first)
+            last = sample + 1 == self.rows.n_sample
+            self.attended = (0, first + len(g)) if last else (sample + 1, first)
         if role not in self.sums:
             self.sums[role] = torch.zeros(n, n, device=g.device)
         self.sums[role].addmm_((g * _mean_square(x)[:, None]).T, g)
@@ -277,7 +296,7 @@ class Recorder:
         n_sample, m, _ = found.inner.shape
         here = self.written
         inner = found.inner * _mean_square(found.x).sqrt()[:, None]
-        index = torch.arange(n_sample, device=found.tokens.device)[:, None] * self.n_tokens + found.tokens
+        index = torch.arange(n_sample, device=found.tokens.device)[:, None] * self.rows.n_tokens + found.tokens
         scale = (_mean_square(found.hidden).sqrt() * found.weight).repeat(n_sample)
         self.file.write(f"rows.{gradients.INNER}", inner.flatten(0, 1), here)
         self.file.write(f"index.{gradients.DOWN}", index.flatten(), here)

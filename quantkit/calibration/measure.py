@@ -10,6 +10,7 @@ from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, cut
+from quantkit.calibration.length import check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import say, track
@@ -39,8 +40,10 @@ class Calibration:
 def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
     """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, OUT.state-1, ... for each pass,
     removed when the imatrix is written)."""
+    how = dataclasses.replace(how, text=sized(how.text, source.config, source.device, how.memory))
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
+    check_length(chunks, how.text, source.config)
     states = [out.with_name(out.name + ".state")]
     imatrix = _pass(source, text, chunks, how, states[0], restart)
     n_chunks = len(chunks.tokens)

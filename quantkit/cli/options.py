@@ -175,7 +175,7 @@ def _types(recipe: str | None, target: str | None, budget: "BudgetOptions") -> T
     return Types(recipe, target, budget)
 
 
-def _text(data: tuple[str, ...], tokens: int) -> "TextChoice":
+def _text(data: tuple[str, ...], tokens: int | None) -> "TextChoice":
     from quantkit.calibration.corpus import TextChoice
 
     return TextChoice(data, n_tokens=tokens)
@@ -191,7 +191,7 @@ def _calibration(text: "TextChoice", memory: int | None) -> "Calibration":
     return Calibration(text, memory=memory)
 
 
-def _text_options(n_tokens: int, what: str, prefix: str = "") -> tuple[Decorator, Decorator]:
+def _text_options(n_tokens: int | None, what: str, prefix: str = "", default: str = "") -> tuple[Decorator, Decorator]:
     return (
         click.option(
             f"--{prefix}data",
@@ -203,21 +203,25 @@ def _text_options(n_tokens: int, what: str, prefix: str = "") -> tuple[Decorator
         click.option(
             f"--{prefix}tokens",
             default=n_tokens,
-            show_default=True,
+            show_default=default or True,
             type=click.IntRange(1),
             help=f"Most tokens of {what} text to use.",
         ),
     )
 
 
-def text(n_tokens: int, what: str = "calibration") -> Shared:
-    """--data and --tokens as one TextChoice."""
-    return Shared(_text_options(n_tokens, what), "text", _text)
+def text(n_tokens: int | None, what: str = "calibration", default: str = "") -> Shared:
+    """--data and --tokens as one TextChoice. default: in words, where it is no number."""
+    return Shared(_text_options(n_tokens, what, default=default), "text", _text)
 
 
 evaluation = Shared(_text_options(32768, "evaluation", "eval-"), "evaluation", _evaluation)
 memory = click.option("--memory", type=SIZE, default=None, help="Memory for the pass, like 16GB. Default: all.")
-calibration = Shared((text(131072), memory), "calibration", _calibration)
+calibration = Shared(
+    (text(None, default="131072; on a GPU 4 a dimension of an expert's input, if there is room"), memory),
+    "calibration",
+    _calibration,
+)
 imatrix = click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 
 device = click.option("--device", type=OneOf(["cpu", "cuda"]), default=None, help="Default: a GPU if there is one.")

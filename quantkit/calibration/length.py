@@ -1,0 +1,55 @@
+"""How much text a calibration takes, where nobody says.
+
+Error feedback needs some tokens for each dimension of an expert's input (docs/results/encoders.md). A token goes to
+n_used of a layer's n_expert, so R1 needs 917,504 for PER_DIMENSION. A pass on a GPU waits for the disk until computing
+takes longer: at 2.5 GB/s R1's 688 GB take 275 s, in which 160 TFLOP/s compute 600,000 tokens of 74 GFLOP.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from quantkit.calibration.corpus import Chunks, TextChoice
+from quantkit.models.config import ModelConfig
+from quantkit.progress import say
+from quantkit.runtime.memory import RAM_SHARE, machine_memory, memory
+
+LEAST = 131072
+PER_DIMENSION = 4
+ADVICE = (
+    "--data HuggingFaceFW/fineweb-edu:sample-10BT "
+    "--data 'math=open-r1/OpenR1-Math-220k:default:train:{problem} {generations[0]}'"
+)
+
+
+def wanted(config: ModelConfig) -> int:
+    """Tokens of which PER_DIMENSION for each dimension reach the experts of a layer, used alike."""
+    if not config.n_moe:
+        return LEAST
+    return max(LEAST, -(-PER_DIMENSION * config.d * config.n_expert // config.n_used))
+
+
+def sized(choice: TextChoice, config: ModelConfig, device: torch.device, limit: int | None = None) -> TextChoice:
+    """With a number of tokens: as given, else LEAST on a CPU, and on a GPU what is `wanted`, or less if neither it nor
+    RAM has room. limit: bytes of GPU memory, as given. A machine decides the same whenever it is asked."""
+    if choice.n_tokens is not None:
+        return choice
+    n_tokens = LEAST
+    if device.type == "cuda":
+        need = memory(config, torch.bfloat16, torch.bfloat16)
+        total = limit or torch.cuda.get_device_properties(device).total_memory
+        there, beside = need.most_tokens(total), need.most_tokens(total, "ram")
+        in_ram = int(RAM_SHARE * machine_memory()) // need.per_token
+        n_tokens = max(LEAST, min(wanted(config), max(there, min(beside, in_ram))))
+    return replace(choice, n_tokens=-(-n_tokens // choice.chunk) * choice.chunk)
+
+
+def check_length(chunks: Chunks, choice: TextChoice, config: ModelConfig) -> None:
+    """Says so if the text has clearly less than was chosen to be taken for the model's experts."""
+    found = chunks.tokens.numel()
+    if choice.n_tokens and found < 0.9 * min(choice.n_tokens, wanted(config)):
+        each = found * config.n_used / (config.n_expert * config.d) if config.n_moe else 0
+        say(
+            f"warning: the text has {found:,} tokens of {choice.n_tokens:,}, {each:.1f} for each dimension of an "
+            f"expert's input; give more, such as {ADVICE}"
+        )
