@@ -74,7 +74,7 @@ class Corpus:
 @dataclass(frozen=True)
 class TextChoice:
     """Which text, and how much of it. data: sources as in `load`, empty: the bundled mix, which draws on more languages
-    where more than WIDE_TOKENS are asked for. n_tokens None: as `length.sized` decides. from_start: as in `chunk`."""
+    where more than WIDE_TOKENS are asked for. n_tokens None: as `options.sized` decides. from_start: as in `chunk`."""
 
     data: tuple[str, ...] = ()
     n_tokens: int | None = None

@@ -9,31 +9,14 @@ import torch
 from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
-from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, cut
-from quantkit.calibration.length import check_length, sized
+from quantkit.calibration.corpus import Chunks, Corpus, cut
+from quantkit.calibration.options import Calibration, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
-from quantkit.runtime.room import Place
 from quantkit.runtime.stream import Source, job_of
 from quantkit.tensors import Importance
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """How to measure.
-
-    min_expert_tokens: experts with fewer are filled up with the layer's mean statistics. expert_tokens: keep drawing
-    text until every expert saw that many (0: one pass over the chosen tokens). memory: limit in bytes on the device.
-    hidden: where hidden states live (default: the first of device, RAM and disk that has room).
-    """
-
-    text: TextChoice = dataclasses.field(default_factory=TextChoice)
-    min_expert_tokens: int = 32
-    expert_tokens: int = 0
-    memory: int | None = None
-    hidden: Place | None = None
 
 
 @torch.inference_mode()

@@ -10,46 +10,26 @@ energy is the layer's gain, by which the relative error of each variant's layer 
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quantkit.codecs import types as qtypes
+from quantkit.calibration.variants import DEFAULT, Candidates, divergence, entry, linear_of, replaced, replaced_feed
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.runtime.layers import Feed, LayerWeights, Linear, attention, route
+from quantkit.runtime.layers import LayerWeights, attention, route
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import Source, apply_attention, ffn_input, head_tiles
+from quantkit.runtime.stream import apply_attention, ffn_input
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, TensorSpec
 
 NOISE = 0.02  # relative energy of the cheap tier's noise: about a layer's damage at 1.6 bit on a model of many layers
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Types to try on stacks of routed experts, and on all other tensors."""
-
-    routed: tuple[str, ...] = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K")
-    others: tuple[str, ...] = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
-
-    def of(self, spec: TensorSpec) -> list[str]:
-        """Those whose blocks fit the tensor's rows. Fixed tensors have none, embeddings no importance."""
-        if spec.fixed:
-            return []
-        wanted = self.routed if spec.is_routed else self.others
-        blind = spec.role == "token_embd"
-        fit = [name for name in wanted if qtypes.fits(name, spec.n_in)]
-        return [name for name in fit if not (blind and qtypes.needs_importance(name))]
-
-
-DEFAULT = Candidates()
 
 
 @dataclass
@@ -201,7 +181,7 @@ class Measurement:
                 kld, error = gain[fork.spec.layer]
                 yield self._entry(fork, kld * fork.error / NOISE, error * fork.error / NOISE)
         for fork in self.variants(None, lambda role: role == "output"):
-            variant = (head[0], _linear(self.whole(fork)))
+            variant = (head[0], linear_of(self.whole(fork)))
             yield self._entry(fork, *divergence(self.source, (head, streams[0]), (variant, streams[0])))
 
     def _entry(self, fork: Fork, kld: float, error: float) -> Entry:
@@ -235,57 +215,6 @@ class RoutedForks(Watcher):
             else:
                 out = hidden @ made.T
             fork_sum.index_add_(0, tokens, out.float() * share)
-
-
-def entry(spec: TensorSpec, qtype: str, kld: float, error: float) -> Entry:
-    """Of a tensor and a type."""
-    return Entry(spec.name, spec.role, spec.layer, qtype, spec.n_rows * qtypes.row_bytes(qtype, spec.n_in), kld, error)
-
-
-Output = tuple[tuple[torch.Tensor, Linear], torch.Tensor]
-"""Output norm and matrix, and the last layer's output [n_chunk, t, d]."""
-
-
-def divergence(source: Source, clean: Output, other: Output, first: int | None = None) -> tuple[float, float]:
-    """Of the other's next-token distribution from the clean one's: nats a token, and its standard error. first:
-    position in each chunk from which on (default: its second half)."""
-    parts = []
-    tiles = [
-        head_tiles(
-            source, head, hidden[:, hidden.shape[1] // 2 if first is None else first : -1].reshape(-1, source.config.d)
-        )
-        for head, hidden in (clean, other)
-    ]
-    for p, q in zip(*tiles, strict=True):
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    kld = torch.cat(parts).double()
-    return float(kld.mean()), float(kld.std() / max(1, len(kld)) ** 0.5)
-
-
-def _linear(weight: torch.Tensor) -> Linear:
-    return lambda x: x @ weight.T
-
-
-def replaced(weights: LayerWeights, role: str, weight: torch.Tensor) -> LayerWeights:
-    """The layer with another matrix of attention."""
-    if role == "attn_k_b":
-        return replace(weights, k_b=weight)
-    if role == "attn_v_b":
-        return replace(weights, v_b=weight)
-    linear = _linear(weight)
-    if role in ("attn_q_a", "attn_q_b"):
-        assert isinstance(weights.q, tuple)
-        q_a, norm, q_b = weights.q
-        return replace(weights, q=(linear, norm, q_b) if role == "attn_q_a" else (q_a, norm, linear))
-    if role == "attn_q":
-        return replace(weights, q=linear)
-    return replace(weights, kv_a=linear) if role == "attn_kv_a_mqa" else replace(weights, output=linear)
-
-
-def replaced_feed(feed: Feed, role: str, weight: torch.Tensor) -> Feed:
-    """The dense or shared feed-forward with another matrix."""
-    return replace(feed, **{role.removeprefix("ffn_").removesuffix("_shexp"): _linear(weight)})
 
 
 def choose_tier(source: CheckpointSource, tokens: torch.Tensor, types: Candidates, budget: int) -> tuple[Tier, int]:

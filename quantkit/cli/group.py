@@ -12,7 +12,7 @@ import click
 from quantkit import __version__, progress, ranks
 from quantkit.errors import QuantkitError, out_of_memory
 
-TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
+TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
 
 
 class Commands(click.Group):

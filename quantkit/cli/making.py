@@ -11,7 +11,7 @@ from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import needs
 
 if TYPE_CHECKING:
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
     from quantkit.job.options import MakeOptions
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
-    from quantkit.calibration.sensitivity import DEFAULT, Candidates
+    from quantkit.calibration.variants import DEFAULT, Candidates
     from quantkit.job.stages import SensitivityOptions
 
     routed = tuple(types.split(",")) if types else DEFAULT.routed

@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
     from quantkit.planning.budget import BudgetOptions
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -186,7 +186,7 @@ def _evaluation(eval_data: tuple[str, ...], eval_tokens: int) -> "TextChoice":
 
 
 def _calibration(text: "TextChoice", memory: int | None) -> "Calibration":
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
 
     return Calibration(text, memory=memory)
 

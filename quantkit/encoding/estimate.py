@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from quantkit import ranks
 from quantkit.calibration.collect import turns_of
-from quantkit.calibration.sensitivity import Candidates, divergence, entry, replaced, replaced_feed
+from quantkit.calibration.variants import Candidates, divergence, entry, replaced, replaced_feed
 from quantkit.encoding.api import SUPPORTED, nearest
 from quantkit.encoding.hessian import Factor, Hessian, blend, prepare, second_moment
 from quantkit.encoding.moments import SAME_INPUT, Moments

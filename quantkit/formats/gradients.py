@@ -7,6 +7,7 @@ and not for each of a token's experts.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors_header import encode_header
-from quantkit.formats.whole_file import replacing
 
 INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `experts`; the first: of gate and up stacked, gate first
 MIDDLE, BEFORE, TOKENS = "stream.middle", "stream.before", "tokens"  # the latter two: in the file of layer 0
@@ -160,7 +161,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, shapes: Shapes, offsets: Mapping[str, int]) -> None:
         self._file, self._shapes, self._offsets = file, shapes, offsets
-        self.missing = sum(n_bytes(shape) for shape in shapes.values())
+        self.written = 0  # bytes
 
     def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
         """Rows of a tensor from row `first`, in its dtype when they are written, wherever they live."""
@@ -170,24 +171,35 @@ class Writer:
         for part in rows.split(max(1, WRITE_BYTES // max(1, row))):
             data = part.to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy()
             self._file.write(memoryview(data))
-            self.missing -= data.nbytes
+            self.written += data.nbytes
 
 
 @contextmanager
 def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) -> Iterator[Writer]:
-    """A new file of these tensors in the place of `path`, if the `with` block writes all of them. about: its metadata.
-    QuantkitError if the disk does not take it."""
+    """A new file of these tensors in the place of `path`, if the `with` block writes all of them; ranks write one file
+    together. about: its metadata. QuantkitError if the disk does not take it."""
     large_first = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)  # aligned without padding
     head, offsets = encode_header({name: (DTYPES[shapes[name][0]], shapes[name][1]) for name in large_first}, about)
+    size = sum(n_bytes(shape) for shape in shapes.values())
+    part = path.with_name(f"{path.name}.tmp")
     try:
-        with replacing(path) as file:
-            file.write(head)
+        if ranks.index() == 0:
+            part.write_bytes(head)
+        ranks.barrier()
+        with open(part, "r+b") as file:
             writer = Writer(file, shapes, offsets)
             yield writer
-            if writer.missing:
-                raise RuntimeError(f"{path}: {writer.missing} bytes were not written")
+            file.flush()
+            os.fsync(file.fileno())
+        if missing := size - sum(ranks.gather(writer.written)):
+            raise RuntimeError(f"{path}: {missing} bytes were not written")
+        if ranks.index() == 0:
+            os.replace(part, path)
     except OSError as error:
         raise QuantkitError(f"{path}: cannot write ({error.strerror}); run again to resume") from None
+    finally:
+        if ranks.index() == 0:
+            part.unlink(missing_ok=True)
 
 
 def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:

@@ -19,8 +19,8 @@ from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
-from quantkit.calibration.length import check_length, sized
 from quantkit.calibration.measure import calibrate
+from quantkit.calibration.options import check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions

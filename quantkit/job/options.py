@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration import sensitivity
 from quantkit.calibration.corpus import TextChoice, cut
-from quantkit.calibration.length import sized
+from quantkit.calibration.options import sized
+from quantkit.calibration.variants import DEFAULT, Candidates
 from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError, needs
@@ -103,7 +105,7 @@ class SensitivityOptions:
     text: TextChoice = field(default_factory=TextChoice)
     tier: Tier | None = None
     budget: int = 1 << 21
-    types: sensitivity.Candidates = sensitivity.DEFAULT
+    types: Candidates = DEFAULT
     memory: int | None = None
 
 
@@ -116,9 +118,10 @@ def measure_sensitivity(
         import matplotlib  # noqa: F401  (missing, it is missed before the long work)
     measured = estimate_damage if basis.is_dir() else _forked
     found = measured(source, basis, how)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SENSITIVITY, found.to_json())
-    sensitivity.heat_map(found, folder / "sensitivity.png")
+    if ranks.index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / SENSITIVITY, found.to_json())
+        sensitivity.heat_map(found, folder / "sensitivity.png")
     return found
 
 

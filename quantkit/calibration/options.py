@@ -1,11 +1,11 @@
-"""How much text a calibration takes, where nobody says.
+"""What a calibration measures, and how much text it takes where nobody says.
 
 Error feedback needs some tokens for each dimension of an expert's input (docs/results/encoders.md). A token goes to
 n_used of a layer's n_expert, so R1 needs 917,504 for PER_DIMENSION. A pass on a GPU waits for the disk until computing
 takes longer: at 2.5 GB/s R1's 688 GB take 275 s, in which 160 TFLOP/s compute 600,000 tokens of 74 GFLOP.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from quantkit.calibration.corpus import Chunks, TextChoice
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
 from quantkit.runtime.memory import RAM_SHARE, machine_memory, memory
+from quantkit.runtime.room import Place
 
 LEAST = 131072
 PER_DIMENSION = 4
@@ -20,6 +21,22 @@ ADVICE = (
     "--data HuggingFaceFW/fineweb-edu:sample-10BT "
     "--data 'math=open-r1/OpenR1-Math-220k:default:train:{problem} {generations[0]}'"
 )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to measure.
+
+    min_expert_tokens: experts with fewer are filled up with the layer's mean statistics. expert_tokens: keep drawing
+    text until every expert saw that many (0: one pass over the chosen tokens). memory: limit in bytes on the device.
+    hidden: where hidden states live (default: the first of device, RAM and disk that has room).
+    """
+
+    text: TextChoice = field(default_factory=TextChoice)
+    min_expert_tokens: int = 32
+    expert_tokens: int = 0
+    memory: int | None = None
+    hidden: Place | None = None
 
 
 def wanted(config: ModelConfig) -> int:
