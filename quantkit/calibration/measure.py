@@ -26,7 +26,7 @@ def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False
     how = dataclasses.replace(how, text=sized(how.text, source.config, source.device, how.memory))
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
-    check_length(chunks, how.text, source.config)
+    check_length(chunks, how.text, source)
     states = [out.with_name(out.name + ".state")]
     imatrix = _pass(source, text, chunks, how, states[0], restart)
     n_chunks = len(chunks.tokens)
@@ -61,6 +61,7 @@ def _pass(
     state = PassState(folder, job_of(source, chunks.tokens))
     if restart:
         state.remove()
+    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
     with track("calibrate", source.config.n_layer, "layers") as advance:
         return collect(source, chunks.tokens, state, room=room, progress=Steps(advance))

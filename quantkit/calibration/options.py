@@ -10,12 +10,18 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from quantkit.calibration.corpus import Chunks, TextChoice
+from quantkit.calibration.state import EVERY, LARGE
+from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
 from quantkit.runtime.memory import RAM_SHARE, machine_memory, memory
 from quantkit.runtime.room import Place
+from quantkit.runtime.stream import Source
+from quantkit.sizes import gb
 
 LEAST = 131072
+LARGE_WEIGHTS = 10**10
+DISK_RATE, GPU_RATE, CPU_RATE = 2.5e9, 1.6e14, 1e12  # bytes a second; operations a second of a forward pass
 PER_DIMENSION = 4
 ADVICE = (
     "--data HuggingFaceFW/fineweb-edu:sample-10BT "
@@ -61,12 +67,27 @@ def sized(choice: TextChoice, config: ModelConfig, device: torch.device, limit: 
     return replace(choice, n_tokens=-(-n_tokens // choice.chunk) * choice.chunk)
 
 
-def check_length(chunks: Chunks, choice: TextChoice, config: ModelConfig) -> None:
-    """Says so if the text has clearly less than was chosen to be taken for the model's experts."""
-    found = chunks.tokens.numel()
+def check_length(chunks: Chunks, choice: TextChoice, source: Source) -> None:
+    """Says so if the text has clearly less than was chosen to be taken for the model's experts; and what the pass over
+    a large model will take."""
+    found, config = chunks.tokens.numel(), source.config
     if choice.n_tokens and found < 0.9 * min(choice.n_tokens, wanted(config)):
         each = found * config.n_used / (config.n_expert * config.d) if config.n_moe else 0
         say(
             f"warning: the text has {found:,} tokens of {choice.n_tokens:,}, {each:.1f} for each dimension of an "
             f"expert's input; give more, such as {ADVICE}"
         )
+    if (read := sum(spec.n_rows * spec.n_in for spec in family.specs(config))) > LARGE_WEIGHTS:
+        rate, hidden = GPU_RATE if source.device.type == "cuda" else CPU_RATE, 2 * found * config.d
+        saved = config.n_layer // EVERY if hidden > LARGE else config.n_layer
+        seconds = max(read / DISK_RATE, 2 * found * active_weights(config) / rate) + saved * hidden / DISK_RATE
+        say(
+            f"{found:,} tokens: {gb(2 * hidden)} of disk for the state, and about {seconds / 60:,.0f} minutes to read "
+            f"and compute on a fast {'GPU' if source.device.type == 'cuda' else 'CPU'}, encoding not counted"
+        )
+
+
+def active_weights(config: ModelConfig) -> float:
+    """Weights that a token is multiplied with."""
+    parts = ((spec, spec.n_rows * spec.n_in) for spec in family.specs(config) if spec.role != "token_embd")
+    return sum(n * config.n_used / config.n_expert if spec.is_routed else n for spec, n in parts)

@@ -224,7 +224,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     options, plan, how = order.options, order.plan, order.options.calibration
     source, text = source_of(order.checkpoint, order.device), how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
-    check_length(chunks, how.text, source.config)
+    check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
     limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
     room = room_for(source, n_tokens, limits)
@@ -232,6 +232,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
+    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
