@@ -2,7 +2,7 @@
 
 Error feedback needs some tokens for each dimension of an expert's input (docs/results/encoders.md). A token goes to
 n_used of a layer's n_expert, so R1 needs 917,504 for PER_DIMENSION. A pass on a GPU waits for the disk until computing
-takes longer: at 2.5 GB/s R1's 688 GB take 275 s, in which 160 TFLOP/s compute 600,000 tokens of 74 GFLOP.
+takes longer: at 2.5 GB/s R1's 688 GB take 275 s, in which GPU_RATE is 410,000 tokens of 74 GFLOP.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,8 @@ from quantkit.sizes import gb
 
 LEAST = 131072
 LARGE_WEIGHTS = 10**10
-DISK_RATE, GPU_RATE, CPU_RATE = 2.5e9, 1.6e14, 1e12  # bytes a second; operations a second of a forward pass
+DISK_RATE = 2.5e9  # bytes a second
+GPU_RATE, CPU_RATE = 1.1e14, 1e12  # operations a second of a forward pass (H100: docs/results/calibration.md)
 PER_DIMENSION = 4
 ADVICE = (
     "--data HuggingFaceFW/fineweb-edu:sample-10BT "
