@@ -13,7 +13,7 @@ from quantkit import __version__, machine, progress, ranks
 from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory
 
-TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
+TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
 
 
 class Commands(click.Group):

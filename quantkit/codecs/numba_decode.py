@@ -12,12 +12,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-import numba
 from quantkit.codecs.codebooks import ggml_grid
 from quantkit.container import writable_caches
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.encoding import jobs
 from quantkit.encoding.jobs import GgmlEncoder
 from quantkit.encoding.layer import LayerEncoder

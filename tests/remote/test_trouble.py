@@ -15,7 +15,7 @@ from loopback_hub import TOKEN, Blob
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make

@@ -4,9 +4,9 @@ Kernels that call each other stand in one file: numba compiles a cached kernel a
 another does.
 """
 
+import numba
 import numpy as np
 
-import numba
 from quantkit.container import writable_caches
 
 KEPT = writable_caches()
