@@ -28,6 +28,7 @@ from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
 from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.prompts import chat_prompt
@@ -42,10 +43,12 @@ COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill t
 
 @dataclass(frozen=True)
 class Limits:
-    """max_body: bytes of a request; queue: requests that may wait for a slot."""
+    """max_body: bytes of a request; queue: requests that may wait for a slot; connections: open at once, default half
+    of the files that the process may open."""
 
     max_body: int = 4 << 20
     queue: int = 256
+    connections: int | None = None
 
 
 class Api:
@@ -256,8 +259,16 @@ def bind(host: str, port: int) -> socket.socket:
 def server(api: Api) -> uvicorn.Server:
     """To be run on sockets that are bound already."""
     config = uvicorn.Config(
-        api.app(), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on", server_header=False
+        api.app(),
+        http=guarded(api.limits.connections or most_connections()),
+        ws="none",
+        backlog=BACKLOG,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        lifespan="on",
+        server_header=False,
     )
+    log_seldom("uvicorn.error", "asyncio")
     return uvicorn.Server(config)
 
 
