@@ -36,7 +36,7 @@ from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.progress import say
 from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm
-from quantkit.runtime.memory import Limits, room_for
+from quantkit.runtime.memory import Limits, Memory, room_for
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import ATTENTION_TOKENS, Step, stream
@@ -45,6 +45,7 @@ from quantkit.tensors import ROUTED_ROLES, TensorSpec
 
 SAMPLED = 8  # routed experts of a layer
 NOISE = 1e-3  # its energy over that of the stream
+GRADIENT_BYTES = 48  # for each number of the stream that is compared: three gradients, their products, both states
 NOISY_TOKENS = 1 << 18  # of all noisy copies together, if there are chunks for them
 
 Scores = dict[tuple[str, str, int], list[float]]
@@ -122,7 +123,9 @@ class Estimate:
             if qtype in SUPPORTED and known is not None:
                 yield qtype, nearest(qtype, weights, known)
             else:
-                each = [None] * len(weights) if known is None else known.h.diagonal(dim1=-2, dim2=-1)
+                each: list[torch.Tensor | None] = [None] * len(weights)
+                if known is not None:
+                    each = list(known.h.diagonal(dim1=-2, dim2=-1) if known.coupled else known.weights)
                 yield qtype, torch.stack([_by_ggml(qtype, w, h) for w, h in zip(weights, each, strict=True)])
 
     def layer(self, step: Step) -> None:
@@ -365,7 +368,8 @@ def estimate(
     if not len(text.fitted):
         say("warning: types are judged by the tokens that they were fitted to; take more --tokens than gradients have")
     run, last = Estimate(source, folder, text, types), None
-    room = room_for(source, text.all.numel(), Limits(memory, None, folder))
+    more = Memory(GRADIENT_BYTES * text.compared.numel() * source.config.d, 0, 0)
+    room = room_for(source, text.all.numel(), Limits(memory, None, folder), more)
     for step in stream(source, text.all, room=room, turns=turns_of(source.config.n_expert)):
         run.layer(step)
         last = step.hidden
