@@ -74,15 +74,9 @@ Output = tuple[tuple[torch.Tensor, Linear], torch.Tensor]
 def divergence(source: Source, clean: Output, other: Output, first: int | None = None) -> tuple[float, float]:
     """Of the other's next-token distribution from the clean one's: nats a token, and its standard error. first:
     position in each chunk from which on (default: its second half)."""
-    parts = []
+    parts, begin = [], clean[1].shape[1] // 2 if first is None else first
     tiles = [
-        head_tiles(
-            source,
-            head,
-            hidden[:, hidden.shape[1] // 2 if first is None else first : -1]
-            .reshape(-1, source.config.d)
-            .to(source.device),
-        )
+        head_tiles(source, head, hidden[:, begin:-1].reshape(-1, source.config.d).to(source.device))
         for head, hidden in (clean, other)
     ]
     for p, q in zip(*tiles, strict=True):

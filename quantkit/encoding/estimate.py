@@ -30,6 +30,7 @@ from quantkit.calibration.variants import Candidates, divergence, entry, replace
 from quantkit.encoding.api import SUPPORTED, nearest
 from quantkit.encoding.hessian import Factor, Hessian, blend, prepare, second_moment
 from quantkit.encoding.moments import SAME_INPUT, Moments
+from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import StreamGradients, path_of, tokens_in
 from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.ggml import quants
@@ -67,7 +68,7 @@ class Text:
         """tokens: calibration text; what the gradients in the folder are of is taken out of it."""
         compared = tokens_in(folder)
         if compared.shape[1] != tokens.shape[1]:
-            tokens = tokens[:0, : compared.shape[1]]
+            tokens = compared[:0]
         known = {tuple(row) for row in compared.tolist()}
         keep = [i for i, row in enumerate(tokens.tolist()) if tuple(row) not in known]
         places = n_layer + 1
@@ -221,6 +222,8 @@ class LayerEstimate(Watcher):
     def __init__(self, run: Estimate, layer: int):
         self.run, self.layer = run, layer
         self.gradients = StreamGradients.load(path_of(run.folder, layer))
+        if self.gradients.after.shape[1:] != (run.text.compared.numel(), run.source.config.d):
+            raise QuantkitError(f"{path_of(run.folder, layer)}: gradients of another model, or of other layers' text")
         self.own = self._share()
         self.needed = {SAME_INPUT.get(spec.role, spec.role) for spec in self.own}
         self.moments: dict[str, Moments] = {}
