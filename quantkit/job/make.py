@@ -20,10 +20,10 @@ from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
-from quantkit.calibration.options import check_length, sized
+from quantkit.calibration.options import LEAST, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
-from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.layer import GROUP_SHARE, EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
@@ -57,7 +57,7 @@ from quantkit.job.stages import (
     source_of,
     verify_file,
 )
-from quantkit.machine import chosen_device
+from quantkit.machine import chosen_device, free_vram
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
@@ -227,7 +227,8 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     chunks = cut(text, source, how.text)
     check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
-    limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
+    compared = reference.tokens.numel() if reference else 0
+    limits = Limits(memory_beside_encoder(order, n_tokens), how.hidden, out.parent, compared)
     room = room_for(source, n_tokens, limits)
     encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
@@ -262,6 +263,16 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
         encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
     state.remove()
     return writer.files
+
+
+def memory_beside_encoder(order: Order, n_tokens: int) -> int | None:
+    """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of it,
+    so that their hidden states go to RAM before experts wait for room."""
+    given = order.options.calibration.memory
+    if given is not None or n_tokens <= LEAST or order.device == "cpu" or order.encoder == "ggml":
+        return given
+    total = torch.cuda.get_device_properties(order.device).total_memory
+    return free_vram(torch.device(order.device)) - int(GROUP_SHARE * total)
 
 
 def fingerprint(order: Order, state: PassState) -> dict[str, str]:
