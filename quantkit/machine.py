@@ -1,36 +1,96 @@
-"""Short measurements of this machine: how fast memory, GPU and disk can be read, in bytes a second."""
+"""What this process may use of its machine, in bytes and cores, and which device; and short measurements of how fast
+memory, GPU and disk can be read, in bytes a second. All that ask for cores or memory ask here."""
 
 import os
+import re
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
+from quantkit import progress, ranks
+from quantkit.container import Container
 from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:  # torch takes a second to load
+    import torch
 
 RAM_BYTES = 1 << 30  # far beyond any cache
 DISK_BYTES = 1 << 30
 BLOCK = 8 << 20
 
 
-def default_device() -> str:
-    """torch's name of a GPU if there is one, else of the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def ram() -> int:
+    """What this process can have in all, bytes: the machine's, or less if a container or `ulimit` says so."""
+    return Container().ram()
 
 
 def free_ram() -> int:
-    """Bytes that a new process can take without swapping (MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that this process can take without swapping or being killed."""
+    return Container().free_ram()
 
 
-def free_vram(device: torch.device | None = None) -> int:
+def cores() -> int:
+    """Threads that this process can run at once."""
+    return Container().cores()
+
+
+def bound_threads() -> None:
+    """Before torch is loaded: no library starts more threads than there are cores for this process, where a container
+    has a quota of CPU time. (They follow the affinity mask by themselves.)"""
+    if "OMP_NUM_THREADS" not in os.environ and cores() < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(cores())
+
+
+def chosen_device(asked: str | None = None) -> str:
+    """torch's name of the device to compute on: `cpu`, or `cuda` for the one GPU that this process sees from here on.
+
+    asked: as `known_device` takes it; None: a GPU if there is one. QuantkitError if the GPU is not there."""
+    name, _, number = known_device(asked or "cuda").partition(":")
+    if name == "cpu":
+        return name
+    if number:
+        _show_only(int(number), str(asked))
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:  # a driver that does not fit, say
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if found:
+        return "cuda"
+    why = "this build of torch is for CPUs" if torch.version.cuda is None else "torch sees no such GPU here"
+    why = str(said[0].message).splitlines()[0] if said else why
+    if asked:
+        raise QuantkitError(f"--device {asked}: {why}; use --device cpu, or leave it out")
+    if said:
+        progress.say(f"computing on the CPU: {why}")
+    return "cpu"
+
+
+def known_device(asked: str) -> str:
+    """`cpu`, `cuda` or `cuda:N`, and `gpu` for `cuda`; QuantkitError for anything else, without loading torch."""
+    if asked != "cpu" and not re.fullmatch(r"(?:cuda|gpu)(?::\d{1,4})?", asked):
+        raise QuantkitError(f"--device {asked}: unknown; choose cpu, cuda or cuda:N (gpu is cuda)")
+    return asked.replace("gpu", "cuda")
+
+
+def _show_only(gpu: int, asked: str) -> None:
+    """Hide all other GPUs from this process, which works until CUDA is first asked."""
+    if ranks.count() > 1:
+        raise QuantkitError(f"--device {asked}: each rank takes a GPU of its own; say cuda, and CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",") if name.strip()] if visible is not None else None
+    if names is not None and gpu >= len(names):
+        raise QuantkitError(f"--device {asked}: CUDA_VISIBLE_DEVICES shows {len(names)} of them; count from 0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[gpu] if names is not None else str(gpu)
+
+
+def free_vram(device: "torch.device | None" = None) -> int:
     """Bytes of GPU memory that nothing holds, what torch's allocator keeps for reuse included; 0 without a GPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return 0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -39,16 +99,20 @@ def free_vram(device: torch.device | None = None) -> int:
 
 def ram_bandwidth(n_bytes: int = RAM_BYTES, repeats: int = 3) -> float:
     """Best of some sums over a buffer, one thread a core; numpy's sum of int64 is bound by reading."""
-    cores = len(os.sched_getaffinity(0))
+    import numpy as np
+
+    n_threads = cores()
     buffer = np.ones(n_bytes // 8, np.int64)  # ones: pages of zeros could all be one page
-    parts = np.array_split(buffer, cores)
-    with ThreadPoolExecutor(cores) as pool:
+    parts = np.array_split(buffer, n_threads)
+    with ThreadPoolExecutor(n_threads) as pool:
         seconds = min(_timed(lambda: list(pool.map(np.sum, parts))) for _ in range(repeats))
     return buffer.nbytes / seconds
 
 
 def gpu_bandwidth(n_bytes: int = RAM_BYTES, repeats: int = 5) -> float | None:
     """Best of some copies on the GPU (a byte read and a byte written each); None without one."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     source = torch.ones(n_bytes, dtype=torch.uint8, device="cuda")
@@ -64,6 +128,8 @@ def gpu_bandwidth(n_bytes: int = RAM_BYTES, repeats: int = 5) -> float | None:
 
 def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
     """Reading the first bytes of a file past the page cache (O_DIRECT)."""
+    import torch
+
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:

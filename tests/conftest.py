@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from quantkit import bundle
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions

@@ -12,6 +12,7 @@ ORDER = [
     "bundle",
     "ranks",
     "progress",
+    "container",
     "machine",
     "ggml",
     "codecs",

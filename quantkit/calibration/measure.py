@@ -9,38 +9,24 @@ import torch
 from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
-from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, cut
+from quantkit.calibration.corpus import Chunks, Corpus, cut
+from quantkit.calibration.options import Calibration, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
-from quantkit.runtime.room import Place
 from quantkit.runtime.stream import Source, job_of
 from quantkit.tensors import Importance
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """How to measure.
-
-    min_expert_tokens: experts with fewer are filled up with the layer's mean statistics. expert_tokens: keep drawing
-    text until every expert saw that many (0: one pass over the chosen tokens). memory: limit in bytes on the device.
-    hidden: where hidden states live (default: the first of device, RAM and disk that has room).
-    """
-
-    text: TextChoice = dataclasses.field(default_factory=TextChoice)
-    min_expert_tokens: int = 32
-    expert_tokens: int = 0
-    memory: int | None = None
-    hidden: Place | None = None
 
 
 @torch.inference_mode()
 def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
     """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, OUT.state-1, ... for each pass,
     removed when the imatrix is written)."""
+    how = dataclasses.replace(how, text=sized(how.text, source.config, source.device, how.memory))
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
+    check_length(chunks, how.text, source)
     states = [out.with_name(out.name + ".state")]
     imatrix = _pass(source, text, chunks, how, states[0], restart)
     n_chunks = len(chunks.tokens)
@@ -75,6 +61,7 @@ def _pass(
     state = PassState(folder, job_of(source, chunks.tokens))
     if restart:
         state.remove()
+    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
     with track("calibrate", source.config.n_layer, "layers") as advance:
         return collect(source, chunks.tokens, state, room=room, progress=Steps(advance))

@@ -10,46 +10,27 @@ energy is the layer's gain, by which the relative error of each variant's layer 
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quantkit.codecs import types as qtypes
+from quantkit import machine
+from quantkit.calibration.variants import DEFAULT, Candidates, divergence, entry, linear_of, replaced, replaced_feed
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.runtime.layers import Feed, LayerWeights, Linear, attention, route
+from quantkit.runtime.layers import LayerWeights, attention, route
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import apply_attention, ffn_input, head_tiles
+from quantkit.runtime.stream import apply_attention, ffn_input
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, TensorSpec
 
 NOISE = 0.02  # relative energy of the cheap tier's noise: about a layer's damage at 1.6 bit on a model of many layers
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Types to try on stacks of routed experts, and on all other tensors."""
-
-    routed: tuple[str, ...] = ("IQ1_S", "IQ2_XXS", "Q2_K", "Q3_K", "Q4_K")
-    others: tuple[str, ...] = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
-
-    def of(self, spec: TensorSpec) -> list[str]:
-        """Those whose blocks fit the tensor's rows. Fixed tensors have none, embeddings no importance."""
-        if spec.fixed:
-            return []
-        wanted = self.routed if spec.is_routed else self.others
-        blind = spec.role == "token_embd"
-        fit = [name for name in wanted if qtypes.fits(name, spec.n_in)]
-        return [name for name in fit if not (blind and qtypes.needs_importance(name))]
-
-
-DEFAULT = Candidates()
 
 
 @dataclass
@@ -71,7 +52,7 @@ class Measurement:
         self.gains: list[int] = []  # cheap tier: layer of each noise fork, in stream order
         for name in {qtype for types in self.plan.values() for qtype in types}:
             quants.prepare(name)
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.pool = ThreadPoolExecutor(min(torch.get_num_threads(), machine.cores()))
 
     def variants(self, layer: int | None, roles: Callable[[str], bool]) -> list[Fork]:
         """Of the layer's tensors (None: of those outside the layers) with such a role."""
@@ -137,7 +118,8 @@ class Measurement:
         apply_attention(self.streams, weights, self.config, self.angles)
         forks = self.variants(layer, lambda role: role.startswith("attn_"))
         attended = [
-            before + attention(before, self._replaced(weights, fork), self.config, self.angles) for fork in forks
+            before + attention(before, replaced(weights, fork.spec.role, self.whole(fork)), self.config, self.angles)
+            for fork in forks
         ]
         if self.tier == "cheap":  # their error is judged after the whole layer, so they pass its feed-forward too
             middle = torch.cat([self.streams, *attended])
@@ -158,22 +140,6 @@ class Measurement:
         else:
             self.streams = self._fork(after, ffn_forks, ffn_streams, clean)
 
-    def _replaced(self, weights: LayerWeights, fork: Fork) -> LayerWeights:
-        """The layer with one attention tensor requantized."""
-        weight, role = self.whole(fork), fork.spec.role
-        if role == "attn_k_b":
-            return replace(weights, k_b=weight)
-        if role == "attn_v_b":
-            return replace(weights, v_b=weight)
-        linear = _linear(weight)
-        if role in ("attn_q_a", "attn_q_b"):
-            assert isinstance(weights.q, tuple)
-            q_a, norm, q_b = weights.q
-            return replace(weights, q=(linear, norm, q_b) if role == "attn_q_a" else (q_a, norm, linear))
-        if role == "attn_q":
-            return replace(weights, q=linear)
-        return replace(weights, kv_a=linear) if role == "attn_kv_a_mqa" else replace(weights, output=linear)
-
     def _feed_forward(
         self, layer: int, weights: LayerWeights, middle: torch.Tensor
     ) -> tuple[torch.Tensor, list[Fork], list[torch.Tensor]]:
@@ -192,7 +158,7 @@ class Measurement:
             summed = torch.zeros(x.shape, device=x.device)
         for fork in self.variants(layer, lambda role: role.startswith("ffn_") and role not in ROUTED_ROLES):
             assert feed is not None
-            variant = _replaced_feed(feed, fork.spec.role, _linear(self.whole(fork)))
+            variant = replaced_feed(feed, fork.spec.role, self.whole(fork))
             forks.append(fork)
             outputs.append(summed[: self.n_clean].float() + variant(clean_x).float())
         every = summed.float() + (feed(x).float() if feed else 0.0)
@@ -205,40 +171,22 @@ class Measurement:
         streams = self.streams.split(self.n_chunk)
         if self.tier == "full":
             for fork, hidden in zip(self.forks, streams[1:], strict=True):
-                yield self._entry(fork, *self._divergence(head, streams[0], head, hidden))
+                yield self._entry(fork, *divergence(self.source, (head, streams[0]), (head, hidden)))
         else:
             pairs = zip(self.gains, streams[1:], strict=True)
             gain: dict[int | None, tuple[float, float]] = {
-                layer: self._divergence(head, streams[0], head, hidden) for layer, hidden in pairs
+                layer: divergence(self.source, (head, streams[0]), (head, hidden)) for layer, hidden in pairs
             }
             gain[None] = gain[0]  # the embedding's error enters where layer 0's does
             for fork in self.forks:
                 kld, error = gain[fork.spec.layer]
                 yield self._entry(fork, kld * fork.error / NOISE, error * fork.error / NOISE)
         for fork in self.variants(None, lambda role: role == "output"):
-            variant = (head[0], _linear(self.whole(fork)))
-            yield self._entry(fork, *self._divergence(head, streams[0], variant, streams[0]))
-
-    def _divergence(
-        self,
-        head: tuple[torch.Tensor, Linear],
-        clean: torch.Tensor,
-        other: tuple[torch.Tensor, Linear],
-        hidden: torch.Tensor,
-    ) -> tuple[float, float]:
-        rows = [state[:, self.t // 2 : self.t - 1].reshape(-1, self.config.d) for state in (clean, hidden)]
-        tiles = zip(head_tiles(self.source, head, rows[0]), head_tiles(self.source, other, rows[1]), strict=True)
-        parts = []
-        for p, q in tiles:
-            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        kld = torch.cat(parts).double()
-        return float(kld.mean()), float(kld.std() / max(1, len(kld)) ** 0.5)
+            variant = (head[0], linear_of(self.whole(fork)))
+            yield self._entry(fork, *divergence(self.source, (head, streams[0]), (variant, streams[0])))
 
     def _entry(self, fork: Fork, kld: float, error: float) -> Entry:
-        spec = fork.spec
-        n_bytes = spec.n_rows * qtypes.row_bytes(fork.qtype, spec.n_in)
-        return Entry(spec.name, spec.role, spec.layer, fork.qtype, n_bytes, kld, error)
+        return entry(fork.spec, fork.qtype, kld, error)
 
 
 class RoutedForks(Watcher):
@@ -268,14 +216,6 @@ class RoutedForks(Watcher):
             else:
                 out = hidden @ made.T
             fork_sum.index_add_(0, tokens, out.float() * share)
-
-
-def _linear(weight: torch.Tensor) -> Linear:
-    return lambda x: x @ weight.T
-
-
-def _replaced_feed(feed: Feed, role: str, linear: Linear) -> Feed:
-    return replace(feed, **{role.removeprefix("ffn_").removesuffix("_shexp"): linear})
 
 
 def choose_tier(source: CheckpointSource, tokens: torch.Tensor, types: Candidates, budget: int) -> tuple[Tier, int]:

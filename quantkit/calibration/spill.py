@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import replacing, write_text
 
@@ -17,15 +18,16 @@ WRITE_BYTES = 64 << 20
 
 
 class Spill:
-    """The folder of one pass. QuantkitError if it is another one's."""
+    """The folder of one pass. QuantkitError if it is another one's. All ranks read it, rank 0 alone writes."""
 
     def __init__(self, folder: Path, job: str):
         self.folder, self.job = folder, job
         path = folder / "job"
         if path.exists() and path.read_text(encoding="utf-8") != job:
             raise QuantkitError(f"{folder} is the state of another pass; remove it or use --restart")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, job)
+        if ranks.index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, job)
 
     def has(self, name: str) -> bool:
         """Whether it was put there."""
@@ -33,6 +35,8 @@ class Spill:
 
     def put(self, name: str, array: torch.Tensor) -> None:
         """Durably. QuantkitError if the disk does not take it; what was there before stays."""
+        if ranks.index():
+            return
         rows = array.reshape(-1, array.shape[-1])
         step = max(1, WRITE_BYTES // rows[:1].nbytes)
         try:
@@ -52,7 +56,8 @@ class Spill:
 
     def drop(self, name: str) -> None:
         """If it is there."""
-        (self.folder / name).unlink(missing_ok=True)
+        if ranks.index() == 0:
+            (self.folder / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The folder: all of it at once to whoever looks."""

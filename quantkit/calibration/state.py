@@ -6,6 +6,9 @@ Layout of the folder (safetensors, so that any tool can look):
                          metadata: `layer` (the next one to run), `job` (sha256 of what the pass depends on)
     layer-<N>.safetensors  `<tensor>.in_sum2` float32 [n_matrices, n_in] and `<tensor>.counts` float32 of layer N
 
+Of a large pass the hidden states are written after every EVERY layers only: R1's of 917,504 tokens are 13 GB, more than
+a layer of its checkpoint.
+
 A layer's statistics are written before the hidden states that include it, each file under a temporary name first, so
 the folder is consistent at any moment.
 """
@@ -21,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors_header import encode_header
+from quantkit.sizes import gb
 from quantkit.tensors import Importance
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 WRITE_BYTES = 64 << 20
+LARGE, EVERY = 4 << 30, 4  # bytes of hidden states that are not written after each layer
 
 
 class PassState:
@@ -69,7 +74,8 @@ class PassState:
             tensors[f"{name}.in_sum2"] = torch.from_numpy(entry.in_sum2)
             tensors[f"{name}.counts"] = torch.from_numpy(entry.counts)
         self._write(f"layer-{layer}.safetensors", tensors, {})
-        self._write_hidden(hidden, {"layer": str(layer + 1), "job": self.job})
+        if hidden.nbytes <= LARGE or (layer + 1) % EVERY == 0:
+            self._write_hidden(hidden, {"layer": str(layer + 1), "job": self.job})
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
         part = self.folder / (name + ".part")
@@ -104,6 +110,14 @@ class PassState:
                 sums, counts = tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"]
                 found[name] = Importance(sums.numpy(), counts.numpy())
         return found
+
+    def check_disk(self, n_bytes: int) -> None:
+        """QuantkitError unless hidden states of so many bytes have room, the new ones beside the old."""
+        there = sum(path.stat().st_size for path in self.folder.glob("*"))
+        parent = next(path for path in self.folder.absolute().parents if path.exists())
+        if 2 * n_bytes - there > (free := shutil.disk_usage(parent).free):
+            needs = f"the state of the pass needs {gb(2 * n_bytes)}, {gb(free)} are free"
+            raise QuantkitError(f"{self.folder}: {needs}; take fewer --tokens")
 
     def remove(self) -> None:
         """Delete the folder, if it is there."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from quantkit import __version__, progress, ranks
+from quantkit import __version__, machine, progress, ranks
+from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory
 
-TOGETHER = ("make", "calibrate", "quantize")  # what ranks do together; all else rank 0 does alone
+TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
 
 
 class Commands(click.Group):
@@ -69,6 +70,8 @@ def _stop(*_: object) -> None:
 def main(ctx: click.Context) -> None:
     """Dynamic low-bit GGUF files of DeepSeek-R1 and its family."""
     warnings.filterwarnings("ignore", message=".*beta state.*")
+    machine.bound_threads()
+    writable_caches()
     if ctx.invoked_subcommand in TOGETHER:
         ranks.join()
     if ranks.launched_index():

@@ -11,7 +11,7 @@ from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import needs
 
 if TYPE_CHECKING:
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
     from quantkit.job.options import MakeOptions
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
@@ -98,9 +98,9 @@ def calibrate(
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
     from quantkit.job import stages
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
 
-    source = stages.open_for_calibration(model, device or default_device())
+    source = stages.open_for_calibration(model, chosen_device(device))
     if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
         text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
         calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
-    from quantkit.calibration.sensitivity import DEFAULT, Candidates
+    from quantkit.calibration.variants import DEFAULT, Candidates
     from quantkit.job.stages import SensitivityOptions
 
     routed = tuple(types.split(",")) if types else DEFAULT.routed
@@ -119,7 +119,15 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 
 @click.command()
 @click.argument("model", default="tiny-r1")
-@click.option("--imatrix", type=FILE, required=True, help="Importance, for encoding the variants.")
+@click.option(
+    "--imatrix",
+    "--gradients",
+    "basis",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="An imatrix, to measure types as ggml encodes them; or a folder of `calibrate --gradients`, to estimate them "
+    "for quantkit's encoder.",
+)
 @click.option(
     "--output",
     "-o",
@@ -129,7 +137,7 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 )
 @Shared(
     (
-        options.text(8192, "measurement"),
+        options.text(None, "measurement", "8192, with gradients as in `calibrate`"),
         click.option(
             "--budget",
             default=1 << 21,
@@ -145,15 +153,18 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
     _sensitivity_options,
 )
 @options.device
-def sensitivity(model: str, imatrix: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
-    """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass."""
+def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
+    """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass.
+
+    `plan` and `make --sensitivity` go by it."""
     from quantkit.job import stages
     from quantkit.job.folder import SENSITIVITY
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
 
-    source = stages.source_of(open_weights(model), device or default_device())
-    stages.measure_sensitivity(source, imatrix, output, how)
+    device = chosen_device(device)
+    source = stages.source_of(open_weights(model), device)
+    stages.measure_sensitivity(source, basis, output, how)
     click.echo(str(output / SENSITIVITY))
 
 

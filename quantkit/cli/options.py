@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from quantkit import sizes
+from quantkit import machine, sizes
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
     from quantkit.planning.budget import BudgetOptions
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -145,6 +145,13 @@ class OneOf(click.Choice[str]):
         return value
 
 
+def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuses, before torch is loaded, what is no device; whether it is there, `chosen_device` finds."""
+    if value is not None:
+        machine.known_device(value)
+    return value
+
+
 def name_of(param: click.Parameter | None) -> str:
     """`--size`, for messages."""
     return max(param.opts, key=len) if param else ""
@@ -175,7 +182,7 @@ def _types(recipe: str | None, target: str | None, budget: "BudgetOptions") -> T
     return Types(recipe, target, budget)
 
 
-def _text(data: tuple[str, ...], tokens: int) -> "TextChoice":
+def _text(data: tuple[str, ...], tokens: int | None) -> "TextChoice":
     from quantkit.calibration.corpus import TextChoice
 
     return TextChoice(data, n_tokens=tokens)
@@ -186,12 +193,12 @@ def _evaluation(eval_data: tuple[str, ...], eval_tokens: int) -> "TextChoice":
 
 
 def _calibration(text: "TextChoice", memory: int | None) -> "Calibration":
-    from quantkit.calibration.measure import Calibration
+    from quantkit.calibration.options import Calibration
 
     return Calibration(text, memory=memory)
 
 
-def _text_options(n_tokens: int, what: str, prefix: str = "") -> tuple[Decorator, Decorator]:
+def _text_options(n_tokens: int | None, what: str, prefix: str = "", default: str = "") -> tuple[Decorator, Decorator]:
     return (
         click.option(
             f"--{prefix}data",
@@ -203,24 +210,34 @@ def _text_options(n_tokens: int, what: str, prefix: str = "") -> tuple[Decorator
         click.option(
             f"--{prefix}tokens",
             default=n_tokens,
-            show_default=True,
+            show_default=default or True,
             type=click.IntRange(1),
             help=f"Most tokens of {what} text to use.",
         ),
     )
 
 
-def text(n_tokens: int, what: str = "calibration") -> Shared:
-    """--data and --tokens as one TextChoice."""
-    return Shared(_text_options(n_tokens, what), "text", _text)
+def text(n_tokens: int | None, what: str = "calibration", default: str = "") -> Shared:
+    """--data and --tokens as one TextChoice. default: in words, where it is no number."""
+    return Shared(_text_options(n_tokens, what, default=default), "text", _text)
 
 
 evaluation = Shared(_text_options(32768, "evaluation", "eval-"), "evaluation", _evaluation)
 memory = click.option("--memory", type=SIZE, default=None, help="Memory for the pass, like 16GB. Default: all.")
-calibration = Shared((text(131072), memory), "calibration", _calibration)
+calibration = Shared(
+    (text(None, default="131072; on a GPU 4 a dimension of an expert's input, if there is room"), memory),
+    "calibration",
+    _calibration,
+)
 imatrix = click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
 
-device = click.option("--device", type=OneOf(["cpu", "cuda"]), default=None, help="Default: a GPU if there is one.")
+device = click.option(
+    "--device",
+    default=None,
+    metavar="cpu|cuda[:N]",
+    callback=_device,
+    help="Default: a GPU if there is one.",
+)
 target = click.option(
     "--target",
     default=None,

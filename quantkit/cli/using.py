@@ -79,12 +79,13 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
     from quantkit.job import stages
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
 
-    original, device = open_weights(reference), device or default_device()
+    device = chosen_device(device)
+    original = open_weights(reference)
     runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
     result = stages.verify_file(file, original, device, how, out, runtime=runtime)
     click.echo(short_table(result, file))
@@ -120,9 +121,9 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails."""
     from quantkit.job.certify import certify_file
     from quantkit.job.folder import CERTIFY
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
 
-    made = certify_file(file, device or default_device(), out or file.with_name(CERTIFY), how)
+    made = certify_file(file, chosen_device(device), out or file.with_name(CERTIFY), how)
     Console(width=110).print(made.table())
     sys.exit(0 if made.passed else 1)
 
@@ -198,13 +199,13 @@ def run(
     placement: Placement,
 ) -> None:
     """Generate text with a GGUF, or chat with it: on the GPU if there is one, experts that do not fit on the CPU."""
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
     from quantkit.serving.chat import Conversation
 
     show_placement()
-    weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
+    weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
     talk = Conversation(weights, open_engine(weights, 1, context, placement.gpu_layers), sampling)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
@@ -279,7 +280,7 @@ class Door:
 @options.placement
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
-    from quantkit.machine import default_device
+    from quantkit.machine import chosen_device
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
 
@@ -287,7 +288,7 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
         from quantkit.serving import http
 
     show_placement()
-    weights = open_gguf(file, placement.device or default_device(), ram=placement.ram)
+    weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
     http.serve(weights, engine, door.host, door.port, http.Limits(queue=door.queue), door.api_key)
 

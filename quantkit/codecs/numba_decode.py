@@ -19,13 +19,15 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from quantkit.codecs.codebooks import ggml_grid
+from quantkit.container import writable_caches
 
 SUPERBLOCK = 256
 WIDTH = 32  # weights of the inner loops; an argument, since LLVM would unroll a constant loop before making it vectors
 F, U8, U16, U32, U64, I32 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64, np.int32
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-part = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, forceinline=True)
+KEPT = writable_caches()
+jit = numba.njit(nogil=True, cache=KEPT, error_model="numpy", boundscheck=False)
+part = numba.njit(nogil=True, cache=KEPT, error_model="numpy", boundscheck=False, forceinline=True)
 
 
 def _bits_to_float(_, bits):

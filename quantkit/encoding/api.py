@@ -135,6 +135,15 @@ def encode_batch(
     return out
 
 
+def nearest(qtype: str, weights: torch.Tensor, factor: Factor, effort: str = "normal") -> torch.Tensor:
+    """What `encode_batch` makes of E matrices, decoded and without gamma: [E, rows, n_in] -> float32, on the device of
+    the weights."""
+    out = torch.empty(weights.shape, device=weights.device)
+    for matrices, some, state in _encode_tiles(Method.of(qtype, effort, device=weights.device), weights, factor):
+        out[matrices, some] = state.q
+    return out
+
+
 def _without_hessian(how: Method, hessians: Sequence[Hessian | None]) -> list[int]:
     """Matrices that ggml encodes better: at the coarsest types, independent rounding under our exact search is worse
     for the model than ggml's cautious one (SmolLM2 wholly at IQ1_S: perplexity 46,500 against 4,134)."""

@@ -24,13 +24,13 @@ def encode_rows(fmt: Format, w: torch.Tensor, factor: Factor, effort: Effort, ba
     if coupled:
         for i in range(max(effort.passes, effort.block_passes)):
             if pulled is not None:  # before descent: codes chosen under a d that is too small shrink the output
-                refit(pulled, factor, state, backend.gram)
+                refit(pulled, factor, state, backend)
             if i < effort.block_passes:
                 backend.descend_blocks(w, factor, state)
             if i < effort.passes:
                 backend.descend_groups(w, factor, state)
     if pulled is not None:
-        refit(pulled, factor, state, backend.gram)
+        refit(pulled, factor, state, backend)
     return state
 
 

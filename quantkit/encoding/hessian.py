@@ -7,15 +7,18 @@ already encoded moves the target of the later ones: `T = W + (W − Q) U`, and t
 `(T_g − Q_g) D_g (T_g − Q_g)ᵀ`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
 GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
 GRAM_ROWS = 512  # rows whose products are summed together on a CPU
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Factor:
 
     h: [E, n, n] damped; [E, 0, 0] if only a diagonal is known (then nothing couples columns, and feedback vanishes).
     u: [E, n, n] strictly block-upper in blocks of 8; empty as h. d: [E, n/8, 8, 8] the blocks of D. What else follows
-    from h is kept: encoders ask for it once for every few rows.
+    from h is kept: encoders ask for it once for every few rows. kept: where back ends keep what they derive, if rows
+    come a few at a time and not all at once.
     """
 
     h: torch.Tensor
     u: torch.Tensor
     d: torch.Tensor
+    kept: dict[Hashable, Any] | None = field(default=None, compare=False)
 
     @property
     def coupled(self) -> bool:
@@ -69,6 +74,14 @@ class Factor:
     def coarse(self) -> torch.Tensor:
         """h in bfloat16."""
         return self.h.bfloat16()
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` derives from it, once if it is to be kept."""
+        if self.kept is None:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def of(self, part: slice) -> "Factor":
         """Those of some of the matrices."""

@@ -1,6 +1,5 @@
 """Checkpoint, plan and importance -> GGUF. Jobs are row ranges of planned tensors and may finish in any order."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -9,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from quantkit import ranks
+from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -145,7 +144,7 @@ def encode_pending(
     """
     config = family.from_hf(checkpoint.config)
     specs = {spec.name: spec for spec in family.specs(config, plan.mla)}
-    workers = workers or max(1, (os.cpu_count() or 1) // ranks.local_count())
+    workers = workers or max(1, machine.cores() // ranks.local_count())
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         quants.prepare(qtype)

@@ -257,7 +257,7 @@ class LayerEncoder(Watcher):
         spec = self.specs[role]
         key, rows = (DOWN, spec.shape[1]) if role == ROUTED_ROLES[-1] else (INNER, 2 * spec.shape[1])
         known = self.outputs.knows(key, self.source.config.n_expert, rows)
-        return known and spec.shape[1] % self.how.two_sided.block == 0
+        return known and self.how.two_sided.blocks(spec.shape[1]) > 0
 
     def _outputs(self, roles: tuple[str, ...], experts: list[int]) -> list[torch.Tensor] | None:
         """H_O of the experts' matrices, stacked as the roles are."""
@@ -312,7 +312,7 @@ class LayerEncoder(Watcher):
             return
         full = self.how.effort != "fast"
         factor = prepare([hessian], spec.n_in, self.source.device, full=full)
-        h = self.outputs.matrix(role, spec.n_rows) if spec.n_rows % self.how.two_sided.block == 0 else None
+        h = self.outputs.matrix(role, spec.n_rows) if self.how.two_sided.blocks(spec.n_rows) else None
         outputs = None if h is None or not factor.coupled else [h]
         whole = self.source.device.type == "cuda" or outputs is not None
         for start, stop in [(0, spec.n_rows)] if whole else family.slices(spec):
@@ -345,7 +345,8 @@ class LayerEncoder(Watcher):
         qtype = self.planned[roles[0]].qtype
         method = Method.of(qtype, self.how.effort, gamma, self.source.device)
         if outputs is not None and method.effort.feedback and _complete(knowledge):
-            data = encode_two_sided(method, weights, knowledge, outputs, self.how.two_sided)
+            two_sided = Method.of(qtype, self.how.two_sided.effort, gamma, self.source.device)
+            data = encode_two_sided(two_sided, weights, knowledge, outputs, self.how.two_sided)
             self.used["two-sided"] += len(weights) * len(roles)
             return data
         if isinstance(knowledge, list):

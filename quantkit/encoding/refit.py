@@ -1,6 +1,6 @@
 """Closed-form scales: all d (and dmin) of a row jointly, under the full Hessian, codes fixed."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -10,8 +10,15 @@ from quantkit.encoding.state import State, block_scale
 
 LOW, HIGH = 0.3, 3.0  # a refitted d outside this range of the old one is a sign of a near-singular system
 
-Gram = Callable[[torch.Tensor, Factor], torch.Tensor]
-"""Backend.gram."""
+
+class Algebra(Protocol):
+    """What a back end does of a refit: `reference.Backend` says how."""
+
+    def gram(self, unit: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """unit [E, R, kinds, n] -> [E, R, K, K]."""
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [E, R, K, K], b [E, R, K] -> [E, R, K]."""
 
 
 def units(state: State) -> torch.Tensor:
@@ -31,27 +38,27 @@ def pull(w: torch.Tensor, factor: Factor) -> torch.Tensor:
 
 
 def normal_equations(
-    unit: torch.Tensor, pulled: torch.Tensor, factor: Factor, gram: Gram
+    unit: torch.Tensor, pulled: torch.Tensor, factor: Factor, backend: Algebra
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [E, R, K, K] and b [E, R, K] of min (w − Σ x_k unit_k) H (…)ᵀ; K = superblocks × kinds, kinds fastest."""
     e, r, kinds, n = unit.shape
     b = (unit * pulled[:, :, None]).view(e, r, kinds, n // SUPERBLOCK, SUPERBLOCK).sum(-1).mT.flatten(2)
-    return gram(unit, factor), b
+    return backend.gram(unit, factor), b
 
 
-def refit(pulled: torch.Tensor, factor: Factor, state: State, gram: Gram) -> None:
+def refit(pulled: torch.Tensor, factor: Factor, state: State, backend: Algebra) -> None:
     """Move d and dmin to the joint least-squares optimum wherever that lowers the row's output error after rounding.
 
     pulled: `pull` of the weights.
     """
     unit = units(state).contiguous()
     kinds = unit.shape[2]
-    a, b = normal_equations(unit, pulled, factor, gram)
+    a, b = normal_equations(unit, pulled, factor, backend)
     old = torch.stack([state.d, state.dmin], -1)[..., :kinds].flatten(2, 3)
     diag = a.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-6 * diag + 1e-4 * diag.mean(-1, keepdim=True) * (diag <= 0) + 1e-30
     # Towards the old scales, so that empty superblocks stay as they are.
-    solution = torch.linalg.solve_ex(a + torch.diag_embed(ridge), b + ridge * old)[0]
+    solution = backend.solve(a + torch.diag_embed(ridge), b + ridge * old)
     ratio = torch.nan_to_num(solution / torch.where(old == 0, torch.ones_like(old), old), nan=1.0).clamp(LOW, HIGH)
     new = to_fp16(old * ratio)
 

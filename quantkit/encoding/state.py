@@ -67,6 +67,15 @@ class State:
             q=zeros(n),
         )
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it, as `State(fmt, *tensors)` takes it."""
+        return [self.d, self.dmin, self.scale, self.offset, self.entry, self.sign, self.value, self.q]
+
+    def rows(self, part: slice) -> "State":
+        """Of some rows: views."""
+        return State(self.fmt, *(t[:, part] for t in self.tensors))
+
     def decode(self) -> None:
         """q anew, from d, dmin and the codes."""
         per = SUPERBLOCK // self.fmt.block

@@ -8,7 +8,7 @@ under H_I as ever. Then rows are revised block by block, all others fixed, each 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,27 +16,44 @@ import torch
 from quantkit import machine
 from quantkit.codecs.types import row_bytes
 from quantkit.encoding.api import GPU_SHARE, Method, finite, pack
+from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
 from quantkit.encoding.refit import pull, refit
 from quantkit.encoding.state import State
 from quantkit.errors import QuantkitError
 
+PACK_ROWS = 512  # that are packed together: it takes several times what they have
 GPU_BYTES = 32  # per weight: all of a matrix's codes, values and errors
 OUTPUT_BYTES = 10  # per element of H_O: damped, and its factor
+MANY_ROWS = 1024
 INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
 
 
 @dataclass(frozen=True)
 class TwoSided:
-    """block: rows that are encoded at once. damping: added to H_O, in parts of its diagonal and of the diagonal's mean.
-    passes: over all rows again, once they are encoded. own: an expert's own part in its H_O, the rest being its
-    layer's mean."""
+    """block: rows that are encoded at once; passes: over all rows again, once they are encoded. None: as many as suit
+    the matrix. damping: added to H_O, in parts of its diagonal and of the diagonal's mean. own: an expert's own part in
+    its H_O, the rest being its layer's mean. effort: of a block's first encoding."""
 
-    block: int = 16
+    block: int | None = None
     damping: float = 0.3
-    passes: int = 3
+    passes: int | None = None
     own: float = 0.5
+    effort: str = "normal"
+
+    def blocks(self, n_rows: int) -> int:
+        """Rows of a block; 0 if these rows do not divide into blocks.
+
+        A GPU takes as long for 64 rows of an expert as for 16. Blocks of R1's 4,096 and 7,168 rows are small at 64 too:
+        with 6 passes they leave the error of blocks of 16 with 3 (docs/results/encoders.md).
+        """
+        sizes = [self.block] if self.block else [64, 32, 16, 8] if n_rows > MANY_ROWS else [16, 8]
+        return next((size for size in sizes if n_rows % size == 0), 0)
+
+    def passes_over(self, n_rows: int) -> int:
+        """How often all rows are revised."""
+        return self.passes if self.passes is not None else 6 if self.blocks(n_rows) == 64 else 3
 
 
 @dataclass(frozen=True)
@@ -56,19 +73,25 @@ class RowFactor:
         """Rows that are encoded at once."""
         return self.inverse.shape[-1]
 
+    @property
+    def parts(self) -> list[slice]:
+        """The blocks of rows, the most important first."""
+        return [slice(k, k + self.block) for k in range(0, self.order.shape[1], self.block)]
+
 
 def row_factor(outputs: Sequence[torch.Tensor] | torch.Tensor, how: TwoSided, device: torch.device) -> RowFactor:
     """Of H_O of each matrix, float32 [R, R]; one after the other, so that little more than the result is in memory."""
     e, r = len(outputs), outputs[0].shape[-1]
-    shape = (e, r // how.block, how.block, how.block)
+    block = how.blocks(r)
+    shape = (e, r // block, block, block)
     h, u = (torch.empty(e, r, r, device=device) for _ in range(2))
     d, inverse = (torch.empty(shape, device=device) for _ in range(2))
     order = torch.empty(e, r, dtype=torch.int64, device=device)
     for i in range(e):
         damped = _damped(outputs[i].to(device).float(), how.damping)
         order[i] = damped.diagonal().argsort(stable=True, descending=True)
-        one = factorize(damped[order[i]][:, order[i]][None], how.block)
-        h[i], u[i], d[i], inverse[i] = one.h[0], one.u[0], one.d[0], torch.linalg.inv(blocks(one.h, how.block))[0]
+        one = factorize(damped[order[i]][:, order[i]][None], block)
+        h[i], u[i], d[i], inverse[i] = one.h[0], one.u[0], one.d[0], torch.linalg.inv(blocks(one.h, block))[0]
     return RowFactor(order, Factor(h, u, d), inverse)
 
 
@@ -93,8 +116,8 @@ def encode_two_sided(
     QuantkitError if the rows do not divide into blocks.
     """
     e, r, n = weights.shape
-    if r % how.block:
-        raise QuantkitError(f"{r} rows do not divide into blocks of {how.block}")
+    if not how.blocks(r):
+        raise QuantkitError(f"{r} rows do not divide into blocks of {how.block or 8}")
     out = np.empty((e, r, row_bytes(method.qtype, n)), np.uint8)
     tile = _tile(method.device, (e, r, n), isinstance(inputs, Factor))
     for first in range(0, e, tile):
@@ -104,12 +127,13 @@ def encode_two_sided(
                 factor = inputs.of(part).to(method.device)
             else:
                 factor = prepare(inputs[part], n, method.device, full=method.effort.feedback)
+            factor = replace(factor, kept={})
             rows = row_factor(outputs[part], how, method.device)
             with tf32():
                 w = finite(weights[part].to(method.device))
                 w = w.gather(1, rows.order[:, :, None].expand_as(w))
-                states = encode_row_blocks(method, w, factor, rows, how.passes)
-            packed = np.concatenate([pack(method.finished(state, part)) for state in states], 1)
+                state = method.finished(encode_row_blocks(method, w, factor, rows, how.passes_over(r)), part)
+            packed = np.concatenate([pack(state.rows(slice(i, i + PACK_ROWS))) for i in range(0, r, PACK_ROWS)], 1)
         for i, order in enumerate(rows.order.cpu().numpy()):
             out[first + i, order] = packed[i]
     return out
@@ -125,34 +149,51 @@ def _tile(device: torch.device, shape: tuple[int, int, int], factored: bool) -> 
     return e if e <= most else 1 << (most.bit_length() - 1)
 
 
-def encode_row_blocks(method: Method, w: torch.Tensor, inputs: Factor, rows: RowFactor, passes: int) -> list[State]:
-    """w [E, R, n], finite, in the order of `rows` -> the State of every block of rows; without gamma."""
-    error = torch.empty_like(w)  # w − q of the rows that are done
-    states = []
-    for k in range(0, w.shape[1], rows.block):
-        here = slice(k, k + rows.block)
-        target = w[:, here].clone(memory_format=torch.contiguous_format)
-        if k:
-            target.baddbmm_(rows.factor.u[:, :k, here].mT, error[:, :k])
-        state = encode_rows(method.fmt, target, inputs, method.effort, method.backend)
-        torch.sub(w[:, here], state.q, out=error[:, here])
-        states.append(state)
+def encode_row_blocks(method: Method, w: torch.Tensor, inputs: Factor, rows: RowFactor, passes: int) -> State:
+    """w [E, R, n], finite, in the order of `rows` -> their State, without gamma."""
+    first, again = _first(method, w[:, : rows.block], inputs), None
+    whole, error = State.empty(method.fmt, w), torch.empty_like(w)  # w − q of the rows that are done
+    for here in rows.parts:
+        target = w[:, here]
+        if here.start:
+            target = torch.baddbmm(target, rows.factor.u[:, : here.start, here].mT, error[:, : here.start])
+        _put(whole, here, first([target.contiguous()]))
+        torch.sub(w[:, here], whole.q[:, here], out=error[:, here])
     for _ in range(passes):
-        _descend_rows(method, w, error, states, inputs, rows)
-    return states
+        for i, here in enumerate(rows.parts):  # towards W_k + H_kk⁻¹ Σ_{j≠k} H_kj (W_j − Q_j), all others fixed
+            # Σ over all j, k itself too, moves Q_k instead of W_k.
+            target = whole.q[:, here] + rows.inverse[:, i] @ (rows.factor.h[:, here] @ error)
+            state = [target, *(t.contiguous() for t in whole.rows(here).tensors)]
+            again = again or _again(method, state, inputs)
+            _put(whole, here, again(state))
+            torch.sub(w[:, here], whole.q[:, here], out=error[:, here])
+    return whole
 
 
-def _descend_rows(
-    method: Method, w: torch.Tensor, error: torch.Tensor, states: list[State], inputs: Factor, rows: RowFactor
-) -> None:
-    """Revise every block of rows once, all others fixed: towards W_k + H_kk⁻¹ Σ_{j≠k} H_kj (W_j − Q_j)."""
+def _put(whole: State, here: slice, tensors: list[torch.Tensor]) -> None:
+    for t, part in zip(whole.rows(here).tensors, tensors, strict=True):
+        t.copy_(part)
+
+
+def _first(method: Method, like: torch.Tensor, inputs: Factor) -> Work:
+    """Encodes a block of rows: [target] -> the tensors of its State."""
+
+    def encode(taken: list[torch.Tensor]) -> list[torch.Tensor]:
+        return encode_rows(method.fmt, taken[0], inputs, method.effort, method.backend).tensors
+
+    return method.backend.repeated(encode, [like])
+
+
+def _again(method: Method, like: list[torch.Tensor], inputs: Factor) -> Work:
+    """Revises a block of rows once: [target, the tensors of its State] -> those of the new one."""
     backend = method.backend
-    for i, state in enumerate(states):
-        here = slice(i * rows.block, (i + 1) * rows.block)
-        # Σ over all j, k itself too, moves Q_k instead of W_k.
-        target = state.q + rows.inverse[:, i] @ (rows.factor.h[:, here] @ error)
+
+    def revise(taken: list[torch.Tensor]) -> list[torch.Tensor]:
+        target, state = taken[0], State(method.fmt, *taken[1:])
         if inputs.coupled:
             backend.descend_groups(target, inputs, state)
         if method.effort.refit:
-            refit(pull(target, inputs), inputs, state, backend.gram)
-        torch.sub(w[:, here], state.q, out=error[:, here])
+            refit(pull(target, inputs), inputs, state, backend)
+        return state.tensors
+
+    return backend.repeated(revise, like)

@@ -6,7 +6,6 @@ one that stands out is compared with the places its weights may have come from, 
 """
 
 import math
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from quantkit import machine
 from quantkit.codecs import types as qtypes
 from quantkit.evaluation.structure import layout
 from quantkit.formats.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ class WeightCheck:
         workers: int | None = None,
     ) -> None:
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
-        self.device, self.workers = device, workers or os.cpu_count() or 1
+        self.device, self.workers = device, workers or machine.cores()
         expected = family.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
         self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]

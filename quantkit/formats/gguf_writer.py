@@ -2,6 +2,7 @@
 
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -15,9 +16,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import TensorInfo
 from quantkit.formats.gguf_layout import digest, layout
 from quantkit.formats.gguf_values import Value
-from quantkit.formats.ledger import Coverage, Ledger, Slice, ledger_path, ledger_paths
+from quantkit.formats.ledger import Coverage, Ledger, Record, Slice, ledger_path, ledger_paths, slice_of
 from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
-from quantkit.formats.resume import all_written, existing_files, fresh_parts, old_parts, resumable
+from quantkit.formats.resume import all_written, existing_files, fresh_parts, intact, old_parts, resumable
 
 SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
 SYNC_SECONDS = 10.0  # ... or this much time
@@ -27,8 +28,9 @@ class GGUFWriter:
     """A GGUF model, in one file or several, that is being written.
 
     Slices go to `NAME.gguf.part`; those that are safely on disk are noted in `NAME.gguf.part.ledger`, so that the same
-    call after a crash goes on where the first stopped. Leaving the `with` block with every row written renames the
-    files; leaving it early keeps them for the next run. `write` and `done` may be called from many threads.
+    call after a crash reads them back and goes on where the first stopped. Leaving the `with` block with every row
+    written renames the files; leaving it early keeps them for the next run. `write` and `done` may be called from many
+    threads.
 
     Several ranks open the same model together, and each writes what it likes; `meet` tells each what the others wrote.
 
@@ -49,7 +51,7 @@ class GGUFWriter:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._parts, self._ledger, self._coverage = parts, ledger, Coverage()
         self._file_of = {name: part for part in parts for name in part.layout.offsets}
-        self._unsynced: list[Slice] = []
+        self._unsynced: list[Record] = []
         self._untold: list[Slice] = []  # to the other ranks
         self._unsynced_bytes, self._synced_at = 0, time.monotonic()
         self._lock, self._sync_lock = threading.Lock(), threading.Lock()
@@ -87,16 +89,22 @@ class GGUFWriter:
         ledger = Ledger(ledger_path(path))
         try:
             finished = None if restart else resumable(path, ledger, identity)
-            complete = finished is not None and all_written(tensors, finished)
+            complete = finished is not None and all_written(tensors, map(slice_of, finished))
             # Final names beside a complete ledger are from a run that was cut off while it renamed: its own files.
             if not overwrite and not complete and (existing := existing_files(path)):
                 raise QuantkitError(f"{existing[0]} exists already; choose to overwrite it, or another name")
-            parts = fresh_parts(path, layouts, ledger, identity) if finished is None else old_parts(layouts, complete)
+            if finished is None:
+                parts = fresh_parts(path, layouts, ledger, identity)
+            else:
+                parts = old_parts(layouts, complete)
+                places = {name: part for part in parts for name in part.layout.offsets}
+                finished = intact(path, ledger, finished, {t.name: t for t in tensors}, places)
         except BaseException:
             ledger.close(discard_empty=True)
             raise
-        ranks.agree(lambda: (finished or [], complete))
-        return cls(path, tensors, layouts, parts, ledger, finished or [])
+        slices = [slice_of(record) for record in finished or []]
+        ranks.agree(lambda: (slices, complete))
+        return cls(path, tensors, layouts, parts, ledger, slices)
 
     @staticmethod
     def _follow(
@@ -132,11 +140,12 @@ class GGUFWriter:
         rows = _rows(tensor, row_start, data)
         part = self._file_of[name]
         part.write(part.layout.offsets[name] + row_start * tensor.row_bytes, rows)
+        crc = zlib.crc32(rows.data)
         with self._lock:
             self._coverage.add(name, row_start, row_start + len(rows))
-            self._unsynced.append((name, row_start, row_start + len(rows)))
+            self._unsynced.append((name, row_start, row_start + len(rows), crc))
             if ranks.count() > 1:
-                self._untold.append(self._unsynced[-1])
+                self._untold.append(slice_of(self._unsynced[-1]))
             self._unsynced_bytes += rows.nbytes
             due = self._unsynced_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
         if due and self._sync_lock.acquire(blocking=False):  # one thread syncs, the others go on writing
@@ -219,12 +228,12 @@ class GGUFWriter:
     def _sync(self) -> None:
         """Data to disk first, then the ledger lines that vouch for them. Called with `_sync_lock` held."""
         with self._lock:
-            slices, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
-        if not slices:
+            records, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
+        if not records:
             return
-        for part in {id(p): p for p in (self._file_of[name] for name, _, _ in slices)}.values():
+        for part in {id(p): p for p in (self._file_of[name] for name, *_ in records)}.values():
             part.sync()
-        self._ledger.add(slices)
+        self._ledger.add(records)
         self._synced_at = time.monotonic()
 
     def _tensor(self, name: str) -> TensorInfo:

@@ -7,23 +7,25 @@ and not for each of a token's experts.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors_header import encode_header
-from quantkit.formats.whole_file import replacing
 
 INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `experts`; the first: of gate and up stacked, gate first
+MIDDLE, BEFORE, TOKENS = "stream.middle", "stream.before", "tokens"  # the latter two: in the file of layer 0
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+USED = ("rows.", "counts.", "index.", "scale.", "outputs.")
 WRITE_BYTES = 64 << 20
 ENDS = 1 << 20  # bytes of a file that its digest sees at either end
 
@@ -74,7 +76,7 @@ class LayerGradients:
     def load(cls, path: Path) -> "LayerGradients":
         """QuantkitError, naming the file, for anything that was not written here."""
         try:
-            tensors = load_file(path)
+            tensors = _load(path)
             keys = [name.removeprefix("rows.") for name in tensors if name.startswith("rows.")]
             experts = {key: _rows(tensors, key) for key in keys}
         except Exception as error:  # the Rust library raises its own
@@ -82,6 +84,12 @@ class LayerGradients:
         prefix = "outputs."
         outputs = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         return cls(experts, outputs)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """What encoders want."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(USED)}
 
 
 def _rows(tensors: Mapping[str, torch.Tensor], key: str) -> ExpertRows:
@@ -92,6 +100,50 @@ def _rows(tensors: Mapping[str, torch.Tensor], key: str) -> ExpertRows:
 def path_of(folder: Path, layer: int) -> Path:
     """The file of a layer."""
     return folder / f"gradients-{layer:03}.safetensors"
+
+
+def after(moe: bool) -> str:
+    """Name of the gradients at the residual stream after a layer: in a MoE layer they are those of down, too."""
+    return f"rows.{DOWN}" if moe else "stream.after"
+
+
+@dataclass(frozen=True)
+class StreamGradients:
+    """Gradients at the residual stream, of every label that was drawn: of the sum of -log p(label) over all positions
+    with respect to each token's state.
+
+    middle: after attention; after: after the layer; before: before it, of layer 0 only. [n_sample, n_tokens, d].
+    """
+
+    middle: torch.Tensor
+    after: torch.Tensor
+    before: torch.Tensor | None
+
+    @classmethod
+    def load(cls, path: Path) -> "StreamGradients":
+        """QuantkitError, naming the file, if it is none that this version's backward pass wrote."""
+        with _reading(path) as file:
+            n_sample, names = int(file.metadata()["samples"]), set(file.keys())
+            last = after(f"rows.{DOWN}" in names)
+            middle, after_it, *before = (
+                file.get_tensor(name).unflatten(0, (n_sample, -1)) for name in (MIDDLE, last, BEFORE) if name in names
+            )
+            return cls(middle, after_it, before[0] if before else None)
+
+
+def tokens_in(folder: Path) -> torch.Tensor:
+    """The text that the gradients in this folder are of, int64 [n_chunk, t]."""
+    with _reading(path_of(folder, 0)) as file:
+        return file.get_tensor(TOKENS).view(-1, int(file.metadata()["chunk"]))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise QuantkitError(f"{path}: no gradients of this version ({error}); run the backward pass again") from None
 
 
 def job_in(path: Path) -> str | None:
@@ -109,7 +161,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, shapes: Shapes, offsets: Mapping[str, int]) -> None:
         self._file, self._shapes, self._offsets = file, shapes, offsets
-        self.missing = sum(n_bytes(shape) for shape in shapes.values())
+        self.written = 0  # bytes
 
     def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
         """Rows of a tensor from row `first`, in its dtype when they are written, wherever they live."""
@@ -119,24 +171,35 @@ class Writer:
         for part in rows.split(max(1, WRITE_BYTES // max(1, row))):
             data = part.to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy()
             self._file.write(memoryview(data))
-            self.missing -= data.nbytes
+            self.written += data.nbytes
 
 
 @contextmanager
 def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) -> Iterator[Writer]:
-    """A new file of these tensors in the place of `path`, if the `with` block writes all of them. about: its metadata.
-    QuantkitError if the disk does not take it."""
+    """A new file of these tensors in the place of `path`, if the `with` block writes all of them; ranks write one file
+    together. about: its metadata. QuantkitError if the disk does not take it."""
     large_first = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)  # aligned without padding
     head, offsets = encode_header({name: (DTYPES[shapes[name][0]], shapes[name][1]) for name in large_first}, about)
+    size = sum(n_bytes(shape) for shape in shapes.values())
+    part = path.with_name(f"{path.name}.tmp")
     try:
-        with replacing(path) as file:
-            file.write(head)
+        if ranks.index() == 0:
+            part.write_bytes(head)
+        ranks.barrier()
+        with open(part, "r+b") as file:
             writer = Writer(file, shapes, offsets)
             yield writer
-            if writer.missing:
-                raise RuntimeError(f"{path}: {writer.missing} bytes were not written")
+            file.flush()
+            os.fsync(file.fileno())
+        if missing := size - sum(ranks.gather(writer.written)):
+            raise RuntimeError(f"{path}: {missing} bytes were not written")
+        if ranks.index() == 0:
+            os.replace(part, path)
     except OSError as error:
         raise QuantkitError(f"{path}: cannot write ({error.strerror}); run again to resume") from None
+    finally:
+        if ranks.index() == 0:
+            part.unlink(missing_ok=True)
 
 
 def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:

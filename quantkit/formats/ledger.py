@@ -17,6 +17,9 @@ from quantkit.errors import QuantkitError
 Slice = tuple[str, int, int]
 """Tensor name, first row, row after the last."""
 
+Record = tuple[str, int, int, int]
+"""A slice that is on disk, and the CRC-32 of its bytes."""
+
 
 class Coverage:
     """Rows written so far, per tensor, as disjoint sorted ranges."""
@@ -59,8 +62,8 @@ class Ledger:
         except OSError:
             pass  # a file system without locks: nothing to be had
 
-    def load(self) -> tuple[dict[str, str] | None, list[Slice]]:
-        """Identity and slices; (None, []) if no run got far enough to be resumed.
+    def load(self) -> tuple[dict[str, str] | None, list[Record]]:
+        """Identity and records; (None, []) if no run got far enough to be resumed.
 
         A last line without its newline is from a crash in mid-write: it is ignored and cut off.
         """
@@ -74,12 +77,12 @@ class Ledger:
             return None, []
         try:
             identity = json.loads(lines[0])
-            slices = [_slice(json.loads(line)) for line in lines[1:]]
+            records = [_record(json.loads(line)) for line in lines[1:]]
             if not isinstance(identity, dict):
                 raise ValueError
         except (ValueError, RecursionError):
             raise QuantkitError(f"{self.path}: damaged, so this run cannot be resumed; restart it") from None
-        return identity, slices
+        return identity, records
 
     def clear(self) -> None:
         """Forget everything."""
@@ -89,12 +92,12 @@ class Ledger:
         """Begin a run in an empty ledger."""
         self._append(json.dumps(dict(identity)) + "\n")
 
-    def add(self, slices: Iterable[Slice]) -> None:
-        """Append slices whose data are already synced; they count after this returns.
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records of slices whose data are already synced; they count after this returns.
 
-        QuantkitError if they cannot be recorded; the ledger is then as it was before.
+        QuantkitError if they cannot be appended; the ledger is then as it was before.
         """
-        self._append("".join(json.dumps(item) + "\n" for item in slices))
+        self._append("".join(json.dumps(item) + "\n" for item in records))
 
     def close(self, discard_empty: bool = False) -> None:
         """Unlock. `discard_empty`: also remove the file if nothing was ever noted in it."""
@@ -129,7 +132,12 @@ def ledger_paths(model: Path) -> list[Path]:
     return sorted(path for path in first.parent.glob(f"{glob.escape(first.name)}.*") if path.suffix[1:].isdecimal())
 
 
-def _slice(value: object) -> Slice:
-    if not (isinstance(value, list) and list(map(type, value)) == [str, int, int] and 0 <= value[1] <= value[2]):
+def slice_of(record: Record) -> Slice:
+    """Which rows it is about."""
+    return record[:3]
+
+
+def _record(value: object) -> Record:
+    if not (isinstance(value, list) and list(map(type, value)) == [str, int, int, int] and 0 <= value[1] <= value[2]):
         raise ValueError
-    return value[0], value[1], value[2]
+    return value[0], value[1], value[2], value[3]

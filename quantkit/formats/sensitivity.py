@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from quantkit.errors import QuantkitError
 
-Tier = Literal["full", "cheap"]
+Tier = Literal["full", "cheap", "gradients"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 MODEL-RECIPE.gguf   the file, or its splits MODEL-RECIPE-00001-of-00003.gguf; only when it is complete
 imatrix.gguf        the importance that was measured
-plan.json           the type of every tensor, and why; recipe.toml: the rules behind it
+plan.json           the type of every tensor, and why; recipe.toml: the rules behind it; sensitivity.json: the costs of
+                    types that it rests on, if they were estimated
 verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained, by which
                     text, after how many steps
 provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
@@ -24,7 +25,7 @@ from quantkit.formats.whole_file import write_json, write_text
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 REPORT = "report.html"
-SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own
+SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own; of --effort best within a budget
 BASE = "base"
 REFERENCE = "reference.state"  # of the original's half of the evaluation
 GRADIENTS = "gradients"  # of the backward pass, until the file is made
@@ -50,6 +51,7 @@ def begin(
     if restart:
         for left in (REFERENCE, BASE, GRADIENTS):
             shutil.rmtree(folder / left, ignore_errors=True)
+        (folder / SENSITIVITY).unlink(missing_ok=True)
 
 
 def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
@@ -83,7 +85,7 @@ def clear(folder: Path) -> None:
         discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
     for state in folder.glob("*.gguf.state*"):
         shutil.rmtree(state, ignore_errors=True)
-    for name in (IMATRIX, VERIFY, RECOVERY):
+    for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY):
         (folder / name).unlink(missing_ok=True)
 
 

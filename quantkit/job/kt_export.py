@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 
+from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_spec import SPLIT_NAME
@@ -108,7 +109,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _fill(work, output, source, gpus, threads or os.cpu_count() or 1, linear)
+        _fill(work, output, source, gpus, threads or machine.cores(), linear)
         work.chmod(0o755)
         work.rename(output)
     except BaseException:

@@ -8,6 +8,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
+from quantkit.calibration.options import check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
@@ -28,28 +30,42 @@ from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
-from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import BASE, GRADIENTS, PLAN, RECIPE, RECOVERY, REFERENCE, VERIFY, begin, finished_files
+from quantkit.formats.whole_file import write_json, write_text
+from quantkit.job.folder import (
+    BASE,
+    GRADIENTS,
+    PLAN,
+    RECIPE,
+    RECOVERY,
+    REFERENCE,
+    SENSITIVITY,
+    VERIFY,
+    begin,
+    finished_files,
+)
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
 from quantkit.job.recovery.recover import STATE, open_original, recover
 from quantkit.job.stages import (
     QuantizeOptions,
+    SensitivityOptions,
     VerifyOptions,
+    estimate_damage,
     imatrix_metadata,
     quantize_model,
     source_of,
     verify_file,
 )
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
+from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
-TWO_SIDED_RATE = 5e6  # weights a second on an H200 (docs/results/encoders.md)
+TWO_SIDED_RATE = 110e6  # weights a second on an H200 (docs/results/encoders.md)
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 
@@ -62,9 +78,10 @@ def make(
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
     and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
     """
-    device = options.device or default_device()
-    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
+    device = chosen_device(options.device)
     checkpoint = open_weights(model)
+    options = with_length(options, checkpoint, device)
+    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
@@ -74,10 +91,10 @@ def make(
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
     if files := earlier(order, order.out):
         clear_left(order)
-    elif options.recover:
-        files = make_and_recover(order, reference)
     else:
-        files = make_file(order, order.out, reference)
+        order = planned_by_damage(order, model)
+        write = make_and_recover if options.recover else partial(make_file, out=order.out)
+        files = write(order, reference=reference)
     ranks.leave()
     result = None
     if options.verify and ranks.index() == 0:
@@ -87,6 +104,13 @@ def make(
         reference.state.remove()
     checkpoint.close()
     return files, result
+
+
+def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> MakeOptions:
+    """The options with so much calibration text as the model wants, if nobody said how much."""
+    how, config = options.calibration, family.from_hf(checkpoint.config)
+    text = sized(how.text, config, torch.device(device), how.memory)
+    return replace(options, calibration=replace(how, text=text))
 
 
 def check_ranks(checkpoint: Checkpoint, plan: Plan, device: str) -> None:
@@ -116,7 +140,7 @@ def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
 
 def claim_folder(order: Order) -> None:
     """The folder is this order's from here on; its plan lies there, and the rules that it came from."""
-    asked, texts = order.options, {PLAN: order.plan.to_json()}
+    asked, texts = order.options, {} if order.estimates else {PLAN: order.plan.to_json()}
     if (rules := recipe_text(asked.recipe, asked.budget)) is not None:
         texts[RECIPE] = rules
     begin(order.folder, order.identity(), order.circumstances(), texts, asked.restart)
@@ -150,12 +174,30 @@ def make_file(order: Order, out: Path, reference: ReferencePass | None) -> list[
     return files
 
 
+def planned_by_damage(order: Order, model: ModelRef | Path | str) -> Order:
+    """The order with types chosen by what they cost this model in our encoder, if it is to be so; SENSITIVITY is kept,
+    for a rerun chooses by it too."""
+    if not order.estimates:
+        return order
+    order = with_gradients(order)
+    options, path = order.options, order.folder / SENSITIVITY
+    if not ranks.agree(path.exists):
+        assert options.gradients is not None
+        how = SensitivityOptions(options.calibration.text, memory=options.calibration.memory)
+        found = estimate_damage(source_of(order.checkpoint, order.device), options.gradients, how)
+        ranks.agree(lambda: write_text(path, found.to_json()))
+    budget = replace(options.budget, measured=path)
+    plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes)
+    ranks.agree(lambda: write_text(order.folder / PLAN, plan.to_json()))
+    return replace(order, plan=plan)
+
+
 def with_gradients(order: Order) -> Order:
     """The order with gradients to encode by, if its effort is `best`: given, or of a backward pass, run here."""
     options, how = order.options, order.options.calibration
     if order.encoder != "quantkit" or options.effort != "best" or options.gradients:
         return order
-    folder, text = order.folder / GRADIENTS, replace(how.text, n_tokens=min(how.text.n_tokens, TOKENS))
+    folder, text = order.folder / GRADIENTS, replace(how.text, n_tokens=min(how.text.n_tokens or TOKENS, TOKENS))
     source = source_of(order.checkpoint, order.device)
     say(f"{text.n_tokens:,} tokens forward and backward, to know what matrices' outputs matter")
     if (hours := sum(t.n_weights for t in order.plan.tensors) / TWO_SIDED_RATE / 3600) > 1:
@@ -183,6 +225,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     options, plan, how = order.options, order.plan, order.options.calibration
     source, text = source_of(order.checkpoint, order.device), how.text.corpus("calibration")
     chunks = cut(text, source, how.text)
+    check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
     limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
     room = room_for(source, n_tokens, limits)
@@ -190,6 +233,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
+    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
@@ -92,6 +92,18 @@ class Order:
         """quantkit or ggml."""
         return self.options.chosen_encoder(self.plan, self.device)
 
+    @property
+    def estimates(self) -> bool:
+        """Whether types are to be chosen by an estimate for this model: at effort `best`, within a budget, without a
+        measurement."""
+        open_types = self.plan.outlook is not None and not str(self.options.recipe).endswith(".json")
+        return (
+            open_types
+            and self.options.effort == "best"
+            and self.options.budget.measured is None
+            and self.encoder == "quantkit"
+        )
+
     def identity(self) -> dict[str, Any]:
         """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
         checkpoint, plan, options = self.checkpoint, self.plan, self.options
@@ -107,7 +119,7 @@ class Order:
             "recipe": plan.recipe,
             "target": plan.target,
             "mla": plan.mla,
-            "plan": plan.digest(),
+            "plan": "by gradients, " + plan.outlook.limit if self.estimates and plan.outlook else plan.digest(),
             "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
             "encoder": options.encoder,
             "effort": options.effort,

@@ -1,14 +1,18 @@
 """The stages of `make` that are commands too, each by itself and file to file."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration import sensitivity
 from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.calibration.options import sized
+from quantkit.calibration.variants import DEFAULT, Candidates
+from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError, needs
 from quantkit.evaluation import generation
@@ -31,6 +35,8 @@ from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import Source
+
+FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 
 
 def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
@@ -92,21 +98,42 @@ def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What `sensitivity` measures. budget: tokens times forks carried through the layers; tier None: full if it allows
-    that; types: to try on routed experts and on all other tensors."""
+    """What `sensitivity` measures. text: of no given size, FORKED_TOKENS, or with gradients those of a calibration.
+    budget: tokens times forks carried through the layers; tier None: full if it allows that; types: to try on routed
+    experts and on all other tensors; memory: bytes for an estimate's pass."""
 
-    text: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=8192))
+    text: TextChoice = field(default_factory=TextChoice)
     tier: Tier | None = None
     budget: int = 1 << 21
-    types: sensitivity.Candidates = sensitivity.DEFAULT
+    types: Candidates = DEFAULT
+    memory: int | None = None
 
 
 def measure_sensitivity(
-    source: CheckpointSource, imatrix_path: Path, folder: Path, how: SensitivityOptions = SensitivityOptions()
+    source: CheckpointSource, basis: Path, folder: Path, how: SensitivityOptions = SensitivityOptions()
 ) -> Sensitivity:
-    """Write sensitivity.json and its heat map. Measured on calibration text: the evaluation text stays unseen."""
+    """Write sensitivity.json and its heat map. basis: an imatrix, to encode with ggml and measure; or a folder of
+    gradients, to estimate for our own encoder. On calibration text: the evaluation text stays unseen."""
     with needs("plots"):
         import matplotlib  # noqa: F401  (missing, it is missed before the long work)
+    measured = estimate_damage if basis.is_dir() else _forked
+    found = measured(source, basis, how)
+    if ranks.index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / SENSITIVITY, found.to_json())
+        sensitivity.heat_map(found, folder / "sensitivity.png")
+    return found
+
+
+def estimate_damage(source: CheckpointSource, gradients: Path, how: SensitivityOptions) -> Sensitivity:
+    """From a backward pass, in one pass more."""
+    text = sized(how.text, source.config, source.device, how.memory)
+    tokens = cut(text.corpus("calibration"), source, text).tokens
+    with track("estimate", source.config.n_layer, "layers") as advance:
+        return estimate(source, gradients, tokens, how.types, how.memory, lambda _: advance(1))
+
+
+def _forked(source: CheckpointSource, imatrix_path: Path, how: SensitivityOptions) -> Sensitivity:
     imatrix, _ = load_imatrix(imatrix_path)
     plan_all = {spec.name: spec for spec in family.specs(source.config)}
     fitted = {
@@ -114,11 +141,12 @@ def measure_sensitivity(
         for name, spec in plan_all.items()
         if name in imatrix and len(spec.shape) > 1
     }
-    tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
+    text = how.text if how.text.n_tokens else replace(how.text, n_tokens=FORKED_TOKENS)
+    tokens = cut(text.corpus("calibration"), source, text).tokens
     chosen, n_chunk = sensitivity.choose_tier(source, tokens, how.types, how.budget)
-    say(f"{how.tier or chosen} tier, {n_chunk * how.text.chunk:,} tokens a fork")
+    say(f"{how.tier or chosen} tier, {n_chunk * text.chunk:,} tokens a fork")
     with track("sensitivity", source.config.n_layer, "layers") as advance:
-        found = sensitivity.measure(
+        return sensitivity.measure(
             source,
             fitted,
             tokens,
@@ -127,10 +155,6 @@ def measure_sensitivity(
             budget=how.budget,
             progress=lambda _: advance(1),
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SENSITIVITY, found.to_json())
-    sensitivity.heat_map(found, folder / "sensitivity.png")
-    return found
 
 
 @dataclass(frozen=True)

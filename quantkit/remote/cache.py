@@ -21,6 +21,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
+from quantkit.progress import say
 from quantkit.remote.pieces import Range
 from quantkit.sizes import gb
 
@@ -150,9 +151,11 @@ def _lock(path: Path) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(fd)
         raise
+    except OSError:  # a file system without locks
+        say(f"{path.parent}: no locks on this file system: no second quantkit may use this cache meanwhile")
     return fd
 
 

@@ -87,9 +87,11 @@ def list_files(repo: Repo, home: Path) -> Listing:
         ask = partial(api.model_info, repo.id, revision=repo.revision, files_metadata=True, timeout=30)
         info = with_retry(ask, repo, "its listing")
     except QuantkitError:
-        if not constants.is_offline_mode() or not reference.exists():
-            raise
-        return _load(known / reference.read_text() / "listing.json")
+        if constants.is_offline_mode() and reference.exists():
+            return _load(known / reference.read_text() / "listing.json")
+        if constants.is_offline_mode() and (found := listing_of_snapshot(repo)):
+            return found
+        raise
     files = {}
     for sibling in info.siblings or ():
         etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -104,6 +106,19 @@ def list_files(repo: Repo, home: Path) -> Listing:
     keep(known / info.sha / "listing.json", json.dumps(asdict(listing)).encode())
     keep(reference, info.sha.encode())
     return listing
+
+
+def listing_of_snapshot(repo: Repo) -> Listing | None:
+    """What `hf download` left in huggingface_hub's cache, where files are links to blobs named by their ETags; None if
+    there is nothing, or no links. Whether it is whole shows when it is read."""
+    config = try_to_load_from_cache(repo.id, "config.json", revision=repo.revision or "main")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    links = [path for path in folder.rglob("*") if path.is_symlink() and path.exists()]
+    files = {str(path.relative_to(folder)): (path.resolve().name, path.stat().st_size) for path in links}
+    right = all(re.fullmatch(r"[0-9a-f]{16,64}", etag) for etag, _ in files.values())
+    return Listing(repo.id, folder.name, files) if right and "config.json" in files else None
 
 
 def _load(path: Path) -> Listing:

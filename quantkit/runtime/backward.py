@@ -6,10 +6,13 @@ feed-forward are left to autograd, in tiles; routed experts are streamed one by 
 float32 between layers and where they are added up; products are taken in the compute dtype. bfloat16 has the range of
 float32, so no loss needs scaling.
 
+Ranks share the routed experts as in a forward pass, and compute all the rest each: gradients are the same to the bit
+for any number of them.
+
 The gradient flows through the routing weights into the router's input, not through the selection of experts.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import Routes, StreamedExperts
@@ -74,8 +78,11 @@ class Receiver(Protocol):
     def matrix(self, role: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """x [m, n_in], gradient [m, n_out]: of one tile and one sample."""
 
+    def routed(self, counts: Sequence[int]) -> None:
+        """Tokens of every routed expert; before `expert`."""
+
     def expert(self, found: ExpertGradients) -> None:
-        """One tile of an expert, all samples: experts in order, tokens in order."""
+        """One tile of an expert, all samples: experts in order, tokens in order. Ranks are told of their own only."""
 
 
 class Leaves:
@@ -102,6 +109,9 @@ class Silent:
     roles: Collection[str] = ()
 
     def matrix(self, role: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """As `Receiver`."""
+
+    def routed(self, counts: Sequence[int]) -> None:
         """As `Receiver`."""
 
     def expert(self, found: ExpertGradients) -> None:
@@ -224,35 +234,54 @@ class Backward:
         tiles = list(_tiles(len(self.inputs), FEED_TOKENS))
         chosen = [route(self.inputs[rows].to(self.device), router, self.source.config) for rows in tiles]
         expert, weight = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        n_ranks, rank = (ranks.count(), ranks.index()) if experts.turns.shared else (1, 0)
+        if n_ranks > 1:
+            expert, weight = (ranks.spread(t.contiguous(), 0) for t in (expert, weight))
         routes = Routes(expert, weight, experts.n_expert)
+        receiver.routed(routes.counts)
         at_weights = torch.zeros(self.n_sample, expert.numel(), device=self.device)
-        ahead = read_ahead(experts.read, routes.used, experts.turns.ahead)
-        for e, matrices in zip(routes.used, ahead, strict=True):
-            for slots in routes.slots[e].split(EXPERT_TOKENS):
-                at_weights[:, slots] = self._expert(e, matrices, slots, routes, receiver)
+        ahead = read_ahead(experts.read, routes.used[rank::n_ranks], experts.turns.ahead)
+        for first in range(0, len(routes.used), n_ranks):
+            now = routes.used[first : first + n_ranks]
+            made = self._expert(now[rank], next(ahead), routes, receiver) if rank < len(now) else iter(())
+            if n_ranks > 1:  # each at the same time
+                made = iter(list(made))
+            for owner, e in enumerate(now):
+                for slots in routes.slots[e].split(EXPERT_TOKENS):
+                    shape = self.n_sample, len(slots)
+                    if owner == rank:
+                        at_x, at_weight = next(made)
+                    else:
+                        at_x = torch.empty(*shape, self.inputs.shape[1], device=self.device)
+                        at_weight = torch.empty(shape, device=self.device)
+                    if n_ranks > 1:
+                        at_x, at_weight = (ranks.spread(t.contiguous(), owner) for t in (at_x, at_weight))
+                    at_weights[:, slots] = at_weight
+                    # A token comes once, and experts in order whoever computes them, so adding is in one order.
+                    tokens = (slots // routes.n_used).to(self.at_inputs.device)
+                    self.at_inputs.index_add_(1, tokens, at_x.to(self.at_inputs))
         for rows in tiles:
             self._router(router, expert[rows], at_weights.view(self.n_sample, *expert.shape)[:, rows], rows, leaves)
 
     def _expert(
-        self, e: int, matrices: Projections, slots: torch.Tensor, routes: Routes, receiver: Receiver
-    ) -> torch.Tensor:
-        """Back through an expert; gradients at the routing weights of these slots, float32 [n_sample, m]."""
+        self, e: int, matrices: Projections, routes: Routes, receiver: Receiver
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Back through an expert, tile by tile of its tokens: gradients at its inputs, float32 [n_sample, m, d], and at
+        its routing weights, float32 [n_sample, m]."""
         gate, up, down = matrices
-        tokens, share = slots // routes.n_used, routes.weight[slots]
-        x = self.inputs[tokens.to(self.inputs.device)].to(gate.device)
-        a, b = x @ gate.T, x @ up.T
-        hidden = F.silu(a) * b
-        at_out = self.gradient[:, tokens.to(self.gradient.device)].to(gate.device)
-        at_weight = (at_out * (hidden @ down.T)).sum(-1)
-        at_hidden = ((at_out * share[:, None]).to(down.dtype) @ down).float()
-        a, b, sigmoid = a.float(), b.float(), a.float().sigmoid()
-        at_gate = at_hidden * b * (sigmoid * (1 + a * (1 - sigmoid)))  # the derivative of silu
-        at_up = at_hidden * (a * sigmoid)
-        receiver.expert(ExpertGradients(e, tokens, share, x, hidden, torch.cat((at_gate, at_up), -1)))
-        at_x = (at_gate.to(gate.dtype) @ gate).float() + (at_up.to(up.dtype) @ up).float()
-        # A token comes once, so adding is in one order.
-        self.at_inputs.index_add_(1, tokens.to(self.at_inputs.device), at_x.to(self.at_inputs))
-        return at_weight
+        for slots in routes.slots[e].split(EXPERT_TOKENS):
+            tokens, share = slots // routes.n_used, routes.weight[slots]
+            x = self.inputs[tokens.to(self.inputs.device)].to(gate.device)
+            a, b = x @ gate.T, x @ up.T
+            hidden = F.silu(a) * b
+            at_out = self.gradient[:, tokens.to(self.gradient.device)].to(gate.device)
+            at_weight = (at_out * (hidden @ down.T)).sum(-1)
+            at_hidden = ((at_out * share[:, None]).to(down.dtype) @ down).float()
+            a, b, sigmoid = a.float(), b.float(), a.float().sigmoid()
+            at_gate = at_hidden * b * (sigmoid * (1 + a * (1 - sigmoid)))  # the derivative of silu
+            at_up = at_hidden * (a * sigmoid)
+            receiver.expert(ExpertGradients(e, tokens, share, x, hidden, torch.cat((at_gate, at_up), -1)))
+            yield (at_gate.to(gate.dtype) @ gate).float() + (at_up.to(up.dtype) @ up).float(), at_weight
 
     @torch.enable_grad()
     def _router(

@@ -10,6 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 
 HEAD = 1024  # most probable tokens that are sorted at first
+GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
 
 
 class Engine(Protocol):
@@ -36,21 +37,25 @@ Opener = Callable[[int], Engine]
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k: that many tokens (0: all); top_p: smallest set of tokens with that much
-    probability; min_p: tokens at least that probable in relation to the most probable one. All apply together."""
+    """temperature 0 (below GREEDY_BELOW) is greedy. top_k: that many tokens (0: all); top_p: smallest set of tokens
+    with that much probability; min_p: tokens at least that probable in relation to the most probable one; typical_p:
+    as top_p, of those whose surprise is nearest the expected one. All apply together."""
 
     temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
 
 
 def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
     """One token from float32 logits [n_vocab]."""
-    if how.temperature <= 0:
+    if how.temperature < GREEDY_BELOW:
         return int(logits.argmax())
     p = (logits.cpu() / how.temperature).softmax(-1)
+    if how.typical_p < 1:
+        p = typical(p, how.typical_p)
     best, order = p.topk(min(how.top_k or HEAD, len(p)))
     if not how.top_k and len(best) < len(p) and best.sum() < how.top_p:  # flat: only then is everything sorted
         best, order = p.sort(descending=True)
@@ -58,6 +63,17 @@ def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> i
     kept = (share.cumsum(-1) - share < how.top_p) & (best >= how.min_p * best[0])
     kept[0] = True
     return int(order[torch.multinomial(best * kept, 1, generator=generator)])
+
+
+def typical(p: torch.Tensor, share: float) -> torch.Tensor:
+    """Of probabilities [n_vocab], the smallest set with that much in all whose surprise is nearest the entropy, scaled
+    to 1; the others 0 (locally typical sampling, Meister et al., TACL 2023)."""
+    surprise = -p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    order = (surprise - (p * surprise).sum()).abs().argsort(stable=True)
+    kept = order[: int((p[order].cumsum(-1) < share).sum()) + 1]
+    out = torch.zeros_like(p)
+    out[kept] = p[kept]
+    return out / out.sum()
 
 
 def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, begin: int = 0) -> Iterator[int]:

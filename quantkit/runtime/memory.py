@@ -1,6 +1,5 @@
 """What a streaming pass needs in memory, what there is, and the room for its hidden states that follows."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def memory_limit(given: int | None, device: torch.device) -> tuple[int, str]:
 
 def machine_memory() -> int:
     """This rank's share of it, bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.local_count()
+    return machine.ram() // ranks.local_count()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from quantkit import machine
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -15,8 +17,8 @@ class Workers:
     """n threads: whoever asks, and others that wait in `pool` meanwhile."""
 
     def __init__(self, n: int | None = None):
-        """n: default as many as torch uses."""
-        self.n = n or torch.get_num_threads()
+        """n: default as many as torch uses, but no more than there are cores for this process."""
+        self.n = n or min(torch.get_num_threads(), machine.cores())
         self.pool = ThreadPoolExecutor(self.n)
 
     def share_out(

@@ -9,12 +9,11 @@ import contextlib
 import hmac
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -23,20 +22,22 @@ from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.models.tokenizer import tokenize
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
-from quantkit.serving.chat import apply_template, tokenize_prompt
+from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.logits import TokenRules
 from quantkit.serving.pieces import Pieces
-from quantkit.serving.requests import Body, ChatBody, CompletionBody, Refused, failure
+from quantkit.serving.prompts import chat_prompt
+from quantkit.serving.refusals import Refused, failure
+from quantkit.serving.requests import MAX_CHOICES, Body, ChatBody, CompletionBody, Parsed, parse
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 BODY_SECONDS = 30  # a client that sends its request slower is cut off
 SHUTDOWN_SECONDS = 5  # running requests get that long after Ctrl-C
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill the context
-
-Parsed = TypeVar("Parsed", bound=Body)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Api:
 
     async def _refused(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return failure(error.status_code, error.detail, getattr(error, "code", None), error.headers)
+        code, param = getattr(error, "code", None), getattr(error, "param", None)
+        return failure(error.status_code, error.detail, code, error.headers, param)
 
     async def _gone(self, *_: object) -> Response:
         return failure(499, "the client closed the connection")
@@ -139,75 +141,107 @@ class Api:
 
     async def _parse(self, request: Request, kind: type[Parsed]) -> Parsed:
         self._authorize(request)
-        try:
-            body = kind.model_validate_json(await self._read(request))
-        except ValidationError as error:
-            errors = error.errors(include_url=False, include_input=False)
-            worst = max(errors, key=lambda each: len(each["loc"]))  # of a union: the kind that came closest
-            where = ".".join(map(str, worst["loc"]))
-            raise Refused(400, f"{where}: {worst['msg']}" if where else worst["msg"]) from None
+        body = parse(await self._read(request), kind)
         self._check_name(body.model)
         return body
 
-    def _start(self, body: Body, prompt: list[int], n_tokens: int | None, opening: str = "") -> Answer:
+    def _rules(self, body: Body) -> TokenRules:
+        """What the body asks of tokens. A bad word is banned as it stands and after a space, as vLLM does."""
+        words = {spelled for word in body.bad_words if word for spelled in (word, f" {word.lstrip()}")}
+        banned = {tuple(tokenize(self.tokenizer, word)) for word in words}
+        rules = TokenRules(
+            frozenset(body.stop_token_ids),
+            body.ignore_eos,
+            body.min_tokens,
+            body.biases(),
+            tuple(sorted(ids for ids in banned if ids)),
+            body.n_logprobs(),
+        )
+        for field, ids in (("stop_token_ids", rules.stop), ("logit_bias", rules.bias)):
+            self._check_ids(field, ids)
+        return rules
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        n_vocab = self.engine.config.n_vocab
+        if not all(0 <= token < n_vocab for token in ids):
+            raise Refused(400, f"{field}: token ids must be 0 to {n_vocab - 1}", param=field)
+
+    def _check_length(self, prompt: list[int], n_tokens: int | None, n_least: int) -> None:
         capacity = self.engine.capacity
-        if len(prompt) + (n_tokens or 1) > capacity:
-            asked = f" and {n_tokens} new ones" if n_tokens else " leave no room for new ones and"
+        if len(prompt) + (n_tokens or n_least or 1) > capacity:
+            asked = f" and {n_tokens or n_least} new ones" if n_tokens or n_least else " leave no room for new ones and"
             raise Refused(
                 400,
                 f"{len(prompt)} prompt tokens{asked} do not fit the context of {capacity}",
                 "context_length_exceeded",
             )
-        if not all(0 <= token < self.engine.config.n_vocab for token in prompt):
-            raise Refused(400, f"prompt: token ids must be 0 to {self.engine.config.n_vocab - 1}")
+
+    def _start(self, body: Body, prompts: list[list[int]], openings: list[str], n_tokens: int | None) -> list[Answer]:
+        """Jobs of a request, `n` for each prompt; all or none. openings: with what the answers to each prompt begin."""
+        if len(prompts) * body.n > MAX_CHOICES:
+            raise Refused(400, f"n: {len(prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n")
+        for prompt in prompts:
+            self._check_length(prompt, n_tokens, body.min_tokens)
+            self._check_ids("prompt", prompt)
+        rules, answers = self._rules(body), list[Answer]()
+        try:
+            for prompt, opening in zip(prompts, openings, strict=True):
+                for _ in range(body.n):
+                    length = n_tokens or self.engine.capacity - len(prompt)
+                    answers.append(self._submit(body, prompt, length, rules, len(answers)))
+                    answers[-1].opening = opening
+        except QuantkitError as error:
+            for answer in answers:
+                answer.close()
+            if isinstance(error, QueueFull):
+                raise Refused(429, str(error), "queue_full", {"Retry-After": "1"}) from None
+            raise Refused(503, str(error)) from None
+        return answers
+
+    def _submit(self, body: Body, prompt: list[int], n_tokens: int, rules: TokenRules, index: int) -> Answer:
         loop, events = asyncio.get_running_loop(), Events()
 
         def emit(token: int | None, why: str | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, (token, why))
 
-        job = Job(prompt, n_tokens or capacity - len(prompt), body.sampling(), emit)
-        try:
-            self.scheduler.submit(job)
-        except QueueFull as error:
-            raise Refused(429, str(error), "queue_full", {"Retry-After": "1"}) from None
-        except QuantkitError as error:
-            raise Refused(503, str(error)) from None
-        return Answer(self.scheduler, job, events, Pieces(self.tokenizer, body.stops()), opening)
+        job = Job(prompt, n_tokens, body.sampling(index), emit, rules)
+        self.scheduler.submit(job)
+        pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens)
+        return Answer(self.scheduler, job, events, pieces, index=index)
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions: messages through the file's template."""
         body = await self._parse(request, ChatBody)
 
         def prepare() -> tuple[list[int], str]:
-            messages = [message.plain() for message in body.messages]
-            text = apply_template(self.metadata, messages)
-            if body.tools and apply_template(self.metadata, messages, tools=body.tools) != text:
-                raise Refused(
-                    400,
-                    "tools: this file's chat template describes them to the model, but calls of tools "
-                    "are not supported; leave them out",
-                )
-            opening = "<think>\n" if text.endswith("<think>\n") else ""
+            text, opening = chat_prompt(self.metadata, body)
             return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), opening
 
-        try:
-            prompt, opening = await asyncio.to_thread(prepare)
-        except QuantkitError as error:
-            raise Refused(400, f"messages: {error}") from None
-        answer = self._start(body, prompt, body.max_completion_tokens or body.max_tokens, opening)
-        return await reply(request, body, answer, ChatForm(), self.name)
+        prompt, opening = await asyncio.to_thread(prepare)
+        answers = self._start(body, [prompt], [opening], body.n_tokens())
+        return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
-        """/v1/completions: text or tokens as they are."""
+        """/v1/completions: texts or tokens as they are."""
         body = await self._parse(request, CompletionBody)
-        texts = [body.prompt] if isinstance(body.prompt, str) else [t for t in body.prompt if isinstance(t, str)]
-        if texts:
-            prompt = await asyncio.to_thread(tokenize_prompt, self.tokenizer, texts[0], self.engine.config.bos)
-        else:
-            prompt = [token for token in body.prompt if isinstance(token, int)]
-        answer = self._start(body, prompt, body.max_tokens or COMPLETION_TOKENS)
-        return await reply(request, body, answer, CompletionForm(), self.name)
+
+        def prepare() -> list[list[int]]:
+            bos = self.engine.config.bos
+            return [tokenize_prompt(self.tokenizer, p, bos) if isinstance(p, str) else p for p in body.prompts()]
+
+        texts = any(isinstance(prompt, str) for prompt in body.prompts())
+        prompts = await asyncio.to_thread(prepare) if texts else prepare()
+        echo = (
+            [p if isinstance(p, str) else self._text(p) for p in body.prompts()] if body.echo else [""] * len(prompts)
+        )
+        asked = body.max_tokens_given()
+        answers = self._start(body, prompts, echo, body.n_tokens() if asked else COMPLETION_TOKENS)
+        return await reply(request, body, answers, CompletionForm(), self.name)
+
+    def _text(self, ids: list[int]) -> str:
+        self._check_ids("prompt", ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def bind(host: str, port: int) -> socket.socket:

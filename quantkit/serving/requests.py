@@ -1,120 +1,275 @@
-"""What OpenAI's clients send, validated, and how they are refused."""
+"""What clients send, validated: each field here works, whatever else they send is judged by `serving/fields.py`."""
 
+import math
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.runtime.generate import Sampling
+from quantkit.serving.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, screen, shown
+from quantkit.serving.refusals import Refused
+
+MAX_CHOICES = 128  # answers to one request: prompts times n
+MAX_BIASES = 1024
+KINDS = {"str", "bool", "int", "float", "Thinking"}  # of a field that may be one of several: pydantic's names
+
+Parsed = TypeVar("Parsed", bound="Body")
 
 
-class StreamOptions(BaseModel):
-    """include_usage: the stream's last chunk counts tokens."""
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _no_limit(value: Any) -> Any:
+    """-1 is how llama-server and vLLM's clients say "as many as fit"."""
+    return None if type(value) in (int, float) and value == -1 else _number(value)
+
+
+def _at_least_none(value: Any) -> Any:
+    return 0 if type(value) in (int, float) and value == -1 else _number(value)
+
+
+Float: TypeAlias = Annotated[float, BeforeValidator(_number)]
+Int: TypeAlias = Annotated[int, BeforeValidator(_number)]
+Bias: TypeAlias = Annotated[Float, Field(ge=-100, le=100)]
+Ids: TypeAlias = Annotated[list[Int], Field(min_length=1)]
+Length: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
+
+
+class Known(BaseModel):
+    """An object whose keys are all known; null means "not given"."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+
+class StreamOptions(Known):
+    """include_usage: the stream's last chunk counts tokens. include_obfuscation: padding against eavesdroppers; none
+    is sent, which no client can depend on."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
-class Body(BaseModel):
-    """What both endpoints take. Fields that would change the output but are not supported must have no effect."""
+class Body(Known):
+    """What both endpoints understand. neutral: of other fields, the values that are accepted."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
+    temperature: Annotated[Float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, BeforeValidator(_at_least_none), Field(ge=0)] | None = None
+    min_p: Annotated[Float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Length = None
+    n_predict: Length = None  # llama-server's name of max_tokens
+    min_tokens: Annotated[Int, Field(ge=0)] = 0
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
-    repeat_penalty: Literal[1] | None = None  # this and the next four: not OpenAI's, but chat front ends offer them
-    repetition_penalty: Literal[1] | None = None
-    mirostat: Literal[0] | None = None
-    tfs_z: Literal[1] | None = None
-    format: None = None
+    stop_token_ids: list[Int] = []
+    ignore_eos: bool = False
+    bad_words: Annotated[list[str], Field(max_length=64)] = []
+    logit_bias: (
+        Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
+        | Annotated[list[tuple[Int, Bias | Literal[False]]], Field(max_length=MAX_BIASES)]
+    ) = {}
+    skip_special_tokens: bool = False
 
-    def sampling(self) -> Sampling:
-        """What is not given is as by default; a seed is drawn."""
-        given: dict[str, Any] = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
-        return Sampling(seed=self.seed if self.seed is not None else secrets.randbits(63), **given)
+    @model_validator(mode="after")
+    def _agree(self) -> "Body":
+        asked = {key: value for key in self.lengths() if (value := getattr(self, key))}
+        if len(set(asked.values())) > 1:
+            raise ValueError(f"{' and '.join(f'{k} {v}' for k, v in asked.items())} contradict each other")
+        longest = next(iter(asked.values()), None)
+        if longest is not None and self.min_tokens > longest:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than {next(iter(asked))} {longest}")
+        return self
+
+    def lengths(self) -> tuple[str, ...]:
+        """Fields that say how long an answer may be."""
+        return "max_tokens", "n_predict"
+
+    def n_tokens(self) -> int | None:
+        """Most tokens of an answer; None: as many as fit."""
+        return next((value for key in self.lengths() if (value := getattr(self, key))), None)
+
+    def max_tokens_given(self) -> bool:
+        """Whether the client says anything of it, "as many as fit" included."""
+        return bool(self.model_fields_set & set(self.lengths()))
+
+    def sampling(self, index: int = 0) -> Sampling:
+        """Of the index-th answer. What is not given is as by default; a seed is drawn (-1 asks for that)."""
+        names = {"temperature", "top_p", "top_k", "min_p", "typical_p"}
+        given: dict[str, Any] = self.model_dump(include=names, exclude_none=True)
+        seed = secrets.randbits(63) if self.seed in (None, -1) else self.seed + index
+        return Sampling(seed=(seed + 2**63) % 2**64 - 2**63, **given)
 
     def stops(self) -> list[str]:
         """Strings that end the answer."""
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
+    def biases(self) -> dict[int, float]:
+        """What is added to tokens' logits; llama-server's false bans one."""
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        return {token: -math.inf if bias is False else bias for token, bias in pairs}
 
-class Part(BaseModel):
-    """A piece of a message; only text is understood."""
+    def n_logprobs(self) -> int | None:
+        """How many alternatives of each token the client wants to see; None: not even the token's own probability."""
+        raise NotImplementedError
+
+
+class Part(Known):
+    """A piece of a message; only text is understood. cache_control: Anthropic's, which clients leave in."""
 
     type: Literal["text"]
     text: str
+    cache_control: Any = None
 
 
-class Message(BaseModel):
-    """Roles that R1's template knows; `developer` is what OpenAI's newer clients call `system`."""
+class Message(Known):
+    """`developer` is what OpenAI's newer clients call `system`. Answers come back with fields that are empty."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: Literal[""] | None = None
+    annotations: Annotated[list, Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: a message of role {self.role} needs one")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it; parts are joined by newlines, as llama-server and vLLM do."""
+        parts = self.content
+        text = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
+        rest = self.model_dump(
+            include={"name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}, exclude_none=True
+        )
+        if text is None and not self.tool_calls:
+            text = ""
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **rest}
 
 
-class ResponseFormat(BaseModel):
-    """Plain text is all there is."""
+class Thinking(Known):
+    """DeepSeek's and Anthropic's form of the switch."""
 
-    type: Literal["text"]
+    type: Literal["enabled", "disabled", "auto"]
 
 
 class ChatBody(Body):
     """Front ends send `tools` with every chat. R1's template has no place for them, so the model answers as without;
-    `chat` refuses them where a template has one."""
+    `serving/prompts.py` refuses them where a template has one."""
+
+    neutral = CHAT_NEUTRAL
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    functions: Annotated[list, Field(max_length=0)] | None = None
-    response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["medium"] | None = None
-    think: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
-    add_generation_prompt: Literal[True] | None = None
+    max_completion_tokens: Length = None
+    logprobs: bool = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
+    tools: list[dict[str, Any]] = []
+    chat_template_kwargs: dict[str, Any] = {}
+    enable_thinking: bool | None = None
+    thinking: bool | Thinking | None = None
+    think: bool | None = None
+    reasoning_effort: str | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs {self.top_logprobs} needs logprobs true")
+        return self
+
+    def lengths(self) -> tuple[str, ...]:
+        """As `Body`."""
+        return "max_completion_tokens", "max_tokens", "n_predict"
+
+    def n_logprobs(self) -> int | None:
+        """As `Body`."""
+        return self.top_logprobs if self.logprobs else None
+
+    def thinks(self) -> bool | None:
+        """Whether the client wants reasoning, by any of the names of that switch; None: it does not say."""
+        thinking = self.thinking
+        if isinstance(thinking, Thinking):
+            thinking = {"enabled": True, "disabled": False}.get(thinking.type)
+        given = {self.enable_thinking, thinking, self.think} - {None}
+        if len(given) > 1:
+            raise Refused(400, "enable_thinking, thinking and think contradict each other", param="thinking")
+        return next(iter(given), None)
 
 
 class CompletionBody(Body):
-    """prompt: text, or the ids of its tokens."""
+    """prompt: text, or the ids of its tokens; or a list of either."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    echo: Literal[False] | None = None
-    suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
-    logprobs: None = None
+    neutral = COMPLETION_NEUTRAL
+
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    echo: bool = False
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _no_prompt_logprobs(self) -> "CompletionBody":
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs with echo would need those of the prompt, which are not computed")
+        return self
+
+    def n_logprobs(self) -> int | None:
+        """As `Body`."""
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or more."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
 
 
-def failure(
-    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
-
-
-class Refused(HTTPException):
-    """An HTTP error with OpenAI's `code`."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
-        super().__init__(status, message, headers)
-        self.code = code
+def parse(data: bytes, kind: type[Parsed]) -> Parsed:
+    """A body of that kind. Refused for what is no JSON object, for a field that would have to be ignored, and for a
+    wrong value: by the field's name."""
+    try:
+        given = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refused(400, f"Invalid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refused(400, "Invalid JSON: a request is an object")
+    try:
+        return kind.model_validate(screen(given, kind.model_fields, kind.neutral))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        worst = max(errors, key=lambda each: len(each["loc"]))  # of a union: the kind that came closest
+        where = ".".join(str(each) for each in worst["loc"] if str(each) not in KINDS and "[" not in str(each))
+        what = worst["msg"].removeprefix("Value error, ")
+        field = str(worst["loc"][0]) if worst["loc"] else what.partition(" ")[0]
+        if worst["type"] == "extra_forbidden":
+            what = f"{shown(worst['input'])}: this server knows no such field; leave it out"
+        elif where and worst["type"] != "missing":
+            what += f", not {shown(worst['input'])}"
+        raise Refused(400, f"{where}: {what}" if where else what, param=field) from None

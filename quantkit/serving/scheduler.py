@@ -4,16 +4,18 @@ A step is one piece of the oldest unfinished prompt, then one token for every se
 (iteration-level scheduling of Orca, Yu et al., OSDI 2022), so a long prompt delays others by a piece at most.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Sampling, sample
+from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +30,25 @@ class QueueFull(QuantkitError):
 
 @dataclass(eq=False)
 class Job:
-    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones."""
+    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones. made: those so far, with their
+    chances if the rules ask for them, both complete before a token is emitted."""
 
     prompt: list[int]
     n_tokens: int
     how: Sampling
     emit: Emit
+    rules: TokenRules = field(default_factory=TokenRules)
     cancelled: bool = False
     slot: int = -1
     done: int = 0  # prompt tokens in the cache
-    n_made: int = 0
-    last: int = -1
+    made: list[int] = field(default_factory=list)
+    chances: list[Chance] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def n_made(self) -> int:
+        """New tokens so far."""
+        return len(self.made)
 
 
 class Scheduler:
@@ -94,14 +103,19 @@ class Scheduler:
 
     def _loop(self) -> None:
         while self._admit():
-            try:
-                self._step()
-            except Exception:  # whatever it was, other requests must be served on
-                log.exception("a step failed; its %d sequences end", len(self.running))
-                for job in list(self.running):
-                    self._end(job, "error")
+            self._step()
         for job in [*self.running, *self.waiting]:
             self._end(job, "cancelled")
+
+    @contextlib.contextmanager
+    def _at_risk(self, *jobs: Job) -> Iterator[None]:
+        """An error ends those jobs; whatever it was, other requests must be served on."""
+        try:
+            yield
+        except Exception:
+            log.exception("a step failed; its %d sequences end", len(jobs))
+            for job in jobs:
+                self._end(job, "error")
 
     def _admit(self) -> bool:
         """Wait for work; give slots to waiting jobs. False: closed."""
@@ -121,22 +135,28 @@ class Scheduler:
     def _step(self) -> None:
         ready = [job for job in self.running if job.done == len(job.prompt)]
         if late := next((job for job in self.running if job.done < len(job.prompt)), None):
-            piece = late.prompt[late.done : late.done + self.engine.piece]
-            logits = self.engine.prefill(late.slot, piece, late.done)
-            late.done += len(piece)
-            if late.done == len(late.prompt):
-                self._take(late, logits)
+            with self._at_risk(late):
+                piece = late.prompt[late.done : late.done + self.engine.piece]
+                logits = self.engine.prefill(late.slot, piece, late.done)
+                late.done += len(piece)
+                if late.done == len(late.prompt):
+                    self._take(late, logits)
         if ready:
-            logits = self.engine.decode([job.slot for job in ready], [job.last for job in ready])
-            for job, own in zip(ready, logits, strict=True):
-                self._take(job, own)
+            with self._at_risk(*ready):
+                logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
+                for job, own in zip(ready, logits, strict=True):
+                    with self._at_risk(job):
+                        self._take(job, own)
 
     def _take(self, job: Job, logits: torch.Tensor) -> None:
-        job.last = sample(logits, job.how, job.generator)
-        if job.last == self.engine.config.eos:
+        eos = self.engine.config.eos
+        token = sample(job.rules.apply(logits, job.made, eos), job.how, job.generator)
+        if token == eos or token in job.rules.stop:
             return self._end(job, "stop")
-        job.n_made += 1
-        job.emit(job.last, None)
+        if job.rules.n_logprobs is not None:
+            job.chances.append(Chance.of(logits, token, job.rules.n_logprobs))
+        job.made.append(token)
+        job.emit(token, None)
         if job.n_made == job.n_tokens:
             self._end(job, "length")
 

@@ -40,6 +40,7 @@ R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
 @click.option("--tokens", default=32768, show_default=True)
 @click.option("--encoder", default="quantkit", type=click.Choice(["quantkit", "ggml"]), show_default=True)
 @click.option("--effort", default="normal", show_default=True)
+@click.option("--gradients", type=click.Path(exists=True, path_type=Path), help="Encode two-sided by these.")
 @click.option("--device", default=None, help="Default: a GPU if there is one.")
 @click.option("--json", "figures", type=click.Path(path_type=Path), default=None, help="Write the figures here.")
 @torch.inference_mode()
@@ -51,6 +52,7 @@ def main(
     tokens: int,
     encoder: str,
     effort: str,
+    gradients: Path | None,
     device: str | None,
     figures: Path | None,
 ) -> None:
@@ -84,7 +86,7 @@ def main(
     with GGUFWriter.open(
         out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True
     ) as writer:
-        how = EncoderOptions(effort) if encoder == "quantkit" else None
+        how = EncoderOptions(effort, gradients=gradients) if encoder == "quantkit" else None
         encoding = FileEncoder(source, plan, writer, LayerOptions(how, None if how else 0))
         room = Room("device", device, hidden=torch.bfloat16)
         imatrix = collect(source, ids, state, room=room, turns=encoding.turns, watch=encoding.watch, progress=stamp)

@@ -9,8 +9,10 @@ the rest: H_O's factor, rows, packing, the copy to the host. Error: tr(H_O Δ H_
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -63,14 +65,20 @@ def bench(qtype: str, shape: tuple[int, int, int], how: TwoSided, a: argparse.Na
     hessians, outputs = moments(experts, n, device, a.tokens), gradients(experts, rows, a.gradients, device)
     method = Method.of(qtype, a.effort, device=device)
     t_factor, factor = timed(device, lambda: prepare(hessians, n, device))
-    corner = [h[: how.block, : how.block] for h in outputs]
-    encode_two_sided(method, w[:, : how.block].contiguous(), factor, corner, how)  # compiles
+    block = how.blocks(rows)
+    corner = [h[:block, :block] for h in outputs]
+    encode_two_sided(method, w[:, :block].contiguous(), factor, corner, replace(how, block=block))  # compiles
     t_one, one = timed(device, lambda: encode_batch(qtype, w, factor, effort=a.effort, device=device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if a.profile:
+        few = [h[: 8 * block, : 8 * block] for h in outputs]
+        with torch.profiler.profile() as profile:
+            encode_two_sided(method, w[:, : 8 * block].contiguous(), factor, few, replace(how, block=block))
+        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
     t_two, two = timed(device, lambda: encode_two_sided(method, w, factor, outputs, how))
     ratio = error(qtype, w[0], two[0], factor.h[0], outputs[0]) / error(qtype, w[0], one[0], factor.h[0], outputs[0])
-    line = f"{qtype:8s} {a.effort} {rows}x{n} x{experts}, blocks of {how.block}, {how.passes} passes: factor "
+    line = f"{qtype:8s} {a.effort} {rows}x{n} x{experts}, blocks of {block}, {how.passes_over(rows)} passes: factor "
     line += f"{t_factor / experts:.3f} + encode {t_two / experts:.3f} s/expert (one-sided {t_one / experts:.3f}), "
     line += f"{w.numel() / t_two / 1e6:.1f} M weights/s, error {ratio:.3f}"
     if device.type == "cuda":
@@ -88,12 +96,12 @@ def main() -> None:
     p.add_argument("--experts", type=int, default=32, help="encoded together")
     p.add_argument("--tokens", type=int, default=1024, help="behind H_I")
     p.add_argument("--gradients", type=int, default=1024, help="rows behind H_O")
-    p.add_argument("--block", type=int, default=16)
-    p.add_argument("--passes", type=int, default=3)
+    p.add_argument("--block", type=int, nargs="+", default=[None], help="rows; each is timed; default: what suits")
+    p.add_argument("--profile", action="store_true", help="print the kernels that 8 blocks take")
+    p.add_argument("--passes", type=int, default=None)
     a = p.parse_args()
-    how = TwoSided(block=a.block, passes=a.passes)
-    for qtype in a.types:
-        total = 0.0
+    for qtype, block in itertools.product(a.types, a.block):
+        how, total = TwoSided(block=block, passes=a.passes), 0.0
         for shape in a.shapes:
             rows, n = map(int, shape.split("x"))
             total += bench(qtype, (a.experts, rows, n), how, a)

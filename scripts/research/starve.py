@@ -22,7 +22,7 @@ from quantkit.calibration.collect import collect
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions, LayerWriter
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.machine import default_device
+from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
@@ -82,14 +82,16 @@ def divergence(original: Source, file: Source, tokens: torch.Tensor) -> float:
     return total / n
 
 
-def write(checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor, most: int | None, out: Path, ours: bool) -> Path:
-    """The file of the product's one pass, with experts that see `most` tokens."""
-    device = default_device()
+def write(
+    checkpoint: Checkpoint, plan: Plan, tokens: torch.Tensor, most: int | None, out: Path, ours: EncoderOptions | None
+) -> Path:
+    """The file of the product's one pass, with experts that see `most` tokens; by ggml, or by our encoders."""
+    device = chosen_device()
     source = CheckpointSource(checkpoint, device, torch.float32)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with open_writer(checkpoint, plan, Output(out / "file.gguf")) as writer:
-        file = StarvedFile(source, plan, writer, LayerOptions(EncoderOptions() if ours else None))
+        file = StarvedFile(source, plan, writer, LayerOptions(ours))
         file.most = most
         measured = coverage.shrink(collect(source, tokens, turns=file.turns, watch=file.watch), 32)
         encode_pending(checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
@@ -120,7 +122,7 @@ def main(
 ) -> None:
     """Print KLD of both encoders for each number of chunks, and keep it in OUT/starve.json."""
     checkpoint = open_weights(model)
-    original = CheckpointSource(checkpoint, default_device(), torch.float32)
+    original = CheckpointSource(checkpoint, chosen_device(), torch.float32)
     plan = make_plan(family.specs(original.config), Recipe.load(recipe), target, model="starved")
     text, *others = texts
     tokens = chunks(original, text, total)
@@ -131,7 +133,8 @@ def main(
         for encoder in ("ggml", "quantkit"):
             started = time.perf_counter()
             mine, most = (tokens[:count], None) if everything else (tokens, count * CHUNK if count < total else None)
-            path = write(checkpoint, plan, mine, most, out / encoder, encoder == "quantkit")
+            ours = EncoderOptions() if encoder == "quantkit" else None
+            path = write(checkpoint, plan, mine, most, out / encoder, ours)
             file = open_source(path, original.device, torch.float32)
             kld = {name: divergence(original, file, ids) for name, ids in judged.items()}
             rows.append({"chunks": count, "encoder": encoder, "everything": everything, "kld": kld})

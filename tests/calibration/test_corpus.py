@@ -126,3 +126,12 @@ def test_a_domain_may_stand_before_a_file(tmp_path):
     loaded = corpus.load([f"code={code}", f"prose={prose}", str(code)])
     assert [document.domain for document in loaded.documents] == ["code", "prose", "text"]
     assert loaded.name == "a=b.txt, prose.txt, a=b.txt"
+
+
+def test_more_tokens_than_the_mix_has_draw_on_more_languages():
+    plain, wide = (corpus.TextChoice(n_tokens=n).corpus("calibration") for n in (corpus.WIDE_TOKENS, 917504))
+    assert plain.digest == corpus.default("calibration").digest == corpus.TextChoice().corpus("calibration").digest
+    assert {d.domain for d in wide.documents} == {d.domain for d in plain.documents} | {"text"}
+    sizes = [sum(len(d.text) for d in each.documents) for each in (plain, wide)]
+    assert sizes[1] > 1.7 * sizes[0]
+    assert corpus.overlap(wide, corpus.default("evaluation")) < 0.02

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from quantkit.calibration.corpus import Corpus, Document, TextChoice, overlap
-from quantkit.calibration.measure import Calibration, calibrate
+from quantkit.calibration.measure import calibrate
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.job import make

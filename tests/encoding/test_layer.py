@@ -11,7 +11,7 @@ from test_bytes import decode
 
 from quantkit.calibration.collect import collect
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.encoding.hessian import Hessian, gram
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions

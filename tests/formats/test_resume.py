@@ -78,6 +78,28 @@ def test_torn_last_ledger_line_is_ignored(tmp_path):
     assert len(lines) == 10
 
 
+@pytest.mark.parametrize("stopped", [9, None])
+def test_a_recorded_slice_that_the_disk_lost_is_made_again(tmp_path, capsys, stopped):
+    """A page of zeros where a slice was recorded, in parts or, after a kill amid the renames, in a file that has its
+    final name already."""
+    whole = write(tmp_path / "whole.gguf")[0].read_bytes()
+    path = tmp_path / "m.gguf"
+    interrupt(path, len(slices()) if stopped is None else stopped)
+    part = path.with_name("m.gguf.part")
+    if stopped is None:
+        part = part.rename(path)
+    data = bytearray(part.read_bytes())
+    at = max(i for i in range(len(data) // 2) if data[i])
+    data[at - 16 : at + 1] = bytes(17)
+    part.write_bytes(data)
+    with begin(path) as out:
+        left = [(tensor, row) for tensor, row in slices() if not out.done(tensor.name, row, row + 1)]
+        assert len(left) > (0 if stopped is None else len(slices()) - stopped)
+        fill(out, left)
+    assert "recorded slices are damaged; they are made again" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("damage", [b"nonsense\n", b'["token_embd.weight", -1, 3]\n', b'["a", 0]\n', b"\xff\n"])
 def test_damaged_ledger_is_not_trusted(tmp_path, damage):
     interrupt(tmp_path / "m.gguf", 9)

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.encoding import jobs
 from quantkit.encoding.jobs import GgmlEncoder
 from quantkit.encoding.layer import LayerEncoder
@@ -132,9 +132,9 @@ def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(QuantkitError, match=r"l: writing failed \(No space"):
         patch.setattr(os, "write", full)
-        ledger.add([("a", 0, 5)])
-    ledger.add([("b", 0, 5)])
-    assert ledger.load() == ({"plan": "p"}, [("b", 0, 5)])
+        ledger.add([("a", 0, 5, 0)])
+    ledger.add([("b", 0, 5, 0)])
+    assert ledger.load() == ({"plan": "p"}, [("b", 0, 5, 0)])
     ledger.close()
 
 

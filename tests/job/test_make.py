@@ -15,11 +15,14 @@ import pytest
 
 from quantkit import bundle
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.gradients import GradientPass
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.job.plan import plan_model
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
 
 SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--workers", "2"]
@@ -267,3 +270,42 @@ def test_recipe_with_a_type_that_kt_kernel_gets_wrong_is_refused(tmp_path):
     (tmp_path / "r.toml").write_text(source.replace('qtype = "IQ1_S"', 'qtype = "IQ2_XXS"'))
     done = run("plan", "deepseek-r1", "--recipe", tmp_path / "r.toml", check=False)
     assert done.returncode == 1 and "IQ2_XXS is refused for ktransformers" in done.stderr
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_best_within_a_budget_goes_by_an_estimate(tmp_path, monkeypatch):
+    """Gradients, then what types cost, then the plan; a rerun takes what is there."""
+
+    def stopped(order, out, reference):
+        raise Stopped(order.plan.digest())
+
+    text = TextChoice(n_tokens=1024)
+    asked = MakeOptions(
+        calibration=Calibration(text),
+        budget=BudgetOptions(size=4_200_000),
+        effort="best",
+        encoder="quantkit",
+        device="cpu",
+        verify=False,
+    )
+    monkeypatch.setattr("quantkit.job.make.make_in_one_pass", stopped)
+    with pytest.raises(Stopped) as first:
+        make("tiny-r1", tmp_path, asked)
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes(), "plan")
+    assert plan.outlook is not None and plan.outlook.damage == "sensitivity.json of tiny-r1"
+    assert plan.digest() == str(first.value) != plan_model("tiny-r1", budget=asked.budget).digest()
+    measured = dataclasses.replace(asked.budget, measured=tmp_path / "sensitivity.json")
+    assert plan_model("tiny-r1", budget=measured).digest() == plan.digest()
+    assert json.loads((tmp_path / "provenance.json").read_text())["plan"].startswith("by gradients, ")
+
+    monkeypatch.setattr("quantkit.job.make.estimate_damage", lambda *_: pytest.fail("it was there"))
+    monkeypatch.setattr(GradientPass, "run", lambda *_: pytest.fail("they were there"))
+    with pytest.raises(Stopped) as second:
+        make("tiny-r1", tmp_path, asked)
+    assert str(second.value) == plan.digest()
+    assert Plan.from_json((tmp_path / "plan.json").read_bytes(), "plan").digest() == plan.digest()
+    with pytest.raises(QuantkitError, match=r"plan was by gradients, .*4.*; choose another --output"):
+        make("tiny-r1", tmp_path, dataclasses.replace(asked, budget=BudgetOptions(size=4_300_000)))

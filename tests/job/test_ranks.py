@@ -17,7 +17,7 @@ import torch
 
 from quantkit import bundle, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
@@ -183,6 +183,60 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_pat
         assert end(ours(again, tmp_path))[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in calm.iterdir()}
     assert (tmp_path / NAME).read_bytes() == (calm / NAME).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory) -> tuple[list[object], dict[str, bytes]]:
+    """What to ask for, and the files of one process."""
+    folder = tmp_path_factory.mktemp("derived")
+    (folder / "text.txt").write_text(
+        "".join(f"{i} is {'odd' if i % 2 else 'even'}, and {i * i} too.\n" for i in range(99))
+    )
+    asked = ["calibrate", "tiny-r1", "--data", folder / "text.txt", "--tokens", 1024, "--gradient-tokens", 512]
+    asked += ["--device", "cpu"]
+    derive(asked, folder)
+    return asked, files_of(folder / "g")
+
+
+def derive(asked: list[object], folder: Path) -> None:
+    command = [sys.executable, "-m", "quantkit", *asked, "-o", folder / "imatrix.gguf", "--gradients", folder / "g"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_gradients_have_the_bytes_of_one_process_though_ranks_were_killed(derived, tmp_path):
+    """Two ranks, stopped in the middle of the way back; then one goes on."""
+    asked, expected = derived
+    process = launch(2, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g")
+    until = time.monotonic() + 150
+    while not (tmp_path / "g" / "gradients-002.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.002)
+    os.kill(processes_of(process.pid)[1], signal.SIGKILL)
+    code, stderr = end(process)
+    assert code != 0 and "run the same command again" in stderr
+    done = {path.name: path.read_bytes() for path in (tmp_path / "g").glob("*.safetensors")}
+    assert len(done) >= 2 and done.items() <= expected.items()
+    derive(asked, tmp_path)
+    assert files_of(tmp_path / "g") == expected
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.large)])
+def test_gradients_and_estimates_of_ranks_are_those_of_one(derived, tmp_path, n):
+    """Each layer's file is written by all of them; then a sample of experts is encoded."""
+    asked, expected = derived
+    code, stderr = end(launch(n, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g"))
+    assert code == 0, stderr
+    assert files_of(tmp_path / "g") == expected
+    about = ["sensitivity", *asked[1:4], "--gradients", tmp_path / "g", "--tokens", 1024, "--device", "cpu"]
+    about += ["--types", "Q2_K", "--other-types", "Q4_K,Q8_0", "-o"]
+    assert end(launch(n, *about, tmp_path / "several"))[0] == 0
+    subprocess.run(list(map(str, [sys.executable, "-m", "quantkit", *about, tmp_path / "one"])), check=True)
+    name = "sensitivity.json"
+    assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_what_all_ranks_refuse_is_said_once(tmp_path):

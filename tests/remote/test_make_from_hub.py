@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions

@@ -1,5 +1,8 @@
 """What can go wrong between here and a Hub: outlived if it passes, one clear line if it does not."""
 
+import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,7 +15,7 @@ from loopback_hub import TOKEN, Blob
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
@@ -203,6 +206,35 @@ def test_offline_from_the_cache_and_from_a_whole_snapshot(hub, env, sharded, mon
     remote.close()
     shutil.rmtree(env)
     assert "HF_HUB_OFFLINE" in line_of("inspect", "user/tiny-r1")
+
+
+def test_offline_from_what_hf_download_left(hub, env, sharded, monkeypatch):
+    """Never looked at before, and the same job as online."""
+    from huggingface_hub import constants, snapshot_download
+
+    snapshot_download("user/tiny-r1", cache_dir=env / "hub")
+    online = open_weights(ModelRef("user/tiny-r1"))
+    origin = dict(online.origin)
+    online.close()
+    shutil.rmtree(env / "quantkit")
+    hub.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    remote = open_weights(ModelRef("user/tiny-r1"))
+    assert torch.equal(remote.read(NAME), Checkpoint.open(sharded).read(NAME)) and not hub.sent
+    assert {**remote.origin, "license": None} == {**origin, "license": None}
+    remote.close()
+    shard = next((env / "hub").rglob("snapshots/*/*.safetensors"))
+    shard.unlink()
+    assert "no such file" in line_of("inspect", "user/tiny-r1")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with contextlib.closing(RangeCache(tmp_path, 100).open()) as cache:
+        assert cache.is_open and "no locks on this file system" in capsys.readouterr().err
 
 
 def test_read_only_folder(hub, env, monkeypatch):

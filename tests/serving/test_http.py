@@ -14,7 +14,7 @@ import uvicorn
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving import http
+from quantkit.serving import http, scheduler
 
 KEY = "secret"
 CONTEXT = 512
@@ -238,6 +238,38 @@ def test_fields_without_effect_are_accepted(running):
         "add_generation_prompt": True,
         "user": "ann",
         "metadata": {"chat": "1"},
+        "stream": None,
+        "max_completion_tokens": -1,
+        "top_k": -1,
+        "typical_p": 1,
+        "top_logprobs": 0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
+        "dry_multiplier": 0,
+        "dry_base": 1.75,
+        "dynatemp_range": 0,
+        "samplers": "edskypmxt",
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "n_predict": 24,
+        "bad_words": [],
+        "stop_token_ids": [],
+        "grammar": "",
+        "json_schema": None,
+        "guided_json": None,
+        "structured_outputs": None,
+        "parallel_tool_calls": True,
+        "chat_template_kwargs": {"thinking": True},
+        "enable_thinking": True,
+        "thinking": {"type": "enabled"},
+        "modalities": ["text"],
+        "cache_prompt": True,
+        "id_slot": -1,
+        "timings_per_token": False,
+        "keep_alive": "5m",
+        "store": False,
+        "service_tier": "auto",
+        "whatever": None,
     }
     for field, value in neutral.items():
         status, answer = running.post(json.dumps({**ask, field: value}).encode())
@@ -254,11 +286,31 @@ def test_fields_without_effect_are_accepted(running):
         ("mirostat", 1),
         ("tfs_z", 0.5),
         ("format", "json"),
-        ("logit_bias", {"5432": 10}),
+        ("logit_bias", {"5432": 10}),  # not in the vocabulary
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("tool_choice", {"type": "function", "function": {"name": "search_notes"}}),
-        ("logprobs", True),
+        ("top_logprobs", 2),
+        ("grammar", 'root ::= "a"'),
+        ("json_schema", {"type": "object"}),
+        ("guided_choice", ["a", "b"]),
+        ("structured_outputs", {"regex": "a+"}),
+        ("xtc_probability", 0.5),
+        ("dry_multiplier", 0.8),
+        ("dynatemp_range", 0.5),
+        ("samplers", ["top_k"]),
+        ("audio", {"voice": "alloy", "format": "mp3"}),
+        ("modalities", ["text", "audio"]),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"thinking": False}),
+        ("chat_template_kwargs", {"colour": "red"}),
+        ("thinking", {"type": "disabled"}),
+        ("reasoning_effort", "none"),
+        ("stop_token_ids", [999999]),
+        ("min_tokens", 3),
+        ("logit_bias", {"5": 1e9}),
+        ("stream_options", {"answer": 42}),
+        ("no_such_field", 0),
         ("response_format", {"type": "json_object"}),
         ("reasoning_effort", "low"),
         ("think", False),
@@ -268,7 +320,11 @@ def test_fields_without_effect_are_accepted(running):
 )
 def test_fields_that_would_change_the_answer_are_refused(running, field, value):
     status, answer = running.post(json.dumps({"messages": HELLO, "max_tokens": 2, field: value}).encode())
-    assert status == 400 and answer["error"]["message"].startswith(field)
+    assert status == 400, answer
+    error = answer["error"]
+    switch = "thinking" if field in ("think", "reasoning_effort", "chat_template_kwargs") else field
+    assert error["message"].startswith((field, switch)), error
+    assert error["param"] in (field, switch) and error["type"] == "invalid_request_error"
 
 
 def test_tools_are_refused_where_the_template_describes_them(running, monkeypatch):
@@ -304,6 +360,173 @@ def test_seed_and_stop(running):
     assert ask(seed=3, extra_body={"min_p": 1.0}) == ask(temperature=0)
 
 
+def complete(running, **body) -> dict:
+    body = {"prompt": [0, 50, 60, 70], "temperature": 0, "max_tokens": 12} | body
+    status, answer = running.post(json.dumps(body).encode(), path="/v1/completions")
+    assert status == 200, answer
+    return answer
+
+
+@pytest.fixture(scope="module")
+def greedy(weights) -> list[int]:
+    return list(generate(open_engine(weights, 1, 64), [0, 50, 60, 70], 12, Sampling(temperature=0)))
+
+
+def test_what_a_request_asks_of_tokens(running, weights, greedy):
+    text = weights.tokenizer().decode
+    assert len(greedy) == 12
+    whole = text(greedy, skip_special_tokens=False)
+    assert (
+        complete(running)["choices"][0]["text"]
+        == complete(running, max_tokens=None, n_predict=12)["choices"][0]["text"]
+    )
+    once = next(i for i in range(4, 12) if greedy[i] not in greedy[:i])
+    cut = complete(running, stop_token_ids=[greedy[once]])["choices"][0]
+    assert (cut["text"], cut["finish_reason"]) == (text(greedy[:once], skip_special_tokens=False), "stop")
+    later = complete(running, stop_token_ids=[greedy[once]], min_tokens=12)["choices"][0]
+    assert later["finish_reason"] == "length" and later["text"].startswith(cut["text"]) and later["text"] != whole
+    for banned in (
+        {"logit_bias": {str(greedy[0]): -100}},
+        {"logit_bias": [[greedy[0], False]]},
+        {"bad_words": [text(greedy[:1], skip_special_tokens=False)]},
+    ):
+        assert not complete(running, **banned)["choices"][0]["text"].startswith(text(greedy[:1])), banned
+    favoured = complete(running, logit_bias={"100": 100})["choices"][0]["text"]
+    assert favoured == text([100] * 12, skip_special_tokens=False)
+    stop = whole[3:5]
+    held = complete(running, stop=stop, min_tokens=12)["choices"][0]
+    assert held["text"] == whole and complete(running, stop=stop)["choices"][0]["text"] == whole[: whole.find(stop)]
+
+
+def test_eos_ends_an_answer_unless_it_is_ignored(running, weights):
+    eos = running.engine.config.eos
+    ends = complete(running, logit_bias={str(eos): 100})
+    assert (
+        ends["choices"][0] | {"logprobs": None}
+        == {
+            "index": 0,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+        and ends["usage"]["completion_tokens"] == 0
+    )
+    for never in ({"ignore_eos": True}, {"min_tokens": 12}):
+        on = complete(running, logit_bias={str(eos): 100}, **never)
+        assert on["usage"]["completion_tokens"] == 12 and on["choices"][0]["finish_reason"] == "length"
+
+
+def test_logprobs_are_the_models(running, weights, greedy):
+    logits = open_engine(weights, 1, 64).prefill(0, [0, 50, 60, 70], 0)
+    best = logits.log_softmax(-1).topk(3)
+    told = complete(running, logprobs=3)["choices"][0]
+    found, text = told["logprobs"], weights.tokenizer().decode
+    assert found["tokens"] == [text([token], skip_special_tokens=False) for token in greedy]
+    assert found["token_logprobs"][0] == pytest.approx(float(best.values[0]), abs=1e-5)
+    tops = {text([int(i)], skip_special_tokens=False): float(v) for i, v in zip(best.indices, best.values, strict=True)}
+    assert found["top_logprobs"][0] == pytest.approx(tops, abs=1e-5) and len(tops) == 3
+    assert [told["text"][at:].startswith(t) for at, t in zip(found["text_offset"], found["tokens"], strict=True)] == [
+        True
+    ] * 12
+    ask = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    whole = running.client().chat.completions.create(**ask).choices[0]
+    entries = whole.logprobs.content
+    assert "<think>\n" + b"".join(bytes(each.bytes) for each in entries).decode() == whole.message.content
+    assert all(each.logprob == each.top_logprobs[0].logprob and len(each.top_logprobs) == 2 for each in entries)
+    chunks = running.client().chat.completions.create(**ask, stream=True)
+    streamed = [each for c in chunks if c.choices[0].logprobs for each in c.choices[0].logprobs.content]
+    assert streamed == entries
+    cut = complete(running, logprobs=0, stop=[told["text"][6:8]])["choices"][0]
+    assert "".join(cut["logprobs"]["tokens"]).startswith(cut["text"]) and len(cut["logprobs"]["tokens"]) < 12
+
+
+def test_several_prompts_and_answers(running, weights):
+    prompts = [[0, 50, 60, 70], [0, 80], [0, 90, 91]]
+    alone = [complete(running, prompt=prompt)["choices"][0]["text"] for prompt in prompts]
+    answer = complete(running, prompt=prompts)
+    assert [c["text"] for c in answer["choices"]] == alone and [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"]["prompt_tokens"] == 9
+    assert complete(running, prompt=prompts[:1])["choices"][0]["text"] == alone[0]
+    texts = complete(running, prompt=["The sea", "A ship"], echo=True)["choices"]
+    assert [c["text"][:7] for c in texts] == ["The sea", "A ship" + texts[1]["text"][6:7]]
+    many = complete(running, n=3, seed=5, temperature=1.0)
+    first = complete(running, seed=5, temperature=1.0)["choices"][0]["text"]
+    said = [c["text"] for c in many["choices"]]
+    assert said[0] == first and len(set(said)) == 3 and many["usage"]["prompt_tokens"] == 4
+    chunks = running.client().completions.create(
+        model="tiny", prompt=prompts, temperature=0, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    streamed, ends = ["", "", ""], []
+    for chunk in chunks:
+        for c in chunk.choices:
+            streamed[c.index] += c.text
+            ends += [c.index] if c.finish_reason else []
+        usage = chunk.usage
+    assert streamed == alone and sorted(ends) == [0, 1, 2] and usage.prompt_tokens == 9
+
+
+def test_tools_in_a_conversation(running):
+    """tiny-r1's template, as R1's, shows calls and their answers to the model."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
+
+    def n_prompt(*messages: dict) -> int:
+        status, answer = running.post(json.dumps({"messages": messages, "max_tokens": 1}).encode())
+        assert status == 200, answer
+        return answer["usage"]["prompt_tokens"]
+
+    more = messages[2] | {"content": "42 and much more of it"}
+    assert n_prompt(*messages[:2], more) > n_prompt(*messages) > n_prompt(*HELLO)
+    assert n_prompt(*HELLO, {"role": "assistant", "content": None}, *HELLO) > n_prompt(*HELLO)
+
+
+def test_a_tool_message_that_a_template_leaves_out_is_refused(running, monkeypatch):
+    template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(running.api, "metadata", running.api.metadata | {"tokenizer.chat_template": template})
+    ask = {"messages": [*HELLO, {"role": "tool", "content": "x"}], "max_tokens": 1}
+    status, answer = running.post(json.dumps(ask).encode())
+    assert status == 400 and "leaves those of role tool out" in answer["error"]["message"]
+
+
+def test_the_switch_of_a_template(running, monkeypatch):
+    """As DeepSeek-V3.1's and Qwen3's, under every name that clients have for it."""
+    template = "{{ messages[0].content }}{% if SWITCH %}<think>{% else %}</think>{% endif %}"
+    for name in ("thinking", "enable_thinking"):
+        metadata = running.api.metadata | {"tokenizer.chat_template": template.replace("SWITCH", name)}
+        monkeypatch.setattr(running.api, "metadata", metadata)
+        for field, on, off in (
+            ("chat_template_kwargs", {"thinking": True}, {"enable_thinking": False}),
+            ("thinking", {"type": "enabled"}, {"type": "disabled"}),
+            ("enable_thinking", True, False),
+            ("think", True, False),
+        ):
+            for value, opening in ((on, True), (off, False)):
+                ask = {"messages": HELLO, "max_tokens": 1, field: value}
+                status, answer = running.post(json.dumps(ask).encode())
+                assert status == 200, answer
+                assert answer["choices"][0]["message"]["content"].startswith("<think>") == opening, (name, ask)
+
+
+def test_an_error_belongs_to_its_job(running, monkeypatch):
+    """A temperature that nothing can be divided by is greedy; whatever fails in sampling ends one job only."""
+    expected = complete(running)["choices"]
+    assert complete(running, temperature=1e-300)["choices"] == expected
+    assert complete(running, temperature=1e-5, top_p=1)["choices"] == expected
+    whole = scheduler.sample
+    monkeypatch.setattr(scheduler, "sample", lambda logits, how, g: 1 / 0 if how.seed == 13 else whole(logits, how, g))
+
+    def ask(seed: int) -> int:
+        body = {"prompt": [0, 50], "max_tokens": 60, "temperature": 1.0, "seed": seed, "ignore_eos": True}
+        return running.post(json.dumps(body).encode(), path="/v1/completions")[0]
+
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(ask, [1, 13, 2, 13, 3])) == [200, 500, 200, 500, 200]
+
+
 def test_wrong_key(running):
     with pytest.raises(openai.AuthenticationError):
         running.client(api_key="guess").models.list()
@@ -317,7 +540,9 @@ def test_wrong_key(running):
         (b"\xff\xfe", 400, "Invalid JSON"),
         (b"{}", 400, "messages"),
         (b'{"messages": []}', 400, "messages"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', 400, "role"),
+        (b'{"messages": [{"role": "tool"}]}', 400, "content: a message of role tool needs one"),
+        (b'{"messages": [{"role": "function", "content": "x"}]}', 400, "role"),
+        (b'{"messages": [{"role": "user", "content": "x", "prefix": true}]}', 400, "messages.0.prefix: true"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
         (
             b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url", '
@@ -325,7 +550,15 @@ def test_wrong_key(running):
             400,
             "1.type: Input should be 'text'",
         ),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 3}', 400, "n:"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AA=="}}]}]}',
+            400,
+            'not "input_audio"',
+        ),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 129}', 400, "n:"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": true}', 400, "seed: must be a number"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "Invalid JSON"),
+        (b"[" * 100_000, 400, "Invalid JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 9999}', 400, "do not fit the context"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "gpt-4"),

@@ -7,9 +7,12 @@ another does.
 import numba
 import numpy as np
 
+from quantkit.container import writable_caches
+
+KEPT = writable_caches()
 F = np.float32
 BIG = F(3e38)  # infinities are outside fastmath's promises
-jit = numba.njit(fastmath=True, nogil=True, cache=True, error_model="numpy", boundscheck=False)
+jit = numba.njit(fastmath=True, nogil=True, cache=KEPT, error_model="numpy", boundscheck=False)
 # What kernels call is inlined: of several copies the loader takes the one that this process compiled or read first, and
 # under fastmath they differ in the last bit: a first run would give other bytes than those after it.
-part = numba.njit(fastmath=True, nogil=True, cache=True, error_model="numpy", boundscheck=False, forceinline=True)
+part = numba.njit(fastmath=True, nogil=True, cache=KEPT, error_model="numpy", boundscheck=False, forceinline=True)

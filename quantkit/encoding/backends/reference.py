@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, Format
+from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.guess import Guess, guess, refresh
 from quantkit.encoding.hessian import GROUP, Factor, blocks, factorize
 from quantkit.encoding.search import Choice, best_entry, nearest, quadratic
@@ -30,6 +31,11 @@ class Hypotheses(NamedTuple):
 
 class Backend:
     """The inner loops of the encoder. E matrices of R rows and n columns are at work at once, w float32 [E, R, n]."""
+
+    def repeated(self, work: Work, like: list[torch.Tensor]) -> Work:
+        """`work`, made ready to be done many times to tensors like these. What it returns may be overwritten by the
+        next call, what it takes may not."""
+        return work
 
     def best_entry(
         self, linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor
@@ -199,6 +205,10 @@ class Backend:
         for k in range(k_all):  # each superblock meets itself and those after it
             self.products(_image(unit[:, :, k % kinds], k // kinds, factor), unit, a, k)
         return a.triu() + a.triu(1).mT
+
+    def solve(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [E, R, K, K] symmetric positive definite, b [E, R, K] -> x with a x = b."""
+        return torch.linalg.solve_ex(a, b)[0]
 
     def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
         """Fill row k of a [E, R, K, K] from superblock k // kinds on: sums over each superblock of image · unit."""

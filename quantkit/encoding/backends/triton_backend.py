@@ -1,9 +1,12 @@
 """The back end of a CUDA GPU: the passes over all rows of all matrices, around Triton's kernels."""
 
+from functools import partial
+
 import torch
 
 from quantkit.codecs.format import SUPERBLOCK, Format, tables
 from quantkit.encoding.backends import triton_codebooks, triton_levels, triton_refit, triton_search
+from quantkit.encoding.backends.recorded import Recorded, Work
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import Guess, share
 from quantkit.encoding.hessian import GROUP, Factor, blocks
@@ -15,6 +18,11 @@ SPAN = 32  # columns that one launch of a descent revises
 
 class TritonBackend(Backend):
     """Encodes a block of all rows of all matrices in one launch."""
+
+    def repeated(self, work: Work, like: list[torch.Tensor]) -> Work:
+        """See reference.Backend: a CUDA graph, if this file solves the systems of a row: torch waits for them."""
+        few = like[0].shape[-1] // SUPERBLOCK * 2 <= triton_refit.MOST_SCALES
+        return Recorded(work, like) if like[0].is_cuda and few else work
 
     def best_entry(
         self, linear: torch.Tensor, square: torch.Tensor, grid: torch.Tensor, bias: torch.Tensor
@@ -43,8 +51,7 @@ class TritonBackend(Backend):
     ) -> None:
         """See reference.Backend."""
         if state.fmt.grid is not None:
-            metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
-            weights = metric.diagonal(dim1=-2, dim2=-1).flatten(1)
+            weights = factor.derived(("weights", start), lambda: _weights(factor, start).contiguous())
             first = self.guess(state.fmt, target, weights, effort.tries)
             _codebook_superblock(state, w, target, error, factor, start, first)
         else:
@@ -63,6 +70,11 @@ class TritonBackend(Backend):
             unit, factor = unit.bfloat16(), Factor(factor.coarse, factor.u, factor.d)
         return super().gram(unit, factor)
 
+    def solve(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See reference.Backend."""
+        few = b.shape[-1] <= triton_refit.MOST_SCALES
+        return triton_refit.solve(a, b) if few else super().solve(a, b)
+
     def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
         """See reference.Backend."""
         triton_refit.products(image, unit, a, k)
@@ -76,9 +88,13 @@ def _codebook_superblock(
 ) -> None:
     """From the guess `first` on, with a kernel for each block."""
     fmt = state.fmt
-    metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
     state.d[..., start // SUPERBLOCK] = first.d
-    scores = triton_codebooks.scores_of(fmt, metric, metric)  # no inverse is needed
+
+    def scores_of() -> triton_codebooks.Scores:
+        metric = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP].contiguous()
+        return triton_codebooks.scores_of(fmt, metric, metric)  # no inverse is needed
+
+    scores = factor.derived((fmt, "feedback", start), scores_of)
     codes = (first.scale + 256 * first.offset).int().contiguous()
     for lo in range(0, SUPERBLOCK, fmt.block):
         before, here = slice(start, start + lo), slice(start + lo, start + lo + fmt.block)
@@ -90,20 +106,29 @@ def _codebook_superblock(
 
 def _descend_codebook(w: torch.Tensor, factor: Factor, state: State) -> None:
     """With a kernel for every 32 columns."""
-    h, metrics, inverses = factor.h, factor.metrics, factor.inverses
+    h = factor.h
     error, change = state.q - w, w.new_empty(*w.shape[:2], SUPERBLOCK)
     for start in range(0, w.shape[-1], SUPERBLOCK):
-        groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
         gradient = error @ h[:, :, start : start + SUPERBLOCK]
-        scores = triton_codebooks.scores_of(
-            state.fmt, metrics[:, groups].contiguous(), inverses[:, groups].contiguous()
-        )
+        scores = factor.derived((state.fmt, "descent", start), partial(_descent_scores, state.fmt, factor, start))
         for lo in range(0, SUPERBLOCK, SPAN):
             before, here = slice(start, start + lo), slice(start + lo, start + lo + SPAN)
             if lo:
                 gradient[..., lo : lo + SPAN].baddbmm_(change[..., :lo], h[:, before, here])
             triton_codebooks.descent_block(state, gradient, change, h, scores, start + lo)
         error[..., start : start + SUPERBLOCK] += change
+
+
+def _descent_scores(fmt: Format, factor: Factor, start: int) -> triton_codebooks.Scores:
+    groups = slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+    metric, inverse = (t[:, groups].contiguous() for t in (factor.metrics, factor.inverses))
+    return triton_codebooks.scores_of(fmt, metric, inverse)
+
+
+def _weights(factor: Factor, start: int) -> torch.Tensor:
+    """The metric's diagonal in a superblock, [E, 256]."""
+    groups = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
+    return groups.diagonal(dim1=-2, dim2=-1).flatten(1)
 
 
 # -- weights rounded alone --------------------------------------------------------------------------------------------
@@ -120,12 +145,9 @@ def _levels_superblock(
     """With a kernel for each block; the superblock in hand is kept as [E, 256, R]."""
     fmt, (e, r, _) = state.fmt, w.shape
     part, count = slice(start, start + SUPERBLOCK), SUPERBLOCK // fmt.block
-    groups = factor.d[:, start // GROUP : (start + SUPERBLOCK) // GROUP]
-    weights = groups.diagonal(dim1=-2, dim2=-1).reshape(e, SUPERBLOCK)
-    upper, diagonal = (t.contiguous() for t in unit_upper(groups))
-    metric = triton_levels.Metric(weights, upper, diagonal, blocks(factor.u[:, part, part], fmt.block))
+    metric = factor.derived((fmt.block, "metric", start), partial(_levels_metric, fmt, factor, start))
     target, old = target.mT.contiguous(), w[..., part].mT.contiguous()
-    first = _guess_levels(fmt, target, weights)
+    first = _guess_levels(fmt, target, metric.weights)
     columns = triton_levels.Columns(target, old, torch.empty_like(target), torch.empty_like(target))
     codes = torch.empty(2, e, count, r, dtype=torch.int32, device=w.device)
     steps = triton_levels.Steps(codes[0], codes[1], first.d.contiguous(), first.dmin.contiguous())
@@ -139,6 +161,14 @@ def _levels_superblock(
     state.d[..., start // SUPERBLOCK], state.dmin[..., start // SUPERBLOCK] = steps.d, steps.dmin
     state.scale[..., here], state.offset[..., here] = steps.scale.mT, steps.offset.mT
     _keep(state, start, columns.value)
+
+
+def _levels_metric(fmt: Format, factor: Factor, start: int) -> triton_levels.Metric:
+    part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
+    upper, diagonal = (t.contiguous() for t in unit_upper(factor.d[:, groups]))
+    return triton_levels.Metric(
+        _weights(factor, start).contiguous(), upper, diagonal, blocks(factor.u[:, part, part], fmt.block)
+    )
 
 
 def _keep(state: State, start: int, value: torch.Tensor) -> None:
@@ -164,14 +194,10 @@ def _scales(state: State, start: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _descend_levels(w: torch.Tensor, factor: Factor, state: State) -> None:
     """With a kernel for every 32 columns."""
     (e, r, n), h = w.shape, factor.h
-    wide = blocks(h, SPAN)
-    by_group = factor.inverses, *unit_upper(factor.metrics)
+    curvatures = factor.derived("curvature", lambda: _curvatures(factor))
     error = state.q - w
     for start in range(0, n, SUPERBLOCK):
-        part, groups = slice(start, start + SUPERBLOCK), slice(start // GROUP, (start + SUPERBLOCK) // GROUP)
-        inverse, upper, diagonal = (t[:, groups].contiguous() for t in by_group)
-        near = wide[:, start // SPAN : (start + SUPERBLOCK) // SPAN].contiguous()
-        curvature = triton_levels.Curvature(inverse, upper, diagonal, near)
+        part, curvature = slice(start, start + SUPERBLOCK), curvatures[start // SUPERBLOCK]
         gradient = h[:, part] @ error.mT  # H is symmetric
         value, s = state.value[..., part].mT.contiguous(), _scales(state, start)[0].mT.contiguous()
         descent = triton_levels.Descent(gradient, value, torch.empty(e, SPAN, r, device=w.device), s)
@@ -181,3 +207,10 @@ def _descend_levels(w: torch.Tensor, factor: Factor, state: State) -> None:
             gradient[:, hi - start :].baddbmm_(h[:, lo:hi, hi : part.stop].mT, descent.change)
         _keep(state, start, value)
         torch.sub(state.q[..., part], w[..., part], out=error[..., part])
+
+
+def _curvatures(factor: Factor) -> list[triton_levels.Curvature]:
+    """Of each superblock."""
+    tables = factor.inverses, *unit_upper(factor.metrics), blocks(factor.h, SPAN)
+    each = (t.split(t.shape[1] * SUPERBLOCK // factor.h.shape[-1], 1) for t in tables)
+    return [triton_levels.Curvature(*(t.contiguous() for t in parts)) for parts in zip(*each, strict=True)]

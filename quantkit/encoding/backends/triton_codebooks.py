@@ -16,7 +16,9 @@ from quantkit.codecs.format import SUPERBLOCK, Format, tables
 from quantkit.encoding.hessian import GROUP, Factor
 from quantkit.encoding.state import State
 
-ROWS, TILE, WARPS = 64, 128, 4
+ROWS, LEAST_ROWS, WARPS = 64, 16, 4
+SCORES = 8192  # of a program, in registers
+PROGRAMS = 132  # at once: with fewer, a GPU would idle
 SIGNS = {"grid": 0, "free": 1, "even": 2}
 
 
@@ -326,8 +328,7 @@ def score_tables(fmt: Format, metric: torch.Tensor) -> tuple[torch.Tensor, torch
     """Right-hand sides of the search for every group of a superblock: float16 [E, 32 · halves, 16, entries], and the
     factor that brings a row's linear terms to their scale [E, 32 · halves]. metric [E, 32, 8, 8]."""
     grid, (e, groups) = padded_grid(fmt, metric.device), metric.shape[:2]
-    halves, entries, _ = grid.shape
-    size = grid.abs().max()
+    (halves, entries, _), size = grid.shape, grid.abs().max()
     if fmt.signs == "grid":
         bias = ((grid @ metric.view(-1, GROUP, GROUP)) * grid).sum(-1)  # [E · 32, entries]
     else:
@@ -336,8 +337,7 @@ def score_tables(fmt: Format, metric: torch.Tensor) -> tuple[torch.Tensor, torch
     table = torch.zeros(e, groups, halves, 16, entries, dtype=torch.float16, device=metric.device)
     table[..., :GROUP, :] = (grid / size).mT
     flat = table.view(-1, 16, entries)
-    scaled = bias / unit[:, None]
-    flat[:, 8] = scaled
+    flat[:, 8] = scaled = bias / unit[:, None]
     flat[:, 9] = scaled - flat[:, 8]
     flat[:, 10:12] = 1
     return table, size / unit
@@ -349,10 +349,18 @@ def scores_of(fmt: Format, metric: torch.Tensor, inverse: torch.Tensor) -> Score
 
 
 @cache
-def _how(fmt: Format, tries: int) -> How:
+def _how(fmt: Format, tries: int, rows: int) -> How:
     entries = len(tables(fmt, torch.device("cpu")).grid)
     groups, halves = fmt.block // GROUP, GROUP // fmt.width
-    return How(tries, groups, SIGNS[fmt.signs], halves, entries, ROWS, min(TILE, entries))
+    return How(tries, groups, SIGNS[fmt.signs], halves, entries, rows, min(SCORES // rows, entries))
+
+
+def _rows(e: int, r: int) -> int:
+    """Rows of a program, where there are r in each of e matrices: few go to as many programs as they can."""
+    rows = ROWS
+    while rows > LEAST_ROWS and e * triton.cdiv(r, rows // 2) <= PROGRAMS:
+        rows //= 2
+    return rows
 
 
 def _out(state: State, change: torch.Tensor) -> Out:
@@ -374,8 +382,8 @@ def feedback_block(
     """
     e, r, n = w.shape
     t, place = tables(state.fmt, w.device), Place(n, r, start % SUPERBLOCK, start)
-    how, out = _how(state.fmt, codes.shape[-1]), _out(state, state.q)  # nothing goes to `change`
-    _feedback[(triton.cdiv(r, ROWS), e)](
+    how, out = _how(state.fmt, codes.shape[-1], _rows(e, r)), _out(state, state.q)  # nothing goes to `change`
+    _feedback[(triton.cdiv(r, how.rows), e)](
         (target, w, factor.u), out, codes, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )
 
@@ -386,7 +394,7 @@ def descent_block(
     """Revise 32 columns of every row at `start`; the change of q goes to change [E, R, 256]."""
     e, r, n = state.q.shape
     t, place = tables(state.fmt, h.device), Place(n, r, start % SUPERBLOCK, start)
-    how, out = _how(state.fmt, 0), _out(state, change)
-    _descent[(triton.cdiv(r, ROWS), e)](
+    how, out = _how(state.fmt, 0, _rows(e, r)), _out(state, change)
+    _descent[(triton.cdiv(r, how.rows), e)](
         gradient, h, out, (t.multipliers, t.shifts), scores, place, how, num_warps=WARPS
     )

@@ -223,7 +223,9 @@ def open_original(
     sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
     if checkpoint.origin:
         say("recovery reads the matrices of the original twice a step: download it (hf download) if its cache is small")
-    sizes.check_disk(min(text.n_tokens, 2 * how.steps * how.tokens), plan.n_bytes, folder)
-    shape = max(1, min(text.n_tokens, how.tokens) // text.chunk), text.chunk
+    most = 2 * how.steps * how.tokens
+    n_tokens = min(text.n_tokens or most, most)
+    sizes.check_disk(n_tokens, plan.n_bytes, folder)
+    shape = max(1, min(n_tokens, how.tokens) // text.chunk), text.chunk
     sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))
     return source

@@ -82,7 +82,7 @@ def test_products():
     g = torch.Generator().manual_seed(3)
     unit, w, h = (torch.randn(s, generator=g) for s in ((1, 5, 2, 512), (1, 5, 512), (1, 512, 512)))
     factor = Factor(h @ h.mT, torch.empty(0), torch.empty(0))
-    (a, b), (got_a, got_b) = (normal_equations(unit, w @ factor.h, factor, backend.gram) for backend in BOTH)
+    (a, b), (got_a, got_b) = (normal_equations(unit, w @ factor.h, factor, backend) for backend in BOTH)
     assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)
 
 

@@ -58,7 +58,7 @@ def test_products():
     g = torch.Generator().manual_seed(3)
     unit, h = torch.randn(1, 5, 2, 512, generator=g), torch.randn(1, 512, 512, generator=g)
     factor = Factor(h @ h.mT, torch.empty(0), torch.empty(0))
-    want = normal_equations(unit, unit[:, :, 0], factor, PLAIN.gram)[0]
+    want = normal_equations(unit, unit[:, :, 0], factor, PLAIN)[0]
     got = torch.zeros_like(want)
     for k in range(4):
         part = slice(k // 2 * 256, k // 2 * 256 + 256)
@@ -69,3 +69,12 @@ def test_products():
     for k in range(4):
         wide[:, k, k // 2 * 256 : k // 2 * 256 + 256] = whole[:, k]
     assert torch.allclose(want[0], wide @ factor.h[0] @ wide.mT, rtol=1e-3, atol=0.1)
+
+
+@pytest.mark.parametrize("k", [1, 8, 28])
+def test_systems_of_equations(k):
+    g = torch.Generator().manual_seed(k)
+    root = torch.randn(2, 3, k, k, generator=g)
+    a, b = root @ root.mT + 0.1 * torch.eye(k), torch.randn(2, 3, k, generator=g)
+    x = TRITON.solve(a, b)
+    torch.testing.assert_close((a @ x[..., None])[..., 0], b, rtol=1e-3, atol=1e-3)

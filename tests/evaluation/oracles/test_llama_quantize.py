@@ -18,7 +18,8 @@ import pytest
 from oracle_files import make, reference
 
 from quantkit.calibration import corpus
-from quantkit.calibration.measure import Calibration, calibrate
+from quantkit.calibration.measure import calibrate
+from quantkit.calibration.options import Calibration
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import fit, load_imatrix

@@ -13,7 +13,7 @@ from loopback_hub import TOKEN, Blob
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.measure import Calibration
+from quantkit.calibration.options import Calibration
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.stages import VerifyOptions, verify_file

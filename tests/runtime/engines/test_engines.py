@@ -165,3 +165,9 @@ def test_sampling_keeps_only_what_it_should():
     assert any(i >= 800 for i in seen(top_p=1.0))
     half = int((p[best].cumsum(0) < 0.5).sum()) + 1
     assert seen(top_p=0.5) <= set(best[:half])
+    flat = torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]).log()  # entropy 1.23 nats: 0.51 of the surprise is nearest, not 2.30
+    surprise = [(-float(x) - 1.2275) for x in flat]
+    assert sorted(map(abs, surprise))[0] == pytest.approx(0.7167, abs=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {sample(flat, Sampling(1.0, 1.0, typical_p=0.5), generator) for _ in range(50)}
+    assert drawn == {0} and {sample(flat, Sampling(1.0, 1.0), generator) for _ in range(200)} == set(range(5))

@@ -1,0 +1,109 @@
+"""From a chat's body to the text that the model continues: by the file's template, with what the client gives it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from quantkit.errors import QuantkitError
+from quantkit.serving.chat import apply_template
+from quantkit.serving.fields import shown
+from quantkit.serving.refusals import Refused
+from quantkit.serving.requests import ChatBody
+
+SWITCHES = "thinking", "enable_thinking"  # as templates call whether the model shall reason
+OPENINGS = "<think>\n", "<think>"  # how a template may begin the answer
+
+
+def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
+    """(the text, what of it already is the answer's beginning: `<think>`). Refused if a message or a field would have
+    no effect, or one that is not supported."""
+    messages = [message.plain() for message in body.messages]
+    names = template_names(metadata.get("tokenizer.chat_template", ""))
+    wish, given = _given(body, names)
+    try:
+        text = apply_template(metadata, messages, **given)
+        _check_tools(metadata, body, messages, text, given)
+    except QuantkitError as error:
+        raise Refused(400, f"messages: {error}", param="messages") from None
+    opening = next((each for each in OPENINGS if text.endswith(each)), "")
+    if wish is not None and not names & set(SWITCHES) and wish != bool(opening):
+        state = "always" if opening else "never"
+        raise Refused(
+            400,
+            f"thinking: {shown(wish)}: this file's chat template has no such switch: its model {state} reasons; "
+            "leave it out",
+            "unsupported_parameter",
+            param="thinking",
+        )
+    return text, opening
+
+
+def template_names(template: str) -> set[str]:
+    """Names that a template's code mentions, but for attributes."""
+    found, after_dot = set(), False
+    try:
+        for _, kind, value in jinja2.Environment().lex(template):
+            if kind == "name" and not after_dot:
+                found.add(value)
+            after_dot = kind == "operator" and value == "."
+    except jinja2.TemplateError:  # rendering will say what is wrong
+        return set()
+    return found
+
+
+def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:
+    """Whether the client wants reasoning, and variables for the template."""
+    given, wish = dict(body.chat_template_kwargs), body.thinks()
+    if (effort := body.reasoning_effort) is not None:
+        if "reasoning_effort" in names:
+            given.setdefault("reasoning_effort", effort)
+        elif effort == "none" and wish is None:
+            wish = False
+        elif effort != "medium":
+            raise Refused(
+                400,
+                f"reasoning_effort: {shown(effort)}: this file's chat template has no such switch; leave it out",
+                "unsupported_parameter",
+                param="reasoning_effort",
+            )
+    for key in list(given):
+        if key in SWITCHES and isinstance(given[key], bool):
+            if wish is not None and wish != given[key]:
+                raise Refused(400, f"chat_template_kwargs.{key} contradicts the body", param="chat_template_kwargs")
+            wish = given.pop(key)
+        elif given[key] is None or (key == "add_generation_prompt" and given[key] is True):
+            del given[key]
+        elif key not in names or key in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"):
+            raise Refused(
+                400,
+                f"chat_template_kwargs.{key}: {shown(given[key])}: this file's chat template takes no such variable; "
+                "leave it out",
+                "unsupported_parameter",
+                param="chat_template_kwargs",
+            )
+    if wish is not None:
+        given |= {name: wish for name in SWITCHES if name in names}
+    return wish, given
+
+
+def _check_tools(
+    metadata: Mapping[str, Any], body: ChatBody, messages: list[dict[str, Any]], text: str, given: dict[str, Any]
+) -> None:
+    """Refused if the model would be told of tools (their calls are not parsed), or not be told their answers."""
+    if body.tools and apply_template(metadata, messages, tools=body.tools, **given) != text:
+        raise Refused(
+            400,
+            "tools: this file's chat template describes them to the model, but calls of tools are not supported; "
+            "leave them out",
+            "unsupported_parameter",
+            param="tools",
+        )
+    told = [message | {"content": "?"} if message["role"] == "tool" else message for message in messages]
+    if told != messages and apply_template(metadata, told, **given) == text:
+        raise Refused(
+            400,
+            "messages: this file's chat template leaves those of role tool out",
+            "unsupported_value",
+            param="messages",
+        )
