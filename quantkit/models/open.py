@@ -10,6 +10,8 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
+from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
+from quantkit.progress import say_once
 from quantkit.remote import repo
 from quantkit.sizes import parse_size
 
@@ -46,7 +48,13 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
 
     A folder of that name comes first. QuantkitError if it is none of these, or broken.
     """
-    ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
+    found = _opened(model if isinstance(model, ModelRef) else ModelRef.parse(model))
+    if unknown := family.unknown_keys(found.config):
+        say_once(f"warning: {found.path}: config.json has keys that quantkit passes over: {', '.join(unknown)}")
+    return found
+
+
+def _opened(ref: ModelRef) -> Checkpoint | Geometry:
     path = Path(str(ref))
     if path.is_dir():
         return open_source(path)
@@ -59,11 +67,23 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
 
 
 def open_weights(model: ModelRef | Path | str) -> Checkpoint:
-    """The model as a checkpoint with weights, all of its family's tensors there; a bare description is refused."""
+    """The model as a checkpoint with weights, all of its family's tensors there, and a tokenizer that a GGUF can hold;
+    a bare description is refused. Its config has the BOS and EOS of its tokenizer."""
     found = open_model(model)
     if isinstance(found, Geometry):
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
+    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
+    found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found
+
+
+def _agreed_ids(model: Checkpoint, ids: dict[str, int]) -> dict[str, int]:
+    """The tokenizer's, with a line if config.json has others."""
+    for key, token in ids.items():
+        given = model.config.get(key)
+        if given is not None and token not in (given if isinstance(given, list) else [given]):
+            say_once(f"warning: {model.path}: {key} is {given} in config.json; the tokenizer's is used, {token}")
+    return ids

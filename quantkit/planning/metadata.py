@@ -10,7 +10,7 @@ from quantkit import __version__
 from quantkit.formats.gguf_values import U32
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
-from quantkit.models.tokenizer import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 from quantkit.planning.plan import Plan
 
 

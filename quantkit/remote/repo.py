@@ -19,7 +19,19 @@ from quantkit.remote.cache import failed, keep
 from quantkit.remote.client import Repo, with_retry
 from quantkit.remote.source import HubSource
 
-SMALL_FILES = (INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SMALL_FILES = (
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",  # of models that have no tokenizer.json, to say so
+    "tiktoken.model",
+)
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPO_ID = re.compile(rf"({PART}/{PART})(?:@([^\s@]+))?")
 SHARD = ".safetensors"
@@ -58,7 +70,7 @@ def open_remote(repo: Repo, cache_bytes: int) -> Checkpoint:
     repo = replace(repo, commit=listing.commit)
     name = repo.id.rsplit("/", 1)[1]
     folder = home / "models" / repo.id.replace("/", "--") / listing.commit / name
-    for file in SMALL_FILES:
+    for file in [*SMALL_FILES, *filter(MORE_TEMPLATES.fullmatch, sorted(listing.files))]:
         if file in listing.files:
             link(folder / file, download(repo, file))
     shards = sorted(file for file in listing.files if file.endswith(SHARD) and "/" not in file)

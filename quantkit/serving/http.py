@@ -27,10 +27,11 @@ from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
-from quantkit.serving.chat import apply_template, tokenize_prompt
+from quantkit.serving.chat import tokenize_prompt
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.requests import Body, ChatBody, CompletionBody, Refused, failure
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
+from quantkit.serving.template import apply_template, opening
 
 BODY_SECONDS = 30  # a client that sends its request slower is cut off
 SHUTDOWN_SECONDS = 5  # running requests get that long after Ctrl-C
@@ -188,14 +189,13 @@ class Api:
                     "tools: this file's chat template describes them to the model, but calls of tools "
                     "are not supported; leave them out",
                 )
-            opening = "<think>\n" if text.endswith("<think>\n") else ""
-            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), opening
+            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), opening(text)
 
         try:
-            prompt, opening = await asyncio.to_thread(prepare)
+            prompt, begun = await asyncio.to_thread(prepare)
         except QuantkitError as error:
             raise Refused(400, f"messages: {error}") from None
-        answer = self._start(body, prompt, body.max_completion_tokens or body.max_tokens, opening)
+        answer = self._start(body, prompt, body.max_completion_tokens or body.max_tokens, begun)
         return await reply(request, body, answer, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:

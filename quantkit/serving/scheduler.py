@@ -133,7 +133,7 @@ class Scheduler:
 
     def _take(self, job: Job, logits: torch.Tensor) -> None:
         job.last = sample(logits, job.how, job.generator)
-        if job.last == self.engine.config.eos:
+        if self.engine.config.is_end(job.last):
             return self._end(job, "stop")
         job.n_made += 1
         job.emit(job.last, None)
