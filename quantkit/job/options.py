@@ -14,6 +14,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.folder import IMATRIX
+from quantkit.models import family
+from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
 
@@ -133,8 +135,15 @@ class Order:
             "split_max_bytes": options.split_max_bytes,
             "device": self.device,
             "ranks": ranks.count() if ranks.count() > 1 else None,
+            "caveats": self.caveats() or None,
         }
         return {key: value for key, value in facts.items() if value is not None}
+
+    def caveats(self) -> list[str]:
+        """What the target, or llama.cpp, which many will run the file with, computes wrongly in this model."""
+        config = family.from_hf(self.checkpoint.config)
+        of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
+        return [line for lines in of_each for line in lines]
 
 
 def as_json(text: TextChoice) -> dict[str, Any]:
