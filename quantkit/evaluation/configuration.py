@@ -43,7 +43,7 @@ LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
 
 
 def check(raw: Mapping[str, Any]) -> Check:
-    """The model of this config.json by transformers' class and by us. raw: config.json, one that `family.from_hf` reads."""
+    """The model of this config.json by transformers' class and by us. raw: one that `family.from_hf` reads."""
     return _check(json.dumps(small(raw), sort_keys=True))
 
 

@@ -126,7 +126,7 @@ class Order:
         options = self.options
         facts = {
             "command": shlex.join(["quantkit", *sys.argv[1:]]),
-            "model": self.checkpoint.path.name,
+            "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
             "packed_by": self.encoder,

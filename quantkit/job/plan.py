@@ -76,13 +76,13 @@ def _plan_model(
     targets.check_model(rules.target, config)
     specs = family.specs(config, rules.mla)
     if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, model=source.path.name)
+        return make_plan(specs, rules, model=source.name)
     damage = damage_model(specs, budget.measured)
 
     def within(limits: Budget) -> Plan:
         """The best plan within these bytes."""
         return plan_within(
-            specs, rules, source.path.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
+            specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
         )
 
     if budget.ram is None:

@@ -1,13 +1,16 @@
 """What a person calls a model, and opening it: a folder, the name of a bundled model, or a model on a Hub."""
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
+from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
 from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
@@ -34,10 +37,11 @@ class ModelRef:
         $QUANTKIT_CACHE_SIZE; QuantkitError, naming it, if it is not a size."""
         size = os.environ.get(CACHE_SIZE)
         cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
-        name, at, revision = str(text).rpartition("@")
-        if at and repo.REPO_ID.fullmatch(str(text)):
+        text = os.path.expanduser(text)  # a shell leaves the ~ of --reference=~/model
+        name, at, revision = text.rpartition("@")
+        if at and repo.REPO_ID.fullmatch(text):
             return cls(name, revision, cache)
-        return cls(str(text), None, cache)
+        return cls(text, None, cache)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -57,11 +61,14 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
 def _opened(ref: ModelRef) -> Checkpoint | Geometry:
     path = Path(str(ref))
     if path.is_dir():
-        return open_source(path)
+        return open_source(path, _needed)
     if str(ref) in bundle.model_names():
-        return open_source(bundle.models_dir() / str(ref))
+        return open_source(bundle.models_dir() / str(ref), _needed)
     if (remote := repo.parse(str(ref))) and not path.exists():
-        return repo.open_remote(remote, ref.cache_bytes)
+        return repo.open_remote(remote, ref.cache_bytes, _needed)
+    if path.is_file():
+        what = "a GGUF file" if is_gguf(path) else "a file"
+        raise QuantkitError(f"{ref} is {what}, not the folder of a model with config.json")
     names = ", ".join(bundle.model_names())
     raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
 
@@ -78,6 +85,10 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found
+
+
+def _needed(config: Mapping[str, Any]) -> Collection[str]:
+    return family.source_shapes(family.from_hf(config)).keys()
 
 
 def _agreed_ids(model: Checkpoint, ids: dict[str, int]) -> dict[str, int]:

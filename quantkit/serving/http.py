@@ -23,6 +23,7 @@ from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_reader import model_file_name
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
@@ -230,7 +231,7 @@ def server(api: Api) -> uvicorn.Server:
 def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, key: str | None) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
-    name = weights.name.removesuffix(".gguf")
+    name = model_file_name(weights.file.path)
     api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, key)
     say(
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"

@@ -1,7 +1,7 @@
 """transformers as an oracle: its own class makes a small random model of a config.json, in a process of its own.
 
-Run as a module, this file is the child: `python -m quantkit.evaluation.oracles.hf REQUEST.json`, the request as described
-at `_serve`. What a config.json means is then said by code that has nothing in common with ours.
+Run as a module, this file is the child: `python -m quantkit.evaluation.oracles.hf REQUEST.json`, the request as
+described at `_serve`. What a config.json means is then said by code that has nothing in common with ours.
 """
 
 import importlib.metadata
