@@ -131,7 +131,7 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
 @click.command("export-kt")
 @click.argument("file", type=FILE)
 @click.option(
-    "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
+    "--output", "-o", default=None, type=options.Place(path_type=Path), help="Folder. Default: NAME-kt beside it."
 )
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
 @click.option(

@@ -32,6 +32,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.resume import begun
 from quantkit.formats.whole_file import write_json, write_text
+from quantkit.job.checks import check_possible
 from quantkit.job.finished import difference, record
 from quantkit.job.folder import (
     BASE,
@@ -46,7 +47,7 @@ from quantkit.job.folder import (
     finished_files,
 )
 from quantkit.job.options import MakeOptions, Order
-from quantkit.job.plan import plan_model, recipe_text
+from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
 from quantkit.job.recovery.recover import STATE, open_original, recover
 from quantkit.job.stages import (
@@ -89,6 +90,8 @@ def make(
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
+    ranks.agree(lambda: check_possible(checkpoint, plan, order.folder, n_bytes, judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None

@@ -21,6 +21,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
 from quantkit.models import family
+from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
@@ -158,15 +159,22 @@ class Order:
         options = self.options
         facts = {
             "command": shlex.join(["quantkit", *sys.argv[1:]]),
-            "model": self.checkpoint.path.name,
+            "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
             "packed_by": self.encoder,
             "evaluation": as_json(options.evaluation) if options.verify else None,
             "device": self.device,
             "ranks": ranks.count() if ranks.count() > 1 else None,
+            "caveats": self.caveats() or None,
         }
         return {key: value for key, value in facts.items() if value is not None}
+
+    def caveats(self) -> list[str]:
+        """What the target, or llama.cpp, which many will run the file with, computes wrongly in this model."""
+        config = family.from_hf(self.checkpoint.config)
+        of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
+        return [line for lines in of_each for line in lines]
 
 
 def metadata_digest(checkpoint: Checkpoint, plan: Plan) -> str:

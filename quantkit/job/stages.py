@@ -21,6 +21,7 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.sensitivity import Sensitivity, Tier
@@ -46,7 +47,7 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
 
 def open_for_calibration(model: str | Path, device: str) -> Source:
     """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
-    if Path(model).suffix == ".gguf":
+    if is_gguf(model) or Path(model).suffix == ".gguf":
         return open_source(model, device)
     return source_of(open_weights(model), device)
 

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_reader import model_file_name
 from quantkit.models.tokenizer import tokenize
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
@@ -218,11 +219,11 @@ class Api:
         body = await self._parse(request, ChatBody)
 
         def prepare() -> tuple[list[int], str]:
-            text, opening = chat_prompt(self.metadata, body)
-            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), opening
+            text, begun = chat_prompt(self.metadata, body)
+            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), begun
 
-        prompt, opening = await asyncio.to_thread(prepare)
-        answers = self._start(body, [prompt], [opening], body.n_tokens())
+        prompt, begun = await asyncio.to_thread(prepare)
+        answers = self._start(body, [prompt], [begun], body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
@@ -275,7 +276,7 @@ def server(api: Api) -> uvicorn.Server:
 def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, key: str | None) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
-    name = weights.name.removesuffix(".gguf")
+    name = model_file_name(weights.file.path)
     api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, key)
     say(
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
