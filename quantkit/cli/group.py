@@ -23,7 +23,11 @@ class Commands(click.Group):
     def main(self, *args: Any, **rest: Any) -> Any:
         """The whole program."""
         streams.make_usable()
-        return super().main(*args, **rest)
+        try:
+            return super().main(*args, **rest)
+        except OSError as error:  # of --help, say, into a full disk
+            _complain(error.strerror or str(error))
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; ends the process with exit code 1 if it fails."""

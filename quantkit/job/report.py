@@ -1,6 +1,7 @@
 """`quantkit report`: what a folder of `quantkit make` proves, on one self-contained page, and its figures as PNGs."""
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def write_report(folder: Path) -> list[Path]:
             if (figure := draw(material)) is not None:
                 figures[name] = figure
         page = _page(material, {name: _svg(figure, name) for name, figure in figures.items()})
-        made = {REPORT: page.encode()}
+        made = {REPORT: page.encode(errors="backslashreplace")}
         for name, figure in figures.items():
             out = io.BytesIO()
             figure.savefig(out, format="png", dpi=DPI)
@@ -150,7 +151,8 @@ def pareto(m: Material) -> Figure | None:
     low, high = (m.scores.get("ci95") or {}).get("kld_mean") or (own[1], own[1])
     span = [[own[1] - low], [high - own[1]]]
     axes.errorbar(*own, yerr=span, color=RED, marker="o", markersize=6, capsize=3, zorder=3)
-    axes.annotate(m.folder.resolve().name, own, (7, 5), textcoords="offset points", color=RED)
+    name = os.fsencode(m.folder.resolve().name).decode(errors="replace")  # of a folder, it may be no text
+    axes.annotate(name, own, (7, 5), textcoords="offset points", color=RED)
     axes.set(xlabel=f"file size in {name_of_unit}", ylabel="mean KLD in nats")
     axes.margins(0.25)
     axes.ticklabel_format(style="plain", useOffset=False)

@@ -16,7 +16,7 @@ Patterns = Mapping[str, tuple[str, ...]]
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer.json."""
     path = folder / "tokenizer.json"
-    return _built(lambda: Tokenizer.from_file(str(path)), str(path))
+    return _built(lambda: Tokenizer.from_buffer(path.read_bytes()), str(path))
 
 
 def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:

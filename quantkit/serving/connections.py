@@ -40,7 +40,10 @@ class Guarded(H11Protocol):
         super().connection_made(transport)
         self._watch()
         if len(self.connections) > self.most:
-            next(iter(self.waiting)).transport.abort()
+            oldest = next(iter(self.waiting))
+            del self.waiting[oldest]
+            self.connections.discard(oldest)  # it counts no more, though it is lost a little later
+            oldest.transport.abort()
 
     def handle_events(self) -> None:
         """After each piece that was received."""
