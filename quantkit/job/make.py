@@ -343,17 +343,13 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     base = order.folder / BASE / order.out.name
     base.parent.mkdir(exist_ok=True)
     files = earlier(order, base) or make_file(order, base, reference)
-    if ranks.count() > 1:
-        say("recovery and verification: one rank works, the others end")
-    ranks.leave()
-    if ranks.index():
-        return []
     chunks = cut(how.text.corpus("calibration"), source, how.text)
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
     files, gained = recover(files[0], order.folder, source, chunks, job, options)
-    record(order.out, files, order.identity)
-    write_json(order.folder / RECOVERY, gained)
-    shutil.rmtree(base.parent)
+    if ranks.index() == 0:
+        record(order.out, files, order.identity)
+        write_json(order.folder / RECOVERY, gained)
+        shutil.rmtree(base.parent)
     return files

@@ -1,6 +1,10 @@
 """Recovery on tiny-r1: gradients are the whole model's, the divergence falls, sizes stay, and a stopped run ends at the
 same bytes."""
 
+import os
+import socket
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -260,6 +264,43 @@ def test_packed_experts_are_the_files(base, source, chunks, tmp_path):
         torch.testing.assert_close(work.student.products.packed_expert(name, 5), expected, rtol=1e-6, atol=1e-8)
 
 
+RANK = """
+import sys
+from pathlib import Path
+from quantkit import bundle, ranks
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job.recovery.options import RecoverOptions
+from quantkit.job.recovery.recover import recover
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+ranks.join()
+source = CheckpointSource(Checkpoint.open(bundle.models_dir() / "tiny-r1"))
+choice = TextChoice(n_tokens=24 * 64, chunk=64)
+chunks = cut(choice.corpus("calibration"), source, choice)
+recover(Path(sys.argv[1]), Path(sys.argv[2]), source, chunks, "job", RecoverOptions(steps=2, tokens=512, every=1))
+ranks.leave()
+"""
+
+
+def test_two_ranks_make_the_bytes_of_one(base, whole, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    (tmp_path / "out").mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, base, tmp_path / "out"],
+            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    for theirs in whole[0]:
+        assert (tmp_path / "out" / theirs.name).read_bytes() == theirs.read_bytes()
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_bytes_twice(tiny, base, chunks, tmp_path):
     """In bfloat16, with experts that it decodes itself."""
@@ -321,6 +362,7 @@ def test_a_short_text_is_used_again():
     assert [len(batch) for batch in batches] == [3] * 5
     assert set(torch.cat(batches)[:7].tolist()) == set(torch.cat(batches)[7:14].tolist()) == set(range(1, 8))
     assert all(len(batch) == 7 for batch in split.batches(5, 100))
+    assert len(split.batches(30, 100)) == 8 and len(split.batches(30, 2)) == 28  # it is seen 8 times at most
 
 
 def test_what_does_not_fit_is_refused_before_any_work(tiny, source, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""Passes of recovery: text through a model layer by layer, going on where they stopped; how far two models diverge."""
+"""Passes of recovery: text through a model layer by layer, going on where they stopped; how far two models diverge.
+
+Ranks share the routed experts and compute all the rest each; rank 0 alone writes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +9,14 @@ from pathlib import Path
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration.spill import Spill
 from quantkit.progress import Advance
+from quantkit.runtime.experts.streamed import Turns
 from quantkit.runtime.room import Room
 from quantkit.runtime.stream import HEAD_ELEMENTS, Source, Step, head_logits, stream
+
+SHARED = Turns(shared=True)
 
 
 def compute(step: Step) -> torch.Tensor:
@@ -32,14 +39,15 @@ def forward(
 
     visit: computes the layer, and returns what `Step.compute` did."""
     c, hidden = source.config, None
-    first = next((i for i in range(c.n_layer, -1, -1) if spill.has(inputs(i))), 0)
+    first = ranks.agree(lambda: next((i for i in range(c.n_layer, -1, -1) if spill.has(inputs(i))), -1))
+    begun, first = first >= 0, max(0, first)
     advance(first)
     if first == c.n_layer:
         return
-    if spill.has(inputs(first)):
+    if begun:
         hidden = torch.empty((*tokens.shape, c.d), dtype=room.hidden)
         spill.read(inputs(first), hidden)
-    for step in stream(source, tokens, hidden=hidden, start=first, room=room):
+    for step in stream(source, tokens, hidden=hidden, start=first, room=room, turns=SHARED):
         hidden = None
         if keep and step.layer == 0:
             spill.put(inputs(0), step.hidden)
@@ -48,6 +56,7 @@ def forward(
         if not keep:
             spill.drop(inputs(step.layer))
         advance(1)
+    ranks.barrier()  # all read what rank 0 has put
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,16 @@ class Divergence:
 
 
 @torch.no_grad()
-def divergence(source: Source, hidden: torch.Tensor, target: Target, chunks: torch.Tensor) -> float:
-    """Mean KLD over the second halves of these chunks. hidden [n_chunk, t, d]: the source's, after its last layer."""
+def measure(source: Source, tokens: torch.Tensor, target: Target, chunks: torch.Tensor, room: Room) -> float:
+    """Mean KLD over the second halves of these chunks, tokens int64 [n_chunk, t]."""
+    hidden = torch.empty(0)
+    for step in stream(source, tokens, room=room, turns=SHARED):
+        hidden = step.compute()
+    return ranks.agree(lambda: _divergence(source, hidden, target, chunks))
+
+
+def _divergence(source: Source, hidden: torch.Tensor, target: Target, chunks: torch.Tensor) -> float:
+    """hidden [n_chunk, t, d]: the source's, after its last layer."""
     head, loss, flat = source.head(), target.of(chunks), hidden.flatten(0, 1)
     rows, found = max(1, HEAD_ELEMENTS // source.config.n_vocab), []
     for start in range(0, len(flat), rows):

@@ -10,19 +10,21 @@ stops, and which of its states is taken, is decided by text of other domains tha
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration import gradients
 from quantkit.calibration.corpus import Chunks, TextChoice
 from quantkit.calibration.spill import Spill
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.whole_file import write_json
 from quantkit.job.recovery.options import RecoverOptions, Sizes
-from quantkit.job.recovery.passes import Target, divergence, forward, inputs
+from quantkit.job.recovery.passes import Target, forward, inputs, measure
 from quantkit.job.recovery.step import TrainingStep
 from quantkit.job.recovery.student import Student
 from quantkit.job.recovery.text import Split
@@ -35,11 +37,11 @@ from quantkit.runtime.memory import room_for
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf
-from quantkit.runtime.stream import Source, final_hidden
+from quantkit.runtime.stream import Source
 
 STATE = ".state-recovery"  # after the file's name: the folder of what is done so far
 FORMAT = 1  # of the state: another number, another job
-PATIENCE = 2  # measurements without a gain after which it stops
+PATIENCE = 3  # measurements without a gain after which it stops: two came before proxy-a's best
 
 
 class Progress:
@@ -53,8 +55,9 @@ class Progress:
         self.measured = {int(step): kld for step, kld in found.get("measured", {}).items()}
 
     def save(self) -> None:
-        """Durably."""
-        write_json(self.path, {"step": self.step, "before": self.before, "measured": self.measured})
+        """Durably, by rank 0."""
+        if ranks.index() == 0:
+            write_json(self.path, {"step": self.step, "before": self.before, "measured": self.measured})
 
     @property
     def best(self) -> int:
@@ -79,6 +82,9 @@ class Recovery:
         sizes = Sizes.of(weights.config, specs, how)
         self.split = Split.of(chunks.domains)
         self.batches = self.split.batches(how.steps, max(1, how.tokens // chunks.tokens.shape[1]))
+        if len(self.batches) < how.steps:
+            say(f"recovery: {len(self.batches)} steps instead of {how.steps}, because the text is short")
+            self.how = how = replace(how, steps=len(self.batches))
         used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
         self.tokens, self.used = chunks.tokens[used], used
         state.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ class Recovery:
             progress.before = self._measure(self._file(self.base.path), target, held)
             progress.save()
         self._train(target, held)
-        twin.copy()
+        ranks.agree(twin.copy)
         best = Student(self.student.weights, self.student.tuned.at(self.values.best()), self.original.dtype)
         text = torch.tensor(sorted({int(i) for batch in self.batches for i in batch}))
         tokens, spill = self.tokens[self._chunks(text)], self._spill("encode")
@@ -114,7 +120,7 @@ class Recovery:
         say(f"recovery: KLD on {self.split.about}: {progress.before:.4f} -> {after:.4f}, after {progress.best} steps")
         if after >= progress.before:
             say("recovery: no gain on text that it was not tuned on; the file stays as it was")
-            twin.restore(self.values.layer_of)
+            ranks.agree(lambda: twin.restore(self.values.layer_of))
         return {
             "kld_before": progress.before,
             "kld_after": after,
@@ -142,7 +148,7 @@ class Recovery:
     @torch.no_grad()
     def _measure(self, source: Source, target: Target, held: torch.Tensor) -> float:
         tokens = self.tokens[held]
-        return divergence(source, final_hidden(source, tokens, room=self._room_of(tokens)), target, held)
+        return measure(source, tokens, target, held, self._room_of(tokens))
 
     def _train(self, target: Target, held: torch.Tensor) -> None:
         progress, how = self.progress, self.how
@@ -164,22 +170,21 @@ class Recovery:
             return
         progress.measured[step] = self._measure(self.student, target, held)
         if progress.best == step:
-            self.values.keep()
+            ranks.agree(self.values.keep)
         progress.save()
         say(f"after {step} steps: KLD {progress.measured[step]:.4f} on text that it is not tuned on")
 
     def _step(self, target: Target, advance: Advance) -> None:
         progress = self.progress
-        for old in self.state.glob("step-*"):
-            if old.name != f"step-{progress.step:03}":
-                shutil.rmtree(old)
-        spill = self._spill(f"step-{progress.step:03}")
+        name = f"step-{progress.step:03}"
+        ranks.agree(lambda: _clear([old for old in self.state.glob("step-*") if old.name != name]))
+        spill = self._spill(name)
         chunks = self._chunks(self.batches[progress.step])
         step = TrainingStep(self.student, self.tokens[chunks], chunks, target, self.room, spill)
         kld = step.run(self.how.update(progress.step), advance)
         progress.step += 1
         progress.save()
-        spill.remove()
+        ranks.agree(spill.remove)
         if kld is not None:
             say(f"step {progress.step} of {self.how.steps}: KLD {kld:.4f} before it, on its own text")
 
@@ -195,23 +200,28 @@ def recover(
     """Write the recovered twin of the file (or splits) `base` into another folder; the files, and what was gained.
 
     chunks: calibration text. job: identity of base file and text; a stopped run of the same job goes on within the
-    layer. If text that was not tuned on does not gain, the twin is a plain copy. `open_original` refuses, before any
-    work, what memory or disk have no room for.
+    layer. Ranks share it. If text that was not tuned on does not gain, the twin is a plain copy. What memory or disk
+    have no room for is refused by `open_original`, before the base is made.
     """
     how = how or RecoverOptions()
     state = folder / (base.name + STATE)
     job = hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
     mark = state / "original" / "job"
-    if mark.exists() and mark.read_text(encoding="utf-8") != job:
+    if ranks.agree(lambda: mark.exists() and mark.read_text(encoding="utf-8") != job):
         say(f"{state}: of another recovery; begun anew")
-        shutil.rmtree(state)
+        ranks.agree(lambda: _clear([state]))
     with torch.inference_mode(False):
         work = Recovery(base, original, chunks, how, state, job)
         twin = Twin(work.base, state / "twin")
         gained = work.run(twin)
-    files = twin.publish(folder)
-    shutil.rmtree(state)
-    return files, gained
+    names = ranks.agree(lambda: [file.name for file in twin.publish(folder)])
+    ranks.agree(lambda: _clear([state]))
+    return [folder / name for name in names], gained
+
+
+def _clear(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def open_original(

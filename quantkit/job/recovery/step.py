@@ -2,13 +2,14 @@
 
 The layers' inputs are spilled on the way up. On the way down a layer is moved as soon as its gradient is known: its new
 values are written beside the old ones, then the gradient at its input, which says that they hold. So a step goes on, to
-the same bytes, wherever it was stopped, and no more than a layer is in memory.
+the same bytes, wherever it was stopped, by any number of ranks, and no more than a layer is in memory.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from quantkit import ranks
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
 from quantkit.job.recovery.passes import Target, forward, inputs
@@ -35,8 +36,9 @@ class TrainingStep:
         """The student's values after the step are those of `tuned.values`. The mean KLD before it, if this call has
         seen it; advance: is told of layers, each twice."""
         n_layer, spill, values = self.student.config.n_layer, self.spill, self.student.tuned.values
-        done = next((layer for layer in range(n_layer + 1) if spill.has(gradient(layer))), None)
-        values.settle(n_layer + 1 if done is None else done)
+        layers = range(n_layer + 1)
+        done = ranks.agree(lambda: next((layer for layer in layers if spill.has(gradient(layer))), None))
+        ranks.agree(lambda: values.settle(n_layer + 1 if done is None else done))
         if done is None:
             forward(self.student, self.tokens, self.room, spill, keep=True, advance=advance)
         else:
@@ -78,7 +80,7 @@ class TrainingStep:
                 found[name] *= leaf.detach()  # of its logarithm
         values.update(layer, found, how)
         self.spill.put(gradient(layer), back.gradient if layer else back.gradient[:, :1])
-        values.commit(layer)
+        ranks.agree(lambda: values.commit(layer))  # when all have read what was there before
 
 
 def gradient(layer: int) -> str:

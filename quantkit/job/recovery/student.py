@@ -69,7 +69,7 @@ class Student(GGUFSource):
     def opened(self, layer: int) -> tuple[LayerWeights, dict[str, torch.Tensor]]:
         """As `TunedSource`."""
         source, leaves = self._leaving()
-        return source.layer(layer), leaves
+        return source.layer(layer, Turns(shared=True)), leaves
 
     def opened_head(self) -> tuple[tuple[torch.Tensor, Linear], dict[str, torch.Tensor]]:
         """As `TunedSource`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quantkit import ranks
 from quantkit.calibration.spill import Spill
 from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.hessian import Hessian, prepare
@@ -98,18 +99,20 @@ def encode_again(student: TunedSource, tokens: torch.Tensor, room: Room, spill: 
         mine = specs[step.layer]
         seen = Inputs({SAME_INPUT.get(spec.role, spec.role) for spec in mine if spec.fixed is None})
         made = step.compute(seen)
-        for spec in mine:
+        for spec in mine[ranks.index() :: ranks.count()]:
             _write(student, spec, seen.moments.get(SAME_INPUT.get(spec.role, spec.role)), twin)
         twin.sync()
+        ranks.barrier()  # a layer is done when all its bytes are safe
         return made
 
     with torch.no_grad(), track("encode again", n_layer, "layers") as advance:
         forward(student, tokens, room, spill, visit=visit, advance=advance)
         hidden = torch.empty((*tokens.shape, student.config.d), dtype=room.hidden)
         spill.read(inputs(n_layer), hidden)
-        for spec in specs.get(n_layer, ()):
+        for spec in specs.get(n_layer, ())[ranks.index() :: ranks.count()]:
             _write(student, spec, _of_output(student, hidden) if spec.fixed is None else None, twin)
         twin.sync()
+        ranks.barrier()
 
 
 def _of_output(student: TunedSource, hidden: torch.Tensor) -> Moments:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import Writer, writing
 from quantkit.tensors import TensorSpec
@@ -50,14 +51,15 @@ class Values:
 
     def update(self, layer: int, gradients: Mapping[str, torch.Tensor], how: Update) -> None:
         """A step of Lion into the files of the next step: `delta -= rate · sign(β₁ m + (1 − β₁) g)`, then
-        `m = β₂ m + (1 − β₂) g`. gradients: name -> float32, with respect to the delta but for a positive factor."""
+        `m = β₂ m + (1 − β₂) g`. gradients: name -> float32, with respect to the delta but for a positive factor. Ranks
+        share the tensors."""
         specs = self.specs.get(layer, ())
         if not specs:
             return
         shapes = {spec.name: (self.dtype, (spec.n_rows, spec.n_in)) for spec in specs}
         paths = [self._path(kind, layer) for kind in ("delta", "moment")]
         with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes) as moments:
-            for spec in specs:
+            for spec in specs[ranks.index() :: ranks.count()]:
                 self._update(spec, gradients[spec.name], paths, (deltas, moments), how)
 
     def _update(
