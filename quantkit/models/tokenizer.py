@@ -8,9 +8,9 @@ import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_json
-from quantkit.formats.tensor_table import read_text_file
 
 Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
@@ -19,20 +19,20 @@ Patterns = Mapping[str, tuple[str, ...]]
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer.json."""
     path = folder / "tokenizer.json"
-    return _built(lambda: Tokenizer.from_file(str(path)), str(path))
+    return _built(lambda: Tokenizer.from_str(read_text(path, "tokenizer")), str(path))
 
 
 def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
     try:
         return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, QuantkitError):
         raise
     except BaseException as error:  # the Rust library raises bare Exception, and BaseException where it panics
         raise QuantkitError(f"{where}: not a usable tokenizer ({error})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    value = load_json(read_text_file(path), str(path))
+    value = load_json(read_text_file(path, "tokenizer"), str(path))
     if not isinstance(value, dict):
         raise QuantkitError(f"{path}: expected an object")
     return value

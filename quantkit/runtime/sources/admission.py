@@ -4,13 +4,13 @@ ggml takes types, shapes and ids on trust: a matrix of a type without a kernel i
 not F32 and a token beyond the embedding's rows abort. `check_model` is asked once, when a file is opened as a model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models import family
-from quantkit.models.config import ModelConfig, mla_of
+from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.models.config import ModelConfig
 from quantkit.tensors import TensorSpec
 
 READ_ONLY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
@@ -26,13 +26,17 @@ def allowed(spec: TensorSpec) -> frozenset[str]:
     return frozenset((spec.fixed,)) if spec.fixed else MATRICES
 
 
-def check_model(file: GGUFFile, config: ModelConfig) -> None:
-    """QuantkitError naming the first tensor of the model that the file lacks, has in another shape or in a type that
-    is not computed; or a tensor, a token or a group of experts that does not belong to this model."""
-    where = file.path.name
-    expected = {spec.name: spec for spec in family.specs(config, mla_of(file.tensors))}
+def check_model(
+    where: str, tensors: Mapping[str, GGUFTensor], config: ModelConfig, specs: Sequence[TensorSpec], vocabulary: Any
+) -> None:
+    """where: the file's name. specs: of its model. vocabulary: its metadata's tokens.
+
+    QuantkitError naming the first tensor of the model that the file lacks, has in another shape or in a type that is
+    not computed; or a tensor, a token or a group of experts that does not belong to this model.
+    """
+    expected = {spec.name: spec for spec in specs}
     for spec in expected.values():
-        found = file.tensors.get(spec.name)
+        found = tensors.get(spec.name)
         if found is None:
             if spec.name == HEAD:  # tied to the embedding
                 continue
@@ -44,22 +48,21 @@ def check_model(file: GGUFFile, config: ModelConfig) -> None:
             raise QuantkitError(
                 f"{where}: tensor {spec.name} is {found.qtype}, which is not computed; it may be {known}"
             )
-    if strange := file.tensors.keys() - expected.keys():
+    if strange := tensors.keys() - expected.keys():
         raise QuantkitError(
             f"{where}: tensor {min(strange)} belongs to no {config.architecture} model of these numbers"
             f" (llama.cpp refuses the file too)"
         )
-    _check_tokens(file, config)
+    _check_tokens(where, config, vocabulary)
     if config.group_score == "top2" and 1 < config.n_group == config.n_expert:
         raise QuantkitError(f"{where}: groups of one expert each: a group is judged by its two best")
 
 
-def _check_tokens(file: GGUFFile, config: ModelConfig) -> None:
+def _check_tokens(where: str, config: ModelConfig, vocabulary: Any) -> None:
     """The tokenizer names no row that the embedding does not have."""
-    where, rows = file.path.name, config.n_vocab
-    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
-    if isinstance(tokens, list) and len(tokens) > rows:
-        raise QuantkitError(f"{where}: the tokenizer has {len(tokens):,} tokens, the embedding {rows:,} rows")
+    rows = config.n_vocab
+    if isinstance(vocabulary, list) and len(vocabulary) > rows:
+        raise QuantkitError(f"{where}: the tokenizer has {len(vocabulary):,} tokens, the embedding {rows:,} rows")
     for name, value in (("bos", config.bos), ("eos", config.eos)):
         if not 0 <= value < rows:
             raise QuantkitError(f"{where}: {name}_token_id {value} is beyond the embedding's {rows:,} rows")

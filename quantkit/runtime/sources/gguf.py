@@ -256,7 +256,8 @@ def open_gguf(
     """
     file = GGUFFile.open(path)
     config, device = family.from_gguf(file.metadata), torch.device(device)
-    check_model(file, config)
+    specs = family.specs(config, mla_of(file.tensors))
+    check_model(file.path.name, file.tensors, config, specs, file.metadata.get("tokenizer.ggml.tokens"))
     residency = None
     if ram is not None:
         names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
