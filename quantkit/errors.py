@@ -16,9 +16,15 @@ class QuantkitError(Exception):
         if len(message) > MAX_MESSAGE:
             half = MAX_MESSAGE // 2
             message = f"{message[:half]} [{len(message) - 2 * half:,} characters] {message[-half:]}"
-        if not message.isprintable():
-            message = "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in message)
-        super().__init__(message)
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line that a terminal only shows: its control characters as escapes. What strangers' files say goes through
+    this."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def out_of_memory(error: BaseException) -> str | None:

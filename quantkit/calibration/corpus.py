@@ -6,6 +6,7 @@ of its files is cut once: the first 90 % may be calibrated on, the last 10 % is 
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError, needs
+from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.stream import Source
 
@@ -201,14 +203,12 @@ def _domain(source: str) -> tuple[Domain, str]:
 
 
 def _read_file(path: Path, column: str, limit: int) -> list[Document]:
+    os.close(open_regular(path))  # the reader of datasets would wait for a FIFO
     if path.suffix in (".jsonl", ".json"):
         return _from_dataset("json", {"data_files": str(path)}, column, limit)
     if path.suffix == ".parquet":
         return _from_dataset("parquet", {"data_files": str(path)}, column, limit)
-    try:
-        return [Document("text", path.read_text(encoding="utf-8"))]
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{path}: {error}") from None
+    return [Document("text", read_text(path, "text"))]
 
 
 def _from_hub(source: str, column: str, limit: int) -> list[Document]:

@@ -287,10 +287,11 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
 )
 def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
+    from quantkit.formats.byte_source import read_whole
     from quantkit.job import stages
     from quantkit.models.open import open_weights
     from quantkit.planning.plan import Plan
 
-    chosen = Plan.from_json(plan_file.read_bytes(), str(plan_file))
+    chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
     click.echo("\n".join(map(str, files)))

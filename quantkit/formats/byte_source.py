@@ -1,18 +1,31 @@
-"""Where shard bytes come from: a folder here, a Hub in `quantkit.remote`."""
+"""Where bytes come from: shards by position, in a folder here or a Hub in `quantkit.remote`; small files whole."""
 
 import errno
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from quantkit.errors import QuantkitError
 
 MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB in one call
+
+Kind = Literal["config", "index", "tokenizer", "plan", "recipe", "record", "text"]
+MOST: Mapping[Kind, int] = {
+    "config": 4 << 20,
+    "index": 256 << 20,  # R1's has 9 MB
+    "tokenizer": 256 << 20,  # R1's has 8 MB
+    "plan": 256 << 20,
+    "recipe": 1 << 20,
+    "record": 256 << 20,  # JSON that commands leave: scores, provenance, certificates
+    "text": 1 << 30,
+}
+"""Bytes that a file of each kind may have: a hundred times what such files have, and nothing that fills a memory."""
+READ = 1 << 24
 
 
 class ByteSource(Protocol):
@@ -112,3 +125,36 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise QuantkitError(f"{path}: not a regular file")
     return fd
+
+
+def read_whole(path: Path, kind: Kind) -> bytes:
+    """All bytes of a file that a person or a model folder names. QuantkitError, naming `path`, if it is missing, no
+    regular file (a FIFO would hang, a device never end), larger than its kind ever is, or cannot be read."""
+    most, parts, size = MOST[kind], [], 0
+    fd = open_regular(path)
+    try:
+        while size <= most and (part := os.read(fd, READ)):
+            parts.append(part)
+            size += len(part)
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
+    finally:
+        os.close(fd)
+    if size > most:
+        raise QuantkitError(f"{path}: larger than {most:,} bytes; not a {kind} file")
+    return b"".join(parts)
+
+
+def read_text(path: Path, kind: Kind) -> str:
+    """As `read_whole`, of UTF-8; QuantkitError for anything else."""
+    try:
+        return read_whole(path, kind).decode()
+    except UnicodeDecodeError as error:
+        raise QuantkitError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_text_file(path: Path, kind: Kind = "config") -> bytes:
+    """A small file of a model folder, as `read_whole`."""
+    if not os.path.lexists(path):
+        raise QuantkitError(f"{path}: no such file (is {path.parent} a model folder?)")
+    return read_whole(path, kind)

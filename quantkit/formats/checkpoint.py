@@ -1,6 +1,7 @@
 """Safetensors checkpoints: index and headers are checked at `open`, weights are read one slice at a time."""
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -10,14 +11,15 @@ from typing import Any, Self
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import ByteSource, FolderSource
+from quantkit.formats.byte_source import ByteSource, FolderSource, read_text_file
 from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
-from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable, read_text_file
-from quantkit.progress import say_once
+from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable
+from quantkit.progress import say, say_once
 
+LARGEST, SMALLEST = 65504, 1e-6  # F16's largest; Q8_0's scale of smaller weights is below F16's smallest
 INDEX, SHARD = "model.safetensors.index.json", ".safetensors"
 OTHERS = ("consolidated", "adapter")  # a model's own layout beside Hugging Face's; LoRA
 NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
@@ -51,6 +53,7 @@ class Checkpoint(TensorTable):
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
         self.origin: dict[str, str] | None = None
+        self._tiny: set[str] = set()  # tensors of which it was said
 
     @classmethod
     def open(cls, folder: Path | str, source: ByteSource | None = None, needed: Needed | None = None) -> Self:
@@ -115,15 +118,31 @@ class Checkpoint(TensorTable):
         """Rows start:stop (of the first dimension; default all) as `dtype` on `device`.
 
         FP8 is moved first and multiplied by its scale there, in float32. QuantkitError naming tensor and shard for a
-        missing or wrong scale, an unsupported dtype, a short read, or a weight or scale that is not finite.
+        missing or wrong scale, an unsupported dtype, a short read, or a weight or scale that is not finite or that no
+        GGUF type holds.
         """
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
         out = raw if scale is None else dequantize(raw, scale, self.block, start)
-        # The sum is cheap and carries any NaN or infinity; only then is it worth a temporary as large as the tensor.
-        if not torch.isfinite(out.sum(dtype=torch.float32)) and not torch.isfinite(out).all():
-            raise QuantkitError(f"{self.where(name, self.entry(name))} has weights that are not finite")
+        if out.numel():
+            self._check_range(name, out)
         return out.to(dtype)
+
+    def _check_range(self, name: str, values: torch.Tensor) -> None:
+        """One pass without a temporary: both bounds carry any NaN, and an infinity is one of them."""
+        bounds = torch.stack(torch.aminmax(values)).float()
+        largest = float(bounds.abs().max())
+        if not math.isfinite(largest):
+            raise QuantkitError(f"{self.where(name, self.entry(name))} has weights that are not finite")
+        if largest > LARGEST:
+            raise QuantkitError(
+                f"{self.where(name, self.entry(name))} has a weight of {largest:.3g}; scales of GGUF types are F16 and"
+                f" end at {LARGEST:,}: is its scale right?"
+            )
+        if 0 < largest < SMALLEST and values.ndim > 1 and name not in self._tiny:
+            self._tiny.add(name)
+            where = self.where(name, self.entry(name))
+            say(f"{where} has only weights below {SMALLEST}: most GGUF types make zeros of it")
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows start:stop as stored, on the CPU, and their scale.
@@ -166,7 +185,7 @@ class Index:
         if INDEX not in names:
             return None
         where = str(folder / INDEX)
-        index = load_json(read_text_file(folder / INDEX), where)
+        index = load_json(read_text_file(folder / INDEX, "index"), where)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise QuantkitError(f"{where}: no weight_map")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text_file
 from quantkit.formats.safetensors_header import check_shape, load_object
 from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
-from quantkit.formats.tensor_table import CONFIG, TensorTable, read_text_file
+from quantkit.formats.tensor_table import CONFIG, TensorTable
 
 TENSORS = "tensors.json"
 MAX_TENSORS = 1_000_000  # ten times R1; a pattern must not fill the memory
@@ -30,7 +31,7 @@ class Geometry(TensorTable):
         folder = Path(folder)
         config = load_object(read_text_file(folder / CONFIG), str(folder / CONFIG))
         path = folder / TENSORS
-        patterns = load_object(read_text_file(path), str(path))
+        patterns = load_object(read_text_file(path, "index"), str(path))
         tensors: dict[str, TensorEntry] = {}
         for pattern, value in patterns.items():
             entry = _entry(value, f"{path}: {pattern!r}")

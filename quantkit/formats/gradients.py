@@ -149,6 +149,8 @@ def _reading(path: Path) -> Iterator[Any]:
 
 def job_in(path: Path) -> str | None:
     """Identity of the pass that wrote a file; None if the file is not there, or is no such file."""
+    if not path.is_file():  # a FIFO would be waited for
+        return None
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("job")

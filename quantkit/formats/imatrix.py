@@ -6,6 +6,7 @@ have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape b
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import open_regular
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
@@ -125,11 +127,8 @@ def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _refuse_legacy(path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
+    with os.fdopen(open_regular(path), "rb") as file:
+        magic = file.read(4)
     if magic != b"GGUF":
         raise QuantkitError(
             f"{path}: not a GGUF imatrix; one of the old .dat format can be converted: "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text
 
 Tier = Literal["full", "cheap", "gradients"]
 
@@ -52,7 +53,7 @@ class Sensitivity:
     def load(cls, path: Path) -> "Sensitivity":
         """QuantkitError if it is not such a file."""
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = json.loads(read_text(path, "record"))
             entries = tuple(_checked(Entry(**row)) for row in table["entries"])
             if (type(table["model"]), type(table["tokens"])) != (str, int) or table["tier"] not in get_args(Tier):
                 raise TypeError("model, tier or tokens")

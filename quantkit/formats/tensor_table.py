@@ -116,16 +116,6 @@ def model_name(folder: Path) -> str:
     return (in_cache[1] if in_cache else folder.name) or "model"
 
 
-def read_text_file(path: Path) -> bytes:
-    """A small file of a model folder; QuantkitError if it is missing or unreadable."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise QuantkitError(f"{path}: no such file (is {path.parent} a model folder?)") from None
-    except OSError as error:
-        raise QuantkitError(f"{path}: cannot read ({error.strerror})") from None
-
-
 def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int]:
     quantization = config.get("quantization_config") or {}
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None

@@ -57,7 +57,10 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
 
 
 def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in], into `out` if it is given (contiguous)."""
+    """Decode packed rows: uint8 [n, row_bytes] -> float32 [n, n_in], into `out` if it is given (contiguous).
+
+    QuantkitError for a type that ggml cannot decode (Q8_K, integers).
+    """
     data = np.ascontiguousarray(data)
     n_rows = data.size // _row_size(qtype, n_in)
     if out is None:
@@ -66,5 +69,7 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None =
         out[:] = data.view(np.float32).reshape(-1, n_in)
         return out
     traits = library().ggml_get_type_traits(type_id(qtype)).contents
+    if not traits.to_float:
+        raise QuantkitError(f"ggml has no decoder for {qtype}")
     traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
     return out

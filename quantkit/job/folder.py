@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_whole
 from quantkit.formats.resume import discard
 from quantkit.formats.whole_file import write_json, write_text
 
@@ -64,7 +65,7 @@ def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
     if not record.exists():
         return
     try:
-        old = json.loads(record.read_text(encoding="utf-8"))
+        old = json.loads(read_whole(record, "record"))
     except (ValueError, RecursionError):
         old = None
     if not isinstance(old, dict):

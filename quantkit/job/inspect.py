@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
+from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile, is_gguf
@@ -12,12 +13,16 @@ from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
 
+SHOWN = 400  # characters of a key or value
+
 
 def describe(name: str) -> str:
     """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
     if is_gguf(name) or name.endswith(".gguf"):
-        return _gguf(GGUFFile.open(Path(name)))
-    return _checkpoint(name, open_model(name))
+        lines = _gguf(GGUFFile.open(Path(name)))
+    else:
+        lines = _checkpoint(name, open_model(name))
+    return "\n".join(map(printable, lines))
 
 
 def _model_lines(c: ModelConfig) -> list[str]:
@@ -43,7 +48,7 @@ def _types(rows: Iterable[tuple[str, int, int]]) -> list[str]:
     return [head, *body, total]
 
 
-def _checkpoint(name: str, source: Checkpoint | Geometry) -> str:
+def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
     config = family.from_hf(source.config)
     needed = family.source_shapes(config)
     source.validate(needed)
@@ -52,15 +57,19 @@ def _checkpoint(name: str, source: Checkpoint | Geometry) -> str:
     lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:
         lines.append(f"{extra} tensors are not used (multi-token prediction)")
-    return "\n".join(lines)
+    return lines
 
 
-def _gguf(file: GGUFFile) -> str:
+def _gguf(file: GGUFFile) -> list[str]:
     rows = [(tensor.qtype, prod(tensor.shape), tensor.n_bytes) for tensor in file.tensors.values()]
     bits = 8 * sum(row[2] for row in rows) / max(1, sum(row[1] for row in rows))
     keys = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
-    shown = [f"{key:<48} {value}" for key, value in keys.items() if not isinstance(value, list)]
+    shown = [f"{_short(key):<48} {_short(str(value))}" for key, value in keys.items() if not isinstance(value, list)]
     lines = [f"file        {file.path} ({len(file.files)} file(s), {file.n_bytes:,} bytes, {bits:.3f} bpw)"]
     if family.knows(file.metadata):
         lines += _model_lines(family.from_gguf(file.metadata))
-    return "\n".join([*lines, "", *_types(rows), "", *shown])
+    return [*lines, "", *_types(rows), "", *shown]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} [{len(text):,} characters]"

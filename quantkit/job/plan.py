@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_whole
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_layout import layout
@@ -106,10 +107,7 @@ def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
 
 def _read_plan(path: Path, config: ModelConfig, target: str | None, budget: BudgetOptions) -> Plan:
     """A plan.json for this model; there is nothing left that a target or a budget could decide."""
-    try:
-        plan = Plan.from_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise QuantkitError(f"{path}: cannot read the plan: {error.strerror}") from None
+    plan = Plan.from_json(read_whole(path, "plan"), str(path))
     plan.check_model(family.specs(config, plan.mla))
     if budget.given:
         raise QuantkitError(f"{path}: a plan fixes every type, so a budget has nothing to choose; give a recipe")

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from quantkit import __version__
 from quantkit.calibration.coverage import coverage
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_whole
 from quantkit.formats.imatrix import ImatrixInfo, imatrix_digest, load_imatrix
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_whole
@@ -53,7 +54,9 @@ class Material:
     def load(cls, folder: Path) -> "Material":
         """QuantkitError if there is nothing to report on, or if a file is damaged."""
         scores = _json(folder / VERIFY) or {}
-        plan = Plan.from_json((folder / PLAN).read_bytes(), str(folder / PLAN)) if (folder / PLAN).is_file() else None
+        plan = (
+            Plan.from_json(read_whole(folder / PLAN, "plan"), str(folder / PLAN)) if (folder / PLAN).is_file() else None
+        )
         if not scores and plan is None:
             raise QuantkitError(f"{folder}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left")
         made = cls(folder, scores, plan, _json(folder / CERTIFY), _json(folder / PROVENANCE) or {})
@@ -64,7 +67,7 @@ class Material:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return load_object(path.read_bytes(), str(path)) if path.is_file() else None
+    return load_object(read_whole(path, "record"), str(path)) if path.is_file() else None
 
 
 def _comparable(folder: Path, scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -357,7 +360,6 @@ def _provenance(m: Material) -> Sequence[tuple[str, str]]:
         "encoder": "encoder",
         "calibration_sha256": "calibration text, sha256",
         "quantkit": "quantkit",
-        "command": "command",
     }
     out = [(label, str(m.provenance[key])) for key, label in names.items() if m.provenance.get(key) is not None]
     if m.imatrix:

@@ -8,6 +8,7 @@ import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text
 
 Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
@@ -16,13 +17,13 @@ Patterns = Mapping[str, tuple[str, ...]]
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's own tokenizer.json."""
     path = folder / "tokenizer.json"
-    return _built(lambda: Tokenizer.from_buffer(path.read_bytes()), str(path))
+    return _built(lambda: Tokenizer.from_str(read_text(path, "tokenizer")), str(path))
 
 
 def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
     try:
         return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, QuantkitError):
         raise
     except BaseException as error:  # the Rust library raises bare Exception, and BaseException where it panics
         raise QuantkitError(f"{where}: not a usable tokenizer ({error})") from None

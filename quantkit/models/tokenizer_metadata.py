@@ -12,9 +12,10 @@ from typing import Any
 import gguf
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
-from quantkit.formats.tensor_table import CONFIG, read_text_file
+from quantkit.formats.tensor_table import CONFIG
 from quantkit.models.tokenizer import Patterns
 from quantkit.progress import say_once
 
@@ -174,18 +175,15 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
         if others:
             what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
             raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
-    return load_object(read_text_file(path), str(path))
+    return load_object(read_text_file(path, "tokenizer"), str(path))
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return load_object(read_text_file(path), str(path)) if path.is_file() else {}
+    return load_object(read_text_file(path, "tokenizer"), str(path)) if path.is_file() else {}
 
 
 def _file_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{path}: cannot read ({error})") from None
+    return read_text(path, "tokenizer")
 
 
 def _content(token: Any) -> str | None:

@@ -37,6 +37,7 @@ from typing import Any
 from quantkit import bundle
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text, read_whole
 from quantkit.models.config import MLA, Mla
 from quantkit.planning import targets
 from quantkit.planning.fields import Fields
@@ -44,7 +45,6 @@ from quantkit.planning.targets import TARGETS
 from quantkit.sizes import parse_size
 from quantkit.tensors import TensorSpec
 
-MAX_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 SHARE = re.compile(r"(first|last) ([0-9]{1,4})/([0-9]{1,4})")
 LAYERS = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
@@ -149,19 +149,12 @@ class Recipe:
     def load(cls, name_or_path: str | Path) -> "Recipe":
         """A bundled recipe by name (`1.58bit`), else a TOML file."""
         path = _find(name_or_path)
-        try:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise QuantkitError(f"{path}: cannot read the recipe: {error.strerror}") from None
-        if len(data) > MAX_BYTES:
-            raise QuantkitError(f"{path}: larger than {MAX_BYTES} bytes; not a recipe")
-        return cls.parse(data, str(path))
+        return cls.parse(read_whole(path, "recipe"), str(path))
 
     @staticmethod
     def text(name_or_path: str | Path) -> str:
         """The TOML text of a recipe that `load` accepts."""
-        return _find(name_or_path).read_text(encoding="utf-8")
+        return read_text(_find(name_or_path), "recipe")
 
     @classmethod
     def parse(cls, data: bytes | str, source: str) -> "Recipe":

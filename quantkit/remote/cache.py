@@ -5,19 +5,29 @@
 A range carries its final name only when it is whole, and is checked against its CRC when it is first used by a process:
 neither a killed run nor a bad disk leaves anything that is believed. The folder never holds more than `limit` bytes,
 ranges that are being written included: room is reserved before a download begins.
+
+Beside them a `Store` of small files, listings and shard headers, within the same bound. What one endpoint says is never
+served as another's, since anyone can run a server that claims the commit and the ETags of a real repository: each has a
+folder of its own (`home_of`), and nothing of ours goes into huggingface_hub's cache, which knows no endpoints.
 """
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
+import stat
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
@@ -27,6 +37,10 @@ from quantkit.sizes import gb
 
 NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
 READ = 1 << 24
+HUB = "https://huggingface.co"
+UNUSED_SHARE = 8  # what no model of this run needs may take this part of the limit
+ABANDONED = 3600.0  # seconds after which an unfinished file is of a killed run
+MANAGED = ("headers/*", "small/*", "models/*/*/listing.json")
 
 
 class RangeCache:
@@ -197,3 +211,94 @@ def failed(folder: Path, error: OSError) -> QuantkitError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return QuantkitError(f"{folder}: not writable ({error.strerror}); set HF_HOME to a folder that is")
     return QuantkitError(f"{folder}: {error.strerror or error}")
+
+
+def home_of(endpoint: str) -> Path:
+    """The folder of everything that came from an endpoint."""
+    home, endpoint = Path(constants.HF_HOME) / "quantkit", endpoint.rstrip("/")
+    if endpoint == HUB:
+        return home
+    host = re.sub(r"[^A-Za-z0-9.-]", "_", urlsplit(endpoint).netloc)[:80]
+    return home / "endpoints" / f"{host}-{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}"
+
+
+def matches(data: bytes, etag: str) -> bool:
+    """Whether an ETag names these bytes: git's blob id or a sha256, as the Hub has them. Others cannot be checked."""
+    if len(etag) == 64:
+        return hashlib.sha256(data).hexdigest() == etag
+    if len(etag) == 40:
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == etag
+    return True
+
+
+class Store:
+    """Files by name below `folder`, at most `limit` bytes of them; may be used from many threads.
+
+    What this run has put or found stays; of the rest the least recently used go first.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._mine: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        """Bytes on disk, those that other runs left included."""
+        with self._lock:
+            return sum(size for _, _, size in self._others()) + sum(self._mine.values())
+
+    def find(self, name: str, is_right: Callable[[bytes], bool]) -> bytes | None:
+        """A file's bytes if it is there and right; one that is wrong is removed."""
+        path = self.folder / name
+        try:
+            data = path.read_bytes()
+            if not is_right(data):
+                path.unlink(missing_ok=True)
+                return None
+            os.utime(path)
+            self._claim(path, len(data))
+            return data
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise failed(path.parent, error) from None
+
+    def put(self, name: str, data: bytes) -> Path:
+        """A file, whole or not at all; QuantkitError if this run's files do not fit the limit."""
+        path = self.folder / name
+        self._claim(path, len(data))
+        keep(path, data)
+        return path
+
+    def _claim(self, path: Path, size: int) -> None:
+        """Count a file as this run's and drop what is left of others beyond their share."""
+        with self._lock:
+            self._mine[path] = size
+            mine = sum(self._mine.values())
+            if mine > self.limit:
+                del self._mine[path]
+                raise QuantkitError(
+                    f"{self.folder}: small files and headers of this model need more than the cache may hold "
+                    f"({gb(self.limit)}); raise $QUANTKIT_CACHE_SIZE"
+                )
+            others = self._others()
+            rest, most = sum(size for _, _, size in others), min(self.limit // UNUSED_SHARE, self.limit - mine)
+            for _, other, length in others:
+                if rest <= most:
+                    return
+                other.unlink(missing_ok=True)
+                rest -= length
+
+    def _others(self) -> list[tuple[float, Path, int]]:
+        """When used, path and bytes of what is not of this run, the oldest first."""
+        found = []
+        for path in (path for pattern in MANAGED for path in self.folder.glob(pattern)):
+            try:
+                state = path.lstat()
+            except FileNotFoundError:  # another process drops files too
+                continue
+            being_written = path.suffix == ".tmp" and time.time() - state.st_mtime < ABANDONED
+            if path not in self._mine and stat.S_ISREG(state.st_mode) and not being_written:
+                found.append((state.st_mtime, path, state.st_size))
+        return sorted(found)

@@ -9,13 +9,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx2
-from huggingface_hub import constants
+from huggingface_hub import ModelInfo, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -29,22 +28,22 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import (
     build_hf_headers,
-    get_session,
     get_token,
-    hf_raise_for_status,
     parse_ratelimit_headers,
 )
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors_header import load_object
 from quantkit.progress import say
+from quantkit.remote.answers import LEAST, Opened, body, opened, paced, raise_for_status
 
 T = TypeVar("T")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
-ATTEMPTS = 8  # in a row without a byte of progress: 0.5 + 1 + 2 + ... s, about a minute
+ATTEMPTS = 8  # in a row without LEAST bytes of progress: 0.5 + 1 + 2 + ... s, about a minute
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 LONGEST_REQUESTED_WAIT = 900.0  # rate limits of the Hub are counted over 300 s
 NOTABLE_WAIT = 5.0
-CHUNK = 1 << 20
+LISTING_BYTES = 64 << 20  # of a repository's files; R1's has 100 kB
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,23 @@ def normalised(etag: str | None) -> str | None:
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
+def model_info(repo: Repo) -> ModelInfo:
+    """The listing of a repository at its revision, with sizes and ETags; what `HfApi.model_info` asks for, with bounds
+    on size and time. QuantkitError, or what `with_retry` repeats."""
+    at = "" if repo.revision is None else f"/revision/{quote(repo.revision, safe='')}"
+    headers = build_hf_headers(token=repo.token, library_name="quantkit") | {"Accept-Encoding": "identity"}
+    with opened(f"{repo.endpoint}/api/models/{repo.id}{at}?blobs=true", headers) as response:
+        raise_for_status(response)
+        text = body(response, LISTING_BYTES)
+    if len(text) > LISTING_BYTES:
+        raise QuantkitError(f"{repo} at {repo.endpoint}: its listing is larger than {LISTING_BYTES:,} bytes")
+    found = load_object(text, f"{repo} at {repo.endpoint}: its listing")
+    try:
+        return ModelInfo(**found)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise QuantkitError(f"{repo} at {repo.endpoint}: its listing is not a model's ({error})") from None
+
+
 class RangeReader:
     """Byte ranges of the files of one repository, each file pinned to its ETag and size. Used from many threads.
 
@@ -216,14 +232,13 @@ class RangeReader:
 
     def fetch(self, file: str, begin: int, end: int, sink: Callable[[bytes], None], what: str) -> None:
         """Hand bytes begin:end to `sink`, in order and each once, however often the connection breaks."""
-        done, attempt = begin, 0
+        done, attempt, failed_at = begin, 0, begin
         while done < end:
-            before = done
             try:
                 location = self._location.get(file)
                 with self._open(file, done, end, location) as response:
                     self._check(file, done, end, response, location)
-                    for piece in response.iter_raw(CHUNK):
+                    for piece in paced(response):
                         if self.stop.is_set():
                             raise QuantkitError(f"{self.repo}: reading {what} was stopped")
                         piece = piece[: end - done]
@@ -231,35 +246,31 @@ class RangeReader:
                         done += len(piece)
                         with self._lock:
                             self.received += len(piece)
+                        if done == end:  # whatever else the server goes on to send
+                            break
                 if done < end:  # a whole response, but of fewer bytes than asked for
                     raise httpx2.RemoteProtocolError("the range was cut short")
             except (httpx2.TransportError, HfHubHTTPError, Refused) as error:
                 if isinstance(error, Refused):
                     self._forget(file)
-                attempt = 1 if done > before else attempt + 1
+                attempt = 1 if done - failed_at >= LEAST else attempt + 1  # a byte a connection is no progress
+                failed_at = done
                 if attempt >= ATTEMPTS or not (isinstance(error, Refused) or is_transient(error)):
                     explain(error, self.repo, f"{file} ({what})")
                 pause(attempt, error, self.stop)
 
-    def _open(self, file: str, begin: int, end: int, location: str | None) -> AbstractContextManager[httpx2.Response]:
+    def _open(self, file: str, begin: int, end: int, location: str | None) -> Opened:
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         if location is None:
             headers |= build_hf_headers(token=self.repo.token, library_name="quantkit")
-        return get_session().stream(
-            "GET",
-            location or self.repo.url(file),
-            headers=headers,
-            follow_redirects=True,
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        )
+        return opened(location or self.repo.url(file), headers)
 
     def _check(self, file: str, begin: int, end: int, response: httpx2.Response, location: str | None) -> None:
         """It is the pinned file and the range that was asked for; QuantkitError or HfHubHTTPError else."""
         if location and response.status_code in (401, 403, 404, 410):
             raise Refused(response)  # the signature has expired: ask the Hub for a new address
         if response.status_code >= 400:
-            response.read()
-            hf_raise_for_status(response)
+            raise_for_status(response)
         hops = [*response.history, response]  # a renamed repository redirects too, before the file does
         key = constants.HUGGINGFACE_HEADER_X_LINKED_ETAG
         linked = next((hop.headers[key] for hop in hops if key in hop.headers), None)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import FolderSource
+from quantkit.formats.byte_source import MOST, FolderSource, Kind
 from quantkit.formats.checkpoint import INDEX, SHARD, Checkpoint, Needed, own_shards
-from quantkit.remote.cache import failed, keep
-from quantkit.remote.client import Repo, with_retry
+from quantkit.remote.cache import Store, failed, home_of, keep, matches
+from quantkit.remote.client import RangeReader, Repo, model_info, with_retry
 from quantkit.remote.source import HubSource
 
 SMALL_FILES = (
@@ -64,20 +64,22 @@ def open_remote(repo: Repo, cache_bytes: int, needed: Needed | None = None) -> C
 
     The commit is looked up once and everything is read at it. QuantkitError in one line for whatever goes wrong.
     """
-    home = Path(constants.HF_HOME) / "quantkit"
+    home = home_of(repo.endpoint)
+    store = Store(home, cache_bytes)
     listing = list_files(repo, home)
+    store.find(f"models/{repo.id.replace('/', '--')}/{listing.commit}/listing.json", lambda _: True)
     repo = replace(repo, commit=listing.commit)
     name = repo.id.rsplit("/", 1)[1]
     folder = home / "models" / repo.id.replace("/", "--") / listing.commit / name
     for file in [*SMALL_FILES, *filter(MORE_TEMPLATES.fullmatch, sorted(listing.files))]:
         if file in listing.files:
-            link(folder / file, download(repo, file))
+            link(folder / file, download(repo, file, listing, store))
     shards = sorted(file for file in listing.files if file.endswith(SHARD) and "/" not in file)
     if INDEX in listing.files:
         shards = sorted(set(shards) & indexed(folder / INDEX))
     else:
         shards = own_shards(shards, str(repo))
-    source = HubSource(repo, listing.files, home, cache_bytes, downloaded_shards(repo, listing, shards))
+    source = HubSource(repo, listing.files, store, downloaded_shards(repo, listing, shards))
     source.load_headers(shards)
     checkpoint = Checkpoint.open(folder, source, needed)
     shard_facts = json.dumps([(shard, *listing.files[shard]) for shard in shards])
@@ -96,9 +98,7 @@ def list_files(repo: Repo, home: Path) -> Listing:
     known = home / "models" / repo.id.replace("/", "--")
     reference = known / f"{(repo.revision or 'main').replace('/', '%2F')}.ref"
     try:
-        api = HfApi(endpoint=repo.endpoint, token=repo.token, library_name="quantkit")
-        ask = partial(api.model_info, repo.id, revision=repo.revision, files_metadata=True, timeout=30)
-        info = with_retry(ask, repo, "its listing")
+        info = with_retry(partial(model_info, repo), repo, "its listing")
     except QuantkitError:
         if constants.is_offline_mode() and reference.exists():
             return _load(known / reference.read_text() / "listing.json")
@@ -143,21 +143,26 @@ def _load(path: Path) -> Listing:
         raise QuantkitError(f"{path}: {error}; go online once to fetch it again") from None
 
 
-def download(repo: Repo, file: str) -> Path:
-    """A small file, through huggingface_hub's cache."""
-    found = try_to_load_from_cache(repo.id, file, revision=repo.commit)
-    if isinstance(found, str):
+def download(repo: Repo, file: str, listing: Listing, store: Store) -> Path:
+    """A small file: what huggingface_hub's cache or our own has, if it is what the ETag names, else from the Hub.
+
+    QuantkitError for one that is larger than its kind ever is, or that is not what its ETag names.
+    """
+    (etag, size), where = listing.files[file], f"{repo} at {repo.endpoint}: {file}"
+    kind: Kind = "index" if file == INDEX else "tokenizer" if file.startswith("tokenizer") else "config"
+    if size > MOST[kind]:
+        raise QuantkitError(f"{where} has {size:,} bytes; no {kind} file has so many")
+    found = try_to_load_from_cache(repo.id, file, revision=repo.commit) if repo.trusted else None
+    if isinstance(found, str) and os.path.getsize(found) == size and matches(Path(found).read_bytes(), etag):
         return Path(found)
-    call = partial(
-        hf_hub_download,
-        repo.id,
-        file,
-        revision=repo.commit,
-        endpoint=repo.endpoint,
-        token=repo.token,
-        library_name="quantkit",
-    )
-    return Path(with_retry(call, repo, file))
+    name = f"small/{etag}"
+    if store.find(name, lambda data: len(data) == size and matches(data, etag)) is not None:
+        return store.folder / name
+    data = bytearray()
+    RangeReader(repo, {file: (etag, size)}).fetch(file, 0, size, data.extend, "all of it")
+    if not matches(bytes(data), etag):
+        raise QuantkitError(f"{where} is not what its ETag {etag} names; it was changed on its way, or the server lies")
+    return store.put(name, bytes(data))
 
 
 def link(path: Path, target: Path) -> None:
@@ -183,6 +188,8 @@ def indexed(path: Path) -> set[str]:
 
 def downloaded_shards(repo: Repo, listing: Listing, shards: list[str]) -> FolderSource | None:
     """The snapshot in huggingface_hub's cache, if someone downloaded the whole model with other tools."""
+    if not repo.trusted:
+        return None
     cached = [try_to_load_from_cache(repo.id, shard, revision=repo.commit) for shard in shards]
     found = [path for path in cached if isinstance(path, str)]
     if not shards or len(found) != len(shards):

@@ -22,36 +22,38 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import Extents, FolderSource
 from quantkit.formats.safetensors_header import header_length
 from quantkit.progress import say
-from quantkit.remote.cache import RangeCache, copy_range, is_sound, keep
+from quantkit.remote.cache import RangeCache, Store, copy_range, is_sound
 from quantkit.remote.client import RangeReader, Repo
 from quantkit.remote.pieces import Piece, Range, Schedule
 from quantkit.sizes import gb
 
 CONNECTIONS = 8
 HEADER_CONNECTIONS = 16
+MOST_HEADERS = 1 << 29  # bytes of all shards, held in memory; R1's have 11 MB
 
 
 class HubSource:
     """Files of one repository at one commit.
 
     files: name -> (ETag, bytes). local: shards that lie in huggingface_hub's own cache already, which are read there.
-    folder: of headers and ranges. limit: bytes that those may take on disk.
+    store: of headers; its folder holds the ranges too, and its limit is for all of them.
     """
 
     def __init__(
         self,
         repo: Repo,
         files: Mapping[str, tuple[str, int]],
-        folder: Path,
-        limit: int,
+        store: Store,
         local: FolderSource | None = None,
         connections: int = CONNECTIONS,
     ) -> None:
-        self.repo, self.files, self.folder, self.limit, self.local = repo, files, folder, limit, local
+        self.repo, self.files, self.store, self.local = repo, files, store, local
+        self.folder, self.limit = store.folder, store.limit
         self.reader = RangeReader(repo, files)
         self.connections = connections
         self._here = set(local.names()) if local else set()
         self._headers: dict[str, bytes] = {}
+        self._header_bytes = 0  # that were asked for
         self._plan = Schedule()
         self._cache = self._new_cache()
         self._change = threading.Condition()
@@ -137,22 +139,30 @@ class HubSource:
 
     def load_headers(self, shards: Sequence[str]) -> None:
         """The headers of all shards, each in two small requests, many at a time; kept on disk for good."""
-        with ThreadPoolExecutor(HEADER_CONNECTIONS) as pool:
-            missing = [shard for shard in shards if shard not in self._here]
-            self._headers = dict(zip(missing, pool.map(self._header, missing), strict=True))
+        self._headers, missing = {}, [shard for shard in shards if shard not in self._here]
+        pool = ThreadPoolExecutor(HEADER_CONNECTIONS)
+        try:
+            for shard, header in zip(missing, pool.map(self._header, missing), strict=True):
+                self._headers[shard] = header
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _header(self, file: str) -> bytes:
         etag, size = self.files[file]
-        kept = self.folder / "headers"
-        for path in kept.glob(f"{etag}-*"):
-            known = path.read_bytes()
-            if path.name == f"{etag}-{zlib.crc32(known):08x}":
+        for path in (self.folder / "headers").glob(f"{etag}-*"):
+            name = path.name
+            known = self.store.find(f"headers/{name}", lambda data: name == f"{etag}-{zlib.crc32(data):08x}")  # noqa: B023
+            if known is not None:
                 return known
         data = bytearray()
         self.reader.fetch(file, 0, min(8, size), data.extend, "the header length")
         length = header_length(bytes(data), size, f"{self.repo}/{file}")
+        with self._change:
+            self._header_bytes += length
+            if self._header_bytes > MOST_HEADERS:
+                raise QuantkitError(f"{self.repo}: its shards' headers are larger than {MOST_HEADERS:,} bytes together")
         self.reader.fetch(file, 8, 8 + length, data.extend, "the header")
-        keep(kept / f"{etag}-{zlib.crc32(data):08x}", bytes(data))
+        self.store.put(f"headers/{etag}-{zlib.crc32(data):08x}", bytes(data))
         return bytes(data)
 
     # Reading through the cache.
@@ -279,7 +289,7 @@ class HubSource:
 
     def _start(self) -> None:
         if not self._cache.is_open:
-            self._cache.open(overhead=sum(map(len, self._headers.values())))
+            self._cache.open(overhead=self.store.used)
             self._trim()
         if not self._workers:
             self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.connections)]

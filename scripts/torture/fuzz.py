@@ -4,9 +4,10 @@
 
 Each target takes valid bytes (made here from models/tiny-r1) and mutates them: bits, words, lengths and pieces of the
 text; for JSON also nodes of the tree. Besides, hypothesis invents whole JSON documents and puts invented values into
-valid ones. A case fails if anything but a QuantkitError is raised, if its message is not one line, if it takes longer
-than --seconds, if a shard lies outside of the folder, or if the process would grow by more than --memory. Failing
-inputs are kept in --keep.
+valid ones; and small models of which anything may be wrong are computed, in a process of its own (hostile_gguf.py).
+A case fails if anything but a QuantkitError is raised, if its message is not one line, if it takes longer than
+--seconds, if a shard lies outside of the folder, or if the process would grow by more than --memory. Failing inputs are
+kept in --keep.
 """
 
 import argparse
@@ -21,12 +22,14 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile_gguf
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
@@ -163,12 +166,14 @@ TOKENS = [
 
 @dataclass
 class Target:
-    """seed: valid bytes. parse: bytes -> anything, QuantkitError for bad ones. json: mutate the tree as well."""
+    """seed: valid bytes. parse: bytes -> anything, QuantkitError for bad ones. json: mutate the tree as well. invent:
+    how to make a case, if not by mutating the bytes."""
 
     name: str
     seed: bytes
     parse: Callable[[bytes], object]
     json: bool = False
+    invent: Callable[[random.Random], bytes] | None = None
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -244,6 +249,7 @@ class Files:
         metadata = file_metadata(tiny.path, self.config, self.plan)
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
+        self.child = hostile_gguf.Child()
         self.model = folder / "model"
         self.model.mkdir()
         self.small_checkpoint()
@@ -334,6 +340,18 @@ class Files:
         (folder / "hidden.safetensors").write_bytes(data)
         PassState(folder, "job").resume()
 
+    def computed(self, data: bytes) -> None:
+        """A few tokens through a whole model."""
+        path = self.folder / "computed.gguf"
+        path.write_bytes(data)
+        self.child.compute(path, hostile_gguf.ids(random.Random(len(data) ^ zlib.crc32(data))), 20)
+
+    def invented_model(self, rng: random.Random) -> bytes:
+        """The bytes of a model with something wrong; seldom one that cannot be written: then another."""
+        while True:
+            with contextlib.suppress(QuantkitError):
+                return hostile_gguf.mutated(rng).write(self.folder / "invented.gguf", rng.getrandbits(32)).read_bytes()
+
     def path_target(self, name: str, load: Callable[[Path], object]) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
             (self.folder / name).write_bytes(data)
@@ -398,6 +416,12 @@ def targets(folder: Path) -> list[Target]:
             json=True,
         ),
         Target("GGUF", files.header, files.gguf),
+        Target(
+            "GGUF, computed",
+            hostile_gguf.model().write(folder / "good.gguf").read_bytes(),
+            files.computed,
+            invent=files.invented_model,
+        ),
         Target("imatrix", (folder / "i.gguf").read_bytes(), files.imatrix),
         Target("recipe", (bundle.recipes_dir() / "1.58bit.toml").read_bytes(), lambda data: Recipe.parse(data, "r")),
         Target("plan.json", files.plan.to_json().encode(), lambda data: Plan.from_json(data), json=True),
@@ -443,7 +467,9 @@ def mutations(target: Target, rng: random.Random) -> Iterator[bytes]:
     tree = load_json(target.seed, target.name) if target.json else None
     paths = list(nodes(tree)) if target.json else []
     while True:
-        if target.json and rng.random() < 0.6:
+        if target.invent:
+            yield target.invent(rng)
+        elif target.json and rng.random() < 0.6:
             yield mutate_tree(tree, paths, rng)
         else:
             yield mutate_bytes(target.seed, rng)

@@ -245,12 +245,35 @@ def test_nan_among_fp8_weights(tmp_path):
 
 
 def test_finite_weights_whose_sum_is_not(tmp_path):
-    tensors = {"x.weight": torch.full((4, 4), 3e38)}
+    tensors = {"x.weight": torch.full((4, 4), 60000, dtype=torch.float16)}
     path = write_checkpoint(tmp_path / "m", {"model.safetensors": tensors})
-    assert torch.equal(Checkpoint.open(path).read("x.weight"), tensors["x.weight"])
+    assert torch.equal(Checkpoint.open(path).read("x.weight"), tensors["x.weight"].float())
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 65)])
 def test_rows_out_of_range(folder, start, stop):
     with pytest.raises(QuantkitError, match=r"'embed\.weight' has 64 rows"):
         Checkpoint.open(folder).read("embed.weight", start, stop)
+
+
+@pytest.mark.parametrize("weight", [1e8, -1e9, 70000.0])
+def test_weights_that_no_type_holds_are_refused(folder, weight):
+    values = torch.ones(4, 32)
+    values[3, 5] = weight
+    write_shard(folder / FIRST, {"x.weight": values})
+    write_index(folder, {"x.weight": FIRST})
+    with Checkpoint.open(folder) as checkpoint:
+        with pytest.raises(QuantkitError, match=r"tensor 'x\.weight' has a weight of .* end at 65,504"):
+            checkpoint.read("x.weight")
+        assert checkpoint.read("x.weight", 0, 3).shape == (3, 32)
+
+
+def test_weights_that_become_zeros_are_said_once(folder, capsys):
+    write_shard(folder / FIRST, {"x.weight": torch.full((4, 32), 1e-9), "zeros.weight": torch.zeros(4, 32)})
+    write_index(folder, {"x.weight": FIRST, "zeros.weight": FIRST})
+    with Checkpoint.open(folder) as checkpoint:
+        for start in (0, 2, 0):
+            assert float(checkpoint.read("x.weight", start, start + 2).max()) == pytest.approx(1e-9)
+        checkpoint.read("zeros.weight")
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("only weights below 1e-06") == 1

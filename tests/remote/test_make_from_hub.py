@@ -19,6 +19,7 @@ from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
+from quantkit.remote.cache import home_of
 
 TEXT = TextChoice(n_tokens=1024)
 HOW = Calibration(TEXT)
@@ -109,7 +110,7 @@ def test_same_bytes_each_needed_byte_once_within_the_limit(hub, env, sharded, fr
         f"\n{total:,} bytes downloaded, {needed_bytes(sharded):,} needed, {twice} of them twice; "
         f"the cache held at most {watch.most:,} of {LIMIT:,} bytes"
     )
-    listing = sum(path.stat().st_size for path in (env / "quantkit" / "models").rglob("*") if not path.is_symlink())
+    listing = sum(path.stat().st_size for path in (home_of(hub.url) / "models").rglob("*") if not path.is_symlink())
     assert LIMIT // 2 < watch.most <= LIMIT + listing
 
 

@@ -22,7 +22,7 @@ from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.remote import client
-from quantkit.remote.cache import RangeCache
+from quantkit.remote.cache import RangeCache, home_of
 from quantkit.remote.pieces import PIECE, Range, cut
 from quantkit.remote.repo import parse
 
@@ -165,8 +165,8 @@ def test_damaged_cache_is_downloaded_again(hub, env, sharded):
     local, remote = Checkpoint.open(sharded), open_weights(ModelRef("user/tiny-r1"))
     remote.read(NAME)
     remote.close()
-    headers = (env / "quantkit" / "headers").glob("*")
-    for path in [*(env / "quantkit" / "ranges").glob("*/*"), *headers]:
+    headers = (home_of(hub.url) / "headers").glob("*")
+    for path in [*(home_of(hub.url) / "ranges").glob("*/*"), *headers]:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)

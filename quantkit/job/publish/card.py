@@ -1,11 +1,14 @@
 """The model card: README.md of a repository with one or several quantizations of one model."""
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from io import BytesIO
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import ModelCardData
@@ -29,8 +32,9 @@ class Row:
 
     @property
     def gguf(self) -> list[str]:
-        """Paths of its model files, first part first."""
-        return sorted(path for path in self.files if path.startswith(f"{self.name}/") and path.endswith(".gguf"))
+        """Paths of its model files, first part first; those that can stand in a table and a command."""
+        mine = (path for path in self.files if path.startswith(f"{self.name}/") and path.endswith(".gguf"))
+        return sorted(path for path in mine if path.isprintable() and path.count("/") == 1)
 
 
 def render_card(repo: str, model: str, base: str, license_name: str | None, rows: Sequence[Row]) -> str:
@@ -50,10 +54,22 @@ def render_card(repo: str, model: str, base: str, license_name: str | None, rows
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["gb"] = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
+    environment.filters |= {"sh": shlex.quote, "code": code, "text": plain, "url": quote}
     template = environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
     return template.render(
         head=head.to_yaml(), repo=repo, model=model, base=base, rows=rows, version=__version__, targets=targets
     )
+
+
+def code(value: object) -> str:
+    """Inline code in a table of Markdown, whatever the text is."""
+    return "`" + "".join(c if c.isprintable() and c not in "`|" else "?" for c in str(value)) + "`"
+
+
+def plain(value: object) -> str:
+    """Words in Markdown: no links, HTML or new lines, whatever the text is."""
+    line = "".join(c if c.isprintable() else " " for c in str(value))
+    return re.sub(r"([\\`*_\[\]<>|#!&~$])", r"\\\1", line)
 
 
 def layer_plot(plan: Plan) -> bytes:

@@ -1,6 +1,7 @@
 """A folder that `make` left, read back: whole, certified, and without secrets; or a QuantkitError says what is not."""
 
 import glob
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -8,22 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import get_token
-
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
+from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
 from quantkit.planning.plan import Plan
 
 REQUIRED = (PLAN, VERIFY, PROVENANCE)
 OPTIONAL = (RECIPE, CERTIFY, REPORT)
-SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+CLEANED = (VERIFY, PROVENANCE, CERTIFY)  # published without where things lie here
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Quant:
-    """One finished quantization. files: path in the repository -> local path. problems: why not to publish it."""
+    """One finished quantization. files: path in the repository -> local path. cleaned: the
+    bytes to publish in place of some of them. problems: why not to publish it."""
 
     name: str
     folder: Path
@@ -32,6 +35,7 @@ class Quant:
     verify: Mapping[str, Any]
     provenance: Mapping[str, Any]
     files: Mapping[str, Path]
+    cleaned: Mapping[str, bytes] = field(default_factory=dict)
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -46,7 +50,7 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
         raise QuantkitError(f"{folder}: no such folder")
     plan = Plan.from_json(_bytes(folder / PLAN), str(folder / PLAN))
     name = name or plan.recipe
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not NAME.fullmatch(name):
         raise QuantkitError(f"--name {name}: use letters, digits, dots and dashes")
     found = sorted(path for path in folder.glob(f"{glob.escape(plan.model)}-{glob.escape(plan.recipe)}*.gguf"))
     if not found:
@@ -73,22 +77,32 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     if (folder / IMATRIX).is_file():
         # Not beside the model: KTransformers takes every .gguf of its folder for a part of it.
         files[f"imatrix/{name}.gguf"] = folder / IMATRIX
-    for path in files.values():
-        if path.suffix != ".gguf":
-            refuse_secrets(path, path.read_bytes())
-    return Quant(name, folder, plan, gguf, verify, provenance, files, tuple(problems))
+    cleaned = _checked(files, folder)
+    for header in [file, *(GGUFFile.open(path) for path in files.values() if path.name == IMATRIX)]:
+        refuse_in_header(header, folder)
+    provenance = without_local(provenance)
+    return Quant(name, folder, plan, gguf, verify, provenance, files, cleaned, tuple(problems))
 
 
-def refuse_secrets(where: object, data: bytes) -> None:
-    """QuantkitError if a token stands in a file that is to be published."""
-    token = get_token()
-    if SECRET.search(data) or (token and token.encode() in data):
-        raise QuantkitError(f"{where}: holds an access token; remove it before publishing")
+def _checked(files: Mapping[str, Path], folder: Path) -> dict[str, bytes]:
+    """What is published in place of files that say where things lie here. QuantkitError for secrets, and for such
+    places in files that are published as they are."""
+    cleaned = {}
+    for stored, path in files.items():
+        if path.suffix == ".gguf":
+            continue
+        data = _bytes(path)
+        if path.name in CLEANED:
+            value = without_local(load_object(data, str(path)))
+            data = cleaned[stored] = json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+        refuse_secrets(path, data)
+        refuse_local(path, data, folder)
+    return cleaned
 
 
 def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) -> list[str]:
     """The commands that make the same bytes again, from what the repository holds."""
-    download = f'hf download {repo} --include "{name}/*" "imatrix/*" --local-dir published'
+    download = f'hf download {shlex.quote(repo)} --include {shlex.quote(name + "/*")} "imatrix/*" --local-dir published'
     if not provenance.keys() >= {"target", "mla", "effort", "calibration"}:  # of a version that did not record them
         return [download]
     p, calibration = provenance, provenance["calibration"]
@@ -139,10 +153,9 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise QuantkitError(f"{path}: {error.strerror}; is {path.parent} a folder that `quantkit make` left?") from None
+    if not path.exists():
+        raise QuantkitError(f"{path}: no such file; is {path.parent} a folder that `quantkit make` left?")
+    return read_whole(path, "record")
 
 
 def _json(path: Path) -> dict[str, Any]:

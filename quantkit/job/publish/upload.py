@@ -1,6 +1,7 @@
 """Upload: each large file by itself, so that a break costs at most one, then one commit with the card."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,29 +14,20 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import MOST, read_whole
 from quantkit.formats.safetensors_header import load_object
 from quantkit.job.folder import PLAN, PROVENANCE, VERIFY
 from quantkit.job.publish.card import Row, layer_plot, render_card
-from quantkit.job.publish.folder import Quant, refuse_secrets, reproduce
+from quantkit.job.publish.folder import NAME, Quant, reproduce
+from quantkit.job.publish.others import figures, made
+from quantkit.job.publish.secrets import refuse_secrets
 from quantkit.progress import say
 from quantkit.remote.client import Repo, with_retry
 
 CARD = "README.md"
 CONFLICTS = 3  # others may commit while we upload
 CONFLICT_STATUS = (409, 412)
-FIGURES = {
-    "bytes",
-    "bpw",
-    "bpw_routed",
-    "ppl",
-    "ppl_reference",
-    "kld_mean",
-    "kld_mean_error",
-    "top1_agreement",
-    "tokens",
-    "text",
-}
-UNKNOWN = {"target": "unknown", "quantkit": "unknown", "calibration": {}}  # where a repository has no provenance.json
+BASE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,95})?")
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,8 @@ class Uploader:
         self.base, self.license = base or source.get("repo"), license_name or source.get("license")
         if not self.base:
             raise QuantkitError(f"{quant.folder}: made from a local folder; name its origin (--base-model user/name)")
+        if not BASE.fullmatch(str(self.base)):
+            raise QuantkitError("--base-model: give the id of a model on the Hub, user/name")
         self.api = HfApi(library_name="quantkit")
         self.repo = Repo(to.repo, constants.ENDPOINT)
         self.plot = layer_plot(quant.plan)
@@ -86,22 +80,34 @@ class Uploader:
         sizes = {path: local.stat().st_size for path, local in quant.files.items()}
         sizes[f"{quant.name}/layers.png"] = len(self.plot)
         rows = [self._row(quant.name, sizes, quant.verify, quant.provenance)]
-        others = sorted({path.split("/")[0] for path in present.files if path.endswith(f"/{PLAN}")} - {quant.name})
-        for name in others:
+        folders = {path.removesuffix(f"/{PLAN}") for path in present.files if path.endswith(f"/{PLAN}")}
+        for name in sorted(folders - {quant.name}):
+            if not NAME.fullmatch(name):
+                say(f"{self.repo}: not listed on the card, its name is unusual: {name!r}")
+                continue
             known = [self._remote_json(f"{name}/{each}", present) for each in (VERIFY, PROVENANCE)]
             rows.append(self._row(name, present.files, *known))
         return sorted((row for row in rows if row.gguf), key=lambda row: row.verify.get("bytes", 0))
 
-    def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], made: Mapping[str, Any]) -> Row:
-        complete = verify if verify.keys() >= FIGURES else {}
-        commands = reproduce(made, str(self.base), name, self.to.repo)
-        return Row(name, files, complete, UNKNOWN | dict(made), commands)
+    def _row(self, name: str, files: Mapping[str, int], verify: Mapping[str, Any], how: Mapping[str, Any]) -> Row:
+        facts = made(how)
+        commands = reproduce(facts, str(self.base), name, self.to.repo)
+        return Row(name, files, figures(verify), facts, commands)
 
     def _remote_json(self, path: str, present: Present) -> dict[str, Any]:
+        where = f"{self.repo}/{path}"
         if path not in present.files:
             return {}
+        if present.files[path] > MOST["record"]:
+            say(f"{where} has {present.files[path]:,} bytes; the card lists {path.split('/')[0]} without it")
+            return {}
         get = partial(self.api.hf_hub_download, self.to.repo, path, revision=present.commit)
-        return load_object(Path(with_retry(get, self.repo, path)).read_bytes(), f"{self.repo}/{path}")
+        local = Path(with_retry(get, self.repo, path))
+        try:
+            return load_object(read_whole(local, "record"), where)
+        except QuantkitError as error:
+            say(f"{error}; the card lists {path.split('/')[0]} without it")
+            return {}
 
     def card(self, present: Present) -> str:
         """README.md as it will be: of this quantization and those that are there. QuantkitError if it holds a token."""
@@ -117,7 +123,10 @@ class Uploader:
             if not self.to.pr:
                 create = partial(self.api.create_repo, self.to.repo, private=self.to.private, exist_ok=True)
                 with_retry(create, self.repo, "the new repository")
-            additions = [CommitOperationAdd(path, str(local)) for path, local in self.quant.files.items()]
+            cleaned = self.quant.cleaned
+            additions = [
+                CommitOperationAdd(path, cleaned.get(path) or str(local)) for path, local in self.quant.files.items()
+            ]
             additions.append(CommitOperationAdd(f"{self.quant.name}/layers.png", self.plot))
             for number, addition in enumerate(additions, 1):
                 size = addition.upload_info.size

@@ -22,6 +22,7 @@ from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
+from quantkit.runtime.sources.admission import check_ids
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gib
 
@@ -147,6 +148,7 @@ class TokenGraph:
 
     def run(self, tokens: np.ndarray, begin: np.ndarray) -> torch.Tensor:
         """tokens int [N]; begin int [s]: what each slot's cache holds -> float32 logits of the last tokens."""
+        check_ids(tokens.tolist(), self.config.n_vocab)
         places = (begin[:, None] + np.arange(self.n)).reshape(-1)
         self.token_values[:] = tokens
         self.position_values[:] = places

@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.codecs.unpack import unpack
-from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.quants import dequantize
 from quantkit.models import family
@@ -21,6 +20,7 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, exp
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
+from quantkit.runtime.sources.admission import check_ids, check_model
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 
@@ -75,8 +75,10 @@ class GGUFWeights:
         return unpack(self.file.tensors[name].qtype, data, out, self.workers.pool, most or self.workers.n)
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [...] -> `out` [..., d]; only the rows that are asked for are dequantized."""
+        """tokens int64 [...] -> `out` [..., d]; only the rows that are asked for are dequantized. QuantkitError for an
+        id that has none."""
         tensor, data = self.file.tensors["token_embd.weight"], self.file.data("token_embd.weight")
+        check_ids((int(tokens.min()), int(tokens.max())) if tokens.numel() else (), self.config.n_vocab)
         rows = out.view(-1, self.config.d)
         for to, part in zip(rows.split(EMBEDDED_ROWS), tokens.flatten().cpu().split(EMBEDDED_ROWS), strict=True):
             unique, inverse = np.unique(part.numpy(), return_inverse=True)
@@ -250,11 +252,12 @@ def open_gguf(
 ) -> GGUFWeights:
     """A file to be run on a device. ram: bytes that it may take in memory; None: as many as the system gives.
 
-    QuantkitError if a tensor is missing or has another shape than the file's metadata say, or if `ram` is too little.
+    QuantkitError for whatever `admission.check_model` refuses, or if `ram` is too little.
     """
     file = GGUFFile.open(path)
     config, device = family.from_gguf(file.metadata), torch.device(device)
-    check_tensors(file, config)
+    specs = family.specs(config, mla_of(file.tensors))
+    check_model(file.path.name, file.tensors, config, specs, file.metadata.get("tokenizer.ggml.tokens"))
     residency = None
     if ram is not None:
         names = {layer: expert_names(layer) for layer in range(config.n_layer) if config.is_moe(layer)}
@@ -262,15 +265,3 @@ def open_gguf(
         if device.type == "cpu":  # with a GPU the cost depends on what it holds
             say(str(residency))
     return GGUFWeights(file, config, device, Workers(n_threads), residency)
-
-
-def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
-    """QuantkitError naming the first tensor of the model that the file lacks or has in another shape."""
-    tied = "output.weight" not in file.tensors
-    for spec in family.specs(config, mla_of(file.tensors)):
-        found = file.tensors.get(spec.name)
-        if found is None and not (tied and spec.name == "output.weight"):
-            raise QuantkitError(f"{file.path.name}: tensor {spec.name} is missing")
-        if found is not None and tuple(found.shape) != spec.shape:
-            shape = tuple(found.shape)
-            raise QuantkitError(f"{file.path.name}: tensor {spec.name} has shape {shape}, not {spec.shape}")

@@ -1,6 +1,7 @@
 """publish -> download -> verify and make again: the same figures, the same bytes. And what it refuses."""
 
 import json
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, snapshot_download
 from loopback_hub import TOKEN, Blob
+from mutations import Model
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
@@ -200,6 +202,9 @@ BROKEN = [
     ("plan.json", None, "plan.json"),
     ("provenance.json", b"{", "not valid JSON"),
     ("report.html", b"<p>hf_abcdefghijklmnopqrstuvwxyz0123</p>", "access token"),
+    ("report.html", b"<p>hf&#95;abcdefghijklmnopqrstuvwxyz0123</p>", "access token"),
+    ("recipe.toml", b'# from "https://me:secret@example.org/x"', "password or token in an address"),
+    ("recipe.toml", str(Path.home() / "private" / "notes.txt").encode(), "where files lie"),
 ]
 
 
@@ -211,6 +216,66 @@ def test_refuses_what_is_incomplete(name, data, says, hub, token, made_local, tm
         (folder / name).write_bytes(data)
     assert says in refused("publish", folder, "--repo", "user/t", "--base-model", "a/b")
     assert "user/t" not in hub.models
+
+
+def with_metadata(path: Path, **changes) -> None:
+    """The same GGUF with other metadata."""
+    model = Model(path)
+    model.metadata |= changes
+    path.unlink()
+    model.write(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("imatrix.datasets", ["https://me:secret@example.org/text"], "password or token"),
+        ("imatrix.datasets", [str(Path.home() / "texts" / "diary.txt")], "where files lie"),
+        ("general.description", "hf%5fabcdefghijklmnopqrstuvwxyz0123", "access token"),
+    ],
+)
+def test_headers_of_gguf_files_are_searched(hub, token, made_local, tmp_path, key, value, says):
+    folder = Path(shutil.copytree(made_local, tmp_path / "copy"))
+    with_metadata(folder / "imatrix.gguf", **{key: value})
+    line = refused("publish", folder, "--repo", "user/t", "--base-model", "a/b")
+    assert "imatrix.gguf" in line and says in line and "secret" not in line and "abcdefgh" not in line
+
+
+def test_where_things_lie_here_is_not_published(hub, token, made_local, tmp_path):
+    folder = Path(shutil.copytree(made_local, tmp_path / "copy"))
+    made = json.loads((folder / "provenance.json").read_text())
+    assert "command" in made
+    made["calibration"]["text"]["data"] = [f"math={tmp_path}/my texts/diary.txt", str(tmp_path / "other texts.txt")]
+    made["command"] = f"quantkit make {tmp_path}/model --data x"
+    (folder / "provenance.json").write_text(json.dumps(made))
+    quantkit("publish", folder, "--repo", "user/t", "--base-model", "a/b")
+    commit = hub.models["user/t"].commits[-1]
+    for name in ("README.md", "2.51bit/provenance.json", "2.51bit/verify.json", "2.51bit/certify.json"):
+        assert str(tmp_path).encode() not in commit[name].read(0, 1 << 20), name
+    published = json.loads(commit["2.51bit/provenance.json"].read(0, 1 << 20))
+    assert "command" not in published and published["calibration"]["text"]["data"][1] == "other texts.txt"
+    assert {key: published[key] for key in ("checkpoint", "plan")} == {key: made[key] for key in ("checkpoint", "plan")}
+
+
+def test_names_and_facts_of_others_are_no_commands(hub, token, made_local):
+    """A repository that holds folders with shell in their names, and JSON with Markdown and wrong kinds in it."""
+    facts = {"target": "`id`", "quantkit": "1\n```\nrm -rf ~\n", "mla": "split", "effort": ["x"], "calibration": 3}
+    files = {"$(id)/plan.json": b"{}", "a;id/plan.json": b"{}", "deep/er/plan.json": b"{}"}
+    for name, made in (("one", facts), ("two", {**facts, "calibration": {"text": {"n_tokens": "9\n", "chunk": 1}}})):
+        files |= {f"{name}/plan.json": b"{}", f"{name}/provenance.json": json.dumps(made).encode()}
+        files |= {f"{name}/x$(id).gguf": b"GGUF", f"{name}/verify.json": b'{"bytes": "<script>"}'}
+    files |= {"three/plan.json": b"{}", "three/provenance.json": b"[", "three/y.gguf": b"GGUF"}
+    hub.add("user/t", files)
+    shown = quantkit("publish", made_local, "--repo", "user/t", "--base-model", "a/b")
+    assert "its name is unusual" in shown and "three" in shown
+    text = hub.models["user/t"].commits[-1]["README.md"].read(0, 1 << 20).decode()
+    assert "## one" in text and "a;id" not in text and "rm -rf" not in text and "<script>" not in text
+    fenced = [part for i, part in enumerate(text.split("```")) if i % 2]
+    for line in "\n".join(fenced).splitlines():
+        words = shlex.split(line.removeprefix("bash"), comments=True)
+        assert all("$(id)" not in word or "'" in line for word in words), line
+    assert "unusual" not in quantkit("publish", made_local, "--repo", "user/u", "--base-model", "a/b")
+    assert "user/name" in refused("publish", made_local, "--repo", "user/t", "--base-model", "x`id`/y")
 
 
 def test_truncated_part_is_refused_and_force_publishes_the_uncertified(hub, token, made_local, tmp_path):
