@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import read_text_file
+from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
