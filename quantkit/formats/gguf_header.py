@@ -130,7 +130,7 @@ class _Cursor:
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:
     if len(cursor.data) < 24 or cursor.data[:4] != b"GGUF":
-        kind = kind_of(bytes(cursor.data[:64]))
+        kind = None if cursor.data[:4] == b"GGUF" else kind_of(bytes(cursor.data[:64]))
         raise cursor.error(f"is {kind}" if kind else "not a GGUF file (bad magic or too short)")
     cursor.need(4)
     version = cursor.number("<I")
