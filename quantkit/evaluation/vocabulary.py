@@ -66,7 +66,7 @@ def _merges(tokens: Sequence[str], merges: Sequence[str]) -> Iterator[str]:
 def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Iterator[str]:
     original = tokenizer_metadata(folder, n_vocab, family.PRE)
     for key, want in original.items():
-        want, have = getattr(want, "value", want), meta.get(key)
+        want, have = getattr(want, "value", getattr(want, "values", want)), meta.get(key)
         if isinstance(want, list):
             have = have if isinstance(have, list) else []
             if len(have) != len(want):

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-GGUF = "a GGUF file"
 KINDS: Mapping[bytes, str] = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`, or use `hf download`",
     b"<!doctype": "an HTML page, perhaps of a login or an error; download the file again",
     b"<html": "an HTML page, perhaps of a login or an error; download the file again",
     b"<?xml": "an XML answer of a server, not the file; download it again",
-    b"gguf": GGUF,
+    b"gguf": "a GGUF file",
     b"pk\x03\x04": "a ZIP archive, such as PyTorch's own format; convert it to safetensors",
     b"\x80\x02": "a Python pickle, such as PyTorch's own format; convert it to safetensors",
     b"\x1f\x8b": "compressed by gzip; unpack it",

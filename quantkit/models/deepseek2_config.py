@@ -140,8 +140,8 @@ def _method(keys: Keys, name: str) -> str:
 
 def _token_id(raw: Mapping[str, Any], key: str, default: int) -> int:
     value = raw.get(key, default)
-    value = value[0] if isinstance(value, list) else default if value is None else value
-    return Keys({key: value}).whole(key)
+    value = next(iter(value), None) if isinstance(value, list) else value
+    return default if value is None else Keys({key: value}).whole(key)
 
 
 def to_hf(c: ModelConfig) -> dict[str, Any]:

@@ -40,6 +40,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "partial_rotary_factor": (1, None),
     "compression_config": (None,),
+    "use_sliding_window": (False, None),
 }
 NETWORK = re.compile(
     r"rope|rotary|norm|bias|scal|softcap|window|mult|clamp|limit|gat(e|ing)|rout|expert|moe|head|rank|dim|hidden|layer"
@@ -77,7 +78,7 @@ class ConfigClass:
             if key in values and not any(values[key] == one for one in allowed):
                 raise QuantkitError(f"{WHERE}: {key} {_shown(values[key])} is not supported, only {_shown(allowed[0])}")
         for key, value in self._unknown(values):
-            if NETWORK.search(key) and not _is_nothing(value):
+            if NETWORK.search(key) and not _is_nothing(value) and not _is_plain(key, value):
                 raise QuantkitError(
                     f"{WHERE}: {key} {_shown(value)} is not supported: no {raw.get('model_type', 'such')} model is "
                     "known to have it. If it changes nothing, delete it there"
@@ -201,6 +202,11 @@ def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _is_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Later transformers may say of every layer that it attends to all tokens, as all of ours do."""
+    return key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
 
 
 def _shown(value: Any) -> str:

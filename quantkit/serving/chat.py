@@ -1,7 +1,8 @@
 """Text in, text out: the prompt by the file's chat template, and a conversation."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -22,11 +23,12 @@ def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
 class Conversation:
     """Turns with one model. What the cache holds of earlier turns is not computed again."""
 
-    def __init__(self, weights: GGUFWeights, engine: Engine, how: Sampling):
-        """engine: of these weights; its slot 0 is taken."""
+    def __init__(self, weights: GGUFWeights, engine: Engine, how: Sampling, given: Mapping[str, Any] | None = None):
+        """engine: of these weights; its slot 0 is taken. given: variables of the template, such as `thinking`."""
         self.residency = weights.residency
         self.engine, self.how, self.metadata = engine, how, weights.file.metadata
         self.tokenizer = weights.tokenizer()
+        self.given = dict(given or {})
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""
@@ -35,7 +37,7 @@ class Conversation:
         """A person's turn -> pieces of the answer, and whether each is reasoning. Both turns are kept in `messages`
         once the answer is complete (or left early)."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = apply_template(self.metadata, messages)
+        prompt = apply_template(self.metadata, messages, **self.given)
         begun = opening(prompt)
         answer = [begun] if begun else []
         try:

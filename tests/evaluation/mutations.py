@@ -273,7 +273,17 @@ MUTATIONS: dict[str, tuple[Callable[[Model], Any], str, str]] = {
     ),
     "another pre-tokenizer": (_tokens("pre", "llama-bpe"), "tokenizer", "tokenizer.ggml.pre is 'llama-bpe'"),
     "BOS is another token": (_tokens("bos_token_id", U32(7)), "tokenizer", "bos_token_id is 7, in the original 0"),
-    "no BOS": (_tokens("add_bos_token", False), "tokenizer", "add_bos_token is not true"),
+    "no BOS": (_tokens("add_bos_token", False), "tokenizer", "add_bos_token is False, in the original True"),
+    "lost template": (
+        lambda m: m.metadata.pop("tokenizer.chat_template"),
+        "tokenizer",
+        "tokenizer.chat_template is missing",
+    ),
+    "lost end of turn": (
+        lambda m: m.metadata.pop("tokenizer.ggml.eos_token_id"),
+        "tokenizer",
+        "tokenizer.ggml.eos_token_id is missing or no token",
+    ),
     "token renamed": (
         lambda m: m.metadata["tokenizer.ggml.tokens"].__setitem__(5, "?!"),
         "tokenizer",

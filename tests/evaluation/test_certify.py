@@ -14,6 +14,7 @@ from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt, llama
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import F32, U32
@@ -34,6 +35,13 @@ def test_a_good_file_passes(good, tiny):
     assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
     assert made.files == {good.name: good.stat().st_size}
     json.dumps(made.to_dict(), allow_nan=False)
+
+
+def test_a_template_in_a_file_of_its_own_is_missed_too(good, model_copy):
+    """As transformers 5 saves it; the GGUF was made of the one in tokenizer_config.json."""
+    (model_copy / "chat_template.jinja").write_text("{{ messages }}")
+    found = failures(certify(good, "llama.cpp", Checkpoint.open(model_copy), oracle=False, values=False))
+    assert found["tokenizer"] == "tokenizer.chat_template is not the original one"
 
 
 def test_writing_a_file_again_changes_nothing(good, tmp_path, tiny):

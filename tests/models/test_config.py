@@ -69,6 +69,8 @@ def test_r1_numbers():
         ("index_topk", 2048, "index_topk 2048"),
         ("final_logit_softcapping", 30.0, "final_logit_softcapping 30.0"),
         ("use_qk_norm", True, "use_qk_norm true"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_types"),
+        ("eos_token_id", "1", "eos_token_id '1'"),
         ("is_encoder_decoder", True, "is_encoder_decoder true"),
         ("per_layer_config", {"3": {"hidden_size": 1}}, "per_layer_config"),
     ],
