@@ -12,6 +12,7 @@ import torch
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text
 from quantkit.formats.whole_file import replacing, write_text
 
 WRITE_BYTES = 64 << 20
@@ -23,7 +24,7 @@ class Spill:
     def __init__(self, folder: Path, job: str):
         self.folder, self.job = folder, job
         path = folder / "job"
-        if path.exists() and path.read_text(encoding="utf-8") != job:
+        if path.exists() and read_text(path, "record") != job:
             raise QuantkitError(f"{folder} is the state of another pass; remove it or use --restart")
         if ranks.index() == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from quantkit.calibration.options import Calibration
 from quantkit.encoding.api import choose
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
+from quantkit.formats.byte_source import read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
@@ -206,4 +207,4 @@ def source_revision(folder: Path) -> str | None:
     if folder.resolve().parent.name == "snapshots":
         return folder.resolve().name
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    return note.read_text(encoding="utf-8").split("\n", 1)[0] if note.is_file() else None
+    return read_text(note, "record").split("\n", 1)[0] if note.is_file() else None

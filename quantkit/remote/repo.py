@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import constants, try_to_load_from_cache
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import MOST, FolderSource, Kind
+from quantkit.formats.byte_source import MOST, FolderSource, Kind, read_text, read_whole
 from quantkit.formats.checkpoint import INDEX, SHARD, Checkpoint, Needed, own_shards
 from quantkit.remote.cache import Store, failed, home_of, keep, matches
 from quantkit.remote.client import RangeReader, Repo, model_info, with_retry
@@ -101,7 +101,7 @@ def list_files(repo: Repo, home: Path) -> Listing:
         info = with_retry(partial(model_info, repo), repo, "its listing")
     except QuantkitError:
         if constants.is_offline_mode() and reference.exists():
-            return _load(known / reference.read_text() / "listing.json")
+            return _load(known / read_text(reference, "record") / "listing.json")
         if constants.is_offline_mode() and (found := listing_of_snapshot(repo)):
             return found
         raise
@@ -136,7 +136,7 @@ def listing_of_snapshot(repo: Repo) -> Listing | None:
 
 def _load(path: Path) -> Listing:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads(read_text(path, "record"))
         files = {name: (etag, size) for name, (etag, size) in value["files"].items()}
         return Listing(value["id"], value["commit"], files, value["license"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -153,7 +153,7 @@ def download(repo: Repo, file: str, listing: Listing, store: Store) -> Path:
     if size > MOST[kind]:
         raise QuantkitError(f"{where} has {size:,} bytes; no {kind} file has so many")
     found = try_to_load_from_cache(repo.id, file, revision=repo.commit) if repo.trusted else None
-    if isinstance(found, str) and os.path.getsize(found) == size and matches(Path(found).read_bytes(), etag):
+    if isinstance(found, str) and os.path.getsize(found) == size and matches(read_whole(Path(found), kind), etag):
         return Path(found)
     name = f"small/{etag}"
     if store.find(name, lambda data: len(data) == size and matches(data, etag)) is not None:
@@ -181,8 +181,8 @@ def link(path: Path, target: Path) -> None:
 def indexed(path: Path) -> set[str]:
     """Shards that an index names; a broken index is left to `Checkpoint.open`, which says what is wrong."""
     try:
-        return set(map(str, json.loads(path.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set(map(str, json.loads(read_whole(path, "index"))["weight_map"].values()))
+    except (QuantkitError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
 

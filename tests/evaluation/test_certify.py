@@ -17,7 +17,7 @@ from quantkit.evaluation.oracles import kt, llama
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.formats.gguf_values import F32, U32
+from quantkit.formats.gguf_values import F32, U16, U32
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +164,10 @@ class TestLlamaCpp:
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
-        model.tensors["blk.0.attn_extra.weight"] = next(
-            type(t)("blk.0.attn_extra.weight", t.shape, t.qtype, t.data) for t in model.tensors.values()
-        )
-        path = model.write(tmp_path / "extra.gguf")
+        model.metadata["deepseek2.context_length"] = U16(4096)
+        path = model.write(tmp_path / "u16.gguf")
         found = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
-        assert found.status == "fail" and "wrong number of tensors" in found.detail
+        assert found.status == "fail" and "wrong type u16" in found.detail
 
 
 @pytest.mark.large

@@ -1,6 +1,7 @@
 """Whatever is read whole is a regular file of a size that its kind has: nothing hangs, nothing fills the memory."""
 
 import os
+import re
 import shutil
 import socket
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import quantkit
 from quantkit import bundle
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
@@ -107,3 +109,26 @@ def test_a_file_as_large_as_it_may_be_is_read(tmp_path, monkeypatch):
     path.write_bytes(b"\xff")
     with pytest.raises(QuantkitError, match="not UTF-8"):
         corpus.load([str(path)])
+
+
+UNGUARDED = re.compile(r"\.read_bytes\(\)|\.read_text\(|\bfrom_file\(|\bopen\([^)]*\"rb?\"")
+OWN = {  # reads only what this process, its package or the kernel wrote
+    "formats/ledger.py",
+    "formats/gradients.py",
+    "formats/part_file.py",
+    "calibration/corpus.py",
+    "calibration/spill.py",
+    "calibration/state.py",
+    "evaluation/oracles/llama.py",
+    "job/publish/card.py",
+    "job/recovery.py",
+    "machine.py",
+    "remote/cache.py",
+    "runtime/room.py",
+}
+
+
+def test_nothing_else_opens_files_by_itself():
+    package = Path(quantkit.__file__).parent
+    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if UNGUARDED.search(path.read_text())}
+    assert not found - OWN, f"read these by byte_source.read_whole or read_text: {sorted(found - OWN)}"
