@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 from rich.console import Console
@@ -52,3 +53,9 @@ def be_quiet() -> None:
 def say(text: str) -> None:
     """A line for the person who watches: what was decided, what to beware of."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """`say`, unless this process has said it: what is read more than once."""
+    say(text)

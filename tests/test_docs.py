@@ -1,7 +1,10 @@
 """The pages say what is true of the code: commands, options, paths, names and extras that they mention are there."""
 
 import ast
+import os
+import platform
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -163,3 +166,17 @@ def test_tests_that_are_named_exist(page):
 
 def test_the_front_page_is_short():
     assert len(text_of(ROOT / "README.md").split()) <= MOST_WORDS
+
+
+def test_what_is_claimed_is_what_ci_runs():
+    """Python's versions in pyproject.toml, in CONTRIBUTING.md and here; all others are named as untested."""
+    project = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]
+    claimed = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r"Python :: \d\.\d", c)]
+    rows = re.findall(r"^\| (\w+) \| ([^|]*) \|.*\|$", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    tested = dict(rows)
+    assert claimed == [tested["Python"]] and f"Python {claimed[0]}," in text_of(ROOT / "README.md")
+    torch = next(each for each in project["dependencies"] if each.startswith("torch"))
+    assert torch in tested["torch"]
+    if "CI" in os.environ:
+        assert f"{sys.version_info.major}.{sys.version_info.minor}" in claimed
+        assert platform.machine() in ("x86_64", "AMD64") and "x86-64" in tested["processor"]

@@ -15,7 +15,8 @@ of a layer. What is left of a layer is a file of `formats.gradients`:
 In memory, where the weights are: one layer's weights and the next one's being read, H_O of a layer (0.5 GB in R1) and
 tiles, 9 GB in R1 by the estimate; and for each token the hidden state, the input of the feed-forward, and two float32
 vectors a sample, 0.24 MB in R1 for 3 samples: there too, or in RAM or on disk, as there is room. So R1's peak is 13 GB
-for 16,384 tokens and 25 GB for 65,536. Attention holds the scores of ATTENTION_TOKENS, so chunks are to be short.
+for 16,384 tokens and 25 GB for 65,536. Several ranks share the routed experts, and hand each other what comes back
+through one; each has a copy of all the rest. Attention holds the scores of ATTENTION_TOKENS, so chunks are to be short.
 """
 
 import hashlib
@@ -48,6 +49,7 @@ from quantkit.sizes import gb
 
 MOST_OUTPUTS = 8192
 TOKENS = 16384
+MOST_SHARE = 8
 FORMAT = 2  # of the files: another number, another job
 
 
@@ -167,7 +169,10 @@ def memory(source: Source, n_sample: int, t: int) -> Memory:
     experts = 4 * backward.EXPERT_TOKENS * n_sample * (3 * c.d + 6 * c.n_ff_exp)
     head = c.n_vocab * c.d * size + 4 * 4 * HEAD_ELEMENTS
     h_o = max(sum(4 * n * n for n in outputs(c, layer).values()) for layer in (0, c.n_layer - 1))
-    return Memory(max(attention, experts, head) + h_o, 4 * n_sample * c.n_used, 8 * n_sample * c.d)
+    handed = 0  # among ranks: all of an expert, of up to MOST_SHARE times as many tokens as the mean
+    if ranks.count() > 1 and c.n_moe:
+        handed = MOST_SHARE * 4 * n_sample * c.d * c.n_used // c.n_expert
+    return Memory(max(attention, experts, head) + h_o, 4 * n_sample * c.n_used + handed, 8 * n_sample * c.d)
 
 
 def disk(c: ModelConfig, rows: Rows, hidden: torch.dtype) -> tuple[int, int]:

@@ -29,6 +29,11 @@ class Candidates:
 
 
 DEFAULT = Candidates()
+FINE = ("Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+EVERY = Candidates(
+    ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", *(name for name in FINE if name not in ("IQ4_NL", "Q8_0"))), FINE
+)
+"""All that a plan chooses among: to a type that was not tried the planner would give ggml's error."""
 
 
 def linear_of(weight: torch.Tensor) -> Linear:
@@ -69,11 +74,9 @@ Output = tuple[tuple[torch.Tensor, Linear], torch.Tensor]
 def divergence(source: Source, clean: Output, other: Output, first: int | None = None) -> tuple[float, float]:
     """Of the other's next-token distribution from the clean one's: nats a token, and its standard error. first:
     position in each chunk from which on (default: its second half)."""
-    parts = []
+    parts, begin = [], clean[1].shape[1] // 2 if first is None else first
     tiles = [
-        head_tiles(
-            source, head, hidden[:, hidden.shape[1] // 2 if first is None else first : -1].reshape(-1, source.config.d)
-        )
+        head_tiles(source, head, hidden[:, begin:-1].reshape(-1, source.config.d).to(source.device))
         for head, hidden in (clean, other)
     ]
     for p, q in zip(*tiles, strict=True):

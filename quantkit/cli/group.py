@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from quantkit import __version__, machine, progress, ranks
+from quantkit.cli import streams
 from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory
 
@@ -19,17 +20,25 @@ TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do tog
 class Commands(click.Group):
     """A QuantkitError is one line on stderr and exit code 1; Ctrl-C says that the work can go on."""
 
+    def main(self, *args: Any, **rest: Any) -> Any:
+        """The whole program."""
+        streams.make_usable()
+        return super().main(*args, **rest)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; ends the process with exit code 1 if it fails."""
         signal.signal(signal.SIGTERM, _stop)
         try:
             done = super().invoke(ctx)
             ranks.leave()
+            streams.flush()
             return done
         except QuantkitError as error:
             _complain(str(error))
         except KeyboardInterrupt:
             _complain("interrupted; run the same command again to go on")
+        except BrokenPipeError:  # whoever read our output has seen enough; click ends without a word
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _complain(f"{where}{error.strerror or error}")

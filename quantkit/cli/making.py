@@ -114,7 +114,7 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 
     routed = tuple(types.split(",")) if types else DEFAULT.routed
     others = tuple(other_types.split(",")) if other_types else DEFAULT.others
-    return SensitivityOptions(types=Candidates(routed, others), **rest)
+    return SensitivityOptions(types=Candidates(routed, others) if types or other_types else None, **rest)
 
 
 @click.command()
@@ -146,8 +146,18 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
             help="Stream-tokens: tokens x forks carried through the layers. Too few for all forks: a cheaper "
             "estimate, by layer.",
         ),
-        click.option("--types", default=None, metavar="A,B", help="Types to try on routed experts."),
-        click.option("--other-types", default=None, metavar="A,B", help="Types to try on all other tensors."),
+        click.option(
+            "--types",
+            default=None,
+            metavar="A,B",
+            help="Types to try on routed experts. Default: five; all with --gradients.",
+        ),
+        click.option(
+            "--other-types",
+            default=None,
+            metavar="A,B",
+            help="Types to try on all other tensors. Default: four, or all.",
+        ),
     ),
     "how",
     _sensitivity_options,
@@ -156,7 +166,7 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass.
 
-    `plan` and `make --sensitivity` go by it."""
+    `plan --sensitivity` goes by it."""
     from quantkit.job import stages
     from quantkit.job.folder import SENSITIVITY
     from quantkit.machine import chosen_device

@@ -1,6 +1,7 @@
 """Options that several commands share, what their values mean, and how they are handed on: as one noun each."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,19 @@ if TYPE_CHECKING:
     from quantkit.calibration.options import Calibration
     from quantkit.planning.budget import BudgetOptions
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-OUT = click.Path(dir_okay=False, path_type=Path)
-OUT_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+class Place(click.Path):
+    """A path in which ~ is the home folder: shells leave it alone in --output=~/x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click.Path."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+FILE = Place(exists=True, dir_okay=False, path_type=Path)
+FOLDER = Place(exists=True, file_okay=False, path_type=Path)
+OUT = Place(dir_okay=False, path_type=Path)
+OUT_FOLDER = Place(file_okay=False, path_type=Path)
 LONGEST_CONTEXT = 10**8
 
 Command = Callable[..., Any]
@@ -179,13 +189,13 @@ def _budget(
 
 
 def _types(recipe: str | None, target: str | None, budget: "BudgetOptions") -> Types:
-    return Types(recipe, target, budget)
+    return Types(os.path.expanduser(recipe) if recipe else recipe, target, budget)
 
 
 def _text(data: tuple[str, ...], tokens: int | None) -> "TextChoice":
     from quantkit.calibration.corpus import TextChoice
 
-    return TextChoice(data, n_tokens=tokens)
+    return TextChoice(tuple(map(os.path.expanduser, data)), n_tokens=tokens)
 
 
 def _evaluation(eval_data: tuple[str, ...], eval_tokens: int) -> "TextChoice":

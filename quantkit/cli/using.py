@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.console import Console
 
-from quantkit.cli import options
+from quantkit.cli import options, streams
 from quantkit.cli.options import FILE, FOLDER, OUT, Placement, Shared
 from quantkit.errors import QuantkitError, needs
 
@@ -131,7 +131,7 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
 @click.command("export-kt")
 @click.argument("file", type=FILE)
 @click.option(
-    "--output", "-o", default=None, type=click.Path(path_type=Path), help="Folder. Default: NAME-kt beside it."
+    "--output", "-o", default=None, type=options.Place(path_type=Path), help="Folder. Default: NAME-kt beside it."
 )
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
 @click.option(
@@ -164,6 +164,10 @@ def report(folder: Path) -> None:
     click.echo("\n".join(map(str, write_report(folder))))
 
 
+def _text(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else streams.text_of(value, "--prompt")
+
+
 def _sampling(**given: Any) -> "Sampling":
     """given: fields of Sampling, by their names."""
     from quantkit.runtime.generate import Sampling
@@ -173,7 +177,9 @@ def _sampling(**given: Any) -> "Sampling":
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("-p", "--prompt", default=None, help="Continue this text; without it: a chat on the terminal.")
+@click.option(
+    "-p", "--prompt", default=None, callback=_text, help="Continue this text; without it: a chat on the terminal."
+)
 @click.option("--chat", is_flag=True, help="Put the prompt through the file's chat template.")
 @click.option("-n", "--n-tokens", default=None, type=click.IntRange(1), help="Default: 128; in a chat, the context.")
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
@@ -245,7 +251,7 @@ def chat_on_terminal(talk: "Conversation", n_tokens: int) -> None:
             talk.messages = []
         elif line.strip():
             try:
-                show_answer(talk.ask(line.strip(), n_tokens))
+                show_answer(talk.ask(streams.text_of(line.strip(), "stdin"), n_tokens))
                 click.echo(click.style(talk.speed, dim=True), err=True)
             except KeyboardInterrupt:
                 click.echo("\n(stopped)", err=True)

@@ -30,13 +30,14 @@ from quantkit.calibration.variants import Candidates, divergence, entry, replace
 from quantkit.encoding.api import SUPPORTED, nearest
 from quantkit.encoding.hessian import Factor, Hessian, blend, prepare, second_moment
 from quantkit.encoding.moments import SAME_INPUT, Moments
+from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import StreamGradients, path_of, tokens_in
 from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.progress import say
 from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm
-from quantkit.runtime.memory import Limits, room_for
+from quantkit.runtime.memory import Limits, Memory, room_for
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import ATTENTION_TOKENS, Step, stream
@@ -45,6 +46,7 @@ from quantkit.tensors import ROUTED_ROLES, TensorSpec
 
 SAMPLED = 8  # routed experts of a layer
 NOISE = 1e-3  # its energy over that of the stream
+GRADIENT_BYTES = 48  # for each number of the stream that is compared: three gradients, their products, both states
 NOISY_TOKENS = 1 << 18  # of all noisy copies together, if there are chunks for them
 
 Scores = dict[tuple[str, str, int], list[float]]
@@ -66,7 +68,7 @@ class Text:
         """tokens: calibration text; what the gradients in the folder are of is taken out of it."""
         compared = tokens_in(folder)
         if compared.shape[1] != tokens.shape[1]:
-            tokens = tokens[:0, : compared.shape[1]]
+            tokens = compared[:0]
         known = {tuple(row) for row in compared.tolist()}
         keep = [i for i, row in enumerate(tokens.tolist()) if tuple(row) not in known]
         places = n_layer + 1
@@ -122,7 +124,9 @@ class Estimate:
             if qtype in SUPPORTED and known is not None:
                 yield qtype, nearest(qtype, weights, known)
             else:
-                each = [None] * len(weights) if known is None else known.h.diagonal(dim1=-2, dim2=-1)
+                each: list[torch.Tensor | None] = [None] * len(weights)
+                if known is not None:
+                    each = list(known.h.diagonal(dim1=-2, dim2=-1) if known.coupled else known.weights)
                 yield qtype, torch.stack([_by_ggml(qtype, w, h) for w, h in zip(weights, each, strict=True)])
 
     def layer(self, step: Step) -> None:
@@ -218,6 +222,8 @@ class LayerEstimate(Watcher):
     def __init__(self, run: Estimate, layer: int):
         self.run, self.layer = run, layer
         self.gradients = StreamGradients.load(path_of(run.folder, layer))
+        if self.gradients.after.shape[1:] != (run.text.compared.numel(), run.source.config.d):
+            raise QuantkitError(f"{path_of(run.folder, layer)}: gradients of another model, or of other layers' text")
         self.own = self._share()
         self.needed = {SAME_INPUT.get(spec.role, spec.role) for spec in self.own}
         self.moments: dict[str, Moments] = {}
@@ -365,7 +371,8 @@ def estimate(
     if not len(text.fitted):
         say("warning: types are judged by the tokens that they were fitted to; take more --tokens than gradients have")
     run, last = Estimate(source, folder, text, types), None
-    room = room_for(source, text.all.numel(), Limits(memory, None, folder))
+    more = Memory(GRADIENT_BYTES * text.compared.numel() * source.config.d, 0, 0)
+    room = room_for(source, text.all.numel(), Limits(memory, None, folder), more)
     for step in stream(source, text.all, room=room, turns=turns_of(source.config.n_expert)):
         run.layer(step)
         last = step.hidden

@@ -46,7 +46,7 @@ class Output:
 
     fingerprint: named digests of what the bytes depend on; what another run left is resumed only under the same.
     metadata: keys besides those of model and plan. restart: throw away what another run left. overwrite: replace a
-    finished file of that name, once the new one is complete.
+    finished file of that name, once the new one is complete. keep_ledger: as in `GGUFWriter.open`.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Output:
     split_max_bytes: int | None = None
     restart: bool = False
     overwrite: bool = False
+    keep_ledger: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWrite
         split_max_bytes=output.split_max_bytes,
         restart=output.restart,
         overwrite=output.overwrite,
+        keep_ledger=output.keep_ledger,
     )
 
 

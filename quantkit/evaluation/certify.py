@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluation import oracle_checks, structure, vocabulary
+from quantkit.evaluation import configuration, oracle_checks, structure, vocabulary
 from quantkit.evaluation.certificate import Certificate, Check
 from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
@@ -56,6 +56,8 @@ def certify(
         made.checks.append(Check("oracle", "skip", "not asked for"))
     else:
         made.checks += _by_running(path, file, target, device)
+    if reference is not None and oracle:
+        made.checks.append(_independently(reference))
     return made
 
 
@@ -70,6 +72,9 @@ def _by_rule(
     compared = f"as in {where}" if known else "consistent; not compared with the original (--reference)"
     yield _check("metadata", structure.metadata(file, known), compared)
     yield _check("tensors", structure.tensors(file, known), "names, shapes and fixed types")
+    config = known or structure.own_config(file)
+    for caveat in targets.caveats(target, config) if config else ():
+        yield Check("target", "warn", caveat)
     yield _check("types", structure.types(file, target), f"{target} computes all of them, by its table")
     folder = vocabulary.folder_of(reference)
     compared = "consistent" if folder is None else "the original's vocabulary, merges and ids"
@@ -94,6 +99,14 @@ def _by_running(path: Path, file: GGUFFile, target: str, device: str) -> list[Ch
         return list(oracle_checks.run(path, file, target, device))
     except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
         return [Check("oracle", "fail", f"{type(error).__name__}: {error}")]
+
+
+def _independently(reference: TensorTable) -> Check:
+    """Whether others read the original's configuration as we do."""
+    try:
+        return configuration.check(reference.config)
+    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
+        return Check(configuration.NAME, "fail", f"{type(error).__name__}: {error}")
 
 
 def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:

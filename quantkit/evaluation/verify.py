@@ -42,7 +42,13 @@ def sizes(file: GGUFFile) -> dict[str, Any]:
 def check_same_model(source: Source, reference: Source) -> None:
     """Both must be the same architecture in every number that decides what a layer computes."""
     ours, theirs = vars(source.config), vars(reference.config)
-    for key in ("has_bias", "tied", "bos", "eos"):  # a tied head is written once; GGUF derives the others elsewhere
+    for key in (
+        "has_bias",
+        "tied",
+        "bos",
+        "eos",
+        "more_ends",
+    ):  # a tied head is written once; GGUF derives the others elsewhere
         ours, theirs = ({k: v for k, v in d.items() if k != key} for d in (ours, theirs))
     for key, value in theirs.items():
         close = isinstance(value, float) and abs(ours[key] - value) <= 1e-6 * abs(value)

@@ -7,7 +7,8 @@ from typing import Any
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_metadata, tokenizer_of_gguf
+from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",
@@ -25,9 +26,9 @@ def folder_of(reference: TensorTable | None) -> Path | None:
 def tokenizer(file: GGUFFile, folder: Path | None) -> Iterator[str]:
     """A tokenizer that cuts text as the original's does. Yields what is wrong; folder: of the original, if known."""
     meta: Mapping[str, Any] = file.metadata
-    for key, want in (("model", "gpt2"), ("pre", "deepseek-v3")):
-        if (have := meta.get(f"tokenizer.ggml.{key}")) != want:
-            yield f"tokenizer.ggml.{key} is {have!r}, must be {want!r}: text would be cut wrongly"
+    for key, allowed in (("model", ["gpt2"]), ("pre", list(family.PRE))):
+        if (have := meta.get(f"tokenizer.ggml.{key}")) not in allowed:
+            yield f"tokenizer.ggml.{key} is {have!r}, must be {' or '.join(allowed)}: text would be cut wrongly"
     tokens, kinds, merges = (meta.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
     if not (isinstance(tokens, list) and isinstance(kinds, list) and isinstance(merges, list)):
         yield "tokenizer.ggml.tokens, token_type or merges is missing"
@@ -41,7 +42,7 @@ def tokenizer(file: GGUFFile, folder: Path | None) -> Iterator[str]:
     for key in ("bos", "eos"):
         if not 0 <= meta.get(f"tokenizer.ggml.{key}_token_id", -1) < len(tokens):
             yield f"tokenizer.ggml.{key}_token_id is missing or no token"
-    if not meta.get("tokenizer.ggml.add_bos_token", False):
+    if folder is None and not meta.get("tokenizer.ggml.add_bos_token", False):
         yield "tokenizer.ggml.add_bos_token is not true: DeepSeek's models start every text with BOS"
     if folder is not None:
         yield from _like_original(meta, folder, len(tokens))
@@ -73,9 +74,9 @@ def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Itera
             elif have != want:
                 i = next(i for i, (a, b) in enumerate(zip(have, want, strict=True)) if a != b)
                 yield f"{key}[{i}] is {have[i]!r}, in the original {want[i]!r}"
-        elif key.endswith("_token_id") and have != want and not (key.startswith("tokenizer.ggml.padding")):
+        elif key.startswith("tokenizer.ggml.") and have != want and not key.startswith("tokenizer.ggml.padding"):
             yield f"{key} is {have}, in the original {want}"
-        elif key == "tokenizer.chat_template" and have != want:
+        elif key.startswith("tokenizer.chat_template") and have != want:
             yield f"{key} {'is missing' if have is None else 'is not the original one'}"
     ours, theirs = _or_none(lambda: tokenizer_of_gguf(meta, family.PRE)), read_tokenizer(folder)
     for text in SAMPLES if ours else ():

@@ -1,8 +1,9 @@
 """Safetensors checkpoints: index and headers are checked at `open`, weights are read one slice at a time."""
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,11 +12,18 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import ByteSource, FolderSource
 from quantkit.formats.fp8 import dequantize, scale_rows
+from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable, read_text_file
+from quantkit.progress import say_once
 
-INDEX = "model.safetensors.index.json"
+INDEX, SHARD = "model.safetensors.index.json", ".safetensors"
+OTHERS = ("consolidated", "adapter")  # a model's own layout beside Hugging Face's; LoRA
+NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+PREFIX = 64  # bytes of a shard that tell what it is
+Needed = Callable[[Mapping[str, Any]], Collection[str]]
+"""config.json -> names of the tensors that will be read."""
 TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -45,11 +53,12 @@ class Checkpoint(TensorTable):
         self.origin: dict[str, str] | None = None
 
     @classmethod
-    def open(cls, folder: Path | str, source: ByteSource | None = None) -> Self:
+    def open(cls, folder: Path | str, source: ByteSource | None = None, needed: Needed | None = None) -> Self:
         """Read `config.json`, the index and all shard headers; no weights.
 
-        Without an index, all `*.safetensors` of the folder are taken. QuantkitError, naming file and tensor, for a
-        missing or truncated shard, a bad header, or an index that disagrees with the headers.
+        Without an index `model*.safetensors` are taken (see `own_shards`). QuantkitError, naming file and tensor, for a
+        missing or truncated shard, a bad header, or an index that disagrees with the headers. needed: names of the
+        tensors that will be read; what is wrong with others is said in a line then, and no error.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -58,10 +67,16 @@ class Checkpoint(TensorTable):
         config = load_object(config_text, str(folder / CONFIG))
         source = source or FolderSource(folder)
         try:
-            weight_map = _weight_map(folder, source)
-            shards = sorted(set(weight_map.values())) if weight_map else _scan(folder, source)
+            index = Index.read(folder, source, needed(config) if needed else None)
+            shards = sorted(set(index.weight_map.values())) if index else own_shards(source.names(), str(folder))
             headers, digest = _read_headers(folder, source, shards, config_text)
-            tensors = _merge(folder, headers, weight_map)
+            tensors = _merge(folder, headers)
+            if how := packed(tensors, config):
+                raise QuantkitError(
+                    f"{folder}: {how}; quantkit starts from the original weights (BF16, F16, F32 or FP8 in blocks)"
+                )
+            if index:
+                index.check(tensors)
             return cls(folder, config, tensors, source, digest)
         except BaseException:
             source.close()
@@ -137,30 +152,74 @@ class Checkpoint(TensorTable):
         return buffer.view(TORCH_DTYPE[entry.dtype]).view((stop - start, *entry.shape[1:]) if entry.shape else ())
 
 
-def _weight_map(folder: Path, source: ByteSource) -> dict[str, str] | None:
-    """Tensor -> shard from the index; None if the folder has no index."""
-    names = set(source.names())
-    if INDEX not in names:
-        return None
-    where = str(folder / INDEX)
-    index = load_json(read_text_file(folder / INDEX), where)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise QuantkitError(f"{where}: no weight_map")
-    shards = Counter(check_shard_name(shard, where) for shard in weight_map.values())
-    missing = sorted(set(shards) - names)
-    if missing:
-        tensor = next(name for name, shard in weight_map.items() if shard == missing[0])
-        others = f" ({len(missing)} of {len(shards)} shards are missing)" if len(missing) > 1 else ""
-        raise QuantkitError(f"{folder / missing[0]}: no such file; the index places tensor {tensor!r} there{others}")
-    return weight_map
+class Index:
+    """model.safetensors.index.json. weight_map: tensor -> shard, but for the tensors of shards that are not there and
+    that nobody needs. needed: None if all are."""
+
+    def __init__(self, folder: Path, weight_map: dict[str, str], needed: Collection[str] | None) -> None:
+        self.folder, self.weight_map, self.needed = folder, weight_map, needed
+
+    @classmethod
+    def read(cls, folder: Path, source: ByteSource, needed: Collection[str] | None) -> Self | None:
+        """None if the folder has no index. QuantkitError if a shard with needed tensors is missing."""
+        names = set(source.names())
+        if INDEX not in names:
+            return None
+        where = str(folder / INDEX)
+        index = load_json(read_text_file(folder / INDEX), where)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise QuantkitError(f"{where}: no weight_map")
+        shards = Counter(check_shard_name(shard, where) for shard in weight_map.values())
+        self = cls(folder, weight_map, needed)
+        missing = sorted(set(shards) - names)
+        for name, shard in weight_map.items() if missing else ():
+            if shard not in names and self._is_needed(name):
+                others = f" ({len(missing)} of {len(shards)} shards are missing)" if len(missing) > 1 else ""
+                raise QuantkitError(f"{folder / shard}: no such file; the index places tensor {name!r} there{others}")
+        if missing:
+            say_once(f"warning: {folder / missing[0]}: no such file; nothing in it is needed")
+            self.weight_map = {name: shard for name, shard in weight_map.items() if shard in names}
+        return self
+
+    def check(self, tensors: Mapping[str, TensorEntry]) -> None:
+        """QuantkitError if a needed tensor lies elsewhere than the index says, or nowhere."""
+        for name, shard in self.weight_map.items():
+            if name not in tensors:
+                self._wrong(name, f"{self.folder / shard}: tensor {name!r} is missing; {INDEX} places it there")
+            elif tensors[name].file != shard:
+                self._wrong(name, f"{self.folder / shard}: tensor {name!r} is missing; it lies in {tensors[name].file}")
+        for name in tensors.keys() - self.weight_map.keys():
+            self._wrong(name, f"{self.folder / str(tensors[name].file)}: tensor {name!r} is not in {INDEX}")
+
+    def _wrong(self, name: str, line: str) -> None:
+        if self._is_needed(name):
+            raise QuantkitError(line)
+        say_once(f"warning: {line}; it is not needed")
+
+    def _is_needed(self, name: str) -> bool:
+        return self.needed is None or name.removesuffix(SCALE_SUFFIX) in self.needed
 
 
-def _scan(folder: Path, source: ByteSource) -> list[str]:
-    shards = [name for name in source.names() if name.endswith(".safetensors")]
-    if not shards:
-        raise QuantkitError(f"{folder}: no {INDEX} and no *.safetensors here")
-    return shards
+def own_shards(names: Iterable[str], where: str) -> list[str]:
+    """The model's files among these where there is no index: `model*.safetensors` if there are any, else all but those
+    of other layouts. QuantkitError if a numbered one is missing."""
+    found = sorted(name for name in names if name.endswith(SHARD) and "/" not in name)
+    own = [name for name in found if name.startswith("model")] or [n for n in found if not n.startswith(OTHERS)]
+    if not own:
+        adapter = any(name.startswith("adapter") for name in found)
+        what = "merge the adapter into its base model first" if adapter else "not in Hugging Face's layout"
+        raise QuantkitError(
+            f"{where}: only {found[0]} here; {what}" if found else f"{where}: no {INDEX} and no *{SHARD} here"
+        )
+    numbered = [match for match in map(NUMBERED.fullmatch, own) if match]
+    for match in numbered[:1]:
+        whole = [f"{match[1]}-{i:0{len(match[2])}d}-of-{match[3]}{SHARD}" for i in range(1, int(match[3]) + 1)]
+        if absent := [name for name in whole if name not in own]:
+            raise QuantkitError(f"{where}: {len(absent)} of {len(whole)} shards are missing, first {absent[0]}")
+    if left := [name for name in found if name not in own]:
+        say_once(f"{where}: {', '.join(left)} left aside: not of the model in {own[0]}")
+    return own
 
 
 def _read_headers(
@@ -170,7 +229,7 @@ def _read_headers(
     headers, digest = {}, hashlib.sha256(config_text)
     for shard in shards:
         size, where = source.size(shard), str(folder / shard)
-        prefix = source.read(shard, 0, min(8, size), "the header length").numpy().tobytes()
+        prefix = source.read(shard, 0, min(PREFIX, size), "the header length").numpy().tobytes()
         header = source.read(shard, 8, header_length(prefix, size, where), "the header").numpy().tobytes()
         digest.update(f"\0{shard}\0{size}\0{len(header)}\0".encode())
         digest.update(header)
@@ -178,22 +237,12 @@ def _read_headers(
     return headers, digest.hexdigest()
 
 
-def _merge(
-    folder: Path, headers: Mapping[str, Mapping[str, TensorEntry]], weight_map: Mapping[str, str] | None
-) -> dict[str, TensorEntry]:
-    """All shards' entries in one table, checked against the index."""
+def _merge(folder: Path, headers: Mapping[str, Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
+    """All shards' entries in one table."""
     tensors: dict[str, TensorEntry] = {}
     for shard, entries in headers.items():
         for name, entry in entries.items():
             if name in tensors:
                 raise QuantkitError(f"{folder / shard}: tensor {name!r} is also in {tensors[name].file}")
             tensors[name] = entry
-    for name, shard in (weight_map or {}).items():
-        if name not in tensors:
-            raise QuantkitError(f"{folder / shard}: tensor {name!r} is missing; {INDEX} places it there")
-        if tensors[name].file != shard:
-            raise QuantkitError(f"{folder / shard}: tensor {name!r} is missing; it lies in {tensors[name].file}")
-    if weight_map is not None and len(tensors) != len(weight_map):
-        name = next(name for name in tensors if name not in weight_map)
-        raise QuantkitError(f"{folder / str(tensors[name].file)}: tensor {name!r} is not in {INDEX}")
     return tensors

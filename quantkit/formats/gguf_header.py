@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import ALIGNMENT, pad
+from quantkit.formats.mistaken import kind_of
 from quantkit.tensors import split_name
 
 MetaScalar = bool | int | float | str
@@ -129,7 +130,8 @@ class _Cursor:
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:
     if len(cursor.data) < 24 or cursor.data[:4] != b"GGUF":
-        raise cursor.error("not a GGUF file (bad magic or too short)")
+        kind = kind_of(bytes(cursor.data[:64]))
+        raise cursor.error(f"is {kind}" if kind else "not a GGUF file (bad magic or too short)")
     cursor.need(4)
     version = cursor.number("<I")
     if version not in (2, 3):

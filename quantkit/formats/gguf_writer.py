@@ -16,9 +16,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import TensorInfo
 from quantkit.formats.gguf_layout import digest, layout
 from quantkit.formats.gguf_values import Value
-from quantkit.formats.ledger import Coverage, Ledger, Record, Slice, ledger_path, ledger_paths, slice_of
+from quantkit.formats.ledger import Coverage, Ledger, Record, Slice, ledger_path, slice_of
 from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
-from quantkit.formats.resume import all_written, existing_files, fresh_parts, intact, old_parts, resumable
+from quantkit.formats.resume import all_written, existing_files, forget, fresh_parts, intact, old_parts, resumable
 
 SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
 SYNC_SECONDS = 10.0  # ... or this much time
@@ -34,7 +34,7 @@ class GGUFWriter:
 
     Several ranks open the same model together, and each writes what it likes; `meet` tells each what the others wrote.
 
-    files: the final paths. n_bytes: of all files together.
+    files: the final paths. n_bytes: of all files together. keeps_ledger: whether it stays beside the finished files.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class GGUFWriter:
         ledger: Ledger,
         finished: Iterable[Slice],
     ) -> None:
+        self.keeps_ledger = False
         self.path, self.files = path, [item.path for item in layouts]
         self.n_bytes = sum(item.size for item in layouts)
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -69,12 +70,14 @@ class GGUFWriter:
         split_max_bytes: int | None = None,
         restart: bool = False,
         overwrite: bool = False,
+        keep_ledger: bool = False,
     ) -> Self:
         """Begin `path`, or resume it if an interrupted run left its parts and ledger.
 
         tensors: in file order. fingerprint: named digests of what the bytes depend on (checkpoint, imatrix, plan):
         resuming under another one is a QuantkitError that names the difference, unless `restart` throws the old parts
         away. A finished model of that name is replaced only with `overwrite`, and only once the new one is complete.
+        keep_ledger: leave the ledger beside the finished files, for a caller that `forget`s it later.
         QuantkitError too if the folder has no room, or another process writes there.
         """
         path = Path(path)
@@ -104,7 +107,9 @@ class GGUFWriter:
             raise
         slices = [slice_of(record) for record in finished or []]
         ranks.agree(lambda: (slices, complete))
-        return cls(path, tensors, layouts, parts, ledger, slices)
+        writer = cls(path, tensors, layouts, parts, ledger, slices)
+        writer.keeps_ledger = keep_ledger
+        return writer
 
     @staticmethod
     def _follow(
@@ -213,9 +218,8 @@ class GGUFWriter:
         for stale in set(existing_files(self.path)) - set(self.files):  # splits of what it replaces
             stale.unlink()
         sync_folder(self.path.parent)
-        self._ledger.remove()  # the first: without it the others count for nothing
-        for other in ledger_paths(self.path):
-            other.unlink(missing_ok=True)
+        if not self.keeps_ledger:
+            forget(self.path)
 
     def _keep(self) -> None:
         """Save what can be saved for the next run; the error that ended this one is the one to report."""

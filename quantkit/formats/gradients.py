@@ -3,7 +3,8 @@
 H_O = Σ mean(x²) g gᵀ over tokens, with g the gradient of the loss at a matrix's output and x its input (YAQA, arXiv
 2505.22988, sketch B's weighting). Of routed experts, whose H_O would be terabytes in R1, the rows √mean(x²) · g stand
 instead: H_O = GᵀG. Those of down are the gradients of the layer's output, each times a number, so these are stored once
-and not for each of a token's experts.
+and not for each of a token's experts. They are gradients at the residual stream after the layer, too; those after
+attention stand beside them.
 """
 
 import hashlib

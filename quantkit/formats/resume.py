@@ -1,5 +1,6 @@
 """What an interrupted run left behind: whether it can be continued, and with which files."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -144,6 +145,22 @@ def discard(path: Path) -> None:
                 each.remove()
     finally:
         ledger.close()
+
+
+def begun(path: Path) -> Mapping[str, str]:
+    """The identity of the run that the model's ledger is of; empty if there is none, or it cannot be read."""
+    try:
+        with open(ledger_path(path), "rb") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def forget(path: Path) -> None:
+    """The ledgers of a model that is complete, if they were kept."""
+    for ledger in (ledger_path(path), *ledger_paths(path)):
+        ledger.unlink(missing_ok=True)
 
 
 def _remove_parts(path: Path) -> None:

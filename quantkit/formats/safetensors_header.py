@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.mistaken import kind_of
 from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
@@ -15,10 +16,13 @@ MAX_DIMENSION = 1 << 48  # above any real tensor; keeps products of hostile shap
 
 
 def header_length(prefix: bytes, file_size: int, file: str) -> int:
-    """Length of the JSON from a shard's first 8 bytes; QuantkitError if the shard cannot hold it."""
+    """Length of the JSON from a shard's first bytes, 8 or more; QuantkitError if the shard cannot hold it."""
     if len(prefix) < 8:
         raise QuantkitError(f"{file}: truncated: {file_size} bytes are too few for a safetensors file")
-    length = int.from_bytes(prefix, "little")
+    begins_right = prefix[4:8] == b"\0\0\0\0" and prefix[8:9] in (b"{", b"")  # a length may look like any magic
+    if not begins_right and (kind := kind_of(prefix)):
+        raise QuantkitError(f"{file}: is {kind}")
+    length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise QuantkitError(f"{file}: not a safetensors file (header of {length} bytes claimed)")
     if 8 + length > file_size:
@@ -83,6 +87,8 @@ def load_json(text: bytes | str, where: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
+        if kind := kind_of(text if isinstance(text, bytes) else text[:64].encode(errors="replace")):
+            raise QuantkitError(f"{where}: is {kind}") from None
         raise QuantkitError(f"{where}: not valid JSON ({error})") from None
 
 

@@ -1,5 +1,7 @@
 """What every model source offers before a weight is read: a config, a table of tensors, and the checks on them."""
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +30,12 @@ class TensorTable(ABC):
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
         self.path, self.config, self.tensors = path, config, tensors
         self.block = _block_size(config, path)
+
+    @property
+    def name(self) -> str:
+        """What files made of it are called: its folder's name, also where that was given as `.`, or the repository's
+        of a snapshot in Hugging Face's cache."""
+        return model_name(self.path)
 
     @abstractmethod
     def read(
@@ -99,6 +107,13 @@ class TensorTable(ABC):
                 self.require(name, shape)
             except QuantkitError as error:
                 yield str(error)
+
+
+def model_name(folder: Path) -> str:
+    """A folder's name that a person would know it by; `model` where there is none."""
+    folder = Path(os.path.abspath(folder))
+    in_cache = re.search(r"/models--(?:[^/]*?--)?([^/]+)/snapshots/[^/]+$", folder.as_posix())
+    return (in_cache[1] if in_cache else folder.name) or "model"
 
 
 def read_text_file(path: Path) -> bytes:

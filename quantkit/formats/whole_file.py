@@ -39,7 +39,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """As `write_whole`, in UTF-8. QuantkitError, naming `path`, if it cannot be written."""
     try:
-        write_whole(path, text.encode())
+        write_whole(path, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise QuantkitError(f"{path}: cannot write ({error.strerror})") from None
 

@@ -6,6 +6,7 @@ plan.json           the type of every tensor, and why; recipe.toml: the rules be
                     types that it rests on, if they were estimated
 verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained, by which
                     text, after how many steps
+checksums.json      by which a rerun knows the finished files again
 provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
 *.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from;
                     gradients: what a backward pass found, for --effort best
@@ -69,7 +70,7 @@ def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
     if not isinstance(old, dict):
         old = {}
     changed = [key for key, value in mine.items() if old.get(key) != value]
-    if not changed:
+    if not changed and not restart:
         return
     if not restart:
         key, was, now = _difference(changed[0], old.get(changed[0]), mine[changed[0]])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_reader import GGUFFile, is_gguf
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
@@ -15,7 +15,7 @@ from quantkit.models.open import open_model
 
 def describe(name: str) -> str:
     """A readable account of a checkpoint folder, a bundled model or a GGUF file; QuantkitError if it is broken."""
-    if name.endswith(".gguf"):
+    if is_gguf(name) or name.endswith(".gguf"):
         return _gguf(GGUFFile.open(Path(name)))
     return _checkpoint(name, open_model(name))
 

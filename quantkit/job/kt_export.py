@@ -21,7 +21,7 @@ import yaml
 from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import PlainTensor
-from quantkit.formats.gguf_spec import SPLIT_NAME
+from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
@@ -90,8 +90,7 @@ Further options are handed on (`--max_new_tokens 1000`, ...).
 
 def default_output(path: Path) -> Path:
     """`X.gguf`, or one of its splits, -> `X-kt` beside it."""
-    split = SPLIT_NAME.fullmatch(path.name)
-    return path.with_name((split["stem"] if split else path.name.removesuffix(".gguf")) + "-kt")
+    return path.with_name(model_file_name(path) + "-kt")
 
 
 def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = None, linear: Linear = "marlin") -> Path:

@@ -20,17 +20,20 @@ from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
-from quantkit.calibration.options import check_length, sized
+from quantkit.calibration.options import LEAST, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
-from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.layer import GROUP_SHARE, EncoderOptions, FileEncoder, LayerOptions
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
+from quantkit.formats.resume import begun
 from quantkit.formats.whole_file import write_json, write_text
+from quantkit.job.checks import check_possible
+from quantkit.job.finished import difference, record
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -44,7 +47,7 @@ from quantkit.job.folder import (
     finished_files,
 )
 from quantkit.job.options import MakeOptions, Order
-from quantkit.job.plan import plan_model, recipe_text
+from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
 from quantkit.job.recovery.recover import STATE, open_original, recover
 from quantkit.job.stages import (
@@ -57,7 +60,7 @@ from quantkit.job.stages import (
     source_of,
     verify_file,
 )
-from quantkit.machine import chosen_device
+from quantkit.machine import chosen_device, free_vram
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
@@ -66,6 +69,7 @@ from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
 TWO_SIDED_RATE = 110e6  # weights a second on an H200 (docs/results/encoders.md)
+ONE_PASS = "calibration"  # what the fingerprint of a file has that is written in one pass
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 
@@ -75,8 +79,8 @@ def make(
     """The main job; returns the GGUF file(s) and what verify.json holds. The folder (default: MODEL-RECIPE here) is as
     `job.folder` says.
 
-    What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
-    and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
+    What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks
+    calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
     device = chosen_device(options.device)
     checkpoint = open_weights(model)
@@ -85,7 +89,9 @@ def make(
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    order = Order(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
+    ranks.agree(lambda: check_possible(checkpoint, plan, order.folder, n_bytes, judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
@@ -143,17 +149,23 @@ def claim_folder(order: Order) -> None:
     asked, texts = order.options, {} if order.estimates else {PLAN: order.plan.to_json()}
     if (rules := recipe_text(asked.recipe, asked.budget)) is not None:
         texts[RECIPE] = rules
-    begin(order.folder, order.identity(), order.circumstances(), texts, asked.restart)
+    begin(order.folder, order.identity, order.circumstances(), texts, asked.restart)
 
 
 def earlier(order: Order, path: Path) -> list[Path]:
-    """The file(s) of that name that an earlier run finished, as rank 0 finds them; none if they are to be made anew."""
-    names = ranks.agree(lambda: [file.name for file in finished_files(path)])
-    if not names or order.options.restart:
-        return []
-    files = [path.with_name(name) for name in names]
-    say(f"using {files[0]} from an earlier run")
-    return files
+    """The file(s) of that name that an earlier run of this job finished, as rank 0 finds them; none if they are to be
+    made anew."""
+
+    def look() -> list[str]:
+        files = [] if order.options.restart else finished_files(path)
+        if files and (why := difference(files, order.identity)):
+            say(f"{files[0]}: {why}; it is made again")
+            return []
+        return [file.name for file in files]
+
+    if names := ranks.agree(look):
+        say(f"using {path.with_name(names[0])} from an earlier run")
+    return [path.with_name(name) for name in names]
 
 
 def reference_pass(order: Order) -> ReferencePass:
@@ -164,13 +176,21 @@ def reference_pass(order: Order) -> ReferencePass:
 
 def make_file(order: Order, out: Path, reference: ReferencePass | None) -> list[Path]:
     """One pass over the layers, unless an imatrix is there already or takes more than one."""
-    repeated = ranks.agree(order.imatrix.exists) or order.options.calibration.expert_tokens
+    # That of a pass which was stopped behind its last layer is not yet one to begin with.
+    there = ranks.agree(lambda: order.imatrix.exists() and ONE_PASS not in begun(out))
+    repeated = there or order.options.calibration.expert_tokens
     if order.options.imatrix or (order.encoder == "ggml" and repeated):
-        return make_in_two_steps(order, out, reference)
+        return made(order, out, make_in_two_steps(order, out, reference))
     order = with_gradients(order)
-    files = make_in_one_pass(order, out, reference)
+    files = made(order, out, make_in_one_pass(order, out, reference))
     if ranks.index() == 0:
         shutil.rmtree(order.folder / GRADIENTS, ignore_errors=True)
+    return files
+
+
+def made(order: Order, out: Path, files: list[Path]) -> list[Path]:
+    """The files, on record as this job's."""
+    ranks.agree(lambda: record(out, files, order.identity))
     return files
 
 
@@ -214,7 +234,7 @@ def make_in_two_steps(order: Order, out: Path, reference: ReferencePass | None) 
             say(f"using {imatrix} from an earlier run")
         else:
             calibrate(source_of(order.checkpoint, order.device), options.calibration, imatrix, options.restart)
-    how = QuantizeOptions(options.workers, options.split_max_bytes, options.restart, overwrite=True)
+    how = QuantizeOptions(options.workers, options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
     after_layer = reference.advance if reference else None
     return quantize_model(order.checkpoint, order.plan, imatrix, out, how, after_layer)
 
@@ -227,7 +247,8 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     chunks = cut(text, source, how.text)
     check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
-    limits = Limits(how.memory, how.hidden, out.parent, reference.tokens.numel() if reference else 0)
+    compared = reference.tokens.numel() if reference else 0
+    limits = Limits(memory_beside_encoder(order, n_tokens), how.hidden, out.parent, compared)
     room = room_for(source, n_tokens, limits)
     encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
@@ -237,7 +258,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
-    output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, overwrite=True)
+    output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
         layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))
@@ -264,12 +285,22 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     return writer.files
 
 
+def memory_beside_encoder(order: Order, n_tokens: int) -> int | None:
+    """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of it,
+    so that their hidden states go to RAM before experts wait for room."""
+    given = order.options.calibration.memory
+    if given is not None or n_tokens <= LEAST or order.device == "cpu" or order.encoder == "ggml":
+        return given
+    total = torch.cuda.get_device_properties(order.device).total_memory
+    return free_vram(torch.device(order.device)) - int(GROUP_SHARE * total)
+
+
 def fingerprint(order: Order, state: PassState) -> dict[str, str]:
     """What the bytes of one pass depend on: an interrupted file of another is not gone on with."""
     return {
         "checkpoint": order.checkpoint.fingerprint(),
         "plan": order.plan.digest(),
-        "calibration": state.job,
+        ONE_PASS: state.job,
         "encoder": f"{order.encoder} {order.options.effort}" + known_outputs(order),
         "min_expert_tokens": str(order.options.calibration.min_expert_tokens),
     }
@@ -316,7 +347,8 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
-    files, gained = recover(files[0], order.folder, source, chunks, job, options)
+    done = partial(record, order.out, identity=order.identity)
+    files, gained = recover(files[0], order.folder, source, chunks, job, options, done)
     if ranks.index() == 0:
         write_json(order.folder / RECOVERY, gained)
         shutil.rmtree(base.parent)

@@ -1,20 +1,29 @@
 """What `make` can be told, what that amounts to for one model and folder, and how a folder records it."""
 
+import hashlib
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
+from quantkit.encoding.api import choose
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
+from quantkit.models import family
+from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
+from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 
 SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
@@ -69,13 +78,23 @@ class MakeOptions:
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be made of which model, and where: what was asked for, with everything opened and decided."""
+    """What is to be made of which model, and where: what was asked for, with everything opened and decided.
+
+    identity: what the imatrix and the file of this run depend on, and nothing that may change between reruns.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     options: MakeOptions
     device: str
     folder: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, plan: Plan, options: MakeOptions, device: str, folder: Path) -> "Order":
+        """With its identity, which later decisions (types, gradients) do not change."""
+        order = cls(checkpoint, plan, options, device, folder)
+        return replace(order, identity=order._identify())
 
     @property
     def out(self) -> Path:
@@ -104,8 +123,7 @@ class Order:
             and self.encoder == "quantkit"
         )
 
-    def identity(self) -> dict[str, Any]:
-        """What the imatrix and the file of this run depend on, and nothing that may change between reruns."""
+    def _identify(self) -> dict[str, Any]:
         checkpoint, plan, options = self.checkpoint, self.plan, self.options
         how = options.calibration
         measured = {
@@ -113,6 +131,7 @@ class Order:
             "min_expert_tokens": how.min_expert_tokens,
             "expert_tokens": how.expert_tokens,
         }
+        by_imatrix = {"imatrix": str(options.imatrix), "imatrix_sha256": _sha256(options.imatrix)}
         facts = {
             "quantkit": __version__,
             "checkpoint": checkpoint.fingerprint(),
@@ -120,10 +139,14 @@ class Order:
             "target": plan.target,
             "mla": plan.mla,
             "plan": "by gradients, " + plan.outlook.limit if self.estimates and plan.outlook else plan.digest(),
-            "calibration": {"imatrix": str(options.imatrix)} if options.imatrix else measured,
+            "calibration": by_imatrix if options.imatrix else measured,
+            "calibration_sha256": None if options.imatrix else how.text.corpus("calibration").digest,
             "encoder": options.encoder,
             "effort": options.effort,
             "recover": options.recover,
+            "metadata": metadata_digest(checkpoint, plan),
+            "split_max_bytes": options.split_max_bytes,
+            "arithmetic": arithmetic(self.encoder, self.device),
         }
         if checkpoint.origin:
             facts["weights"] = checkpoint.origin["weights"]
@@ -136,17 +159,41 @@ class Order:
         options = self.options
         facts = {
             "command": shlex.join(["quantkit", *sys.argv[1:]]),
-            "model": self.checkpoint.path.name,
+            "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
             "packed_by": self.encoder,
-            "calibration_sha256": None if options.imatrix else options.calibration.text.corpus("calibration").digest,
             "evaluation": as_json(options.evaluation) if options.verify else None,
-            "split_max_bytes": options.split_max_bytes,
             "device": self.device,
             "ranks": ranks.count() if ranks.count() > 1 else None,
+            "caveats": self.caveats() or None,
         }
         return {key: value for key, value in facts.items() if value is not None}
+
+    def caveats(self) -> list[str]:
+        """What the target, or llama.cpp, which many will run the file with, computes wrongly in this model."""
+        config = family.from_hf(self.checkpoint.config)
+        of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
+        return [line for lines in of_each for line in lines]
+
+
+def metadata_digest(checkpoint: Checkpoint, plan: Plan) -> str:
+    """sha256 of what the file will say of the model: its numbers, tokenizer and chat template."""
+    metadata = file_metadata(Path(checkpoint.path), family.from_hf(checkpoint.config), plan)
+    return hashlib.sha256(b"".join(encode_metadata(metadata))).hexdigest()
+
+
+def arithmetic(encoder: str, device: str) -> str:
+    """What the last bits of a file depend on: the back end, and the processor's instructions or the GPU."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{type(choose(device)).__name__ if encoder == 'quantkit' else 'ggml'}, {machine}"
+
+
+def _sha256(path: Path | None) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+    except OSError as error:
+        raise QuantkitError(f"{path}: {error.strerror}") from None
 
 
 def as_json(text: TextChoice) -> dict[str, Any]:

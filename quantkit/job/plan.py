@@ -19,6 +19,7 @@ from quantkit.planning.damage import Damage, Measured, Prior
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
+from quantkit.progress import say_once
 from quantkit.tensors import TensorSpec
 
 DEFAULT_RECIPE = "1.58bit"
@@ -54,26 +55,53 @@ def plan_model(
     target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`. split_max_bytes: headers of splits count too.
     """
     budget.check()
-    name, source = recipe_name(recipe, budget), open_model(model)
+    source = open_model(model)
+    config = family.from_hf(source.config)
+    plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
+    for caveat in targets.caveats(plan.target, config):
+        say_once(f"warning: {caveat}")
+    if fell := [f"{t.name} {t.qtype}" for t in plan.tensors if targets.FALLS_BACK in t.why]:
+        more = f" and {len(fell) - 1} more" if len(fell) > 1 else ""
+        say_once(f"types whose blocks do not divide the rows fall back as in llama-quantize: {fell[0]}{more}")
+    return plan
+
+
+def _plan_model(
+    source: Checkpoint | Geometry, name: str, target: str | None, budget: BudgetOptions, split_max_bytes: int | None
+) -> Plan:
     config = family.from_hf(source.config)
     if is_plan(name):
         return _read_plan(Path(name), config, target, budget)
-    rules = Recipe.load(name).aimed(target)
+    rules = aimed(Recipe.load(name), target, config)
+    targets.check_model(rules.target, config)
     specs = family.specs(config, rules.mla)
     if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, model=source.path.name)
+        return make_plan(specs, rules, model=source.name)
     damage = damage_model(specs, budget.measured)
 
     def within(limits: Budget) -> Plan:
         """The best plan within these bytes."""
         return plan_within(
-            specs, rules, source.path.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
+            specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
         )
 
     if budget.ram is None:
         own = rules.budget or Budget()
         return within(Budget(budget.size, budget.bpw, own.gpu) if budget.given else own)
     return _plan_for_machine(within, config, rules.mla, budget)
+
+
+def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
+    """The recipe for the target that is asked for; for llama.cpp if its own cannot compute experts of this model's size
+    and none is asked for."""
+    found = recipe.aimed(target)
+    if target is not None or targets.computes_experts(found.target, config):
+        return found
+    say_once(
+        f"{found.target} needs expert sizes that are multiples of {targets.get(found.target).expert_multiple}, this "
+        f"model has {config.d} and {config.n_ff_exp}: planned for llama.cpp"
+    )
+    return recipe.aimed(targets.LLAMA_CPP.name)
 
 
 def _read_plan(path: Path, config: ModelConfig, target: str | None, budget: BudgetOptions) -> Plan:

@@ -11,7 +11,7 @@ from quantkit import ranks
 from quantkit.calibration import sensitivity
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.calibration.options import sized
-from quantkit.calibration.variants import DEFAULT, Candidates
+from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError, needs
@@ -21,6 +21,7 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.sensitivity import Sensitivity, Tier
@@ -46,7 +47,7 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
 
 def open_for_calibration(model: str | Path, device: str) -> Source:
     """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
-    if Path(model).suffix == ".gguf":
+    if is_gguf(model) or Path(model).suffix == ".gguf":
         return open_source(model, device)
     return source_of(open_weights(model), device)
 
@@ -54,12 +55,13 @@ def open_for_calibration(model: str | Path, device: str) -> Source:
 @dataclass(frozen=True)
 class QuantizeOptions:
     """How `quantize` writes: encoding threads (default the cores), bytes of one file (default any), whether to discard
-    what an interrupted run left, and whether to replace a finished file."""
+    what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`."""
 
     workers: int | None = None
     split_max_bytes: int | None = None
     restart: bool = False
     overwrite: bool = False
+    keep_ledger: bool = False
 
 
 def quantize_model(
@@ -79,7 +81,7 @@ def quantize_model(
         checkpoint,
         plan,
         imatrix,
-        Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite),
+        Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
         GgmlEncoder(),
         workers=how.workers,
         after_layer=after_layer,
@@ -99,13 +101,13 @@ def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict
 @dataclass(frozen=True)
 class SensitivityOptions:
     """What `sensitivity` measures. text: of no given size, FORKED_TOKENS, or with gradients those of a calibration.
-    budget: tokens times forks carried through the layers; tier None: full if it allows that; types: to try on routed
-    experts and on all other tensors; memory: bytes for an estimate's pass."""
+    budget: tokens times forks carried through the layers; tier None: full if it allows that; types: to try,
+    default DEFAULT, or with gradients EVERY; memory: bytes for an estimate's pass."""
 
     text: TextChoice = field(default_factory=TextChoice)
     tier: Tier | None = None
     budget: int = 1 << 21
-    types: Candidates = DEFAULT
+    types: Candidates | None = None
     memory: int | None = None
 
 
@@ -130,7 +132,7 @@ def estimate_damage(source: CheckpointSource, gradients: Path, how: SensitivityO
     text = sized(how.text, source.config, source.device, how.memory)
     tokens = cut(text.corpus("calibration"), source, text).tokens
     with track("estimate", source.config.n_layer, "layers") as advance:
-        return estimate(source, gradients, tokens, how.types, how.memory, lambda _: advance(1))
+        return estimate(source, gradients, tokens, how.types or EVERY, how.memory, lambda _: advance(1))
 
 
 def _forked(source: CheckpointSource, imatrix_path: Path, how: SensitivityOptions) -> Sensitivity:
@@ -143,14 +145,15 @@ def _forked(source: CheckpointSource, imatrix_path: Path, how: SensitivityOption
     }
     text = how.text if how.text.n_tokens else replace(how.text, n_tokens=FORKED_TOKENS)
     tokens = cut(text.corpus("calibration"), source, text).tokens
-    chosen, n_chunk = sensitivity.choose_tier(source, tokens, how.types, how.budget)
+    types = how.types or DEFAULT
+    chosen, n_chunk = sensitivity.choose_tier(source, tokens, types, how.budget)
     say(f"{how.tier or chosen} tier, {n_chunk * text.chunk:,} tokens a fork")
     with track("sensitivity", source.config.n_layer, "layers") as advance:
         return sensitivity.measure(
             source,
             fitted,
             tokens,
-            how.types,
+            types,
             tier=how.tier,
             budget=how.budget,
             progress=lambda _: advance(1),

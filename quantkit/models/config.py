@@ -67,6 +67,7 @@ class ModelConfig:
     yarn: Yarn | None
     bos: int
     eos: int
+    more_ends: tuple[int, ...] = ()  # tokens besides eos that end an answer
     tied: bool = False
     group_score: str = "top2"  # noaux_tc scores a group by its two best experts; V2 by its best
 
@@ -85,6 +86,15 @@ class ModelConfig:
         """What attention scores are multiplied by before the softmax."""
         mscale = self.yarn.attention_factor if self.yarn else 1.0
         return self.qk_head**-0.5 * mscale * mscale
+
+    def is_end(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        return token in self.ends
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """EOS, and the other tokens that end an answer."""
+        return self.eos, *self.more_ends
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has routed experts."""
@@ -108,7 +118,16 @@ class ModelConfig:
         attention = (self.d, self.n_head, self.kv_lora, self.qk_nope, self.qk_rope, self.v_head)
         experts = (self.n_ff_exp, self.n_expert, self.n_used, self.n_group, self.n_group_used)
         sizes = (self.n_layer, *attention, self.n_ff, *experts, self.n_vocab)
-        whole = (*sizes, self.n_dense, self.n_shared, self.q_lora or 0, self.n_context, self.bos, self.eos)
+        whole = (
+            *sizes,
+            self.n_dense,
+            self.n_shared,
+            self.q_lora or 0,
+            self.n_context,
+            self.bos,
+            self.eos,
+            *self.more_ends,
+        )
         if not all(type(number) is int for number in whole):
             raise QuantkitError(f"{where}: a size or token id is not a whole number")
         many = self.n_layer > MAX_LAYERS or self.n_layer * self.n_expert > MAX_EXPERTS

@@ -1,4 +1,5 @@
-"""DeepSeek-V2, V3 and R1: GGUF architecture `deepseek2`. The one file that knows this family (see `family.Family`).
+"""DeepSeek-V2, V3 and R1: GGUF architecture `deepseek2`. With deepseek2_config.py all that is known of this family
+(see `family.Family`).
 
 Names, shapes and keys are llama.cpp's. The layout `split` writes attn_k_b and attn_v_b (current llama.cpp,
 KTransformers >= 0.3.2), `combined` the attn_kv_b of older files. llama.cpp refuses a file that holds both.
@@ -15,7 +16,6 @@ from quantkit.models.config import Mla, ModelConfig, Yarn
 from quantkit.tensors import Assembly, TensorSpec, Weights
 
 ARCHITECTURE = "deepseek2"
-HF_ARCHITECTURES: tuple[str, ...] = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 LAYOUTS: tuple[Mla, ...] = ("split", "combined")
 PRE: Mapping[str, tuple[str, ...]] = {
     "deepseek-v3": (  # numbers in threes, CJK runs, words and the rest
@@ -23,152 +23,20 @@ PRE: Mapping[str, tuple[str, ...]] = {
         "[一-龥぀-ゟ゠-ヿ]+",
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
         r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    )
+    ),
+    "deepseek-llm": (  # V2, V2-Lite: line ends, letters of scripts with case, punctuation, CJK, single digits
+        r"[\r\n]",
+        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
+        r"ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛ"
+        r"Ꜣ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}",
+    ),
 }
+ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_*
-
-
-# config.json
-
-
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """The numbers in config.json. KeyError for a key that is missing, QuantkitError for what is not supported."""
-    is_v3 = "DeepseekV3ForCausalLM" in raw["architectures"]
-    if raw.get("moe_layer_freq", 1) != 1:
-        raise QuantkitError(f"config.json: moe_layer_freq {raw['moe_layer_freq']} is not supported, only 1")
-    if raw.get("attention_bias"):
-        raise QuantkitError("config.json: attention_bias true is not supported")
-    method = raw.get("topk_method", "noaux_tc" if is_v3 else "greedy")
-    if method not in ("noaux_tc", "greedy", "group_limited_greedy"):
-        raise QuantkitError(f"config.json: topk_method {method!r} is not supported")
-    grouped = method != "greedy"
-    return ModelConfig(
-        architecture=ARCHITECTURE,
-        n_layer=int(raw["num_hidden_layers"]),
-        d=int(raw["hidden_size"]),
-        n_head=int(raw["num_attention_heads"]),
-        q_lora=None if raw.get("q_lora_rank") is None else int(raw["q_lora_rank"]),
-        kv_lora=int(raw["kv_lora_rank"]),
-        qk_nope=int(raw["qk_nope_head_dim"]),
-        qk_rope=int(raw["qk_rope_head_dim"]),
-        v_head=int(raw["v_head_dim"]),
-        n_ff=int(raw["intermediate_size"]),
-        n_ff_exp=int(raw["moe_intermediate_size"]),
-        n_dense=int(raw.get("first_k_dense_replace", 0)),
-        n_expert=int(raw["n_routed_experts"]),
-        n_used=int(raw["num_experts_per_tok"]),
-        n_shared=int(raw.get("n_shared_experts") or 0),
-        n_group=int(raw.get("n_group") or 1) if grouped else 1,
-        n_group_used=int(raw.get("topk_group") or 1) if grouped else 1,
-        scoring=str(raw.get("scoring_func", "sigmoid" if is_v3 else "softmax")),
-        norm_weights=bool(raw.get("norm_topk_prob", is_v3)),
-        weights_scale=float(raw.get("routed_scaling_factor", 1.0)),
-        has_bias=method == "noaux_tc",
-        n_vocab=int(raw["vocab_size"]),
-        n_context=int(raw.get("max_position_embeddings", 4096)),
-        rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_base=float(raw.get("rope_theta", 10000.0)),
-        yarn=_yarn_from_hf(raw.get("rope_scaling")),
-        bos=_token_id(raw, "bos_token_id", 0),
-        eos=_token_id(raw, "eos_token_id", 1),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        group_score="top2" if method == "noaux_tc" else "max",
-    )
-
-
-def _token_id(raw: Mapping[str, Any], key: str, default: int) -> int:
-    value = raw.get(key, default)
-    return int(value[0] if isinstance(value, list) else default if value is None else value)
-
-
-def _yarn_from_hf(scaling: Mapping[str, Any] | None) -> Yarn | None:
-    if not scaling:
-        return None
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind != "yarn":
-        raise QuantkitError(f"config.json: rope_scaling type {kind!r} is not supported, only yarn")
-    mscale, mscale_all = float(scaling.get("mscale", 1)), float(scaling.get("mscale_all_dim", 0))
-    if mscale != mscale_all:
-        # llama.cpp assumes the two cancel in cos and sin; a file of any other model would compute wrongly there.
-        raise QuantkitError(f"config.json: rope_scaling mscale {mscale} differs from mscale_all_dim {mscale_all}")
-    return Yarn(
-        factor=float(scaling["factor"]),
-        original_context=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast", 32)),
-        beta_slow=float(scaling.get("beta_slow", 1)),
-        mscale_all_dim=mscale_all,
-    )
-
-
-def to_hf(c: ModelConfig) -> dict[str, Any]:
-    """config.json as DeepSeek writes it, all keys that modelling code reads. Floats of a GGUF are float32: six digits
-    restore the numbers they were made from."""
-    v3 = c.scoring == "sigmoid"
-    grouped = "group_limited_greedy" if c.n_group > 1 else "greedy"
-    head = {
-        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
-        "torch_dtype": "bfloat16",
-    }
-    experts = {
-        "n_routed_experts": c.n_expert,
-        "num_experts_per_tok": c.n_used,
-        "n_shared_experts": c.n_shared or None,
-        "n_group": c.n_group,
-        "topk_group": c.n_group_used,
-        "topk_method": "noaux_tc" if c.has_bias else grouped,
-        "scoring_func": c.scoring,
-        "norm_topk_prob": c.norm_weights,
-        "routed_scaling_factor": _short(c.weights_scale),
-        **{"ep_size": 1, "seq_aux": True, "aux_loss_alpha": 0.001},
-    }
-    rest = {
-        "rms_norm_eps": _short(c.rms_eps),
-        "rope_theta": _short(c.rope_base),
-        "rope_scaling": _yarn_to_hf(c.yarn) if c.yarn else None,
-        "max_position_embeddings": c.n_context,
-        **{"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02},
-        **{"pretraining_tp": 1, "use_cache": True},
-        "tie_word_embeddings": c.tied,
-        "bos_token_id": c.bos,
-        "eos_token_id": c.eos,
-    }
-    return head | _sizes_to_hf(c) | experts | rest
-
-
-def _sizes_to_hf(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": c.n_vocab,
-        "hidden_size": c.d,
-        "intermediate_size": c.n_ff,
-        "moe_intermediate_size": c.n_ff_exp,
-        "num_hidden_layers": c.n_layer,
-        "first_k_dense_replace": c.n_dense,
-        "moe_layer_freq": 1,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_head,
-        "q_lora_rank": c.q_lora,
-        "kv_lora_rank": c.kv_lora,
-        "qk_nope_head_dim": c.qk_nope,
-        "qk_rope_head_dim": c.qk_rope,
-        "v_head_dim": c.v_head,
-    }
-
-
-def _yarn_to_hf(yarn: Yarn) -> dict[str, Any]:
-    return {
-        "type": "yarn",
-        "factor": _short(yarn.factor),
-        "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": _short(yarn.beta_fast),
-        "beta_slow": _short(yarn.beta_slow),
-        "mscale": _short(yarn.mscale_all_dim),
-        "mscale_all_dim": _short(yarn.mscale_all_dim),
-    }
-
-
-def _short(number: float) -> float:
-    return float(f"{number:.6g}")
 
 
 # GGUF metadata
@@ -219,6 +87,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         yarn=_yarn_from_gguf(metadata),
         bos=metadata.get("tokenizer.ggml.bos_token_id", 0),
         eos=metadata.get("tokenizer.ggml.eos_token_id", 1),
+        more_ends=tuple(metadata[key] for key in ENDS if key in metadata),
         group_score="top2" if gating == "sigmoid" else "max",
     )
 

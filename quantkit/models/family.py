@@ -2,8 +2,9 @@
 
 From then on its `ModelConfig` carries the architecture, and the functions here ask the family whatever is its own.
 
-A second family is one file beside deepseek2.py that defines what `Family` lists, and its name in FAMILIES. One with
-more numbers than `ModelConfig` has derives its own config from it. Tried on paper:
+A second family is two files beside deepseek2.py and deepseek2_config.py that define what `Family` and `ConfigFile`
+list, and their names in FAMILIES and CONFIG_FILES. One with more numbers than `ModelConfig` has derives its own config
+from it. Tried on paper:
 
 V3.2 and GLM-5 (deepseek32, glm-dsa) take most specs from deepseek2 and add `indexer.*` to them and
 `attention.indexer.*` to the metadata; GLM has `glm4` in PRE.
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2
+from quantkit.models import deepseek2, deepseek2_config
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.tensors import TensorSpec, Weights
 
@@ -31,29 +32,38 @@ SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
 NOT_NUMBERS = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
-class Family(Protocol):
-    """What a module must define to be a family.
+class ConfigFile(Protocol):
+    """What a module must define to know a family's config.json. HF_ARCHITECTURES: names in its `architectures`."""
 
-    ARCHITECTURE: GGUF's general.architecture. HF_ARCHITECTURES: names in config.json's `architectures`.
-    LAYOUTS: MLA layouts that it can be written in; in the last one every tensor is as the checkpoint has it.
-    PRE: GGUF's name of a pre-tokenizer -> the regular expressions that it splits by.
-    """
-
-    ARCHITECTURE: str
     HF_ARCHITECTURES: tuple[str, ...]
-    LAYOUTS: tuple[Mla, ...]
-    PRE: Mapping[str, tuple[str, ...]]
 
     def from_hf(self, raw: Mapping[str, Any], /) -> ModelConfig:
         """Numbers from config.json; KeyError and the like for what is missing or no number."""
         ...
 
-    def from_gguf(self, metadata: Mapping[str, Any], /) -> ModelConfig:
-        """Numbers from GGUF metadata, absent keys as llama.cpp reads them."""
+    def unknown_keys(self, raw: Mapping[str, Any], /) -> list[str]:
+        """What config.json says and `from_hf` passes over without knowing it to be harmless: `key value`."""
         ...
 
     def to_hf(self, c: ModelConfig, /) -> dict[str, Any]:
         """The config.json of these numbers."""
+        ...
+
+
+class Family(Protocol):
+    """What a module must define to be a family.
+
+    ARCHITECTURE: GGUF's general.architecture.
+    LAYOUTS: MLA layouts that it can be written in; in the last one every tensor is as the checkpoint has it.
+    PRE: GGUF's name of a pre-tokenizer -> the regular expressions that it splits by.
+    """
+
+    ARCHITECTURE: str
+    LAYOUTS: tuple[Mla, ...]
+    PRE: Mapping[str, tuple[str, ...]]
+
+    def from_gguf(self, metadata: Mapping[str, Any], /) -> ModelConfig:
+        """Numbers from GGUF metadata, absent keys as llama.cpp reads them."""
         ...
 
     def metadata(self, c: ModelConfig, mla: Mla, /) -> dict[str, Any]:
@@ -73,12 +83,32 @@ class Family(Protocol):
 
 FAMILIES: tuple[Family, ...] = (deepseek2,)
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
-BY_HF_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.HF_ARCHITECTURES}
+CONFIG_FILES: Mapping[str, ConfigFile] = {deepseek2.ARCHITECTURE: deepseek2_config}
+BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
+    name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES
+}
 PRE: Mapping[str, tuple[str, ...]] = {name: splits for family in FAMILIES for name, splits in family.PRE.items()}
 
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. QuantkitError names the key that is missing or not supported."""
+    known = _of_hf(raw)
+    try:
+        config = known.from_hf(raw)
+    except KeyError as missing:
+        raise QuantkitError(f"config.json: key {missing} is missing") from None
+    except NOT_NUMBERS as error:
+        raise QuantkitError(f"config.json: {error}") from None
+    config.check("config.json")
+    return config
+
+
+def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
+    """`key value` of what config.json says and nobody knows the meaning of."""
+    return _of_hf(raw).unknown_keys(raw)
+
+
+def _of_hf(raw: Mapping[str, Any]) -> ConfigFile:
     names = raw.get("architectures") or []
     named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     known = [name for name in named if name in BY_HF_ARCHITECTURE]
@@ -86,14 +116,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         raise QuantkitError(
             f"config.json: architecture {names or 'missing'} is not one of {sorted(BY_HF_ARCHITECTURE)}"
         )
-    try:
-        config = BY_HF_ARCHITECTURE[known[0]].from_hf(raw)
-    except KeyError as missing:
-        raise QuantkitError(f"config.json: key {missing} is missing") from None
-    except NOT_NUMBERS as error:
-        raise QuantkitError(f"config.json: {error}") from None
-    config.check("config.json")
-    return config
+    return BY_HF_ARCHITECTURE[known[0]]
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
@@ -124,7 +147,7 @@ def of(config: ModelConfig) -> Family:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json with all keys that modelling code reads."""
-    return of(config).to_hf(config)
+    return CONFIG_FILES[config.architecture].to_hf(config)
 
 
 def metadata(config: ModelConfig, mla: Mla, name: str) -> dict[str, Any]:

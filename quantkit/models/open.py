@@ -1,15 +1,20 @@
 """What a person calls a model, and opening it: a folder, the name of a bundled model, or a model on a Hub."""
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
+from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
+from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
+from quantkit.progress import say_once
 from quantkit.remote import repo
 from quantkit.sizes import parse_size
 
@@ -32,10 +37,11 @@ class ModelRef:
         $QUANTKIT_CACHE_SIZE; QuantkitError, naming it, if it is not a size."""
         size = os.environ.get(CACHE_SIZE)
         cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
-        name, at, revision = str(text).rpartition("@")
-        if at and repo.REPO_ID.fullmatch(str(text)):
+        text = os.path.expanduser(text)  # a shell leaves the ~ of --reference=~/model
+        name, at, revision = text.rpartition("@")
+        if at and repo.REPO_ID.fullmatch(text):
             return cls(name, revision, cache)
-        return cls(str(text), None, cache)
+        return cls(text, None, cache)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -46,24 +52,49 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
 
     A folder of that name comes first. QuantkitError if it is none of these, or broken.
     """
-    ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
+    found = _opened(model if isinstance(model, ModelRef) else ModelRef.parse(model))
+    if unknown := family.unknown_keys(found.config):
+        say_once(f"warning: {found.path}: config.json has keys that quantkit passes over: {', '.join(unknown)}")
+    return found
+
+
+def _opened(ref: ModelRef) -> Checkpoint | Geometry:
     path = Path(str(ref))
     if path.is_dir():
-        return open_source(path)
+        return open_source(path, _needed)
     if str(ref) in bundle.model_names():
-        return open_source(bundle.models_dir() / str(ref))
+        return open_source(bundle.models_dir() / str(ref), _needed)
     if (remote := repo.parse(str(ref))) and not path.exists():
-        return repo.open_remote(remote, ref.cache_bytes)
+        return repo.open_remote(remote, ref.cache_bytes, _needed)
+    if path.is_file():
+        what = "a GGUF file" if is_gguf(path) else "a file"
+        raise QuantkitError(f"{ref} is {what}, not the folder of a model with config.json")
     names = ", ".join(bundle.model_names())
     raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
 
 
 def open_weights(model: ModelRef | Path | str) -> Checkpoint:
-    """The model as a checkpoint with weights, all of its family's tensors there; a bare description is refused."""
+    """The model as a checkpoint with weights, all of its family's tensors there, and a tokenizer that a GGUF can hold;
+    a bare description is refused. Its config has the BOS and EOS of its tokenizer."""
     found = open_model(model)
     if isinstance(found, Geometry):
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
+    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
+    found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found
+
+
+def _needed(config: Mapping[str, Any]) -> Collection[str]:
+    return family.source_shapes(family.from_hf(config)).keys()
+
+
+def _agreed_ids(model: Checkpoint, ids: dict[str, int]) -> dict[str, int]:
+    """The tokenizer's, with a line if config.json has others."""
+    for key, token in ids.items():
+        given = model.config.get(key)
+        if given is not None and token not in (given if isinstance(given, list) else [given]):
+            say_once(f"warning: {model.path}: {key} is {given} in config.json; the tokenizer's is used, {token}")
+    return ids

@@ -37,7 +37,7 @@ def make_plan(
         qtype = spec.fixed if rule is None else rule.qtype or (chosen or {}).get(spec.name)
         if qtype is None:
             raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 140GB")
-        picked.append((spec, rule, qtype))
+        picked.append((spec, rule, targets.fitting(recipe.target, spec.role, spec.n_in, qtype)))
     tensors = _lay_out(picked)
     plan = Plan(model, recipe.name, recipe.target, mla_of((s.name for s in specs), recipe.mla), tensors, outlook)
     check_target(plan)
@@ -140,16 +140,25 @@ def _lay_out(chosen: Sequence[tuple[TensorSpec, Rule | None, str]]) -> tuple[Pla
             n_bytes=row * spec.n_rows,
             offset=start,
             rule=rule.number if rule else None,
-            why=rule.why if rule else "the format allows no other type",
+            why=_why(rule, spec, qtype),
         )
         for (spec, rule, qtype, row), start in zip(sized, starts, strict=True)
     )
 
 
+def _why(rule: Rule | None, spec: TensorSpec, qtype: str) -> str:
+    """The rule's reason, or why its type could not be had."""
+    if rule is None:
+        return "the format allows no other type"
+    fell_back = rule.qtype is not None and rule.qtype != qtype
+    return f"{rule.qtype} by rule, but {targets.FALLS_BACK} {spec.n_in:,}" if fell_back else rule.why
+
+
 def _item(spec: TensorSpec, rule: Rule | None, recipe: Recipe, damage: Damage) -> Item:
     """A tensor and its types; those that a rule or the format fixes have one."""
     target, fixed = recipe.target, spec.fixed or (rule.qtype if rule else None)
-    names = (fixed,) if fixed else rule.allocate.of(spec, target) if rule and rule.allocate else ()
+    fitting = (targets.fitting(target, spec.role, spec.n_in, fixed),) if fixed else ()
+    names = fitting or (rule.allocate.of(spec, target) if rule and rule.allocate else ())
     if not names:
         number = rule.number if rule else 0
         use = " ".join(targets.suggest(target, spec.role, spec.n_in))

@@ -8,9 +8,10 @@ import gguf
 
 from quantkit import __version__
 from quantkit.formats.gguf_values import U32
+from quantkit.formats.tensor_table import model_name
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
-from quantkit.models.tokenizer import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 from quantkit.planning.plan import Plan
 
 
@@ -27,7 +28,7 @@ def file_metadata(folder: Path, config: ModelConfig, plan: Plan) -> dict[str, An
         "quantkit.target": plan.target,
     }
     words = tokenizer_metadata(folder, config.n_vocab, family.of(config).PRE)
-    return family.metadata(config, plan.mla, plan.model or folder.name) | general | words
+    return family.metadata(config, plan.mla, plan.model or model_name(folder)) | general | words
 
 
 def _file_type(qtype: str) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.models.config import MLA, Mla
+from quantkit.models.config import MLA, Mla, ModelConfig
 from quantkit.tensors import ROUTED_ROLES, split_name
 
 TensorClass = Literal["routed experts", "k_b", "other matrices"]
@@ -137,6 +137,62 @@ def suggest(target: str, role: str, n_in: int) -> tuple[str, ...]:
     """Types that the target computes for this role and that divide its rows, fewest bits first."""
     allowed = get(target).allowed[tensor_class(role)].types
     return tuple(name for name in qtypes.QTYPES if name in allowed and qtypes.fits(name, n_in))
+
+
+FALLS_BACK = "its blocks do not divide rows of"
+
+
+def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
+    """The type, or what stands in for it where its blocks do not divide the rows: V2-Lite's 10,944, Moonlight's 1,408.
+
+    By rule, as llama-quantize falls back (tensor_type_fallback of src/llama-quant.cpp): to IQ4_NL where it had at most
+    Q4_K, else to Q8_0, of those that the target computes; F16 where no block of 32 fits. Q5_0 and Q5_1, which it takes
+    for Q4_K and Q5_K, are not among quantkit's types.
+    """
+    if qtypes.fits(qtype, n_in):
+        return qtype
+    coarse = qtypes.get(qtype).bpw <= qtypes.get("Q4_K").bpw
+    known = suggest(target, role, n_in)
+    return next((name for name in ("IQ4_NL", "Q8_0", "F16")[0 if coarse else 1 :] if name in known), qtype)
+
+
+def caveats(target: str, c: ModelConfig) -> list[str]:
+    """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
+    found = []
+    if runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max":
+        found.append(
+            f"{target} chooses experts wrongly in this model: it scores a group by its best two experts, and V2 by its "
+            "best one (KLD 0.1 on a random model; llama.cpp b11434, src/llama-graph.cpp). No file can repair it; the "
+            "scores here are of the right routing"
+        )
+    if runs_llama_cpp(target) and c.yarn and (c.yarn.beta_fast, c.yarn.beta_slow) != (32, 1):
+        found.append(
+            f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: run it with "
+            f"--yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}, else it attends wrongly "
+            "(KLD 0.06 on a random model)"
+        )
+    return found
+
+
+def check_model(target: str, c: ModelConfig) -> None:
+    """Refuse a model that the target's programs cannot load."""
+    # llama.cpp takes V2-Lite for what has its depth, and then reads no q_lora_rank (src/models/deepseek2.cpp).
+    lite = c.n_layer in (26, 27) or (c.n_layer == 48 and c.n_vocab == 128256)
+    if runs_llama_cpp(target) and lite and c.q_lora is not None:
+        raise QuantkitError(
+            f"{target} takes any model of {c.n_layer} layers for one without q_lora_rank and does not load this one, "
+            f"which has {c.q_lora}; use --target ktransformers"
+        )
+
+
+def runs_llama_cpp(target: str) -> bool:
+    """Whether llama.cpp's graphs compute it."""
+    return target in ("llama.cpp", "ollama")
+
+
+def computes_experts(target: str, c: ModelConfig) -> bool:
+    """Whether the sizes of this model's experts are such that the target's kernels take."""
+    return not any(n % get(target).expert_multiple for n in (c.d, c.n_ff_exp))
 
 
 def check(target: str, name: str, shape: tuple[int, ...], qtype: str) -> None:

@@ -14,15 +14,26 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import FolderSource
-from quantkit.formats.checkpoint import INDEX, Checkpoint
+from quantkit.formats.checkpoint import INDEX, SHARD, Checkpoint, Needed, own_shards
 from quantkit.remote.cache import failed, keep
 from quantkit.remote.client import Repo, with_retry
 from quantkit.remote.source import HubSource
 
-SMALL_FILES = (INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SMALL_FILES = (
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",  # of models that have no tokenizer.json, to say so
+    "tiktoken.model",
+)
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPO_ID = re.compile(rf"({PART}/{PART})(?:@([^\s@]+))?")
-SHARD = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ def parse(model: str) -> Repo | None:
     return None
 
 
-def open_remote(repo: Repo, cache_bytes: int) -> Checkpoint:
+def open_remote(repo: Repo, cache_bytes: int, needed: Needed | None = None) -> Checkpoint:
     """Config, index and all shard headers of a Hub model; weights come when they are read.
 
     The commit is looked up once and everything is read at it. QuantkitError in one line for whatever goes wrong.
@@ -58,15 +69,17 @@ def open_remote(repo: Repo, cache_bytes: int) -> Checkpoint:
     repo = replace(repo, commit=listing.commit)
     name = repo.id.rsplit("/", 1)[1]
     folder = home / "models" / repo.id.replace("/", "--") / listing.commit / name
-    for file in SMALL_FILES:
+    for file in [*SMALL_FILES, *filter(MORE_TEMPLATES.fullmatch, sorted(listing.files))]:
         if file in listing.files:
             link(folder / file, download(repo, file))
     shards = sorted(file for file in listing.files if file.endswith(SHARD) and "/" not in file)
     if INDEX in listing.files:
         shards = sorted(set(shards) & indexed(folder / INDEX))
+    else:
+        shards = own_shards(shards, str(repo))
     source = HubSource(repo, listing.files, home, cache_bytes, downloaded_shards(repo, listing, shards))
     source.load_headers(shards)
-    checkpoint = Checkpoint.open(folder, source)
+    checkpoint = Checkpoint.open(folder, source, needed)
     shard_facts = json.dumps([(shard, *listing.files[shard]) for shard in shards])
     checkpoint.origin = {
         "repo": repo.id,

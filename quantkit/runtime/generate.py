@@ -86,7 +86,7 @@ def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, be
         logits = engine.prefill(0, prompt[at : at + engine.piece], at)
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
         token = sample(logits, how, generator)
-        if token == engine.config.eos:
+        if engine.config.is_end(token):
             return
         yield token
         if left:

@@ -1,34 +1,16 @@
 """Text in, text out: the prompt by the file's chat template, and a conversation."""
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import jinja2
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from quantkit.errors import QuantkitError
 from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.pieces import Pieces, thoughts
+from quantkit.serving.template import apply_template, opening
 from quantkit.sizes import gib
-
-
-def apply_template(metadata: Mapping[str, Any], messages: list[dict[str, str]], **given: Any) -> str:
-    """The file's own chat template, in jinja2's sandbox: templates come from strangers. given: what else it may name,
-    such as `tools`."""
-    if "tokenizer.chat_template" not in metadata:
-        raise QuantkitError("this file has no chat template; run without --chat")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    names = {f"{k}_token": tokens[metadata.get(f"tokenizer.ggml.{k}_token_id", 0)] for k in ("bos", "eos")}
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    try:
-        template = environment.from_string(metadata["tokenizer.chat_template"])
-        return template.render(messages=messages, add_generation_prompt=True, **names, **given)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise QuantkitError(f"the file's chat template fails: {error}") from None
 
 
 def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
@@ -54,16 +36,16 @@ class Conversation:
         once the answer is complete (or left early)."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = apply_template(self.metadata, messages)
-        thinking = prompt.endswith("<think>\n")
-        answer = ["<think>\n"] if thinking else []
+        begun = opening(prompt)
+        answer = [begun] if begun else []
         try:
-            if thinking:
-                yield answer[0], True
-            for piece, thought in thoughts(self.complete(prompt, n_tokens), thinking):
+            if begun:
+                yield begun, True
+            for piece, thought in thoughts(self.complete(prompt, n_tokens), bool(begun)):
                 answer.append(piece)
                 yield piece, thought
         finally:
-            if len(answer) > thinking:  # a question that does not fit must not stand in the way of the next
+            if len(answer) > bool(begun):  # a question that does not fit must not stand in the way of the next
                 self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
     def complete(self, text: str, n_tokens: int) -> Iterator[str]:

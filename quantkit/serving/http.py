@@ -22,12 +22,14 @@ from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_reader import model_file_name
 from quantkit.models.tokenizer import tokenize
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
 from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.prompts import chat_prompt
@@ -42,10 +44,12 @@ COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill t
 
 @dataclass(frozen=True)
 class Limits:
-    """max_body: bytes of a request; queue: requests that may wait for a slot."""
+    """max_body: bytes of a request; queue: requests that may wait for a slot; connections: open at once, default half
+    of the files that the process may open."""
 
     max_body: int = 4 << 20
     queue: int = 256
+    connections: int | None = None
 
 
 class Api:
@@ -215,11 +219,11 @@ class Api:
         body = await self._parse(request, ChatBody)
 
         def prepare() -> tuple[list[int], str]:
-            text, opening = chat_prompt(self.metadata, body)
-            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), opening
+            text, begun = chat_prompt(self.metadata, body)
+            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), begun
 
-        prompt, opening = await asyncio.to_thread(prepare)
-        answers = self._start(body, [prompt], [opening], body.n_tokens())
+        prompt, begun = await asyncio.to_thread(prepare)
+        answers = self._start(body, [prompt], [begun], body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
@@ -256,15 +260,23 @@ def bind(host: str, port: int) -> socket.socket:
 def server(api: Api) -> uvicorn.Server:
     """To be run on sockets that are bound already."""
     config = uvicorn.Config(
-        api.app(), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on", server_header=False
+        api.app(),
+        http=guarded(api.limits.connections or most_connections()),
+        ws="none",
+        backlog=BACKLOG,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        lifespan="on",
+        server_header=False,
     )
+    log_seldom("uvicorn.error", "asyncio")
     return uvicorn.Server(config)
 
 
 def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, key: str | None) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
-    name = weights.name.removesuffix(".gguf")
+    name = model_file_name(weights.file.path)
     api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, key)
     say(
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"

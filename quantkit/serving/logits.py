@@ -19,11 +19,11 @@ class TokenRules:
     banned: tuple[tuple[int, ...], ...] = ()
     n_logprobs: int | None = None
 
-    def apply(self, logits: torch.Tensor, made: Sequence[int], eos: int) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, made: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
         """float32 logits [n_vocab] of the token after `made`, as they are if no rule concerns it."""
-        out = {eos} if self.ignore_eos else set()
+        out = set(ends) if self.ignore_eos else set()
         if len(made) < self.n_least:
-            out |= {eos, *self.stop}
+            out |= {*ends, *self.stop}
         for ids in self.banned:
             if len(made) >= len(ids) - 1 and tuple(made[len(made) - len(ids) + 1 :]) == ids[:-1]:
                 out.add(ids[-1])

@@ -6,13 +6,12 @@ from typing import Any
 import jinja2
 
 from quantkit.errors import QuantkitError
-from quantkit.serving.chat import apply_template
 from quantkit.serving.fields import shown
 from quantkit.serving.refusals import Refused
 from quantkit.serving.requests import ChatBody
+from quantkit.serving.template import apply_template, opening
 
 SWITCHES = "thinking", "enable_thinking"  # as templates call whether the model shall reason
-OPENINGS = "<think>\n", "<think>"  # how a template may begin the answer
 
 
 def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
@@ -26,9 +25,9 @@ def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
         _check_tools(metadata, body, messages, text, given)
     except QuantkitError as error:
         raise Refused(400, f"messages: {error}", param="messages") from None
-    opening = next((each for each in OPENINGS if text.endswith(each)), "")
-    if wish is not None and not names & set(SWITCHES) and wish != bool(opening):
-        state = "always" if opening else "never"
+    begun = opening(text)
+    if wish is not None and not names & set(SWITCHES) and wish != bool(begun):
+        state = "always" if begun else "never"
         raise Refused(
             400,
             f"thinking: {shown(wish)}: this file's chat template has no such switch: its model {state} reasons; "
@@ -36,7 +35,7 @@ def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
             "unsupported_parameter",
             param="thinking",
         )
-    return text, opening
+    return text, begun
 
 
 def template_names(template: str) -> set[str]:

@@ -149,9 +149,9 @@ class Scheduler:
                         self._take(job, own)
 
     def _take(self, job: Job, logits: torch.Tensor) -> None:
-        eos = self.engine.config.eos
-        token = sample(job.rules.apply(logits, job.made, eos), job.how, job.generator)
-        if token == eos or token in job.rules.stop:
+        ends = self.engine.config.ends
+        token = sample(job.rules.apply(logits, job.made, ends), job.how, job.generator)
+        if token in ends or token in job.rules.stop:
             return self._end(job, "stop")
         if job.rules.n_logprobs is not None:
             job.chances.append(Chance.of(logits, token, job.rules.n_logprobs))

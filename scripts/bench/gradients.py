@@ -3,7 +3,8 @@
     python scripts/bench/synthetic.py synthetic --dense 1 --moe 2
     python scripts/bench/gradients.py synthetic --tokens 16384 --out /scratch/gradients
 
-Run it with 2 and 3 layers (--layers): the peak must not grow. What it writes is removed. Labels are drawn from a random
+A forward pass of many tokens alone (1,048,576, say) is `stream.py --tokens N`. Run it with 2 and 3 layers (--layers):
+the peak must not grow. What it writes is removed. Labels are drawn from a random
 model, so only sizes and times mean anything.
 """
 
@@ -20,9 +21,11 @@ from stream import R1_DENSE, R1_MOE, drop_cache
 from quantkit import bundle
 from quantkit.calibration import gradients
 from quantkit.calibration.gradients import GradientOptions, GradientPass, Labels, Rows
+from quantkit.calibration.options import active_weights
 from quantkit.calibration.spill import Spill
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
+from quantkit.models.config import ModelConfig
 from quantkit.runtime.memory import Limits, memory, room_for
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -81,6 +84,15 @@ def show(source: CheckpointSource, room: Room, rows: Rows, steps: list[tuple[flo
     if source.config.n_moe:
         both = [R1_MOE * moe + R1_DENSE * dense for dense, moe in zip(steps[0], steps[-1], strict=True)]
         print(f"R1 at {rows.n_tokens:,} tokens: {both[0] / 60:.0f} min forward, {both[1] / 60:.0f} min backward")
+        share = routed_share(r1)  # ranks share routed experts, and compute the rest each
+        eight = [seconds * (1 - share + share / 8) / 60 for seconds in both]
+        print(f"eight GPUs, if computing is all: {eight[0]:.0f} and {eight[1]:.0f} min ({share:.0%} of it is shared)")
+
+
+def routed_share(config: ModelConfig) -> float:
+    """Of the products of a token, those with routed experts."""
+    routed = 3 * config.d * config.n_ff_exp * config.n_used * config.n_moe
+    return routed / active_weights(config)
 
 
 @click.command()

@@ -18,7 +18,7 @@ from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml.quants import quantize
 from quantkit.models import family
-from quantkit.models.tokenizer import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 from quantkit.planning.assign import make_plan
 from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.recipe import Recipe

@@ -17,6 +17,7 @@ from quantkit import bundle
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.gradients import GradientPass
 from quantkit.calibration.options import Calibration
+from quantkit.calibration.variants import Candidates
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job.make import make
@@ -292,6 +293,7 @@ def test_best_within_a_budget_goes_by_an_estimate(tmp_path, monkeypatch):
         verify=False,
     )
     monkeypatch.setattr("quantkit.job.make.make_in_one_pass", stopped)
+    monkeypatch.setattr("quantkit.job.stages.EVERY", Candidates(("IQ1_S", "Q4_K"), ("Q4_K", "Q8_0")))
     with pytest.raises(Stopped) as first:
         make("tiny-r1", tmp_path, asked)
     plan = Plan.from_json((tmp_path / "plan.json").read_bytes(), "plan")

@@ -1,12 +1,18 @@
 """A tokenizer written into GGUF metadata and rebuilt from it cuts every text the same way."""
 
 import json
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from quantkit.errors import QuantkitError
+from quantkit.models import family
 from quantkit.models.family import PRE
-from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_metadata, tokenizer_of_gguf
+from quantkit.models.open import open_weights
+from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 
 TEXT = """def f(x):\n\treturn x**2  # 12345.678\n\n\n  The well-known "naïve" café —
 道可道,非常道。 東京は ひらがな ｶﾅ 1234567
@@ -50,3 +56,180 @@ def test_another_pre_tokenizer_is_refused(model_copy):
 def test_vocabulary_beyond_the_embedding_is_refused(tiny):
     with pytest.raises(QuantkitError, match="767 is beyond vocab_size 700"):
         tokenizer_metadata(tiny.path, 700, PRE)
+
+
+# Files as they are found on the Hub: each says the same in another place.
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+
+
+def template_of(folder: Path) -> str:
+    return json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+
+
+def in_jinja_file(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template_of(folder))
+    change(folder / "tokenizer_config.json", lambda c: c.pop("chat_template"))
+
+
+def in_a_list(folder: Path) -> None:
+    named = [{"name": "default", "template": template_of(folder)}]
+    change(folder / "tokenizer_config.json", lambda c: c.update(chat_template=named))
+
+
+def in_processor_file(folder: Path) -> None:
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template_of(folder)}))
+    change(folder / "tokenizer_config.json", lambda c: c.pop("chat_template"))
+
+
+def in_token_map(folder: Path) -> None:
+    tokens = {}
+    change(folder / "tokenizer_config.json", lambda c: tokens.update({k: c.pop(k) for k in list(c) if k in TOKENS}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+
+
+def in_config(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", lambda c: [c.pop(k) for k in ("bos_token", "eos_token")])
+
+
+def in_generation_config(folder: Path) -> None:
+    in_config(folder)
+    change(folder / "config.json", lambda c: [c.pop(k) for k in ("bos_token_id", "eos_token_id")])
+
+
+def as_null(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", lambda c: c.update(bos_token=None, eos_token=None))
+
+
+def with_line_ends_themselves(folder: Path) -> None:
+    """R1's own file has CR and LF in its expression, not their escapes."""
+    path = folder / "tokenizer.json"
+    itself = PRE["deepseek-v3"][2].replace(r"\r", "\r").replace(r"\n", "\n")
+    change(path, lambda t: t["pre_tokenizer"]["pretokenizers"][2]["pattern"].update(Regex=itself))
+
+
+def with_merges_as_pairs(folder: Path) -> None:
+    change(folder / "tokenizer.json", lambda t: t["model"].update(merges=[m.split(" ") for m in merges_of(t)]))
+
+
+def with_merges_as_text(folder: Path) -> None:
+    change(folder / "tokenizer.json", lambda t: t["model"].update(merges=merges_of(t)))
+
+
+def merges_of(raw: dict) -> list[str]:
+    return [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
+
+
+TOKENS = ("bos_token", "eos_token", "pad_token")
+SAME = [
+    in_jinja_file,
+    in_a_list,
+    in_processor_file,
+    in_token_map,
+    in_config,
+    in_generation_config,
+    as_null,
+    with_line_ends_themselves,
+    with_merges_as_pairs,
+    with_merges_as_text,
+]
+
+
+@pytest.mark.parametrize("move", SAME)
+def test_the_same_in_another_place_is_the_same(move, model_copy):
+    before = tokenizer_metadata(model_copy, 768, PRE)
+    move(model_copy)
+    assert tokenizer_metadata(model_copy, 768, PRE) == before
+
+
+def test_templates_by_name(model_copy):
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    change(model_copy / "tokenizer_config.json", lambda c: c.update(chat_template=named))
+    meta = tokenizer_metadata(model_copy, 768, PRE)
+    assert meta["tokenizer.chat_template"] == "a" and meta["tokenizer.chat_templates"] == ["tool_use"]
+    assert meta["tokenizer.chat_template.tool_use"] == "b"
+    (model_copy / "chat_template.jinja").write_text("c")  # transformers takes the file
+    (model_copy / "additional_chat_templates").mkdir()
+    (model_copy / "additional_chat_templates" / "rag.jinja").write_text("d")
+    meta = tokenizer_metadata(model_copy, 768, PRE)
+    assert (meta["tokenizer.chat_template"], meta["tokenizer.chat_template.rag"]) == ("c", "d")
+    assert "tokenizer.chat_template.tool_use" not in meta
+
+
+def test_what_no_file_says_is_refused(model_copy):
+    in_generation_config(model_copy)
+    (model_copy / "generation_config.json").unlink()
+    with pytest.raises(QuantkitError, match=r"no file says which token is BOS: bos_token in tokenizer_config\.json or"):
+        tokenizer_metadata(model_copy, 768, PRE)
+    with pytest.raises(QuantkitError, match="BOS"):  # before anything is computed
+        open_weights(model_copy)
+
+
+def test_ids_that_only_the_tokenizer_has_reach_the_config(model_copy):
+    change(model_copy / "config.json", lambda c: [c.pop(k) for k in ("bos_token_id", "eos_token_id")])
+    change(model_copy / "tokenizer_config.json", lambda c: c.update(bos_token="a", eos_token="b"))
+    config = family.from_hf(open_weights(model_copy).config)
+    vocabulary = json.loads((model_copy / "tokenizer.json").read_text())["model"]["vocab"]
+    assert (config.bos, config.eos) == (vocabulary["a"], vocabulary["b"])
+
+
+def test_other_tokens_that_end_a_turn(model_copy):
+    change(model_copy / "generation_config.json", lambda g: g.update(eos_token_id=[1, 7, 9]))
+    meta = plain(tokenizer_metadata(model_copy, 768, PRE))
+    assert [meta[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")] == [1, 7, 9]
+    config = family.from_gguf(
+        plain(family.metadata(family.from_hf(open_weights(model_copy).config), "split", "")) | meta
+    )
+    assert all(map(config.is_end, (1, 7, 9))) and not config.is_end(0)
+    change(model_copy / "generation_config.json", lambda g: g.update(eos_token_id=[1, 768]))
+    with pytest.raises(QuantkitError, match=r"generation_config\.json: eos_token_id 768 is not a token"):
+        tokenizer_metadata(model_copy, 768, PRE)
+
+
+def test_pad_tokens_without_a_row_are_left_out_and_said(model_copy, capsys):
+    change(model_copy / "tokenizer_config.json", lambda c: c.update(pad_token="[PAD]"))
+    added = {"id": 768, "content": "<|PAD|>", "special": True}
+    change(model_copy / "tokenizer.json", lambda t: t["added_tokens"].append(added))
+    meta = tokenizer_metadata(model_copy, 768, PRE)
+    assert "tokenizer.ggml.padding_token_id" not in meta and len(meta["tokenizer.ggml.tokens"]) == 768
+    said = capsys.readouterr().err
+    assert "pad_token '[PAD]' is not in the vocabulary" in said and "token 768 '<|PAD|>' is beyond" in said
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t: t.update(normalizer={"type": "NFKC"}), "normalizer 'NFKC'"),
+        (lambda t: t["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "pre-tokenizer 'Split'"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][3].update(add_prefix_space=True), "pre-tokenizer 'ByteLevel'"),
+        (lambda t: t["model"].update(type="Unigram"), "'Unigram' is not BPE"),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused(edit, says, model_copy):
+    change(model_copy / "tokenizer.json", edit)
+    with pytest.raises(QuantkitError, match=says):
+        tokenizer_metadata(model_copy, 768, PRE)
+
+
+def test_only_other_kinds_of_tokenizers_are_named(model_copy):
+    (model_copy / "tokenizer.json").rename(model_copy / "tiktoken.model")
+    with pytest.raises(QuantkitError, match=r"has tiktoken\.model"):
+        tokenizer_metadata(model_copy, 768, PRE)
+
+
+def test_v2_s_pre_tokenizer(model_copy):
+    """V2's file cuts numbers with `Digits`; what is rebuilt from the GGUF cuts every text the same way."""
+    *splits, _ = [re.sub(r"\\([rn])", lambda m: {"r": "\r", "n": "\n"}[m[1]], p) for p in PRE["deepseek-llm"]]
+    parts = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in splits]
+    parts += [{"type": "Digits", "individual_digits": True}]
+    change(model_copy / "tokenizer.json", lambda t: t["pre_tokenizer"]["pretokenizers"].__setitem__(slice(3), parts))
+    meta = plain(tokenizer_metadata(model_copy, 768, PRE))
+    assert meta["tokenizer.ggml.pre"] == "deepseek-llm"
+    original, rebuilt = read_tokenizer(model_copy), tokenizer_of_gguf(meta, PRE)
+    for text in (TEXT, "١٢٣ ²³ Ⅷ हिन्दी עברית Ünï Ǆ ʼn  ", "１２ ＡＢ　！ 가나다\r\n x "):
+        assert tokenize(rebuilt, text) == tokenize(original, text)

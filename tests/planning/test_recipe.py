@@ -98,11 +98,11 @@ def test_useless_rules_of_other_kinds():
     refused("its types are fixed by the format", plan, rule("ffn_gate_inp") + ALL)
 
 
-def test_rows_that_do_not_divide():
-    refused(
-        "blk.0.attn_k_b.weight: rows of 128 weights do not divide into Q6_K blocks of 256", plan, rule(qtype="Q6_K")
-    )
-    refused("IQ4_NL Q8_0 F16 BF16 F32 fit", plan, rule(qtype="Q6_K"))
+def test_rows_that_do_not_divide_fall_back():
+    """As llama-quantize does: to blocks of 32 with as many bits, said in the plan."""
+    made = {t.role: t for t in plan(rule(qtype="Q6_K")).tensors}
+    assert made["attn_k_b"].qtype == "Q8_0" and made["attn_q_a"].qtype == "Q6_K"
+    assert made["attn_k_b"].why == "Q6_K by rule, but its blocks do not divide rows of 128"
 
 
 def test_embeddings_have_no_importance():

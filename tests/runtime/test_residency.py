@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.models.tokenizer import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import tokenizer_metadata
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine

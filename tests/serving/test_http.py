@@ -1,7 +1,10 @@
 """The server over loopback, asked by the real openai client; and by clients that misbehave."""
 
+import contextlib
 import dataclasses
 import json
+import logging
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ import uvicorn
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving import http, scheduler
+from quantkit.serving import connections, http, scheduler
 
 KEY = "secret"
 CONTEXT = 512
@@ -620,6 +623,67 @@ def test_200_parallel_requests(running):
     assert together == alone * 20
     running.wait_idle()
     assert threading.active_count() <= tasks + 2
+
+
+def half_a_header(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    return connection
+
+
+def test_a_header_that_does_not_come_is_not_waited_for(running, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    slow, kept = half_a_header(running.port), HTTPConnection("127.0.0.1", running.port, timeout=20)
+    for _ in range(2):  # a whole request, and half of a second one on the same connection
+        kept.request("GET", "/health")
+        assert kept.getresponse().read() == b'{"status":"ok"}'
+    kept.sock.sendall(b"GET /health HTTP/1.1\r\n")
+    for waiting in (slow, kept.sock):
+        with contextlib.suppress(ConnectionResetError):
+            assert waiting.recv(100) == b""
+        waiting.close()
+
+
+def test_those_who_send_nothing_keep_nobody_out(weights, caplog):
+    """Thrice as many as there is room for, some with half a body; whoever asks is answered at once, and running
+    answers go on."""
+    server = Running(weights, n_slots=2, connections=20)
+    long = json.dumps({"prompt": [0, 50], "max_tokens": 300, "temperature": 0, "ignore_eos": True}).encode()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.post, long, path="/v1/completions")
+        idle = []
+        for i in range(60):
+            connection = half_a_header(server.port)
+            if i % 3 == 0:
+                connection.sendall(
+                    f"x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+                    'Content-Length: 100\r\n\r\n{"prompt'.encode()
+                )
+            idle.append(connection)
+        begin = time.monotonic()
+        assert server.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
+        assert time.monotonic() - begin < 2
+        assert answer.result()[0] == 200
+    assert len(server.server.server_state.connections) <= 20
+    for connection in idle:
+        connection.close()
+    server.stop()
+
+
+def test_the_log_does_not_grow_with_the_trouble():
+    logger, lines = logging.getLogger("test.seldom"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    connections.log_seldom("test.seldom")
+    connections.log_seldom("test.seldom")
+    for i in range(1000):
+        logger.warning("trouble %d", i)
+    logger.warning("another")
+    assert lines == ["trouble 0", "another"] and len(logger.filters) == 1
+    logger.filters[0].last.clear()  # as after some time
+    logger.warning("trouble %d", 1)
+    assert lines[2:] == ["trouble 1 (999 more of these were left out)"]
 
 
 def test_full_queue_is_429(weights, monkeypatch):

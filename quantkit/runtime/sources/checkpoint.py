@@ -22,7 +22,7 @@ class CheckpointSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         """QuantkitError if a tensor is missing or has another shape than the configuration says."""
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        self.name = Path(checkpoint.path).name
+        self.name = checkpoint.name
         self.config = family.from_hf(checkpoint.config)
         checkpoint.validate(family.source_shapes(self.config))
 

@@ -1,0 +1,47 @@
+"""Standard streams as people's shells, services and containers leave them: closed, in another encoding, cut short."""
+
+import contextlib
+import io
+import os
+import sys
+from typing import TextIO
+
+from quantkit.errors import QuantkitError
+
+OUT = ("stdout", "stderr")
+
+
+def make_usable() -> None:
+    """At the start of a command. A closed stream is /dev/null from here on: else the next file that is opened would
+    have its number, and whatever a library prints would be written into that file. A character that a stream's encoding
+    lacks is written as its escape."""
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
+            pass
+        os.close(fd)
+    for name, mode, errors in (("stdin", "r", "surrogateescape"), *((n, "w", "backslashreplace") for n in OUT)):
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
+
+
+def flush() -> None:
+    """At the end: what cannot be written is an error, not a complaint of the interpreter after it has ended."""
+    for name in OUT:
+        try:
+            getattr(sys, name).flush()
+        except OSError as error:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            if not isinstance(error, BrokenPipeError):
+                raise QuantkitError(f"{name}: {error.strerror}") from None
+
+
+def text_of(value: str, what: str) -> str:
+    """What a person typed, as text: bytes that their locale could not decode are UTF-8. QuantkitError, naming the
+    option, if they are not."""
+    try:
+        return os.fsencode(value).decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+    except UnicodeError:
+        raise QuantkitError(f"{what}: this is not text: its bytes are not UTF-8") from None

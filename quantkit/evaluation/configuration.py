@@ -1,0 +1,90 @@
+"""Whether we read a config.json as others do: a misread one would certify itself, since all of quantkit reads it alike.
+
+The model that it describes is made small (the widths that no arithmetic depends on, and a dense and a MoE layer of it),
+filled with random weights by `transformers`, and computed by both. R1's is checked in seconds, without its weights.
+stock llama.cpp could not do this: it reads the metadata that we made of config.json.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantkit.evaluation.certificate import Check
+from quantkit.evaluation.oracles import hf
+from quantkit.evaluation.oracles.child import OracleError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.tensor_table import CONFIG
+from quantkit.runtime.layers import rms_norm
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.stream import final_hidden
+
+NAME = "oracle transformers"
+TOKENS = 160
+MOST_KLD = 1e-4  # float32 on both sides: 1e-8; a wrong rope 2, another activation 0.2
+# Widths only: rope's, and all that is routed, stay as they are.
+SMALL: Mapping[str, int] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "vocab_size": 96,
+    "num_nextn_predict_layers": 0,
+}
+LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
+
+
+def check(raw: Mapping[str, Any]) -> Check:
+    """The model of this config.json by transformers' class and by us. raw: one that `family.from_hf` reads."""
+    return _check(json.dumps(small(raw), sort_keys=True))
+
+
+def small(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a small model that computes as that of `raw` does."""
+    dense = int(raw.get("first_k_dense_replace", 1) > 0)
+    kept = {key: value for key, value in raw.items() if key not in LEFT_OUT}
+    shrunk = {key: value for key, value in SMALL.items() if kept.get(key) is not None}
+    ids = {key: None if "pad" in key else 0 for key in kept if key.endswith("_token_id")}
+    return kept | shrunk | ids | {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}
+
+
+@lru_cache(8)
+def _check(text: str) -> Check:
+    config = json.loads(text)
+    if not hf.available():
+        return Check(NAME, "warn", "unchecked: config.json was read by quantkit alone; pip install transformers")
+    tokens = torch.randint(1, config["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        try:
+            theirs = hf.random_model(config, folder, tokens.numpy())
+        except OracleError as error:
+            return Check(NAME, "warn", f"unchecked: config.json was read by quantkit alone: {error.reason()}")
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        with Checkpoint.open(folder) as checkpoint:
+            ours = _logits(CheckpointSource(checkpoint), tokens)
+    kld = divergence(torch.from_numpy(theirs), ours)
+    name = config["architectures"][0]
+    if np.isfinite(kld) and kld < MOST_KLD:
+        return Check(NAME, "pass", f"{hf.version()}: its {name} reads config.json as we do (KLD {kld:.0e})")
+    return Check(NAME, "fail", f"{hf.version()}: its {name} computes another model of this config.json: KLD {kld:.2g}")
+
+
+@torch.inference_mode()
+def _logits(source: CheckpointSource, tokens: torch.Tensor) -> torch.Tensor:
+    norm, head = source.head()
+    return head(rms_norm(final_hidden(source, tokens), norm, source.config.rms_eps))
+
+
+def divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean KL divergence of our distributions from theirs, in nats, of logits [..., n_vocab]."""
+    p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -1,0 +1,40 @@
+"""What would stop a long job at its end is looked for before it begins: nothing here reads weights."""
+
+import shutil
+from pathlib import Path
+
+from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.errors import QuantkitError
+from quantkit.evaluation import configuration
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.planning.plan import Plan
+from quantkit.progress import say
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.sizes import gb
+
+LARGE = 200_000_000  # weights: from here on a look at the configuration is short beside the job; `certify` always looks
+
+
+def check_possible(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, n_bytes: int, evaluation: TextChoice | None
+) -> None:
+    """QuantkitError if the disk has no room for the file, of n_bytes, if the evaluation text is none (None: there will
+    be no evaluation), or if transformers reads the configuration of a large model in another way."""
+    _check_disk(folder, n_bytes)
+    if evaluation:
+        cut(evaluation.corpus("evaluation"), CheckpointSource(checkpoint), evaluation)
+    if sum(tensor.n_weights for tensor in plan.tensors) > LARGE:
+        found = configuration.check(checkpoint.config)
+        if found.status == "fail":
+            raise QuantkitError(f"{checkpoint.path}: {found.detail}")
+        say(found.detail)
+
+
+def _check_disk(folder: Path, need: int) -> None:
+    """Only where nothing lies yet: a run that goes on has reserved its place."""
+    absolute = folder.absolute()
+    if any(absolute.glob("*.gguf*")) or any(absolute.glob("*/*.gguf*")):
+        return
+    there = next(parent for parent in (absolute, *absolute.parents) if parent.is_dir())
+    if (free := shutil.disk_usage(there).free) < need:
+        raise QuantkitError(f"{folder}: no room for {gb(need)}, {gb(free)} are free; choose another --output")

@@ -1,0 +1,265 @@
+"""A checkpoint's tokenizer and chat templates as GGUF metadata, from all files that say something of them.
+
+The upload of January 2025 has a chat template in tokenizer_config.json and tokens by name there. Others have them in
+chat_template.jinja, as a list of named templates, in special_tokens_map.json, or as ids in config.json or
+generation_config.json. What is in none of them is refused, where text cannot be computed without it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_values import U32, I32List
+from quantkit.formats.safetensors_header import load_object
+from quantkit.formats.tensor_table import CONFIG, read_text_file
+from quantkit.models.tokenizer import Patterns
+from quantkit.progress import say_once
+
+TOKENIZER, SETTINGS, TOKEN_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
+MORE_TEMPLATES = "additional_chat_templates"
+FILES = (TOKENIZER, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
+"""Names of the files that are read, for those who fetch them."""
+NO_WORDS = "tokenizer.ggml.pre cannot say that"
+
+
+def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
+    """`tokenizer.*` keys for a checkpoint folder.
+
+    n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
+    QuantkitError, naming file and key, for what llama.cpp would read as another tokenizer, and for a BOS or EOS that no
+    file names. Says in a line what is left out.
+    """
+    try:
+        return _metadata(folder, n_vocab, known)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise QuantkitError(f"{folder / TOKENIZER}: not the structure of a BPE tokenizer ({error})") from None
+
+
+def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
+    raw = _tokenizer_json(folder)
+    model = raw.get("model") or {}
+    if model.get("type") != "BPE":
+        raise QuantkitError(f"{folder / TOKENIZER}: model type {model.get('type')!r} is not BPE")
+    settings = _optional(folder / SETTINGS)
+    pre = _pre_tokenizer(raw, folder, known)
+    tokens, types = _tokens(raw, n_vocab, folder)
+    special = SpecialTokens(folder, settings, tokens)
+    out: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": I32List(types),
+        "tokenizer.ggml.merges": [_text(m) if isinstance(m, str) else _text(" ".join(m)) for m in model["merges"]],
+        "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
+        "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
+    }
+    return out | special.metadata() | templates_metadata(chat_templates(folder, settings), folder)
+
+
+class SpecialTokens:
+    """Which tokens begin, end and pad a text, by whichever file says so; by name before by id."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], tokens: Sequence[str]) -> None:
+        self.folder, self.n_vocab = folder, len(tokens)
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.named = [(SETTINGS, settings), (TOKEN_MAP, _optional(folder / TOKEN_MAP))]
+        self.numbered = [(CONFIG, _optional(folder / CONFIG)), (GENERATION, _optional(folder / GENERATION))]
+
+    def metadata(self) -> dict[str, Any]:
+        """`tokenizer.ggml.*_token_id`. QuantkitError if a text has no beginning or no end, or either is no token."""
+        found = {"bos": self._must("bos"), "eos": self._must("eos")}
+        if (padding := self._padding()) is not None:
+            found["padding"] = padding
+        # llama.cpp ends an answer at any of eos, eot and eom; a chat fine-tune may list what else ends a turn.
+        others = [token for token in dict.fromkeys(self._other_ends()) if token != found["eos"]]
+        found |= dict(zip(("eot", "eom"), others, strict=False))
+        if len(others) > 2:
+            say_once(f"warning: {self.folder / GENERATION}: a GGUF has no place for the end tokens {others[2:]}")
+        return {f"tokenizer.ggml.{key}_token_id": U32(token) for key, token in found.items()}
+
+    def _must(self, key: str) -> int:
+        """The id of a token that every text needs."""
+        for file, values in self.named:
+            if (name := _content(values.get(f"{key}_token"))) is not None:
+                if name not in self.ids:
+                    raise QuantkitError(f"{self.folder / file}: {key}_token {name!r} is not in the vocabulary")
+                return self.ids[name]
+        for file, values in self.numbered:
+            if given := _listed(values.get(f"{key}_token_id")):
+                return self._checked(given[0], f"{self.folder / file}: {key}_token_id")
+        raise QuantkitError(
+            f"{self.folder}: no file says which token is {key.upper()}: {key}_token in {SETTINGS} or {TOKEN_MAP}, or "
+            f"{key}_token_id in {CONFIG} or {GENERATION}; add it"
+        )
+
+    def _padding(self) -> int | None:
+        for file, values in self.named:
+            if (name := _content(values.get("pad_token"))) is not None:
+                if name not in self.ids:
+                    say_once(f"warning: {self.folder / file}: pad_token {name!r} is not in the vocabulary; left out")
+                    return None
+                return self.ids[name]
+        return None
+
+    def _other_ends(self) -> Iterator[int]:
+        for file, values in self.numbered:
+            given = _listed(values.get("eos_token_id"))
+            if len(given) > 1 or file == GENERATION:
+                yield from (self._checked(i, f"{self.folder / file}: eos_token_id") for i in given)
+
+    def _checked(self, token: Any, where: str) -> int:
+        if type(token) is not int or not 0 <= token < self.n_vocab:
+            raise QuantkitError(f"{where} {token!r} is not a token: there are {self.n_vocab:,}")
+        return token
+
+
+def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """config.json's `bos_token_id` and `eos_token_id` as the tokenizer has them."""
+    return {f"{key}_token_id": int(metadata[f"tokenizer.ggml.{key}_token_id"].value) for key in ("bos", "eos")}
+
+
+def chat_templates(folder: Path, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Name -> template; the one that is used is called `default`. Empty if the model has none.
+
+    In transformers' order: chat_template.jinja (and additional_chat_templates/NAME.jinja), then what
+    tokenizer_config.json has, text or a list of named ones, then chat_template.json.
+    """
+    found = {}
+    if (folder / TEMPLATE).is_file():
+        found["default"] = _file_text(folder / TEMPLATE)
+    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        found[path.stem] = _file_text(path)
+    settings = _optional(folder / SETTINGS) if settings is None else settings
+    in_settings = _named(settings.get("chat_template"), folder / SETTINGS)
+    if found and in_settings.get("default", found.get("default")) != found.get("default"):
+        say_once(f"{folder}: {TEMPLATE} is used; {SETTINGS} has another chat template")
+    return found or in_settings or _named(_optional(folder / PROCESSOR_TEMPLATE).get("chat_template"), folder)
+
+
+def templates_metadata(templates: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others, as gguf-py names them."""
+    if not templates:
+        say_once(f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file")
+    elif "default" not in templates:
+        say_once(f"warning: {folder}: no chat template is called default, only {', '.join(templates)}")
+    out: dict[str, Any] = {"tokenizer.chat_template": templates["default"]} if "default" in templates else {}
+    plain = {"".join(c if c.isascii() and c.isalnum() else "_" for c in name): name for name in templates}
+    others = {name: templates[given] for name, given in plain.items() if given != "default"}
+    if others:
+        out["tokenizer.chat_templates"] = sorted(others)
+    return out | {f"tokenizer.chat_template.{name}": others[name] for name in sorted(others)}
+
+
+def _named(value: Any, where: Path) -> dict[str, str]:
+    """A template, or a list of `{"name", "template"}`."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": _text(value)}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": template} for name, template in value.items()]
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise QuantkitError(f"{where}: chat_template is neither text nor a list of named templates")
+    return {_text(one["name"]): _text(one["template"]) for one in value}
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER
+    if not path.is_file():
+        others = [name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()]
+        if others:
+            what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
+            raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
+    return load_object(read_text_file(path), str(path))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return load_object(read_text_file(path), str(path)) if path.is_file() else {}
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"{path}: cannot read ({error})") from None
+
+
+def _content(token: Any) -> str | None:
+    """A token's text, which stands alone or in an AddedToken."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return None if token is None else _text(token)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _text(value: Any) -> str:
+    """A string that UTF-8 can hold (JSON may escape half a surrogate pair)."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TypeError(f"{value!r:.80} is not Unicode text") from None
+    return value
+
+
+def _pre_tokenizer(raw: Mapping[str, Any], folder: Path, known: Patterns) -> str:
+    """GGUF's name of it."""
+    path, splits = folder / TOKENIZER, []
+    if (raw.get("normalizer") or {}).get("normalizers", raw.get("normalizer")):
+        raise QuantkitError(f"{path}: normalizer {raw['normalizer'].get('type')!r} is not supported; {NO_WORDS}")
+    if raw["model"].get("ignore_merges"):
+        raise QuantkitError(f"{path}: ignore_merges true is not supported; {NO_WORDS}")
+    whole = raw.get("pre_tokenizer") or {}
+    for part in whole.get("pretokenizers") or [whole]:
+        if part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+            splits.append(_escaped(part["pattern"].get("Regex") or ""))
+        elif part.get("type") == "Digits" and part.get("individual_digits"):
+            splits.append(r"\p{N}")
+        elif part.get("type") != "ByteLevel" or part.get("add_prefix_space") or part.get("use_regex"):
+            raise QuantkitError(f"{path}: a pre-tokenizer {part.get('type')!r} is not supported; {NO_WORDS}")
+    for name, expected in known.items():
+        if tuple(splits) == expected:
+            return name
+    # llama.cpp would cut words differently and the model would see tokens it was not trained on.
+    raise QuantkitError(f"{path}: pre-tokenizer is not {' or '.join(known)}; no GGUF name for it")
+
+
+def _escaped(pattern: str) -> str:
+    """Line ends as two characters: files have them so, or as themselves, which is the same expression."""
+    return pattern.replace("\r", r"\r").replace("\n", r"\n")
+
+
+def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
+    kinds = gguf.TokenType
+    by_id = {_id(i): (_text(token), kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
+    beyond = max(by_id, default=0)
+    for added in raw.get("added_tokens", ()):
+        control = added["special"] or _looks_special(added["content"])
+        if _id(added["id"]) >= n_vocab and beyond < n_vocab:
+            # A fine-tuner's pad token, the embedding left as it was: the model has never seen it.
+            what = f"token {added['id']} {_text(added['content'])!r}"
+            say_once(f"warning: {folder / TOKENIZER}: {what} is beyond vocab_size {n_vocab}; left out")
+            continue
+        by_id[_id(added["id"])] = (_text(added["content"]), kinds.CONTROL if control else kinds.USER_DEFINED)
+    if by_id and max(by_id) >= n_vocab:
+        raise QuantkitError(f"{folder / TOKENIZER}: token id {max(by_id)} is beyond vocab_size {n_vocab}")
+    full = [by_id.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(n_vocab)]
+    return [token for token, _ in full], [int(kind) for _, kind in full]
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r:.80} is not a token id")
+    return value
+
+
+def _looks_special(token: str) -> bool:
+    """DeepSeek marks `<｜User｜>` and its like as ordinary; llama.cpp's converter writes them as control tokens."""
+    return token.startswith(("<｜", "<|")) and token.endswith(("｜>", "|>"))
