@@ -79,8 +79,8 @@ def make(
     """The main job; returns the GGUF file(s) and what verify.json holds. The folder (default: MODEL-RECIPE here) is as
     `job.folder` says.
 
-    What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks calibrate
-    and encode together; then rank 0 alone recovers and verifies, and the others return without a result.
+    What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks
+    calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
     device = chosen_device(options.device)
     checkpoint = open_weights(model)
@@ -347,9 +347,9 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
-    files, gained = recover(files[0], order.folder, source, chunks, job, options)
+    done = partial(record, order.out, identity=order.identity)
+    files, gained = recover(files[0], order.folder, source, chunks, job, options, done)
     if ranks.index() == 0:
-        record(order.out, files, order.identity)
         write_json(order.folder / RECOVERY, gained)
         shutil.rmtree(base.parent)
     return files

@@ -10,7 +10,7 @@ stops, and which of its states is taken, is decided by text of other domains tha
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Recovery:
             progress.before = self._measure(self._file(self.base.path), target, held)
             progress.save()
         self._train(target, held)
-        ranks.agree(twin.copy)
+        ranks.agree(lambda: self._begin(twin))
         best = Student(self.student.weights, self.student.tuned.at(self.values.best()), self.original.dtype)
         text = torch.tensor(sorted({int(i) for batch in self.batches for i in batch}))
         tokens, spill = self.tokens[self._chunks(text)], self._spill("encode")
@@ -128,6 +128,12 @@ class Recovery:
             "judged_by": self.split.about,
             "measured": progress.measured,
         }
+
+    def _begin(self, twin: Twin) -> None:
+        """The base's bytes, in which nothing is encoded again yet, unless they are there since an earlier run."""
+        if not all(file.exists() for file in twin.files):
+            _clear(self.state.glob("encode"))
+            twin.copy()
 
     def _room_of(self, tokens: torch.Tensor) -> Room:
         return room_for(self.original, tokens.numel(), self.how.limits(self.state))
@@ -196,11 +202,14 @@ def recover(
     chunks: Chunks,
     job: str,
     how: RecoverOptions | None = None,
+    done: Callable[[list[Path]], None] = lambda files: None,
 ) -> tuple[list[Path], Mapping[str, Any]]:
     """Write the recovered twin of the file (or splits) `base` into another folder; the files, and what was gained.
 
     chunks: calibration text. job: identity of base file and text; a stopped run of the same job goes on within the
-    layer. Ranks share it. If text that was not tuned on does not gain, the twin is a plain copy. What memory or disk
+    layer. done: is told of the files, on rank 0, before the state of the job goes.
+
+    Ranks share the work. If text that was not tuned on does not gain, the twin is a plain copy. What memory or disk
     have no room for is refused by `open_original`, before the base is made.
     """
     how = how or RecoverOptions()
@@ -214,9 +223,11 @@ def recover(
         work = Recovery(base, original, chunks, how, state, job)
         twin = Twin(work.base, state / "twin")
         gained = work.run(twin)
-    names = ranks.agree(lambda: [file.name for file in twin.publish(folder)])
+    files = [folder / file.name for file in twin.files]
+    ranks.agree(lambda: twin.publish(folder))
+    ranks.agree(lambda: done(files))
     ranks.agree(lambda: _clear([state]))
-    return [folder / name for name in names], gained
+    return files, gained
 
 
 def _clear(folders: Iterable[Path]) -> None:

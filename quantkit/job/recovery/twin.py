@@ -66,11 +66,10 @@ class Twin:
         for file in self.files:
             _sync(file)
 
-    def publish(self, folder: Path) -> list[Path]:
+    def publish(self, folder: Path) -> None:
         """The files move there."""
         for file in self.files:
             os.replace(file, folder / file.name)
-        return [folder / file.name for file in self.files]
 
 
 def _sync(path: Path) -> None:
