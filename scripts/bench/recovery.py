@@ -27,7 +27,7 @@ from quantkit.job.recovery.options import RecoverOptions, Sizes
 from quantkit.job.recovery.passes import Target
 from quantkit.job.recovery.step import TrainingStep
 from quantkit.job.recovery.student import Student
-from quantkit.job.recovery.tuned import Tuned, moving
+from quantkit.job.recovery.tuned import Tuned, coarse, moving
 from quantkit.job.recovery.values import Values
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
@@ -95,7 +95,8 @@ def main(
     r1 = Sizes.of(c, moving(c, weights.file.tensors, moves), how)
     sizes = Sizes(c, r1.n_values, r1.most, tokens, torch.bfloat16, torch.bfloat16)  # as R1's are
     room = sizes.room(original, (n_chunk, 512), Limits(None, place, out), gradients.memory(original, 1, 512))
-    values = Values(out, moving(c, weights.file.tensors, moves), sizes.dtype)
+    specs = moving(c, weights.file.tensors, moves)
+    values = Values(out, specs, sizes.dtype, coarse(specs, weights.file.tensors))
     student = Student(weights, Tuned(weights.file, original.checkpoint, values, original.device), original.dtype)
     target = Target(original, torch.randn(n_chunk, 512, c.d).bfloat16())
     ids = torch.randint(0, c.n_vocab, (n_chunk, 512), generator=torch.Generator().manual_seed(0))

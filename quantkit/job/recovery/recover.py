@@ -28,7 +28,7 @@ from quantkit.job.recovery.passes import Target, forward, inputs, measure
 from quantkit.job.recovery.step import TrainingStep
 from quantkit.job.recovery.student import Student
 from quantkit.job.recovery.text import Split
-from quantkit.job.recovery.tuned import Tuned, moving
+from quantkit.job.recovery.tuned import Tuned, coarse, moving
 from quantkit.job.recovery.twin import Twin, encode_again
 from quantkit.job.recovery.values import Values
 from quantkit.planning.plan import Plan
@@ -90,7 +90,7 @@ class Recovery:
         state.mkdir(parents=True, exist_ok=True)
         shape = len(self.batches[0]), chunks.tokens.shape[1]
         self.room = sizes.room(original, shape, how.limits(state), gradients.memory(original, 1, shape[1]))
-        self.values = Values(state, specs, sizes.dtype)
+        self.values = Values(state, specs, sizes.dtype, coarse(specs, weights.file.tensors))
         tuned = Tuned(weights.file, original.checkpoint, self.values, original.device)
         self.student = Student(weights, tuned, original.dtype)
         self.progress = Progress(state / "progress.json", how.every)

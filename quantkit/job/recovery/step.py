@@ -13,7 +13,7 @@ from quantkit import ranks
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
 from quantkit.job.recovery.passes import Target, forward, inputs
-from quantkit.job.recovery.tuned import TunedSource, is_norm
+from quantkit.job.recovery.tuned import TunedSource
 from quantkit.job.recovery.values import Update
 from quantkit.progress import Advance
 from quantkit.runtime.ahead import read_ahead
@@ -76,8 +76,7 @@ class TrainingStep:
         if not all(bool(g.isfinite().all()) for g in (back.gradient, *found.values())):
             raise QuantkitError(f"recovery: the gradient of layer {layer} is not finite")
         for name, leaf in zip(leaves.names, leaves.tensors, strict=True):
-            if is_norm(self.student.tuned.specs[name]):
-                found[name] *= leaf.detach()  # of its logarithm
+            found[name] = self.student.tuned.to_delta(name, found[name], leaf.detach())
         values.update(layer, found, how)
         self.spill.put(gradient(layer), back.gradient if layer else back.gradient[:, :1])
         ranks.agree(lambda: values.commit(layer))  # when all have read what was there before

@@ -2,7 +2,8 @@
 
 Routed experts and the embedding stay the file's. Norms and routers (F32 in the file) move from the file's values; other
 matrices of FINE_BITS and more move from the original's, which are read again from the checkpoint, and are encoded once
-more in the end. Coarser matrices outside of the experts stay as they are: their rounding is larger than any move.
+more in the end. Of coarser matrices outside of the experts the superblocks' scales move: their codes stay, for their
+rounding is larger than any move of a weight.
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 
 from quantkit.codecs import types as qtypes
+from quantkit.codecs.format import SUPERBLOCK
+from quantkit.codecs.registry import FORMATS
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.job.recovery.values import Values
+from quantkit.ggml import quants
+from quantkit.job.recovery.values import ByLayer, Values
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning.plan import PlannedTensor
@@ -25,7 +29,7 @@ from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0
 Moves = Literal["matrices", "vectors"]
-"""`matrices`: norms, routers and fine matrices move; `vectors`: norms and routers."""
+"""`matrices`: norms, routers, fine matrices and scales of coarse ones move; `vectors`: norms and routers."""
 
 
 def is_norm(spec: TensorSpec) -> bool:
@@ -40,6 +44,17 @@ def is_fine(spec: TensorSpec, qtype: str) -> bool:
     return qtypes.stored(qtype).block_size > 1 and qtypes.get(qtype).bpw >= FINE_BITS
 
 
+def is_coarse(spec: TensorSpec, qtype: str) -> bool:
+    """Whether the scales of its superblocks move, in their logarithms."""
+    outside = len(spec.shape) > 1 and not (spec.fixed or spec.is_routed or spec.role == "token_embd")
+    return outside and qtype in FORMATS and not is_fine(spec, qtype)
+
+
+def coarse(specs: ByLayer, tensors: Mapping[str, GGUFTensor | PlannedTensor]) -> frozenset[str]:
+    """Names of those among these."""
+    return frozenset(s.name for some in specs.values() for s in some if is_coarse(s, tensors[s.name].qtype))
+
+
 def moving(
     config: ModelConfig, tensors: Mapping[str, GGUFTensor | PlannedTensor], moves: Moves
 ) -> dict[int, list[TensorSpec]]:
@@ -48,8 +63,9 @@ def moving(
     for spec in family.specs(config, mla_of(tensors)):
         if spec.name not in tensors:
             continue  # tied output
-        fine = moves == "matrices" and is_fine(spec, tensors[spec.name].qtype)
-        if fine or is_norm(spec) or spec.role == "ffn_gate_inp":
+        qtype = tensors[spec.name].qtype
+        matrix = moves == "matrices" and (is_fine(spec, qtype) or is_coarse(spec, qtype))
+        if matrix or is_norm(spec) or spec.role == "ffn_gate_inp":
             found.setdefault(config.n_layer if spec.layer is None else spec.layer, []).append(spec)
     return found
 
@@ -81,7 +97,16 @@ class Tuned:
         if delta is None:
             return rows
         by = delta.to(self.device, torch.float32)
+        if spec.name in self.values.scales:
+            return (rows.unflatten(-1, (-1, SUPERBLOCK)) * by.exp()[..., None]).flatten(-2)
         return rows * by.exp() if is_norm(spec) else rows + by * self.unit(spec)
+
+    def to_delta(self, name: str, gradient: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """Gradient with respect to what was made of a tensor, float32 -> with respect to its delta, but for a positive
+        factor."""
+        if name in self.values.scales:
+            return (gradient * made).unflatten(-1, (-1, SUPERBLOCK)).sum(-1)
+        return gradient * made if is_norm(self.specs[name]) else gradient
 
     def unit(self, spec: TensorSpec) -> float:
         """Standard deviation of what a tensor moves from."""
@@ -100,6 +125,10 @@ class Tuned:
         if spec.fixed:
             values = self.file.data(spec.name).view(np.float32).reshape(spec.n_rows, spec.n_in)
             return torch.from_numpy(values[start:stop].copy()).to(self.device)
+        if spec.name in self.values.scales:
+            packed = self.file.data(spec.name).reshape(spec.n_rows, -1)[start:stop]
+            qtype = self.file.tensors[spec.name].qtype
+            return torch.from_numpy(quants.dequantize(qtype, packed, spec.n_in)).to(self.device)
         return family.read(self.checkpoint, self.config, spec, start, stop, str(self.device))
 
 

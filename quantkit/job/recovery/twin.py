@@ -10,6 +10,7 @@ import torch
 
 from quantkit import ranks
 from quantkit.calibration.spill import Spill
+from quantkit.codecs.registry import rescale
 from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.hessian import Hessian, prepare
 from quantkit.encoding.moments import SAME_INPUT, Moments
@@ -125,6 +126,11 @@ def _of_output(student: TunedSource, hidden: torch.Tensor) -> Moments:
 
 def _write(student: TunedSource, spec: TensorSpec, seen: Moments | None, twin: Twin) -> None:
     qtype, rows = twin.base.tensors[spec.name].qtype, student.tuned.rows
+    if spec.name in student.tuned.values.scales:
+        delta = student.tuned.values.delta(spec, 0, spec.n_rows)
+        if delta is not None:
+            twin.write(spec.name, 0, rescale(qtype, twin.base.data(spec.name), delta.float().exp().numpy()))
+        return
     if seen is None:  # F32 in the file
         values = torch.cat([rows(spec, *some) for some in family.slices(spec)])
         twin.write(spec.name, 0, values.cpu().numpy())

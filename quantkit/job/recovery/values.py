@@ -1,6 +1,7 @@
 """What recovery has moved so far, and its momentum: files on disk, a pair for each layer, replaced whole.
 
-delta-NNN   by how much each tensor of layer NNN moved: a matrix in its standard deviations, a norm in its logarithm
+delta-NNN   by how much each tensor of layer NNN moved: a matrix in its standard deviations, a norm or the scales of a
+            coarse matrix in their logarithms
 moment-NNN  Lion's momentum (arXiv 2302.06675)
 best-NNN    the deltas at the step that did best so far: hard links
 *.next      what a step makes of them, until the layer below knows its gradient
@@ -10,7 +11,7 @@ The last NNN stands for the output norm and the output matrix. A tensor that nev
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit import ranks
+from quantkit.codecs.format import SUPERBLOCK
 from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import Writer, writing
 from quantkit.tensors import TensorSpec
@@ -38,15 +40,16 @@ class Update:
 
 class Values:
     """dtype: of the files: float32 while all of it is small, else bfloat16 (deltas stay below a tenth of a standard
-    deviation, so their rounding is below that of any type the weights are stored in)."""
+    deviation, so their rounding is below that of any type the weights are stored in). scales: tensors that have a delta
+    for each superblock."""
 
-    def __init__(self, folder: Path, specs: ByLayer, dtype: torch.dtype):
-        self.folder, self.specs, self.dtype = folder, specs, dtype
+    def __init__(self, folder: Path, specs: ByLayer, dtype: torch.dtype, scales: Collection[str] = ()):
+        self.folder, self.specs, self.dtype, self.scales = folder, specs, dtype, scales
         self.layer_of = {spec.name: layer for layer, some in specs.items() for spec in some}
         self.prefix = "delta"
 
     def delta(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor | None:
-        """Rows of a tensor, [stop - start, n_in] on the CPU; None if it has not moved."""
+        """Rows of a tensor, [stop - start, n_in], or n_in / 256, on the CPU; None if it has not moved."""
         return _rows(self._path(self.prefix, self.layer_of[spec.name]), spec, start, stop)
 
     def update(self, layer: int, gradients: Mapping[str, torch.Tensor], how: Update) -> None:
@@ -56,7 +59,7 @@ class Values:
         specs = self.specs.get(layer, ())
         if not specs:
             return
-        shapes = {spec.name: (self.dtype, (spec.n_rows, spec.n_in)) for spec in specs}
+        shapes = {spec.name: (self.dtype, (spec.n_rows, self._columns(spec))) for spec in specs}
         paths = [self._path(kind, layer) for kind in ("delta", "moment")]
         with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes) as moments:
             for spec in specs[ranks.index() :: ranks.count()]:
@@ -70,7 +73,7 @@ class Values:
         out: tuple[Writer, Writer],
         how: Update,
     ) -> None:
-        flat, step = gradient.view(spec.n_rows, spec.n_in), max(1, TILE // spec.n_in)
+        flat, step = gradient.reshape(spec.n_rows, -1), max(1, TILE // self._columns(spec))
         for start in range(0, spec.n_rows, step):
             g = flat[start : start + step]
             old = [_rows(path, spec, start, start + len(g)) for path in paths]
@@ -78,6 +81,9 @@ class Values:
             delta -= how.rate * m.lerp(g, 1 - how.betas[0]).sign()
             out[0].write(spec.name, delta, start)
             out[1].write(spec.name, m.lerp_(g, 1 - how.betas[1]), start)
+
+    def _columns(self, spec: TensorSpec) -> int:
+        return spec.n_in // SUPERBLOCK if spec.name in self.scales else spec.n_in
 
     def commit(self, layer: int) -> None:
         """What `update` made of a layer takes its place. May be done again."""
@@ -111,7 +117,7 @@ class Values:
 
     def best(self) -> "Values":
         """Those that were kept last, to read from."""
-        found = Values(self.folder, self.specs, self.dtype)
+        found = Values(self.folder, self.specs, self.dtype, self.scales)
         found.prefix = "best"
         return found
 
