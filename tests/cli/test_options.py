@@ -7,8 +7,9 @@ import click
 import pytest
 
 from quantkit.__main__ import main
-from quantkit.cli.options import FileSize, Shared, SizeOrBits
+from quantkit.cli.options import OUT_FOLDER, FileSize, Shared, SizeOrBits
 from quantkit.errors import QuantkitError, needs
+from quantkit.models.open import ModelRef
 
 MOST, MOST_OF_ALL = 20, 112
 
@@ -55,3 +56,10 @@ def test_a_missing_extra_is_named_with_its_command():
     with pytest.raises(QuantkitError, match=r"this needs nothing_of_that_name: pip install 'quantkit\[plots\]'"):
         with needs("plots"):
             import nothing_of_that_name  # noqa: F401
+
+
+def test_home_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave --output=~/x alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert OUT_FOLDER.convert("~/made", None, None) == tmp_path / "made"
+    assert ModelRef.parse("~/model").name == str(tmp_path / "model")
