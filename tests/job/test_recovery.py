@@ -44,9 +44,22 @@ def source(tiny):
     return CheckpointSource(tiny)
 
 
-def plan_for(source, target="llama.cpp"):
+COARSE = """
+name = "coarse"
+description = "Coarse types outside of the experts too."
+target = "llama.cpp"
+rules = [
+    { match = "token_embd", qtype = "Q4_K", why = "to test" },
+    { match = "output", qtype = "Q6_K", why = "to test" },
+    { match = "attn_k_b", qtype = "Q8_0", why = "to test" },
+    { match = "*", qtype = "Q2_K", why = "to test" },
+]
+"""
+
+
+def plan_for(source, target="llama.cpp", recipe=None):
     mla = "combined" if "combined" in target else "split"
-    return make_plan(family.specs(source.config, mla), Recipe.load("2.51bit"), target, model="tiny")
+    return make_plan(family.specs(source.config, mla), recipe or Recipe.load("2.51bit"), target, model="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +103,24 @@ def plain_gradients(student, original, tokens):
     log_p = head_logits(original, original.head(), final_hidden(original, tokens)).log_softmax(-1).detach()
     loss = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
     found = torch.autograd.grad(loss, list(wanted.values()))
-    scaled = [g * t if is_norm(student.tuned.specs[n]) else g for g, (n, t) in zip(found, wanted.items(), strict=True)]
+    scaled = []
+    for (name, made), gradient in zip(wanted.items(), found, strict=True):
+        scales = made.shape[:-1] + (made.shape[-1] // 256,)
+        of_scales = (
+            (gradient * made.detach()).view(*scales, 256).sum(-1) if name in student.tuned.values.scales else None
+        )
+        of_log = gradient * made.detach() if is_norm(student.tuned.specs[name]) else gradient
+        scaled.append(of_log if of_scales is None else of_scales)
     return float(loss.detach()), dict(zip(wanted, scaled, strict=True))
 
 
-@pytest.mark.parametrize("target", ["llama.cpp", "llama.cpp/combined"])
-def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, monkeypatch, target):
+@pytest.mark.parametrize(
+    ("target", "recipe"), [("llama.cpp", None), ("llama.cpp/combined", None), ("llama.cpp", Recipe.parse(COARSE, ""))]
+)
+def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, monkeypatch, target, recipe):
     """In the second step, when everything has moved; in tiles that do not divide the text."""
     path = tmp_path / "tiny.gguf"
-    quantize(tiny, plan_for(source, target), {}, Output(path), GgmlEncoder())
+    quantize(tiny, plan_for(source, target, recipe), {}, Output(path), GgmlEncoder())
     work = Recovery(path, source, chunks, replace(SHORT, tokens=256), tmp_path / "state", "job")
     aim, seen, losses, update = work._target(), {}, [], Values.update
     monkeypatch.setattr(Values, "update", lambda v, layer, g, how: (seen.update(g), update(v, layer, g, how)))
@@ -111,12 +133,27 @@ def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, 
         losses.append((step.run(work.how.update(number), lambda amount=1: None), loss))
     assert set(seen) == set(work.values.layer_of) == set(expected)
     assert {"ffn_gate_inp", "attn_q_a_norm", "ffn_norm", "output"} <= {work.student.tuned.specs[n].role for n in seen}
+    assert bool(work.values.scales) == bool(recipe)
     assert any("attn_kv_b" in name if "combined" in target else "attn_v_b" in name for name in seen)
     errors = {n: float(((seen[n].view_as(g) - g).norm() / g.norm()).detach()) for n, g in expected.items()}
     assert max(errors.values()) < 1e-4, errors
     for found, loss in losses:
         assert found == pytest.approx(loss, rel=1e-4)
     assert losses[1][1] != losses[0][1]
+
+
+def test_scales_of_coarse_matrices_move_and_their_codes_stay(tiny, source, chunks, tmp_path):
+    base = tmp_path / "tiny.gguf"
+    quantize(tiny, plan_for(source, recipe=Recipe.parse(COARSE, "")), {}, Output(base), GgmlEncoder())
+    (tmp_path / "out").mkdir()
+    files, gained = recover(base, tmp_path / "out", source, chunks, "job", HOW)
+    assert gained["kld_after"] < 0.98 * gained["kld_before"]
+    before, after = GGUFFile.open(base), GGUFFile.open(files[0])
+    name = "blk.1.attn_output.weight"
+    old, new = (np.asarray(file.data(name)).reshape(-1, 84) for file in (before, after))  # Q2_K: codes; d, dmin
+    assert not np.array_equal(old[:, 80:], new[:, 80:]) and np.array_equal(old[:, :80], new[:, :80])
+    experts = "blk.1.ffn_down_exps.weight"
+    assert np.array_equal(before.data(experts), after.data(experts))
 
 
 def test_divergence_falls_and_not_a_byte_is_added(base, recovered):
