@@ -115,9 +115,9 @@ class GGUFFile:
 def is_gguf(path: Path | str) -> bool:
     """Whether it is a file that begins as GGUF does, whatever its name."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(Path(path)), "rb") as file:
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (QuantkitError, OSError):
         return False
 
 

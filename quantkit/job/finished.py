@@ -7,12 +7,15 @@ writer's ledger stays, so that a run that is stopped in between is finished, not
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.whole_file import write_json
 
@@ -37,9 +40,9 @@ def difference(files: Sequence[Path], identity: Mapping[str, Any]) -> str | None
     """Why these files (not none) are not what a job of that identity made; None if they are."""
     note = files[0].with_name(CHECKSUMS)
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = json.loads(read_text(note, "record"))
         job, entries = known["job"], {str(name): dict(entry) for name, entry in known["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (QuantkitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"there is no {CHECKSUMS} of a finished run"
     if job != _digest(identity):
         return "another job made it"
@@ -62,7 +65,7 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 def _crc(file: Path) -> int:
     found = 0
-    with open(file, "rb") as data:
+    with os.fdopen(open_regular(file), "rb") as data:
         while part := data.read(READ_BYTES):
             found = zlib.crc32(part, found)
     return found

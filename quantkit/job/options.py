@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from quantkit.calibration.options import Calibration
 from quantkit.encoding.api import choose
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
-from quantkit.formats.byte_source import read_text
+from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
@@ -191,10 +192,10 @@ def arithmetic(encoder: str, device: str) -> str:
 
 
 def _sha256(path: Path | None) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
-    except OSError as error:
-        raise QuantkitError(f"{path}: {error.strerror}") from None
+    if path is None:
+        return None
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_json(text: TextChoice) -> dict[str, Any]:

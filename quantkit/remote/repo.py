@@ -124,6 +124,8 @@ def list_files(repo: Repo, home: Path) -> Listing:
 def listing_of_snapshot(repo: Repo) -> Listing | None:
     """What `hf download` left in huggingface_hub's cache, where files are links to blobs named by their ETags; None if
     there is nothing, or no links. Whether it is whole shows when it is read."""
+    if not repo.trusted:  # that cache is the configured endpoint's
+        return None
     config = try_to_load_from_cache(repo.id, "config.json", revision=repo.revision or "main")
     if not isinstance(config, str):
         return None
