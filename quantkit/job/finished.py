@@ -18,8 +18,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.whole_file import write_json
+from quantkit.job.folder import CHECKSUMS
 
-CHECKSUMS = "checksums.json"
 READ_BYTES = 16 << 20
 READERS = 4
 

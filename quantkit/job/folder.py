@@ -26,6 +26,7 @@ from quantkit.formats.whole_file import write_json, write_text
 
 IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
+CHECKSUMS = "checksums.json"
 REPORT = "report.html"
 SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own; of --effort best within a budget
 BASE = "base"
@@ -87,7 +88,7 @@ def clear(folder: Path) -> None:
         discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
     for state in folder.glob("*.gguf.state*"):
         shutil.rmtree(state, ignore_errors=True)
-    for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY):
+    for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY, CHECKSUMS):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -147,7 +147,7 @@ class Order:
             "effort": options.effort,
             "recover": options.recover,
             "metadata": metadata_digest(checkpoint, plan),
-            "split_max_bytes": options.split_max_bytes,
+            "split_max_bytes": self._splits_at(),
             "arithmetic": arithmetic(self.encoder, self.device),
         }
         if checkpoint.origin:
@@ -155,6 +155,11 @@ class Order:
         if options.gradients and self.encoder == "quantkit":
             facts["gradients"] = gradients.digest(options.gradients)
         return facts
+
+    def _splits_at(self) -> int | None:
+        """The limit of a file's size, if it makes splits."""
+        limit = self.options.split_max_bytes
+        return limit if limit is not None and limit < self.plan.n_bytes else None
 
     def circumstances(self) -> dict[str, Any]:
         """What a reader wants to know, or needs to make the same again, besides the identity."""

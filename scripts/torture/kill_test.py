@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 from quantkit.__main__ import main as command_line
 from quantkit.encoding import jobs
 from quantkit.encoding.layer import LayerEncoder
-from quantkit.formats.ledger import Coverage
+from quantkit.formats.ledger import Coverage, slice_of
 from quantkit.tensors import ROUTED_ROLES
 
 ENCODERS = ("ggml", "quantkit")
@@ -99,7 +100,7 @@ def lost(folder: Path, log: Path) -> int:
         return 0
     recorded = Coverage()
     for line in ledgers[0].read_bytes().split(b"\n")[1:-1]:
-        recorded.add(*json.loads(line))
+        recorded.add(*slice_of(json.loads(line)))
     begun = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
     return sum(not all(recorded.covers(*item) for item in job) for job in begun)
 
@@ -122,6 +123,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         if name in found:
             fields = json.loads(found[name])
             found[name] = json.dumps({k: v for k, v in fields.items() if k not in ("seconds", "command")}).encode()
+    if "checksums.json" in found:  # when the files were made
+        found["checksums.json"] = re.sub(rb'"mtime_ns": \d+', b"", found["checksums.json"])
     return found
 
 

@@ -274,6 +274,7 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
         "plan.json",
         "recipe.toml",
         "provenance.json",
+        "checksums.json",
         "download.gguf.part",
     }
     make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
@@ -317,8 +318,11 @@ def test_weights_that_are_not_finite_are_named(model_copy, tmp_path, options):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("options", [SMALL, OURS], ids=["ggml", "quantkit"])
 def test_activations_that_are_not_finite_are_named(model_copy, tmp_path, options):
-    """Norm weights of 3e38 (bfloat16 0x7f7f) are finite; what they multiply is not."""
-    overwrite(model_copy, "model.layers.1.post_attention_layernorm.weight", 0x7F)
+    """Weights of 5e4 (bfloat16 0x4747) and 2e4 (FP8 under scales of 49) are none too large; squares of what comes of
+    them are."""
+    overwrite(model_copy, "model.layers.1.post_attention_layernorm.weight", 0x47)
+    for part in ("gate", "up"):
+        overwrite(model_copy, f"model.layers.1.mlp.experts.3.{part}_proj.weight_scale_inv", 0x42)
     with pytest.raises(QuantkitError, match=r"blk\.1\.ffn_\w+\.weight: inputs that are not finite"):
         make(model_copy, tmp_path / "out", options)
     shutil.rmtree(tmp_path / "out")
