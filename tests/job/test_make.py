@@ -43,7 +43,7 @@ def gguf_of(folder: Path) -> Path:
 
 def test_make_leaves_everything(made):
     names = {path.name for path in made.iterdir()}
-    records = {"plan.json", "recipe.toml", "verify.json", "provenance.json"}
+    records = {"plan.json", "recipe.toml", "verify.json", "provenance.json", "checksums.json"}
     assert names == {"tiny-r1-1.58bit.gguf", "imatrix.gguf"} | records
     result = json.loads((made / "verify.json").read_text())
     needed = {"tokens", "ppl", "ppl_reference", "kld_mean", "kld_median", "kld_p99", "top1_agreement", "bpw", "bytes"}
