@@ -262,14 +262,14 @@ def test_without_a_gain_the_file_stays_as_it_was(base, source, chunks, tmp_path,
     assert gained["steps"] == 0 and list(gained["measured"]) == [0, 1, 2]
 
 
-def test_it_stops_when_two_measurements_bring_nothing(base, source, chunks, tmp_path, monkeypatch):
+def test_it_stops_when_three_measurements_bring_nothing(base, source, chunks, tmp_path, monkeypatch):
     """The state that is taken is that of the best measurement."""
-    measured = iter([0.9, 0.8, 0.5, 0.6, 0.7, 0.4])
+    measured = iter([0.9, 0.8, 0.5, 0.6, 0.7, 0.6, 0.4])
     monkeypatch.setattr(Recovery, "_measure", lambda *_: next(measured))
     kept, keep = [], Values.keep
     monkeypatch.setattr(Values, "keep", lambda values: (kept.append(1), keep(values)))
     _, gained = recover(base, tmp_path, source, chunks, "job", replace(SHORT, steps=9))
-    assert gained["steps"] == 1 and list(gained["measured"]) == [0, 1, 2, 3] and len(kept) == 2
+    assert gained["steps"] == 1 and list(gained["measured"]) == [0, 1, 2, 3, 4] and len(kept) == 2
     assert (gained["kld_before"], gained["kld_after"]) == (0.9, 0.4)
 
 
