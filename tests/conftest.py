@@ -16,6 +16,7 @@ from quantkit.calibration.options import Calibration
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.progress import say_once
 
 TINY = bundle.models_dir() / "tiny-r1"
 
@@ -47,3 +48,4 @@ def model_copy(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    say_once.cache_clear()  # what one test was told, the next has not heard

@@ -389,7 +389,7 @@ def targets(folder: Path) -> list[Target]:
     PassState(folder / "state", "job").save(0, torch.zeros(2, 4, 8), entries)
     rows = tuple(Entry(f"blk.{i}.w", "w", i, "Q4_K", 144, 0.5, 0.1) for i in range(4))
     measured = Sensitivity("tiny-r1", "full", 512, rows).to_json().encode()
-    ledger = b'{"plan": "p", "layout": "l"}\n["a", 0, 5]\n["b", 3, 9]\n'
+    ledger = b'{"plan": "p", "layout": "l"}\n["a", 0, 5, 1]\n["b", 3, 9, 2]\n'
     geometry = json.dumps(
         {
             "model.embed_tokens.weight": {"shape": [512, 256], "dtype": "BF16"},
