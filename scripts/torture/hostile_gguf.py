@@ -7,7 +7,7 @@ all, is a finding. Used by fuzz.py, which computes in a child, and by tests.
 import json
 import random
 import resource
-import select
+import selectors
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -247,8 +247,10 @@ class Child:
         process = self.process
         assert process is not None and process.stdout is not None
         try:
-            if not select.select([process.stdout], [], [], seconds)[0]:
-                raise RuntimeError(f"computing took more than {seconds} s")
+            with selectors.DefaultSelector() as waiting:  # select() ends at descriptor 1023
+                waiting.register(process.stdout, selectors.EVENT_READ)
+                if not waiting.select(seconds):
+                    raise RuntimeError(f"computing took more than {seconds} s")
         except BaseException:  # an alarm too: what it says later would be taken for the next answer
             self.close()
             raise
