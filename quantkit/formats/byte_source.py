@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -125,6 +126,14 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise QuantkitError(f"{path}: not a regular file")
     return fd
+
+
+def checksum(fd: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
+    """CRC-32 of a file's bytes from `start` to `stop` (None: its end), and how many there were. May raise OSError."""
+    found, at = 0, start
+    while data := os.pread(fd, READ if stop is None else min(READ, stop - at), at):
+        found, at = zlib.crc32(data, found), at + len(data)
+    return found, at - start
 
 
 def read_whole(path: Path, kind: Kind) -> bytes:

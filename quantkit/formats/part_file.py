@@ -2,7 +2,6 @@
 
 import errno
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Self
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import checksum
 
-READ_BYTES = 16 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -81,16 +80,10 @@ class PartFile:
 
     def holds(self, offset: int, n_bytes: int, crc: int) -> bool:
         """Whether the bytes there have this CRC-32. QuantkitError if they cannot be read."""
-        found, stop = 0, offset + n_bytes
         try:
-            while offset < stop:
-                data = os.pread(self._fd, min(READ_BYTES, stop - offset), offset)
-                if not data:
-                    return False
-                found, offset = zlib.crc32(data, found), offset + len(data)
+            return checksum(self._fd, offset, offset + n_bytes) == (crc, n_bytes)
         except OSError as error:
             raise QuantkitError(f"{self.path}: reading failed ({error.strerror})") from None
-        return found == crc
 
     def sync(self) -> None:
         """Return when everything written so far is on disk."""

@@ -8,19 +8,17 @@ writer's ledger stays, so that a run that is stopped in between is finished, not
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import open_regular, read_text
+from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.whole_file import write_json
 from quantkit.job.folder import CHECKSUMS
 
-READ_BYTES = 16 << 20
 READERS = 4
 
 
@@ -64,8 +62,5 @@ def _digest(identity: Mapping[str, Any]) -> str:
 
 
 def _crc(file: Path) -> int:
-    found = 0
-    with os.fdopen(open_regular(file), "rb") as data:
-        while part := data.read(READ_BYTES):
-            found = zlib.crc32(part, found)
-    return found
+    with os.fdopen(open_regular(file), "rb") as opened:
+        return checksum(opened.fileno())[0]

@@ -30,6 +30,7 @@ import torch
 from huggingface_hub import constants
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import checksum
 from quantkit.formats.whole_file import write_whole
 from quantkit.progress import say
 from quantkit.remote.pieces import Range
@@ -175,10 +176,8 @@ def _lock(path: Path) -> int:
 
 def is_sound(fd: int, key: Range, crc: str) -> bool:
     """Whether the file has the bytes it had when it was written."""
-    found, offset = 0, 0
-    while piece := os.pread(fd, READ, offset):
-        found, offset = zlib.crc32(piece, found), offset + len(piece)
-    return offset == key.length and f"{found:08x}" == crc
+    found, length = checksum(fd)
+    return length == key.length and f"{found:08x}" == crc
 
 
 def copy_range(fd: int, offset: int, out: torch.Tensor) -> None:

@@ -66,6 +66,16 @@ def chunks(source: Source, text: Path, most: int) -> torch.Tensor:
     return whole
 
 
+def cut_texts(
+    source: Source, texts: tuple[Path, ...], total: int, n_scored: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Chunks of the first text in a random order that is always the same, and of each other one by its name."""
+    text, *others = texts
+    tokens = chunks(source, text, total)
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
+    return tokens, {other.stem: chunks(source, other, n_scored) for other in others}
+
+
 def scored(source: Source, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
     """Log-probabilities of the second halves, a few chunks at a time: float32 [n, n_vocab]."""
     hidden = final_hidden(source, tokens)[:, CHUNK // 2 : -1].flatten(0, 1)
@@ -124,10 +134,7 @@ def main(
     checkpoint = open_weights(model)
     original = CheckpointSource(checkpoint, chosen_device(), torch.float32)
     plan = make_plan(family.specs(original.config), Recipe.load(recipe), target, model="starved")
-    text, *others = texts
-    tokens = chunks(original, text, total)
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
-    judged = {other.stem: chunks(original, other, n_scored) for other in others}
+    tokens, judged = cut_texts(original, texts, total, n_scored)
     rows = []
     for count in counts:
         for encoder in ("ggml", "quantkit"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from starve import chunks, divergence, write
+from starve import cut_texts, divergence, write
 
 from quantkit.calibration.gradients import GradientOptions, GradientPass, Labels, Rows
 from quantkit.calibration.spill import Spill
@@ -93,10 +93,7 @@ def main(
     checkpoint = open_weights(model)
     original = CheckpointSource(checkpoint, chosen_device(), torch.float32)
     plan = make_plan(family.specs(original.config), Recipe.load(recipe), "llama.cpp", model="sweep")
-    text, *others = texts
-    tokens = chunks(original, text, total)
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
-    judged = {other.stem: chunks(original, other, n_scored) for other in others}
+    tokens, judged = cut_texts(original, texts, total, n_scored)
     rows = []
     for count in counts:
         most = count * 512 if count < total else None

@@ -17,7 +17,7 @@ from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.stream import final_hidden, head_tiles
 from quantkit.runtime.watch import Watcher
 from quantkit.runtime.workers import Workers
-from quantkit.serving.chat import apply_template
+from quantkit.serving.template import apply_template
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from quantkit.codecs.registry import in_groups
+from quantkit.job.recovery.passes import SHARED
 from quantkit.job.recovery.tuned import Tuned
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear
@@ -69,7 +70,7 @@ class Student(GGUFSource):
     def opened(self, layer: int) -> tuple[LayerWeights, dict[str, torch.Tensor]]:
         """As `TunedSource`."""
         source, leaves = self._leaving()
-        return source.layer(layer, Turns(shared=True)), leaves
+        return source.layer(layer, SHARED), leaves
 
     def opened_head(self) -> tuple[tuple[torch.Tensor, Linear], dict[str, torch.Tensor]]:
         """As `TunedSource`."""
