@@ -20,7 +20,7 @@ from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
 from quantkit.encoding.refit import pull, refit
-from quantkit.encoding.state import State
+from quantkit.encoding.state import Effort, State
 from quantkit.errors import QuantkitError
 
 PACK_ROWS = 512  # that are packed together: it takes several times what they have
@@ -40,7 +40,7 @@ class TwoSided:
     damping: float = 0.3
     passes: int | None = None
     own: float = 0.5
-    effort: str = "normal"
+    effort: str | Effort = "normal"
 
     def blocks(self, n_rows: int) -> int:
         """Rows of a block; 0 if these rows do not divide into blocks.
@@ -181,7 +181,8 @@ def _first(method: Method, like: torch.Tensor, inputs: Factor) -> Work:
     def encode(taken: list[torch.Tensor]) -> list[torch.Tensor]:
         return encode_rows(method.fmt, taken[0], inputs, method.effort, method.backend).tensors
 
-    return method.backend.repeated(encode, [like])
+    waits = method.effort.tries is None or method.effort.block_passes  # searches by torch's operations, not by kernels
+    return encode if waits else method.backend.repeated(encode, [like])
 
 
 def _again(method: Method, like: list[torch.Tensor], inputs: Factor) -> Work:

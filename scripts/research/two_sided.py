@@ -5,11 +5,13 @@
 
 Starvation is that of starve.py: routed experts see --chunks of --total chunks. The backward pass derives the same
 chunks, at most --derived of them. A variant sets fields of TwoSided and EncoderOptions, `lambda` (added to the damping
-of H_I), `gamma` (factor on every type's gamma - 1), or the gamma of a type by name; `one` leaves the gradients out.
+of H_I), `tries` (of a block's first encoding), `gamma` (factor on every type's gamma - 1), or the gamma of a type by
+name; `one` leaves the gradients out.
 """
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,6 +22,7 @@ from quantkit.calibration.gradients import GradientOptions, GradientPass, Labels
 from quantkit.calibration.spill import Spill
 from quantkit.encoding import hessian
 from quantkit.encoding.layer import GAMMA, EncoderOptions
+from quantkit.encoding.state import EFFORTS, Effort
 from quantkit.encoding.two_sided import TwoSided
 from quantkit.formats.gradients import path_of
 from quantkit.machine import chosen_device
@@ -56,7 +59,10 @@ def options(variant: dict[str, str], folder: Path) -> EncoderOptions:
     gamma = {name: 1 + (value - 1) * factor for name, value in GAMMA.items()}
     gamma |= {name: float(variant.pop(name)) for name in list(variant) if name in GAMMA}
     one = variant.pop("one", None)
-    effort, pseudo = variant.pop("effort", "normal"), float(variant.pop("pseudo_tokens", 1))
+    effort: str | Effort = variant.pop("effort", "normal")
+    if "tries" in variant:
+        effort = replace(EFFORTS["normal"], tries=int(variant.pop("tries")))
+    pseudo = float(variant.pop("pseudo_tokens", 1))
     numbers = {k: int(v) if k in ("block", "passes") else float(v) for k, v in variant.items()}
     two = TwoSided(effort=effort, **numbers)
     return EncoderOptions("normal", gamma, pseudo, None if one else folder, two)

@@ -351,28 +351,39 @@ def test_a_gpu_gives_the_same_bytes_twice(tiny, base, chunks, tmp_path):
     assert found[0][1]["kld_after"] < 0.98 * found[0][1]["kld_before"]
 
 
-def test_lion(tmp_path, source, base):
-    """Two updates by hand; the values on disk are those that the student is made of."""
-    config = source.config
-    specs = moving(config, GGUFFile.open(base).tensors, "vectors")
-    values, names = Values(tmp_path, specs, torch.float32), [spec.name for spec in specs[2]]
-    assert values.delta(specs[2][0], 0, 1) is None
-    delta = moment = 0.0
-    for rate in (0.01, 0.003):
-        g = {spec.name: torch.randn(spec.shape) for spec in specs[2]}
-        values.update(2, g, Update(rate, (0.9, 0.99)))
-        delta = delta - rate * (0.9 * moment + 0.1 * g[names[0]]).sign()
-        moment = 0.99 * moment + 0.01 * g[names[0]]
+def test_adam(tmp_path, source, base):
+    """Two updates by hand, of a vector (its mean squares are whole) and of a matrix (they are factored); the values on
+    disk are those that the student is made of."""
+    specs = moving(source.config, GGUFFile.open(base).tensors, "vectors")
+    values, layer = Values(tmp_path, specs, torch.float32), specs[2]
+    assert values.delta(layer[0], 0, 1) is None
+    assert {len(spec.shape) for spec in layer} == {1, 2}
+    delta, m, v = ({spec.name: torch.zeros(spec.n_rows, spec.n_in) for spec in layer} for _ in range(3))
+    for number, rate in ((1, 0.01), (2, 0.003)):
+        g = {spec.name: torch.randn(spec.shape) * 10 ** torch.randn(spec.shape[:1]).unsqueeze(-1) for spec in layer}
+        g = {spec.name: g[spec.name].view(-1)[: spec.n_weights].view(spec.shape) for spec in layer}
+        values.update(2, g, Update(number, rate, (0.9, 0.99)))
+        for name in delta:
+            found = g[name].view_as(m[name])
+            m[name] = 0.9 * m[name] + 0.1 * found
+            v[name] = 0.99 * v[name] + 0.01 * found.square()
+            squares = v[name].mean(1, keepdim=True) * v[name].mean(0, keepdim=True) / v[name].mean()
+            delta[name] -= rate * (m[name] / (1 - 0.9**number)) / (squares / (1 - 0.99**number)).sqrt()
         values.commit(2)
-    torch.testing.assert_close(values.delta(specs[2][0], 0, 1)[0], delta)
+
+    def hold(values):
+        for spec in layer:
+            torch.testing.assert_close(values.delta(spec, 0, spec.n_rows), delta[spec.name])
+
+    hold(values)
     values.keep()
-    values.update(2, g, Update(0.5, (0.9, 0.99)))
+    values.update(2, g, Update(3, 0.5, (0.9, 0.99)))
     values.settle(3)  # layer 2 was not finished
-    torch.testing.assert_close(values.delta(specs[2][0], 0, 1)[0], delta)
-    values.update(2, g, Update(0.5, (0.9, 0.99)))
+    hold(values)
+    values.update(2, g, Update(3, 0.5, (0.9, 0.99)))
     values.settle(2)
-    assert not torch.equal(values.delta(specs[2][0], 0, 1)[0], delta)
-    torch.testing.assert_close(values.best().delta(specs[2][0], 0, 1)[0], delta)
+    assert not torch.equal(values.delta(layer[0], 0, 1)[0], delta[layer[0].name][0])
+    hold(values.best())
 
 
 def test_bfloat16_values_do_too(base, source, chunks, recovered, tmp_path, monkeypatch):

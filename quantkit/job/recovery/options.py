@@ -21,7 +21,7 @@ from quantkit.sizes import gb
 @dataclass(frozen=True)
 class RecoverOptions:
     """moves: as `student.Moves`. steps, of so many tokens, at a rate that falls from lr (in standard deviations of a
-    matrix, and of the logarithm of a norm) as a cosine; betas: of Lion. every: steps between measurements. memory,
+    matrix, and of the logarithm of a norm) as a cosine; betas: of Adam. every: steps between measurements. memory,
     hidden: as in `Calibration`."""
 
     moves: Moves = "matrices"
@@ -35,7 +35,7 @@ class RecoverOptions:
 
     def update(self, step: int) -> Update:
         """Of a step, counted from 0."""
-        return Update(self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps)), self.betas)
+        return Update(step + 1, self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps)), self.betas)
 
     def limits(self, folder: Path) -> Limits:
         """Of its passes, whose files may lie in the folder."""

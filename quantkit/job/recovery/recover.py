@@ -2,9 +2,10 @@
 
 Norms and routers (F32 in the file) move, and the weights of the matrices of 4 bits and more outside of the routed
 experts, which are encoded once more in the end (`tuned`). The loss is the KL divergence of the logits from the
-original's at all positions; the optimizer is Lion (arXiv 2302.06675), whose one momentum fits on a disk. Forward and
-backward go layer by layer (`step`), so a model of any size can be recovered: the file is read twice a step. When it
-stops, and which of its states is taken, is decided by text of other domains than it trains on (`text`).
+original's at all positions; the optimizer is Adam with factored mean squares, whose one momentum fits on a disk
+(`values`). Forward and backward go layer by layer (`step`), so a model of any size can be recovered: the file is read
+twice a step. When it stops, and which of its states is taken, is decided by text of other domains than it trains on
+(`text`).
 """
 
 import hashlib
@@ -40,7 +41,7 @@ from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.runtime.stream import Source
 
 STATE = ".state-recovery"  # after the file's name: the folder of what is done so far
-FORMAT = 1  # of the state: another number, another job
+FORMAT = 2  # of the state: another number, another job
 PATIENCE = 3  # measurements without a gain after which it stops: two came before proxy-a's best
 
 

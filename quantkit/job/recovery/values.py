@@ -2,7 +2,8 @@
 
 delta-NNN   by how much each tensor of layer NNN moved: a matrix in its standard deviations, a norm or the scales of a
             coarse matrix in their logarithms
-moment-NNN  Lion's momentum (arXiv 2302.06675)
+moment-NNN  Adam's momentum, and its mean squares: of a matrix only the rows' and the columns', whose product stands for
+            them (Adafactor, arXiv 1804.04235)
 best-NNN    the deltas at the step that did best so far: hard links
 *.next      what a step makes of them, until the layer below knows its gradient
 
@@ -25,6 +26,7 @@ from quantkit.formats.gradients import Writer, writing
 from quantkit.tensors import TensorSpec
 
 TILE = 16 << 20  # weights that are updated at once
+ROWS, COLUMNS = ".rows", ".columns"  # after a tensor's name, beside its momentum: mean squares
 
 ByLayer = Mapping[int, Sequence[TensorSpec]]
 """Tensors that move, by layer; those outside the layers under the number of layers."""
@@ -32,8 +34,9 @@ ByLayer = Mapping[int, Sequence[TensorSpec]]
 
 @dataclass(frozen=True)
 class Update:
-    """rate: in units of what moves. betas: of Lion."""
+    """number: of the step, from 1. rate: in units of what moves. betas: of the momentum, and of the mean squares."""
 
+    number: int
     rate: float
     betas: tuple[float, float]
 
@@ -50,18 +53,19 @@ class Values:
 
     def delta(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor | None:
         """Rows of a tensor, [stop - start, n_in], or n_in / 256, on the CPU; None if it has not moved."""
-        return _rows(self._path(self.prefix, self.layer_of[spec.name]), spec, start, stop)
+        return _rows(self._path(self.prefix, self.layer_of[spec.name]), spec.name, start, stop)
 
     def update(self, layer: int, gradients: Mapping[str, torch.Tensor], how: Update) -> None:
-        """A step of Lion into the files of the next step: `delta -= rate · sign(β₁ m + (1 − β₁) g)`, then
-        `m = β₂ m + (1 − β₂) g`. gradients: name -> float32, with respect to the delta but for a positive factor. Ranks
-        share the tensors."""
+        """A step of Adam (arXiv 1412.6980), its mean squares factored, into the files of the next step. gradients: name
+        -> float32, with respect to the delta but for a positive factor. Ranks share the tensors."""
         specs = self.specs.get(layer, ())
         if not specs:
             return
         shapes = {spec.name: (self.dtype, (spec.n_rows, self._columns(spec))) for spec in specs}
+        squares = {spec.name + ROWS: (torch.float32, (spec.n_rows, 1)) for spec in specs}
+        squares |= {spec.name + COLUMNS: (torch.float32, (1, self._columns(spec))) for spec in specs}
         paths = [self._path(kind, layer) for kind in ("delta", "moment")]
-        with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes) as moments:
+        with writing(_next(paths[0]), shapes) as deltas, writing(_next(paths[1]), shapes | squares) as moments:
             for spec in specs[ranks.index() :: ranks.count()]:
                 self._update(spec, gradients[spec.name], paths, (deltas, moments), how)
 
@@ -74,13 +78,34 @@ class Values:
         how: Update,
     ) -> None:
         flat, step = gradient.reshape(spec.n_rows, -1), max(1, TILE // self._columns(spec))
+        squares = self._squares(spec, flat, step, paths[1], how)
+        for name, t in zip((ROWS, COLUMNS), squares, strict=True):
+            out[1].write(spec.name + name, t)
+        unbiased, rest = (1 - beta**how.number for beta in how.betas)
+        by_row = squares[0] / (squares[0].mean().clamp_min(1e-38) * rest)
         for start in range(0, spec.n_rows, step):
             g = flat[start : start + step]
-            old = [_rows(path, spec, start, start + len(g)) for path in paths]
+            old = [_rows(path, spec.name, start, start + len(g)) for path in paths]
             delta, m = (torch.zeros_like(g) if t is None else t.to(g.device, torch.float32) for t in old)
-            delta -= how.rate * m.lerp(g, 1 - how.betas[0]).sign()
+            m.lerp_(g, 1 - how.betas[0])
+            scale = (by_row[start : start + step] * squares[1]).sqrt_().add_(1e-30)
+            delta -= (how.rate / unbiased) * m / scale
             out[0].write(spec.name, delta, start)
-            out[1].write(spec.name, m.lerp_(g, 1 - how.betas[1]), start)
+            out[1].write(spec.name, m, start)
+
+    def _squares(
+        self, spec: TensorSpec, flat: torch.Tensor, step: int, path: Path, how: Update
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Running means of the squared gradient [n_rows, n], this one included: of rows [n_rows, 1], columns [1, n]."""
+        rows, columns = flat.new_empty(len(flat), 1), flat.new_zeros(1, flat.shape[1])
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step].square()
+            rows[start : start + step] = part.mean(1, keepdim=True)
+            columns += part.sum(0, keepdim=True) / len(flat)
+        for name, t in ((ROWS, rows), (COLUMNS, columns)):
+            old = _rows(path, spec.name + name, 0, len(t))
+            t.lerp_(torch.zeros_like(t) if old is None else old.to(t.device), how.betas[1])
+        return rows, columns
 
     def _columns(self, spec: TensorSpec) -> int:
         return spec.n_in // SUPERBLOCK if spec.name in self.scales else spec.n_in
@@ -129,11 +154,11 @@ def _next(path: Path) -> Path:
     return path.with_name(path.name + ".next")
 
 
-def _rows(path: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor | None:
+def _rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor | None:
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
-            return file.get_slice(spec.name)[start:stop]
+            return file.get_slice(name)[start:stop]
     except (SafetensorError, OSError) as error:
         raise QuantkitError(f"{path}: not a state of recovery ({error}); remove {path.parent}") from None
