@@ -53,8 +53,6 @@ class Tuning:
     fine: float = 4.0
     average: float = 0.0
     decay: float = 0.0
-    chunks: int = 0
-    half: int = 0
 
     @classmethod
     def of(cls, text: str) -> "Tuning":
@@ -115,16 +113,10 @@ def tune(config, free: Free, w: Weights, ids: torch.Tensor, how: Tuning) -> Weig
             order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
         pick, order = order[: how.batch], order[how.batch :]
         for part in pick.split(MICRO):
-            made = free.weights()
-
-            def loss(part=part, made=made, n=len(pick)):
-                p = F.log_softmax(target[part] @ w["output"].T, -1)
-                q = F.log_softmax(final(config, made, ids[part]) @ made["output"].T, -1)
-                if how.half:
-                    p, q = p[:, p.shape[1] // 2 :], q[:, q.shape[1] // 2 :]
-                return F.kl_div(q, p, log_target=True, reduction="sum") / (n * q.shape[1])
-
-            loss().backward()
+            made, whole = free.weights(), len(pick) * ids.shape[1]
+            p = F.log_softmax(target[part] @ w["output"].T, -1)
+            q = F.log_softmax(final(config, made, ids[part]) @ made["output"].T, -1)
+            (F.kl_div(q, p, log_target=True, reduction="sum") / whole).backward()
         rate = how.lr * 0.5 * (1 + math.cos(math.pi * step / how.steps))
         with torch.no_grad():
             for i, name in enumerate(names):
@@ -216,7 +208,7 @@ def main(model: Path, base: Path, texts: tuple[Path, ...], variants: tuple[str, 
     for text in variants:
         how, started = Tuning.of(text), time.perf_counter()
         free = Free(q, w, types, how)
-        made = tune(config, free, w, tokens[: how.chunks or None], how)
+        made = tune(config, free, w, tokens, how)
         spent = time.perf_counter() - started
         show(text + " loose", made, spent)
         with torch.no_grad():
