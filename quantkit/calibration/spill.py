@@ -15,7 +15,7 @@ from quantkit import ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
 from quantkit.formats.byte_source import read_text
-from quantkit.formats.whole_file import make_folders, sync_folder, write_text
+from quantkit.formats.whole_file import make_folders, rename_folder, write_text
 from quantkit.progress import say
 
 ARRAY = "array"
@@ -85,6 +85,6 @@ class Spill:
 
     def remove(self) -> None:
         """The folder: all of it at once to whoever looks."""
-        gone = self.folder.rename(self.folder.with_name(self.folder.name + ".done"))
-        sync_folder(gone.parent)
+        gone = self.folder.with_name(self.folder.name + ".done")
+        rename_folder(self.folder, gone)
         shutil.rmtree(gone, ignore_errors=True)

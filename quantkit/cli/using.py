@@ -340,15 +340,18 @@ def publish(
     force: bool,
 ) -> None:
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
+    from quantkit.formats.lock import locked
     from quantkit.job.publish.folder import read_folder
     from quantkit.job.publish.upload import Uploader
 
-    quant = read_folder(folder, name)
-    if quant.problems and not force:
-        raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
-    uploader = Uploader(quant, to, base_model, license_name)
-    if dry_run:
-        rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
-        click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
-    else:
-        click.echo(uploader.run())
+    with locked(folder, shared=True):  # a job must not change what is being uploaded
+        quant = read_folder(folder, name)
+        if quant.problems and not force:
+            why = "; ".join(quant.problems)
+            raise QuantkitError(f"{folder}: not published: {why} (--force publishes it all the same)")
+        uploader = Uploader(quant, to, base_model, license_name)
+        if dry_run:
+            rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
+            click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
+        else:
+            click.echo(uploader.run())

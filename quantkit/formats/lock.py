@@ -59,6 +59,8 @@ def _take(folder: Path, shared: bool) -> "list[_Lock]":
             return []
         return [_Lock(folder, shared, made)]
     except OSError as error:
+        if shared and error.errno in (errno.EROFS, errno.EACCES):
+            return []  # whoever only reads there may; whoever writes will hear of it
         raise QuantkitError(f"{folder}: cannot write here ({error.strerror})") from None
 
 

@@ -21,6 +21,17 @@ def rename(part: Path, path: Path) -> None:
         sync_folder(part.parent)
 
 
+def rename_folder(part: Path, path: Path) -> None:
+    """As `rename`, of a folder with all that is in it, under a name that is free or of an empty folder."""
+    for inner, _, files in os.walk(part, topdown=False):
+        for name in files:
+            if not os.path.islink(os.path.join(inner, name)):
+                sync_file(Path(inner, name))
+        sync_folder(Path(inner))
+    part.rename(path)
+    sync_folder(path.parent)
+
+
 def sync_file(path: Path) -> None:
     """Return when the file's bytes are on disk, whoever wrote them. OSError if they do not get there."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

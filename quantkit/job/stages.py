@@ -77,7 +77,11 @@ def quantize_model(
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
         imatrix = fit_importance(plan, loaded)
-        fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
+        fingerprint = {
+            "checkpoint": checkpoint.fingerprint(),
+            "plan": plan.digest(),
+            "imatrix": imatrix_digest(imatrix),
+        }
         extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
         return quantize(
             checkpoint,
