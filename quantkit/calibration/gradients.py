@@ -34,7 +34,8 @@ from quantkit.calibration.collect import turns_of
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.calibration.spill import Spill
 from quantkit.errors import QuantkitError
-from quantkit.formats import gradients
+from quantkit.formats import gradients, sealed
+from quantkit.formats.lock import locked
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say, track
@@ -69,7 +70,7 @@ def calibrate_gradients(source: Source, how: GradientOptions, folder: Path, rest
     """Write gradients-NNN.safetensors of every layer into a folder; a pass that was stopped anywhere goes on, with any
     number of ranks, to the same bytes. Refuses, before any work, what memory or disk have no room for."""
     tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
-    with torch.inference_mode(False):
+    with locked(folder), torch.inference_mode(False):
         _write(source, tokens, how, folder, restart)
     return [gradients.path_of(folder, layer) for layer in range(source.config.n_layer)]
 
@@ -131,10 +132,10 @@ class Rows:
     def of(cls, c: ModelConfig, n_tokens: int, n_sample: int) -> "Rows":
         """float32 while they are small."""
         rows = cls(n_tokens, n_sample, torch.float32)
-        size = sum(gradients.n_bytes(shape) for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
+        size = sum(sealed.n_bytes(shape) for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
         return rows if size <= HIDDEN_BYTES else replace(rows, dtype=torch.bfloat16)
 
-    def shapes(self, c: ModelConfig, layer: int) -> gradients.Shapes:
+    def shapes(self, c: ModelConfig, layer: int) -> sealed.Shapes:
         """Of all tensors of a layer's file: known before there are any data."""
         stream = (self.dtype, (self.n_sample * self.n_tokens, c.d))
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {gradients.MIDDLE: stream}
@@ -180,7 +181,7 @@ def disk(c: ModelConfig, rows: Rows, hidden: torch.dtype) -> tuple[int, int]:
     array = rows.n_tokens * c.d
     state = (c.n_layer + 1) * array * hidden.itemsize + 2 * rows.n_sample * array * 4
     shapes = (shape for layer in range(c.n_layer) for shape in rows.shapes(c, layer).values())
-    return state, sum(map(gradients.n_bytes, shapes))
+    return state, sum(map(sealed.n_bytes, shapes))
 
 
 def _check_disk(source: Source, rows: Rows, room: Room, folder: Path) -> None:
@@ -245,8 +246,7 @@ class GradientPass:
         n_chunk, t = self.tokens.shape
         back = Backward(self.source, (n_chunk, t), self.rows.n_sample, self.room.another())
         with track("backward", n_layer, "layers") as advance:
-            layers = range(n_layer + 1)
-            done = ranks.agree(lambda: next((layer for layer in layers if spill.has(_gradient(layer))), None))
+            done = ranks.agree(self._done)
             if done is None:
                 spill.read(_inputs(n_layer), back.hidden)
                 back.head(draw)
@@ -265,10 +265,23 @@ class GradientPass:
                     spill.drop(_gradient(layer + 1))
                 advance(1)
 
+    def _done(self) -> int | None:
+        """The layer whose input gradient is known, and with it the files from there on; None if one is not whole: all
+        of them come from the first gradient, which is not kept."""
+        n_layer, spill = self.source.config.n_layer, self.spill
+        done = next((layer for layer in range(n_layer + 1) if spill.has(_gradient(layer))), None)
+        if done is None or all(
+            gradients.job_in(gradients.path_of(self.folder, layer)) == spill.job for layer in range(done, n_layer)
+        ):
+            return done
+        for layer in range(n_layer + 1):
+            spill.drop(_gradient(layer))
+        return None
+
     def _layer(self, layer: int, weights: LayerWeights, back: Backward) -> None:
         shapes = self.rows.shapes(self.source.config, layer)
         about = {"job": self.spill.job, "chunk": str(self.tokens.shape[1]), "samples": str(self.rows.n_sample)}
-        with gradients.writing(gradients.path_of(self.folder, layer), shapes, about) as file:
+        with sealed.writing(gradients.path_of(self.folder, layer), shapes, about) as file:
             recorder = Recorder(file, self.rows, outputs(self.source.config, layer))
             recorder.stream(gradients.after(weights.router is not None), back.gradient)
             back.layer(weights, recorder)
@@ -284,7 +297,7 @@ class Recorder:
     """The `backward.Receiver` that writes a layer's file: rows of this rank's experts as they come; on rank 0 all else,
     H_O in the end."""
 
-    def __init__(self, file: gradients.Writer, rows: Rows, roles: Mapping[str, int]):
+    def __init__(self, file: sealed.Writer, rows: Rows, roles: Mapping[str, int]):
         self.file, self.rows, self.roles = file, rows, roles if ranks.index() == 0 else {}
         self.attended = (0, 0)  # sample and first token of the rows that come next: of a tile all samples
         self.sums: dict[str, torch.Tensor] = {}

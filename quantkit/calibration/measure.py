@@ -13,6 +13,7 @@ from quantkit.calibration.corpus import Chunks, Corpus, cut
 from quantkit.calibration.options import Calibration, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.formats.imatrix import save_imatrix
+from quantkit.formats.lock import locked
 from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import Source, job_of
@@ -23,6 +24,11 @@ from quantkit.tensors import Importance
 def calibrate(source: Source, how: Calibration, out: Path, restart: bool = False) -> dict[str, Importance]:
     """Write imatrix.gguf; what is already measured survives a stop (in OUT.state, OUT.state-1, ... for each pass,
     removed when the imatrix is written)."""
+    with locked(out.parent):
+        return _calibrate(source, how, out, restart)
+
+
+def _calibrate(source: Source, how: Calibration, out: Path, restart: bool) -> dict[str, Importance]:
     how = dataclasses.replace(how, text=sized(how.text, source.config, source.device, how.memory))
     text = how.text.corpus("calibration")
     chunks = cut(text, source, how.text)

@@ -10,25 +10,23 @@ Of a large pass the hidden states are written after every EVERY layers only: R1'
 a layer of its checkpoint.
 
 A layer's statistics are written before the hidden states that include it, each file under a temporary name first, so
-the folder is consistent at any moment.
+the folder is consistent at any moment. Each carries a checksum (`formats.sealed`); if one is wrong, all of the pass is
+computed again: a layer's inputs are not kept.
 """
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
-from quantkit.formats.safetensors_header import encode_header
+from quantkit.formats import sealed
+from quantkit.formats.whole_file import make_folders
+from quantkit.progress import say
 from quantkit.sizes import gb
 from quantkit.tensors import Importance
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-WRITE_BYTES = 64 << 20
 LARGE, EVERY = 4 << 30, 4  # bytes of hidden states that are not written after each layer
 
 
@@ -42,20 +40,37 @@ class PassState:
         self.folder, self.job = folder, job
 
     def resume(self) -> tuple[torch.Tensor | None, int]:
-        """Hidden states and the layer to go on with; (None, 0) if nothing was saved."""
-        path = self.folder / "hidden.safetensors"
-        if not path.exists():
+        """Hidden states and the layer to go on with; (None, 0) if nothing was saved, or if what was is damaged, which
+        is said. QuantkitError if it is another pass's."""
+        layer = ranks.agree(self._found)
+        if not layer:
             return None, 0
+        with sealed.reading(self._hidden) as file:
+            return file.get_tensor("hidden"), layer
+
+    @property
+    def _hidden(self) -> Path:
+        return self.folder / "hidden.safetensors"
+
+    def _found(self) -> int:
+        """Layers that are done, and whole on disk."""
+        if not self._hidden.exists():
+            return 0
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                hidden = file.get_tensor("hidden")
-            layer = int(about["layer"])
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise QuantkitError(f"{path}: not a calibration state ({error}); remove {self.folder}") from None
-        if about.get("job") != self.job:
-            raise QuantkitError(f"{self.folder} is the state of another calibration; remove it or use --restart")
-        return hidden, layer
+            about = sealed.about(self._hidden)
+            if about["job"] != self.job:
+                raise QuantkitError(f"{self.folder} is the state of another calibration; remove it or use --restart")
+            done = int(about["layer"])
+            for layer in range(done):
+                sealed.check(self._of(layer))
+        except (sealed.Damaged, KeyError, ValueError) as error:
+            say(f"{error}; the pass begins anew")
+            self.remove()
+            return 0
+        return done
+
+    def _of(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer}.safetensors"
 
     def save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
         """Record that `layer` is finished; QuantkitError if the disk does not take it (the layer before stays)."""
@@ -63,48 +78,26 @@ class PassState:
             return
         try:
             self._save(layer, hidden, entries)
-        except (SafetensorError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise QuantkitError(f"{self.folder}: cannot save layer {layer} ({reason}); run again to resume") from None
+        except OSError as error:
+            reason = f"{self.folder}: cannot save layer {layer} ({error.strerror})"
+            raise QuantkitError(f"{reason}; run again to resume") from None
 
     def _save(self, layer: int, hidden: torch.Tensor, entries: dict[str, Importance]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(self.folder)
         tensors = {}
         for name, entry in entries.items():
             tensors[f"{name}.in_sum2"] = torch.from_numpy(entry.in_sum2)
             tensors[f"{name}.counts"] = torch.from_numpy(entry.counts)
-        self._write(f"layer-{layer}.safetensors", tensors, {})
+        sealed.write(self._of(layer), tensors)
         if hidden.nbytes <= LARGE or (layer + 1) % EVERY == 0:
-            self._write_hidden(hidden, {"layer": str(layer + 1), "job": self.job})
-
-    def _write(self, name: str, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
-        part = self.folder / (name + ".part")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part, about)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, self.folder / name)
-
-    def _write_hidden(self, hidden: torch.Tensor, about: dict[str, str]) -> None:
-        """A few chunks at a time: save_file would copy all of it, gigabytes for a large job, in memory."""
-        head, _ = encode_header({"hidden": (DTYPES[hidden.dtype], hidden.shape)}, about)
-        part = self.folder / "hidden.safetensors.part"
-        with open(part, "wb") as file:
-            file.write(head)
-            for chunk in hidden.split(max(1, WRITE_BYTES // hidden[:1].nbytes)):
-                file.write(memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.folder / "hidden.safetensors")
+            sealed.write(self._hidden, {"hidden": hidden}, {"layer": str(layer + 1), "job": self.job})
 
     def entries(self, n_layer: int) -> dict[str, Importance]:
         """Statistics of layers 0 .. n_layer - 1."""
         found: dict[str, Importance] = {}
         for layer in range(n_layer):
-            path = self.folder / f"layer-{layer}.safetensors"
-            try:
-                tensors = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise QuantkitError(f"{path}: {error}; remove {self.folder} and start again") from None
+            with sealed.reading(self._of(layer)) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
             names = [key.removesuffix(".in_sum2") for key in tensors if key.endswith(".in_sum2")]
             for name in sorted(names):
                 sums, counts = tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"]

@@ -97,14 +97,16 @@ def calibrate(
     """
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
+    from quantkit.formats.lock import locked
     from quantkit.job import stages
     from quantkit.machine import chosen_device
 
     source = stages.open_for_calibration(model, chosen_device(device))
-    if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
-        text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
-        calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
-    measure.calibrate(source, calibration, output, restart)
+    with locked(output.parent), locked(gradients or output.parent):
+        if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
+            text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
+            calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
+        measure.calibrate(source, calibration, output, restart)
     click.echo(str(output))
 
 
@@ -193,6 +195,7 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
 def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`."""
+    from quantkit.formats.lock import locked
     from quantkit.formats.whole_file import write_text
     from quantkit.job.plan import load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
@@ -204,13 +207,14 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
-        if output.suffix not in (".png", ".svg"):
-            write_text(output, chosen.to_json())
-            continue
-        with needs("plots"):
-            from quantkit.planning import bitmap  # matplotlib takes a second to load
+        with locked(output.parent, shared=True):
+            if output.suffix not in (".png", ".svg"):
+                write_text(output, chosen.to_json())
+                continue
+            with needs("plots"):
+                from quantkit.planning import bitmap  # matplotlib takes a second to load
 
-        bitmap.draw(chosen, output)
+            bitmap.draw(chosen, output)
     click.echo(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
     basis = str(budget.measured or "prior")

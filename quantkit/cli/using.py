@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, device: str | None) -> None:
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
+    from quantkit.formats.lock import locked
     from quantkit.job import stages
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
@@ -87,7 +89,8 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     device = chosen_device(device)
     original = open_weights(reference)
     runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
-    result = stages.verify_file(file, original, device, how, out, runtime=runtime)
+    with locked(out.parent, shared=True) if out else nullcontext():
+        result = stages.verify_file(file, original, device, how, out, runtime=runtime)
     click.echo(short_table(result, file))
 
 
@@ -119,11 +122,14 @@ def _certify_options(**given: Any) -> "CertifyOptions":
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
     """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails."""
+    from quantkit.formats.lock import locked
     from quantkit.job.certify import certify_file
     from quantkit.job.folder import CERTIFY
     from quantkit.machine import chosen_device
 
-    made = certify_file(file, chosen_device(device), out or file.with_name(CERTIFY), how)
+    out = out or file.with_name(CERTIFY)
+    with locked(out.parent, shared=True):
+        made = certify_file(file, chosen_device(device), out, how)
     Console(width=110).print(made.table())
     sys.exit(0 if made.passed else 1)
 
@@ -159,9 +165,11 @@ def export_kt(
 def report(folder: Path) -> None:
     """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs."""
     with needs("plots"):
+        from quantkit.formats.lock import locked
         from quantkit.job.report import write_report
 
-    click.echo("\n".join(map(str, write_report(folder))))
+    with locked(folder, shared=True):
+        click.echo("\n".join(map(str, write_report(folder))))
 
 
 def _text(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -332,15 +340,18 @@ def publish(
     force: bool,
 ) -> None:
     """Upload what `make` left in FOLDER, with a model card. Resumes; several quantizations share a repository."""
+    from quantkit.formats.lock import locked
     from quantkit.job.publish.folder import read_folder
     from quantkit.job.publish.upload import Uploader
 
-    quant = read_folder(folder, name)
-    if quant.problems and not force:
-        raise QuantkitError(f"{folder}: not published: {'; '.join(quant.problems)} (--force publishes it all the same)")
-    uploader = Uploader(quant, to, base_model, license_name)
-    if dry_run:
-        rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
-        click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
-    else:
-        click.echo(uploader.run())
+    with locked(folder, shared=True):  # a job must not change what is being uploaded
+        quant = read_folder(folder, name)
+        if quant.problems and not force:
+            why = "; ".join(quant.problems)
+            raise QuantkitError(f"{folder}: not published: {why} (--force publishes it all the same)")
+        uploader = Uploader(quant, to, base_model, license_name)
+        if dry_run:
+            rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
+            click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
+        else:
+            click.echo(uploader.run())

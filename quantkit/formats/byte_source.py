@@ -128,9 +128,10 @@ def open_regular(path: Path) -> int:
     return fd
 
 
-def checksum(fd: int, start: int = 0, stop: int | None = None) -> tuple[int, int]:
-    """CRC-32 of a file's bytes from `start` to `stop` (None: its end), and how many there were. May raise OSError."""
-    found, at = 0, start
+def checksum(fd: int, start: int = 0, stop: int | None = None, before: int = 0) -> tuple[int, int]:
+    """CRC-32 of a file's bytes from `start` to `stop` (None: its end), and how many there were. before: the CRC-32 of
+    bytes that it goes on from. May raise OSError."""
+    found, at = before, start
     while data := os.pread(fd, READ if stop is None else min(READ, stop - at), at):
         found, at = zlib.crc32(data, found), at + len(data)
     return found, at - start

@@ -17,8 +17,9 @@ from quantkit.formats.gguf_encode import TensorInfo
 from quantkit.formats.gguf_layout import digest, layout
 from quantkit.formats.gguf_values import Value
 from quantkit.formats.ledger import Coverage, Ledger, Record, Slice, ledger_path, slice_of
-from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path, sync_folder
+from quantkit.formats.part_file import FileLayout, PartFile, make_folder, part_path
 from quantkit.formats.resume import all_written, existing_files, forget, fresh_parts, intact, old_parts, resumable
+from quantkit.formats.whole_file import sync_folder
 
 SYNC_BYTES = 256 << 20  # a crash loses at most this much work ...
 SYNC_SECONDS = 10.0  # ... or this much time

@@ -8,30 +8,22 @@ attention stand beside them.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from quantkit import ranks
 from quantkit.errors import QuantkitError
-from quantkit.formats.safetensors_header import encode_header
+from quantkit.formats.sealed import about, reading, writing
+from quantkit.progress import say
 
 INNER, DOWN = "ffn_gate_up_exps", "ffn_down_exps"  # keys of `experts`; the first: of gate and up stacked, gate first
 MIDDLE, BEFORE, TOKENS = "stream.middle", "stream.before", "tokens"  # the latter two: in the file of layer 0
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 USED = ("rows.", "counts.", "index.", "scale.", "outputs.")
-WRITE_BYTES = 64 << 20
 ENDS = 1 << 20  # bytes of a file that its digest sees at either end
-
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Tensors of a file to be: name -> dtype, shape."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,12 @@ class LayerGradients:
     @classmethod
     def load(cls, path: Path) -> "LayerGradients":
         """QuantkitError, naming the file, for anything that was not written here."""
+        tensors = _load(path)
+        keys = [name.removeprefix("rows.") for name in tensors if name.startswith("rows.")]
         try:
-            tensors = _load(path)
-            keys = [name.removeprefix("rows.") for name in tensors if name.startswith("rows.")]
             experts = {key: _rows(tensors, key) for key in keys}
-        except Exception as error:  # the Rust library raises its own
-            raise QuantkitError(f"{path}: not a file of gradients ({error}); run the pass again") from None
+        except KeyError as error:
+            raise QuantkitError(f"{path}: not a file of gradients (no {error}); run the pass again") from None
         prefix = "outputs."
         outputs = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         return cls(experts, outputs)
@@ -89,7 +81,7 @@ class LayerGradients:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     """What encoders want."""
-    with safe_open(path, "pt") as file:
+    with _reading(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(USED)}
 
 
@@ -141,73 +133,21 @@ def tokens_in(folder: Path) -> torch.Tensor:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, "pt") as file:
+        with reading(path) as file:
             yield file
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise QuantkitError(f"{path}: no gradients of this version ({error}); run the backward pass again") from None
+    except QuantkitError as error:
+        raise QuantkitError(f"{error}; run the backward pass (`calibrate --gradients`) again") from None
 
 
 def job_in(path: Path) -> str | None:
-    """Identity of the pass that wrote a file; None if the file is not there, or is no such file."""
-    if not path.is_file():  # a FIFO would be waited for
+    """Identity of the pass that wrote a file; None if the file is not there, or is damaged, which is said."""
+    if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("job")
-    except (SafetensorError, OSError):
+        return about(path).get("job")
+    except QuantkitError as error:
+        say(f"{error}; it is made again")
         return None
-
-
-class Writer:
-    """A file whose shapes are known before its data, which may come in any order and in pieces: a layer's rows are
-    gigabytes in R1."""
-
-    def __init__(self, file: BinaryIO, shapes: Shapes, offsets: Mapping[str, int]) -> None:
-        self._file, self._shapes, self._offsets = file, shapes, offsets
-        self.written = 0  # bytes
-
-    def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
-        """Rows of a tensor from row `first`, in its dtype when they are written, wherever they live."""
-        dtype, shape = self._shapes[name]
-        row = dtype.itemsize * prod(shape[1:])
-        self._file.seek(self._offsets[name] + first * row)
-        for part in rows.split(max(1, WRITE_BYTES // max(1, row))):
-            data = part.to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
-            self.written += data.nbytes
-
-
-@contextmanager
-def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) -> Iterator[Writer]:
-    """A new file of these tensors in the place of `path`, if the `with` block writes all of them; ranks write one file
-    together. about: its metadata. QuantkitError if the disk does not take it."""
-    large_first = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)  # aligned without padding
-    head, offsets = encode_header({name: (DTYPES[shapes[name][0]], shapes[name][1]) for name in large_first}, about)
-    size = sum(n_bytes(shape) for shape in shapes.values())
-    part = path.with_name(f"{path.name}.tmp")
-    try:
-        if ranks.index() == 0:
-            part.write_bytes(head)
-        ranks.barrier()
-        with open(part, "r+b") as file:
-            writer = Writer(file, shapes, offsets)
-            yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        if missing := size - sum(ranks.gather(writer.written)):
-            raise RuntimeError(f"{path}: {missing} bytes were not written")
-        if ranks.index() == 0:
-            os.replace(part, path)
-    except OSError as error:
-        raise QuantkitError(f"{path}: cannot write ({error.strerror}); run again to resume") from None
-    finally:
-        if ranks.index() == 0:
-            part.unlink(missing_ok=True)
-
-
-def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    """Of a tensor's data."""
-    return shape[0].itemsize * prod(shape[1])
 
 
 def digest(folder: Path) -> str:

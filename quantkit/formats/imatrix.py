@@ -19,7 +19,7 @@ from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import U32, Value
-from quantkit.formats.part_file import FileLayout, make_folder, sync_folder
+from quantkit.formats.part_file import FileLayout, make_folder
 from quantkit.formats.whole_file import replacing
 from quantkit.tensors import Imatrix, Importance
 
@@ -121,7 +121,6 @@ def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:
                 out.seek(file.offsets[name])
                 out.write(np.ascontiguousarray(array, "<f4").data)
             out.truncate(file.size)
-        sync_folder(file.path.parent)
     except OSError as error:
         raise QuantkitError(f"{file.path}: cannot write ({error.strerror})") from None
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import checksum
+from quantkit.formats.whole_file import make_folders, rename
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -93,8 +94,11 @@ class PartFile:
             raise _failed(self.path, self.layout.size, error) from None
 
     def rename(self) -> None:
-        """To the final name."""
-        os.replace(self.path, self.layout.path)
+        """To the final name, durably."""
+        try:
+            rename(self.path, self.layout.path)
+        except OSError as error:
+            raise _failed(self.layout.path, self.layout.size, error) from None
 
     def close(self) -> None:
         """Close the file, under whatever name it has."""
@@ -115,7 +119,7 @@ def part_path(layout: FileLayout) -> Path:
 def make_folder(folder: Path) -> None:
     """The folder and its parents; QuantkitError if they cannot be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
     except OSError as error:
         raise QuantkitError(f"{folder}: cannot make this folder ({error.strerror})") from None
 
@@ -127,15 +131,6 @@ def check_space(folder: Path, files: Sequence[FileLayout]) -> None:
     free = stats.f_bavail * stats.f_frsize
     if need > free:
         raise QuantkitError(f"{folder}: {need:,} bytes are needed, {free:,} are free")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -11,7 +11,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import TensorInfo
 from quantkit.formats.gguf_spec import SPLIT_NAME
 from quantkit.formats.ledger import Coverage, Ledger, Record, Slice, ledger_path, ledger_paths, slice_of
-from quantkit.formats.part_file import FileLayout, PartFile, check_space, part_path, sync_folder
+from quantkit.formats.part_file import FileLayout, PartFile, check_space, part_path
+from quantkit.formats.whole_file import sync_folder
 from quantkit.progress import say
 
 READERS = 4  # threads that read back what was recorded

@@ -53,7 +53,7 @@ def encode_header(
 ) -> tuple[bytes, dict[str, int]]:
     """First bytes of a file of these tensors (name -> dtype, shape), whose data lie in this order, and where those of
     each begin in the file. about: metadata."""
-    table: dict[str, object] = {"__metadata__": dict(sorted(about.items()))} if about else {}
+    table: dict[str, object] = {"__metadata__": dict(about)} if about else {}
     starts, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         starts[name], end = end, end + ITEM_SIZE[dtype] * prod(shape)

@@ -1,8 +1,11 @@
 """Finished files, known again: a rerun takes a file that lies there only if it is what this very job made.
 
-checksums.json, beside the files: digest of the job's identity; bytes, time and CRC-32 of each file. A file of the
-recorded size and time is taken as it is; one that was touched or copied is read. Until the record is there the
+checksums.json, beside the files: digest of the job's identity; bytes and CRC-32 of each file. They are read once more
+before they are taken: whatever happened to them since, what is vouched for is true. Until the record is there the
 writer's ledger stays, so that a run that is stopped in between is finished, not begun anew.
+
+Besides the model there may be notes of what `make` measured on the way and a rerun goes on from: the imatrix of two
+steps, the costs of types.
 """
 
 import hashlib
@@ -17,44 +20,75 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import CHECKSUMS
+from quantkit.job.folder import CHECKSUMS, IMATRIX, SENSITIVITY
 
 READERS = 4
+ON_THE_WAY = {IMATRIX, SENSITIVITY}
 
 
 def record(path: Path, files: Sequence[Path], identity: Mapping[str, Any]) -> None:
     """Note that the job made these files under the name `path`; the writer's ledger then goes. Reads them once."""
-    with ThreadPoolExecutor(READERS) as pool:
-        sums = list(pool.map(_crc, files))
-    entries = {
-        file.name: {"bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns, "crc32": crc}
-        for file, crc in zip(files, sums, strict=True)
-    }
-    write_json(path.with_name(CHECKSUMS), {"job": _digest(identity), "files": entries})
+    _write(path.with_name(CHECKSUMS), identity, {**_on_the_way(path, identity), **_entries(files)})
     forget(path)
+
+
+def note(file: Path, identity: Mapping[str, Any]) -> None:
+    """Note that the job made this file on its way, and may go on from it."""
+    _write(file.with_name(CHECKSUMS), identity, {**_on_the_way(file, identity), **_entries([file])})
 
 
 def difference(files: Sequence[Path], identity: Mapping[str, Any]) -> str | None:
     """Why these files (not none) are not what a job of that identity made; None if they are."""
-    note = files[0].with_name(CHECKSUMS)
-    try:
-        known = json.loads(read_text(note, "record"))
-        job, entries = known["job"], {str(name): dict(entry) for name, entry in known["files"].items()}
-    except (QuantkitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    known = _read(files[0].with_name(CHECKSUMS))
+    if not known:
         return f"there is no {CHECKSUMS} of a finished run"
+    job, entries = known
     if job != _digest(identity):
         return "another job made it"
-    if missing := sorted(entries.keys() - {file.name for file in files}):
+    names = {file.name for file in files}
+    if names.isdisjoint(ON_THE_WAY) and (missing := sorted(entries.keys() - names - ON_THE_WAY)):
         return f"{missing[0]} is missing"
     for file in files:
-        stat, entry = file.stat(), entries.get(file.name)
+        size, entry = file.stat().st_size, entries.get(file.name)
         if entry is None:
             return f"{file.name} is not one of its files"
-        if stat.st_size != entry.get("bytes"):
-            return f"{file.name} has {stat.st_size:,} bytes, not {entry.get('bytes'):,}"
-        if stat.st_mtime_ns != entry.get("mtime_ns") and _crc(file) != entry.get("crc32"):
+        if size != entry.get("bytes"):
+            return f"{file.name} has {size:,} bytes, not {entry.get('bytes'):,}"
+    for file, crc in zip(files, _checksums(files), strict=True):
+        if crc != entries[file.name].get("crc32"):
             return f"the bytes of {file.name} were changed"
     return None
+
+
+def _on_the_way(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is noted of this job's other files."""
+    known = _read(path.with_name(CHECKSUMS))
+    if not known or known[0] != _digest(identity):
+        return {}
+    return {name: entry for name, entry in known[1].items() if name in ON_THE_WAY}
+
+
+def _read(note: Path) -> tuple[str, dict[str, dict[str, Any]]] | None:
+    """Job and entries; None if there are none that can be read."""
+    try:
+        known = json.loads(read_text(note, "record"))
+        return str(known["job"]), {str(name): dict(entry) for name, entry in known["files"].items()}
+    except (QuantkitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _write(note: Path, identity: Mapping[str, Any], entries: Mapping[str, dict[str, int]]) -> None:
+    write_json(note, {"job": _digest(identity), "files": entries})
+
+
+def _entries(files: Sequence[Path]) -> dict[str, dict[str, int]]:
+    sums = _checksums(files)
+    return {file.name: {"bytes": file.stat().st_size, "crc32": crc} for file, crc in zip(files, sums, strict=True)}
+
+
+def _checksums(files: Sequence[Path]) -> list[int]:
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(_crc, files))
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

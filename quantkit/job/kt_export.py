@@ -23,6 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.whole_file import rename_folder
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
@@ -110,7 +111,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     try:
         _fill(work, output, source, gpus, threads or machine.cores(), linear)
         work.chmod(0o755)
-        work.rename(output)
+        rename_folder(work, output)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

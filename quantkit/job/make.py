@@ -30,10 +30,11 @@ from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
+from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.checks import check_possible
-from quantkit.job.finished import difference, record
+from quantkit.job.finished import difference, note, record
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -90,6 +91,15 @@ def make(
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    with locked(order.folder):
+        files, result = make_in_folder(order, model)
+    checkpoint.close()
+    return files, result
+
+
+def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Path], dict[str, Any] | None]:
+    """`make`, when it is decided what and where, and nobody else is there."""
+    checkpoint, plan, options, device = order.checkpoint, order.plan, order.options, order.device
     n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
     ranks.agree(lambda: check_possible(checkpoint, plan, order.folder, n_bytes, judged or None))
     ranks.agree(lambda: claim_folder(order))
@@ -108,7 +118,6 @@ def make(
         result = verify_file(files[0], checkpoint, device, how, order.folder / VERIFY, reference)
     if reference:
         reference.state.remove()
-    checkpoint.close()
     return files, result
 
 
@@ -177,7 +186,7 @@ def reference_pass(order: Order) -> ReferencePass:
 def make_file(order: Order, out: Path, reference: ReferencePass | None) -> list[Path]:
     """One pass over the layers, unless an imatrix is there already or takes more than one."""
     # That of a pass which was stopped behind its last layer is not yet one to begin with.
-    there = ranks.agree(lambda: order.imatrix.exists() and ONE_PASS not in begun(out))
+    there = ranks.agree(lambda: ONE_PASS not in begun(out) and is_ours(order, order.imatrix))
     repeated = there or order.options.calibration.expert_tokens
     if order.options.imatrix or (order.encoder == "ggml" and repeated):
         return made(order, out, make_in_two_steps(order, out, reference))
@@ -186,6 +195,14 @@ def make_file(order: Order, out: Path, reference: ReferencePass | None) -> list[
     if ranks.index() == 0:
         shutil.rmtree(order.folder / GRADIENTS, ignore_errors=True)
     return files
+
+
+def is_ours(order: Order, path: Path) -> bool:
+    """Whether a file is there that this job made on its way. Says so if it is another's, or was changed."""
+    if path.exists() and (why := difference([path], order.identity)):
+        say(f"{path}: {why}; it is made again")
+        return False
+    return path.exists()
 
 
 def made(order: Order, out: Path, files: list[Path]) -> list[Path]:
@@ -201,11 +218,12 @@ def planned_by_damage(order: Order, model: ModelRef | Path | str) -> Order:
         return order
     order = with_gradients(order)
     options, path = order.options, order.folder / SENSITIVITY
-    if not ranks.agree(path.exists):
+    if not ranks.agree(lambda: is_ours(order, path)):
         assert options.gradients is not None
         how = SensitivityOptions(options.calibration.text, memory=options.calibration.memory)
         found = estimate_damage(source_of(order.checkpoint, order.device), options.gradients, how)
         ranks.agree(lambda: write_text(path, found.to_json()))
+        ranks.agree(lambda: note(path, order.identity))
     budget = replace(options.budget, measured=path)
     plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes)
     ranks.agree(lambda: write_text(order.folder / PLAN, plan.to_json()))
@@ -230,10 +248,11 @@ def make_in_two_steps(order: Order, out: Path, reference: ReferencePass | None) 
     """Calibrate (or take an imatrix that is there), then encode with ggml."""
     options, imatrix = order.options, order.options.imatrix or order.imatrix
     if options.imatrix is None:
-        if ranks.agree(imatrix.exists):
+        if ranks.agree(lambda: is_ours(order, imatrix)):
             say(f"using {imatrix} from an earlier run")
         else:
             calibrate(source_of(order.checkpoint, order.device), options.calibration, imatrix, options.restart)
+            ranks.agree(lambda: note(imatrix, order.identity))
     how = QuantizeOptions(options.workers, options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
     after_layer = reference.advance if reference else None
     return quantize_model(order.checkpoint, order.plan, imatrix, out, how, after_layer)
@@ -280,6 +299,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
             save_imatrix(
                 order.imatrix, measured, datasets=[text.name], chunk_count=len(chunks.tokens), chunk_size=how.text.chunk
             )
+            note(order.imatrix, order.identity)
         encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
     state.remove()
     return writer.files

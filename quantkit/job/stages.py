@@ -24,6 +24,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
+from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
@@ -73,19 +74,24 @@ def quantize_model(
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
-    loaded, info = load_imatrix(imatrix_path)
-    imatrix = fit_importance(plan, loaded)
-    fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
-    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
-    return quantize(
-        checkpoint,
-        plan,
-        imatrix,
-        Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
-        GgmlEncoder(),
-        workers=how.workers,
-        after_layer=after_layer,
-    )
+    with locked(out.parent):
+        loaded, info = load_imatrix(imatrix_path)
+        imatrix = fit_importance(plan, loaded)
+        fingerprint = {
+            "checkpoint": checkpoint.fingerprint(),
+            "plan": plan.digest(),
+            "imatrix": imatrix_digest(imatrix),
+        }
+        extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
+        return quantize(
+            checkpoint,
+            plan,
+            imatrix,
+            Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
+            GgmlEncoder(),
+            workers=how.workers,
+            after_layer=after_layer,
+        )
 
 
 def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:
@@ -119,11 +125,11 @@ def measure_sensitivity(
     with needs("plots"):
         import matplotlib  # noqa: F401  (missing, it is missed before the long work)
     measured = estimate_damage if basis.is_dir() else _forked
-    found = measured(source, basis, how)
-    if ranks.index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / SENSITIVITY, found.to_json())
-        sensitivity.heat_map(found, folder / "sensitivity.png")
+    with locked(folder):
+        found = measured(source, basis, how)
+        if ranks.index() == 0:
+            write_text(folder / SENSITIVITY, found.to_json())
+            sensitivity.heat_map(found, folder / "sensitivity.png")
     return found
 
 

@@ -252,7 +252,7 @@ def test_arrays_of_either_dtype_are_kept_as_they_are(tmp_path):
         found = torch.empty_like(array)
         spill.read("inputs-000", found)
         assert torch.equal(found, array)
-    with pytest.raises(QuantkitError, match=r"inputs-000: 210 bytes, not 140"):
+    with pytest.raises(QuantkitError, match=r"inputs-000: torch.bfloat16 \[3, 5, 7\], not \[2, 5, 7\]"):
         spill.read("inputs-000", torch.empty(2, 5, 7, dtype=torch.bfloat16))
 
 
@@ -389,5 +389,5 @@ def test_a_file_of_gradients_is_what_was_saved(tmp_path):
     assert torch.equal(found.experts[DOWN].of(0), rows[3:].float() * 2) and len(found.experts[DOWN].of(1)) == 0
     assert job_in(tmp_path / "g.safetensors") is None
     (tmp_path / "g.safetensors").write_bytes(b"junk")
-    with pytest.raises(QuantkitError, match=r"g\.safetensors: not a file of gradients"):
+    with pytest.raises(QuantkitError, match=r"g\.safetensors: damaged.*run the backward pass"):
         LayerGradients.load(tmp_path / "g.safetensors")

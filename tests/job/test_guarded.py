@@ -113,17 +113,15 @@ def test_a_file_as_large_as_it_may_be_is_read(tmp_path, monkeypatch):
 
 UNGUARDED = re.compile(r"\.read_bytes\(\)|\.read_text\(|\bfrom_file\(|\bopen\([^)]*\"rb?\"")
 OWN = {  # reads only what this process, its package or the kernel wrote
-    "formats/ledger.py",
     "formats/gradients.py",
+    "formats/ledger.py",
     "formats/part_file.py",
     "calibration/corpus.py",
-    "calibration/spill.py",
-    "calibration/state.py",
     "evaluation/oracles/llama.py",
     "job/publish/card.py",
     "container.py",
     "evaluation/oracles/hf.py",
-    "job/recovery/passes.py",
+    "job/recovery/twin.py",
     "job/recovery/recover.py",
     "machine.py",
     "remote/cache.py",

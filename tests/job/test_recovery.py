@@ -249,7 +249,7 @@ def test_state_of_another_job_is_begun_anew(base, source, chunks, whole, tmp_pat
         with pytest.raises(Stopped):
             recover(base, tmp_path, source, chunks, "another", SHORT)
     files, _ = recover(base, tmp_path, source, chunks, "job", SHORT)
-    assert "begun anew" in capsys.readouterr().err
+    assert "begins anew" in capsys.readouterr().err
     assert files[0].read_bytes() == whole[0][0].read_bytes()
 
 

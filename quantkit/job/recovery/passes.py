@@ -5,7 +5,6 @@ Ranks share the routed experts and compute all the rest each; rank 0 alone write
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -67,11 +66,10 @@ class Target:
     hidden: torch.Tensor
 
     @classmethod
-    def load(cls, original: Source, shape: torch.Size, dtype: torch.dtype, path: Path) -> "Target":
+    def load(cls, original: Source, shape: torch.Size, dtype: torch.dtype, spill: Spill) -> "Target":
         """From where `forward` left it, for tokens of this shape."""
-        whole = (*shape, original.config.d)
-        flat = torch.from_file(str(path), shared=False, size=shape.numel() * original.config.d, dtype=dtype)
-        return cls(original, flat.view(whole))
+        c = original.config
+        return cls(original, spill.mapped(inputs(c.n_layer), torch.Size((*shape, c.d)), dtype))
 
     def of(self, chunks: torch.Tensor) -> "Divergence":
         """chunks: numbers of some chunks, in an order."""

@@ -22,8 +22,9 @@ from quantkit import ranks
 from quantkit.calibration import gradients
 from quantkit.calibration.corpus import Chunks, TextChoice
 from quantkit.calibration.spill import Spill
+from quantkit.formats import sealed
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.whole_file import write_json
+from quantkit.formats.whole_file import make_folders
 from quantkit.job.recovery.options import RecoverOptions, Sizes
 from quantkit.job.recovery.passes import Target, forward, inputs, measure
 from quantkit.job.recovery.step import TrainingStep
@@ -41,24 +42,27 @@ from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.runtime.stream import Source
 
 STATE = ".state-recovery"  # after the file's name: the folder of what is done so far
-FORMAT = 2  # of the state: another number, another job
+FORMAT = 3  # of the state: another number, another job
+PROGRESS = "progress"
+RECOMPUTED = ("original", "encode")  # folders of the state whose files can be made again
 PATIENCE = 3  # measurements without a gain after which it stops: two came before proxy-a's best
 
 
 class Progress:
-    """A small file: steps that are done, and the KLD that was measured after how many. `before`: of the base."""
+    """Of a small file: steps that are done, and the KLD that was measured after how many. `before`: of the base."""
 
-    def __init__(self, path: Path, every: int):
-        self.path, self.every = path, every
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def __init__(self, spill: Spill):
+        self.spill = spill
+        there = ranks.agree(lambda: spill.has(PROGRESS))
+        found = json.loads(spill.noted(PROGRESS)[PROGRESS]) if there else {}
         self.step: int = found.get("step", 0)
         self.before: float | None = found.get("before")
         self.measured = {int(step): kld for step, kld in found.get("measured", {}).items()}
 
     def save(self) -> None:
         """Durably, by rank 0."""
-        if ranks.index() == 0:
-            write_json(self.path, {"step": self.step, "before": self.before, "measured": self.measured})
+        found = {"step": self.step, "before": self.before, "measured": self.measured}
+        self.spill.note(PROGRESS, {PROGRESS: json.dumps(found)})
 
     @property
     def best(self) -> int:
@@ -88,13 +92,13 @@ class Recovery:
             self.how = how = replace(how, steps=len(self.batches))
         used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
         self.tokens, self.used = chunks.tokens[used], used
-        state.mkdir(parents=True, exist_ok=True)
+        ranks.agree(lambda: make_folders(state))
         shape = len(self.batches[0]), chunks.tokens.shape[1]
         self.room = sizes.room(original, shape, how.limits(state), gradients.memory(original, 1, shape[1]))
         self.values = Values(state, specs, sizes.dtype, coarse(specs, weights.file.tensors))
         tuned = Tuned(weights.file, original.checkpoint, self.values, original.device)
         self.student = Student(weights, tuned, original.dtype)
-        self.progress = Progress(state / "progress.json", how.every)
+        self.progress = Progress(Spill(state, job))
 
     def _spill(self, name: str) -> Spill:
         return Spill(self.state / name, self.job)
@@ -131,9 +135,12 @@ class Recovery:
         }
 
     def _begin(self, twin: Twin) -> None:
-        """The base's bytes, in which nothing is encoded again yet, unless they are there since an earlier run."""
-        if not all(file.exists() for file in twin.files):
-            _clear(self.state.glob("encode"))
+        """The base's bytes, in which nothing is encoded again yet, unless an earlier run has begun that and its bytes
+        are there."""
+        spill, layers = self._spill("encode"), range(self.original.config.n_layer, -1, -1)
+        done = next((layer for layer in layers if spill.has(inputs(layer))), 0)
+        if not twin.resumed(spill, done, self.values.specs):
+            _clear([spill.folder])
             twin.copy()
 
     def _room_of(self, tokens: torch.Tensor) -> Room:
@@ -150,7 +157,7 @@ class Recovery:
         spill, room, n_layer = self._spill("original"), self._room_of(self.tokens), self.original.config.n_layer
         with track("original", n_layer, "layers") as advance:
             forward(self.original, self.tokens, room, spill, advance=advance)
-        return Target.load(self.original, self.tokens.shape, room.hidden, spill.folder / inputs(n_layer))
+        return Target.load(self.original, self.tokens.shape, room.hidden, spill)
 
     @torch.no_grad()
     def _measure(self, source: Source, target: Target, held: torch.Tensor) -> float:
@@ -216,9 +223,8 @@ def recover(
     how = how or RecoverOptions()
     state = folder / (base.name + STATE)
     job = hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
-    mark = state / "original" / "job"
-    if ranks.agree(lambda: mark.exists() and mark.read_text(encoding="utf-8") != job):
-        say(f"{state}: of another recovery; begun anew")
+    if why := ranks.agree(lambda: _useless(state, job)):
+        say(f"{why}; recovery begins anew")
         ranks.agree(lambda: _clear([state]))
     with torch.inference_mode(False):
         work = Recovery(base, original, chunks, how, state, job)
@@ -229,6 +235,23 @@ def recover(
     ranks.agree(lambda: done(files))
     ranks.agree(lambda: _clear([state]))
     return files, gained
+
+
+def _useless(state: Path, job: str) -> str | None:
+    """Why a job cannot go on with this state, if there is one: it is another's, or something is damaged that cannot be
+    computed again, because what it was made of has moved since."""
+    mark = state / "job"
+    if not mark.exists():
+        return f"{state}: not a state" if state.exists() and any(state.iterdir()) else None
+    if mark.read_bytes() != job.encode():
+        return f"{state}: of another recovery"
+    files = (path for path in sorted(state.rglob("*")) if path.is_file())
+    for path in files:
+        kind = path.relative_to(state).parts[0]
+        temporary = path.suffix in (".part", ".tmp")
+        if kind not in (*RECOMPUTED, "twin") and path.name != "job" and not temporary and (why := sealed.whole(path)):
+            return why
+    return None
 
 
 def _clear(folders: Iterable[Path]) -> None:

@@ -1,8 +1,8 @@
 """The recovered file: a copy of the base's bytes in which what moved is encoded again."""
 
-import os
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,22 @@ from quantkit.encoding.api import SUPPORTED, encode_batch
 from quantkit.encoding.hessian import Hessian, prepare
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import checksum
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.whole_file import make_folders, rename, sync_file
 from quantkit.ggml import quants
 from quantkit.job.recovery.passes import forward, inputs
 from quantkit.job.recovery.tuned import TunedSource
+from quantkit.job.recovery.values import ByLayer
 from quantkit.models import family
-from quantkit.progress import track
+from quantkit.progress import say, track
 from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.room import Room
 from quantkit.runtime.stream import ATTENTION_TOKENS, Step
 from quantkit.runtime.watch import Watcher
 from quantkit.tensors import TensorSpec
+
+_NOTE = "made"
 
 
 class Twin:
@@ -36,18 +41,52 @@ class Twin:
         self.files = [folder / file.name for file in base.files]
 
     def copy(self) -> None:
-        """The base's bytes, of every file that is not there yet. QuantkitError if the disk does not take them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """The base's bytes. QuantkitError if the disk does not take them."""
         for file, to in zip(self.base.files, self.files, strict=True):
-            if to.exists():
-                continue
             part = to.with_name(to.name + ".part")
             try:
+                make_folders(self.folder)
                 shutil.copyfile(file, part)
-                _sync(part)
-                os.replace(part, to)
+                rename(part, to)
             except OSError as error:
                 raise QuantkitError(f"{to}: cannot write ({error.strerror}); run again to resume") from None
+
+    def resumed(self, spill: Spill, done: int, moving: ByLayer) -> bool:
+        """Whether the files are there and hold what an earlier run had made of `done` layers: tensors that were
+        encoded again as noted in the spill, those still to be encoded the base's again, all others the base's."""
+        if not all(file.exists() for file in self.files):
+            return False
+        made: dict[str, int] = {}
+        for layer in range(done):
+            if not spill.has(_note(layer)):
+                return False
+            made |= json.loads(spill.noted(_note(layer))[_NOTE])
+        self.restore(spec.name for layer, specs in moving.items() if layer >= done for spec in specs)
+        damaged = self._damaged(made)
+        if damaged:
+            say(f"{damaged}: damaged; it is encoded again")
+        return not damaged
+
+    def _damaged(self, made: Mapping[str, int]) -> Path | None:
+        """The first of the files in which a tensor is neither the base's nor of this CRC-32."""
+        for file, mine in zip(self.base.files, self.files, strict=True):
+            tensors = [tensor for tensor in self.base.tensors.values() if tensor.file == file]
+            head = min((tensor.offset for tensor in tensors), default=file.stat().st_size)
+            places = [(0, head, None), *((t.offset, t.offset + t.n_bytes, made.get(t.name)) for t in tensors)]
+            with open(file, "rb") as old, open(mine, "rb") as new:
+                for start, stop, crc in places:
+                    wanted = checksum(old.fileno(), start, stop)[0] if crc is None else crc
+                    if checksum(new.fileno(), start, stop) != (wanted, stop - start):
+                        return mine
+        return None
+
+    def note(self, spill: Spill, layer: int, names: Iterable[str]) -> None:
+        """What was encoded again of a layer, for `resumed`."""
+        found = {}
+        for tensor in (self.base.tensors[name] for name in names):
+            with open(self.folder / tensor.file.name, "rb") as file:
+                found[tensor.name] = checksum(file.fileno(), tensor.offset, tensor.offset + tensor.n_bytes)[0]
+        spill.note(_note(layer), {_NOTE: json.dumps(found)})
 
     def write(self, name: str, row: int, data: np.ndarray) -> None:
         """Bytes of a tensor from a row on."""
@@ -65,17 +104,16 @@ class Twin:
     def sync(self) -> None:
         """What was written is on disk."""
         for file in self.files:
-            _sync(file)
+            sync_file(file)
 
     def publish(self, folder: Path) -> None:
         """The files move there."""
         for file in self.files:
-            os.replace(file, folder / file.name)
+            rename(file, folder / file.name)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def _note(layer: int) -> str:
+    return f"made-{layer:03}"
 
 
 class Inputs(Watcher):
@@ -103,6 +141,8 @@ def encode_again(student: TunedSource, tokens: torch.Tensor, room: Room, spill: 
             _write(student, spec, seen.moments.get(SAME_INPUT.get(spec.role, spec.role)), twin)
         twin.sync()
         ranks.barrier()  # a layer is done when all its bytes are safe
+        if ranks.index() == 0:
+            twin.note(spill, step.layer, [spec.name for spec in mine])
         return made
 
     with torch.no_grad(), track("encode again", n_layer, "layers") as advance:

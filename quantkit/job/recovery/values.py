@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quantkit import ranks
 from quantkit.codecs.format import SUPERBLOCK
-from quantkit.errors import QuantkitError
-from quantkit.formats.gradients import Writer, writing
+from quantkit.formats import sealed
+from quantkit.formats.sealed import Writer, writing
+from quantkit.formats.whole_file import rename
 from quantkit.tensors import TensorSpec
 
 TILE = 16 << 20  # weights that are updated at once
@@ -115,7 +115,7 @@ class Values:
         for kind in ("delta", "moment"):
             path = self._path(kind, layer)
             if _next(path).exists():
-                os.replace(_next(path), path)
+                rename(_next(path), path)
 
     def settle(self, done: int) -> None:
         """After a stop: layers from `done` up were finished, the others are still to be derived."""
@@ -138,7 +138,7 @@ class Values:
                 os.link(now, part)
             except OSError:  # a file system without links
                 shutil.copyfile(now, part)
-            os.replace(part, best)
+            rename(part, best)
 
     def best(self) -> "Values":
         """Those that were kept last, to read from."""
@@ -157,8 +157,6 @@ def _next(path: Path) -> Path:
 def _rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor | None:
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_slice(name)[start:stop]
-    except (SafetensorError, OSError) as error:
-        raise QuantkitError(f"{path}: not a state of recovery ({error}); remove {path.parent}") from None
+    with sealed.reading(path) as file:
+        rows: torch.Tensor = file.get_slice(name)[start:stop]
+        return rows

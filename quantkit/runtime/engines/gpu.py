@@ -220,6 +220,7 @@ class GpuEngine:
         if len(tokens) == 1:
             self.length[slot] = begin
             return self.decode([slot], tokens)[0]
+        self.weights.file.check_whole()
         c = self.config
         self.length[slot] = begin + len(tokens)
         h = self.weights.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
@@ -267,6 +268,7 @@ class GpuEngine:
     @torch.inference_mode()
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """As `Engine`."""
+        self.weights.file.check_whole()
         n = len(slots)
         positions = [self.length[slot] for slot in slots]
         for slot in slots:

@@ -87,6 +87,7 @@ class GraphEngine:
 
     def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
         """As `Engine`."""
+        self.weights.file.check_whole()
         self.length[slot] = begin + len(tokens)
         if self._goes_by_layers(len(tokens)):
             return self.by_layers.prefill(torch.tensor([tokens]), self.cache[:, slot : slot + 1], begin)
@@ -100,6 +101,7 @@ class GraphEngine:
 
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """As `Engine`."""
+        self.weights.file.check_whole()
         order = sorted(range(len(slots)), key=slots.__getitem__)
         begin = np.array([self.length[slots[i]] for i in order])
         for slot in slots:

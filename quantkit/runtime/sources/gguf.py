@@ -142,6 +142,7 @@ class GGUFSource:
 
     def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
         """A layer's weights, as far as its products hold them. turns: how ranks share experts that are streamed."""
+        self.file.check_whole()
         p, products = f"blk.{layer}.", self.products
         k_b, v_b = self._kv_b(p)
         feed, router, experts = self.feed_forward(layer, turns)
@@ -168,6 +169,7 @@ class GGUFSource:
 
     def head(self) -> tuple[torch.Tensor, Linear]:
         """Output norm and output matrix."""
+        self.file.check_whole()
         return self.output_norm(), self.products.linear(self.weights.head_name)
 
     def output_norm(self) -> torch.Tensor:
