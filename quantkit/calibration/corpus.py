@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from quantkit import bundle
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.byte_source import open_regular, read_text
-from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer import check_ids, tokenize
 from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
@@ -303,8 +303,14 @@ def chunk(
 
 
 def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
-    """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given."""
-    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
+    """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given.
+    QuantkitError for a token that the model's embedding does not have."""
+    tokenizer = source.tokenizer()
+    found = chunk(text, tokenizer, source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
+    where = f"{text.name}, cut by the tokenizer.json of {source.name}"
+    check_ids(map(int, found.targets.aminmax()), source.config.n_vocab, tokenizer, where)
+    check_ids((source.config.bos,), source.config.n_vocab, tokenizer, f"{source.name}: bos_token_id")
+    return found
 
 
 def spread(n: int) -> list[int]:

@@ -8,7 +8,9 @@ from pyarrow import parquet
 
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
-from quantkit.models.tokenizer import read_tokenizer, tokenize
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer_metadata import read_tokenizer
 
 
 def test_default_parts_are_disjoint_and_of_every_domain():
@@ -30,7 +32,7 @@ def test_any_prefix_is_a_mix():
 
 
 def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
-    ours = read_tokenizer(tiny.path)
+    ours = read_tokenizer(tiny.path, PRE)
     text = corpus.Corpus("t", (corpus.Document("text", "one two three four five six seven eight " * 40),))
     chunks = corpus.chunk(text, ours, bos=0, length=32, limit=100)
     assert chunks.tokens.shape == (3, 32)
@@ -43,7 +45,7 @@ def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
 
 
 def test_few_chunks_are_spread_over_the_text(tiny):
-    ours = read_tokenizer(tiny.path)
+    ours = read_tokenizer(tiny.path, PRE)
     parts = [corpus.Document("text", word * 300) for word in ("alpha ", "12 ", "道可道 ", "def f(): ")]
     text = corpus.Corpus("t", tuple(corpus.Document(d, p.text) for d, p in zip("abcd", parts, strict=True)))
     assert set(corpus.chunk(text, ours, bos=0, length=32, limit=12 * 32).domains) == set("abcd")
@@ -54,7 +56,7 @@ def test_few_chunks_are_spread_over_the_text(tiny):
 def test_too_little_text_is_refused(tiny):
     text = corpus.Corpus("short", (corpus.Document("text", "hi"),))
     with pytest.raises(QuantkitError, match=r"short: \d+ tokens of text, but a chunk needs 512"):
-        corpus.chunk(text, read_tokenizer(tiny.path), bos=0)
+        corpus.chunk(text, read_tokenizer(tiny.path, PRE), bos=0)
 
 
 def test_files_folders_and_jsonl(tmp_path):
