@@ -1,4 +1,4 @@
-"""Where bundled recipes and models lie: inside an installed package, or at the top of the repository."""
+"""Where bundled recipes, models and texts lie: inside an installed package, or at the top of the repository."""
 
 from pathlib import Path
 
@@ -13,6 +13,11 @@ def recipes_dir() -> Path:
 def models_dir() -> Path:
     """The folder of model folders."""
     return _folder("models")
+
+
+def texts_dir() -> Path:
+    """The folder of the default text, an archive as its author published it."""
+    return _folder("texts")
 
 
 def recipe_names() -> list[str]:

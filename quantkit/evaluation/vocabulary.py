@@ -7,8 +7,8 @@ from typing import Any
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_of_gguf
-from quantkit.models.tokenizer_metadata import tokenizer_metadata
+from quantkit.models.tokenizer import tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",
@@ -78,7 +78,7 @@ def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Itera
             yield f"{key} is {have}, in the original {want}"
         elif key.startswith("tokenizer.chat_template") and have != want:
             yield f"{key} {'is missing' if have is None else 'is not the original one'}"
-    ours, theirs = _or_none(lambda: tokenizer_of_gguf(meta, family.PRE)), read_tokenizer(folder)
+    ours, theirs = _or_none(lambda: tokenizer_of_gguf(meta, family.PRE)), read_tokenizer(folder, family.PRE)
     for text in SAMPLES if ours else ():
         if tokenize(ours, text) != tokenize(theirs, text):
             yield f"{text[:24]!r} is cut into other tokens than by the original"

@@ -100,6 +100,9 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     except NOT_NUMBERS as error:
         raise QuantkitError(f"config.json: {error}") from None
     config.check("config.json")
+    for key, token in (("bos_token_id", config.bos), ("eos_token_id", config.eos)):
+        if not 0 <= token < config.n_vocab:
+            raise QuantkitError(f"config.json: {key} {token} is not a token: vocab_size is {config.n_vocab:,}")
     return config
 
 

@@ -1,23 +1,34 @@
 """Byte-level BPE: the checkpoint's own tokenizer, and the one that GGUF metadata describe (see tokenizer_metadata)."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import read_text
 
 Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer.json."""
-    path = folder / "tokenizer.json"
-    return _built(lambda: Tokenizer.from_str(read_text(path, "tokenizer")), str(path))
+PROBES = (
+    "It was the best of times; 7 77 777 7777 12345678 people said so.  Don't, we'll — naïve “quotes” …",
+    "١٢٣ ²³ ½ Ⅷ １２ ＡＢ　！ \u00a0x\u200by \ufeffz ",
+    "深度求索的模型有671B个参数。東京は ひらがな ｶﾅ 가나다 ﷽ हिन्दी עברית ไทย",
+    "def f(x):\n\treturn {k: v for k, v in x.items() if v != 'no'}  # keep\n\n\n    pass\r\n\r\n  \n x\r",
+    "   leading, trailing   \t \n",
+    "e\u0301 a\u0308\u0323 ﬁ Å Å K ſ İ ı ß ẞ Ünï Ǆ ʼn ÅNGSTRÖM",
+    '😀👩\u200d👩\u200d👧🏽 🇩🇪 ☺️ →≠∑ \x00\x01\x7f <a href="x">&amp;</a> C:\\x\\y $E=mc^2$ a_b-c/d@e.f',
+    *("".join(chr(c) for c in range(first, first + 64)) for first in range(0, 0x250, 64)),
+)
+"""Texts of every kind that tokenizers differ about: digits, CJK, spaces, line ends, code, combining marks, emoji."""
+MOST_PROBED = 256
+
+
+def of_json(text: str, where: str) -> Tokenizer:
+    """From a tokenizer.json that `tokenizer_json` has judged; where: its name."""
+    return _built(lambda: Tokenizer.from_str(text), where)
 
 
 def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
@@ -34,13 +45,18 @@ def tokenizer_of_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
     pre = meta.get("tokenizer.ggml.pre")
     if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in known:
         raise QuantkitError(f"GGUF metadata: tokenizer.ggml.pre {pre!r} is not {' or '.join(known)}; cannot tokenize")
-    return _built(lambda: _from_gguf(meta, known[pre]), "GGUF metadata")
+
+    def make() -> Tokenizer:
+        tokens, types, merges = (list(meta[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type", "merges"))
+        return rebuilt(tokens, types, merges, known[pre])
+
+    return _built(make, "GGUF metadata")
 
 
-def _from_gguf(meta: Mapping[str, Any], patterns: tuple[str, ...]) -> Tokenizer:
-    tokens, types = list(meta["tokenizer.ggml.tokens"]), list(meta["tokenizer.ggml.token_type"])
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+def rebuilt(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], patterns: Sequence[str]) -> Tokenizer:
+    """What a GGUF says, as llama.cpp reads it. patterns: of its pre-tokenizer."""
+    pairs = [merge.partition(" ")[::2] for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -53,6 +69,36 @@ def _from_gguf(meta: Mapping[str, Any], patterns: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
+def check_alike(given: Tokenizer, named: Tokenizer, where: str, added: Sequence[str] = ()) -> None:
+    """QuantkitError, beginning with `where`, if the tokenizer of a checkpoint cuts a text otherwise than the one that
+    its GGUF will describe. added: tokens that are looked for in a text before it is cut."""
+    around = [f"a{token}b {token} c {token}" for token in added[:MOST_PROBED]]
+    for text in (*PROBES, *around):
+        ours, theirs = (one.encode(text, add_special_tokens=False).tokens for one in (given, named))
+        if ours != theirs:
+            i = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            raise QuantkitError(
+                f"{where}: {text!r} is cut into {ours[i : i + 4]}, by the GGUF's name of its pre-tokenizer into "
+                f"{theirs[i : i + 4]}; a GGUF cannot say that"
+            )
+
+
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids without BOS; chat markers in the text become their special tokens."""
+    """Token ids without BOS; chat markers in the text become their special tokens. A checkpoint's tokenizer may know
+    tokens beyond its embedding: `check_ids` finds them."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def check_ids(ids: Iterable[int], n_vocab: int, tokenizer: Tokenizer | None = None, where: str = "") -> None:
+    """QuantkitError for a token id that the embedding has no row for: the one check before ids become rows.
+
+    where: the text and the file whose tokenizer it was, to begin the message with.
+    """
+    bad = next((i for i in ids if not 0 <= i < n_vocab), None)
+    if bad is not None:
+        name = tokenizer.id_to_token(bad) if tokenizer is not None and bad >= 0 else None
+        token = f"token {name!r} has id {bad}" if name is not None else f"token id {bad}"
+        raise QuantkitError(
+            f"{where + ': ' if where else ''}{token}{', which' if name is not None else ''} is beyond the model's "
+            f"{n_vocab:,} tokens"
+        )

@@ -10,21 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
-from quantkit.models.tokenizer import Patterns
+from quantkit.models.tokenizer import Patterns, check_alike, rebuilt
+from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
 
 TOKENIZER, SETTINGS, TOKEN_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
+ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 MORE_TEMPLATES = "additional_chat_templates"
 FILES = (TOKENIZER, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
 """Names of the files that are read, for those who fetch them."""
-NO_WORDS = "tokenizer.ggml.pre cannot say that"
+
+
+def read_tokenizer(folder: Path, known: Patterns) -> Tokenizer:
+    """The checkpoint's own tokenizer. QuantkitError for what no GGUF can say (see tokenizer_json)."""
+    return tokenizer_of_json(_tokenizer_json(folder), known, str(folder / TOKENIZER))
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
@@ -41,24 +48,48 @@ def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str,
 
 
 def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
-    raw = _tokenizer_json(folder)
-    model = raw.get("model") or {}
-    if model.get("type") != "BPE":
-        raise QuantkitError(f"{folder / TOKENIZER}: model type {model.get('type')!r} is not BPE")
+    raw, where = _tokenizer_json(folder), str(folder / TOKENIZER)
+    pre = named(raw, known, where)
     settings = _optional(folder / SETTINGS)
-    pre = _pre_tokenizer(raw, folder, known)
     tokens, types = _tokens(raw, n_vocab, folder)
+    merges = _merges(raw["model"]["merges"], where)
     special = SpecialTokens(folder, settings, tokens)
     out: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
-        "tokenizer.ggml.merges": [_text(m) if isinstance(m, str) else _text(" ".join(m)) for m in model["merges"]],
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
         "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
     }
-    return out | special.metadata() | templates_metadata(chat_templates(folder, settings), folder)
+    out |= special.metadata()
+    _check_around(raw, where, out)
+    added = [token for token, kind in zip(tokens, types, strict=True) if kind in ADDED]
+    check_alike(tokenizer_of_json(raw, known, where), rebuilt(tokens, types, merges, known[pre]), where, added)
+    return out | templates_metadata(chat_templates(folder, settings), folder)
+
+
+def _merges(given: Sequence[Any], where: str) -> list[str]:
+    """As a GGUF has them: two tokens and a space between."""
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in given]
+    wrong = next((pair for pair in pairs if len(pair) != 2 or any(" " in text_of(token) for token in pair)), None)
+    if wrong is not None:
+        raise QuantkitError(f"{where}: merge {wrong!r:.80} is not of two tokens without a space; a GGUF cannot say it")
+    return [f"{first} {second}" for first, second in pairs]
+
+
+def _check_around(raw: Mapping[str, Any], where: str, out: Mapping[str, Any]) -> None:
+    """The post-processor puts around a text what the GGUF's keys do: BOS, and EOS if that is said."""
+    before, after = around(raw, where)
+    tokens = out["tokenizer.ggml.tokens"]
+    bos, eos = (tokens[out[f"tokenizer.ggml.{key}_token_id"].value] for key in ("bos", "eos"))
+    ends = ([], [eos]) if out["tokenizer.ggml.add_eos_token"] else ([],)
+    if before not in ([], [bos]) or after not in ends:
+        raise QuantkitError(
+            f"{where}: post-processor 'TemplateProcessing' puts {before} before a text and {after} after it; a GGUF "
+            f"can say BOS {bos!r} before, and EOS after if add_eos_token in {SETTINGS} is true"
+        )
 
 
 class SpecialTokens:
@@ -160,15 +191,16 @@ def _named(value: Any, where: Path) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, str):
-        return {"default": _text(value)}
+        return {"default": text_of(value)}
     if isinstance(value, dict):
         value = [{"name": name, "template": template} for name, template in value.items()]
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise QuantkitError(f"{where}: chat_template is neither text nor a list of named templates")
-    return {_text(one["name"]): _text(one["template"]) for one in value}
+    return {text_of(one["name"]): text_of(one["template"]) for one in value}
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """The file as it stands. QuantkitError if the model has another kind of tokenizer, or it is not JSON."""
     path = folder / TOKENIZER
     if not path.is_file():
         others = [name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()]
@@ -189,73 +221,32 @@ def _file_text(path: Path) -> str:
 def _content(token: Any) -> str | None:
     """A token's text, which stands alone or in an AddedToken."""
     token = token.get("content") if isinstance(token, dict) else token
-    return None if token is None else _text(token)
+    return None if token is None else text_of(token)
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _text(value: Any) -> str:
-    """A string that UTF-8 can hold (JSON may escape half a surrogate pair)."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise TypeError(f"{value!r:.80} is not Unicode text") from None
-    return value
-
-
-def _pre_tokenizer(raw: Mapping[str, Any], folder: Path, known: Patterns) -> str:
-    """GGUF's name of it."""
-    path, splits = folder / TOKENIZER, []
-    if (raw.get("normalizer") or {}).get("normalizers", raw.get("normalizer")):
-        raise QuantkitError(f"{path}: normalizer {raw['normalizer'].get('type')!r} is not supported; {NO_WORDS}")
-    if raw["model"].get("ignore_merges"):
-        raise QuantkitError(f"{path}: ignore_merges true is not supported; {NO_WORDS}")
-    whole = raw.get("pre_tokenizer") or {}
-    for part in whole.get("pretokenizers") or [whole]:
-        if part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            splits.append(_escaped(part["pattern"].get("Regex") or ""))
-        elif part.get("type") == "Digits" and part.get("individual_digits"):
-            splits.append(r"\p{N}")
-        elif part.get("type") != "ByteLevel" or part.get("add_prefix_space") or part.get("use_regex"):
-            raise QuantkitError(f"{path}: a pre-tokenizer {part.get('type')!r} is not supported; {NO_WORDS}")
-    for name, expected in known.items():
-        if tuple(splits) == expected:
-            return name
-    # llama.cpp would cut words differently and the model would see tokens it was not trained on.
-    raise QuantkitError(f"{path}: pre-tokenizer is not {' or '.join(known)}; no GGUF name for it")
-
-
-def _escaped(pattern: str) -> str:
-    """Line ends as two characters: files have them so, or as themselves, which is the same expression."""
-    return pattern.replace("\r", r"\r").replace("\n", r"\n")
-
-
 def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
     kinds = gguf.TokenType
-    by_id = {_id(i): (_text(token), kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
+    by_id = {id_of(i): (text_of(token), kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
     beyond = max(by_id, default=0)
     for added in raw.get("added_tokens", ()):
         control = added["special"] or _looks_special(added["content"])
-        if _id(added["id"]) >= n_vocab and beyond < n_vocab:
+        if id_of(added["id"]) >= n_vocab and beyond < n_vocab:
             # A fine-tuner's pad token, the embedding left as it was: the model has never seen it.
-            what = f"token {added['id']} {_text(added['content'])!r}"
+            what = f"token {added['id']} {text_of(added['content'])!r}"
             say_once(f"warning: {folder / TOKENIZER}: {what} is beyond vocab_size {n_vocab}; left out")
             continue
-        by_id[_id(added["id"])] = (_text(added["content"]), kinds.CONTROL if control else kinds.USER_DEFINED)
+        by_id[id_of(added["id"])] = (text_of(added["content"]), kinds.CONTROL if control else kinds.USER_DEFINED)
+    texts = {text: i for i, (text, _) in by_id.items()}
+    if twice := next((text for i, (text, _) in by_id.items() if texts[text] != i), None):
+        raise QuantkitError(f"{folder / TOKENIZER}: token {twice!r} has more ids than one")
     if by_id and max(by_id) >= n_vocab:
         raise QuantkitError(f"{folder / TOKENIZER}: token id {max(by_id)} is beyond vocab_size {n_vocab}")
     full = [by_id.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(n_vocab)]
     return [token for token, _ in full], [int(kind) for _, kind in full]
-
-
-def _id(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r:.80} is not a token id")
-    return value
 
 
 def _looks_special(token: str) -> bool:

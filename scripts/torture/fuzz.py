@@ -48,8 +48,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer
-from quantkit.models.tokenizer_metadata import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
@@ -307,7 +306,7 @@ class Files:
         def parse(data: bytes) -> None:
             with self.replaced(name, data):
                 tokenizer_metadata(self.model, self.config.n_vocab, family.PRE)
-                read_tokenizer(self.model)
+                read_tokenizer(self.model, family.PRE)
 
         return parse
 

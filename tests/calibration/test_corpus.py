@@ -8,7 +8,9 @@ from pyarrow import parquet
 
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
-from quantkit.models.tokenizer import read_tokenizer, tokenize
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer_metadata import read_tokenizer
 
 
 def test_default_parts_are_disjoint_and_of_every_domain():
@@ -30,7 +32,7 @@ def test_any_prefix_is_a_mix():
 
 
 def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
-    ours = read_tokenizer(tiny.path)
+    ours = read_tokenizer(tiny.path, PRE)
     text = corpus.Corpus("t", (corpus.Document("text", "one two three four five six seven eight " * 40),))
     chunks = corpus.chunk(text, ours, bos=0, length=32, limit=100)
     assert chunks.tokens.shape == (3, 32)
@@ -43,7 +45,7 @@ def test_chunks_start_with_bos_and_keep_the_true_tokens(tiny):
 
 
 def test_few_chunks_are_spread_over_the_text(tiny):
-    ours = read_tokenizer(tiny.path)
+    ours = read_tokenizer(tiny.path, PRE)
     parts = [corpus.Document("text", word * 300) for word in ("alpha ", "12 ", "道可道 ", "def f(): ")]
     text = corpus.Corpus("t", tuple(corpus.Document(d, p.text) for d, p in zip("abcd", parts, strict=True)))
     assert set(corpus.chunk(text, ours, bos=0, length=32, limit=12 * 32).domains) == set("abcd")
@@ -54,7 +56,7 @@ def test_few_chunks_are_spread_over_the_text(tiny):
 def test_too_little_text_is_refused(tiny):
     text = corpus.Corpus("short", (corpus.Document("text", "hi"),))
     with pytest.raises(QuantkitError, match=r"short: \d+ tokens of text, but a chunk needs 512"):
-        corpus.chunk(text, read_tokenizer(tiny.path), bos=0)
+        corpus.chunk(text, read_tokenizer(tiny.path, PRE), bos=0)
 
 
 def test_files_folders_and_jsonl(tmp_path):
@@ -135,3 +137,16 @@ def test_more_tokens_than_the_mix_has_draw_on_more_languages():
     sizes = [sum(len(d.text) for d in each.documents) for each in (plain, wide)]
     assert sizes[1] > 1.7 * sizes[0]
     assert corpus.overlap(wide, corpus.default("evaluation")) < 0.02
+
+
+DIGESTS = {  # of what an installed dataset-build 0.1.11 gave: every file made without --data follows from them
+    ("calibration", False): "464891db19a77e8964a3d0c5a233ea6c86a74b26e505093998b3744bef8cd573",
+    ("calibration", True): "9f17b387f135ab07284d89b5123c921b32b8fd175343615a388646cae1e281b1",
+    ("evaluation", False): "9b4669541c003f4f584ccd090e80ae2d445f4b2bad646dbf25f04ca0ba0f0512",
+    ("evaluation", True): "c04bfd4a961b64febb42d427b297bbe9aeebdd301acea70ba9e0e1275f7000aa",
+}
+
+
+@pytest.mark.parametrize(("part", "wide"), DIGESTS)
+def test_the_default_text_is_that_of_every_published_figure(part, wide):
+    assert corpus.default(part, wide).digest == DIGESTS[part, wide]

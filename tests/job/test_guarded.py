@@ -23,7 +23,8 @@ from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.job.publish.folder import read_folder
 from quantkit.job.report import Material
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.planning.recipe import Recipe
 
 TINY = bundle.models_dir() / "tiny-r1"
@@ -31,7 +32,7 @@ READERS = {
     "config.json": Checkpoint.open,
     INDEX: Checkpoint.open,
     "tensors.json": Geometry.load,
-    "tokenizer.json": read_tokenizer,
+    "tokenizer.json": lambda folder: read_tokenizer(folder, PRE),
     "mine.toml": lambda folder: Recipe.load(folder / "mine.toml"),
     "text of mine.toml": lambda folder: Recipe.text(folder / "mine.toml"),
     "plan.json": lambda folder: plan_model(TINY, str(folder / "plan.json")),

@@ -27,7 +27,8 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import kt_export
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.gguf import open_gguf
 
@@ -177,7 +178,7 @@ def test_configuration_is_the_original(exported, chunks):
     assert set(original) - set(found) == {"num_nextn_predict_layers", "quantization_config"}
     assert {key: found[key] for key in set(found) - ours} == {key: original[key] for key in set(found) - ours}
     saved = Tokenizer.from_file(str(exported / "model" / "tokenizer.json"))
-    theirs = read_tokenizer(bundle.models_dir() / "tiny-r1")
+    theirs = read_tokenizer(bundle.models_dir() / "tiny-r1", PRE)
     text = theirs.decode(chunks(1, 256)[0].tolist(), skip_special_tokens=False) + "<｜User｜>深度 12345\n<think>"
     assert saved.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
     merges = json.loads((exported / "model" / "tokenizer.json").read_text())["model"]["merges"]

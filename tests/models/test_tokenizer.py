@@ -11,8 +11,8 @@ from quantkit.errors import QuantkitError
 from quantkit.models import family
 from quantkit.models.family import PRE
 from quantkit.models.open import open_weights
-from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_of_gguf
-from quantkit.models.tokenizer_metadata import tokenizer_metadata
+from quantkit.models.tokenizer import tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 
 TEXT = """def f(x):\n\treturn x**2  # 12345.678\n\n\n  The well-known "naïve" café —
 道可道,非常道。 東京は ひらがな ｶﾅ 1234567
@@ -24,7 +24,7 @@ def plain(metadata: dict) -> dict:
 
 
 def test_round_trip(tiny):
-    ours = read_tokenizer(tiny.path)
+    ours = read_tokenizer(tiny.path, PRE)
     rebuilt = tokenizer_of_gguf(plain(tokenizer_metadata(tiny.path, 768, PRE)), PRE)
     ids = tokenize(ours, TEXT)
     assert tokenize(rebuilt, TEXT) == ids
@@ -124,6 +124,7 @@ def merges_of(raw: dict) -> list[str]:
     return [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
 
 
+PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 TOKENS = ("bos_token", "eos_token", "pad_token")
 SAME = [
     in_jinja_file,
@@ -192,7 +193,7 @@ def test_other_tokens_that_end_a_turn(model_copy):
 
 def test_pad_tokens_without_a_row_are_left_out_and_said(model_copy, capsys):
     change(model_copy / "tokenizer_config.json", lambda c: c.update(pad_token="[PAD]"))
-    added = {"id": 768, "content": "<|PAD|>", "special": True}
+    added = PLAIN | {"id": 768, "content": "<|PAD|>", "special": True}
     change(model_copy / "tokenizer.json", lambda t: t["added_tokens"].append(added))
     meta = tokenizer_metadata(model_copy, 768, PRE)
     assert "tokenizer.ggml.padding_token_id" not in meta and len(meta["tokenizer.ggml.tokens"]) == 768
@@ -230,6 +231,6 @@ def test_v2_s_pre_tokenizer(model_copy):
     change(model_copy / "tokenizer.json", lambda t: t["pre_tokenizer"]["pretokenizers"].__setitem__(slice(3), parts))
     meta = plain(tokenizer_metadata(model_copy, 768, PRE))
     assert meta["tokenizer.ggml.pre"] == "deepseek-llm"
-    original, rebuilt = read_tokenizer(model_copy), tokenizer_of_gguf(meta, PRE)
+    original, rebuilt = read_tokenizer(model_copy, PRE), tokenizer_of_gguf(meta, PRE)
     for text in (TEXT, "١٢٣ ²³ Ⅷ हिन्दी עברית Ünï Ǆ ʼn  ", "１２ ＡＢ　！ 가나다\r\n x "):
         assert tokenize(rebuilt, text) == tokenize(original, text)

@@ -8,7 +8,8 @@ import torch
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts, Turns
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -28,7 +29,9 @@ def path(made):
 @pytest.fixture(scope="module")
 def tokens(tiny) -> torch.Tensor:
     """Real text: on random tokens a low-bit model is undecided everywhere, and rounding alone changes routes."""
-    return corpus.chunk(corpus.default("evaluation"), read_tokenizer(tiny.path), bos=0, length=96, limit=384).tokens
+    return corpus.chunk(
+        corpus.default("evaluation"), read_tokenizer(tiny.path, PRE), bos=0, length=96, limit=384
+    ).tokens
 
 
 def quantized(path) -> GGUFSource:

@@ -4,7 +4,9 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.models.tokenizer import read_tokenizer, tokenize
+from quantkit.models.family import PRE
+from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources.gguf import open_gguf
@@ -19,7 +21,7 @@ def path(made):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return read_tokenizer(tiny.path)
+    return read_tokenizer(tiny.path, PRE)
 
 
 def test_pieces_join_to_the_text(tokenizer):

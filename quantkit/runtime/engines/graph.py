@@ -17,12 +17,12 @@ import torch
 
 from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import TensorP, library
+from quantkit.models.tokenizer import check_ids
 from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
-from quantkit.runtime.sources.admission import check_ids
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gib
 

@@ -4,7 +4,7 @@ ggml takes types, shapes and ids on trust: a matrix of a type without a kernel i
 not F32 and a token beyond the embedding's rows abort. `check_model` is asked once, when a file is opened as a model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.codecs import types as qtypes
@@ -66,10 +66,3 @@ def _check_tokens(where: str, config: ModelConfig, vocabulary: Any) -> None:
     for name, value in (("bos", config.bos), ("eos", config.eos)):
         if not 0 <= value < rows:
             raise QuantkitError(f"{where}: {name}_token_id {value} is beyond the embedding's {rows:,} rows")
-
-
-def check_ids(ids: Iterable[int], n_vocab: int) -> None:
-    """QuantkitError for a token id that the embedding has no row for."""
-    bad = next((i for i in ids if not 0 <= i < n_vocab), None)
-    if bad is not None:
-        raise QuantkitError(f"token id {bad} is beyond the model's {n_vocab:,} tokens")

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer
 
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.tokenizer import check_ids
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
@@ -28,14 +29,16 @@ class CheckpointSource:
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own."""
-        return read_tokenizer(Path(self.checkpoint.path))
+        return read_tokenizer(Path(self.checkpoint.path), family.PRE)
 
     def fingerprint(self) -> str:
         """Changes if the checkpoint does."""
         return self.checkpoint.fingerprint()
 
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens int64 [...] -> [..., d] in `out` (default: new, float32); reads the embedding a slab at a time."""
+        """tokens int64 [...] -> [..., d] in `out` (default: new, float32); reads the embedding a slab at a time.
+        QuantkitError for an id that has no row."""
+        check_ids(map(int, tokens.aminmax()) if tokens.numel() else (), self.config.n_vocab)
         out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
         flat, rows = tokens.flatten().to(out.device), out.view(-1, self.config.d)
         for start in range(0, self.config.n_vocab, VOCAB_ROWS):

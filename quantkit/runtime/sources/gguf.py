@@ -14,13 +14,13 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.quants import dequantize
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
-from quantkit.models.tokenizer import tokenizer_of_gguf
+from quantkit.models.tokenizer import check_ids, tokenizer_of_gguf
 from quantkit.progress import say
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
-from quantkit.runtime.sources.admission import check_ids, check_model
+from quantkit.runtime.sources.admission import check_model
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 
@@ -78,7 +78,7 @@ class GGUFWeights:
         """tokens int64 [...] -> `out` [..., d]; only the rows that are asked for are dequantized. QuantkitError for an
         id that has none."""
         tensor, data = self.file.tensors["token_embd.weight"], self.file.data("token_embd.weight")
-        check_ids((int(tokens.min()), int(tokens.max())) if tokens.numel() else (), self.config.n_vocab)
+        check_ids(map(int, tokens.aminmax()) if tokens.numel() else (), self.config.n_vocab)
         rows = out.view(-1, self.config.d)
         for to, part in zip(rows.split(EMBEDDED_ROWS), tokens.flatten().cpu().split(EMBEDDED_ROWS), strict=True):
             unique, inverse = np.unique(part.numpy(), return_inverse=True)
