@@ -37,7 +37,8 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
     from quantkit.job.stages import VerifyOptions
     from quantkit.planning import targets
 
-    return VerifyOptions(target=targets.parse(target).name if target else None, ram=memory, **rest)
+    name = targets.parse(target).name if target else None
+    return VerifyOptions(target=name, ram=memory, configuration=True, **rest)
 
 
 @click.command()
@@ -89,6 +90,8 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
     result = stages.verify_file(file, original, device, how, out, runtime=runtime)
     click.echo(short_table(result, file))
+    if result["configuration"]["status"] == "fail":  # then the scores are of another model
+        sys.exit(1)
 
 
 def _certify_options(**given: Any) -> "CertifyOptions":
