@@ -38,7 +38,8 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
     from quantkit.job.stages import VerifyOptions
     from quantkit.planning import targets
 
-    return VerifyOptions(target=targets.parse(target).name if target else None, ram=memory, **rest)
+    name = targets.parse(target).name if target else None
+    return VerifyOptions(target=name, ram=memory, configuration=True, **rest)
 
 
 @click.command()
@@ -92,6 +93,8 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, out, runtime=runtime)
     click.echo(short_table(result, file))
+    if result["configuration"]["status"] == "fail":  # then the scores are of another model
+        sys.exit(1)
 
 
 def _certify_options(**given: Any) -> "CertifyOptions":
@@ -147,16 +150,13 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     type=click.Choice(["marlin", "torch"]),
     help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.",
 )
-@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
-def export_kt(
-    file: Path, output: Path | None, gpus: int, linear: Literal["marlin", "torch"], threads: int | None
-) -> None:
+def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marlin", "torch"]) -> None:
     """Write what KTransformers needs to run FILE: optimize rules, attn_kv_b for 0.3.1 and earlier, configuration,
     tokenizer and a launch script. Refuses files with types that KTransformers cannot compute."""
     from quantkit.job import kt_export
 
     output = output or kt_export.default_output(file)
-    made = kt_export.export(file, output, gpus=gpus, linear=linear, threads=threads)
+    made = kt_export.export(file, output, gpus=gpus, linear=linear)
     click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
 
 
@@ -189,6 +189,9 @@ def _sampling(**given: Any) -> "Sampling":
     "-p", "--prompt", default=None, callback=_text, help="Continue this text; without it: a chat on the terminal."
 )
 @click.option("--chat", is_flag=True, help="Put the prompt through the file's chat template.")
+@click.option(
+    "--thinking/--no-thinking", default=None, help="In a chat: whether to reason, where the template has a switch."
+)
 @click.option("-n", "--n-tokens", default=None, type=click.IntRange(1), help="Default: 128; in a chat, the context.")
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
 @Shared(
@@ -207,6 +210,7 @@ def run(
     file: Path,
     prompt: str | None,
     chat: bool,
+    thinking: bool | None,
     n_tokens: int | None,
     context: int,
     sampling: "Sampling",
@@ -217,10 +221,14 @@ def run(
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
     from quantkit.serving.chat import Conversation
+    from quantkit.serving.template import reasoning
 
+    if thinking is not None and prompt is not None and not chat:
+        raise QuantkitError("--thinking is for chats: add --chat, which puts the prompt through the chat template")
     show_placement()
     weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
-    talk = Conversation(weights, open_engine(weights, 1, context, placement.gpu_layers), sampling)
+    given = {} if thinking is None else reasoning(weights.file.metadata, thinking)
+    talk = Conversation(weights, open_engine(weights, 1, context, placement.gpu_layers), sampling, given)
     if prompt is None:
         return chat_on_terminal(talk, n_tokens or context)
     if chat:

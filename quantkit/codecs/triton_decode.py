@@ -256,6 +256,31 @@ def q4_0(p, j, table):
 
 
 @triton.jit
+def _fifth(bits):
+    """Four bits, the lowest of a number -> 16 in those of the four bytes of a word whose bit is set."""
+    return (((bits & 15) * 0x00204081) & 0x01010101) << 4
+
+
+@triton.jit
+def q5_0(p, j, table):
+    """`plain.unpack_q5_0`."""
+    at, shift, high = p + 6 + 8 * (j % 2), 4 * (j // 2), _byte(p + 2 + j)
+    lo = ((_u32(at) >> shift) & 0x0F0F0F0F) | _fifth(high)
+    hi = ((_u32(at + 4) >> shift) & 0x0F0F0F0F) | _fifth(high >> 4)
+    scale = _f16(p)
+    return lo, hi, scale, -16 * scale
+
+
+@triton.jit
+def q5_1(p, j, table):
+    """`plain.unpack_q5_1`."""
+    at, shift, high = p + 8 + 8 * (j % 2), 4 * (j // 2), _byte(p + 4 + j)
+    lo = ((_u32(at) >> shift) & 0x0F0F0F0F) | _fifth(high)
+    hi = ((_u32(at + 4) >> shift) & 0x0F0F0F0F) | _fifth(high >> 4)
+    return lo, hi, _f16(p), _f16(p + 2)
+
+
+@triton.jit
 def iq4_nl(p, j, table):
     """`plain.unpack_iq4_nl`."""
     at, shift = p + 2 + 8 * (j % 2), 4 * (j // 2)
@@ -279,4 +304,6 @@ DECODERS = {
     "Q6_K": q6_k,
     "Q8_0": q8_0,
     "Q4_0": q4_0,
+    "Q5_0": q5_0,
+    "Q5_1": q5_1,
 }

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Check
 from quantkit.evaluation.oracles import hf
 from quantkit.evaluation.oracles.child import OracleError
@@ -43,8 +44,14 @@ LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
 
 
 def check(raw: Mapping[str, Any]) -> Check:
-    """The model of this config.json by transformers' class and by us. raw: one that `family.from_hf` reads."""
-    return _check(json.dumps(small(raw), sort_keys=True))
+    """The model of this config.json by transformers' class and by us. raw: one that `family.from_hf` reads.
+
+    A computation that breaks down on either side fails; where nobody could be asked, that is a warning.
+    """
+    try:
+        return _check(json.dumps(small(raw), sort_keys=True))
+    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
+        return Check(NAME, "fail", f"{type(error).__name__}: {error}")
 
 
 def small(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
         rows.append(("by domain", ", ".join(f"{name} {d['kld_mean']:.3f}" for name, d in domains.items())))
     if result["layers"]:
         rows.append(("layers", layer_line(result)))
+    if read := result.get("configuration"):
+        rows.append(("config.json ", "FAILED: " * (read["status"] == "fail") + read["detail"]))
     if mode := result.get("runtime"):
         klds = [mode[key]["kld_mean"] for key in ("original", "agreement")]
         how = "agreeing with" if mode["agree"] else "DISAGREEING with"

@@ -23,11 +23,16 @@ def check_possible(
     _check_disk(folder, n_bytes)
     if evaluation:
         cut(evaluation.corpus("evaluation"), CheckpointSource(checkpoint), evaluation)
-    if sum(tensor.n_weights for tensor in plan.tensors) > LARGE:
+    if is_large(plan):
         found = configuration.check(checkpoint.config)
         if found.status == "fail":
             raise QuantkitError(f"{checkpoint.path}: {found.detail}")
         say(found.detail)
+
+
+def is_large(plan: Plan) -> bool:
+    """Whether the model is so large that seconds for its configuration do not matter."""
+    return sum(tensor.n_weights for tensor in plan.tensors) > LARGE
 
 
 def _check_disk(folder: Path, need: int) -> None:

@@ -33,7 +33,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_possible
+from quantkit.job.checks import check_possible, is_large
 from quantkit.job.finished import difference, note, record
 from quantkit.job.folder import (
     BASE,
@@ -114,7 +114,7 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     ranks.leave()
     result = None
     if options.verify and ranks.index() == 0:
-        how = VerifyOptions(options.evaluation, plan.target)
+        how = VerifyOptions(options.evaluation, plan.target, configuration=is_large(plan))  # then known already
         result = verify_file(files[0], checkpoint, device, how, order.folder / VERIFY, reference)
     if reference:
         reference.state.remove()

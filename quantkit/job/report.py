@@ -364,6 +364,8 @@ def _provenance(m: Material) -> Sequence[tuple[str, str]]:
     out = [(label, str(m.provenance[key])) for key, label in names.items() if m.provenance.get(key) is not None]
     if m.imatrix:
         out.append(("importance, sha256", imatrix_digest(m.imatrix)))
+    if read := m.scores.get("configuration"):
+        out.append(("config.json", f"{read.get('status')}: {read.get('detail')}"))
     measured = {"text": "evaluation text", "text_sha256": "evaluation text, sha256", "reference": "original"}
     out += [(label, str(m.scores[key])) for key, label in measured.items() if key in m.scores]
     return [*out, ("report by", f"quantkit {__version__}")]

@@ -15,7 +15,7 @@ from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
 from quantkit.errors import QuantkitError, needs
-from quantkit.evaluation import generation
+from quantkit.evaluation import configuration, generation
 from quantkit.evaluation.divergence import Score
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
@@ -169,7 +169,8 @@ def _forked(source: CheckpointSource, imatrix_path: Path, how: SensitivityOption
 @dataclass(frozen=True)
 class VerifyOptions:
     """What `verify` measures. target: refuse types that it cannot compute. score, runtime_tokens, prompts: as in
-    `evaluation.verify`. ram: bytes that the streams may use, default what the machine has."""
+    `evaluation.verify`. ram: bytes that the streams may use, default what the machine has. configuration: also ask
+    transformers whether the original's config.json is read rightly (seconds; `evaluation.configuration`)."""
 
     text: TextChoice = field(default_factory=lambda: TextChoice(n_tokens=32768))
     target: str | None = None
@@ -177,6 +178,7 @@ class VerifyOptions:
     runtime_tokens: int = 0
     prompts: int = 0
     ram: int | None = None
+    configuration: bool = False
 
 
 @torch.inference_mode()
@@ -200,6 +202,7 @@ def verify_file(
     sample = text.documents[0].text[:4096]
     if tokenize(original.tokenizer(), sample) != tokenize(quantized.tokenizer(), sample):
         raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
+    independent = configuration.check(reference.config) if how.configuration else None
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
     result = made.figures
@@ -207,6 +210,8 @@ def verify_file(
         result["runtime"] = runtime_mode(runtime, made.heads, chunks, how.score, how.runtime_tokens)
     if runtime and how.prompts:
         result["generation"] = generation.check(runtime, original, chunks, how.prompts)
+    if independent:
+        result["configuration"] = {"status": independent.status, "detail": independent.detail}
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
         write_json(out, result)

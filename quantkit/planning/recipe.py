@@ -66,7 +66,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Types that the budget may choose from. types None: all that the target computes; floor, ceiling: bounds."""
+    """Types that the budget may choose from. types None: all that the target computes, but for `targets.NOT_BY_ITSELF`;
+    floor, ceiling: bounds."""
 
     types: tuple[str, ...] | None = None
     floor: str | None = None
@@ -80,7 +81,7 @@ class Candidates:
         return tuple(
             name
             for name in targets.suggest(target, spec.role, spec.n_in)
-            if (self.types is None or name in self.types)
+            if (name not in targets.NOT_BY_ITSELF if self.types is None else name in self.types)
             and low <= qtypes.get(name).bpw <= high
             and not (blind and qtypes.needs_importance(name))
         )

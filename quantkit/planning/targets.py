@@ -140,20 +140,23 @@ def suggest(target: str, role: str, n_in: int) -> tuple[str, ...]:
 
 
 FALLS_BACK = "its blocks do not divide rows of"
+STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
+these, and IQ4_NL for all that are coarser and have blocks of 256."""
+NOT_BY_ITSELF = ("Q5_0", "Q5_1")
+"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured."""
 
 
 def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
     """The type, or what stands in for it where its blocks do not divide the rows: V2-Lite's 10,944, Moonlight's 1,408.
 
-    By rule, as llama-quantize falls back (tensor_type_fallback of src/llama-quant.cpp): to IQ4_NL where it had at most
-    Q4_K, else to Q8_0, of those that the target computes; F16 where no block of 32 fits. Q5_0 and Q5_1, which it takes
-    for Q4_K and Q5_K, are not among quantkit's types.
+    By rule, as llama-quantize falls back: to STAND_IN, or Q8_0 where the target does not compute that; F16 where no
+    block of 32 fits.
     """
     if qtypes.fits(qtype, n_in):
         return qtype
-    coarse = qtypes.get(qtype).bpw <= qtypes.get("Q4_K").bpw
     known = suggest(target, role, n_in)
-    return next((name for name in ("IQ4_NL", "Q8_0", "F16")[0 if coarse else 1 :] if name in known), qtype)
+    return next((name for name in (STAND_IN.get(qtype, "IQ4_NL"), "Q8_0", "F16") if name in known), qtype)
 
 
 def caveats(target: str, c: ModelConfig) -> list[str]:

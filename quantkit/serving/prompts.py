@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from quantkit.errors import QuantkitError
 from quantkit.serving.fields import shown
 from quantkit.serving.refusals import Refused
 from quantkit.serving.requests import ChatBody
-from quantkit.serving.template import apply_template, opening
-
-SWITCHES = "thinking", "enable_thinking"  # as templates call whether the model shall reason
+from quantkit.serving.template import SWITCHES, apply_template, opening, template_names
 
 
 def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
@@ -36,19 +32,6 @@ def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
             param="thinking",
         )
     return text, begun
-
-
-def template_names(template: str) -> set[str]:
-    """Names that a template's code mentions, but for attributes."""
-    found, after_dot = set(), False
-    try:
-        for _, kind, value in jinja2.Environment().lex(template):
-            if kind == "name" and not after_dot:
-                found.add(value)
-            after_dot = kind == "operator" and value == "."
-    except jinja2.TemplateError:  # rendering will say what is wrong
-        return set()
-    return found
 
 
 def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:

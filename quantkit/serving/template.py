@@ -23,6 +23,7 @@ OPENINGS = (
     "<think>\n",
     "<think>",
 )  # with what a template may have begun the answer: R1's way, and that of V3.1 and others
+SWITCHES = "thinking", "enable_thinking"  # as templates call whether the model shall reason (V3.1; Qwen and others)
 TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk", "seperator": "sep", "mask": "mask"}
 FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
@@ -51,6 +52,32 @@ def apply_template(
         return _compiled(text).render(names)
     except FAILURES as error:
         raise QuantkitError(f"the file's chat template fails: {error}") from None
+
+
+def template_names(template: str) -> set[str]:
+    """Names that a template's code mentions, but for attributes."""
+    found, after_dot = set(), False
+    try:
+        for _, kind, value in jinja2.Environment().lex(template):
+            if kind == "name" and not after_dot:
+                found.add(value)
+            after_dot = kind == "operator" and value == "."
+    except jinja2.TemplateError:  # rendering will say what is wrong
+        return set()
+    return found
+
+
+def reasoning(metadata: Mapping[str, Any], wish: bool) -> dict[str, bool]:
+    """The variables by which the file's template is told whether the model shall reason. QuantkitError if it reads
+    none."""
+    read = template_names(metadata.get("tokenizer.chat_template", "")) & set(SWITCHES)
+    if not read:
+        option = "--thinking" if wish else "--no-thinking"
+        raise QuantkitError(
+            f"{option}: this file's chat template reads neither {' nor '.join(SWITCHES)}; its model reasons, or does "
+            "not, whatever it is told; leave it out"
+        )
+    return dict.fromkeys(sorted(read), wish)
 
 
 def opening(prompt: str) -> str:

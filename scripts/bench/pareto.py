@@ -38,7 +38,7 @@ from quantkit.runtime.stream import final_hidden
 
 HAND = ("1.58bit", "1.73bit", "2.22bit", "2.51bit", "Q3_K", "Q4_K")
 LLAMA = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M")
-STAND_IN = {"Q4_0": "IQ4_NL", "Q5_0": "Q5_K", "Q5_1": "Q5_K"}  # llama-quantize's fallbacks, for the prediction only
+STAND_IN = {"Q4_0": "IQ4_NL"}  # llama-quantize's fallbacks, for the prediction only
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,23 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mutations import Model
 from safetensors.torch import load_file, save_file
 
+from quantkit.__main__ import main
 from quantkit.calibration import corpus
 from quantkit.calibration.corpus import TextChoice
 from quantkit.errors import QuantkitError
+from quantkit.evaluation import configuration
 from quantkit.evaluation.divergence import HeldLogits, diverge, scored, scored_targets
+from quantkit.evaluation.oracles import hf
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.side_by_side import LayerError, bad_layers
 from quantkit.evaluation.summary import short_table
@@ -126,6 +131,35 @@ def test_all_tokens_can_be_scored(good, tiny, tmp_path):
     whole = verify_file(good, tiny, "cpu", VerifyOptions(choice, score="all"))
     assert (half["tokens"], whole["tokens"]) == (4 * 127, 4 * 255)
     assert json.loads((tmp_path / "v.json").read_text())["score"] == "half"
+
+
+@pytest.mark.parametrize("misread", [False, True])
+def test_verify_asks_another_program_about_the_configuration(good, tmp_path, monkeypatch, misread):
+    """Scores by a misread config.json are of another model: it is said, recorded, and the command fails."""
+    pytest.importorskip("transformers")
+    logits = configuration._logits
+
+    def of_another_theta(source: CheckpointSource, tokens):
+        source.config = replace(source.config, rope_base=5e4)
+        return logits(source, tokens)
+
+    configuration._check.cache_clear()
+    if misread:
+        monkeypatch.setattr(configuration, "_logits", of_another_theta)
+    out = tmp_path / "v.json"
+    done = CliRunner().invoke(main, ["verify", str(good), "--tokens", "1024", "--json", str(out)])
+    configuration._check.cache_clear()
+    found = json.loads(out.read_text())["configuration"]
+    expected = ("fail", 1, "FAILED: ") if misread else ("pass", 0, "transformers ")
+    assert (found["status"], done.exit_code) == expected[:2], done.output
+    assert f"config.json {expected[2]}" in done.stdout and found["detail"] in done.stdout
+
+
+def test_verify_says_that_nobody_was_asked(good, tiny, monkeypatch):
+    monkeypatch.setattr(hf, "available", lambda: False)
+    found = verify_file(good, tiny, "cpu", VerifyOptions(TextChoice(n_tokens=1024), configuration=True))
+    assert found["configuration"]["status"] == "warn"
+    assert "config.json unchecked: config.json was read by quantkit alone" in short_table(found, good)
 
 
 def test_too_little_memory_is_refused_before_work(good, tiny):

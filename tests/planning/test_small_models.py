@@ -14,6 +14,7 @@ from quantkit.models.config import Yarn
 from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
+from quantkit.planning.recipe import Candidates
 
 V2_LITE = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -63,6 +64,33 @@ def test_every_recipe_plans_it(recipe, lite, capsys):
     assert plan.by_name["blk.1.ffn_gate_exps.weight"].qtype != "IQ4_NL"  # rows of 2048 divide
     said = capsys.readouterr().err
     assert "kv_b" not in said and "fall back as in llama-quantize: blk.0.ffn_down.weight Q8_0 and " in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        *(
+            (name, "IQ4_NL")
+            for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS")
+        ),
+        ("Q4_K", "Q5_0"),
+        ("Q5_K", "Q5_1"),
+        ("Q6_K", "Q8_0"),
+        ("Q8_0", "Q8_0"),
+    ],
+)
+def test_types_fall_back_as_in_llama_quantize(asked, given):
+    """As `llama-quantize --tensor-type ffn_down=TYPE` writes rows of 1,408; where no block divides, F16."""
+    assert targets.fitting("llama.cpp", "ffn_down", 1408, asked) == given
+    assert targets.fitting("llama.cpp", "ffn_down", 1400, asked) == "F16"
+    assert targets.fitting("ktransformers", "ffn_down", 1408, asked) == "Q8_0"  # it has no others with short blocks
+    assert targets.fitting("llama.cpp", "ffn_down", 2048, asked) == asked
+
+
+def test_a_budget_takes_stand_ins_only_where_a_recipe_names_them(lite):
+    spec = next(s for s in family.specs(family.from_hf(V2_LITE)) if s.name == "blk.1.ffn_down_exps.weight")
+    assert not {"Q5_0", "Q5_1"} & set(Candidates().of(spec, "llama.cpp"))
+    assert Candidates(("Q5_0", "Q8_0")).of(spec, "llama.cpp") == ("Q5_0", "Q8_0")
 
 
 def test_budgets_and_machines(lite):

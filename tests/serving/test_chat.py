@@ -2,6 +2,7 @@
 
 import pytest
 from click.testing import CliRunner
+from mutations import Model
 
 from quantkit.__main__ import main
 from quantkit.models.family import PRE
@@ -88,3 +89,32 @@ def test_run_on_the_command_line(path):
     talk = CliRunner().invoke(main, args, input="hello\n" + "word " * 80 + "\n/clear\nhello\n/exit\n")
     assert talk.exit_code == 0 and talk.stdout.count("<think>\n") >= 2
     assert "do not fit a context of 64; /clear" in talk.stderr and talk.stderr.count("answer") >= 2
+
+
+@pytest.mark.parametrize("switch", ["thinking", "enable_thinking"])
+def test_reasoning_is_switched_where_the_template_can(path, tmp_path, switch):
+    """As DeepSeek-V3.1's template and Qwen3's; without the option it is the template's own default."""
+    model = Model(path)
+    template = "{{ messages[0].content }}{% if SWITCH is defined and SWITCH %}<think>{% else %}</think>{% endif %}"
+    model.metadata["tokenizer.chat_template"] = template.replace("SWITCH", switch)
+    file = str(model.write(tmp_path / "switched.gguf"))
+    for options, thinks in ((["--thinking"], True), (["--no-thinking"], False), ([], False)):
+        done = CliRunner().invoke(main, ["run", file, "--chat", "-p", "Hello", "-n", "2", *options])
+        assert done.exit_code == 0 and done.stdout.startswith("<think>") == thinks, (options, done.output)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            ["--chat", "-p", "x", "--thinking"],
+            "--thinking: this file's chat template reads neither thinking nor enable_t",
+        ),
+        (["--no-thinking"], "--no-thinking: this file's chat template reads neither thinking nor enable_thinking"),
+        (["-p", "x", "--thinking"], "--thinking is for chats: add --chat"),
+    ],
+)
+def test_a_switch_without_effect_is_refused(path, options, why):
+    """R1's template always reasons."""
+    done = CliRunner().invoke(main, ["run", str(path), *options], input="/exit\n")
+    assert done.exit_code == 1 and why in done.stderr
