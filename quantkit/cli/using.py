@@ -75,6 +75,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 )
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
+@options.threads
 def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, device: str | None) -> None:
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
@@ -141,7 +142,7 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     type=click.Choice(["marlin", "torch"]),
     help="Attention and shared experts on the GPU: packed to 4 bits at load, or BF16.",
 )
-@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+@options.their_threads
 def export_kt(
     file: Path, output: Path | None, gpus: int, linear: Literal["marlin", "torch"], threads: int | None
 ) -> None:
@@ -195,6 +196,7 @@ def _sampling(**given: Any) -> "Sampling":
     _sampling,
 )
 @options.placement
+@options.threads
 def run(
     file: Path,
     prompt: str | None,
@@ -284,6 +286,7 @@ class Door:
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @options.placement
+@options.threads
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit.machine import chosen_device

@@ -234,7 +234,7 @@ def make_in_two_steps(order: Order, out: Path, reference: ReferencePass | None) 
             say(f"using {imatrix} from an earlier run")
         else:
             calibrate(source_of(order.checkpoint, order.device), options.calibration, imatrix, options.restart)
-    how = QuantizeOptions(options.workers, options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
+    how = QuantizeOptions(options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
     after_layer = reference.advance if reference else None
     return quantize_model(order.checkpoint, order.plan, imatrix, out, how, after_layer)
 
@@ -261,7 +261,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
-        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))
+        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
         with track("layers", source.config.n_layer, "layers") as advance:
             measured = collect(
                 source,
@@ -280,7 +280,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
             save_imatrix(
                 order.imatrix, measured, datasets=[text.name], chunk_count=len(chunks.tokens), chunk_size=how.text.chunk
             )
-        encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
+        encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
     state.remove()
     return writer.files
 
