@@ -41,10 +41,20 @@ class Container:
         return max(0, min([host, *left]))
 
     def cores(self) -> int:
-        """Threads that can run at once: cores of the affinity mask (cpusets are in it), and no more than the quota of
-        CPU time, rounded up."""
-        quotas = [math.ceil(quota) for quota in self._cpu_quotas()]
-        return max(1, min([self._affinity(), *quotas]))
+        """Threads that can run at once: hardware threads of the affinity mask (cpusets are in it), and no more than the
+        quota of CPU time, rounded up."""
+        return self._within_quotas(len(self._affinity()))
+
+    def physical_cores(self) -> int:
+        """The same, hyperthreads of one core counted once: they share the units that multiply."""
+        siblings = (
+            self._text(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
+            for cpu in self._affinity()
+        )
+        return self._within_quotas(len(set(siblings)))
+
+    def _within_quotas(self, n: int) -> int:
+        return max(1, min([n, *(math.ceil(quota) for quota in self._cpu_quotas())]))
 
     def _text(self, path: str | Path) -> str:
         """A file's text below the root, "" if there is none that can be read."""
@@ -62,10 +72,11 @@ class Container:
         rows = (line.split() for line in self._text("proc/meminfo").splitlines())
         return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdecimal()}
 
-    def _affinity(self) -> int:
+    def _affinity(self) -> set[int]:
         listed = _field(self._text("proc/self/status"), "Cpus_allowed_list")
         spans = [part.split("-") for part in listed.split(",") if part]
-        return sum(int(span[-1]) - int(span[0]) + 1 for span in spans) or len(os.sched_getaffinity(0))
+        allowed = {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
+        return allowed or os.sched_getaffinity(0)
 
     def _groups(self, controller: str) -> Iterator[tuple[bool, Path]]:
         """(whether it is of version 2, folder) of every control group that limits this process, its own first.

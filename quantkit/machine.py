@@ -3,6 +3,7 @@ memory, GPU and disk can be read, in bytes a second. All that ask for cores or m
 
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,9 @@ if TYPE_CHECKING:  # torch takes a second to load
 RAM_BYTES = 1 << 30  # far beyond any cache
 DISK_BYTES = 1 << 30
 BLOCK = 8 << 20
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # torch, BLAS and MKL; tokenizers
+
+_told: int | None = None  # threads, by `use_threads`
 
 
 def ram() -> int:
@@ -37,11 +41,35 @@ def cores() -> int:
     return Container().cores()
 
 
+def threads() -> int:
+    """Threads that this process computes with, whatever the library: as `use_threads` or (of a process without other
+    ranks, whose launcher sets it) OMP_NUM_THREADS says, else its share of the physical cores; at most `cores`."""
+    if _told:
+        return _told
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked) and ranks.count() == 1:
+        return min(int(asked), cores())
+    return max(1, Container().physical_cores() // ranks.local_count())
+
+
+def use_threads(n: int) -> None:
+    """Compute with n threads from here on: torch, ggml, the compiled encoders, tokenizers, and child processes. More
+    than there are cores for would wait for each other; it is said, and not done."""
+    global _told
+    if (most := cores()) < n:
+        progress.say(f"--threads {n}: {most} are all that this process can run at once; computing with {most}")
+    _told = min(n, most)
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(_told)))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(_told)
+
+
 def bound_threads() -> None:
-    """Before torch is loaded: no library starts more threads than there are cores for this process, where a container
-    has a quota of CPU time. (They follow the affinity mask by themselves.)"""
-    if "OMP_NUM_THREADS" not in os.environ and cores() < len(os.sched_getaffinity(0)):
-        os.environ["OMP_NUM_THREADS"] = str(cores())
+    """Before torch is loaded: no library starts more threads than there are physical cores for this process, where
+    cores have hyperthreads, or a container a quota of CPU time. (They follow the affinity mask by themselves.)"""
+    n = Container().physical_cores()
+    if "OMP_NUM_THREADS" not in os.environ and n < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(n)
 
 
 def chosen_device(asked: str | None = None) -> str:
@@ -133,7 +161,7 @@ def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:
-        what = f"{path}: cannot be read past the page cache: {error.strerror}; give --disk-bandwidth"
+        what = f"{path}: cannot be read past the page cache: {error.strerror}; give --bandwidth disk=GB/S"
         raise QuantkitError(what) from None
     buffer = torch.empty(BLOCK + 4096, dtype=torch.uint8).numpy()
     start = -buffer.ctypes.data % 4096  # O_DIRECT wants aligned memory
@@ -145,7 +173,7 @@ def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
     finally:
         os.close(file)
     if done < BLOCK:
-        raise QuantkitError(f"{path}: {done} bytes are too few to measure the disk; give --disk-bandwidth")
+        raise QuantkitError(f"{path}: {done} bytes are too few to measure the disk; give --bandwidth disk=GB/S")
     return done / (time.perf_counter() - begin)
 
 

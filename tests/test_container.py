@@ -151,6 +151,19 @@ def told(program: str, **environment: str) -> list[int]:
     return json.loads(done.stdout)
 
 
+def test_hyperthreads_of_a_core_count_once(tmp_path):
+    """Eight of 16 hardware threads are ours, two a core; a quota of three cores cuts them further."""
+    files = {
+        f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 8},{i % 8 + 8}\n" for i in range(16)
+    }
+    files["proc/self/status"] = "Cpus_allowed_list:\t0-3,8-11\n"
+    assert (machine_at(tmp_path, files).cores(), machine_at(tmp_path, files).physical_cores()) == (8, 4)
+    files |= {"sys/fs/cgroup/cpu.max": "250000 100000", "proc/self/cgroup": "0::/"}
+    files["proc/self/mountinfo"] = V2.format(root="/")
+    assert machine_at(tmp_path, files).physical_cores() == 3
+    assert machine_at(tmp_path / "other", {}).physical_cores() == 16  # nothing says which belong together
+
+
 def test_limits_of_the_process_are_seen():
     program = (
         "import json, os, resource\n"

@@ -42,6 +42,34 @@ def test_a_quota_bounds_the_threads_of_all_libraries(tmp_path, monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "5"
 
 
+def test_threads_are_those_of_all_libraries(made):
+    """--threads, else the environment's: of torch, of ggml's graphs and of what encodes."""
+    file = str(next(made.glob("tiny-r1-*.gguf")))
+    program = (
+        "import json, sys\nfrom quantkit import machine\nfrom quantkit.__main__ import main\n"
+        "from quantkit.runtime import generate\nfrom quantkit.runtime.engines import graph\n"
+        "seen = []\nmade = graph.Graph.__init__\n"
+        "graph.Graph.__init__ = lambda self, n, *rest: (seen.append(n), made(self, n, *rest))[1]\n"
+        f"main(['run', {file!r}, '-p', 'The', '-n', '2', '--device', 'cpu', *sys.argv[1:]], standalone_mode=False)\n"
+        "import torch\nprint('\\n' + json.dumps([torch.get_num_threads(), machine.threads(), *sorted({*seen})]))"
+    )
+    around = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    for more, options in (
+        ({}, ["--threads", "1"]),
+        ({"OMP_NUM_THREADS": "1"}, []),
+        ({"OMP_NUM_THREADS": "3"}, ["-t1"]),
+    ):
+        call = [sys.executable, "-c", program, *options]
+        done = subprocess.run(call, capture_output=True, text=True, env=around | more)
+        assert json.loads(done.stdout.splitlines()[-1]) == [1, 1, 1], done.stderr
+    most = machine.cores()
+    program = (
+        "import json\nfrom quantkit import machine\nmachine.use_threads(10**6)\nprint(json.dumps(machine.threads()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=around)
+    assert json.loads(done.stdout) == most and f"--threads 1000000: {most} are all that" in done.stderr
+
+
 def test_devices():
     assert [machine.known_device(name) for name in ("cpu", "cuda", "cuda:7", "gpu", "gpu:1")] == [
         "cpu",

@@ -49,7 +49,7 @@ class Commands(click.Group):
         except Exception as error:
             if what := out_of_memory(error):
                 _complain(
-                    f"out of {what}; what is done is kept: free some, or use fewer --workers, and run the same "
+                    f"out of {what}; what is done is kept: free some, or use fewer --threads, and run the same "
                     "command again (fewer --tokens need --restart)"
                 )
             elif ranks.count() == 1 or isinstance(error, click.exceptions.Exit):

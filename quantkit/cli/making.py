@@ -8,13 +8,15 @@ import click
 
 from quantkit.cli import options
 from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
-from quantkit.errors import needs
+from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
     from quantkit.calibration.options import Calibration
     from quantkit.job.options import MakeOptions
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
+
+MOST_BANDWIDTH = 1e6  # GB/s: more is a slip
 
 
 def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptions":
@@ -38,7 +40,6 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         options.encoder,
         options.effort,
         options.device,
-        options.workers,
         options.split,
         options.restart,
         click.option(
@@ -53,6 +54,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
     "asked",
     _make_options,
 )
+@options.threads
 def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id
     (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
@@ -221,11 +223,24 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     click.echo(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
 
 
-def _machine(**given: Any) -> "Machine":
-    """given: what `machine_of` takes, by its names."""
+def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":
+    """bandwidths: `ram=80`, `disk=FILE`; QuantkitError for what is neither."""
+    rates: dict[str, float] = {}
+    disk = None
+    for given in bandwidths:
+        part, _, value = given.partition("=")
+        if part == "disk" and Path(value).is_file():
+            disk = Path(value)
+            continue
+        try:
+            rates[part] = float(value)
+        except ValueError:
+            rates[part] = 0.0
+        if part not in ("ram", "gpu", "disk") or not 0 < rates[part] < MOST_BANDWIDTH:
+            raise QuantkitError(f"--bandwidth {given}: write ram=80, gpu=900 or disk=3, in GB/s, or disk=FILE")
     from quantkit.job.hardware import machine_of
 
-    return machine_of(**given)
+    return machine_of(ram, vram, rates.get("ram"), rates.get("gpu"), rates.get("disk"), disk)
 
 
 @click.command()
@@ -242,22 +257,20 @@ def _machine(**given: Any) -> "Machine":
     (
         click.option("--ram", type=SIZE, default=None, help="RAM for the model. Default: this machine's."),
         click.option("--vram", type=SIZE, default=None, help="VRAM for it. Default: this machine's free VRAM."),
-        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured."),
         click.option(
-            "--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU."
-        ),
-        click.option(
-            "--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk."
-        ),
-        click.option(
-            "--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading."
+            "--bandwidth",
+            "bandwidths",
+            multiple=True,
+            metavar="PART=GB/S",
+            help="Of ram, gpu or disk; may be repeated. Default: measured here, the disk's by --bandwidth disk=FILE, a "
+            "file of 1 GB or more on it.",
         ),
     ),
     "machine",
     _machine,
 )
 @options.context
-@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads. Default: this machine's cores.")
+@options.their_threads
 def hardware(
     model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
 ) -> None:
@@ -281,7 +294,6 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
 @click.option("--output", "-o", type=OUT, required=True)
 @Shared(
     (
-        options.workers,
         options.split,
         options.restart,
         click.option("--overwrite", is_flag=True, help="Replace a finished file of that name."),
@@ -289,6 +301,7 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
     "how",
     _quantize_options,
 )
+@options.threads
 def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
     """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
     from quantkit.formats.byte_source import read_whole

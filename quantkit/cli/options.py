@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -162,6 +163,12 @@ def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | N
     return value
 
 
+def _use_threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
+    """Of the whole process, before any library that has threads is loaded."""
+    if value is not None:
+        machine.use_threads(value)
+
+
 def name_of(param: click.Parameter | None) -> str:
     """`--size`, for messages."""
     return max(param.opts, key=len) if param else ""
@@ -280,7 +287,13 @@ limits = Shared(
 types = Shared((recipe, target, Shared((limits,), "budget", _budget)), "types", _types)
 types_and_machine = Shared((recipe, target, Shared((limits, context, measured), "budget", _budget)), "types", _types)
 
-workers = click.option("--workers", type=click.IntRange(1), default=None, help="Encoding threads. Default: cores.")
+_threads = partial(click.option, "--threads", "-t", default=None, type=click.IntRange(1))
+threads = _threads(
+    callback=_use_threads,
+    expose_value=False,
+    help="CPU threads. Default: $OMP_NUM_THREADS, or the physical cores that this process may use.",
+)
+their_threads = _threads(help="CPU threads there. Default: as many as here.")
 encoder = click.option(
     "--encoder",
     type=OneOf(["auto", "quantkit", "ggml"]),

@@ -77,6 +77,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 )
 @click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
 @options.device
+@options.threads
 def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, device: str | None) -> None:
     """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
     from quantkit.evaluation.summary import short_table
@@ -206,6 +207,7 @@ def _sampling(**given: Any) -> "Sampling":
     _sampling,
 )
 @options.placement
+@options.threads
 def run(
     file: Path,
     prompt: str | None,
@@ -300,6 +302,7 @@ class Door:
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @options.placement
+@options.threads
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from quantkit.machine import chosen_device

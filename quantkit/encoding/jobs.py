@@ -146,7 +146,7 @@ def encode_pending(
     """
     config = family.from_hf(checkpoint.config)
     specs = {spec.name: spec for spec in family.specs(config, plan.mla)}
-    workers = workers or max(1, machine.cores() // ranks.local_count())
+    workers = workers or machine.threads()
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
     for qtype in sorted({job.tensor.qtype for job in jobs}):
         quants.prepare(qtype)

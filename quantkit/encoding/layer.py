@@ -78,13 +78,11 @@ Group = list[tuple[ExpertVisit, Hessian, Hessian]]
 class LayerOptions:
     """What encodes a layer: our encoders (None: none of them), then ggml what is left.
 
-    min_expert_tokens: for ggml, experts of fewer tokens are filled up; None leaves its part unwritten. workers: its
-    threads.
+    min_expert_tokens: for ggml, experts of fewer tokens are filled up; None leaves its part unwritten.
     """
 
     ours: EncoderOptions | None
     min_expert_tokens: int | None = None
-    workers: int | None = None
 
 
 class FileEncoder:
@@ -143,7 +141,7 @@ class LayerWriter(Accumulator):
         if how.min_expert_tokens is not None:
             rest = layer_plan(file.plan, self.layer)
             fitted = fit_importance(rest, shrink(entries, how.min_expert_tokens))
-            encode_pending(file.source.checkpoint, rest, fitted, file.out, GgmlEncoder(), how.workers)
+            encode_pending(file.source.checkpoint, rest, fitted, file.out, GgmlEncoder())
         return entries
 
 

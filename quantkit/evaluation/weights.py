@@ -110,7 +110,7 @@ class WeightCheck:
         workers: int | None = None,
     ) -> None:
         self.file, self.config, self.checkpoint, self.imatrix = file, config, checkpoint, imatrix or {}
-        self.device, self.workers = device, workers or machine.cores()
+        self.device, self.workers = device, workers or machine.threads()
         expected = family.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
         self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]

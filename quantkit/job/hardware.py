@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quantkit import bundle, machine
 from quantkit.job.plan import files_of, load_or_plan
-from quantkit.machine import cores
+from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
 from quantkit.planning import hardware_table, targets
@@ -53,4 +53,4 @@ def hardware_report(
     for plan in plans:
         files = files_of(source, plan, None if targets.get(plan.target).single_file else SPLIT_BYTES)
         rows.append((plan, sum(file.size for file in files), str(files[0].path)))
-    return hardware_table.report(rows, config, machine, context, str(model), threads or cores())
+    return hardware_table.report(rows, config, machine, context, str(model), threads or threads_here())

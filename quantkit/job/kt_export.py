@@ -109,7 +109,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _fill(work, output, source, gpus, threads or machine.cores(), linear)
+        _fill(work, output, source, gpus, threads or machine.threads(), linear)
         work.chmod(0o755)
         rename_folder(work, output)
     except BaseException:

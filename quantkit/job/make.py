@@ -253,7 +253,7 @@ def make_in_two_steps(order: Order, out: Path, reference: ReferencePass | None) 
         else:
             calibrate(source_of(order.checkpoint, order.device), options.calibration, imatrix, options.restart)
             ranks.agree(lambda: note(imatrix, order.identity))
-    how = QuantizeOptions(options.workers, options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
+    how = QuantizeOptions(options.split_max_bytes, options.restart, overwrite=True, keep_ledger=True)
     after_layer = reference.advance if reference else None
     return quantize_model(order.checkpoint, order.plan, imatrix, out, how, after_layer)
 
@@ -280,7 +280,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
-        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens, options.workers))
+        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
         with track("layers", source.config.n_layer, "layers") as advance:
             measured = collect(
                 source,
@@ -300,7 +300,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
                 order.imatrix, measured, datasets=[text.name], chunk_count=len(chunks.tokens), chunk_size=how.text.chunk
             )
             note(order.imatrix, order.identity)
-        encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder(), options.workers)
+        encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
     state.remove()
     return writer.files
 

@@ -39,7 +39,6 @@ class MakeOptions:
     recipe: a name, a TOML file or a plan.json. target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`.
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
-    workers: encoding threads, default the cores.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
     with the scores.
     """
@@ -54,7 +53,6 @@ class MakeOptions:
     effort: str = "normal"
     gradients: Path | None = None
     device: str | None = None
-    workers: int | None = None
     split_max_bytes: int | None = None
     restart: bool = False
     verify: bool = True

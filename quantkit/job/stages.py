@@ -55,10 +55,9 @@ def open_for_calibration(model: str | Path, device: str) -> Source:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How `quantize` writes: encoding threads (default the cores), bytes of one file (default any), whether to discard
+    """How `quantize` writes: bytes of one file (default any), whether to discard
     what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`."""
 
-    workers: int | None = None
     split_max_bytes: int | None = None
     restart: bool = False
     overwrite: bool = False
@@ -89,7 +88,6 @@ def quantize_model(
             imatrix,
             Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
             GgmlEncoder(),
-            workers=how.workers,
             after_layer=after_layer,
         )
 

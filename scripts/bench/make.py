@@ -165,7 +165,7 @@ def cut(tokenizer: Path, text: Path, n_tokens: int, out: Path) -> None:
 
 def ours(job: Job, folder: Path) -> dict[str, Cost]:
     text = ["--data", job.text, "--tokens", job.chunks * CHUNK, "--encoder", job.encoder]
-    more = ["--workers", job.threads, "--device", "cpu", "--no-verify", "--output", folder / "ours"]
+    more = ["--threads", job.threads, "--device", "cpu", "--no-verify", "--output", folder / "ours"]
     return {"make": measure(job.quantkit("make", *text, *more), job.threads, folder / "ours.log")}
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from quantkit import machine
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
@@ -142,7 +143,7 @@ def test_a_ledger_on_a_full_disk_stays_readable(tmp_path, monkeypatch):
 def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
     # A suite that runs in the background of a shell hands its children a SIGINT that is ignored.
     process = subprocess.Popen(
-        command(tmp_path, "--workers", "1"),
+        command(tmp_path),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -176,13 +177,14 @@ def test_a_worker_that_dies_costs_its_own_job(made, tmp_path, tiny, monkeypatch,
     plan, out = Plan.from_json((made / "plan.json").read_bytes()), tmp_path / NAME
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
         patch.setattr(stages, "GgmlEncoder", lambda: Failing(RuntimeError("died"), 40))
-        stages.quantize_model(tiny, plan, made / "imatrix.gguf", out, stages.QuantizeOptions(workers))
+        patch.setattr(machine, "threads", lambda: workers)
+        stages.quantize_model(tiny, plan, made / "imatrix.gguf", out)
     assert not out.exists()
     recorded = len((tmp_path / (NAME + ".part.ledger")).read_bytes().splitlines()) - 1
     assert recorded >= 39 - (workers - 1)
     again = Failing(AssertionError(), 1 << 30)
     monkeypatch.setattr(stages, "GgmlEncoder", lambda: again)
-    stages.quantize_model(tiny, plan, made / "imatrix.gguf", out, stages.QuantizeOptions(workers=2))
+    stages.quantize_model(tiny, plan, made / "imatrix.gguf", out)
     specs = {spec.name: spec for spec in family.specs(family.from_hf(tiny.config))}
     n_jobs = sum(len(list(family.slices(spec))) for spec in specs.values())
     assert (1 << 30) - again.left == n_jobs - recorded

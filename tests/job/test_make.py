@@ -26,7 +26,7 @@ from quantkit.job.plan import plan_model
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
 
-SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--workers", "2"]
+SMALL = ["--tokens", "2048", "--eval-tokens", "1024", "--threads", "2"]
 
 
 def run(*arguments, check=True, **options) -> subprocess.CompletedProcess:
@@ -110,7 +110,7 @@ def test_stages_by_hand_give_the_same_file(made, tmp_path):
         made / "imatrix.gguf",
         "-o",
         tmp_path / "out.gguf",
-        "--workers",
+        "--threads",
         "1",
     )
     ours, theirs = GGUFFile.open(tmp_path / "out.gguf"), GGUFFile.open(made / "tiny-r1-1.58bit.gguf")

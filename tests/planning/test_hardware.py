@@ -127,6 +127,16 @@ def test_report(plan):
     assert "does not fit" in hardware_report("deepseek-r1", ("1.58bit",), None, Machine(GIB, 4 * GIB), 512, 1)
 
 
+def test_bandwidths_are_given_by_part(tmp_path):
+    from quantkit.cli.making import _machine
+
+    given = _machine(ram=1, vram=1, bandwidths=("ram=80", "gpu=900", "disk=3.5"))
+    assert (given.ram_bandwidth, given.gpu_bandwidth, given.disk_bandwidth) == (80e9, 900e9, 3.5e9)
+    for wrong in ("80", "ram", "ram=", "ram=-1", "ram=nan", "bus=3", "disk=none.gguf", "gpu=80GB"):
+        with pytest.raises(QuantkitError, match=f"--bandwidth {wrong}: write ram=80"):
+            _machine(ram=1, vram=1, bandwidths=(wrong,))
+
+
 def test_compare_and_bit_map(plan, tmp_path):
     other = plan_model("deepseek-r1", "2.22bit")
     text = table.compare(plan, other, 0.5, 0.25)
@@ -147,9 +157,9 @@ def test_probes(tmp_path):
     try:
         assert 1e6 < machine.disk_bandwidth(path) < 1e12
     except QuantkitError as error:  # a RAM disk has no O_DIRECT
-        assert "--disk-bandwidth" in str(error)
+        assert "--bandwidth disk=" in str(error)
     path.write_bytes(b"short")
-    with pytest.raises(QuantkitError, match="--disk-bandwidth"):
+    with pytest.raises(QuantkitError, match="--bandwidth disk="):
         machine.disk_bandwidth(path)
-    with pytest.raises(QuantkitError, match="--disk-bandwidth"):
+    with pytest.raises(QuantkitError, match="--bandwidth disk="):
         machine.disk_bandwidth(tmp_path / "none")

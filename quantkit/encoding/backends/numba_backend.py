@@ -1,6 +1,7 @@
 """The back end of a CPU: the passes over a matrix's rows, around kernels that numba compiles."""
 
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 from quantkit.codecs.format import SUPERBLOCK, Format, Rounding
 from quantkit.encoding.backends import numba_codebooks, numba_levels, numba_refit
 from quantkit.encoding.backends.reference import Backend
+from quantkit.encoding.backends.rows import by_rows
 from quantkit.encoding.guess import CURVE, Guess, guess_codebook, guess_levels, min_stretches, signed_stretches
 from quantkit.encoding.hessian import GROUP, Factor
 from quantkit.encoding.search import unit_upper
@@ -17,6 +19,14 @@ GROUPS = SUPERBLOCK // GROUP
 WHOLE = np.empty((0, 0), np.int16)
 LONG = 1024  # entries from which a short list pays
 SHORT_LIST = 32  # entries per vector: costs 0.2 % of the output error at IQ1_S, 0.4 % at IQ2_S
+
+
+Codes = TypeVar("Codes", numba_codebooks.Chosen, numba_levels.Chosen)
+
+
+def rows_of(out: Codes, rows: slice) -> Codes:
+    """Some rows of what a kernel fills."""
+    return type(out)(*(part[rows] for part in out))
 
 
 def array(t: torch.Tensor, rows: int | None = None) -> np.ndarray:
@@ -112,25 +122,37 @@ def padded(rows: int) -> int:
 # -- first guesses ----------------------------------------------------------------------------------------------------
 
 
+def _sample(
+    x: np.ndarray, weights: np.ndarray, unit: np.ndarray, how: numba_codebooks.Sampling, out: np.ndarray
+) -> None:
+    by_rows(lambda r: numba_codebooks.sampled(x[r], weights, unit[r], how, out[r]), len(x))
+
+
 def sampled(x: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     """As guess.sampled."""
     (how, points), (e, n, width) = sampling(rounding), x.shape
     unit = base * (rounding.levels[1] - rounding.levels[0])
     out = torch.empty(e, n, width // rounding.span, *points.shape)
     for i in range(e):
-        numba_codebooks.sampled(array(x[i]), array(weights[i]), (1 / unit[i]).numpy(), how, out[i].numpy())
+        _sample(array(x[i]), array(weights[i]), (1 / unit[i]).numpy(), how, out[i].numpy())
     return out * unit.square()[..., None, None, None] * torch.from_numpy(points) ** -2
+
+
+def _fit_rows(fmt: Format, x: np.ndarray, weights: np.ndarray, s: np.ndarray, m: np.ndarray) -> None:
+    def work(r: slice) -> None:
+        if fmt.n_mins:
+            numba_levels.fit_mins(x[r], weights, kind(fmt), s[r], m[r])
+        else:
+            numba_levels.fit_signed(x[r], weights, kind(fmt), s[r])
+
+    by_rows(work, len(x))
 
 
 def fit_blocks(fmt: Format, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As guess.fit_blocks."""
     s, m = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
     for e in range(len(x)):
-        xe, we = array(x[e]), array(weights[e, 0])
-        if fmt.n_mins:
-            numba_levels.fit_mins(xe, we, kind(fmt), s[e].numpy(), m[e].numpy())
-        else:
-            numba_levels.fit_signed(xe, we, kind(fmt), s[e].numpy())
+        _fit_rows(fmt, array(x[e]), array(weights[e, 0]), s[e].numpy(), m[e].numpy())
     return s, m
 
 
@@ -155,7 +177,12 @@ def encode_grid(
     codes = array(torch.stack([first.scale, first.offset], -1).int())
     local = numba_codebooks.Local(array(metric), bias_of(fmt, metric), u)
     here = short_book(fmt) if alone else book(fmt)
-    numba_codebooks.feedback_grid(array(target), array(w), array(first.d), codes, here, local, out)
+    moved, weights, d = array(target), array(w), array(first.d)
+
+    def work(r: slice) -> None:
+        numba_codebooks.feedback_grid(moved[r], weights[r], d[r], codes[r], here, local, rows_of(out, r))
+
+    by_rows(work, rows)
     return out
 
 
@@ -175,7 +202,13 @@ def encode_levels(
     )
     steps = array(first.d, rows), array(first.dmin, rows)
     reach = near, near_mins(fmt, near)
-    numba_levels.feedback_levels(array(target, rows), array(w, rows), steps, reach, kind(fmt), local, out)
+    moved, old = array(target, rows), array(w, rows)
+
+    def work(r: slice) -> None:
+        each = steps[0][r], steps[1][r]
+        numba_levels.feedback_levels(moved[r], old[r], each, reach, kind(fmt), local, rows_of(out, r))
+
+    by_rows(work, rows, numba_levels.LANES)
     return out
 
 
@@ -215,7 +248,8 @@ def revise_grid(
     fmt = window.fmt
     out = numba_codebooks.Chosen(*(window.read(name) for name in numba_codebooks.Chosen._fields))
     local = numba_codebooks.Curvature(array(metric), bias_of(fmt, metric), array(h), array(inverse))
-    numba_codebooks.descent_grid(array(gradient), array(window.d), book(fmt), local, out)
+    slope, d = array(gradient), array(window.d)
+    by_rows(lambda r: numba_codebooks.descent_grid(slope[r], d[r], book(fmt), local, rows_of(out, r)), len(d))
     window.write(out)
 
 
@@ -227,8 +261,12 @@ def revise_levels(
     upper, diagonal = unit_upper(metric)
     out = numba_levels.Chosen(*(window.read(name, rows) for name in numba_levels.Chosen._fields))
     local = numba_levels.Curvature(array(h), array(inverse), array(upper), array(diagonal.flatten()))
-    steps = array(window.d, rows), array(window.dmin, rows)
-    numba_levels.descent_levels(array(gradient, rows), steps, kind(fmt), local, out)
+    slope, d, dmin = array(gradient, rows), array(window.d, rows), array(window.dmin, rows)
+
+    def work(r: slice) -> None:
+        numba_levels.descent_levels(slope[r], (d[r], dmin[r]), kind(fmt), local, rows_of(out, r))
+
+    by_rows(work, rows, numba_levels.LANES)
     window.write(out)
 
 
@@ -305,4 +343,8 @@ class NumbaBackend(Backend):
     def products(self, image: torch.Tensor, unit: torch.Tensor, a: torch.Tensor, k: int) -> None:
         """See reference.Backend."""
         for e in range(len(unit)):
-            numba_refit.products(image[e].numpy(), unit[e].numpy(), a[e].numpy(), k)
+            _products(image[e].numpy(), unit[e].numpy(), a[e].numpy(), k)
+
+
+def _products(image: np.ndarray, unit: np.ndarray, a: np.ndarray, k: int) -> None:
+    by_rows(lambda r: numba_refit.products(image[r], unit[r], a[r], k), len(image))
