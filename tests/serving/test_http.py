@@ -18,6 +18,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import connections, http, scheduler
+from quantkit.serving.gate import Gate
 
 KEY = "secret"
 CONTEXT = 512
@@ -34,7 +35,7 @@ class Running:
     def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
         self.engine = open_engine(weights, n_slots, CONTEXT)
         tokenizer = weights.tokenizer()
-        self.api = http.Api("tiny", weights.file.metadata, tokenizer, self.engine, http.Limits(**limits), KEY)
+        self.api = http.Api("tiny", weights.file.metadata, tokenizer, self.engine, http.Limits(**limits), Gate(KEY))
         self.listener = http.bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server: uvicorn.Server = http.server(self.api)
@@ -627,7 +628,7 @@ def test_200_parallel_requests(running):
 
 def half_a_header(port: int) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
     return connection
 
 
