@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import Engine, Sampling, sample
+from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
 from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
@@ -162,9 +162,10 @@ class Scheduler:
         ready = [job for job in self.running if not job.left]
         room = self.engine.piece
         while job := self._next_prompt(room):
-            room -= min(room, job.left)
+            n = min(piece_at(self.engine, job.done), job.left)
+            room -= n
             with self._at_risk(job):
-                self._read(job)
+                self._read(job, n)
         if ready:
             with self._at_risk(*ready):
                 logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
@@ -179,12 +180,11 @@ class Scheduler:
             return self.pieces.next(self.prompts) if self.prompts else None
         return min((job for job in self.prompts if job.left <= room), key=lambda job: job.left, default=None)
 
-    def _read(self, job: Job) -> None:
-        """A piece of its prompt."""
+    def _read(self, job: Job, n: int) -> None:
+        """So many tokens of its prompt."""
         self.prompts.remove(job)
-        piece = job.prompt[job.done : job.done + self.engine.piece]
-        logits = self.engine.prefill(job.slot, piece, job.done)
-        job.done += len(piece)
+        logits = self.engine.prefill(job.slot, job.prompt[job.done : job.done + n], job.done)
+        job.done += n
         if job.left:
             self.prompts.append(job)
         else:
