@@ -280,7 +280,18 @@ def bind(host: str, port: int) -> socket.socket:
         raise QuantkitError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
 
 
-def server(api: Api) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's, which at its end waits for nothing that is only made ready."""
+
+    lanes: Lanes
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        self.lanes.close()
+        await super().shutdown(sockets)
+
+
+def server(api: Api) -> Server:
     """To be run on sockets that are bound already."""
     config = uvicorn.Config(
         api.app(),
@@ -293,7 +304,9 @@ def server(api: Api) -> uvicorn.Server:
         server_header=False,
     )
     log_seldom("uvicorn.error", "asyncio")
-    return uvicorn.Server(config)
+    made = Server(config)
+    made.lanes = api.lanes
+    return made
 
 
 def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, gate: Gate) -> None:

@@ -265,6 +265,8 @@ def _check_amount(given: dict[str, Any], context: int) -> None:
                 param="messages",
             )
     if isinstance(prompt, list):
+        if len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+            raise Refused(400, f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} answers", param="prompt")
         longest = max([len(prompt) * isinstance((prompt or [0])[0], int), *map(len, filter(_is_list, prompt))])
         if longest > context:
             raise Refused(

@@ -582,7 +582,7 @@ def test_a_template_that_hangs_hangs_nobody(weights, monkeypatch):
         assert time.monotonic() - begin < 2
         begin = time.monotonic()
         server.stop()
-        assert time.monotonic() - begin < http.SHUTDOWN_SECONDS + 2
+        assert time.monotonic() - begin < 3
         assert all(each.result() for each in hanging)
 
 
@@ -729,6 +729,8 @@ def test_those_who_send_nothing_keep_nobody_out(weights, caplog):
     long = json.dumps({"prompt": [0, 50], "max_tokens": 300, "temperature": 0, "ignore_eos": True}).encode()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.post, long, path="/v1/completions")
+        while not server.api.scheduler.running:
+            time.sleep(0.001)
         idle = []
         for i in range(60):
             connection = half_a_header(server.port)

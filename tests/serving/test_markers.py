@@ -15,7 +15,8 @@ from quantkit.serving.template import ChatTemplate
 LIKE_V31 = (
     "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
     "{%- for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
-    "{% elif m['role'] == 'system' %}{{ m['content'] }}{% elif m['tool_calls'] %}{{ '<｜Assistant｜></think>' }}{% for t in m['tool_calls'] %}"
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['tool_calls'] %}{{ '<｜Assistant｜></think>' }}{% for t in m['tool_calls'] %}"
     "{% set a = t['function']['arguments'] %}{% set a = a if a is string else a | tojson %}"
     "{{ '<｜tool▁call▁begin｜>' + t['function']['name'] + '<｜tool▁sep｜>' + a + '<｜tool▁call▁end｜>' }}{% endfor %}"
     "{% elif m['role'] == 'tool' %}{{ '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' }}{% else %}"
