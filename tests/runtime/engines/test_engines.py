@@ -10,11 +10,12 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.models.tokenizer import tokenize
+from quantkit.runtime import generate as generation
 from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Sampling, generate, sample
+from quantkit.runtime.generate import Sampling, generate, piece_at, sample
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
@@ -116,6 +117,21 @@ def served(engine: GraphEngine, monkeypatch, prompts: list[list[int]]) -> list[i
             time.sleep(0.001)
     owner = {job.slot: i for i, job in enumerate(jobs)}
     return [owner[slot] for slot in slots]
+
+
+def test_pieces_that_look_far_back_are_short(weights, monkeypatch):
+    """By the position alone, so that a prompt is cut alike by `run` and by whoever shares the engine."""
+    engine = open_engine(weights, 1, 512)
+    assert [piece_at(engine, at) for at in (0, 4096, 4097, 8193, 16385, 10**6)] == [512, 512, 256, 128, 64, 64]
+    monkeypatch.setattr(generation, "REACH", 64)
+    sizes, compute = list[int](), engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda slot, ids, at: sizes.append(len(ids)) or compute(slot, ids, at))
+    engine.piece = 128
+    prompt = [0] + [50, 60, 70] * 100
+    alone = list(generate(engine, prompt, 3, GREEDY))
+    assert sizes == [128, 64, 64, 45]
+    with Scheduler(engine) as scheduler:
+        assert collect(scheduler, [prompt], 3) == [alone] and sizes[4:] == sizes[:4]
 
 
 def test_prompts_take_turns(weights, monkeypatch):
