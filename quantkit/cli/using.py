@@ -1,6 +1,7 @@
 """Commands for finished files: judge them, run them, hand them on."""
 
 import logging
+import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
@@ -291,9 +292,19 @@ class Door:
 @click.argument("file", type=FILE)
 @Shared(
     (
-        click.option("--host", default="127.0.0.1", show_default=True, help="Listen here; others can reach 0.0.0.0."),
+        click.option(
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            metavar="ADDRESS[,NAME]...",
+            help="Listen here; others can reach 0.0.0.0. NAME: clients may call it so too.",
+        ),
         click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."),
-        click.option("--api-key", envvar="QUANTKIT_API_KEY", default=None, help="Ask for it; or in $QUANTKIT_API_KEY."),
+        click.option(
+            "--api-key",
+            default=lambda: os.environ.get("QUANTKIT_API_KEY"),  # click would take an empty one for none
+            help="Ask for it; or in $QUANTKIT_API_KEY. none: whoever reaches it may ask.",
+        ),
         click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait."),
     ),
     "door",
@@ -311,11 +322,14 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
 
     with needs("serve"):
         from quantkit.serving import http
+        from quantkit.serving.gate import Gate
 
+    host, *names = door.host.split(",")
+    gate = Gate.of(host, names, door.api_key)
     show_placement()
     weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
-    http.serve(weights, engine, door.host, door.port, http.Limits(queue=door.queue), door.api_key)
+    http.serve(weights, engine, host, door.port, http.Limits(queue=door.queue), gate)
 
 
 def _target(**given: Any) -> "Destination":

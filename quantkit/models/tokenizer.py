@@ -86,7 +86,7 @@ def check_alike(given: Tokenizer, named: Tokenizer, where: str, added: Sequence[
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids without BOS; chat markers in the text become their special tokens. A checkpoint's tokenizer may know
     tokens beyond its embedding: `check_ids` finds them."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids  # `encode` would stop all threads
 
 
 def check_ids(ids: Iterable[int], n_vocab: int, tokenizer: Tokenizer | None = None, where: str = "") -> None:

@@ -10,6 +10,8 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 
 HEAD = 1024  # most probable tokens that are sorted at first
+REACH = 4096  # positions that a piece of a prompt looks back at in about the time of everything else in it (R1)
+LEAST_PIECE = 64  # tokens
 GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
 
 
@@ -33,6 +35,16 @@ class Engine(Protocol):
 
 Opener = Callable[[int], Engine]
 """An engine for one sequence of at most so many tokens."""
+
+
+def piece_at(engine: Engine, begin: int) -> int:
+    """Tokens of a prompt that are computed at once from a position on. Attention takes most of the time beyond REACH;
+    there a piece is shorter by as much as it looks further back, so that others wait for it equally long wherever it
+    stands. A function of the position alone: nobody's bits depend on who else is served."""
+    n = engine.piece
+    while n > LEAST_PIECE and n * begin > engine.piece * REACH:
+        n //= 2
+    return n
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,11 @@ def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, be
     if len(prompt) >= engine.capacity:
         raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
     generator = torch.Generator().manual_seed(how.seed)
-    for at in range(begin, len(prompt), engine.piece):
-        logits = engine.prefill(0, prompt[at : at + engine.piece], at)
+    at = begin
+    while at < len(prompt):
+        n = piece_at(engine, at)
+        logits = engine.prefill(0, prompt[at : at + n], at)
+        at += n
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
         token = sample(logits, how, generator)
         if engine.config.is_end(token):

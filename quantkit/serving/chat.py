@@ -4,19 +4,24 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights
+from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.pieces import Pieces, thoughts
-from quantkit.serving.template import apply_template, opening
+from quantkit.serving.renderer import TooLong
+from quantkit.serving.template import ChatTemplate, opening
 from quantkit.sizes import gib
 
 
-def tokenize_prompt(tokenizer: Tokenizer, text: str, bos: int) -> list[int]:
-    """Token ids beginning with exactly one BOS, whether or not the text (a rendered template) has it."""
-    ids = tokenize(tokenizer, text)
+def tokenize_prompt(markers: Markers, prompt: Prompt, bos: int, capacity: int) -> list[int]:
+    """Token ids beginning with exactly one BOS, whether or not the prompt (a rendered template) has it.
+    `renderer.TooLong` for a text that no tokens of a context of `capacity` can be, before it is tokenized."""
+    if (size := len(prompt.text.encode())) > capacity * markers.longest:
+        raise TooLong(
+            f"{size:,} bytes of text do not fit the context of {capacity} tokens: none is longer than "
+            f"{markers.longest} bytes"
+        )
+    ids = markers.tokenize(prompt)
     return ids if ids[:1] == [bos] else [bos, *ids]
 
 
@@ -28,6 +33,7 @@ class Conversation:
         self.residency = weights.residency
         self.engine, self.how, self.metadata = engine, how, weights.file.metadata
         self.tokenizer = weights.tokenizer()
+        self.markers = Markers(self.metadata, self.tokenizer)
         self.given = dict(given or {})
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
@@ -37,8 +43,9 @@ class Conversation:
         """A person's turn -> pieces of the answer, and whether each is reasoning. Both turns are kept in `messages`
         once the answer is complete (or left early)."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = apply_template(self.metadata, messages, **self.given)
-        begun = opening(prompt)
+        most = self.engine.capacity * self.markers.longest
+        prompt = ChatTemplate(self.metadata, most=most).prompt(messages, self.markers, **self.given)
+        begun = opening(prompt.own)
         answer = [begun] if begun else []
         try:
             if begun:
@@ -50,9 +57,10 @@ class Conversation:
             if len(answer) > bool(begun):  # a question that does not fit must not stand in the way of the next
                 self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
-    def complete(self, text: str, n_tokens: int) -> Iterator[str]:
+    def complete(self, text: str | Prompt, n_tokens: int) -> Iterator[str]:
         """The text's continuation, piece by piece. `speed` then says how fast it was."""
-        prompt = tokenize_prompt(self.tokenizer, text, self.engine.config.bos)
+        whole = Prompt(text) if isinstance(text, str) else text
+        prompt = tokenize_prompt(self.markers, whole, self.engine.config.bos, self.engine.capacity)
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.cached, strict=False)) if a != b), len(self.cached))
         begin = min(same, len(prompt) - 1)
         pieces, times = Pieces(self.tokenizer), [time.perf_counter()]

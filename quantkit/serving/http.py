@@ -1,12 +1,11 @@
 """An OpenAI-compatible HTTP server over one file: chat completions, completions, models; streaming by SSE.
 
-The event loop only parses, tokenizes (in a worker thread) and writes; the scheduler's thread computes. Every request
-ends its job when it ends itself, so a client that goes away costs one more step at most.
+The event loop only parses and writes; lanes beside it render and tokenize, the scheduler's thread computes. Every
+request ends its job when it ends itself, so a client that goes away costs one more step at most.
 """
 
 import asyncio
 import contextlib
-import hmac
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -30,12 +30,17 @@ from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
 from quantkit.serving.chat import tokenize_prompt
 from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
+from quantkit.serving.gate import Gate
+from quantkit.serving.lanes import Lanes
 from quantkit.serving.logits import TokenRules
+from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.prompts import chat_prompt
 from quantkit.serving.refusals import Refused, failure
+from quantkit.serving.renderer import Renderer, TooLong
 from quantkit.serving.requests import MAX_CHOICES, Body, ChatBody, CompletionBody, Parsed, parse
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
+from quantkit.serving.template import ChatTemplate
 
 BODY_SECONDS = 30  # a client that sends its request slower is cut off
 SHUTDOWN_SECONDS = 5  # running requests get that long after Ctrl-C
@@ -53,7 +58,7 @@ class Limits:
 
 
 class Api:
-    """The endpoints over one model. metadata: of its GGUF. key: what clients must send as their API key, if any."""
+    """The endpoints over one model. metadata: of its GGUF. gate: whom it lets in."""
 
     def __init__(
         self,
@@ -62,11 +67,12 @@ class Api:
         tokenizer: Tokenizer,
         engine: Engine,
         limits: Limits,
-        key: str | None,
+        gate: Gate,
     ):
         self.name, self.metadata, self.tokenizer, self.engine = name, metadata, tokenizer, engine
-        self.limits, self.key, self.created = limits, key, int(time.time())
-        self.scheduler = Scheduler(engine, limits.queue)
+        self.limits, self.gate, self.created = limits, gate, int(time.time())
+        self.markers = Markers(metadata, tokenizer)
+        self.scheduler, self.lanes = Scheduler(engine, limits.queue), Lanes(limits.queue)
 
     def app(self) -> Starlette:
         """For an ASGI server; closes the scheduler when that ends."""
@@ -74,6 +80,7 @@ class Api:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
+            self.lanes.close()
             await asyncio.to_thread(self.scheduler.close)
 
         routes = [
@@ -83,7 +90,7 @@ class Api:
             Route("/v1/completions", self.completion, methods=["POST"]),
             Route("/health", lambda _: JSONResponse({"status": "ok"})),
         ]
-        app = Starlette(routes=routes, lifespan=lifespan)
+        app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(self.gate.before)])
         app.add_exception_handler(HTTPException, self._refused)
         app.add_exception_handler(ClientDisconnect, self._gone)
         app.add_exception_handler(Exception, self._broken)
@@ -100,14 +107,9 @@ class Api:
     async def _broken(self, _: Request, error: Exception) -> Response:
         return failure(500, f"internal error: {type(error).__name__}")
 
-    def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
-            raise Refused(401, "wrong or missing API key", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-
     async def models(self, request: Request) -> Response:
         """The one model, in a list or by its name."""
-        self._authorize(request)
+        self.gate.check_key(request)
         model = {
             "id": self.name,
             "object": "model",
@@ -143,11 +145,13 @@ class Api:
             raise Refused(408, f"the request took longer than {BODY_SECONDS} s to arrive") from None
         return bytes(body)
 
-    async def _parse(self, request: Request, kind: type[Parsed]) -> Parsed:
-        self._authorize(request)
-        body = parse(await self._read(request), kind)
+    async def _parse(self, request: Request, kind: type[Parsed]) -> tuple[Parsed, int]:
+        """The body and its size in bytes."""
+        self.gate.check_key(request)
+        data = await self._read(request)
+        body = parse(data, kind, self.engine.capacity)
         self._check_name(body.model)
-        return body
+        return body, len(data)
 
     def _rules(self, body: Body) -> TokenRules:
         """What the body asks of tokens. A bad word is banned as it stands and after a space, as vLLM does."""
@@ -170,6 +174,12 @@ class Api:
         if not all(0 <= token < n_vocab for token in ids):
             raise Refused(400, f"{field}: token ids must be 0 to {n_vocab - 1}", param=field)
 
+    def _ids(self, prompt: Prompt) -> list[int]:
+        try:
+            return tokenize_prompt(self.markers, prompt, self.engine.config.bos, self.engine.capacity)
+        except TooLong as error:
+            raise Refused(400, str(error), "context_length_exceeded") from None
+
     def _check_length(self, prompt: list[int], n_tokens: int | None, n_least: int) -> None:
         capacity = self.engine.capacity
         if len(prompt) + (n_tokens or n_least or 1) > capacity:
@@ -180,19 +190,21 @@ class Api:
                 "context_length_exceeded",
             )
 
-    def _start(self, body: Body, prompts: list[list[int]], openings: list[str], n_tokens: int | None) -> list[Answer]:
-        """Jobs of a request, `n` for each prompt; all or none. openings: with what the answers to each prompt begin."""
-        if len(prompts) * body.n > MAX_CHOICES:
-            raise Refused(400, f"n: {len(prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n")
-        for prompt in prompts:
+    def _start(self, body: Body, made: "Ready", n_tokens: int | None) -> list[Answer]:
+        """Jobs of a request, `n` for each prompt; all or none."""
+        if len(made.prompts) * body.n > MAX_CHOICES:
+            raise Refused(
+                400, f"n: {len(made.prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n"
+            )
+        for prompt in made.prompts:
             self._check_length(prompt, n_tokens, body.min_tokens)
             self._check_ids("prompt", prompt)
-        rules, answers = self._rules(body), list[Answer]()
+        answers = list[Answer]()
         try:
-            for prompt, opening in zip(prompts, openings, strict=True):
+            for prompt, opening in zip(made.prompts, made.openings, strict=True):
                 for _ in range(body.n):
                     length = n_tokens or self.engine.capacity - len(prompt)
-                    answers.append(self._submit(body, prompt, length, rules, len(answers)))
+                    answers.append(self._submit(body, prompt, length, made.rules, len(answers)))
                     answers[-1].opening = opening
         except QuantkitError as error:
             for answer in answers:
@@ -216,36 +228,47 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions: messages through the file's template."""
-        body = await self._parse(request, ChatBody)
+        body, size = await self._parse(request, ChatBody)
 
-        def prepare() -> tuple[list[int], str]:
-            text, begun = chat_prompt(self.metadata, body)
-            return tokenize_prompt(self.tokenizer, text, self.engine.config.bos), begun
+        def prepare(renderer: Renderer) -> Ready:
+            most = self.engine.capacity * self.markers.longest
+            try:
+                prompt, begun = chat_prompt(ChatTemplate(self.metadata, renderer, most), self.markers, body)
+            except TooLong as error:
+                what = f"messages: {error}, and do not fit the context of {self.engine.capacity} tokens"
+                raise Refused(400, what, "context_length_exceeded", param="messages") from None
+            return Ready([self._ids(prompt)], [begun], self._rules(body))
 
-        prompt, begun = await asyncio.to_thread(prepare)
-        answers = self._start(body, [prompt], [begun], body.n_tokens())
+        answers = self._start(body, await self.lanes.run(size, prepare), body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
-        """/v1/completions: texts or tokens as they are."""
-        body = await self._parse(request, CompletionBody)
+        """/v1/completions: texts or tokens as they are; control tokens in texts are control tokens."""
+        body, size = await self._parse(request, CompletionBody)
+        prompts = body.prompts()
 
-        def prepare() -> list[list[int]]:
-            bos = self.engine.config.bos
-            return [tokenize_prompt(self.tokenizer, p, bos) if isinstance(p, str) else p for p in body.prompts()]
+        def prepare(_: Renderer) -> Ready:
+            ids = [self._ids(Prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+            return Ready(ids, [self._echo(prompt) if body.echo else "" for prompt in prompts], self._rules(body))
 
-        texts = any(isinstance(prompt, str) for prompt in body.prompts())
-        prompts = await asyncio.to_thread(prepare) if texts else prepare()
-        echo = (
-            [p if isinstance(p, str) else self._text(p) for p in body.prompts()] if body.echo else [""] * len(prompts)
-        )
-        asked = body.max_tokens_given()
-        answers = self._start(body, prompts, echo, body.n_tokens() if asked else COMPLETION_TOKENS)
+        made, asked = await self.lanes.run(size, prepare), body.max_tokens_given()
+        answers = self._start(body, made, body.n_tokens() if asked else COMPLETION_TOKENS)
         return await reply(request, body, answers, CompletionForm(), self.name)
 
-    def _text(self, ids: list[int]) -> str:
-        self._check_ids("prompt", ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+    def _echo(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        self._check_ids("prompt", prompt)
+        return self.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request in tokens. openings: with what the answers to each prompt begin."""
+
+    prompts: list[list[int]]
+    openings: list[str]
+    rules: TokenRules
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -257,7 +280,18 @@ def bind(host: str, port: int) -> socket.socket:
         raise QuantkitError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
 
 
-def server(api: Api) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's, which at its end waits for nothing that is only made ready."""
+
+    lanes: Lanes
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        self.lanes.close()
+        await super().shutdown(sockets)
+
+
+def server(api: Api) -> Server:
     """To be run on sockets that are bound already."""
     config = uvicorn.Config(
         api.app(),
@@ -270,17 +304,23 @@ def server(api: Api) -> uvicorn.Server:
         server_header=False,
     )
     log_seldom("uvicorn.error", "asyncio")
-    return uvicorn.Server(config)
+    made = Server(config)
+    made.lanes = api.lanes
+    return made
 
 
-def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, key: str | None) -> None:
+def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, gate: Gate) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
     name = model_file_name(weights.file.path)
-    api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, key)
+    api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, gate)
+    try:
+        ChatTemplate(api.metadata, api.lanes.renderers[0]).render([{"role": "user", "content": "?"}])
+    except QuantkitError as error:
+        say(f"{name}: {error}; chats will be refused")
     say(
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
-        f"{'' if key else ' · no API key'} · Ctrl-C ends"
+        f"{'' if gate.key else ' · no API key'} · Ctrl-C ends"
     )
     with listener, contextlib.suppress(KeyboardInterrupt):
         server(api).run(sockets=[listener])

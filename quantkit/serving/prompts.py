@@ -1,27 +1,30 @@
 """From a chat's body to the text that the model continues: by the file's template, with what the client gives it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.serving.fields import shown
+from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.refusals import Refused
+from quantkit.serving.renderer import TooLong
 from quantkit.serving.requests import ChatBody
-from quantkit.serving.template import SWITCHES, apply_template, opening, template_names
+from quantkit.serving.template import SWITCHES, ChatTemplate, opening
 
 
-def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
-    """(the text, what of it already is the answer's beginning: `<think>`). Refused if a message or a field would have
-    no effect, or one that is not supported."""
+def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> tuple[Prompt, str]:
+    """(the prompt, what of it already is the answer's beginning: `<think>`). Refused if a message or a field would have
+    no effect, or one that is not supported; TooLong if it cannot fit the context."""
     messages = [message.plain() for message in body.messages]
-    names = template_names(metadata.get("tokenizer.chat_template", ""))
-    wish, given = _given(body, names)
     try:
-        text = apply_template(metadata, messages, **given)
-        _check_tools(metadata, body, messages, text, given)
+        names = template.names()
+        wish, given = _given(body, names)
+        prompt = template.prompt(messages, markers, **given)
+        _check_tools(template, body, messages, prompt.text, given)
+    except TooLong:
+        raise
     except QuantkitError as error:
         raise Refused(400, f"messages: {error}", param="messages") from None
-    begun = opening(text)
+    begun = opening(prompt.own)
     if wish is not None and not names & set(SWITCHES) and wish != bool(begun):
         state = "always" if begun else "never"
         raise Refused(
@@ -31,7 +34,7 @@ def chat_prompt(metadata: Mapping[str, Any], body: ChatBody) -> tuple[str, str]:
             "unsupported_parameter",
             param="thinking",
         )
-    return text, begun
+    return prompt, begun
 
 
 def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:
@@ -70,10 +73,10 @@ def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]
 
 
 def _check_tools(
-    metadata: Mapping[str, Any], body: ChatBody, messages: list[dict[str, Any]], text: str, given: dict[str, Any]
+    template: ChatTemplate, body: ChatBody, messages: list[dict[str, Any]], text: str, given: dict[str, Any]
 ) -> None:
     """Refused if the model would be told of tools (their calls are not parsed), or not be told their answers."""
-    if body.tools and apply_template(metadata, messages, tools=body.tools, **given) != text:
+    if body.tools and template.render(messages, tools=body.tools, **given) != text:
         raise Refused(
             400,
             "tools: this file's chat template describes them to the model, but calls of tools are not supported; "
@@ -82,7 +85,7 @@ def _check_tools(
             param="tools",
         )
     told = [message | {"content": "?"} if message["role"] == "tool" else message for message in messages]
-    if told != messages and apply_template(metadata, told, **given) == text:
+    if told != messages and template.render(told, **given) == text:
         raise Refused(
             400,
             "messages: this file's chat template leaves those of role tool out",

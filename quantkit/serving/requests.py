@@ -37,6 +37,7 @@ Float: TypeAlias = Annotated[float, BeforeValidator(_number)]
 Int: TypeAlias = Annotated[int, BeforeValidator(_number)]
 Bias: TypeAlias = Annotated[Float, Field(ge=-100, le=100)]
 Ids: TypeAlias = Annotated[list[Int], Field(min_length=1)]
+Word: TypeAlias = Annotated[str, Field(max_length=4096)]
 Length: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
 
 
@@ -78,10 +79,10 @@ class Body(Known):
     max_tokens: Length = None
     n_predict: Length = None  # llama-server's name of max_tokens
     min_tokens: Annotated[Int, Field(ge=0)] = 0
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
     stop_token_ids: list[Int] = []
     ignore_eos: bool = False
-    bad_words: Annotated[list[str], Field(max_length=64)] = []
+    bad_words: Annotated[list[Word], Field(max_length=64)] = []
     logit_bias: (
         Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
         | Annotated[list[tuple[Int, Bias | Literal[False]]], Field(max_length=MAX_BIASES)]
@@ -251,15 +252,45 @@ class CompletionBody(Body):
         return list(self.prompt)
 
 
-def parse(data: bytes, kind: type[Parsed]) -> Parsed:
-    """A body of that kind. Refused for what is no JSON object, for a field that would have to be ignored, and for a
-    wrong value: by the field's name."""
+def _check_amount(given: dict[str, Any], context: int) -> None:
+    """Refused for more than fits a context of so many tokens, before each of it is looked at: that stops all others."""
+    messages, prompt = given.get("messages"), given.get("prompt")
+    if isinstance(messages, list):
+        parts = (len(m["content"]) for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list))
+        if len(messages) + sum(parts) > context:
+            raise Refused(
+                400,
+                f"messages: {len(messages)} of them and their parts do not fit the context of {context} tokens",
+                "context_length_exceeded",
+                param="messages",
+            )
+    if isinstance(prompt, list):
+        if len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+            raise Refused(400, f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} answers", param="prompt")
+        longest = max([len(prompt) * isinstance((prompt or [0])[0], int), *map(len, filter(_is_list, prompt))])
+        if longest > context:
+            raise Refused(
+                400,
+                f"{longest} prompt tokens do not fit the context of {context}",
+                "context_length_exceeded",
+                param="prompt",
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def parse(data: bytes, kind: type[Parsed], context: int) -> Parsed:
+    """A body of that kind. context: tokens of a sequence. Refused for what is no JSON object, for a field that would
+    have to be ignored, and for a wrong value: by the field's name."""
     try:
         given = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise Refused(400, f"Invalid JSON: {error}") from None
     if not isinstance(given, dict):
         raise Refused(400, "Invalid JSON: a request is an object")
+    _check_amount(given, context)
     try:
         return kind.model_validate(screen(given, kind.model_fields, kind.neutral))
     except ValidationError as error:

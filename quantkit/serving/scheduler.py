@@ -1,20 +1,21 @@
 """Continuous batching: one thread owns the engine; sequences join and leave between its steps.
 
-A step is one piece of the oldest unfinished prompt, then one token for every sequence whose prompt is done
-(iteration-level scheduling of Orca, Yu et al., OSDI 2022), so a long prompt delays others by a piece at most.
+A step is one piece of some unfinished prompt, with whole short ones while they fit the piece, then one token for every
+sequence whose prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompts in pieces as Sarathi,
+Agrawal et al., 2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
 """
 
 import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import Engine, Sampling, sample
+from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
 from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,27 @@ class Job:
         """New tokens so far."""
         return len(self.made)
 
+    @property
+    def left(self) -> int:
+        """Prompt tokens that are not in the cache."""
+        return len(self.prompt) - self.done
+
+
+class Turns:
+    """Whose turn it is, among prompts of very different lengths: who has waited longest, but a short one may pass,
+    every second time. So short ones need not wait for long ones, and without end do not take more than half. short:
+    tokens of a prompt that may pass."""
+
+    def __init__(self, short: int) -> None:
+        self.short = short
+        self.passed = False  # whether the last turn went past who had waited longest
+
+    def next(self, jobs: Sequence[Job]) -> Job:
+        """jobs: at least one, who has waited longest first."""
+        oldest, shortest = jobs[0], min(jobs, key=lambda job: job.left)
+        self.passed = not self.passed and shortest is not oldest and shortest.left <= self.short
+        return shortest if self.passed else oldest
+
 
 class Scheduler:
     """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager."""
@@ -58,6 +80,8 @@ class Scheduler:
         self.engine, self.queue_limit = engine, queue_limit
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
+        self.prompts: list[Job] = []  # of the running ones, those with unfinished prompts, the last served last
+        self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
         self.closed = False
         self.changed = threading.Condition()
@@ -124,29 +148,47 @@ class Scheduler:
             gone = [job for job in self.waiting if job.cancelled]
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
             while self.waiting and self.free and not self.closed:
-                job = self.waiting.popleft()
+                job = self.admission.next(self.waiting)
+                self.waiting.remove(job)
                 self.free.sort()  # low slots first: neighbours in memory are cheaper to batch
                 job.slot = self.free.pop(0)
                 self.running.append(job)
+                self.prompts.append(job)
         for job in gone + [job for job in self.running if job.cancelled]:
             self._end(job, "cancelled")
         return not self.closed
 
     def _step(self) -> None:
-        ready = [job for job in self.running if job.done == len(job.prompt)]
-        if late := next((job for job in self.running if job.done < len(job.prompt)), None):
-            with self._at_risk(late):
-                piece = late.prompt[late.done : late.done + self.engine.piece]
-                logits = self.engine.prefill(late.slot, piece, late.done)
-                late.done += len(piece)
-                if late.done == len(late.prompt):
-                    self._take(late, logits)
+        ready = [job for job in self.running if not job.left]
+        room = self.engine.piece
+        while job := self._next_prompt(room):
+            n = min(piece_at(self.engine, job.done), job.left)
+            room -= n
+            with self._at_risk(job):
+                self._read(job, n)
         if ready:
             with self._at_risk(*ready):
                 logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
                 for job, own in zip(ready, logits, strict=True):
                     with self._at_risk(job):
                         self._take(job, own)
+
+    def _next_prompt(self, room: int) -> Job | None:
+        """Whose prompt is read next in this step, which has so many tokens left: anybody's piece first, then only what
+        fits whole."""
+        if room == self.engine.piece:
+            return self.pieces.next(self.prompts) if self.prompts else None
+        return min((job for job in self.prompts if job.left <= room), key=lambda job: job.left, default=None)
+
+    def _read(self, job: Job, n: int) -> None:
+        """So many tokens of its prompt."""
+        self.prompts.remove(job)
+        logits = self.engine.prefill(job.slot, job.prompt[job.done : job.done + n], job.done)
+        job.done += n
+        if job.left:
+            self.prompts.append(job)
+        else:
+            self._take(job, logits)
 
     def _take(self, job: Job, logits: torch.Tensor) -> None:
         ends = self.engine.config.ends
@@ -163,5 +205,6 @@ class Scheduler:
     def _end(self, job: Job, why: str) -> None:
         if job in self.running:
             self.running.remove(job)
+            self.prompts = [other for other in self.prompts if other is not job]
             self.free.append(job.slot)
         job.emit(None, why)

@@ -1,23 +1,15 @@
-"""A file's chat template, rendered as Hugging Face's renderer does, in jinja2's sandbox: templates come from strangers.
+"""A file's chat template: from messages to the prompt, in which control tokens are those that the template wrote.
 
-What templates may rely on, with and without transformers: blocks are trimmed; `break`, `continue`, `{% generation %}`;
-`raise_exception`, `strftime_now`; a `tojson` that escapes nothing and keeps the order of keys; `tools` and `documents`
-that are none; the special tokens that there are.
+Templates may rely on what Hugging Face's renderer gives them (`serving/sandbox.py`), on `tools` and `documents` that
+are none, and on the special tokens that there are.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.serving.markers import Markers, Prompt
+from quantkit.serving.renderer import MOST, Renderer, shared
 
 OPENINGS = (
     "<think>\n",
@@ -25,52 +17,73 @@ OPENINGS = (
 )  # with what a template may have begun the answer: R1's way, and that of V3.1 and others
 SWITCHES = "thinking", "enable_thinking"  # as templates call whether the model shall reason (V3.1; Qwen and others)
 TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk", "seperator": "sep", "mask": "mask"}
-FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
-def apply_template(
-    metadata: Mapping[str, Any],
-    messages: Sequence[Mapping[str, Any]],
-    /,
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
-    **given: Any,
-) -> str:
-    """The prompt for these messages, by the template of a GGUF file with this metadata.
+class ChatTemplate:
+    """The template of a GGUF file with this metadata. renderer: the process that renders it. most: characters that a
+    prompt may have."""
 
-    tools: for templates that describe them; one called `tool_use` goes first then. given: `chat_template_kwargs`, which
-    the template may name (`thinking`). QuantkitError if there is no template or it fails, with what it says.
-    """
-    text = None if tools is None else metadata.get("tokenizer.chat_template.tool_use")
-    text = text or metadata.get("tokenizer.chat_template")
-    if not isinstance(text, str):
-        raise QuantkitError("this file has no chat template; run without --chat")
-    conversation = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    names = special_tokens(metadata) | {"documents": None} | given | conversation
-    try:
-        return _compiled(text).render(names)
-    except FAILURES as error:
-        raise QuantkitError(f"the file's chat template fails: {error}") from None
+    def __init__(self, metadata: Mapping[str, Any], renderer: Renderer | None = None, most: int = MOST):
+        self.metadata, self.renderer, self.most = metadata, renderer or shared(), most
+
+    def names(self) -> set[str]:
+        """Variables and functions that its code mentions. QuantkitError if there is none, or it is none."""
+        return self.renderer.names(self._text(False))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **given: Any,
+    ) -> str:
+        """The text for these messages.
+
+        tools: for templates that describe them; one called `tool_use` goes first then. given: `chat_template_kwargs`,
+        which the template may name (`thinking`). QuantkitError if there is no template or it fails, with what it says;
+        `renderer.TooLong` beyond `most` characters.
+        """
+        conversation = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        variables = special_tokens(self.metadata) | {"documents": None} | given | conversation
+        return self.renderer.render(self._text(tools is not None), variables, self.most)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], markers: Markers, /, **given: Any) -> Prompt:
+        """`render`, knowing which control tokens the template wrote: those in strings of messages and of `given` are
+        text.
+
+        The characters that control tokens begin and end with are hidden from the template in all strings. If that
+        changes what it makes (it asks for `<tool_response>`, say), only whole control tokens are hidden.
+        """
+        text = self.render(messages, **given)
+        if not markers.may_hide((messages, given)):
+            return Prompt(text)
+        hide = markers.hidden((self._text(False), messages, given))
+        for whole in (False, True):
+            told, others = hide.strings((messages, given), whole)
+            hidden = self.render(told, **others)
+            if whole or hide.shown(hidden) == text:
+                break
+        return Prompt(hide.shown(hidden), hidden, hide)
+
+    def _text(self, tools: bool) -> str:
+        text = self.metadata.get("tokenizer.chat_template.tool_use") if tools else None
+        text = text or self.metadata.get("tokenizer.chat_template")
+        if not isinstance(text, str):
+            raise QuantkitError("this file has no chat template; it can only continue texts")
+        return text
 
 
-def template_names(template: str) -> set[str]:
-    """Names that a template's code mentions, but for attributes."""
-    found, after_dot = set(), False
-    try:
-        for _, kind, value in jinja2.Environment().lex(template):
-            if kind == "name" and not after_dot:
-                found.add(value)
-            after_dot = kind == "operator" and value == "."
-    except jinja2.TemplateError:  # rendering will say what is wrong
-        return set()
-    return found
+def apply_template(metadata: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], /, **given: Any) -> str:
+    """`ChatTemplate.render` of a file's template, as it stands."""
+    return ChatTemplate(metadata).render(messages, **given)
 
 
 def reasoning(metadata: Mapping[str, Any], wish: bool) -> dict[str, bool]:
     """The variables by which the file's template is told whether the model shall reason. QuantkitError if it reads
     none."""
-    read = template_names(metadata.get("tokenizer.chat_template", "")) & set(SWITCHES)
+    read = ChatTemplate(metadata).names() & set(SWITCHES)
     if not read:
         option = "--thinking" if wish else "--no-thinking"
         raise QuantkitError(
@@ -93,39 +106,3 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
         if type(token) is int and 0 <= token < len(tokens):
             found[f"{name}_token"] = tokens[token]
     return found
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; to a prompt it is what stands in it."""
-
-    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(16)
-def _compiled(text: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(text)

@@ -2,16 +2,20 @@
 
 import dataclasses
 import threading
+import time
+from itertools import pairwise
 
 import pytest
 import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.models.tokenizer import tokenize
+from quantkit.runtime import generate as generation
 from quantkit.runtime.engines import graph
+from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Sampling, generate, sample
+from quantkit.runtime.generate import Sampling, generate, piece_at, sample
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
@@ -97,6 +101,77 @@ def test_torch_engine_serves_several(layers):
     prompts = [[0, 50 + i, 60] for i in range(3)]
     with Scheduler(TorchEngine(layers, 3, 64)) as scheduler:
         assert all(len(made) == 6 for made in collect(scheduler, prompts, 6))
+
+
+def served(engine: GraphEngine, monkeypatch, prompts: list[list[int]]) -> list[int]:
+    """Whose piece was read, in order; the jobs come all at once and want one token."""
+    slots: list[int] = []
+    with monkeypatch.context() as patch, Scheduler(engine) as scheduler:
+        compute = engine.prefill
+        patch.setattr(engine, "prefill", lambda slot, *rest: slots.append(slot) or compute(slot, *rest))
+        jobs = [Job(prompt, 1, GREEDY, lambda *_: None) for prompt in prompts]
+        with scheduler.changed:  # it sees all of them or none
+            for job in jobs:
+                scheduler.submit(job)
+        while not all(job.n_made for job in jobs):
+            time.sleep(0.001)
+    owner = {job.slot: i for i, job in enumerate(jobs)}
+    return [owner[slot] for slot in slots]
+
+
+def test_pieces_that_look_far_back_are_short(weights, monkeypatch):
+    """By the position alone, so that a prompt is cut alike by `run` and by whoever shares the engine."""
+    engine = open_engine(weights, 1, 512)
+    assert [piece_at(engine, at) for at in (0, 4096, 4097, 8193, 16385, 10**6)] == [512, 512, 256, 128, 64, 64]
+    monkeypatch.setattr(generation, "REACH", 64)
+    sizes, compute = list[int](), engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda slot, ids, at: sizes.append(len(ids)) or compute(slot, ids, at))
+    engine.piece = 128
+    prompt = [0] + [50, 60, 70] * 100
+    alone = list(generate(engine, prompt, 3, GREEDY))
+    assert sizes == [128, 64, 64, 45]
+    with Scheduler(engine) as scheduler:
+        assert collect(scheduler, [prompt], 3) == [alone] and sizes[4:] == sizes[:4]
+
+
+def test_prompts_take_turns(weights, monkeypatch):
+    engine = open_engine(weights, 8, 512)
+    engine.piece = 32
+    long, short = [[0] + [50 + i] * 319 for i in range(3)], [[0, 60 + i, 70] for i in range(3)]
+    order = served(engine, monkeypatch, [*long, *short])
+    assert all(order.index(i) <= 3 for i in (3, 4, 5))  # they fit one piece together; one of a long one may come before
+    rest = [i for i in order if i < 3]
+    assert len(rest) == 30 and all(set(rest[i : i + 3]) == {0, 1, 2} for i in range(0, 24, 3))  # by turns
+    order = served(engine, monkeypatch, [long[0], *([0] + [80 + i] * 31 for i in range(7))])
+    assert [i == 0 for i in order[:14]].count(True) >= 6  # short ones without end take every second turn
+
+
+def test_a_short_request_waits_for_two_pieces(weights, monkeypatch):
+    """It comes while three long prompts are read; a fourth sequence is decoded meanwhile, a token for each piece."""
+    engine = open_engine(weights, 5, 512)
+    engine.piece, engine.config = 32, dataclasses.replace(engine.config, eos=-1)
+    order, decoded = list[int](), list[int]()
+    compute, decode = engine.prefill, engine.decode
+    late = Job([0, 60, 70], 1, GREEDY, lambda *_: None)
+    beside = Job([0, 61], 40, GREEDY, lambda *_: None)
+
+    def prefill(slot: int, *rest):
+        order.append(slot)
+        if len(order) == 6:
+            scheduler.submit(late)
+        return compute(slot, *rest)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    monkeypatch.setattr(engine, "decode", lambda slots, tokens: decoded.append(len(order)) or decode(slots, tokens))
+    with Scheduler(engine) as scheduler:
+        long = [Job([0] + [50 + i] * 319, 1, GREEDY, lambda *_: None) for i in range(3)]
+        with scheduler.changed:
+            for job in (beside, *long):
+                scheduler.submit(job)
+        while not all(job.n_made for job in (*long, late)):
+            time.sleep(0.001)
+    assert order.index(late.slot) <= 6 + 1
+    assert all(b - a <= 2 for a, b in pairwise(decoded)) and len(decoded) >= 25
 
 
 def test_scheduler_refuses_and_cancels(weights):
