@@ -1,4 +1,4 @@
-"""Where requests are made ready, beside the event loop: short ones do not wait for long ones, texts not for templates."""
+"""Where requests are made ready, beside the event loop: short ones do not wait for long ones, texts not for chats."""
 
 import asyncio
 from collections.abc import Callable
