@@ -94,17 +94,24 @@ def typical(p: torch.Tensor, share: float) -> torch.Tensor:
     return out / out.sum()
 
 
+def read(engine: Engine, prompt: list[int], begin: int = 0) -> torch.Tensor:
+    """A prompt into slot 0, whose cache holds the first `begin` tokens, piece by piece: the last one's float32 logits
+    [n_vocab]."""
+    logits = torch.empty(0)
+    while begin < len(prompt):
+        n = piece_at(engine, begin)
+        logits = engine.prefill(0, prompt[begin : begin + n], begin)
+        begin += n
+    return logits
+
+
 def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, begin: int = 0) -> Iterator[int]:
     """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS; in slot 0, whose cache already
     holds the first `begin` tokens of the prompt. QuantkitError if the prompt and one more do not fit the context."""
     if len(prompt) >= engine.capacity:
         raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
     generator = torch.Generator().manual_seed(how.seed)
-    at = begin
-    while at < len(prompt):
-        n = piece_at(engine, at)
-        logits = engine.prefill(0, prompt[at : at + n], at)
-        at += n
+    logits = read(engine, prompt, begin)
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
         token = sample(logits, how, generator)
         if engine.config.is_end(token):
