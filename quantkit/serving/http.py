@@ -155,6 +155,7 @@ class Api:
             body = parse(data, kind, self.engine.capacity)
         else:
             async with self.long_body:
+                self.lanes.check_open()
                 begin = time.monotonic()
                 try:
                     body = parse(data, kind, self.engine.capacity)

@@ -38,14 +38,18 @@ class Lanes:
             raise Refused(429, f"{self.n_waiting} requests wait to be tokenized", "queue_full", {"Retry-After": "1"})
         self.n_waiting += 1
         try:
-            if not self.closed:
-                return await asyncio.get_running_loop().run_in_executor(self.threads[lane], work)
+            self.check_open()
+            return await asyncio.get_running_loop().run_in_executor(self.threads[lane], work)
         except (asyncio.CancelledError, QuantkitError, Refused):
-            if not self.closed:
-                raise
+            self.check_open()
+            raise
         finally:
             self.n_waiting -= 1
-        raise Refused(503, "the server is shutting down")
+
+    def check_open(self) -> None:
+        """Refused at the server's end."""
+        if self.closed:
+            raise Refused(503, "the server is shutting down")
 
     def close(self) -> None:
         """What waits is not begun, what renders is ended."""
