@@ -149,6 +149,28 @@ def test_prompts_take_turns(weights, monkeypatch):
     assert [i == 0 for i in order[:14]].count(True) >= 6  # short ones without end take every second turn
 
 
+def test_free_slots_go_to_short_ones_by_turns(weights, monkeypatch):
+    """One slot: of six that wait, a short one passes the long ones, then who has waited longest has its turn."""
+    engine = open_engine(weights, 1, 512)
+    engine.piece = 32
+    begun, compute = list[int](), engine.prefill
+
+    def prefill(slot: int, ids: list[int], at: int) -> torch.Tensor:
+        if not at:
+            begun.append(ids[1] - 50)
+        return compute(slot, ids, at)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    jobs = [Job([0, 50 + i, *[60] * n], 1, GREEDY, lambda *_: None) for i, n in enumerate((99, 98, 97, 3, 2, 1))]
+    with Scheduler(engine) as scheduler:
+        with scheduler.changed:
+            for job in jobs:
+                scheduler.submit(job)
+        while not all(job.n_made for job in jobs):
+            time.sleep(0.001)
+    assert begun == [5, 0, 4, 1, 3, 2]
+
+
 def test_a_short_request_waits_for_two_pieces(weights, monkeypatch):
     """It comes while three long prompts are read; a fourth sequence is decoded meanwhile, a token for each piece."""
     engine = open_engine(weights, 5, 512)
