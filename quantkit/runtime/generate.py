@@ -48,7 +48,7 @@ def piece_at(engine: Engine, begin: int) -> int:
 
 def reach(config: ModelConfig) -> int:
     """Positions that a token looks back at in about the time of all that does not grow with them, by the number of
-    multiplications: 4,267 for R1. Attention's own matrices count as half of the experts'."""
+    multiplications: 4,269 for R1. Attention's own matrices count as half of the experts'."""
     experts = 3 * config.d * config.n_ff_exp * (config.n_used + config.n_shared)
     return max(LEAST_REACH, experts * 3 // 2 // (config.n_head * (2 * config.kv_lora + config.qk_rope)))
 

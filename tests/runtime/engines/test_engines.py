@@ -123,7 +123,7 @@ def test_pieces_that_look_far_back_are_short(weights, monkeypatch):
     """By the position alone, so that a prompt is cut alike by `run` and by whoever shares the engine."""
     engine = open_engine(weights, 1, 512)
     r1 = {"d": 7168, "n_ff_exp": 2048, "n_used": 8, "n_shared": 1, "n_head": 128, "kv_lora": 512, "qk_rope": 64}
-    assert generation.reach(dataclasses.replace(engine.config, **r1)) == 4267
+    assert generation.reach(dataclasses.replace(engine.config, **r1)) == 4269
     monkeypatch.setattr(generation, "reach", lambda _: 1000)
     assert [piece_at(engine, at) for at in (0, 1000, 1001, 2001, 4001, 10**6)] == [512, 512, 256, 128, 64, 64]
     monkeypatch.setattr(generation, "reach", lambda _: 64)
