@@ -19,7 +19,7 @@ from quantkit.evaluation.divergence import (
     scored_targets,
 )
 from quantkit.progress import track
-from quantkit.runtime.generate import Engine, Opener
+from quantkit.runtime.generate import Engine, Opener, read
 
 MODE_KLD, MODE_SHARE, MODE_PPL = 0.002, 0.1, 0.02  # agreement of modes: nats, share of the file's KLD, log ratio of PPL
 
@@ -56,8 +56,7 @@ def runtime_mode(
 
 def stepped(engine: Engine, tokens: list[int], prompt: int, advance: Callable[[float], object]) -> torch.Tensor:
     """float32 [t - 1 - prompt, n_vocab] of one chunk: prompt tokens together, the others one by one."""
-    for at in range(0, prompt, engine.piece):
-        engine.prefill(0, tokens[at : min(at + engine.piece, prompt)], at)
+    read(engine, tokens[:prompt])
     advance(prompt)
     rows = []
     for i in range(prompt, len(tokens) - 1):

@@ -10,8 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 
 HEAD = 1024  # most probable tokens that are sorted at first
-REACH = 4096  # positions that a piece of a prompt looks back at in about the time of everything else in it (R1)
-LEAST_PIECE = 64  # tokens
+LEAST_PIECE, LEAST_REACH = 64, 512  # tokens, positions: shorter pieces are no faster
 GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
 
 
@@ -38,13 +37,20 @@ Opener = Callable[[int], Engine]
 
 
 def piece_at(engine: Engine, begin: int) -> int:
-    """Tokens of a prompt that are computed at once from a position on. Attention takes most of the time beyond REACH;
+    """Tokens of a prompt that are computed at once from a position on. Attention takes most of the time beyond `reach`;
     there a piece is shorter by as much as it looks further back, so that others wait for it equally long wherever it
     stands. A function of the position alone: nobody's bits depend on who else is served."""
-    n = engine.piece
-    while n > LEAST_PIECE and n * begin > engine.piece * REACH:
+    n, far = engine.piece, reach(engine.config)
+    while n > LEAST_PIECE and n * begin > engine.piece * far:
         n //= 2
     return n
+
+
+def reach(config: ModelConfig) -> int:
+    """Positions that a token looks back at in about the time of all that does not grow with them, by the number of
+    multiplications: 4,269 for R1. Attention's own matrices count as half of the experts'."""
+    experts = 3 * config.d * config.n_ff_exp * (config.n_used + config.n_shared)
+    return max(LEAST_REACH, experts * 3 // 2 // (config.n_head * (2 * config.kv_lora + config.qk_rope)))
 
 
 @dataclass(frozen=True)
@@ -88,17 +94,24 @@ def typical(p: torch.Tensor, share: float) -> torch.Tensor:
     return out / out.sum()
 
 
+def read(engine: Engine, prompt: list[int], begin: int = 0) -> torch.Tensor:
+    """A prompt into slot 0, whose cache holds the first `begin` tokens, piece by piece: the last one's float32 logits
+    [n_vocab]."""
+    logits = torch.empty(0)
+    while begin < len(prompt):
+        n = piece_at(engine, begin)
+        logits = engine.prefill(0, prompt[begin : begin + n], begin)
+        begin += n
+    return logits
+
+
 def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, begin: int = 0) -> Iterator[int]:
     """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS; in slot 0, whose cache already
     holds the first `begin` tokens of the prompt. QuantkitError if the prompt and one more do not fit the context."""
     if len(prompt) >= engine.capacity:
         raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
     generator = torch.Generator().manual_seed(how.seed)
-    at = begin
-    while at < len(prompt):
-        n = piece_at(engine, at)
-        logits = engine.prefill(0, prompt[at : at + n], at)
-        at += n
+    logits = read(engine, prompt, begin)
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):
         token = sample(logits, how, generator)
         if engine.config.is_end(token):

@@ -27,7 +27,7 @@ class Gate:
 
     def __init__(self, key: str | None = None, names: Iterable[str] | None = ("localhost",), addresses: bool = False):
         self.key, self.addresses = key, addresses
-        self.names = None if names is None else {name.lower().rstrip(".") for name in names}
+        self.names = None if names is None else {name.lower().rstrip(".") for name in names} - {""}
 
     @classmethod
     def of(cls, host: str, more: Iterable[str], key: str | None) -> "Gate":
@@ -58,7 +58,7 @@ class Gate:
             return
         for header, value, right in (
             ("Host", host, host is not None and self._is_own(f"//{host}", self.addresses)),
-            ("Origin", origin, origin is None or self._is_own(origin, False) or urlsplit(origin).netloc == host),
+            ("Origin", origin, origin is None or self._is_own(origin, False) or origin.partition("://")[2] == host),
         ):
             if not right:
                 raise Refused(

@@ -6,6 +6,7 @@ request ends its job when it ends itself, so a client that goes away costs one m
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -31,7 +32,7 @@ from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, r
 from quantkit.serving.chat import tokenize_prompt
 from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
 from quantkit.serving.gate import Gate
-from quantkit.serving.lanes import Lanes
+from quantkit.serving.lanes import SHORT, Lanes
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.pieces import Pieces
@@ -73,6 +74,7 @@ class Api:
         self.limits, self.gate, self.created = limits, gate, int(time.time())
         self.markers = Markers(metadata, tokenizer)
         self.scheduler, self.lanes = Scheduler(engine, limits.queue), Lanes(limits.queue)
+        self.long_body = asyncio.Lock()
 
     def app(self) -> Starlette:
         """For an ASGI server; closes the scheduler when that ends."""
@@ -149,7 +151,16 @@ class Api:
         """The body and its size in bytes."""
         self.gate.check_key(request)
         data = await self._read(request)
-        body = parse(data, kind, self.engine.capacity)
+        if len(data) <= SHORT:
+            body = parse(data, kind, self.engine.capacity)
+        else:
+            async with self.long_body:
+                self.lanes.check_open()
+                begin = time.monotonic()
+                try:
+                    body = parse(data, kind, self.engine.capacity)
+                finally:
+                    await asyncio.sleep(time.monotonic() - begin)  # as long again, others have their turn
         self._check_name(body.model)
         return body, len(data)
 
@@ -239,7 +250,7 @@ class Api:
                 raise Refused(400, what, "context_length_exceeded", param="messages") from None
             return Ready([self._ids(prompt)], [begun], self._rules(body))
 
-        answers = self._start(body, await self.lanes.run(size, prepare), body.n_tokens())
+        answers = self._start(body, await self.lanes.render(size, prepare), body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
@@ -247,11 +258,11 @@ class Api:
         body, size = await self._parse(request, CompletionBody)
         prompts = body.prompts()
 
-        def prepare(_: Renderer) -> Ready:
+        def prepare() -> Ready:
             ids = [self._ids(Prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
             return Ready(ids, [self._echo(prompt) if body.echo else "" for prompt in prompts], self._rules(body))
 
-        made, asked = await self.lanes.run(size, prepare), body.max_tokens_given()
+        made, asked = await self.lanes.tokenize(size, prepare), body.max_tokens_given()
         answers = self._start(body, made, body.n_tokens() if asked else COMPLETION_TOKENS)
         return await reply(request, body, answers, CompletionForm(), self.name)
 
@@ -322,5 +333,7 @@ def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Li
         f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
         f"{'' if gate.key else ' · no API key'} · Ctrl-C ends"
     )
+    gc.collect()
+    gc.freeze()  # what is there stays: no collection need walk through it
     with listener, contextlib.suppress(KeyboardInterrupt):
         server(api).run(sockets=[listener])

@@ -1,8 +1,9 @@
-"""Where requests are made ready, beside the event loop: rendered and tokenized, short ones not behind long ones."""
+"""Where requests are made ready, beside the event loop: short ones do not wait for long ones, texts not for chats."""
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from quantkit.errors import QuantkitError
@@ -15,30 +16,40 @@ Made = TypeVar("Made")
 
 
 class Lanes:
-    """One thread with its renderer for short requests, one for others. most: that may wait."""
+    """A thread for each kind of request: short or long, to be rendered or not; with renderers. most: that may wait."""
 
     def __init__(self, most: int):
         self.most, self.n_waiting, self.closed = most, 0, False
         self.renderers = Renderer(), Renderer()
-        self.threads = [ThreadPoolExecutor(1, f"quantkit-lane-{i}") for i in range(2)]
+        self.threads = [ThreadPoolExecutor(1, f"quantkit-lane-{i}") for i in range(4)]
         for renderer in self.renderers:
             renderer.start()
 
-    async def run(self, size: int, work: Callable[[Renderer], Made]) -> Made:
-        """What `work` makes of a request of so many bytes, in its lane. Refused if too many wait."""
+    async def tokenize(self, size: int, work: Callable[[], Made]) -> Made:
+        """What `work` makes of a request of so many bytes. Refused if too many wait."""
+        return await self._run(int(size > SHORT), work)
+
+    async def render(self, size: int, work: Callable[[Renderer], Made]) -> Made:
+        """As `tokenize`, with a renderer."""
+        return await self._run(2 + (size > SHORT), partial(work, self.renderers[size > SHORT]))
+
+    async def _run(self, lane: int, work: Callable[[], Made]) -> Made:
         if self.n_waiting >= self.most:
             raise Refused(429, f"{self.n_waiting} requests wait to be tokenized", "queue_full", {"Retry-After": "1"})
         self.n_waiting += 1
-        lane = int(size > SHORT)
         try:
-            if not self.closed:
-                return await asyncio.get_running_loop().run_in_executor(self.threads[lane], work, self.renderers[lane])
+            self.check_open()
+            return await asyncio.get_running_loop().run_in_executor(self.threads[lane], work)
         except (asyncio.CancelledError, QuantkitError, Refused):
-            if not self.closed:
-                raise
+            self.check_open()
+            raise
         finally:
             self.n_waiting -= 1
-        raise Refused(503, "the server is shutting down")
+
+    def check_open(self) -> None:
+        """Refused at the server's end."""
+        if self.closed:
+            raise Refused(503, "the server is shutting down")
 
     def close(self) -> None:
         """What waits is not begun, what renders is ended."""

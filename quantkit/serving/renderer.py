@@ -35,16 +35,19 @@ class Renderer:
         self.ready = self.closed = False
 
     def start(self) -> None:
-        """Start the process, without waiting until it is ready."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", sandbox.__file__],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in INHERITED if name in os.environ},
-            )
+        """Start the process, without waiting until it is ready. QuantkitError if the system gives none."""
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", sandbox.__file__],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in INHERITED if name in os.environ},
+                )
+        except OSError as error:
+            raise QuantkitError(f"the process that renders chat templates does not start ({error.strerror})") from None
         self.connection, self.ready = ours, False
 
     def close(self) -> None:
@@ -80,11 +83,16 @@ class Renderer:
                     self.start()  # ready when the next one asks
                 why = f"it takes more than {SECONDS:g} s" if isinstance(error, TimeoutError) else "its renderer ended"
                 raise QuantkitError(f"the file's chat template fails: {why}") from None
+            except BaseException:
+                self._end()  # its answer must not be taken for the next one's
+                raise
         if "error" in answer:
             raise QuantkitError(f"the file's chat template fails: {answer['error']}")
         return answer
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self.closed:
+            raise EOFError
         if self.connection is None:
             self.start()
         assert self.connection

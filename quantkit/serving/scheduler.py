@@ -1,8 +1,8 @@
 """Continuous batching: one thread owns the engine; sequences join and leave between its steps.
 
-A step is one piece of some unfinished prompt, with whole short ones while they fit the piece, then one token for every
-sequence whose prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompts in pieces as Sarathi,
-Agrawal et al., 2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
+A step is one piece of some unfinished prompt, with whole short ones beside it, then one token for every sequence whose
+prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompts in pieces as Sarathi, Agrawal et al.,
+2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
 """
 
 import contextlib
@@ -160,10 +160,7 @@ class Scheduler:
 
     def _step(self) -> None:
         ready = [job for job in self.running if not job.left]
-        room = self.engine.piece
-        while job := self._next_prompt(room):
-            n = min(piece_at(self.engine, job.done), job.left)
-            room -= n
+        for job, n in self._to_read():
             with self._at_risk(job):
                 self._read(job, n)
         if ready:
@@ -173,12 +170,19 @@ class Scheduler:
                     with self._at_risk(job):
                         self._take(job, own)
 
-    def _next_prompt(self, room: int) -> Job | None:
-        """Whose prompt is read next in this step, which has so many tokens left: anybody's piece first, then only what
-        fits whole."""
-        if room == self.engine.piece:
-            return self.pieces.next(self.prompts) if self.prompts else None
-        return min((job for job in self.prompts if job.left <= room), key=lambda job: job.left, default=None)
+    def _to_read(self) -> list[tuple[Job, int]]:
+        """Whose prompts are read in this step, and how many tokens of each: somebody's piece, and what is left of
+        others while it fits a piece with that. The shortest goes first."""
+        if not self.prompts:
+            return []
+        first = self.pieces.next(self.prompts)
+        chosen = [(first, min(first.left, piece_at(self.engine, first.done)))]
+        room = self.engine.piece - chosen[0][1]
+        for job in sorted(self.prompts, key=lambda job: job.left):
+            if job is not first and job.left <= min(room, piece_at(self.engine, job.done)):
+                chosen.append((job, job.left))
+                room -= job.left
+        return sorted(chosen, key=lambda each: each[1])
 
     def _read(self, job: Job, n: int) -> None:
         """So many tokens of its prompt."""

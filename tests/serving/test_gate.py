@@ -9,7 +9,7 @@ from quantkit.errors import QuantkitError
 from quantkit.serving.gate import Gate
 from quantkit.serving.refusals import Refused
 
-LOCAL = Gate.of("127.0.0.1", ["Proxy.example"], None)
+LOCAL = Gate.of("127.0.0.1", ["Proxy.example", ""], None)
 OPEN = Gate.of("0.0.0.0", [], "none")
 
 
@@ -48,7 +48,7 @@ def test_other_names_are_refused(host):
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "", "http://localhost.evil.example", "http://6.6.6.6", "x"]
+    "origin", ["http://evil.example", "null", "", "http://localhost.evil.example", "http://6.6.6.6", "x", "http://["]
 )
 def test_other_origins_are_refused(origin):
     assert not lets_in(LOCAL, "localhost:8000", origin)

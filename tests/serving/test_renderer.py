@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.serving import renderer
+from quantkit.serving import renderer, sandbox
 from quantkit.serving.renderer import Renderer, TooLong
 
 CONVERSATION = {"messages": [{"role": "user", "content": "hi"}]}
@@ -83,6 +83,20 @@ def test_closing_ends_what_is_rendered():
     here.close()
     thread.join(10)
     assert failed[0] - begin < 0.5
+
+
+def test_an_interrupted_call_does_not_answer_the_next(own, monkeypatch):
+    receive = sandbox.receive
+
+    def interrupted(connection):
+        monkeypatch.setattr(sandbox, "receive", receive)
+        raise KeyboardInterrupt
+
+    own.render("x", {})
+    monkeypatch.setattr(sandbox, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own.render("first", {})
+    assert own.render("second", {}) == "second"
 
 
 def test_its_process_ends_with_its_parent():

@@ -122,8 +122,11 @@ def served(engine: GraphEngine, monkeypatch, prompts: list[list[int]]) -> list[i
 def test_pieces_that_look_far_back_are_short(weights, monkeypatch):
     """By the position alone, so that a prompt is cut alike by `run` and by whoever shares the engine."""
     engine = open_engine(weights, 1, 512)
-    assert [piece_at(engine, at) for at in (0, 4096, 4097, 8193, 16385, 10**6)] == [512, 512, 256, 128, 64, 64]
-    monkeypatch.setattr(generation, "REACH", 64)
+    r1 = {"d": 7168, "n_ff_exp": 2048, "n_used": 8, "n_shared": 1, "n_head": 128, "kv_lora": 512, "qk_rope": 64}
+    assert generation.reach(dataclasses.replace(engine.config, **r1)) == 4269
+    monkeypatch.setattr(generation, "reach", lambda _: 1000)
+    assert [piece_at(engine, at) for at in (0, 1000, 1001, 2001, 4001, 10**6)] == [512, 512, 256, 128, 64, 64]
+    monkeypatch.setattr(generation, "reach", lambda _: 64)
     sizes, compute = list[int](), engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda slot, ids, at: sizes.append(len(ids)) or compute(slot, ids, at))
     engine.piece = 128
@@ -144,6 +147,28 @@ def test_prompts_take_turns(weights, monkeypatch):
     assert len(rest) == 30 and all(set(rest[i : i + 3]) == {0, 1, 2} for i in range(0, 24, 3))  # by turns
     order = served(engine, monkeypatch, [long[0], *([0] + [80 + i] * 31 for i in range(7))])
     assert [i == 0 for i in order[:14]].count(True) >= 6  # short ones without end take every second turn
+
+
+def test_free_slots_go_to_short_ones_by_turns(weights, monkeypatch):
+    """One slot: of six that wait, a short one passes the long ones, then who has waited longest has its turn."""
+    engine = open_engine(weights, 1, 512)
+    engine.piece = 32
+    begun, compute = list[int](), engine.prefill
+
+    def prefill(slot: int, ids: list[int], at: int) -> torch.Tensor:
+        if not at:
+            begun.append(ids[1] - 50)
+        return compute(slot, ids, at)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    jobs = [Job([0, 50 + i, *[60] * n], 1, GREEDY, lambda *_: None) for i, n in enumerate((99, 98, 97, 3, 2, 1))]
+    with Scheduler(engine) as scheduler:
+        with scheduler.changed:
+            for job in jobs:
+                scheduler.submit(job)
+        while not all(job.n_made for job in jobs):
+            time.sleep(0.001)
+    assert begun == [5, 0, 4, 1, 3, 2]
 
 
 def test_a_short_request_waits_for_two_pieces(weights, monkeypatch):
