@@ -15,9 +15,8 @@ from quantkit import machine
 from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.api import encode
 from quantkit.encoding.backends import numba_backend
-from quantkit.encoding.backends.numba_backend import NumbaBackend
+from quantkit.encoding.backends.numba_backend import NumbaBackend, by_rows
 from quantkit.encoding.backends.reference import Backend
-from quantkit.encoding.backends.rows import by_rows
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.guess import CURVE, fit_blocks, sampled
 from quantkit.encoding.hessian import Factor, prepare
