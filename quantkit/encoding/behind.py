@@ -1,5 +1,8 @@
 """Work that follows a pass over the layers in a thread of its own."""
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
@@ -9,16 +12,27 @@ Work = Callable[[Advance], None]
 """Calls what it is given now and then, and is ended there when the pass has failed."""
 
 
+LOW = 10  # nice
+
+
+def _give_way() -> None:
+    """Lower the priority of this thread and of those that it starts (Linux has one for each thread)."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW)
+
+
 class Behind:
     """Does what it is given, in order, at most so many pieces of work behind. An error is raised by the next `add`, or
     by `close`."""
 
     def __init__(self, most: int, first: Callable[[], None]):
-        """first: what the thread begins with; if it fails, so does what needs it."""
+        """first: what the thread begins with, for one core; if it fails, so does what needs it. What is added after it
+        takes the time that the pass leaves: threads that share a product wait for the last of them."""
         self.most, self._stopped = most, False
         self._thread = ThreadPoolExecutor(1, "behind")
         self._waiting: list[Future[None]] = []
         self._thread.submit(first)
+        self._thread.submit(_give_way)
 
     def add(self, work: Work) -> None:
         """Waits until fewer than `most` are waiting."""
