@@ -37,7 +37,7 @@ def rounded_up(rows: torch.Tensor) -> torch.Tensor:
     each shape that it has met, and every expert has a number of tokens of its own."""
     if rows.device.type != "cpu" or _matmul.fp32_precision != FAST:
         return rows
-    step = max(8, 1 << (len(rows).bit_length() - 4))
+    step = 1 << max(3, len(rows).bit_length() - 4)
     return F.pad(rows, (0, 0, 0, -len(rows) % step))
 
 
