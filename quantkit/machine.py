@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +47,17 @@ def threads() -> int:
     ranks, whose launcher sets it) OMP_NUM_THREADS says, else its share of the physical cores; at most `cores`."""
     if _told:
         return _told
+    most, physical = _found()
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked) and ranks.count() == 1:
-        return min(int(asked), cores())
-    return max(1, Container().physical_cores() // ranks.local_count())
+        return min(int(asked), most)
+    return max(1, physical // ranks.local_count())
+
+
+@cache
+def _found() -> tuple[int, int]:
+    """cores and physical cores, looked up once: encoders ask thousands of times."""
+    return cores(), Container().physical_cores()
 
 
 def use_threads(n: int) -> None:

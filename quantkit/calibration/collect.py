@@ -14,6 +14,7 @@ from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
 from quantkit.progress import Advance
 from quantkit.runtime.experts.streamed import Turns
+from quantkit.runtime.products import fast_products
 from quantkit.runtime.room import Room
 from quantkit.runtime.stream import Source, stream
 from quantkit.runtime.watch import ExpertVisit, Watcher
@@ -111,7 +112,8 @@ def collect(
 
     state: saved after each layer; a pass that was stopped goes on where it was. room: where hidden states live. turns:
     of the ranks, which share the experts, while each computes all the rest. watch: makes the watcher of a layer
-    (default: an `Accumulator`); what it owes besides importance must be safe on disk when its `finish` returns.
+    (default: an `Accumulator`); what it owes besides importance must be safe on disk when its `finish` returns, or be
+    found missing by a later run.
     progress: called after each layer with the number of layers finished, once at the start if some were before.
     """
     n_expert = source.config.n_expert
@@ -124,8 +126,9 @@ def collect(
         progress(start)
     for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns):
         watcher = watch(step.layer)
-        step.compute(watcher)
-        entries = watcher.finish()
+        with fast_products():
+            step.compute(watcher)
+            entries = watcher.finish()
         imatrix |= entries
         if state:
             state.save(step.layer, step.hidden, entries)

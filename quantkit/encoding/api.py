@@ -17,6 +17,7 @@ from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, describe, prepare, tf32
 from quantkit.encoding.state import EFFORTS, Effort, State
 from quantkit.ggml import quants
+from quantkit.runtime.products import exact_products
 
 SUPPORTED = frozenset(FORMATS)
 CPU_ROWS = 512  # rows in flight on the CPU: the working set of a superblock stays in cache
@@ -175,7 +176,7 @@ def _encode_tiles(
                 factor = prepare(hessians[part], n_in, how.device, full=how.effort.feedback)
         for j in range(0, rows, tile):
             some = slice(j, j + tile)
-            with torch.inference_mode(), tf32():
+            with torch.inference_mode(), tf32(), exact_products():
                 w = finite(weights[part, some].to(how.device))
                 state = how.finished(encode_rows(how.fmt, w, factor, how.effort, how.backend), part)
             yield part, some, state

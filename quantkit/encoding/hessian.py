@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from quantkit.runtime.products import rounded_up
+
 GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
 GRAM_ROWS = 512  # rows whose products are summed together on a CPU
 
@@ -131,7 +133,7 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         with tf32():
             return x.T @ x if x.ndim == 2 else torch.einsum("nhi,nhj->hij", x, x)
-    heads = x.transpose(0, 1) if x.ndim == 3 else x[None]
+    heads = x.transpose(0, 1) if x.ndim == 3 else rounded_up(x)[None]
     out = x.new_zeros(heads.shape[0], x.shape[-1], x.shape[-1])
     for part in heads.split(GRAM_ROWS, dim=1):
         out.baddbmm_(part.mT, part)

@@ -148,8 +148,7 @@ def encode_pending(
     specs = {spec.name: spec for spec in family.specs(config, plan.mla)}
     workers = workers or machine.threads()
     jobs = [job for tensor in plan.tensors for job in _jobs(specs[tensor.name], tensor, out)]
-    for qtype in sorted({job.tensor.qtype for job in jobs}):
-        quants.prepare(qtype)
+    prepare_types(replace(plan, tensors=tuple(job.tensor for job in jobs)))
 
     def work(job: Job) -> None:
         """One job, recorded before its worker takes the next: a crash costs at most one job per worker."""
@@ -165,6 +164,12 @@ def encode_pending(
             if advance:
                 advance(ranks.count() * _n_weights(job) / 1e6)
     out.meet()
+
+
+def prepare_types(plan: Plan) -> None:
+    """ggml's tables for the plan's types: of IQ1_S and IQ1_M ten seconds of one core."""
+    for qtype in sorted({tensor.qtype for tensor in plan.tensors}):
+        quants.prepare(qtype)
 
 
 def _n_weights(job: Job) -> int:

@@ -13,7 +13,9 @@ the moments of what it encodes.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from quantkit.calibration.collect import Accumulator, turns_of
 from quantkit.calibration.coverage import shrink
 from quantkit.codecs.types import QTYPES
 from quantkit.encoding.api import SUPPORTED, Method, encode_batch
+from quantkit.encoding.behind import Behind
 from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment, unshrinking
-from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan
+from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan, prepare_types
 from quantkit.encoding.moments import SAME_INPUT, Moments
 from quantkit.encoding.outputs import LayerOutputs
 from quantkit.encoding.two_sided import TwoSided, encode_two_sided
@@ -32,9 +35,10 @@ from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.gradients import DOWN, INNER
 from quantkit.models import family
 from quantkit.planning.plan import Plan
+from quantkit.progress import Advance
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.watch import ExpertVisit, Watcher
-from quantkit.tensors import ROUTED_ROLES, Importance, TensorSpec
+from quantkit.tensors import ROUTED_ROLES, Imatrix, Importance, TensorSpec
 
 GAMMA = {name: qtype.gamma for name, qtype in QTYPES.items() if qtype.gamma != 1}
 # Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
@@ -70,6 +74,8 @@ class EncoderOptions:
     two_sided: TwoSided = field(default_factory=TwoSided)
 
 
+LAYERS_BEHIND = 4  # that wait for ggml: each is small, and a pass need not wait for tables
+
 Group = list[tuple[ExpertVisit, Hessian, Hessian]]
 """Experts with the moments of their inputs: those of gate and up, and that of down."""
 
@@ -89,6 +95,9 @@ class FileEncoder:
     """A file that is written in one pass over the layers: `watch` makes the watcher of each, for `collect`.
 
     turns: of the ranks. used: which knowledge served how many matrices, on this rank.
+
+    Where ggml encodes all, it does so behind the pass: its tables of IQ1_S take one core ten seconds. As a context it
+    ends with all layers encoded, after an error with the slices under way.
     """
 
     def __init__(self, source: CheckpointSource, plan: Plan, out: GGUFWriter, how: LayerOptions):
@@ -99,6 +108,30 @@ class FileEncoder:
         turns = turns_of(source.config.n_expert)
         # While a group is encoded the next one is read.
         self.turns = replace(turns, size=self.group, ahead=self.group) if self.group > 1 else turns
+        self._behind = None
+        if not how.ours and ranks.count() == 1:
+            most = 1 if source.checkpoint.origin else LAYERS_BEHIND  # what is downloaded is not kept for long
+            self._behind = Behind(most, partial(prepare_types, plan))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._behind:
+            self._behind.close(kind is not None)
+
+    def leave_to_ggml(self, layer: int, entries: Imatrix) -> None:
+        """What is not written of a layer: now, or soon. A pass that is stopped before encodes it at its end."""
+        rest = layer_plan(self.plan, layer)
+        fitted = fit_importance(rest, shrink(entries, self.how.min_expert_tokens or 0))
+
+        def encode(advance: Advance | None = None) -> None:
+            encode_pending(self.source.checkpoint, rest, fitted, self.out, GgmlEncoder(), advance=advance)
+
+        if self._behind:
+            self._behind.add(encode)
+        else:
+            encode()
 
     def watch(self, layer: int) -> "LayerWriter":
         """For the time of one layer."""
@@ -133,15 +166,12 @@ class LayerWriter(Accumulator):
             self.ours.observe_expert(visit)
 
     def finish(self) -> dict[str, Importance]:
-        """Write what is left of the layer; its importance."""
+        """Write what is left of the layer, or have it written; its importance."""
         if self.ours:
             self.ours.finish()
         entries = super().finish()
-        file, how = self.file, self.file.how
-        if how.min_expert_tokens is not None:
-            rest = layer_plan(file.plan, self.layer)
-            fitted = fit_importance(rest, shrink(entries, how.min_expert_tokens))
-            encode_pending(file.source.checkpoint, rest, fitted, file.out, GgmlEncoder())
+        if self.file.how.min_expert_tokens is not None:
+            self.file.leave_to_ggml(self.layer, entries)
         return entries
 
 

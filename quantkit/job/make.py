@@ -280,8 +280,8 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
-        layers = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
-        with track("layers", source.config.n_layer, "layers") as advance:
+        file_encoder = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
+        with track("layers", source.config.n_layer, "layers") as advance, file_encoder as layers:
             measured = collect(
                 source,
                 chunks.tokens,

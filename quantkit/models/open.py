@@ -15,7 +15,6 @@ from quantkit.formats.model_folder import open_source
 from quantkit.models import family
 from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
 from quantkit.progress import say_once
-from quantkit.remote import repo
 from quantkit.sizes import parse_size
 
 CACHE_SIZE = "QUANTKIT_CACHE_SIZE"
@@ -39,8 +38,11 @@ class ModelRef:
         cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
         text = os.path.expanduser(text)  # a shell leaves the ~ of --reference=~/model
         name, at, revision = text.rpartition("@")
-        if at and repo.REPO_ID.fullmatch(text):
-            return cls(name, revision, cache)
+        if at:
+            from quantkit.remote import repo  # a third of a second, for models that are not here only
+
+            if repo.REPO_ID.fullmatch(text):
+                return cls(name, revision, cache)
         return cls(text, None, cache)
 
     def __str__(self) -> str:
@@ -64,8 +66,11 @@ def _opened(ref: ModelRef) -> Checkpoint | Geometry:
         return open_source(path, _needed)
     if str(ref) in bundle.model_names():
         return open_source(bundle.models_dir() / str(ref), _needed)
-    if (remote := repo.parse(str(ref))) and not path.exists():
-        return repo.open_remote(remote, ref.cache_bytes, _needed)
+    if not path.exists():
+        from quantkit.remote import repo
+
+        if remote := repo.parse(str(ref)):
+            return repo.open_remote(remote, ref.cache_bytes, _needed)
     if path.is_file():
         what = "a GGUF file" if is_gguf(path) else "a file"
         raise QuantkitError(f"{ref} is {what}, not the folder of a model with config.json")

@@ -87,9 +87,9 @@ def main(
         out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True
     ) as writer:
         how = EncoderOptions(effort, gradients=gradients) if encoder == "quantkit" else None
-        encoding = FileEncoder(source, plan, writer, LayerOptions(how, None if how else 0))
         room = Room("device", device, hidden=torch.bfloat16)
-        imatrix = collect(source, ids, state, room=room, turns=encoding.turns, watch=encoding.watch, progress=stamp)
+        with FileEncoder(source, plan, writer, LayerOptions(how, None if how else 0)) as encoding:
+            imatrix = collect(source, ids, state, room=room, turns=encoding.turns, watch=encoding.watch, progress=stamp)
         used = encoding.used_by_all()
         passed = time.perf_counter()
         layers = [after - before for before, after in pairwise(stamps)]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from quantkit import ranks
 from quantkit.runtime.ahead import read_ahead
+from quantkit.runtime.products import rounded_up
 from quantkit.runtime.watch import ExpertVisit, Projections, Watcher
 from quantkit.tensors import ROUTED_ROLES
 
@@ -89,11 +90,12 @@ def _expert(e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", wa
     """Its rows' share of the sum, float32 [m, d]."""
     gate, up, down = matrices
     tokens, share = routes.of(e)
-    rows = x[tokens.to(x.device)].to(gate.device)
+    n = len(tokens)
+    rows = rounded_up(x[tokens.to(x.device)].to(gate.device))
     hidden = F.silu(rows @ gate.T) * (rows @ up.T)
     if watcher is not None:
-        watcher.observe_expert(ExpertVisit(e, tokens, rows, hidden, share, matrices))
-    return (hidden @ down.T).float() * share[:, None]
+        watcher.observe_expert(ExpertVisit(e, tokens, rows[:n], hidden[:n], share, matrices))
+    return (hidden @ down.T)[:n].float() * share[:, None]
 
 
 class Routes:

@@ -11,9 +11,11 @@ pytest.importorskip("numba")
 
 from encoder_data import TYPES, data, output_error
 
+from quantkit import machine
 from quantkit.codecs.registry import FORMATS
+from quantkit.encoding.api import encode
 from quantkit.encoding.backends import numba_backend
-from quantkit.encoding.backends.numba_backend import NumbaBackend
+from quantkit.encoding.backends.numba_backend import NumbaBackend, by_rows
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.guess import CURVE, fit_blocks, sampled
@@ -84,6 +86,32 @@ def test_products():
     factor = Factor(h @ h.mT, torch.empty(0), torch.empty(0))
     (a, b), (got_a, got_b) = (normal_equations(unit, w @ factor.h, factor, backend) for backend in BOTH)
     assert torch.allclose(a, got_a, rtol=1e-3, atol=0.1) and torch.allclose(b, got_b, rtol=1e-3, atol=0.1)
+
+
+@pytest.mark.parametrize("qtype", ["IQ1_S", "Q2_K", "Q6_K"])
+def test_bytes_do_not_depend_on_threads(qtype, monkeypatch):
+    """83 rows: three threads take unlike parts, and the last row of types that go by lanes is filled up."""
+    w, hessian = data(rows=83)
+    found = []
+    for n in (1, 3):
+        monkeypatch.setattr(machine, "threads", lambda n=n: n)
+        found.append(encode(qtype, w, hessian, device="cpu", backend=BOTH[1]).tobytes())
+    assert found[0] == found[1]
+
+
+def test_an_error_in_some_rows_is_raised_when_all_are_done(monkeypatch):
+    monkeypatch.setattr(machine, "threads", lambda: 4)
+    done = []
+
+    def work(rows: slice) -> None:
+        if rows.start:
+            done.append(rows)
+        if rows.start == 64:
+            raise ValueError("64")
+
+    with pytest.raises(ValueError, match="64"):
+        by_rows(work, 120, 16)
+    assert sorted((rows.start, rows.stop) for rows in done) == [(32, 64), (64, 96), (96, 120)]
 
 
 FRESH = """
