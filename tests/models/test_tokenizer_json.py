@@ -120,6 +120,7 @@ REFUSED = {
     "token 'a' has more ids than one": lambda t: t["added_tokens"].append(
         FLAGS | {"id": 767, "content": "a", "special": False}
     ),
+    "two tokens of the vocabulary have one id": lambda t: t["model"]["vocab"].update(ab=700),
     "merge .* is not of two tokens": lambda t: t["model"]["merges"].__setitem__(0, ["a b", "c"]),
     "not the structure": lambda t: t.update(model=[]),
     "not a usable tokenizer": lambda t: t["model"]["merges"].__setitem__(0, ["no", "such"]),
