@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli import options
-from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.cli import options, streams
+from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Finite, Shared, Types
 from quantkit.errors import needs
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from quantkit.job.options import MakeOptions
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
+
+BANDWIDTH = Finite(0, min_open=True)
 
 
 def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptions":
@@ -60,7 +62,7 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     from quantkit.job.make import make
 
     files, result = make(model, output, asked)
-    click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))
+    streams.show(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
 
 @click.command()
@@ -105,7 +107,7 @@ def calibrate(
         text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
         calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
     measure.calibrate(source, calibration, output, restart)
-    click.echo(str(output))
+    streams.show(str(output))
 
 
 def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
@@ -175,7 +177,7 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
     device = chosen_device(device)
     source = stages.source_of(open_weights(model), device)
     stages.measure_sensitivity(source, basis, output, how)
-    click.echo(str(output / SENSITIVITY))
+    streams.show(str(output / SENSITIVITY))
 
 
 @click.command()
@@ -200,7 +202,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     target, budget = types.target, types.budget
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
-        click.echo(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
+        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
@@ -211,10 +213,10 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
             from quantkit.planning import bitmap  # matplotlib takes a second to load
 
         bitmap.draw(chosen, output)
-    click.echo(table.render(chosen))
+    streams.show(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
     basis = str(budget.measured or "prior")
-    click.echo(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
+    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
 
 
 def _machine(**given: Any) -> "Machine":
@@ -238,12 +240,16 @@ def _machine(**given: Any) -> "Machine":
     (
         click.option("--ram", type=SIZE, default=None, help="RAM for the model. Default: this machine's."),
         click.option("--vram", type=SIZE, default=None, help="VRAM for it. Default: this machine's free VRAM."),
-        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured."),
+        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=BANDWIDTH, help="Default: measured."),
         click.option(
-            "--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU."
+            "--gpu-bandwidth",
+            default=None,
+            metavar="GB/S",
+            type=BANDWIDTH,
+            help="Default: measured, if there is a GPU.",
         ),
         click.option(
-            "--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk."
+            "--disk-bandwidth", default=None, metavar="GB/S", type=BANDWIDTH, help="Default: measured with --disk."
         ),
         click.option(
             "--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading."
@@ -260,7 +266,7 @@ def hardware(
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
     from quantkit.job.hardware import hardware_report
 
-    click.echo(hardware_report(model, recipes, target, machine, context, threads))
+    streams.show(hardware_report(model, recipes, target, machine, context, threads))
 
 
 def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
@@ -294,4 +300,4 @@ def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "Qua
 
     chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
-    click.echo("\n".join(map(str, files)))
+    streams.show("\n".join(map(str, files)))
