@@ -60,8 +60,8 @@ def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
-        "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
+        "tokenizer.ggml.add_bos_token": _flag(settings, "add_bos_token", True, folder),
+        "tokenizer.ggml.add_eos_token": _flag(settings, "add_eos_token", False, folder),
     }
     out |= special.metadata()
     _check_around(raw, where, out)
@@ -69,6 +69,13 @@ def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     described = built(lambda: rebuilt(tokens, types, merges, known[pre]), where)
     check_alike(tokenizer_of_json(raw, known, where), described, where, added)
     return out | templates_metadata(chat_templates(folder, settings), folder)
+
+
+def _flag(settings: Mapping[str, Any], key: str, default: bool, folder: Path) -> bool:
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise QuantkitError(f"{folder / SETTINGS}: {key} {value!r:.60} is neither true nor false")
+    return default if value is None else value
 
 
 def _merges(given: Sequence[Any], where: str) -> list[str]:
