@@ -309,8 +309,10 @@ def chunk(
     length: int = 512,
     limit: int | None = None,
     from_start: bool = False,
+    model: Source | None = None,
 ) -> Chunks:
-    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks).
+    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks). model: whose tokens they are;
+    QuantkitError for one, anywhere in the text, that its embedding does not have.
 
     Fewer chunks than the text has are spread evenly over it, not taken from its start: files are often sorted by
     subject, and error feedback fitted to one subject is worse than none on the others. A smaller limit takes a prefix
@@ -320,6 +322,9 @@ def chunk(
     for document in corpus.documents:
         ids += tokenize(tokenizer, document.text)
         edges.append((len(ids), document.domain))
+    if model is not None:
+        where = f"{corpus.name}, cut by the tokenizer.json of {model.name}"
+        check_ids((bos, max(ids)), model.config.n_vocab, tokenizer, where)
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)
     if n_chunk == 0:
@@ -339,12 +344,8 @@ def chunk(
 def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
     """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given.
     QuantkitError for a token that the model's embedding does not have."""
-    tokenizer = source.tokenizer()
-    found = chunk(text, tokenizer, source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
-    where = f"{text.name}, cut by the tokenizer.json of {source.name}"
-    check_ids(map(int, found.targets.aminmax()), source.config.n_vocab, tokenizer, where)
-    check_ids((source.config.bos,), source.config.n_vocab, tokenizer, f"{source.name}: bos_token_id")
-    return found
+    bos, tokenizer = source.config.bos, source.tokenizer()
+    return chunk(text, tokenizer, bos, choice.chunk, choice.n_tokens, choice.from_start, source)
 
 
 def spread(n: int) -> list[int]:

@@ -166,7 +166,7 @@ def test_a_text_with_a_token_beyond_the_embedding_is_refused(model_copy):
     with pytest.raises(
         QuantkitError, match=r"a\.txt, cut by the tokenizer\.json of .*: token '<\|PAD\|>' has id 768, .* 768 tokens"
     ):
-        corpus.cut(text, source, corpus.TextChoice(chunk=8))
+        corpus.cut(text, source, corpus.TextChoice(n_tokens=8, chunk=8))  # wherever it stands
     without = corpus.Corpus("a", (corpus.Document("text", text.documents[0].text.replace("<|PAD|>", "")),))
     assert corpus.cut(without, source, corpus.TextChoice(chunk=8)).tokens.max() < 768
 
