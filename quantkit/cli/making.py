@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Finite, Shared, Types
+from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import needs
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from quantkit.job.options import MakeOptions
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
-
-BANDWIDTH = Finite(0, min_open=True)
 
 
 def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptions":
@@ -240,16 +238,12 @@ def _machine(**given: Any) -> "Machine":
     (
         click.option("--ram", type=SIZE, default=None, help="RAM for the model. Default: this machine's."),
         click.option("--vram", type=SIZE, default=None, help="VRAM for it. Default: this machine's free VRAM."),
-        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=BANDWIDTH, help="Default: measured."),
+        click.option("--ram-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured."),
         click.option(
-            "--gpu-bandwidth",
-            default=None,
-            metavar="GB/S",
-            type=BANDWIDTH,
-            help="Default: measured, if there is a GPU.",
+            "--gpu-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured, if there is a GPU."
         ),
         click.option(
-            "--disk-bandwidth", default=None, metavar="GB/S", type=BANDWIDTH, help="Default: measured with --disk."
+            "--disk-bandwidth", default=None, metavar="GB/S", type=float, help="Default: measured with --disk."
         ),
         click.option(
             "--disk", type=FILE, default=None, help="A file of 1 GB or more on that disk, to measure reading."

@@ -73,8 +73,6 @@ def test_home_is_the_home_folder(tmp_path, monkeypatch):
         ("run", "FILE", "--top-p", "nan"),
         ("run", "FILE", "--min-p", "nan"),
         ("run", "FILE", "--seed", str(2**70)),
-        ("hardware", "tiny-r1", "--ram-bandwidth", "nan"),
-        ("hardware", "tiny-r1", "--disk-bandwidth", "0"),
         ("plan", "tiny-r1", "--size", "infbpw"),
         ("plan", "tiny-r1", "--size", "1e400GB"),
     ],
