@@ -117,6 +117,7 @@ OWN = {  # reads only what this process, its package or the kernel wrote
     "formats/ledger.py",
     "formats/gradients.py",
     "formats/part_file.py",
+    "calibration/corpus.py",
     "calibration/spill.py",
     "calibration/state.py",
     "evaluation/oracles/llama.py",
