@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+def shown(text: str) -> str:
+    """Lines that a terminal only shows: everything that is printed and may have come from a file goes through this."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """ "memory" or "GPU memory" if an error means that it ran out, else None: torch raises RuntimeErrors for both."""
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from quantkit.errors import shown
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -52,7 +54,7 @@ def be_quiet() -> None:
 
 def say(text: str) -> None:
     """A line for the person who watches: what was decided, what to beware of."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(shown(text), markup=False, soft_wrap=True)
 
 
 @cache

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import string
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from quantkit import bundle
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.models.tokenizer import check_ids, tokenize
+from quantkit.progress import say
 from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
@@ -31,6 +33,7 @@ Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
 EVALUATION_SHARE = 0.1
 WIDE_TOKENS, WIDE_CHARACTERS = 1 << 19, 16384
 QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")  # of an address; signatures stand there
+BOM = "\ufeff"  # a mark of some editors before a text, and not of it
 DATASET = re.compile(r"(?P<place>[^:]+(?::[^:{}\s]*:[^:{}\s]*)?)(?::(?P<column>.+))?", re.DOTALL)
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
 DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
@@ -216,7 +219,7 @@ def _read_file(path: Path, column: str, limit: int) -> list[Document]:
         return _from_dataset("json", {"data_files": str(path)}, column, limit)
     if path.suffix == ".parquet":
         return _from_dataset("parquet", {"data_files": str(path)}, column, limit)
-    return [Document("text", read_text(path, "text"))]
+    return [Document("text", read_text(path, "text").removeprefix(BOM))]
 
 
 def _from_hub(source: str, column: str, limit: int) -> list[Document]:
@@ -225,10 +228,35 @@ def _from_hub(source: str, column: str, limit: int) -> list[Document]:
     return _from_dataset(name, {"name": config} if config else {}, column, limit, split or "train")
 
 
-def _fill(template: str, row: Mapping[str, object], where: str) -> str:
-    """The text of a row. template: a column's name, or text with columns in braces."""
+class _NoText(Exception):
+    """A column's value that is not words or a number."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(f"{type(value).__name__} {value!r:.60}")
+        self.is_null = value is None
+
+
+class _Template(string.Formatter):
+    """Columns put together; `_NoText` where one has none."""
+
+    def format_field(self, value: object, spec: str) -> str:
+        """As its base class."""
+        if value is None or (isinstance(value, bool | bytes | Sequence | Mapping) and not isinstance(value, str)):
+            raise _NoText(value)
+        return str(super().format_field(value, spec))
+
+
+def _fill(template: str, row: Mapping[str, object], where: str) -> str | None:
+    """The text of a row; None where a column that belongs to it is null. template: a column's name, or text with
+    columns in braces."""
     try:
-        return str(row[template]) if "{" not in template else template.format_map(row)
+        if "{" not in template:
+            return _Template().format_field(row[template], "")
+        return _Template().vformat(template, (), row)
+    except _NoText as found:
+        if found.is_null:
+            return None
+        raise QuantkitError(f"{where}:{template!r}: {found} is no text; take a part of it, as {{column[0]}}") from None
     except KeyError as missing:
         raise QuantkitError(f"{where}: no column {missing}; it has {', '.join(row)} (--data {where}:COLUMN)") from None
     except (ValueError, AttributeError, IndexError, TypeError) as error:
@@ -240,11 +268,15 @@ def _from_dataset(name: str, options: dict[str, str], column: str, limit: int, s
         import datasets
 
     where = options.get("data_files", name)
-    documents, taken = [], 0
+    documents, taken, n_null = list[Document](), 0, 0
     try:
         for row in datasets.load_dataset(name, split=split, streaming=True, **options):
-            documents.append(Document("text", _fill(column, row, where)))
-            taken += len(documents[-1].text)
+            text = _fill(column, row, where)
+            if text is None:
+                n_null += 1
+                continue
+            documents.append(Document("text", text))
+            taken += len(text)
             if taken >= limit:
                 break
     except QuantkitError:
@@ -252,6 +284,8 @@ def _from_dataset(name: str, options: dict[str, str], column: str, limit: int, s
     except Exception as error:  # datasets and its readers raise many unrelated types
         first = (str(error).splitlines() or [""])[0]
         raise QuantkitError(f"{where}: {type(error).__name__}: {re.sub(QUERY, '', first)}") from None
+    if n_null:
+        say(f"{where}: {n_null:,} rows without text (null) are left out")
     return documents
 
 
@@ -275,8 +309,10 @@ def chunk(
     length: int = 512,
     limit: int | None = None,
     from_start: bool = False,
+    model: Source | None = None,
 ) -> Chunks:
-    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks).
+    """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks). model: whose tokens they are;
+    QuantkitError for one, anywhere in the text, that its embedding does not have.
 
     Fewer chunks than the text has are spread evenly over it, not taken from its start: files are often sorted by
     subject, and error feedback fitted to one subject is worse than none on the others. A smaller limit takes a prefix
@@ -286,6 +322,9 @@ def chunk(
     for document in corpus.documents:
         ids += tokenize(tokenizer, document.text)
         edges.append((len(ids), document.domain))
+    if model is not None:
+        where = f"{corpus.name}, cut by the tokenizer.json of {model.name}"
+        check_ids((bos, max(ids)), model.config.n_vocab, tokenizer, where)
     n_all = len(ids) // length
     n_chunk = n_all if limit is None else min(n_all, limit // length)
     if n_chunk == 0:
@@ -305,12 +344,8 @@ def chunk(
 def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
     """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given.
     QuantkitError for a token that the model's embedding does not have."""
-    tokenizer = source.tokenizer()
-    found = chunk(text, tokenizer, source.config.bos, choice.chunk, choice.n_tokens, choice.from_start)
-    where = f"{text.name}, cut by the tokenizer.json of {source.name}"
-    check_ids(map(int, found.targets.aminmax()), source.config.n_vocab, tokenizer, where)
-    check_ids((source.config.bos,), source.config.n_vocab, tokenizer, f"{source.name}: bos_token_id")
-    return found
+    bos, tokenizer = source.config.bos, source.tokenizer()
+    return chunk(text, tokenizer, bos, choice.chunk, choice.n_tokens, choice.from_start, source)
 
 
 def spread(n: int) -> list[int]:

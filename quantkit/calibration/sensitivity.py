@@ -21,6 +21,7 @@ from quantkit import machine
 from quantkit.calibration.variants import DEFAULT, Candidates, divergence, entry, linear_of, replaced, replaced_feed
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
+from quantkit.formats.whole_file import replacing
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.runtime.layers import LayerWeights, attention, route
@@ -271,7 +272,9 @@ def heat_map(sensitivity: Sensitivity, path: Path) -> None:
     axes.set_xticks(range(len(columns)), [f"{role} {qtype}" for role, qtype in columns], rotation=90, fontsize=7)
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
     axes.set_ylabel("layer")
-    axes.set_title(f"{sensitivity.model}: KLD at the output if only this tensor has this type", fontsize=9)
+    title = f"{sensitivity.model}: KLD at the output if only this tensor has this type"
+    axes.set_title(title, fontsize=9, parse_math=False)  # a$x_{$b is a name
     figure.colorbar(image, label="nats per token")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as out:
+        figure.savefig(out, dpi=150, format=path.suffix[1:] or "png")
     plt.close(figure)

@@ -12,7 +12,7 @@ import click
 from quantkit import __version__, machine, progress, ranks
 from quantkit.cli import streams
 from quantkit.container import writable_caches
-from quantkit.errors import QuantkitError, out_of_memory
+from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
 
@@ -68,7 +68,7 @@ def _complain(message: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if ranks.may_speak():
         where = f"rank {ranks.index()}: " if ranks.index() else ""
-        click.echo(f"quantkit: {where}{message}", err=True)
+        click.echo(f"quantkit: {where}{printable(message)}", err=True)
 
 
 def _stop(*_: object) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, streams
 from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import QuantkitError, needs
 
@@ -62,7 +62,7 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     from quantkit.job.make import make
 
     files, result = make(model, output, asked)
-    click.echo(short_table(result, files[0]) if result else "\n".join(map(str, files)))
+    streams.show(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
 
 @click.command()
@@ -109,7 +109,7 @@ def calibrate(
             text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
             calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
         measure.calibrate(source, calibration, output, restart)
-    click.echo(str(output))
+    streams.show(str(output))
 
 
 def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
@@ -179,7 +179,7 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
     device = chosen_device(device)
     source = stages.source_of(open_weights(model), device)
     stages.measure_sensitivity(source, basis, output, how)
-    click.echo(str(output / SENSITIVITY))
+    streams.show(str(output / SENSITIVITY))
 
 
 @click.command()
@@ -205,7 +205,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     target, budget = types.target, types.budget
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
-        click.echo(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
+        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
@@ -217,10 +217,10 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
                 from quantkit.planning import bitmap  # matplotlib takes a second to load
 
             bitmap.draw(chosen, output)
-    click.echo(table.render(chosen))
+    streams.show(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
     basis = str(budget.measured or "prior")
-    click.echo(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
+    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
 
 
 def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":
@@ -277,7 +277,7 @@ def hardware(
     """Which recipes fit a machine, how fast they can be, and the commands that start them."""
     from quantkit.job.hardware import hardware_report
 
-    click.echo(hardware_report(model, recipes, target, machine, context, threads))
+    streams.show(hardware_report(model, recipes, target, machine, context, threads))
 
 
 def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
@@ -311,4 +311,4 @@ def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "Qua
 
     chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
-    click.echo("\n".join(map(str, files)))
+    streams.show("\n".join(map(str, files)))

@@ -1,6 +1,7 @@
 """Options that several commands share, what their values mean, and how they are handed on: as one noun each."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,6 +147,17 @@ class GpuLayers(click.ParamType):
         return int(value)
 
 
+class Finite(click.FloatRange):
+    """A number within bounds; nan and inf are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """QuantkitError, naming the option, for what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            raise QuantkitError(f"{name_of(param)} {value}: not a finite number")
+        return float(number)
+
+
 class OneOf(click.Choice[str]):
     """One of a few words; another is refused as everything else is, in one line."""
 
@@ -175,6 +187,7 @@ def name_of(param: click.Parameter | None) -> str:
 
 
 SIZE, TOKENS = Size(), Tokens()
+SEED = click.IntRange(-(2**63), 2**63 - 1)  # what torch's generators take
 
 
 @dataclass(frozen=True)

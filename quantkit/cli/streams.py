@@ -4,9 +4,12 @@ import contextlib
 import io
 import os
 import sys
+import unicodedata
 from typing import TextIO
 
-from quantkit.errors import QuantkitError
+import click
+
+from quantkit.errors import QuantkitError, shown
 
 OUT = ("stdout", "stderr")
 
@@ -25,6 +28,18 @@ def make_usable() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
             stream.reconfigure(errors=errors)
+
+
+def show(text: object) -> None:
+    """What a command has found out, on stdout. Whatever a file's names and metadata hold, a terminal only shows it."""
+    click.echo(shown(str(text)))
+
+
+def harmless(text: str) -> str:
+    """A model's words as they are, but on a terminal without control characters: nobody knows what a file may say."""
+    if text.isprintable() or not sys.stdout.isatty():
+        return text
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def flush() -> None:

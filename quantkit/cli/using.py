@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, OUT, Placement, Shared
+from quantkit.cli.options import FILE, FOLDER, OUT, Finite, Placement, Shared
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, out, runtime=runtime)
-    click.echo(short_table(result, file))
+    streams.show(short_table(result, file))
     if result["configuration"]["status"] == "fail":  # then the scores are of another model
         sys.exit(1)
 
@@ -159,7 +159,7 @@ def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marli
 
     output = output or kt_export.default_output(file)
     made = kt_export.export(file, output, gpus=gpus, linear=linear)
-    click.echo(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
+    streams.show(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
 
 
 @click.command()
@@ -171,7 +171,7 @@ def report(folder: Path) -> None:
         from quantkit.job.report import write_report
 
     with locked(folder, shared=True):
-        click.echo("\n".join(map(str, write_report(folder))))
+        streams.show("\n".join(map(str, write_report(folder))))
 
 
 def _text(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -198,11 +198,11 @@ def _sampling(**given: Any) -> "Sampling":
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
 @Shared(
     (
-        click.option("--temperature", default=0.6, show_default=True, type=click.FloatRange(0), help="0 for greedy."),
-        click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1)),
+        click.option("--temperature", default=0.6, show_default=True, type=Finite(0), help="0 for greedy."),
+        click.option("--top-p", default=0.95, show_default=True, type=Finite(0, 1)),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
-        click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
-        click.option("--seed", default=0, show_default=True),
+        click.option("--min-p", default=0.0, show_default=True, type=Finite(0, 1)),
+        click.option("--seed", default=0, show_default=True, type=options.SEED),
     ),
     "sampling",
     _sampling,
@@ -252,6 +252,7 @@ def show_answer(pieces: Iterator[tuple[str, bool]]) -> None:
     """Print pieces of an answer as they come, reasoning dimmed (on a terminal)."""
     try:
         for piece, thought in pieces:
+            piece = streams.harmless(piece)
             click.echo(click.style(piece, dim=True) if thought and piece else piece, nl=False)
     finally:
         if isinstance(pieces, Generator):
@@ -377,6 +378,6 @@ def publish(
         uploader = Uploader(quant, to, base_model, license_name)
         if dry_run:
             rows = [f"{path.stat().st_size:>18,}  {stored}" for stored, path in quant.files.items()]
-            click.echo("\n".join([*rows, "", uploader.card(uploader.present())]))
+            streams.show("\n".join([*rows, "", uploader.card(uploader.present())]))
         else:
-            click.echo(uploader.run())
+            streams.show(uploader.run())

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantkit import __version__
+from quantkit.errors import printable
 
 Status = Literal["pass", "fail", "warn", "skip"]
 COLOURS: dict[Status, str] = {"pass": "green", "fail": "red", "warn": "yellow", "skip": "dim"}
@@ -52,7 +53,7 @@ class Certificate:
 
     def table(self) -> Table:
         """For a terminal, a line a check."""
-        table = Table("check", "", "reason", title=escape(f"{', '.join(self.files)} for {self.target}"))
+        table = Table("check", "", "reason", title=escape(printable(f"{', '.join(self.files)} for {self.target}")))
         for check in self.checks:
-            table.add_row(check.name, f"[{COLOURS[check.status]}]{check.status}[/]", escape(check.detail))
+            table.add_row(check.name, f"[{COLOURS[check.status]}]{check.status}[/]", escape(printable(check.detail)))
         return table

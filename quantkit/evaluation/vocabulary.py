@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
-from quantkit.models.tokenizer import tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer import PROBES, tokenize, tokenizer_of_gguf
 from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 
 SAMPLES = (
@@ -79,7 +79,7 @@ def _like_original(meta: Mapping[str, Any], folder: Path, n_vocab: int) -> Itera
         elif key.startswith("tokenizer.chat_template") and have != want:
             yield f"{key} {'is missing' if have is None else 'is not the original one'}"
     ours, theirs = _or_none(lambda: tokenizer_of_gguf(meta, family.PRE)), read_tokenizer(folder, family.PRE)
-    for text in SAMPLES if ours else ():
+    for text in (*SAMPLES, *PROBES) if ours else ():
         if tokenize(ours, text) != tokenize(theirs, text):
             yield f"{text[:24]!r} is cut into other tokens than by the original"
             return

@@ -107,6 +107,12 @@ class TypeTraits(ctypes.Structure):
 
 
 FEATURES = ("avx2", "avx512", "avx512_vnni", "neon", "dotprod", "sve")  # that builds differ in
+X86: Mapping[str, str] = {  # what a build may use without asking, and Linux's name of it
+    **{name: name for name in ("ssse3", "avx", "avx_vnni", "avx2", "bmi2", "f16c", "fma", "amx_int8")},
+    **{name: name for name in ("avx512_vbmi", "avx512_vnni", "avx512_bf16")},
+    "sse3": "pni",
+    "avx512": "avx512f",
+}
 _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
     "base": {
         "ggml_quantize_init": (None, [c_int]),
@@ -166,7 +172,7 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
     "cpu": {
         "ggml_cpu_init": (None, []),
         "ggml_backend_cpu_reg": (c_void_p, []),
-        **{f"ggml_cpu_has_{feature}": (c_int, []) for feature in FEATURES},
+        **{f"ggml_cpu_has_{feature}": (c_int, []) for feature in (*FEATURES, *X86)},
         "ggml_graph_plan": (Cplan, [c_void_p, c_int, c_void_p]),
         "ggml_graph_compute": (c_int, [c_void_p, POINTER(Cplan)]),
         "ggml_threadpool_new": (c_void_p, [POINTER(ThreadpoolParams)]),
@@ -190,11 +196,22 @@ class Library:
                 function = getattr(lib, name)
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name, function)
+        self._check_processor()
         # A context charges sizeof(ggml_object) + sizeof(ggml_tensor) a tensor: another layout would corrupt memory.
         if self.ggml_tensor_overhead() != ctypes.sizeof(Tensor) + GRAPH_OBJECT_BYTES:
             raise QuantkitError(f"{folder} holds another ggml than 0.20: install libggml-python==0.20.2.post1")
         self.ggml_log_set(_log, None)
         self.ggml_cpu_init()
+
+    def _check_processor(self) -> None:
+        """Before ggml computes anything: an instruction that a processor lacks ends the process without a word."""
+        flags = processor_flags()
+        lacking = [name for name, flag in X86.items() if getattr(self, f"ggml_cpu_has_{name}")() and flag not in flags]
+        if flags and lacking:
+            raise QuantkitError(
+                f"the ggml in {self.folder} is built for {' '.join(lacking)}, which this processor lacks: build ggml "
+                "0.20.2 on this machine and name its folder in QUANTKIT_GGML_LIB"
+            )
 
     if TYPE_CHECKING:
 
@@ -203,6 +220,15 @@ class Library:
     def __str__(self) -> str:
         features = [name for name in FEATURES if getattr(self, f"ggml_cpu_has_{name}")()]
         return f"ggml {self.ggml_version().decode()} ({' '.join(features) or 'plain'}) of {self.folder}"
+
+
+def processor_flags() -> frozenset[str]:
+    """What Linux says that an x86 processor can do; empty on others."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split()[2:] for line in text.splitlines() if line.startswith("flags\t")), ()))
 
 
 @cache

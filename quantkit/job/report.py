@@ -108,6 +108,7 @@ def _style() -> AbstractContextManager[None]:
             "axes.spines.right": False,
             "axes.edgecolor": GREY,
             "svg.fonttype": "none",
+            "text.parse_math": False,  # folders may be called a$x_{$b
         }
     )
 

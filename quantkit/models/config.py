@@ -106,11 +106,17 @@ class ModelConfig:
         self._check_routing(where)
         yarn = tuple(vars(self.yarn).values()) if self.yarn else ()
         floats = (self.rms_eps, self.rope_base, self.weights_scale, *yarn)
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in floats):
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in floats):
             raise QuantkitError(f"{where}: epsilon, scale or rope parameters are not finite numbers")
-        positive = (self.rope_base, *yarn[:2], 1 if self.q_lora is None else self.q_lora)  # yarn: factor, context
+        positive = (self.rope_base, *yarn[:4], 1 if self.q_lora is None else self.q_lora)  # all of yarn's but mscale
         if self.rms_eps < 0 or min(positive) <= 0:
             raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
+        if self.yarn and self.yarn.beta_slow >= self.yarn.beta_fast:
+            raise QuantkitError(
+                f"{where}: yarn's beta_slow {self.yarn.beta_slow:g} is not below beta_fast {self.yarn.beta_fast:g}"
+            )
+        if not all(type(flag) is bool for flag in (self.norm_weights, self.has_bias, self.tied)):
+            raise QuantkitError(f"{where}: norm_weights, a bias or tied is not true or false")
         if self.qk_rope % 2:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
 

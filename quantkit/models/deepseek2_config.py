@@ -77,7 +77,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     method = _method(keys, name)
     grouped = method != "greedy"
     n_head, n_context = keys.whole("num_attention_heads"), keys.whole("max_position_embeddings")
-    if raw.get("num_key_value_heads") not in (None, n_head):
+    if raw.get("num_key_value_heads") is not None and keys.whole("num_key_value_heads") != n_head:
         raise QuantkitError(
             f"{WHERE}: num_key_value_heads {raw['num_key_value_heads']} is not supported, only {n_head} as "
             "num_attention_heads"

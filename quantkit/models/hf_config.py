@@ -75,7 +75,7 @@ class ConfigClass:
                 if values.setdefault(key, given) != given:
                     raise QuantkitError(f"{WHERE}: {alias} {_shown(given)} is another name of {key}, {values[key]}")
         for key, allowed in {**FIXED, **self.fixed}.items():
-            if key in values and not any(values[key] == one for one in allowed):
+            if key in values and not any(_same(values[key], one) for one in allowed):
                 raise QuantkitError(f"{WHERE}: {key} {_shown(values[key])} is not supported, only {_shown(allowed[0])}")
         for key, value in self._unknown(values):
             if NETWORK.search(key) and not _is_nothing(value) and not _is_plain(key, value):
@@ -125,7 +125,7 @@ class Keys:
 
     def flag(self, key: str) -> bool:
         """true or false; null is false, as it is to Python."""
-        if self.values[key] not in (True, False, None) or isinstance(self.values[key], float):
+        if not (self.values[key] is None or isinstance(self.values[key], bool)):
             raise self._wrong(key, "true or false")
         return bool(self.values[key])
 
@@ -156,7 +156,7 @@ def rope(raw: Mapping[str, Any], n_context: int) -> tuple[float, dict[str, Any] 
     if len(kinds) > 1:
         raise QuantkitError(f"{given.where}: type and rope_type differ: {' '.join(sorted(kinds))}")
     kind = kinds.pop() if kinds else "default" if given.values.keys() <= {"rope_theta"} else None
-    if given.values.get("partial_rotary_factor", 1) not in (1, None):
+    if not any(_same(given.values.get("partial_rotary_factor"), one) for one in (1, None)):
         raise given._wrong("partial_rotary_factor", "1, and nothing else is supported")
     if kind == "default":
         return theta, None
@@ -181,8 +181,11 @@ def _yarn(given: Keys, raw: Mapping[str, Any], n_context: int) -> dict[str, Any]
     if mscale != mscale_all or (mscale == 0 and keys.real("factor") > 1):
         # llama.cpp assumes the two cancel in cos and sin; a file of any other model would compute wrongly there.
         raise QuantkitError(f"{given.where}: mscale {mscale} and mscale_all_dim {mscale_all} are not the same number")
+    for key in ("factor", "beta_fast", "beta_slow"):
+        if keys.real(key) <= 0:
+            raise keys._wrong(key, "above 0")
     for key, only in (("attention_factor", 1), ("truncate", True)):
-        if stated.get(key, only) != only:
+        if not _same(stated.get(key, only), only):
             raise QuantkitError(f"{given.where}: {key} {_shown(stated[key])} is not supported, only {_shown(only)}")
     return {
         "factor": keys.real("factor"),
@@ -194,10 +197,15 @@ def _yarn(given: Keys, raw: Mapping[str, Any], n_context: int) -> dict[str, Any]
 
 
 def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
         raise QuantkitError(f"{WHERE}: {key} {_shown(value)} is not a table")
-    return value
+    return value or {}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """As JSON means it: true is not 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _is_nothing(value: Any) -> bool:

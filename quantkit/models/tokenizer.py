@@ -28,10 +28,11 @@ MOST_PROBED = 256
 
 def of_json(text: str, where: str) -> Tokenizer:
     """From a tokenizer.json that `tokenizer_json` has judged; where: its name."""
-    return _built(lambda: Tokenizer.from_str(text), where)
+    return built(lambda: Tokenizer.from_str(text), where)
 
 
-def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
+def built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:
+    """What `make` makes; QuantkitError, beginning with `where`, for whatever the library raises."""
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, QuantkitError):
@@ -50,7 +51,7 @@ def tokenizer_of_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
         tokens, types, merges = (list(meta[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type", "merges"))
         return rebuilt(tokens, types, merges, known[pre])
 
-    return _built(make, "GGUF metadata")
+    return built(make, "GGUF metadata")
 
 
 def rebuilt(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], patterns: Sequence[str]) -> Tokenizer:
@@ -74,7 +75,8 @@ def check_alike(given: Tokenizer, named: Tokenizer, where: str, added: Sequence[
     its GGUF will describe. added: tokens that are looked for in a text before it is cut."""
     around = [f"a{token}b {token} c {token}" for token in added[:MOST_PROBED]]
     for text in (*PROBES, *around):
-        ours, theirs = (one.encode(text, add_special_tokens=False).tokens for one in (given, named))
+        found = [one.encode(text, add_special_tokens=False) for one in (given, named)]
+        ours, theirs = (list(zip(one.tokens, one.ids, strict=True)) for one in found)
         if ours != theirs:
             i = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise QuantkitError(

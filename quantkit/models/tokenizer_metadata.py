@@ -17,7 +17,7 @@ from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
-from quantkit.models.tokenizer import Patterns, check_alike, rebuilt
+from quantkit.models.tokenizer import Patterns, built, check_alike, rebuilt
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
 
@@ -60,14 +60,22 @@ def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": bool(settings.get("add_bos_token", True)),
-        "tokenizer.ggml.add_eos_token": bool(settings.get("add_eos_token", False)),
+        "tokenizer.ggml.add_bos_token": _flag(settings, "add_bos_token", True, folder),
+        "tokenizer.ggml.add_eos_token": _flag(settings, "add_eos_token", False, folder),
     }
     out |= special.metadata()
     _check_around(raw, where, out)
     added = [token for token, kind in zip(tokens, types, strict=True) if kind in ADDED]
-    check_alike(tokenizer_of_json(raw, known, where), rebuilt(tokens, types, merges, known[pre]), where, added)
+    described = built(lambda: rebuilt(tokens, types, merges, known[pre]), where)
+    check_alike(tokenizer_of_json(raw, known, where), described, where, added)
     return out | templates_metadata(chat_templates(folder, settings), folder)
+
+
+def _flag(settings: Mapping[str, Any], key: str, default: bool, folder: Path) -> bool:
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise QuantkitError(f"{folder / SETTINGS}: {key} {value!r:.60} is neither true nor false")
+    return default if value is None else value
 
 
 def _merges(given: Sequence[Any], where: str) -> list[str]:
@@ -231,6 +239,8 @@ def _listed(value: Any) -> list[Any]:
 def _tokens(raw: Mapping[str, Any], n_vocab: int, folder: Path) -> tuple[list[str], list[int]]:
     kinds = gguf.TokenType
     by_id = {id_of(i): (text_of(token), kinds.NORMAL) for token, i in raw["model"]["vocab"].items()}
+    if len(by_id) < len(raw["model"]["vocab"]):
+        raise QuantkitError(f"{folder / TOKENIZER}: two tokens of the vocabulary have one id")
     beyond = max(by_id, default=0)
     for added in raw.get("added_tokens", ()):
         control = added["special"] or _looks_special(added["content"])

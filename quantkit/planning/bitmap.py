@@ -8,6 +8,7 @@ from matplotlib.patches import Patch
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.formats.whole_file import replacing
 from quantkit.planning.plan import Plan
 
 SHADES = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
@@ -43,9 +44,11 @@ def bit_map(plan: Plan) -> Figure:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the bit map as PNG or SVG."""
+    """Write the bit map as PNG or SVG, whole or not at all. OSError, naming `path`, if it cannot be written."""
     if path.suffix not in (".png", ".svg"):
         raise QuantkitError(f"{path}: the bit map is a .png or .svg file")
     figure = bit_map(plan)
-    figure.suptitle(" · ".join(filter(None, (plan.model, plan.recipe, plan.target, f"{plan.bpw:.3f} bpw"))), fontsize=9)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    title = " · ".join(filter(None, (plan.model, plan.recipe, plan.target, f"{plan.bpw:.3f} bpw")))
+    figure.suptitle(title, fontsize=9, parse_math=False)  # a$x_{$b is a name
+    with replacing(path) as out:
+        figure.savefig(out, dpi=150, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -139,6 +139,37 @@ def test_more_tokens_than_the_mix_has_draw_on_more_languages():
     assert corpus.overlap(wide, corpus.default("evaluation")) < 0.02
 
 
+def test_null_is_no_word(tmp_path, capsys):
+    rows = [{"text": "one", "n": 7}, {"text": None, "n": 8}, {"text": "three", "n": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [d.text for d in corpus.load([str(tmp_path / "a.jsonl")]).documents] == ["one", "three"]
+    assert "a.jsonl: 1 rows without text (null) are left out" in capsys.readouterr().err
+    assert [d.text for d in corpus.load([f"{tmp_path}/a.jsonl:{{text}} {{n}}"]).documents] == ["one 7"]
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(QuantkitError, match="there is no text in it"):
+        corpus.load([str(tmp_path / "b.jsonl")])
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"role": "user"}, True])
+def test_what_is_no_text_is_not_written_as_python_writes_it(value, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    for column in ("", ":{text}"):
+        with pytest.raises(QuantkitError, match=r"a\.jsonl:.*(list|dict|bool) .* is no text; take a part"):
+            corpus.load([f"{tmp_path}/a.jsonl{column}"])
+    if isinstance(value, list):
+        assert corpus.load([f"{tmp_path}/a.jsonl:{{text[1]}}"]).documents[0].text == "b"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain\xef\xbb\xbf")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    assert corpus.load([str(tmp_path / "a.txt")]).documents[0].text == "plain\ufeff"
+    assert corpus.load([str(tmp_path / "b.jsonl")]).documents[0].text == "row"
+    (tmp_path / "c.txt").write_bytes("plain".encode("utf-16"))
+    with pytest.raises(QuantkitError, match=r"c\.txt: not UTF-8 text"):
+        corpus.load([str(tmp_path / "c.txt")])
+
+
 DIGESTS = {  # of what an installed dataset-build 0.1.11 gave: every file made without --data follows from them
     ("calibration", False): "464891db19a77e8964a3d0c5a233ea6c86a74b26e505093998b3744bef8cd573",
     ("calibration", True): "9f17b387f135ab07284d89b5123c921b32b8fd175343615a388646cae1e281b1",

@@ -63,3 +63,24 @@ def test_home_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert OUT_FOLDER.convert("~/made", None, None) == tmp_path / "made"
     assert ModelRef.parse("~/model").name == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("run", "FILE", "--temperature", "nan"),
+        ("run", "FILE", "--temperature", "inf"),
+        ("run", "FILE", "--top-p", "nan"),
+        ("run", "FILE", "--min-p", "nan"),
+        ("run", "FILE", "--seed", str(2**70)),
+        ("plan", "tiny-r1", "--size", "infbpw"),
+        ("plan", "tiny-r1", "--size", "1e400GB"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_its_option(call):
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(main, [__file__ if word == "FILE" else word for word in call])
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
+    said = done.output.splitlines()[-1]
+    assert call[2] in said and (call[3] in said or f"{float(call[3]):.1f}" in said), done.output

@@ -1,27 +1,17 @@
-"""The ctypes binding."""
+"""Which ggml is loaded, and where it would end the process."""
 
-import gc
-
-import numpy as np
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.ggml.graph import Graph
-from quantkit.ggml.library import LOG, Library, library
-from quantkit.ggml.quants import quantize
+from quantkit.ggml import library as ggml
 
 
-def test_what_ggml_logs_to_outlives_a_library():
-    """Threads that load ggml at once make several libraries and keep one; ggml calls the log of whichever was last."""
-    Library(library().folder)
-    gc.collect()
-    calls: list[tuple] = []
-    others = [LOG(lambda *what: calls.append(what)) for _ in range(100)]  # take the place of what was freed
-    data = quantize("Q4_K", np.random.default_rng(3).standard_normal((64, 512), np.float32), np.ones(512, np.float32))
-    Graph(1).weights("Q4_K", data, 512, 64, repack=True)  # ggml logs this
-    assert others and not calls
-
-
-def test_missing_library_is_named(tmp_path):
-    with pytest.raises(QuantkitError, match=r"libggml-base\.so"):
-        Library(tmp_path)
+def test_a_processor_without_what_the_build_uses_is_told(monkeypatch):
+    loaded = ggml.library()
+    if not loaded.ggml_cpu_has_avx2():
+        pytest.skip("this build of ggml runs everywhere")
+    flags = ggml.processor_flags()
+    assert {"avx2", "fma"} <= flags
+    monkeypatch.setattr(ggml, "processor_flags", lambda: flags - {"avx2", "fma"})
+    with pytest.raises(QuantkitError, match=r"is built for avx2 fma, which this processor lacks: .*QUANTKIT_GGML_LIB"):
+        ggml.Library(loaded.folder)

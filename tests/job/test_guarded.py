@@ -121,6 +121,7 @@ OWN = {  # reads only what this process, its package or the kernel wrote
     "evaluation/oracles/llama.py",
     "job/publish/card.py",
     "container.py",
+    "ggml/library.py",
     "evaluation/oracles/hf.py",
     "job/recovery/twin.py",
     "job/recovery/recover.py",

@@ -72,6 +72,18 @@ def test_r1_numbers():
         ("layer_types", ["full_attention", "sliding_attention"], "layer_types"),
         ("eos_token_id", "1", "eos_token_id '1'"),
         ("is_encoder_decoder", True, "is_encoder_decoder true"),
+        ("hidden_size", 7168.7, r"hidden_size 7168\.7 is not a whole number"),
+        ("num_hidden_layers", True, "num_hidden_layers true is not a whole number"),
+        ("moe_layer_freq", True, "moe_layer_freq true"),
+        ("attention_bias", 0, "attention_bias 0"),
+        ("norm_topk_prob", 1, "norm_topk_prob 1 is not true or false"),
+        ("tie_word_embeddings", 0, "tie_word_embeddings 0 is not true or false"),
+        ("num_key_value_heads", True, "num_key_value_heads true"),
+        ("rms_norm_eps", False, "rms_norm_eps false is not a number"),
+        ("rope_scaling", 0, "rope_scaling 0 is not a table"),
+        ("rope_scaling", False, "rope_scaling false is not a table"),
+        ("bos_token_id", True, "bos_token_id true"),
+        ("bos_token_id", 0.5, r"bos_token_id 0\.5"),
         ("per_layer_config", {"3": {"hidden_size": 1}}, "per_layer_config"),
     ],
 )
@@ -86,6 +98,12 @@ YARN_SAYS = [
     ("mscale", 0.5),
     ("partial_rotary_factor", 0.5),
     ("low", 1),
+    ("beta_fast", 0),
+    ("beta_slow", 0),
+    ("beta_slow", 64),
+    ("beta_fast", -32),
+    ("factor", 0),
+    ("factor", True),
 ]
 
 

@@ -120,6 +120,7 @@ REFUSED = {
     "token 'a' has more ids than one": lambda t: t["added_tokens"].append(
         FLAGS | {"id": 767, "content": "a", "special": False}
     ),
+    "two tokens of the vocabulary have one id": lambda t: t["model"]["vocab"].update(ab=700),
     "merge .* is not of two tokens": lambda t: t["model"]["merges"].__setitem__(0, ["a b", "c"]),
     "not the structure": lambda t: t.update(model=[]),
     "not a usable tokenizer": lambda t: t["model"]["merges"].__setitem__(0, ["no", "such"]),
@@ -165,7 +166,7 @@ def test_a_text_with_a_token_beyond_the_embedding_is_refused(model_copy):
     with pytest.raises(
         QuantkitError, match=r"a\.txt, cut by the tokenizer\.json of .*: token '<\|PAD\|>' has id 768, .* 768 tokens"
     ):
-        corpus.cut(text, source, corpus.TextChoice(chunk=8))
+        corpus.cut(text, source, corpus.TextChoice(n_tokens=8, chunk=8))  # wherever it stands
     without = corpus.Corpus("a", (corpus.Document("text", text.documents[0].text.replace("<|PAD|>", "")),))
     assert corpus.cut(without, source, corpus.TextChoice(chunk=8)).tokens.max() < 768
 

@@ -89,7 +89,8 @@ def layer_plot(plan: Plan) -> bytes:
             bits.append(8 * sum(t.n_bytes for t in mine) / weights if weights else math.nan)
         if not all(map(math.isnan, bits)):
             axes.plot(layers, bits, drawstyle="steps-mid", marker="." if len(layers) < 8 else None, label=group)
-    axes.set(xlabel="layer", ylabel="bits per weight", ylim=(0, None), title=f"{plan.model} {plan.recipe}")
+    axes.set(xlabel="layer", ylabel="bits per weight", ylim=(0, None))
+    axes.set_title(f"{plan.model} {plan.recipe}", parse_math=False)  # a$x_{$b is a name
     axes.legend(fontsize="small", ncols=3)
     out = BytesIO()
     FigureCanvasAgg(figure).print_png(out)

@@ -63,6 +63,7 @@ def _check_tokens(where: str, config: ModelConfig, vocabulary: Any) -> None:
     rows = config.n_vocab
     if isinstance(vocabulary, list) and len(vocabulary) > rows:
         raise QuantkitError(f"{where}: the tokenizer has {len(vocabulary):,} tokens, the embedding {rows:,} rows")
-    for name, value in (("bos", config.bos), ("eos", config.eos)):
+    others = [("eot or eom", token) for token in config.more_ends]
+    for name, value in (("bos", config.bos), ("eos", config.eos), *others):
         if not 0 <= value < rows:
             raise QuantkitError(f"{where}: {name}_token_id {value} is beyond the embedding's {rows:,} rows")
