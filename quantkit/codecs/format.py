@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 SUPERBLOCK = 256  # weights under one fp16 d (and dmin)
+GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
 FP16_MAX = 65504.0
 
 

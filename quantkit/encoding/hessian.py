@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from quantkit.codecs.format import GROUP
 from quantkit.runtime.products import rounded_up
 
-GROUP = 8  # columns that are chosen together: the width of ggml's codebook entries
 GRAM_ROWS = 512  # rows whose products are summed together on a CPU
 
 T = TypeVar("T")

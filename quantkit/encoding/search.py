@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.codecs.format import Format, tables
-from quantkit.encoding.hessian import GROUP
+from quantkit.codecs.format import GROUP, Format, tables
 
 CPU_CHUNK = 256  # rows of scores at a time: 256 × 2048 floats stay in a core's L2 cache
 SPLIT = 64  # entries per partial minimum: amin is vectorised in torch, argmin is not

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.codecs.format import SUPERBLOCK, Format, tables
-from quantkit.encoding.hessian import GROUP
+from quantkit.codecs.format import GROUP, SUPERBLOCK, Format, tables
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from quantkit import machine
-from quantkit.codecs.format import SUPERBLOCK, Format, Rounding
+from quantkit.codecs.format import GROUP, SUPERBLOCK, Format, Rounding
 from quantkit.encoding.backends import numba_codebooks, numba_levels, numba_refit
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import CURVE, Guess, guess_codebook, guess_levels, min_stretches, signed_stretches
-from quantkit.encoding.hessian import GROUP, Factor
+from quantkit.encoding.hessian import Factor
 from quantkit.encoding.search import unit_upper
 from quantkit.encoding.state import Effort, State, near_mins
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quantkit.codecs.format import SUPERBLOCK
+from quantkit.codecs.format import GROUP, SUPERBLOCK
 from quantkit.encoding.backends.numba_jit import BIG, F, jit, part
-from quantkit.encoding.hessian import GROUP
 
 LANES = 32
 

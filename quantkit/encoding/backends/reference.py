@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.codecs.format import SUPERBLOCK, Format
+from quantkit.codecs.format import GROUP, SUPERBLOCK, Format
 from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.guess import Guess, guess, refresh
-from quantkit.encoding.hessian import GROUP, Factor, blocks, factorize
+from quantkit.encoding.hessian import Factor, blocks, factorize
 from quantkit.encoding.search import Choice, best_entry, nearest, quadratic
 from quantkit.encoding.state import Effort, State, block_scale, near_mins
 

@@ -4,12 +4,12 @@ from functools import partial
 
 import torch
 
-from quantkit.codecs.format import SUPERBLOCK, Format, tables
+from quantkit.codecs.format import GROUP, SUPERBLOCK, Format, tables
 from quantkit.encoding.backends import triton_codebooks, triton_levels, triton_refit, triton_search
 from quantkit.encoding.backends.recorded import Recorded, Work
 from quantkit.encoding.backends.reference import Backend
 from quantkit.encoding.guess import Guess, share
-from quantkit.encoding.hessian import GROUP, Factor, blocks
+from quantkit.encoding.hessian import Factor, blocks
 from quantkit.encoding.search import unit_upper
 from quantkit.encoding.state import Effort, State, block_scale
 

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit.codecs.format import SUPERBLOCK, Format, tables
-from quantkit.encoding.hessian import GROUP, Factor
+from quantkit.codecs.format import GROUP, SUPERBLOCK, Format, tables
+from quantkit.encoding.hessian import Factor
 from quantkit.encoding.state import State
 
 ROWS, LEAST_ROWS, WARPS = 64, 16, 4

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from encoder_data import data, decode, output_error
 
-from quantkit.codecs.format import SUPERBLOCK
+from quantkit.codecs.format import GROUP, SUPERBLOCK
 from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.api import pack
 from quantkit.encoding.backends import triton_levels
@@ -17,7 +17,7 @@ from quantkit.encoding.backends.triton_backend import TritonBackend
 from quantkit.encoding.backends.triton_levels import Columns, Curvature, Descent, Metric, Steps
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.guess import fit_blocks, guess, refresh
-from quantkit.encoding.hessian import GROUP, Factor, blocks, factorize, prepare
+from quantkit.encoding.hessian import Factor, blocks, factorize, prepare
 from quantkit.encoding.search import unit_upper
 from quantkit.encoding.state import EFFORTS, Effort, block_scale
 
