@@ -17,6 +17,7 @@ from pathlib import Path
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
+from quantkit.formats.whole_file import TEMPORARY
 from quantkit.progress import say_once
 
 NAME = ".quantkit.lock"
@@ -81,7 +82,7 @@ class _Lock:
         while True:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                self._flock(fd)
             except BlockingIOError:
                 holder = _holder(fd)
                 os.close(fd)
@@ -95,6 +96,20 @@ class _Lock:
             if self._is_there(fd):
                 return fd
             os.close(fd)  # whoever had it has removed it in between
+
+    def _flock(self, fd: int) -> None:
+        """With nobody else there, what those left that were killed while they wrote is removed."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self.shared:
+                raise
+        else:
+            for left in self.folder.glob("*.tmp"):
+                if TEMPORARY.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+        if self.shared:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def _is_there(self, fd: int) -> bool:
         try:

@@ -6,7 +6,7 @@ Every stage is file to file: checkpoint -> imatrix -> plan -> GGUF -> scores. Th
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
-from quantkit.formats.resume import begun
+from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.checks import check_possible
 from quantkit.job.finished import difference, note, record
@@ -350,6 +350,9 @@ def state_of(out: Path, job: str = "") -> PassState:
 def clear_left(order: Order) -> None:
     """What a run left that was stopped just before its end."""
     state_of(order.out).remove()
+    if ranks.index() == 0:
+        forget(order.out)
+        shutil.rmtree(order.folder / GRADIENTS, ignore_errors=True)
     if order.options.recover and ranks.index() == 0:
         for left in (order.folder / BASE, *order.folder.glob(f"*{STATE}")):
             shutil.rmtree(left, ignore_errors=True)
@@ -367,9 +370,12 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
-    done = partial(record, order.out, identity=order.identity)
-    files, gained = recover(files[0], order.folder, source, chunks, job, options, done)
-    if ranks.index() == 0:
+
+    def done(recovered: list[Path], gained: Mapping[str, Any]) -> None:
         write_json(order.folder / RECOVERY, gained)
+        record(order.out, recovered, order.identity)
+
+    files, _ = recover(files[0], order.folder, source, chunks, job, options, done)
+    if ranks.index() == 0:
         shutil.rmtree(base.parent)
     return files
