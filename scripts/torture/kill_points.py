@@ -108,7 +108,7 @@ def again(stage: Stage, scenario: Scenario, folder: Path, what: str, verdicts: V
     code, said = finish(start([*words, "--restart"], folder.parent / "err"))
     if code or results(folder) != expected:
         differ = [name for name in expected if results(folder).get(name) != expected[name]]
-        verdicts.findings.append(f"{what}: after a refusal --restart gave exit {code}, {differ} differ: {said[-1500:]}")
+        verdicts.find(f"{what}: after a refusal --restart gave exit {code}, {differ} differ: {said[-1500:]}")
 
 
 def main() -> int:

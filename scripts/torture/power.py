@@ -214,8 +214,9 @@ def main() -> int:
         print(f"{name}, {mode}: {verdict.report(cases, time.monotonic() - began)}")
         for line, count in verdict.refused.items():
             print(f"    {count} x {line[:200]}")
-    print(f"{options.cases} cases ({dict(told)}) in {time.monotonic() - began:.0f} s")
-    return 1 if any(verdict.findings for verdict in verdicts.values()) else 0
+    found = sum(len(verdict.findings) for verdict in verdicts.values())
+    print(f"{options.cases} cases ({dict(told)}) in {time.monotonic() - began:.0f} s: {found} findings")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

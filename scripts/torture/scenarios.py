@@ -4,7 +4,6 @@ The checkpoint is cut out of tiny-r1: its dense layer, a MoE layer with four of 
 command runs in a fork of this process, which has the imports behind it, and takes a second or less.
 """
 
-import io
 import json
 import os
 import re
@@ -243,6 +242,11 @@ class Verdicts:
     def __init__(self) -> None:
         self.same, self.refused, self.findings = 0, dict[str, int](), list[str]()
 
+    def find(self, finding: str) -> None:
+        """Note a finding, and print it: a long run may be cut off."""
+        self.findings.append(finding)
+        print(f"  FINDING {finding}", flush=True)
+
     def judge(self, what: str, code: int, said: str, folder: Path, expected: dict[str, bytes]) -> bool:
         """Note a case; whether it ended with the reference's bytes. Files beside them are findings, too."""
         if code == 0:
@@ -251,22 +255,17 @@ class Verdicts:
                 self.same += 1
                 return True
             differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-            self.findings.append(f"{what}: exit 0, but {differ} differ")
+            self.find(f"{what}: exit 0, but {differ} differ")
         elif code == 1 and (line := refusal(said)):
             self.refused[line] = self.refused.get(line, 0) + 1
         else:
-            self.findings.append(f"{what}: exit {code}: {said[-1500:]}")
+            self.find(f"{what}: exit {code}: {said[-1500:]}")
         return False
 
     def report(self, cases: int, seconds: float) -> str:
-        """A line, then findings."""
-        out = io.StringIO()
+        """In a line."""
         n_refused = sum(self.refused.values())
-        print(
+        return (
             f"{cases} cases: {self.same} with the reference's bytes, {n_refused} refused in one line, "
-            f"{len(self.findings)} findings, {seconds:.0f} s",
-            file=out,
+            f"{len(self.findings)} findings, {seconds:.0f} s"
         )
-        for finding in self.findings:
-            print(f"  FINDING {finding}", file=out)
-        return out.getvalue().rstrip()
