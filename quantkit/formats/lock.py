@@ -108,8 +108,13 @@ class _Lock:
             for left in self.folder.glob("*.tmp"):
                 if TEMPORARY.fullmatch(left.name):
                     left.unlink(missing_ok=True)
-        if self.shared:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        for left in reversed(range(TRIES if self.shared else 0)):  # another may be about to share it, as above
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(PAUSE / TRIES)
 
     def _is_there(self, fd: int) -> bool:
         try:
@@ -121,7 +126,7 @@ class _Lock:
         """Without locks: refused if the file says that somebody has it who may be alive."""
         note = _read(fd)
         pid, host = _parts(note)
-        if host and (host != socket.gethostname() or _alive(pid)):
+        if host and pid != os.getpid() and (host != socket.gethostname() or _alive(pid)):
             os.close(fd)
             hint = "" if host == socket.gethostname() else f"; if that has ended, remove {self.path}"
             raise QuantkitError(f"{_refused(self.folder, note)}{hint}")
