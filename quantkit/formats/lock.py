@@ -108,11 +108,11 @@ class _Lock:
             for left in self.folder.glob("*.tmp"):
                 if TEMPORARY.fullmatch(left.name):
                     left.unlink(missing_ok=True)
-        for left in reversed(range(TRIES if self.shared else 0)):  # another may be about to share it, as above
+        for more in reversed(range(TRIES if self.shared else 0)):  # another may be about to share it, as above
             try:
                 return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not left:
+                if not more:
                     raise
                 time.sleep(PAUSE / TRIES)
 
