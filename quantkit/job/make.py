@@ -34,7 +34,7 @@ from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.checks import check_possible
-from quantkit.job.finished import difference, note, record
+from quantkit.job.finished import check_notes, difference, note, record
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -106,6 +106,7 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
     if files := earlier(order, order.out):
+        ranks.agree(lambda: check_notes(order.folder, order.identity))
         clear_left(order)
     else:
         order = planned_by_damage(order, model)
@@ -227,6 +228,7 @@ def planned_by_damage(order: Order, model: ModelRef | Path | str) -> Order:
     budget = replace(options.budget, measured=path)
     plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes)
     ranks.agree(lambda: write_text(order.folder / PLAN, plan.to_json()))
+    ranks.agree(lambda: note(order.folder / PLAN, order.identity))
     return replace(order, plan=plan)
 
 
@@ -373,6 +375,7 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
 
     def done(recovered: list[Path], gained: Mapping[str, Any]) -> None:
         write_json(order.folder / RECOVERY, gained)
+        note(order.folder / RECOVERY, order.identity)
         record(order.out, recovered, order.identity)
 
     files, _ = recover(files[0], order.folder, source, chunks, job, options, done)

@@ -100,15 +100,15 @@ def chosen(points: list[tuple[str, str]], most: int, rng: random.Random) -> list
 
 
 def again(stage: Stage, scenario: Scenario, folder: Path, what: str, verdicts: Verdicts, expected: dict) -> None:
-    """The same command without trouble, and with --restart if it refused."""
+    """The same command without trouble, and anew if it refused."""
     words = stage.words(scenario.command, folder)
     code, said = finish(start(words, folder.parent / "err"))
-    if verdicts.judge(what, code, said, folder, expected) or code != 1 or not scenario.restart:
+    if verdicts.judge(what, code, said, folder, expected) or code != 1 or not scenario.anew:
         return
-    code, said = finish(start([*words, "--restart"], folder.parent / "err"))
+    code, said = finish(start([*words, *scenario.anew], folder.parent / "err"))
     if code or results(folder) != expected:
         differ = [name for name in expected if results(folder).get(name) != expected[name]]
-        verdicts.find(f"{what}: after a refusal --restart gave exit {code}, {differ} differ: {said[-1500:]}")
+        verdicts.find(f"{what}: after a refusal {scenario.anew} gave exit {code}, {differ} differ: {said[-1500:]}")
 
 
 def main() -> int:

@@ -32,12 +32,12 @@ SPLIT = "--split-max-size 500000"
 @dataclass(frozen=True)
 class Scenario:
     """command: with {out}, a folder of its own, {inputs} and {model}. before: commands whose results it needs, in its
-    folder. restart: whether --restart helps where it refuses."""
+    folder. anew: options by which it begins anew, where it refuses."""
 
     name: str
     command: str
     before: tuple[str, ...] = ()
-    restart: bool = True
+    anew: tuple[str, ...] = ("--restart",)
 
 
 RECIPE = """
@@ -69,21 +69,22 @@ SCENARIOS = [
         "sensitivity",
         f"sensitivity {{model}} --imatrix {{inputs}}/imatrix.gguf -o {{out}} --types Q2_K --other-types Q4_K {TEXT} "
         f"{COMMON}",
-        restart=False,
+        anew=(),
     ),
-    Scenario("plan", "plan {model} --recipe {inputs}/quick.toml -o {out}/plan.json", restart=False),
+    Scenario("plan", "plan {model} --recipe {inputs}/quick.toml -o {out}/plan.json", anew=()),
     Scenario(
         "quantize",
         f"quantize {{model}} --plan {{inputs}}/plan.json --imatrix {{inputs}}/imatrix.gguf -o {{out}}/q.gguf {SPLIT}",
+        anew=("--restart", "--overwrite"),
     ),
     Scenario(
         "verify",
         "verify {inputs}/q.gguf --reference {model} --data {inputs}/other.txt --tokens 512 --json {out}/verify.json "
         f"{COMMON}",
-        restart=False,
+        anew=(),
     ),
-    Scenario("export-kt", "export-kt {inputs}/q.gguf -o {out}/kt", restart=False),
-    Scenario("certify", f"certify {{inputs}}/q.gguf --no-oracle --json {{out}}/certify.json {COMMON}", restart=False),
+    Scenario("export-kt", "export-kt {inputs}/q.gguf -o {out}/kt", anew=()),
+    Scenario("certify", f"certify {{inputs}}/q.gguf --no-oracle --json {{out}}/certify.json {COMMON}", anew=()),
 ]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
