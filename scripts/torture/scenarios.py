@@ -31,12 +31,11 @@ SPLIT = "--split-max-size 500000"
 
 @dataclass(frozen=True)
 class Scenario:
-    """command: with {out}, a folder of its own, {inputs} and {model}. before: commands whose results it needs, in its
-    folder. anew: options by which it begins anew, where it refuses."""
+    """command: with {out}, a folder of its own, {inputs} and {model}. anew: options by which it begins anew, where it
+    refuses."""
 
     name: str
     command: str
-    before: tuple[str, ...] = ()
     anew: tuple[str, ...] = ("--restart",)
 
 
