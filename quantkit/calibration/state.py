@@ -56,18 +56,17 @@ class PassState:
         """Layers that are done, and whole on disk."""
         if not self._hidden.exists():
             return 0
-        try:
+        done = 0
+        if not (why := sealed.whole(self._hidden)):
             about = sealed.about(self._hidden)
-            if about["job"] != self.job:
+            if about.get("job") != self.job:
                 raise QuantkitError(f"{self.folder} is the state of another calibration; remove it or use --restart")
             done = int(about["layer"])
-            for layer in range(done):
-                sealed.check(self._of(layer))
-        except (sealed.Damaged, KeyError, ValueError) as error:
-            say(f"{error}; the pass begins anew")
+            why = next(filter(None, (sealed.whole(self._of(layer)) for layer in range(done))), None)
+        if why:
+            say(f"{why}; the pass begins anew")
             self.remove()
-            return 0
-        return done
+        return 0 if why else done
 
     def _of(self, layer: int) -> Path:
         return self.folder / f"layer-{layer}.safetensors"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from quantkit import ranks
 from quantkit.errors import QuantkitError
+from quantkit.formats.whole_file import TEMPORARY
 from quantkit.progress import say_once
 
 NAME = ".quantkit.lock"
@@ -81,7 +82,7 @@ class _Lock:
         while True:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                self._flock(fd)
             except BlockingIOError:
                 holder = _holder(fd)
                 os.close(fd)
@@ -96,6 +97,25 @@ class _Lock:
                 return fd
             os.close(fd)  # whoever had it has removed it in between
 
+    def _flock(self, fd: int) -> None:
+        """With nobody else there, what those left that were killed while they wrote is removed."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self.shared:
+                raise
+        else:
+            for left in self.folder.glob("*.tmp"):
+                if TEMPORARY.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+        for more in reversed(range(TRIES if self.shared else 0)):  # another may be about to share it, as above
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not more:
+                    raise
+                time.sleep(PAUSE / TRIES)
+
     def _is_there(self, fd: int) -> bool:
         try:
             return os.path.samestat(os.fstat(fd), self.path.stat())
@@ -106,7 +126,7 @@ class _Lock:
         """Without locks: refused if the file says that somebody has it who may be alive."""
         note = _read(fd)
         pid, host = _parts(note)
-        if host and (host != socket.gethostname() or _alive(pid)):
+        if host and pid != os.getpid() and (host != socket.gethostname() or _alive(pid)):
             os.close(fd)
             hint = "" if host == socket.gethostname() else f"; if that has ended, remove {self.path}"
             raise QuantkitError(f"{_refused(self.folder, note)}{hint}")

@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from quantkit.errors import QuantkitError
+
+TEMPORARY = re.compile(r".+\.\d+\.tmp")  # names that `replacing` writes under
 
 
 def rename(part: Path, path: Path) -> None:

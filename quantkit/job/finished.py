@@ -4,8 +4,8 @@ checksums.json, beside the files: digest of the job's identity; bytes and CRC-32
 before they are taken: whatever happened to them since, what is vouched for is true. Until the record is there the
 writer's ledger stays, so that a run that is stopped in between is finished, not begun anew.
 
-Besides the model there may be notes of what `make` measured on the way and a rerun goes on from: the imatrix of two
-steps, the costs of types.
+Besides the model there are notes of what `make` found on the way, which a rerun may go on from: the imatrix, the costs
+of types and the plan that rests on them, what recovery gained.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import CHECKSUMS, IMATRIX, SENSITIVITY
+from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, RECOVERY, SENSITIVITY
 
 READERS = 4
-ON_THE_WAY = {IMATRIX, SENSITIVITY}
+ON_THE_WAY = {IMATRIX, SENSITIVITY, PLAN, RECOVERY}
 
 
 def record(path: Path, files: Sequence[Path], identity: Mapping[str, Any]) -> None:
@@ -58,6 +58,17 @@ def difference(files: Sequence[Path], identity: Mapping[str, Any]) -> str | None
         if crc != entries[file.name].get("crc32"):
             return f"the bytes of {file.name} were changed"
     return None
+
+
+def check_notes(folder: Path, identity: Mapping[str, Any]) -> None:
+    """QuantkitError if one of those files, beside a finished model, is not what the job of that identity made: to make
+    it again would be to make everything again. One that was removed is not missed."""
+    for name in _on_the_way(folder / CHECKSUMS, identity):
+        path = folder / name
+        if path.exists() and (why := difference([path], identity)):
+            raise QuantkitError(
+                f"{path}: {why} since the run ended; put it back, remove it, or make all of it --restart"
+            )
 
 
 def _on_the_way(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ Every stage is file to file: checkpoint -> imatrix -> plan -> GGUF -> scores. Th
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,10 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
-from quantkit.formats.resume import begun
+from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.checks import check_possible, is_large
-from quantkit.job.finished import difference, note, record
+from quantkit.job.finished import check_notes, difference, note, record
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -106,6 +106,7 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
     if files := earlier(order, order.out):
+        ranks.agree(lambda: check_notes(order.folder, order.identity))
         clear_left(order)
     else:
         order = planned_by_damage(order, model)
@@ -227,6 +228,7 @@ def planned_by_damage(order: Order, model: ModelRef | Path | str) -> Order:
     budget = replace(options.budget, measured=path)
     plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes)
     ranks.agree(lambda: write_text(order.folder / PLAN, plan.to_json()))
+    ranks.agree(lambda: note(order.folder / PLAN, order.identity))
     return replace(order, plan=plan)
 
 
@@ -350,6 +352,9 @@ def state_of(out: Path, job: str = "") -> PassState:
 def clear_left(order: Order) -> None:
     """What a run left that was stopped just before its end."""
     state_of(order.out).remove()
+    if ranks.index() == 0:
+        forget(order.out)
+        shutil.rmtree(order.folder / GRADIENTS, ignore_errors=True)
     if order.options.recover and ranks.index() == 0:
         for left in (order.folder / BASE, *order.folder.glob(f"*{STATE}")):
             shutil.rmtree(left, ignore_errors=True)
@@ -367,9 +372,13 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
     ).hexdigest()
-    done = partial(record, order.out, identity=order.identity)
-    files, gained = recover(files[0], order.folder, source, chunks, job, options, done)
-    if ranks.index() == 0:
+
+    def done(recovered: list[Path], gained: Mapping[str, Any]) -> None:
         write_json(order.folder / RECOVERY, gained)
+        note(order.folder / RECOVERY, order.identity)
+        record(order.out, recovered, order.identity)
+
+    files, _ = recover(files[0], order.folder, source, chunks, job, options, done)
+    if ranks.index() == 0:
         shutil.rmtree(base.parent)
     return files

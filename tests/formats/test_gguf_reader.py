@@ -1,8 +1,11 @@
 """Hostile GGUF files: one error each; and a full vocabulary in well under a second."""
 
+import os
 import random
+import shutil
 import struct
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -10,6 +13,8 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.gguf import open_gguf, open_source
 
 U32, U64, STR, ARR = 4, 10, 8, 9
 
@@ -184,3 +189,21 @@ def test_whole_vocabulary_is_quick_and_gguf_py_agrees(tmp_path):
     assert found.metadata["tokenizer.ggml.token_type"] == [1] * len(tokens)
     assert (found.metadata["f64"], found.metadata["no"], found.metadata["i8"]) == (0.1, False, -3)
     assert found.data("t.weight").view("<f4").tolist() == np.arange(64).reshape(2, 32).tolist()
+
+
+def test_a_file_cut_short_under_its_reader_is_refused_before_the_next_step(made, tmp_path):
+    """Touching a page that is gone would end the process with SIGBUS."""
+    path = Path(shutil.copy(next(made.glob("tiny-r1-*.gguf")), tmp_path))
+    weights = open_gguf(path, "cpu")
+    engine, source = open_engine(weights, 1, 64), open_source(path, "cpu")
+    engine.prefill(0, [0, 5, 6], 0)
+    os.truncate(path, path.stat().st_size // 2)
+    says = "was cut short while it was in use"
+    for read in (
+        lambda: engine.decode([0], [7]),
+        lambda: engine.prefill(0, [0, 5, 6], 0),
+        lambda: source.layer(1),
+        source.head,
+    ):
+        with pytest.raises(QuantkitError, match=says):
+            read()

@@ -210,12 +210,12 @@ def recover(
     chunks: Chunks,
     job: str,
     how: RecoverOptions | None = None,
-    done: Callable[[list[Path]], None] = lambda files: None,
+    done: Callable[[list[Path], Mapping[str, Any]], None] = lambda files, gained: None,
 ) -> tuple[list[Path], Mapping[str, Any]]:
     """Write the recovered twin of the file (or splits) `base` into another folder; the files, and what was gained.
 
     chunks: calibration text. job: identity of base file and text; a stopped run of the same job goes on within the
-    layer. done: is told of the files, on rank 0, before the state of the job goes.
+    layer. done: is told of both, on rank 0, before the state of the job goes.
 
     Ranks share the work. If text that was not tuned on does not gain, the twin is a plain copy. What memory or disk
     have no room for is refused by `open_original`, before the base is made.
@@ -232,7 +232,7 @@ def recover(
         gained = work.run(twin)
     files = [folder / file.name for file in twin.files]
     ranks.agree(lambda: twin.publish(folder))
-    ranks.agree(lambda: done(files))
+    ranks.agree(lambda: done(files, gained))
     ranks.agree(lambda: _clear([state]))
     return files, gained
 
