@@ -7,8 +7,8 @@ from typing import Any
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer, tokenize, tokenizer_of_gguf
-from quantkit.models.tokenizer_metadata import tokenizer_metadata
+from quantkit.models.tokenizer import tokenize, tokenizer_of_gguf
+from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",

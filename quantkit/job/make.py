@@ -91,7 +91,8 @@ def make(
         check_disjoint(options.calibration.text, options.evaluation)
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
     n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
-    ranks.agree(lambda: check_possible(checkpoint, plan, order.folder, n_bytes, judged or None))
+    source = source_of(checkpoint, device)
+    ranks.agree(lambda: check_possible(source, plan, order.folder, n_bytes, judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None

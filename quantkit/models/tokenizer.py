@@ -1,23 +1,20 @@
 """Byte-level BPE: the checkpoint's own tokenizer, and the one that GGUF metadata describe (see tokenizer_metadata)."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import read_text
 
 Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer.json."""
-    path = folder / "tokenizer.json"
-    return _built(lambda: Tokenizer.from_str(read_text(path, "tokenizer")), str(path))
+def of_json(text: str, where: str) -> Tokenizer:
+    """From the text of a tokenizer.json; where: its name."""
+    return _built(lambda: Tokenizer.from_str(text), where)
 
 
 def _built(make: Callable[[], Tokenizer], where: str) -> Tokenizer:

@@ -5,26 +5,34 @@ chat_template.jinja, as a list of named templates, in special_tokens_map.json, o
 generation_config.json. What is in none of them is refused, where text cannot be computed without it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
-from quantkit.models.tokenizer import Patterns
+from quantkit.models.added_tokens import SETTINGS, TOKENIZER, with_settings
+from quantkit.models.tokenizer import Patterns, of_json
 from quantkit.progress import say_once
 
-TOKENIZER, SETTINGS, TOKEN_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKEN_MAP = "special_tokens_map.json"
 GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
 MORE_TEMPLATES = "additional_chat_templates"
 FILES = (TOKENIZER, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
 """Names of the files that are read, for those who fetch them."""
 NO_WORDS = "tokenizer.ggml.pre cannot say that"
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The checkpoint's own: tokenizer.json, with the tokens that only tokenizer_config.json has."""
+    return of_json(json.dumps(_tokenizer_json(folder)), str(folder / TOKENIZER))
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
         if others:
             what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
             raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
-    return load_object(read_text_file(path, "tokenizer"), str(path))
+    return with_settings(load_object(read_text_file(path, "tokenizer"), str(path)), folder)
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -48,8 +48,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer
-from quantkit.models.tokenizer_metadata import tokenizer_metadata
+from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
@@ -260,6 +259,12 @@ class Files:
         source = bundle.models_dir() / "tiny-r1"
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (self.model / name).write_bytes((source / name).read_bytes())
+        settings = json.loads((self.model / "tokenizer_config.json").read_bytes())
+        added = json.loads((self.model / "tokenizer.json").read_bytes())["added_tokens"]
+        settings["added_tokens_decoder"] = {
+            str(token["id"]): token for token in (*added, {"id": 768, "content": "[A]"})
+        }
+        (self.model / "tokenizer_config.json").write_text(json.dumps(settings))
         weight_map = {}
         for i, shard in enumerate(("a-1.safetensors", "a-2.safetensors")):
             table = {

@@ -8,7 +8,8 @@ from pyarrow import parquet
 
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
-from quantkit.models.tokenizer import read_tokenizer, tokenize
+from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer_metadata import read_tokenizer
 
 
 def test_default_parts_are_disjoint_and_of_every_domain():

@@ -23,7 +23,7 @@ from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.job.publish.folder import read_folder
 from quantkit.job.report import Material
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.planning.recipe import Recipe
 
 TINY = bundle.models_dir() / "tiny-r1"

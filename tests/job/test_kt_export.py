@@ -27,7 +27,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import kt_export
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.sources.gguf import open_gguf
 

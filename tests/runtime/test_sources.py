@@ -8,7 +8,7 @@ import torch
 from quantkit.calibration import corpus
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.streamed import StreamedExperts, Turns
 from quantkit.runtime.sources.checkpoint import CheckpointSource

@@ -5,7 +5,8 @@ from click.testing import CliRunner
 from mutations import Model
 
 from quantkit.__main__ import main
-from quantkit.models.tokenizer import read_tokenizer, tokenize
+from quantkit.models.tokenizer import tokenize
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources.gguf import open_gguf

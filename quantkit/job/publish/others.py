@@ -1,11 +1,11 @@
 """What a repository's JSON says of quantizations that are there: anyone may have written it, so each fact is taken only
 if it is of its kind."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from quantkit.models.config import is_finite
 from quantkit.planning.targets import TARGETS
 
 NUMBERS = (
@@ -72,7 +72,7 @@ def _text(value: Any) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and is_finite(value)
 
 
 def _line(value: Any) -> bool:

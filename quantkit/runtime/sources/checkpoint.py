@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
-from quantkit.models.tokenizer import read_tokenizer
+from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
