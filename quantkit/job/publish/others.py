@@ -21,7 +21,8 @@ NUMBERS = (
 )
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
-LONGEST = 300  # of a name of text
+LONGEST = 300  # of a name of text, or of a caveat
+MOST_CAVEATS = 8
 
 
 def figures(verify: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,9 @@ def made(provenance: Mapping[str, Any]) -> dict[str, Any]:
     source = provenance.get("source")
     if isinstance(source, dict) and isinstance(source.get("commit"), str) and COMMIT.fullmatch(source["commit"]):
         out["source"] = {"commit": source["commit"]}
+    caveats = provenance.get("caveats")
+    if isinstance(caveats, list) and len(caveats) <= MOST_CAVEATS and all(map(_line, caveats)):
+        out["caveats"] = caveats
     if _number(provenance.get("split_max_bytes")):
         out["split_max_bytes"] = provenance["split_max_bytes"]
     return out
