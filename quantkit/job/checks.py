@@ -26,12 +26,20 @@ def check_possible(
     if evaluation:
         chunks = cut(evaluation.corpus("evaluation"), source, evaluation)
         if ranks.local_count() == 1:  # else rank 0 will have the memory of all when it verifies alone
-            checked_dtype(source, chunks.tokens.numel(), None)
+            _check_memory(source, chunks.tokens.numel())
     if is_large(plan):
         found = configuration.check(source.checkpoint.config)
         if found.status == "fail":
             raise QuantkitError(f"{source.checkpoint.path}: {found.detail}")
         say(found.detail)
+
+
+def _check_memory(source: CheckpointSource, n_tokens: int) -> None:
+    """For the two streams of an evaluation."""
+    try:
+        checked_dtype(source, n_tokens, None)
+    except QuantkitError as error:
+        raise QuantkitError(f"evaluation: {error}; choose fewer --eval-tokens or --no-verify") from None
 
 
 def is_large(plan: Plan) -> bool:

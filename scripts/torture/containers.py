@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "make": ("tiny-r1", "--recipe", "1.58bit", "--tokens", "1024", "--eval-tokens", "1024", "--output", "{out}"),
     "run": ("{calm}/" + NAME, "-p", "It was a dark", "-n", "4", "--temperature", "0"),
     "certify": ("{calm}/" + NAME, "--no-oracle", "--no-values", "--json", "{out}.json"),
-    "report": ("{copy}",),
+    "report": ("{made}",),
 }
 
 
@@ -139,7 +139,8 @@ def main() -> int:
                 continue
             out, began, found = Path(work) / f"out{i}", time.monotonic(), {}
             for command, arguments in COMMANDS.items():
-                places = {"out": out, "calm": Path(work) / "out0", "copy": out}
+                calm_folder = Path(work) / "out0"
+                places = {"out": out, "calm": calm_folder, "made": out if out.is_dir() else calm_folder}
                 given = [argument.format(**places) for argument in arguments]
                 code, stderr = attempt(environment, [command, *given], options.seconds)
                 found[command] = judge(code, stderr)

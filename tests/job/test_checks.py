@@ -34,7 +34,9 @@ def test_a_disk_without_room_for_the_file(folder, monkeypatch):
 def test_memory_without_room_for_the_evaluation(folder, monkeypatch):
     """Two streams are compared at the end; calibration alone would fit."""
     monkeypatch.setattr(machine, "ram", lambda: 2_000_000_000)
-    with pytest.raises(QuantkitError, match=r"2,048 tokens need .*, but half of this machine's memory is 1\.0 GB"):
+    with pytest.raises(
+        QuantkitError, match=r"evaluation: 2,048 tokens .*, but half of this machine's memory is 1\.0 GB.*--no-verify"
+    ):
         job.make("tiny-r1", folder, OPTIONS)
     assert not folder.exists()
 
