@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
+from quantkit import ranks
 from quantkit.calibration.corpus import TextChoice, cut
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import configuration
-from quantkit.formats.checkpoint import Checkpoint
+from quantkit.evaluation.verify import checked_dtype
 from quantkit.planning.plan import Plan
 from quantkit.progress import say
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -16,18 +17,29 @@ LARGE = 200_000_000  # weights: from here on a look at the configuration is shor
 
 
 def check_possible(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, n_bytes: int, evaluation: TextChoice | None
+    source: CheckpointSource, plan: Plan, folder: Path, n_bytes: int, evaluation: TextChoice | None
 ) -> None:
     """QuantkitError if the disk has no room for the file, of n_bytes, if the evaluation text is none (None: there will
-    be no evaluation), or if transformers reads the configuration of a large model in another way."""
+    be no evaluation), if the two streams of the evaluation do not fit in memory, or if transformers reads the
+    configuration of a large model in another way. source: the original, where it is to be computed."""
     _check_disk(folder, n_bytes)
     if evaluation:
-        cut(evaluation.corpus("evaluation"), CheckpointSource(checkpoint), evaluation)
+        chunks = cut(evaluation.corpus("evaluation"), source, evaluation)
+        if ranks.local_count() == 1:  # else rank 0 will have the memory of all when it verifies alone
+            _check_memory(source, chunks.tokens.numel())
     if is_large(plan):
-        found = configuration.check(checkpoint.config)
+        found = configuration.check(source.checkpoint.config)
         if found.status == "fail":
-            raise QuantkitError(f"{checkpoint.path}: {found.detail}")
+            raise QuantkitError(f"{source.checkpoint.path}: {found.detail}")
         say(found.detail)
+
+
+def _check_memory(source: CheckpointSource, n_tokens: int) -> None:
+    """For the two streams of an evaluation."""
+    try:
+        checked_dtype(source, n_tokens, None)
+    except QuantkitError as error:
+        raise QuantkitError(f"evaluation: {error}; choose fewer --eval-tokens or --no-verify") from None
 
 
 def is_large(plan: Plan) -> bool:

@@ -101,7 +101,8 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     """`make`, when it is decided what and where, and nobody else is there."""
     checkpoint, plan, options, device = order.checkpoint, order.plan, order.options, order.device
     n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
-    ranks.agree(lambda: check_possible(checkpoint, plan, order.folder, n_bytes, judged or None))
+    source = source_of(checkpoint, device)
+    ranks.agree(lambda: check_possible(source, plan, order.folder, n_bytes, judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None

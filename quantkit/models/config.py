@@ -1,9 +1,10 @@
 """The numbers of a model with multi-head latent attention (MLA) and routed experts, whatever they were read from."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quantkit.errors import QuantkitError
 
@@ -13,6 +14,11 @@ Mla = Literal["split", "combined"]
 MLA: Mapping[str, Mla] = {"split": "split", "combined": "combined"}  # by what recipes and plans call them
 SCORING = ("softmax", "sigmoid")
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold; JSON has whole numbers of any length."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class ModelConfig:
         self._check_routing(where)
         yarn = tuple(vars(self.yarn).values()) if self.yarn else ()
         floats = (self.rms_eps, self.rope_base, self.weights_scale, *yarn)
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in floats):
+        if not all(type(number) in (int, float) and is_finite(number) for number in floats):
             raise QuantkitError(f"{where}: epsilon, scale or rope parameters are not finite numbers")
         positive = (self.rope_base, *yarn[:4], 1 if self.q_lora is None else self.q_lora)  # all of yarn's but mscale
         if self.rms_eps < 0 or min(positive) <= 0:

@@ -17,11 +17,12 @@ from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
+from quantkit.models.added_tokens import SETTINGS, TOKENIZER, with_settings
 from quantkit.models.tokenizer import Patterns, built, check_alike, rebuilt
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
 
-TOKENIZER, SETTINGS, TOKEN_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKEN_MAP = "special_tokens_map.json"
 GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
 ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 MORE_TEMPLATES = "additional_chat_templates"
@@ -215,7 +216,7 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
         if others:
             what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
             raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
-    return load_object(read_text_file(path, "tokenizer"), str(path))
+    return with_settings(load_object(read_text_file(path, "tokenizer"), str(path)), folder)
 
 
 def _optional(path: Path) -> dict[str, Any]:

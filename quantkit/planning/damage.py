@@ -12,6 +12,7 @@ from typing import Protocol
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.models.config import is_finite
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
 
@@ -72,7 +73,7 @@ class Measured:
         self.points: dict[tuple[str, str], _Point] = {}
         for (tensor, qtype), (kld, error) in entries.items():
             qtypes.get(qtype)
-            numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (kld, error))
+            numbers = all(is_finite(value) for value in (kld, error))
             if not numbers or error < 0:
                 raise QuantkitError(f"{name}: {tensor} {qtype}: {kld} ± {error} is not a divergence")
             value = max(kld, error, FLOOR)

@@ -54,6 +54,12 @@ from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.gguf import open_gguf
+from quantkit.serving import requests
+from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.prompts import chat_prompt
+from quantkit.serving.refusals import Refused
+from quantkit.serving.requests import ChatBody, CompletionBody
+from quantkit.serving.template import apply_template
 
 HOSTILE = [
     None,
@@ -164,6 +170,44 @@ TOKENS = [
 ]
 
 
+SAMPLING = {
+    "model": "",
+    "stream": False,
+    "n": 2,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.05,
+    "typical_p": 1.0,
+    "seed": -1,
+    "max_tokens": 16,
+    "min_tokens": 1,
+    "stop": ["a", "b"],
+    "stop_token_ids": [1, 2],
+    "bad_words": ["x"],
+    "logit_bias": {"5": -100},
+    "presence_penalty": 0.0,
+    "user": "me",
+}
+CHAT = SAMPLING | {
+    "messages": [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        {"role": "user", "content": "go on"},
+    ],
+    "logprobs": True,
+    "top_logprobs": 2,
+    "tools": [],
+    "chat_template_kwargs": {},
+    "thinking": {"type": "enabled"},
+    "reasoning_effort": "medium",
+    "stream_options": None,
+}
+COMPLETION = SAMPLING | {"prompt": ["Once", "upon"], "echo": False, "logprobs": 0}
+
+
 @dataclass
 class Target:
     """seed: valid bytes. parse: bytes -> anything, QuantkitError for bad ones. json: mutate the tree as well. invent:
@@ -249,6 +293,8 @@ class Files:
         metadata = file_metadata(tiny.path, self.config, self.plan)
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
+        self.words = {key: getattr(value, "value", value) for key, value in metadata.items()}
+        self.tokenizer = read_tokenizer(tiny.path)
         self.child = hostile_gguf.Child()
         self.good = hostile_gguf.model().write(folder / "good.gguf").read_bytes()
         self.model = folder / "model"
@@ -260,6 +306,12 @@ class Files:
         source = bundle.models_dir() / "tiny-r1"
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (self.model / name).write_bytes((source / name).read_bytes())
+        settings = json.loads((self.model / "tokenizer_config.json").read_bytes())
+        added = json.loads((self.model / "tokenizer.json").read_bytes())["added_tokens"]
+        settings["added_tokens_decoder"] = {
+            str(token["id"]): token for token in (*added, {"id": 768, "content": "[A]"})
+        }
+        (self.model / "tokenizer_config.json").write_text(json.dumps(settings))
         weight_map = {}
         for i, shard in enumerate(("a-1.safetensors", "a-2.safetensors")):
             table = {
@@ -356,6 +408,29 @@ class Files:
             with contextlib.suppress(QuantkitError):
                 return hostile_gguf.mutated(rng).write(self.folder / "invented.gguf", rng.getrandbits(32)).read_bytes()
 
+    def body(self, kind: type[ChatBody] | type[CompletionBody]) -> Callable[[bytes], object]:
+        """A request as `serve` reads it, up to the tokens of its prompt; only 4xx may come out."""
+
+        def parse(data: bytes) -> None:
+            try:
+                body = requests.parse(data, kind)
+                texts = [chat_prompt(self.words, body)[0]] if isinstance(body, ChatBody) else body.prompts()
+                for text in texts:
+                    if isinstance(text, str):
+                        tokenize_prompt(self.tokenizer, text, self.config.bos)
+                body.sampling(), body.stops(), body.biases(), body.n_logprobs(), body.n_tokens()
+            except Refused as error:
+                assert 400 <= error.status_code < 500, error.status_code
+                raise QuantkitError(error.detail) from None
+
+        return parse
+
+    def template(self, data: bytes) -> None:
+        """A file's chat template is a stranger's program."""
+        words = self.words | {"tokenizer.chat_template": data.decode(errors="replace")}
+        turns = [message.plain() for message in requests.parse(json.dumps(CHAT).encode(), ChatBody).messages]
+        apply_template(words, turns, thinking=True)
+
     def path_target(self, name: str, load: Callable[[Path], object]) -> Callable[[bytes], object]:
         def parse(data: bytes) -> None:
             (self.folder / name).write_bytes(data)
@@ -427,6 +502,9 @@ def targets(folder: Path) -> list[Target]:
             invent=files.invented_model,
         ),
         Target("imatrix", (folder / "i.gguf").read_bytes(), files.imatrix),
+        Target("chat body", json.dumps(CHAT).encode(), files.body(ChatBody), json=True),
+        Target("completion body", json.dumps(COMPLETION).encode(), files.body(CompletionBody), json=True),
+        Target("chat template", files.words["tokenizer.chat_template"].encode(), files.template),
         Target("recipe", (bundle.recipes_dir() / "1.58bit.toml").read_bytes(), lambda data: Recipe.parse(data, "r")),
         Target("plan.json", files.plan.to_json().encode(), lambda data: Plan.from_json(data), json=True),
         Target("sensitivity.json", measured, files.path_target("s.json", Sensitivity.load), json=True),
@@ -512,10 +590,11 @@ def invented(target: Target, count: int, seed: int, check: Callable[[bytes], Non
 
 
 def fuzz(
-    folder: Path, cases: int, seed: int, seconds: float, memory: int, keep: Path | None = None
+    folder: Path, cases: int, seed: int, seconds: float, memory: int, keep: Path | None = None, only: str = ""
 ) -> tuple[dict[str, Counter], dict[str, bytes], float]:
-    """Run about `cases` over all targets. Returns counts per target, findings (what -> input), and the time in s."""
-    todo = targets(folder)
+    """Run about `cases` over all targets whose name contains `only`. Returns counts per target, findings (what ->
+    input), and the time in s."""
+    todo = [target for target in targets(folder) if only in target.name]
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_AS)
     counts: dict[str, Counter] = {}
@@ -566,11 +645,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="limit of one case")
     parser.add_argument("--memory", type=int, default=1 << 30, help="bytes that the process may grow by")
+    parser.add_argument("--only", default="", help="targets whose name contains this")
     parser.add_argument("--keep", type=Path, help="folder for inputs that fail")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         counts, findings, took = fuzz(
-            Path(scratch), options.cases, options.seed, options.seconds, options.memory, options.keep
+            Path(scratch), options.cases, options.seed, options.seconds, options.memory, options.keep, options.only
         )
     print(f"{'target':<24}{'cases':>9}{'refused':>9}{'accepted':>10}{'findings':>10}{'slowest':>10}")
     for name, tally in counts.items():

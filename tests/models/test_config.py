@@ -43,6 +43,12 @@ def test_r1_numbers():
         ("topk_method", "random", "random"),
         ("num_experts_per_tok", 200, "top-200"),
         ("n_group", 7, "7 equal groups"),
+        ("rope_theta", 10**400, "too large"),
+        (
+            "rope_scaling",
+            r1()["rope_scaling"] | {"original_max_position_embeddings": 10**400},
+            "are not finite numbers",
+        ),
         ("hidden_size", -1, "positive"),
         ("hidden_size", "wide", "wide"),
         ("rope_scaling", {"type": "linear", "factor": 2}, "linear"),

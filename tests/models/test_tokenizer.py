@@ -234,3 +234,52 @@ def test_v2_s_pre_tokenizer(model_copy):
     original, rebuilt = read_tokenizer(model_copy, PRE), tokenizer_of_gguf(meta, PRE)
     for text in (TEXT, "١٢٣ ²³ Ⅷ हिन्दी עברית Ünï Ǆ ʼn  ", "１２ ＡＢ　！ 가나다\r\n x "):
         assert tokenize(rebuilt, text) == tokenize(original, text)
+
+
+# Tokens that only tokenizer_config.json has.
+
+
+def with_added(folder: Path, **tokens: dict) -> None:
+    """Written into `added_tokens_decoder`: keys `t768` are ids."""
+    decoder = {name[1:]: token for name, token in tokens.items()}
+    change(folder / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=decoder))
+
+
+def test_tokens_that_only_the_settings_have(model_copy, tiny):
+    """They are one token, in the original as in the file; what both files have alike changes nothing."""
+    raw = json.loads((model_copy / "tokenizer.json").read_text())
+    alike = {f"t{token['id']}": token for token in raw["added_tokens"]}
+    with_added(model_copy, **alike)
+    assert plain(tokenizer_metadata(model_copy, 768, PRE)) == plain(tokenizer_metadata(tiny.path, 768, PRE))
+    with_added(model_copy, **alike, t769={"content": "<|b|>", "special": True}, t768={"content": "[A]"})
+    meta = plain(tokenizer_metadata(model_copy, 800, PRE))
+    assert meta["tokenizer.ggml.tokens"][768:770] == ["[A]", "<|b|>"]
+    assert meta["tokenizer.ggml.token_type"][768:770] == [4, 3]  # user defined, control
+    own, rebuilt = read_tokenizer(model_copy), tokenizer_of_gguf(meta, PRE)
+    assert tokenize(own, "x[A]y<|b|>") == tokenize(rebuilt, "x[A]y<|b|>")
+    assert {768, 769} < set(tokenize(own, "x[A]y<|b|>"))
+
+
+def test_settings_number_tokens_as_transformers_does(model_copy):
+    transformers = pytest.importorskip("transformers")
+    with_added(model_copy, t768={"content": "[A]", "special": False, "normalized": False})
+    theirs = transformers.AutoTokenizer.from_pretrained(model_copy)
+    assert theirs.encode("x[A]y", add_special_tokens=False) == tokenize(read_tokenizer(model_copy), "x[A]y")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ({"t300": {"content": "[A]"}}, r"added_tokens_decoder 300 is '\[A\]', in tokenizer.json 'Ġm'"),
+        ({"t770": {"content": "<｜User｜>"}}, "770 is '<｜User｜>', which is [0-9]+ in tokenizer.json"),
+        ({"t770": {"content": "[A]"}}, r"770 '\[A\]' is not in tokenizer.json, where 768 is the next"),
+        ({"t0": {"content": "<｜begin▁of▁sentence｜>", "lstrip": True}}, "lstrip is True, in tokenizer.json False"),
+        ({"tx": {"content": "[A]"}}, "'x' is not a token id"),
+        ({"t768": {"text": "[A]"}}, "is not a token with its content"),
+    ],
+)
+def test_settings_that_contradict_the_tokenizer_are_refused(tokens, says, model_copy):
+    with_added(model_copy, **tokens)
+    for read in (lambda: tokenizer_metadata(model_copy, 800, PRE), lambda: read_tokenizer(model_copy)):
+        with pytest.raises(QuantkitError, match=says):
+            read()

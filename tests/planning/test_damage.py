@@ -52,7 +52,9 @@ def test_negative_and_zero_measurements_stay_positive():
     assert 0 < damage.of(SPECS[DOWN[0]], "Q8_0") < 1e-3
 
 
-@pytest.mark.parametrize("entry", [(float("nan"), 0.1), (0.1, float("inf")), (0.1, -1.0), ("0.1", 0.1), (None, 0.1)])
+@pytest.mark.parametrize(
+    "entry", [(float("nan"), 0.1), (0.1, float("inf")), (10**400, 0.1), (0.1, -1.0), ("0.1", 0.1), (None, 0.1)]
+)
 def test_nonsense_is_refused(entry):
     with pytest.raises(QuantkitError, match="is not a divergence"):
         measured({(DOWN[0], "Q2_K"): entry})

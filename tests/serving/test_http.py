@@ -4,7 +4,11 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +17,7 @@ from http.client import HTTPConnection, RemoteDisconnected
 import openai
 import pytest
 import uvicorn
+from mutations import Model
 
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
@@ -787,3 +792,22 @@ def test_shutdown_ends_running_streams(weights, monkeypatch):
     next(iter(stream))
     server.stop()
     assert not server.api.scheduler.running
+
+
+def test_a_split_file_is_served_under_the_name_of_the_whole(made, tmp_path):
+    """`R1-00001-of-00003.gguf` is no model's name; and `~/model.gguf` is found."""
+    first = Model(next(made.glob("tiny-r1-*.gguf"))).write(tmp_path / "tiny-split.gguf", split_max_bytes=3_000_000)
+    assert first.name.startswith("tiny-split-00001-of-")
+    command = [sys.executable, "-m", "quantkit", "serve", f"~/{first.name}", "--port", "0", "--device", "cpu"]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        line = next((line for line in process.stderr if "http://" in line), "")
+        assert line.startswith("tiny-split: http://127.0.0.1:"), line
+        connection = HTTPConnection("127.0.0.1", int(line.split("127.0.0.1:")[1].split("/")[0]), timeout=30)
+        connection.request("GET", "/v1/models")
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert [model["id"] for model in answer["data"]] == ["tiny-split"]

@@ -1,11 +1,11 @@
 """What a repository's JSON says of quantizations that are there: anyone may have written it, so each fact is taken only
 if it is of its kind."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from quantkit.models.config import is_finite
 from quantkit.planning.targets import TARGETS
 
 NUMBERS = (
@@ -21,7 +21,8 @@ NUMBERS = (
 )
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
-LONGEST = 300  # of a name of text
+LONGEST = 300  # of a name of text, or of a caveat
+MOST_CAVEATS = 8
 
 
 def figures(verify: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,9 @@ def made(provenance: Mapping[str, Any]) -> dict[str, Any]:
     source = provenance.get("source")
     if isinstance(source, dict) and isinstance(source.get("commit"), str) and COMMIT.fullmatch(source["commit"]):
         out["source"] = {"commit": source["commit"]}
+    caveats = provenance.get("caveats")
+    if isinstance(caveats, list) and len(caveats) <= MOST_CAVEATS and all(map(_line, caveats)):
+        out["caveats"] = caveats
     if _number(provenance.get("split_max_bytes")):
         out["split_max_bytes"] = provenance["split_max_bytes"]
     return out
@@ -72,7 +76,7 @@ def _text(value: Any) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and is_finite(value)
 
 
 def _line(value: Any) -> bool:

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ from quantkit.calibration.options import Calibration
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.stages import VerifyOptions, verify_file
+from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
+from quantkit.planning import targets
 
 TEXT = TextChoice(n_tokens=1024, chunk=128)
 HOW = Calibration(TEXT)
 OPTIONS = MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml", split_max_bytes=4_000_000)
 GGUF_BYTES = 4_000_000
+BASE = ("--repo", "user/t", "--base-model", "a/b")
 
 
 def certify(folder: Path) -> None:
@@ -106,6 +110,18 @@ def test_card(hub, token, made_local):
     for needed in ("llama-cli", "ktransformers", "ollama", "quantkit make deepseek-ai/DeepSeek-R1 --recipe"):
         assert needed in text
     assert ModelCard(text).data.to_dict()["library_name"] == "gguf"
+
+
+def test_what_llama_cpp_computes_wrongly_stands_in_the_card(hub, token, made_local, tmp_path):
+    """As V2's group-limited routing: what Order.caveats records becomes a line of its own."""
+    folder = Path(shutil.copytree(made_local, tmp_path / "out"))
+    config = replace(family.from_hf(open_weights("tiny-r1").config), group_score="max", scoring="softmax")
+    lines = targets.caveats("llama.cpp", config)
+    assert len(lines) == 1 and "its best two experts" in lines[0]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert "caveats" not in provenance and "**llama.cpp" not in quantkit("publish", folder, *BASE, "--dry-run")
+    (folder / "provenance.json").write_text(json.dumps(provenance | {"caveats": lines}))
+    assert f"\n**{lines[0]}.**\n" in quantkit("publish", folder, *BASE, "--dry-run")
 
 
 def test_several_quants_one_card(hub, token, made_local):

@@ -1,0 +1,48 @@
+"""What cannot succeed is refused before calibration starts, and before anything lies in the folder."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from quantkit import machine
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.options import Calibration
+from quantkit.errors import QuantkitError
+from quantkit.job import checks
+from quantkit.job import make as job
+from quantkit.job.options import MakeOptions
+
+TEXT = TextChoice(n_tokens=1024)
+OPTIONS = MakeOptions("1.58bit", calibration=Calibration(TEXT), evaluation=TextChoice(n_tokens=2048))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Of a run that must not come to calibrate."""
+    monkeypatch.setattr(job, "collect", lambda *_, **__: pytest.fail("calibration began"))
+    return tmp_path / "out"
+
+
+def test_a_disk_without_room_for_the_file(folder, monkeypatch):
+    """tiny-r1 in 1.58 bits takes 4.1 MB."""
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    with pytest.raises(QuantkitError, match=r"out: no room for 4.1 MB, 4.0 MB are free; choose another --output"):
+        job.make("tiny-r1", folder, OPTIONS)
+    assert not folder.exists()
+
+
+def test_memory_without_room_for_the_evaluation(folder, monkeypatch):
+    """Two streams are compared at the end; calibration alone would fit."""
+    monkeypatch.setattr(machine, "ram", lambda: 2_000_000_000)
+    with pytest.raises(
+        QuantkitError, match=r"evaluation: 2,048 tokens .*, but half of this machine's memory is 1\.0 GB.*--no-verify"
+    ):
+        job.make("tiny-r1", folder, OPTIONS)
+    assert not folder.exists()
+
+
+def test_a_file_on_its_way_has_its_room_already(folder, monkeypatch):
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    folder.mkdir()
+    (folder / "tiny-r1-1.58bit.gguf.part").touch()
+    checks._check_disk(folder, 1 << 40)
