@@ -56,7 +56,7 @@ def threads() -> int:
 
 @cache
 def _found() -> tuple[int, int]:
-    """cores and physical cores, looked up once: encoders ask thousands of times."""
+    """cores and physical cores, looked up once."""
     return cores(), Container().physical_cores()
 
 

@@ -294,7 +294,7 @@ class Files:
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
         self.words = {key: getattr(value, "value", value) for key, value in metadata.items()}
-        self.tokenizer = read_tokenizer(tiny.path)
+        self.tokenizer = read_tokenizer(tiny.path, PRE)
         self.child = hostile_gguf.Child()
         self.good = hostile_gguf.model().write(folder / "good.gguf").read_bytes()
         self.model = folder / "model"

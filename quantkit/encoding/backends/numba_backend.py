@@ -8,7 +8,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from quantkit import machine
 from quantkit.codecs.format import GROUP, SUPERBLOCK, Format, Rounding
 from quantkit.encoding.backends import numba_codebooks, numba_levels, numba_refit
 from quantkit.encoding.backends.reference import Backend
@@ -33,12 +32,12 @@ def _pool(n: int) -> ThreadPoolExecutor:
 
 
 def by_rows(work: Callable[[slice], object], n_rows: int, step: int = 1) -> None:
-    """work(rows) for all of n_rows, in parts that begin at multiples of `step`: one here, the others in threads.
-    Kernels treat each row alone, and drop the GIL."""
-    n = max(1, min(machine.threads(), n_rows // LEAST_ROWS))
+    """work(rows) for all of n_rows, in parts that begin at multiples of `step`: one here, the others in
+    threads, as many as torch has. Kernels treat each row alone, and drop the GIL."""
+    n = max(1, min(n_threads := torch.get_num_threads(), n_rows // LEAST_ROWS))
     each = -(-n_rows // (n * step)) * step
     first, *others = [slice(begin, min(begin + each, n_rows)) for begin in range(0, n_rows, each)] or [slice(0, 0)]
-    waiting = [_pool(machine.threads()).submit(work, rows) for rows in others]
+    waiting = [_pool(n_threads).submit(work, rows) for rows in others]
     try:
         work(first)
     finally:  # nobody writes into arrays that their owner has given up

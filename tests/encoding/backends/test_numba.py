@@ -11,7 +11,6 @@ pytest.importorskip("numba")
 
 from encoder_data import TYPES, data, output_error
 
-from quantkit import machine
 from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.api import encode
 from quantkit.encoding.backends import numba_backend
@@ -94,13 +93,13 @@ def test_bytes_do_not_depend_on_threads(qtype, monkeypatch):
     w, hessian = data(rows=83)
     found = []
     for n in (1, 3):
-        monkeypatch.setattr(machine, "threads", lambda n=n: n)
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
         found.append(encode(qtype, w, hessian, device="cpu", backend=BOTH[1]).tobytes())
     assert found[0] == found[1]
 
 
 def test_an_error_in_some_rows_is_raised_when_all_are_done(monkeypatch):
-    monkeypatch.setattr(machine, "threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     done = []
 
     def work(rows: slice) -> None:
