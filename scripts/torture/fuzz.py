@@ -49,6 +49,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.models import family
+from quantkit.models.family import PRE
 from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
