@@ -160,11 +160,13 @@ def zeroed(folder: Path, rng: random.Random) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     if not files:
         return "nothing there"
+    if states := [path for path in files if path.suffix != ".json" and path.stat().st_size > PAGE]:
+        files = states if rng.random() < 0.7 else files  # what a run goes on from, oftener than what only says so
     groups: dict[str, list[Path]] = {}
     for path in files:  # each folder and kind of file as often as another, however many there are
         groups.setdefault(f"{path.parent.name}/{path.name.split('-')[0]}", []).append(path)
     path = rng.choice(groups[rng.choice(sorted(groups))])
-    data, size = path.read_bytes(), rng.choice((64, 512, PAGE))
+    data, size = path.read_bytes(), rng.choice((64, 512, PAGE, 16 * PAGE))
     at = rng.randrange(len(data)) // 64 * 64
     cut = rng.random() < 0.2
     path.write_bytes(data[:at] if cut else data[:at] + bytes(len(data[at : at + size])) + data[at + size :])
