@@ -71,6 +71,10 @@ def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
         old = None
     if not isinstance(old, dict):
         old = {}
+    if not old and not restart:
+        raise QuantkitError(
+            f"{record}: damaged, so whose job lies there is not known; choose another --output, or --restart"
+        )
     changed = [key for key, value in mine.items() if old.get(key) != value]
     if not changed and not restart:
         return

@@ -18,6 +18,7 @@ from pathlib import Path
 from scenarios import BY_NAME, Stage, finish, refusal, results, start
 
 SAME, RESTART = "the same", "the same --restart"
+LATE = ("holds another job", "exists already")  # what is said when the first has ended
 PAIRS = [
     *((name, other) for name in ("make ggml", "make", "make --recover", "calibrate") for other in (SAME, RESTART)),
     ("quantize", SAME),
@@ -58,7 +59,7 @@ def main() -> int:
                 loser = codes.index(1)
                 line = refusal(ends[loser][1]) or ""
                 count["second refused" if loser else "first refused"] += 1
-                if f"process {runs[1 - loser].pid} on " not in line and "holds another job" not in line:
+                if not any(says in line for says in (f"process {runs[1 - loser].pid} on ", *LATE)):
                     findings.append(f"{what}: {ends[loser][1][-500:]}")
             if codes not in ([0, 0], [0, 1], [1, 0]):
                 findings.append(f"{what}: exits {codes}: {ends[0][1][-800:]} / {ends[1][1][-800:]}")
