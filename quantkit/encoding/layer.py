@@ -109,9 +109,9 @@ class FileEncoder:
         # While a group is encoded the next one is read.
         self.turns = replace(turns, size=self.group, ahead=self.group) if self.group > 1 else turns
         self._behind = None
-        if not how.ours and ranks.count() == 1:
-            most = 1 if source.checkpoint.origin else LAYERS_BEHIND  # what is downloaded is not kept for long
-            self._behind = Behind(most, partial(prepare_types, plan))
+        # What is downloaded is not kept for long: a layer that is read later might have to be fetched again.
+        if not how.ours and ranks.count() == 1 and not source.checkpoint.origin:
+            self._behind = Behind(LAYERS_BEHIND, partial(prepare_types, plan))
 
     def __enter__(self) -> Self:
         return self

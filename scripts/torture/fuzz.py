@@ -57,10 +57,11 @@ from quantkit.planning.recipe import Recipe
 from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.serving import requests
 from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.prompts import chat_prompt
 from quantkit.serving.refusals import Refused
 from quantkit.serving.requests import ChatBody, CompletionBody
-from quantkit.serving.template import apply_template
+from quantkit.serving.template import ChatTemplate, apply_template
 
 HOSTILE = [
     None,
@@ -190,6 +191,7 @@ SAMPLING = {
     "presence_penalty": 0.0,
     "user": "me",
 }
+CONTEXT = 4096  # tokens of a sequence
 CHAT = SAMPLING | {
     "messages": [
         {"role": "system", "content": "be brief"},
@@ -294,8 +296,8 @@ class Files:
         metadata = file_metadata(tiny.path, self.config, self.plan)
         whole = layout(folder / "m.gguf", self.plan.tensors, metadata, None)[0]
         self.header, self.size = whole.header, whole.size
-        self.words = {key: getattr(value, "value", value) for key, value in metadata.items()}
-        self.tokenizer = read_tokenizer(tiny.path, PRE)
+        self.words = {key: getattr(value, "values", getattr(value, "value", value)) for key, value in metadata.items()}
+        self.markers = Markers(self.words, read_tokenizer(tiny.path, PRE))
         self.child = hostile_gguf.Child()
         self.good = hostile_gguf.model().write(folder / "good.gguf").read_bytes()
         self.model = folder / "model"
@@ -414,11 +416,14 @@ class Files:
 
         def parse(data: bytes) -> None:
             try:
-                body = requests.parse(data, kind)
-                texts = [chat_prompt(self.words, body)[0]] if isinstance(body, ChatBody) else body.prompts()
+                body = requests.parse(data, kind, CONTEXT)
+                if isinstance(body, ChatBody):
+                    texts: list = [chat_prompt(ChatTemplate(self.words), self.markers, body)[0]]
+                else:
+                    texts = [Prompt(text) if isinstance(text, str) else text for text in body.prompts()]
                 for text in texts:
-                    if isinstance(text, str):
-                        tokenize_prompt(self.tokenizer, text, self.config.bos)
+                    if isinstance(text, Prompt):
+                        tokenize_prompt(self.markers, text, self.config.bos, CONTEXT)
                 body.sampling(), body.stops(), body.biases(), body.n_logprobs(), body.n_tokens()
             except Refused as error:
                 assert 400 <= error.status_code < 500, error.status_code
@@ -429,7 +434,7 @@ class Files:
     def template(self, data: bytes) -> None:
         """A file's chat template is a stranger's program."""
         words = self.words | {"tokenizer.chat_template": data.decode(errors="replace")}
-        turns = [message.plain() for message in requests.parse(json.dumps(CHAT).encode(), ChatBody).messages]
+        turns = [message.plain() for message in requests.parse(json.dumps(CHAT).encode(), ChatBody, CONTEXT).messages]
         apply_template(words, turns, thinking=True)
 
     def path_target(self, name: str, load: Callable[[Path], object]) -> Callable[[bytes], object]:

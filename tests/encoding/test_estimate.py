@@ -114,7 +114,7 @@ def test_gradients_of_another_version_are_refused(source, folder, tokens, tmp_pa
     assert torch.equal(tokens_in(folder), tokens[:8])
     for layer in range(4):
         LayerGradients({}, {"attn_q_a": torch.eye(3)}).save(path_of(tmp_path, layer))
-    with pytest.raises(QuantkitError, match=r"gradients-000.*run the backward pass again"):
+    with pytest.raises(QuantkitError, match=r"gradients-000.*run the backward pass .* again"):
         estimate(source, tmp_path, tokens, TYPES)
     with pytest.raises(QuantkitError, match=r"gradients-000"):
         estimate(source, tmp_path / "none", tokens, TYPES)

@@ -255,7 +255,7 @@ def test_tokens_that_only_the_settings_have(model_copy, tiny):
     meta = plain(tokenizer_metadata(model_copy, 800, PRE))
     assert meta["tokenizer.ggml.tokens"][768:770] == ["[A]", "<|b|>"]
     assert meta["tokenizer.ggml.token_type"][768:770] == [4, 3]  # user defined, control
-    own, rebuilt = read_tokenizer(model_copy), tokenizer_of_gguf(meta, PRE)
+    own, rebuilt = read_tokenizer(model_copy, PRE), tokenizer_of_gguf(meta, PRE)
     assert tokenize(own, "x[A]y<|b|>") == tokenize(rebuilt, "x[A]y<|b|>")
     assert {768, 769} < set(tokenize(own, "x[A]y<|b|>"))
 
@@ -280,6 +280,6 @@ def test_settings_number_tokens_as_transformers_does(model_copy):
 )
 def test_settings_that_contradict_the_tokenizer_are_refused(tokens, says, model_copy):
     with_added(model_copy, **tokens)
-    for read in (lambda: tokenizer_metadata(model_copy, 800, PRE), lambda: read_tokenizer(model_copy)):
+    for read in (lambda: tokenizer_metadata(model_copy, 800, PRE), lambda: read_tokenizer(model_copy, PRE)):
         with pytest.raises(QuantkitError, match=says):
             read()
