@@ -42,11 +42,15 @@ class PassState:
     def resume(self) -> tuple[torch.Tensor | None, int]:
         """Hidden states and the layer to go on with; (None, 0) if nothing was saved, or if what was is damaged, which
         is said. QuantkitError if it is another pass's."""
-        layer = ranks.agree(self._found)
+        layer = self.layers()
         if not layer:
             return None, 0
         with sealed.reading(self._hidden) as file:
             return file.get_tensor("hidden"), layer
+
+    def layers(self) -> int:
+        """How many `resume` would not go through again; the same on all ranks."""
+        return ranks.agree(self._found)
 
     @property
     def _hidden(self) -> Path:

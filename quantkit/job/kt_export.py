@@ -8,7 +8,6 @@ util/custom_gguf.py and custom_loader.py (types, and which files are read).
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.lock import NAME as LOCK
+from quantkit.formats.lock import locked
 from quantkit.formats.whole_file import rename_folder
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
@@ -106,15 +107,17 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
         raise QuantkitError(f"--gpus {gpus}: the model has {c.n_layer} layers to share out")
     if output.exists():
         raise QuantkitError(f"{output} exists already; remove it or choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        _fill(work, output, source, gpus, threads or machine.threads(), linear)
-        work.chmod(0o755)
-        rename_folder(work, output)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    work = output.with_name(f".{output.name}.part")  # a name of its own: what a kill leaves there, the next run clears
+    with locked(work):
+        for left in work.iterdir():
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            _fill(work, output, source, gpus, threads or machine.threads(), linear)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    rename_folder(work, output)
     return output
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
@@ -283,6 +285,9 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None
     with open_writer(source.checkpoint, plan, output) as writer:
+        if ours and not passed_whole(plan, writer, state.layers()):
+            say("layers that the pass has behind it are not whole in the file: the pass begins anew")
+            state.remove()
         file_encoder = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
         with track("layers", source.config.n_layer, "layers") as advance, file_encoder as layers:
             measured = collect(
@@ -306,6 +311,13 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
         encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
     state.remove()
     return writer.files
+
+
+def passed_whole(plan: Plan, writer: GGUFWriter, layers: int) -> bool:
+    """Whether all of the first layers is written, as rank 0 sees it. What a damaged disk lost of them our encoders can
+    make again only from their moments; ggml would, and worse."""
+    passed = [tensor for tensor in plan.tensors if tensor.layer is not None and tensor.layer < layers]
+    return ranks.agree(lambda: all(writer.done(t.name, 0, prod(t.shape[:-1])) for t in passed))
 
 
 def memory_beside_encoder(order: Order, n_tokens: int) -> int | None:
@@ -368,7 +380,10 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     source = open_original(order.checkpoint, order.plan, order.device, how.text, order.folder, options)
     base = order.folder / BASE / order.out.name
     base.parent.mkdir(exist_ok=True)
-    files = earlier(order, base) or make_file(order, base, reference)
+    if files := earlier(order, base):
+        ranks.agree(lambda: check_notes(order.folder, order.identity))
+    else:
+        files = make_file(order, base, reference)
     chunks = cut(how.text.corpus("calibration"), source, how.text)
     job = hashlib.sha256(
         repr((job_of(source, chunks.tokens), GGUFFile.open(files[0]).fingerprint())).encode()
