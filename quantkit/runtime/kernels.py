@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from quantkit.codecs import types as qtypes
-from quantkit.codecs.codebooks import on_device
+from quantkit.codecs.codebooks import for_kernels
 from quantkit.codecs.registry import codec, triton_twin
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations
@@ -73,20 +73,22 @@ def _dot4(weights, x, total, signed: tl.constexpr):
 def _dot8(lo, hi, a, b, c, d):
     """Eight int8 in two words times eight numbers of 16 bits: their upper bytes a, b (signed), their lower c, d."""
     upper = _dot4(hi, b, _dot4(lo, a, lo * 0, True), True)
-    return upper * 256 + _dot4(hi, d, _dot4(lo, c, lo * 0, False), False)
+    return (upper * 256 + _dot4(hi, d, _dot4(lo, c, lo * 0, False), False)).to(tl.float32)
 
 
 @triton.jit
 def _times(group, x, scales, token, n_in, g, inside):
-    """One group of each row, as `_group` gives them, times its part of a token's activations: [groups, rows]."""
+    """One group of each row, as `_group` gives them, times its part of a token's activations: [rows, groups]."""
     lo, hi, scale, offset = group
-    words = x + (token * (n_in // 2)) + 4 * g
-    a, b = tl.load(words, mask=inside, other=0)[:, None], tl.load(words + 1, mask=inside, other=0)[:, None]
-    c, d = tl.load(words + 2, mask=inside, other=0)[:, None], tl.load(words + 3, mask=inside, other=0)[:, None]
-    unit = tl.load(scales + token * (n_in // 32) + g // 4, mask=inside, other=0.0)[:, None]
+    words = x + token * (n_in // 2) + g
+    plane = n_in // 8
+    a, b = tl.load(words, mask=inside, other=0), tl.load(words + plane, mask=inside, other=0)
+    c, d = tl.load(words + 2 * plane, mask=inside, other=0), tl.load(words + 3 * plane, mask=inside, other=0)
+    unit = tl.load(scales + token * (n_in // 32) + g // 4, mask=inside, other=0.0)
     ones = a * 0 + 0x01010101
-    sums = _dot8(ones, ones, a, b, c, d).to(tl.float32) * unit
-    return scale * (_dot8(lo, hi, a, b, c, d).to(tl.float32) * unit) + offset * sums
+    sums = _dot8(ones, ones, a, b, c, d) * unit
+    products = _dot8(lo, hi, a[None, :], b[None, :], c[None, :], d[None, :]) * unit[None, :]
+    return scale * products + offset * sums[None, :]
 
 
 @triton.jit
@@ -105,18 +107,18 @@ def _products(
         if tl.program_id(2) == 1:
             data = second
             out += w.n_out * pairs
-    data += tl.minimum(row, w.n_out - 1).to(tl.int64)[None, :] * w.row_bytes
+    data += tl.minimum(row, w.n_out - 1).to(tl.int64)[:, None] * w.row_bytes
     if ids is not None:
         data += tl.load(ids + pair).to(tl.int64) * w.matrix_bytes
     token = (pair * few // x_share).to(tl.int64)
     last: tl.constexpr = w.n_in // 8
-    # Groups come first: then Triton gives each thread one group of all rows, and x needs no exchange between threads.
-    total = tl.zeros([groups, rows], tl.float32)
+    # Groups come last: then Triton gives each thread one group of all rows, and x needs no exchange between threads.
+    total = tl.zeros([rows, groups], tl.float32)
     total1, total2, total3 = total, total, total
     for start in range(0, last, groups):
         g = start + tl.arange(0, groups)
         inside = g < last
-        group = _group(w, data, tl.minimum(g, last - 1)[:, None])
+        group = _group(w, data, tl.minimum(g, last - 1)[None, :])
         total += _times(group, x, scales, token, w.n_in, g, inside)
         if few > 1:
             total1 += _times(group, x, scales, tl.minimum(token + 1, pairs - 1), w.n_in, g, inside)
@@ -124,12 +126,12 @@ def _products(
             total2 += _times(group, x, scales, tl.minimum(token + 2, pairs - 1), w.n_in, g, inside)
             total3 += _times(group, x, scales, tl.minimum(token + 3, pairs - 1), w.n_in, g, inside)
     to = out + (pair * few).to(tl.int64) * w.n_out + row
-    tl.store(to, tl.sum(total, axis=0), mask=row < w.n_out)
+    tl.store(to, tl.sum(total, axis=1), mask=row < w.n_out)
     if few > 1:
-        tl.store(to + w.n_out, tl.sum(total1, axis=0), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
+        tl.store(to + w.n_out, tl.sum(total1, axis=1), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
     if few > 2:
-        tl.store(to + 2 * w.n_out, tl.sum(total2, axis=0), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
-        tl.store(to + 3 * w.n_out, tl.sum(total3, axis=0), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
+        tl.store(to + 2 * w.n_out, tl.sum(total2, axis=1), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
+        tl.store(to + 3 * w.n_out, tl.sum(total3, axis=1), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
 
 
 @triton.jit
@@ -218,7 +220,7 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
     sizes = qtypes.stored(qtype)
     return Matrices(
         data,
-        on_device(codec(qtype).codebook, data.device),
+        for_kernels(codec(qtype).codebook, data.device),
         n_out,
         row_bytes,
         n_out * row_bytes,
@@ -252,8 +254,7 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    groups = _tile(n_in)
-    rows = max(1, min(8 if n_out * pairs >= 8 * 512 else 4, 1024 // groups))
+    rows, groups, warps = 4, 32, 1
     few = 1 if ids is not None or n == 1 else 2 if n == 2 else 4
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
         _matrices(qtype, data, n_in),
@@ -267,7 +268,7 @@ def products(
         rows,
         groups,
         few,
-        num_warps=WARPS,
+        num_warps=warps,
     )
     return out[0] if second is None else out
 
