@@ -90,7 +90,7 @@ def main(
     place: str | None,
 ) -> None:
     """Steps over random tokens in chunks of 512; prints what the last one took."""
-    how = RecoverOptions(moves=moves, tokens=tokens, hidden=place)
+    how = RecoverOptions(moves=moves, tokens=tokens, lr=3e-3, hidden=place)
     original = CheckpointSource(Checkpoint.open(folder), device, torch.float32 if device == "cpu" else torch.bfloat16)
     weights, c, n_chunk = open_gguf(file, device), original.config, tokens // 512
     out.mkdir(parents=True, exist_ok=True)

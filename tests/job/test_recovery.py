@@ -36,7 +36,7 @@ from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import Dequantized
 from quantkit.runtime.stream import final_hidden, head_logits
 
-HOW = RecoverOptions(steps=6, tokens=512, every=3)
+HOW = RecoverOptions(steps=6, tokens=512, lr=3e-3, every=3)
 SHORT = replace(HOW, steps=2, every=1)
 
 
@@ -340,7 +340,8 @@ ranks.join()
 source = CheckpointSource(Checkpoint.open(bundle.models_dir() / "tiny-r1"))
 choice = TextChoice(n_tokens=24 * 64, chunk=64)
 chunks = cut(choice.corpus("calibration"), source, choice)
-recover(Path(sys.argv[1]), Path(sys.argv[2]), source, chunks, "job", RecoverOptions(steps=2, tokens=512, every=1))
+how = RecoverOptions(steps=2, tokens=512, lr=3e-3, every=1)
+recover(Path(sys.argv[1]), Path(sys.argv[2]), source, chunks, "job", how)
 ranks.leave()
 """
 
@@ -428,6 +429,15 @@ def test_whole_domains_are_held_back():
         split = Split.of(same)
         assert len(split.held) == 2 and split.held[1] - split.held[0] > 10 and "no other domain" in split.about
     assert Split.of(["text"]).about.startswith("the only chunk")
+
+
+def test_the_rate_suits_the_text():
+    plain = RecoverOptions()
+    assert plain.on(123_000, 30).lr == plain.on(10_000_000, 30).lr == 3e-3 and plain.on(123_000, 30).every == 5
+    short = plain.on(14_336, 8)
+    assert short.lr == pytest.approx(1.136e-3, rel=1e-3) and (short.steps, short.every) == (8, 1)
+    assert replace(plain, lr=0.1).on(100, 30).lr == 0.1
+    assert short.update(0).rate == short.lr and short.update(4).rate == pytest.approx(short.lr / 2)
 
 
 def test_a_short_text_is_used_again():

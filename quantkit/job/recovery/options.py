@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,25 +20,34 @@ from quantkit.runtime.stream import Source
 from quantkit.sizes import gb
 from quantkit.tensors import TensorSpec
 
+RATE, RATE_TOKENS = 3e-3, 100_000
+"""Of Adam from so many tokens on; below, as the root of them: at this rate a short text is learnt by heart before other
+text gains (docs/results/encoders.md)."""
+
 
 @dataclass(frozen=True)
 class RecoverOptions:
     """moves: as `tuned.Moves`. steps, of so many tokens, at a rate that falls from lr (in standard deviations of a
-    matrix, and of the logarithm of a norm) as a cosine; betas: of Adam. every: steps between measurements. memory,
-    hidden: as in `Calibration`."""
+    matrix, and of the logarithm of a norm or scale) as a cosine; None: as suits the text. betas: of Adam. every: steps
+    between measurements. memory, hidden: as in `Calibration`."""
 
     moves: Moves = "experts"
     steps: int = 30
     tokens: int = 16384
-    lr: float = 3e-3
+    lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     every: int = 5
     memory: int | None = None
     hidden: Place | None = None
 
+    def on(self, n_tokens: int, steps: int) -> "RecoverOptions":
+        """With so many steps, on a text of so many tokens to train on."""
+        lr = RATE * min(1, math.sqrt(n_tokens / RATE_TOKENS)) if self.lr is None else self.lr
+        return replace(self, lr=lr, steps=steps, every=max(1, self.every * steps // self.steps))
+
     def update(self, step: int) -> Update:
-        """Of a step, counted from 0."""
-        return Update(step + 1, self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps)), self.betas)
+        """Of a step, counted from 0, once the text is known (`on`)."""
+        return Update(step + 1, (self.lr or 0) * 0.5 * (1 + math.cos(math.pi * step / self.steps)), self.betas)
 
     def limits(self, folder: Path) -> Limits:
         """Of its passes, whose files may lie in the folder."""

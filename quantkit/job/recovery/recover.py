@@ -90,7 +90,7 @@ class Recovery:
         self.batches = self.split.batches(how.steps, max(1, how.tokens // chunks.tokens.shape[1]))
         if len(self.batches) < how.steps:
             say(f"recovery: {len(self.batches)} steps instead of {how.steps}, because the text is short")
-            self.how = how = replace(how, steps=len(self.batches))
+        self.how = how = how.on(len(self.split.train) * chunks.tokens.shape[1], len(self.batches))
         used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
         self.tokens, self.used = chunks.tokens[used], used
         ranks.agree(lambda: make_folders(state))
