@@ -43,7 +43,7 @@ from quantkit.runtime.engines.gpu_memory import (
 )
 from quantkit.runtime.engines.staging import Part, Ring, Stack, upload, upload_experts
 from quantkit.runtime.engines.step import Added, Chosen, between_of
-from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
+from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import (
     KVCache,
@@ -181,7 +181,7 @@ class GpuEngine:
         """For the time being on the CPU."""
         c, weights = self.config, self.weights
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
-        layer.on_cpu = GgmlExperts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
+        layer.on_cpu = cpu_experts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
         tensors = [weights.file.tensors[name] for name in expert_names(i)]
         if unknown := {tensor.qtype for tensor in tensors if not registry.in_groups(tensor.qtype)}:
             log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
