@@ -19,7 +19,8 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations
 
 WARPS = 4
-GROUPS = 128  # groups of 8 columns per step of a program: one per thread
+GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
+LANES = 32  # of a program that multiplies: one warp, which needs no barriers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
 
 
@@ -338,10 +339,10 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows, tile, warps = 4, 32, 1
+    rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
     few = 1 if ids is not None or n == 1 else 2 if n == 2 else 4
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _wide(qtype, data, n_in),
+        _wide(qtype, data, n_in) if n_in >= 32 * LANES else _matrices(qtype, data, n_in),
         second,
         x.words,
         x.scales,
@@ -350,9 +351,9 @@ def products(
         pairs // n,
         pairs,
         rows,
-        tile,
+        LANES,
         few,
-        num_warps=warps,
+        num_warps=1,
     )
     return out[0] if second is None else out
 
