@@ -224,7 +224,7 @@ class GradientPass:
         needed = range(c.n_layer + 1)
         first = ranks.agree(lambda: next((i for i in needed if not spill.has(_inputs(i))), c.n_layer + 1))
         with track("forward", c.n_layer, "layers") as advance:
-            advance(max(0, first - 1))
+            advance(max(0, first - 1), before=True)
             if first > c.n_layer:
                 return
             if first:
@@ -254,7 +254,7 @@ class GradientPass:
                 spill.put(_gradient(done), back.gradient)
             else:
                 spill.read(_gradient(done), back.gradient)
-            advance(n_layer - done)
+            advance(n_layer - done, before=True)
             layers = range(done - 1, -1, -1)
             load = partial(self.source.layer, turns=turns_of(self.source.config.n_expert))
             for layer, weights in zip(layers, read_ahead(load, layers), strict=True):

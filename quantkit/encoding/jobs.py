@@ -157,7 +157,7 @@ def encode_pending(
 
     if advance:
         total = sum(tensor.n_weights for tensor in plan.tensors)
-        advance((total - sum(map(_n_weights, jobs))) / 1e6)
+        advance((total - sum(map(_n_weights, jobs))) / 1e6, before=True)
     # Jobs of a tensor are alike and stand together, so every n-th of them is a fair share.
     with ThreadPoolExecutor(workers) as pool:
         for job in _run(pool, jobs[ranks.index() :: ranks.count()], work, workers):

@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__, ranks
+from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
-from quantkit.calibration.corpus import TextChoice, cut, overlap
+from quantkit.calibration.corpus import cut
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
 from quantkit.calibration.options import LEAST, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import GROUP_SHARE, EncoderOptions, FileEncoder, LayerOptions
-from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_possible, is_large
+from quantkit.job.checks import check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record
 from quantkit.job.folder import (
     BASE,
@@ -73,7 +72,6 @@ from quantkit.runtime.stream import job_of
 
 TWO_SIDED_RATE = 110e6  # weights a second on an H200 (docs/results/encoders.md)
 ONE_PASS = "calibration"  # what the fingerprint of a file has that is written in one pass
-MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 
 def make(
@@ -130,31 +128,6 @@ def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> Ma
     how, config = options.calibration, family.from_hf(checkpoint.config)
     text = sized(how.text, config, torch.device(device), how.memory)
     return replace(options, calibration=replace(how, text=text))
-
-
-def check_ranks(checkpoint: Checkpoint, plan: Plan, device: str) -> None:
-    """Refuse, before any work, ranks that cannot do one job together."""
-    if ranks.count() == 1:
-        return
-    if checkpoint.origin:
-        raise QuantkitError(
-            f"{checkpoint.path}: several ranks read a model from a folder that they all see; download "
-            "it first (hf download)"
-        )
-    ranks.same(checkpoint.fingerprint(), "checkpoint")
-    ranks.same(device, "device")
-    ranks.same(__version__, "version of quantkit")
-    ranks.same(plan.digest(), "plan")
-
-
-def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
-    """Figures measured on text that was calibrated on would flatter; refuse them."""
-    share = overlap(calibration.corpus("calibration"), evaluation.corpus("evaluation"))
-    if share > MOST_OVERLAP:
-        raise QuantkitError(
-            f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
-            "choose other text with --eval-data"
-        )
 
 
 def claim_folder(order: Order) -> None:
@@ -289,15 +262,16 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
             say("layers that the pass has behind it are not whole in the file: the pass begins anew")
             state.remove()
         file_encoder = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
-        with track("layers", source.config.n_layer, "layers") as advance, file_encoder as layers:
+        with track("layers", Steps.total(source), "B") as advance, file_encoder as layers:
+            steps = Steps(advance, source, n_tokens)
             measured = collect(
                 source,
                 chunks.tokens,
                 state,
                 room=room,
                 turns=layers.turns,
-                watch=layers.watch,
-                progress=beside(reference, Steps(advance)),
+                watch=steps.watching(layers.watch),
+                progress=beside(reference, steps),
             )
         if used := layers.used_by_all():
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))

@@ -314,13 +314,13 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             ("tokens scored", f"{s['tokens']:,}", f"chunks of {s['chunk_length']}"),
         ]
     if m.certificate:
-        passed = m.certificate.get("passed")
-        ran = [c for c in m.certificate["checks"] if c["name"].startswith("oracle ") and c["status"] != "skip"]
+        verdict = m.certificate.get("verdict") or ("passed" if m.certificate.get("passed") else "failed")
+        head, _, rest = verdict.partition(",")
         out.append(
             (
                 "certificate",
-                "passed" if passed else "FAILED",
-                f"{m.certificate.get('target')}, {'run in its program' if ran else 'its program not run'}",
+                "FAILED" if head.startswith("failed") else head,
+                f"{m.certificate.get('target')}, {rest.strip() or 'run in its program'}",
             )
         )
     return out
