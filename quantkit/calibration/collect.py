@@ -14,7 +14,7 @@ import torch
 from quantkit import ranks
 from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
-from quantkit.progress import Advance
+from quantkit.progress import Advance, say
 from quantkit.runtime.experts.streamed import Turns
 from quantkit.runtime.products import fast_products
 from quantkit.runtime.room import Room
@@ -161,6 +161,8 @@ def collect(
     ranks.same(state and state.job, "text, checkpoint or device")
     hidden, start = state.resume() if state else (None, 0)
     imatrix = state.entries(start) if state else {}
+    if start:
+        say(f"an earlier run went through {start} of {source.config.n_layer} layers; going on with the next")
     if progress and start:
         progress(start)
     for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns):

@@ -50,6 +50,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         click.option(
             "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."
         ),
+        click.option("--dry-run", is_flag=True, help="Say what it would read, write and take; do nothing."),
     ),
     "asked",
     _make_options,
@@ -59,8 +60,11 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id
     (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
-    from quantkit.job.make import make
+    from quantkit.job.make import make, what_it_takes
 
+    if asked.dry_run:
+        streams.show("\n".join(what_it_takes(model, output, asked)))
+        return
     files, result = make(model, output, asked)
     streams.show(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan, PlannedTensor
-from quantkit.progress import Advance, track
+from quantkit.progress import Advance, say, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
 
 
@@ -118,7 +119,7 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWrite
     checkpoint.validate(family.source_shapes(config))
     plan.check_model(family.specs(config, plan.mla))
     metadata = file_metadata(Path(checkpoint.path), config, plan) | dict(output.metadata)
-    return GGUFWriter.open(
+    out = GGUFWriter.open(
         output.path,
         plan.tensors,
         metadata,
@@ -128,6 +129,9 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWrite
         overwrite=output.overwrite,
         keep_ledger=output.keep_ledger,
     )
+    if done := sum(out.done(tensor.name, 0, prod(tensor.shape[:-1])) for tensor in plan.tensors):
+        say(f"{out.path}: an earlier run wrote {done:,} of {len(plan.tensors):,} tensors; going on with the rest")
+    return out
 
 
 def encode_pending(

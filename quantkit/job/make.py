@@ -35,7 +35,7 @@ from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.checks import check_disjoint, check_possible, check_ranks, is_large
-from quantkit.job.finished import check_notes, difference, note, record
+from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -44,10 +44,10 @@ from quantkit.job.folder import (
     RECOVERY,
     REFERENCE,
     SENSITIVITY,
-    VERIFY,
     begin,
     finished_files,
 )
+from quantkit.job.forecast import forecast
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
@@ -83,6 +83,15 @@ def make(
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks
     calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
+    order = order_of(model, folder, options)
+    with locked(order.folder):
+        files, result = make_in_folder(order, model)
+    order.checkpoint.close()
+    return files, result
+
+
+def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
+    """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
     device = chosen_device(options.device)
     checkpoint = open_weights(model)
     options = with_length(options, checkpoint, device)
@@ -90,11 +99,14 @@ def make(
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
-    with locked(order.folder):
-        files, result = make_in_folder(order, model)
-    checkpoint.close()
-    return files, result
+    return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+
+
+def what_it_takes(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> list[str]:
+    """What `make` would read, write and take, in lines; nothing is written."""
+    order = order_of(model, folder, options)
+    n_bytes = file_bytes(order.checkpoint, order.plan, options.split_max_bytes)
+    return forecast(order, source_of(order.checkpoint, order.device), n_bytes)
 
 
 def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Path], dict[str, Any] | None]:
@@ -106,10 +118,12 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
-    if files := earlier(order, order.out):
+    if files := (found := earlier(order, order.out)):
         ranks.agree(lambda: check_notes(order.folder, order.identity))
         clear_left(order)
     else:
+        for line in forecast(order, source, n_bytes):
+            say(line)
         order = planned_by_damage(order, model)
         write = make_and_recover if options.recover else partial(make_file, out=order.out)
         files = write(order, reference=reference)
@@ -117,7 +131,10 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     result = None
     if options.verify and ranks.index() == 0:
         how = VerifyOptions(options.evaluation, plan.target, configuration=is_large(plan))  # then known already
-        result = verify_file(files[0], checkpoint, device, how, order.folder / VERIFY, reference)
+        result = scored_before(order.folder, options.evaluation) if found else None
+        if result is None:
+            result = verify_file(files[0], checkpoint, device, how, passed=reference)
+            write_scores(order.folder, result, options.evaluation)
     if reference:
         reference.state.remove()
     return files, result
