@@ -10,6 +10,7 @@ for command in (
     making.plan,
     making.hardware,
     making.quantize,
+    making.status,
     using.inspect,
     using.verify,
     using.certify,

@@ -46,7 +46,7 @@ class Meter:
     done: float = 0.0
     before: float = 0.0
     at: str = ""
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def elapsed(self) -> float:
@@ -88,7 +88,7 @@ class _Bar:
     """A bar of rich, redrawn where it stands."""
 
     def __init__(self, what: str, meter: Meter):
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Figures(meter))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), _Figures(meter))
         self.progress = Progress(*columns, console=console)
         self.task, self.meter = self.progress.add_task(what, total=meter.total or 1), meter
 
@@ -113,7 +113,8 @@ class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         m = self.meter
         end = "" if task.finished else m.eta_text()
-        return Text(" ".join(filter(None, (f"{m.share:4.0%}", m.at, m.rate_text(), clock(m.elapsed), end))))
+        text = " ".join(filter(None, (f"{m.share:4.0%}", m.at, m.rate_text(), clock(m.elapsed), end)))
+        return Text(text, no_wrap=True)
 
 
 class _Lines:

@@ -15,10 +15,12 @@ from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
+RESUMING = ("make", "calibrate", "quantize", "publish")
+INTERRUPTED = 130  # as shells have it
 
 
 class Commands(click.Group):
-    """A QuantkitError is one line on stderr and exit code 1; Ctrl-C says that the work can go on."""
+    """A QuantkitError is one line on stderr and exit code 1; Ctrl-C is 130, and says whether the work can go on."""
 
     def main(self, *args: Any, **rest: Any) -> Any:
         """The whole program."""
@@ -30,7 +32,7 @@ class Commands(click.Group):
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; ends the process with exit code 1 if it fails."""
+        """Run the command; ends the process with exit code 1 if it fails, 130 if it is interrupted."""
         signal.signal(signal.SIGTERM, _stop)
         try:
             done = super().invoke(ctx)
@@ -40,7 +42,10 @@ class Commands(click.Group):
         except QuantkitError as error:
             _complain(str(error))
         except KeyboardInterrupt:
-            _complain("interrupted; run the same command again to go on")
+            goes_on = ctx.invoked_subcommand in RESUMING
+            _complain("interrupted" + ("; what is done is kept, and the same command goes on" if goes_on else ""))
+            ranks.end(INTERRUPTED)
+            sys.exit(INTERRUPTED)
         except BrokenPipeError:  # whoever read our output has seen enough; click ends without a word
             raise
         except OSError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -316,3 +316,12 @@ def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "Qua
     chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
     streams.show("\n".join(map(str, files)))
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+def status(folder: Path) -> None:
+    """How far the job is that works in FOLDER, or was stopped there: layers, bytes, time left, scores."""
+    from quantkit.job.status import status
+
+    streams.show("\n".join(status(folder)))

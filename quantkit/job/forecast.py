@@ -8,18 +8,21 @@ import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from quantkit import machine
 from quantkit.calibration.options import DISK_RATE, GPU_RATE, active_weights
-from quantkit.encoding.layer import FACTOR_COPIES, GROUP_SHARE
-from quantkit.job.options import SMALL_WEIGHTS, Order
+from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.memory import BASE_BYTES, HIDDEN_BYTES, RAM_SHARE, machine_memory, memory
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.sizes import both_units
+
+if TYPE_CHECKING:
+    from quantkit.job.options import Order
 
 CORE_RATE = 4e10  # operations a second of one core in products of float32
 ON_CPU = {"fast": 9e6, "normal": 2.5e6, "best": 1e6}  # weights a second and core, quantkit's encoders
@@ -63,7 +66,7 @@ class Work:
         return first + (max(read, 2 * self.seconds_to_compute(self.judged)) if self.judged else 0)
 
 
-def forecast(order: Order, source: CheckpointSource, n_bytes: int) -> list[str]:
+def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str]:
     """Lines for `make`. n_bytes: of all files that it will write."""
     options, config, work = order.options, source.config, work_of(order, source)
     read = bytes_read(source)
@@ -86,7 +89,7 @@ def forecast(order: Order, source: CheckpointSource, n_bytes: int) -> list[str]:
     return lines
 
 
-def work_of(order: Order, source: CheckpointSource) -> Work:
+def work_of(order: "Order", source: CheckpointSource) -> Work:
     """The order in numbers."""
     options, calibrates = order.options, order.options.imatrix is None
     tokens = options.calibration.text.n_tokens or 0
@@ -96,7 +99,7 @@ def work_of(order: Order, source: CheckpointSource) -> Work:
     return Work(source.config, n_weights, tokens if calibrates else 0, judged, on_gpu, machine.threads())
 
 
-def encoder_reason(order: Order, work: Work) -> str:
+def encoder_reason(order: "Order", work: Work) -> str:
     """Which encoder packs the blocks, and why; what the better one would take, if it is not that."""
     options = order.options
     if options.imatrix:
@@ -106,7 +109,7 @@ def encoder_reason(order: Order, work: Work) -> str:
         worse = ", as llama-quantize: about twice the KLD of quantkit's in the same bytes"
         return f"{order.encoder}{effort}, as asked" + (worse if order.encoder == "ggml" else "")
     if order.encoder == "quantkit":
-        why = "on a GPU" if order.device != "cpu" else f"a model of at most {SMALL_WEIGHTS / 1e6:,.0f} M weights"
+        why = "on a GPU" if order.device != "cpu" else f"a small model, {work.n_weights / 1e6:,.0f} M weights"
         return f"quantkit, effort {options.effort}: {why}"
     times = {f"quantkit {effort}": rounded(work.seconds_to_encode("quantkit", effort)) for effort in ("normal", "fast")}
     others = ", ".join(f"--encoder quantkit --effort {name.split()[1]} {time}" for name, time in times.items())
@@ -130,7 +133,7 @@ def hidden_bytes(config: ModelConfig, n_tokens: int) -> int:
     return whole if whole <= HIDDEN_BYTES else whole // 2
 
 
-def _memory_lines(order: Order, work: Work) -> list[str]:
+def _memory_lines(order: "Order", work: Work) -> list[str]:
     """Peaks, by the same upper estimates by which a pass is refused."""
     config, on_gpu = work.config, work.on_gpu
     compute = torch.bfloat16 if on_gpu else torch.float32
@@ -153,7 +156,9 @@ def _memory_lines(order: Order, work: Work) -> list[str]:
 
 
 def _machine_words(work: Work) -> str:
-    return " on a GPU as fast as an H100" if work.on_gpu else f" with {work.threads} threads"
+    if work.on_gpu:
+        return " on a GPU as fast as an H100"
+    return f" with {work.threads} thread" + ("s" if work.threads > 1 else "")
 
 
 def _free(folder: Path) -> int:

@@ -24,7 +24,8 @@ from quantkit.calibration.measure import calibrate
 from quantkit.calibration.options import LEAST, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
-from quantkit.encoding.layer import GROUP_SHARE, EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
