@@ -50,8 +50,8 @@ def _no_offset(p):
 @triton.jit
 def _entry(table, index):
     """Eight weights of a codebook."""
-    words = table.to(tl.pointer_type(tl.int32))
-    return tl.load(words + 2 * index), tl.load(words + 2 * index + 1)
+    both = tl.load(table.to(tl.pointer_type(tl.int64)) + index)
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
 
 
 @triton.jit
