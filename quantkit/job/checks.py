@@ -12,7 +12,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.planning.plan import Plan
 from quantkit.progress import say
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 LARGE = 200_000_000  # weights: from here on a look at the configuration is short beside the job; `certify` always looks
@@ -81,4 +81,6 @@ def _check_disk(folder: Path, need: int) -> None:
         return
     there = next(parent for parent in (absolute, *absolute.parents) if parent.is_dir())
     if (free := shutil.disk_usage(there).free) < need:
-        raise QuantkitError(f"{folder}: no room for {gb(need)}, {gb(free)} are free; choose another --output")
+        raise QuantkitError(
+            f"{folder}: no room for {both_units(need)}; free are {both_units(free)}; choose another --output"
+        )

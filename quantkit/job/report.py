@@ -26,7 +26,7 @@ from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, REPORT, VERIFY
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
-from quantkit.sizes import gb
+from quantkit.sizes import gb, gib
 from quantkit.tensors import Imatrix
 
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
@@ -304,7 +304,7 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             if plan
             else (0, 0.0, 0.0)
         )
-        out.append(("size", gb(size), f"{size:,} bytes"))
+        out.append(("size", gb(size), f"{gib(size)}, {size:,} bytes"))
         out.append(("bits per weight", f"{bpw:.3f}", f"routed experts {routed:.3f}"))
     if s:
         out += [
