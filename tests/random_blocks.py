@@ -28,7 +28,7 @@ def close(a: torch.Tensor, b: torch.Tensor, error: float) -> bool:
 def numbers(x: Activations) -> torch.Tensor:
     """What the integers say, float64 on the CPU."""
     assert x.words is not None and x.scales is not None
-    words = x.words.cpu()
+    words = x.words.cpu().transpose(1, 2)
     upper, lower = words[..., :2].contiguous().view(torch.int8), words[..., 2:].contiguous().view(torch.uint8)
     whole = upper.flatten(1).double() * 256 + lower.flatten(1).double()
     return (whole.view(len(words), -1, 32) * x.scales.cpu().double()[..., None]).flatten(1)

@@ -1,5 +1,7 @@
-"""What decoding hands to kernels."""
+"""What decoding hands to kernels, and whether there are any."""
 
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ import torch
 class Activations(NamedTuple):
     """Rows to be multiplied by matrices: x float32 [n, n_in], and for Triton's kernels the same as integers of 16 bits.
 
-    words: int32 [n, n_in / 8, 4], of 8 neighbouring columns the upper bytes (signed) in two words, then the lower ones.
+    words: int32 [n, 4, n_in / 8], of 8 neighbouring columns the upper bytes (signed) in two words, then the lower ones.
     scales: float32 [n, n_in / 32], what the integers of 32 columns count. Both None where torch multiplies.
     """
 
@@ -25,3 +27,9 @@ class Where(NamedTuple):
     slots: torch.Tensor
     positions: torch.Tensor
     turned: torch.Tensor
+
+
+@cache
+def use_kernels(kind: str) -> bool:
+    """Triton's kernels on a GPU."""
+    return kind == "cuda" and find_spec("triton") is not None

@@ -1,20 +1,11 @@
 """Matrices as quantized bytes on a device, multiplied there without ever being whole in another form for long."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
 from quantkit.codecs.registry import codec
-from quantkit.runtime.activations import Activations
+from quantkit.runtime.activations import Activations, use_kernels
 
 FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
-
-
-@cache
-def use_kernels(kind: str) -> bool:
-    """Triton's kernels on a GPU."""
-    return kind == "cuda" and find_spec("triton") is not None
 
 
 def _activations(x: torch.Tensor | Activations) -> Activations:
@@ -38,6 +29,9 @@ class Packed:
     def __init__(self, qtype: str, data: torch.Tensor, n_in: int, dtype: torch.dtype):
         self.qtype, self.data, self.n_in, self.dtype = qtype, data, n_in, dtype
         self._order: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     @property
     def n_bytes(self) -> int:

@@ -28,11 +28,12 @@ class Words(NamedTuple):
 
 
 @triton.jit
-def _write(to, v, at, inside, blocks: tl.constexpr):
-    """32 · blocks columns, float32, at element `at` of all: as they are and as integers. inside: which there are."""
+def _write(to, v, row, begin, n, inside, blocks: tl.constexpr):
+    """32 · blocks columns of a row, float32, from column `begin` on: as they are and as integers. n: columns of a row,
+    inside: which there are."""
     column = tl.arange(0, 32 * blocks)
     if to.x is not None:
-        tl.store(to.x + at + column, v, mask=inside)
+        tl.store(to.x + row * n + begin + column, v, mask=inside)
     v = tl.reshape(tl.where(inside, v, 0.0), (blocks, 32))
     largest = tl.max(tl.abs(v), axis=1)
     q = tl.floor(v * (32767 / tl.maximum(largest, 1e-30))[:, None] + 0.5).to(tl.int32)
@@ -40,23 +41,24 @@ def _write(to, v, at, inside, blocks: tl.constexpr):
     upper = tl.sum(tl.reshape(((q >> 8) & 255) << place, (blocks, 8, 4)), axis=2)
     lower = tl.sum(tl.reshape((q & 255) << place, (blocks, 8, 4)), axis=2)
     block, word = tl.arange(0, blocks)[:, None], tl.arange(0, 8)[None, :]
-    there = to.words + at // 2 + 16 * block + 4 * (word // 2) + word % 2
+    plane = n // 8
+    there = to.words + row * (n // 2) + begin // 8 + 4 * block + word // 2 + plane * (word % 2)
     real = tl.max(tl.reshape(inside.to(tl.int32), (blocks, 32)), axis=1) > 0
     tl.store(there, upper, mask=real[:, None])
-    tl.store(there + 2, lower, mask=real[:, None])
-    tl.store(to.scales + at // 32 + tl.arange(0, blocks), largest / 32767, mask=real)
+    tl.store(there + 2 * plane, lower, mask=real[:, None])
+    tl.store(to.scales + (row * n + begin) // 32 + tl.arange(0, blocks), largest / 32767, mask=real)
 
 
 @triton.jit
 def _gated(gate, up, to, n, blocks: tl.constexpr):
     """silu(gate) · up, or without up the first alone, of row program_id(0) from column block program_id(1) on."""
-    at = tl.program_id(0).to(tl.int64) * n
-    column = tl.program_id(1) * 32 * blocks + tl.arange(0, 32 * blocks)
+    row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * 32 * blocks
+    at, column = row * n, begin + tl.arange(0, 32 * blocks)
     inside = column < n
     v = tl.load(gate + at + column, mask=inside, other=0.0).to(tl.float32)
     if up is not None:
         v = v / (1 + tl.exp(-v)) * tl.load(up + at + column, mask=inside, other=0.0)
-    _write(to, v, at + tl.program_id(1) * 32 * blocks, inside, blocks)
+    _write(to, v, row, begin, n, inside, blocks)
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _norm(h, first, second, chosen, shares, n_used: tl.constexpr, weight, sum, t
     if sum is not None:
         tl.store(sum + at + column, v, mask=inside)
     v = v * tl.rsqrt(tl.sum(v * v, axis=0) / n + eps) * tl.load(weight + column, mask=inside, other=0.0)
-    _write(to, v, at, inside, blocks)
+    _write(to, v, row, 0, n, inside, blocks)
 
 
 class Shape(NamedTuple):
@@ -107,7 +109,8 @@ def _place(q, kv, kv_norm, turned, cells, cache, rotated, to, eps, shape):
         query = q + of * (shape.nope + shape.rope)
         column = tl.arange(0, 32 * shape.nope_blocks)
         inside = column < shape.nope
-        _write(to, tl.load(query + column, mask=inside, other=0.0), of * shape.nope, inside, shape.nope_blocks)
+        plain = tl.load(query + column, mask=inside, other=0.0)
+        _write(to, plain, of, 0, shape.nope, inside, shape.nope_blocks)
         even = tl.load(query + shape.nope + 2 * pair, mask=real, other=0.0)
         odd = tl.load(query + shape.nope + 2 * pair + 1, mask=real, other=0.0)
         turned_query = rotated + of * shape.rope + 2 * pair
@@ -211,7 +214,30 @@ def _merge(out, sums, to, parts, shape):
             v = tl.load(out + (row * parts + part) * shape.kv_lora + column, mask=inside, other=0.0)
             mixed = mixed * shrink + v * grow
             greatest = new
-    _write(to, mixed / total, row * shape.kv_lora, inside, shape.lora_blocks)
+    _write(to, mixed / total, row, 0, shape.kv_lora, inside, shape.lora_blocks)
+
+
+@triton.jit
+def _collect(out, part, place, shares, first, count, d, n_used: tl.constexpr, width: tl.constexpr):
+    """Add to token program_id(0) of out its rows of part, those whose place is first ... first + count."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * width + tl.arange(0, width)
+    inside = column < d
+    total = tl.load(out + token * d + column, mask=inside, other=0.0)
+    for k in tl.static_range(n_used):
+        at = tl.load(place + token * n_used + k) - first
+        if (at >= 0) & (at < count):
+            v = tl.load(part + at * d + column, mask=inside, other=0.0).to(tl.float32)
+            total += v * tl.load(shares + token * n_used + k)
+    tl.store(out + token * d + column, total, mask=inside)
+
+
+def collect(out: torch.Tensor, part: torch.Tensor, place: torch.Tensor, shares: torch.Tensor, first: int) -> None:
+    """out float32 [n, d] += shares float32 [n, k] times those of the rows part [count, d] that are the token's: where
+    place int64 [n, k] less first is one of them. In the order of k, so that sums are reproducible."""
+    (n, d), width = out.shape, 1024
+    grid = (n, triton.cdiv(d, width))
+    _collect[grid](out, part, place, shares, first, len(part), d, place.shape[1], width, num_warps=4)
 
 
 def _blocks(n: int) -> int:
@@ -221,7 +247,7 @@ def _blocks(n: int) -> int:
 
 def _empty(n: int, n_in: int, device: torch.device) -> Activations:
     x = torch.empty(n, n_in, device=device)
-    words = torch.empty(n, n_in // 8, 4, dtype=torch.int32, device=device)
+    words = torch.empty(n, 4, n_in // 8, dtype=torch.int32, device=device)
     return Activations(x, words, torch.empty(n, n_in // 32, device=device))
 
 

@@ -28,6 +28,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.staging import copy_bytes
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.cpu import GgmlExperts
+from quantkit.runtime.experts.native import NativeExperts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.workers import Workers
@@ -120,7 +121,12 @@ class Watch:
     """Seconds in the CPU's experts."""
 
     def __init__(self):
-        self.seconds, call = 0.0, GgmlExperts.__call__
+        self.seconds = 0.0
+        for kind in (GgmlExperts, NativeExperts):
+            self._watch(kind)
+
+    def _watch(self, kind: type) -> None:
+        call = kind.__call__
 
         def watched(experts, *arguments):
             start = time.perf_counter()
@@ -128,7 +134,7 @@ class Watch:
             self.seconds += time.perf_counter() - start
             return out
 
-        GgmlExperts.__call__ = watched
+        kind.__call__ = watched
 
 
 def measure(

@@ -75,3 +75,23 @@ def test_attention(both, c, n_kv):
     query = torch.randn(3, c.n_head, c.kv_lora, device=device)
     found, expected = (which.attend(query, placed[0][1], caches[1], where, n_kv) for which in (kernels, torch_))
     assert same(found, expected.x, 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_collect(device):
+    pytest.importorskip("triton")
+    from quantkit.runtime import step_kernels
+    from quantkit.runtime.engines.gpu_layers import collect
+
+    place = torch.randperm(20, device=device).view(5, 4)
+    part, shares = torch.randn(7, 1100, device=device), torch.rand(5, 4, device=device)
+    out = torch.randn(5, 1100, device=device)
+    every = torch.zeros(20, 1100, device=device)
+    every[6:13] = part
+    expected = out + (every[place] * shares[..., None]).sum(1)
+    if device == "cpu":
+        plain = out.clone()
+        collect(plain, part, place, shares, 6)
+        assert close(plain, expected, 1e-6)
+    step_kernels.collect(out, part, place, shares, 6)
+    assert close(out, expected, 1e-6)

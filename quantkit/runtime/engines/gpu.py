@@ -8,6 +8,7 @@ without graphs: so the tests compare it with the other engines.
 """
 
 import logging
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
@@ -35,13 +36,14 @@ from quantkit.runtime.engines.gpu_memory import (
     PIECES,
     SPARE,
     GpuLayers,
+    largest_chunk,
     largest_piece,
     resident_layers,
     workspace,
 )
 from quantkit.runtime.engines.staging import Part, Ring, Stack, upload, upload_experts
 from quantkit.runtime.engines.step import Added, Chosen, between_of
-from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
+from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import (
     KVCache,
@@ -100,11 +102,25 @@ class GpuEngine:
         self.ring = self._ring()
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
+        left = machine.free_vram(self.device) - SPARE - workspace(c, self.piece) if self.on_gpu else 0
+        self.chunk = largest_chunk(c, left)
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
         if self.on_gpu:
             self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._warm_up()
 
     # Loading
+
+    def _warm_up(self) -> None:
+        """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
+        and touched. Where memory is limited nothing is read that no token asked for."""
+        begun, n = time.perf_counter(), min(STREAM_TOKENS, self.capacity)
+        if self.weights.residency is None:
+            self.prefill(0, [0] * n, 0)
+        for _ in range(2):
+            self.prefill(0, [0], 0)
+        self.length[0] = 0
+        log.info("warmed up in %.1f s: kernels compiled, experts read", time.perf_counter() - begun)
 
     def _vector(self, name: str) -> torch.Tensor:
         return self.weights.dense(name).to(self.device)
@@ -165,7 +181,7 @@ class GpuEngine:
         """For the time being on the CPU."""
         c, weights = self.config, self.weights
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
-        layer.on_cpu = GgmlExperts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
+        layer.on_cpu = cpu_experts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
         tensors = [weights.file.tensors[name] for name in expert_names(i)]
         if unknown := {tensor.qtype for tensor in tensors if not registry.in_groups(tensor.qtype)}:
             log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
@@ -254,7 +270,7 @@ class GpuEngine:
         if layer.router is None:
             return None
         if layer.resident is not None:
-            return unwatched(ChunkedExperts(resident_chunks(layer.resident, n_expert), n_expert))
+            return unwatched(ChunkedExperts(resident_chunks(layer.resident, self.chunk), n_expert))
         if streamed is not None and layer.stacks:
             return unwatched(ChunkedExperts(streamed, n_expert))
         assert layer.on_cpu is not None
@@ -313,10 +329,12 @@ class GpuEngine:
 
     def _hand_over(self, pause: Pause, n: int) -> None:
         """What the CPU does after a piece of a step."""
+        experts = self.layers[pause.layer].on_cpu
         if pause.what == "send":
             self.buffers.send(n)
+            assert experts is not None
+            experts.wake()
         elif pause.what == "receive":
-            experts = self.layers[pause.layer].on_cpu
             assert experts is not None
             x, weight, ids = self.buffers.received(n)
             self.buffers.answer(experts(x, ids, weight))

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from quantkit.runtime.activations import Activations, Where
-from quantkit.runtime.engines.staging import CHUNK, Stacks
+from quantkit.runtime.activations import Activations, Where, use_kernels
+from quantkit.runtime.engines.staging import Stacks
 from quantkit.runtime.engines.step import Between
+from quantkit.runtime.experts.cpu import OnCpu
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
 from quantkit.runtime.packed import Matrix, Packed
 
 Chunks = Iterator[tuple[int, Sequence[Packed]]]
-"""Experts in order: the first one's number, and gate, up and down of CHUNK experts or fewer."""
+"""Experts in order: the first one's number, and gate, up and down of some experts."""
 
 
 Query = tuple[Matrix, torch.Tensor, Matrix] | Matrix
@@ -37,7 +38,7 @@ class GpuLayer:
     feed: tuple[Matrix, Matrix, Matrix] | None
     router: Router | None = None
     resident: tuple[Packed, Packed, Packed] | None = None
-    on_cpu: Experts | None = None
+    on_cpu: OnCpu | None = None
     stacks: Stacks | None = None  # experts that can be streamed
 
     def weights(self, experts: LayerExperts | None) -> LayerWeights:
@@ -79,14 +80,14 @@ def chosen(
     return down.chosen(between.gated(*gate.beside(up, x, flat)), flat)
 
 
-def resident_chunks(matrices: Sequence[Packed], n_expert: int) -> Chunks:
-    """Experts that are in GPU memory."""
-    for begin in range(0, n_expert, CHUNK):
-        yield begin, [matrix.part(begin, begin + CHUNK) for matrix in matrices]
+def resident_chunks(matrices: Sequence[Packed], n: int) -> Chunks:
+    """Experts that are in GPU memory, n at a time."""
+    for begin in range(0, len(matrices[0]), n):
+        yield begin, [matrix.part(begin, begin + n) for matrix in matrices]
 
 
 class ChunkedExperts:
-    """`layers.Experts` of one layer whose chunks come next: dequantized and multiplied CHUNK experts at a time."""
+    """`layers.Experts` of one layer whose chunks come next: dequantized and multiplied a chunk at a time."""
 
     def __init__(self, chunks: Chunks, n_expert: int):
         self.chunks, self.n_expert = chunks, n_expert
@@ -95,23 +96,36 @@ class ChunkedExperts:
         """As `layers.Experts`."""
         out = torch.zeros(x.shape, device=x.device)
         order = torch.argsort(expert.flatten(), stable=True)
-        tokens, share = order // expert.shape[1], weight.flatten()[order][:, None]
+        tokens = order // expert.shape[1]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=x.device)
+        place = place.view(expert.shape)
         ends = torch.bincount(expert.flatten(), minlength=self.n_expert).cumsum(0)
         bounds = [0, *ends.tolist()]
         for begin, (gate, up, down) in self.chunks:
-            end = min(begin + CHUNK, self.n_expert)
+            end = begin + len(gate)
             first, last = bounds[begin], bounds[end]
             if last > first:
                 stops = (ends[begin:end] - first).int()
                 rows = x[tokens[first:last]]
                 hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
-                part = grouped(hidden, down.dense(), stops).float() * share[first:last]
-                for a, b in zip(bounds[begin:end], bounds[begin + 1 : end + 1], strict=True):
-                    if b > a:  # an expert at a time: sums are then reproducible
-                        out.index_add_(0, tokens[a:b], part[a - first : b - first])
+                collect(out, grouped(hidden, down.dense(), stops), place, weight, first)
             if end == self.n_expert:
                 return out
         raise AssertionError("chunks ended before the layer did")
+
+
+def collect(out: torch.Tensor, part: torch.Tensor, place: torch.Tensor, shares: torch.Tensor, first: int) -> None:
+    """As `step_kernels.collect`, on any device."""
+    if use_kernels(out.device.type):
+        from quantkit.runtime import step_kernels
+
+        step_kernels.collect(out, part, place, shares, first)
+        return
+    for k in range(place.shape[1]):
+        at = place[:, k] - first
+        here = (at >= 0) & (at < len(part))
+        out[here] += part[at[here]].float() * shares[here, k, None]
 
 
 def grouped(x: torch.Tensor, weights: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:

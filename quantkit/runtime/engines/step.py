@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.activations import Activations, Where
+from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.layers import Router, route
-from quantkit.runtime.packed import use_kernels
 
 Added = tuple[torch.Tensor | None, torch.Tensor | None]
 """To the residual stream, float32 [n, d]."""
