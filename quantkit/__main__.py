@@ -11,6 +11,7 @@ for command in (
     making.hardware,
     making.quantize,
     making.status,
+    making.recipes,
     using.inspect,
     using.verify,
     using.certify,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from quantkit import machine, sizes
+from quantkit import bundle, machine, sizes
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -302,8 +302,19 @@ target = click.option(
     help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
     "versions read it. Overrides the recipe's.",
 )
+
+
+def _recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Names that a shell can complete to."""
+    return [name for name in bundle.recipe_names() if name.startswith(incomplete)]
+
+
 recipe = click.option(
-    "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."
+    "--recipe",
+    default=None,
+    metavar="NAME|FILE",
+    shell_complete=_recipes,
+    help="Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists them.",
 )
 context = click.option(
     "--context", "-c", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."
