@@ -62,7 +62,7 @@ KTRANSFORMERS = Target(
     name="ktransformers",
     allowed={
         EXPERTS: Allowed(
-            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
+            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
             source=MEASURED,
             refused={
                 "IQ2_XXS": "kt-kernel 0.7.2 computes it silently wrong in its AVX512 and AMX variants"
@@ -143,8 +143,9 @@ FALLS_BACK = "its blocks do not divide rows of"
 STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
 these, and IQ4_NL for all that are coarser and have blocks of 256."""
-NOT_BY_ITSELF = ("Q5_0", "Q5_1")
-"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured."""
+NOT_BY_ITSELF = ("Q4_0", "Q5_0", "Q5_1")
+"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0, which
+is for copies of INT4 weights."""
 
 
 def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
