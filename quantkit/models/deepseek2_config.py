@@ -73,7 +73,11 @@ METHODS = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. KeyError for a key that is missing, QuantkitError for what is not supported."""
     name = V3 if V3 in raw["architectures"] else V2
-    keys = CLASSES[name].settled(raw)
+    return numbers(raw, CLASSES[name].settled(raw), name)
+
+
+def numbers(raw: Mapping[str, Any], keys: Keys, name: str) -> ModelConfig:
+    """Those that all models with MLA and routed experts have. keys: of config.json, settled; name: of its class."""
     method = _method(keys, name)
     grouped = method != "greedy"
     n_head, n_context = keys.whole("num_attention_heads"), keys.whole("max_position_embeddings")
@@ -125,8 +129,8 @@ def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
 def _method(keys: Keys, name: str) -> str:
     """How experts are chosen, with what goes together in a model that there is."""
     method, scoring = keys.word("topk_method"), keys.word("scoring_func")
-    if method not in METHODS or (name == V3 and method != "noaux_tc"):
-        only = "noaux_tc" if name == V3 else " ".join(METHODS)
+    if method not in METHODS or (name != V2 and method != "noaux_tc"):
+        only = "noaux_tc" if name != V2 else " ".join(METHODS)
         raise QuantkitError(f"{WHERE}: topk_method {method!r} is not supported in a {name}, only {only}")
     if scoring != METHODS[method]:
         raise QuantkitError(

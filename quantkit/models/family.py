@@ -2,12 +2,11 @@
 
 From then on its `ModelConfig` carries the architecture, and the functions here ask the family whatever is its own.
 
-A second family is two files beside deepseek2.py and deepseek2_config.py that define what `Family` and `ConfigFile`
-list, and their names in FAMILIES and CONFIG_FILES. One with more numbers than `ModelConfig` has derives its own config
-from it. Tried on paper:
+A family is a module that defines what `Family` and `ConfigFile` list (deepseek2's is two files, by length), and its
+name in FAMILIES and CONFIG_FILES. deepseek32.py and glm_dsa.py show it: most specs and keys from deepseek2, `indexer.*`
+added to them. Numbers that only some families have are fields of `ModelConfig` that are None in the others. Tried on
+paper:
 
-V3.2 and GLM-5 (deepseek32, glm-dsa) take most specs from deepseek2 and add `indexer.*` to them and
-`attention.indexer.*` to the metadata; GLM has `glm4` in PRE.
 Kimi-K2 is deepseek2 with `kimi-k2` in PRE. K2.5 keeps its numbers under `text_config` and all names under
 `language_model.`: `from_hf` notes the prefix in the config, one more field, and `specs` writes it before the sources.
 V4 names all sources anew and has one layout; hyper-connections and compressors are more specs.
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2, deepseek2_config
+from quantkit.models import deepseek2, deepseek2_config, deepseek32, glm_dsa
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.tensors import TensorSpec, Weights
 
@@ -54,7 +53,7 @@ class Family(Protocol):
     """What a module must define to be a family.
 
     ARCHITECTURE: GGUF's general.architecture.
-    LAYOUTS: MLA layouts that it can be written in; in the last one every tensor is as the checkpoint has it.
+    LAYOUTS: MLA layouts that its files can be written in.
     PRE: GGUF's name of a pre-tokenizer -> the regular expressions that it splits by.
     """
 
@@ -71,7 +70,8 @@ class Family(Protocol):
         ...
 
     def specs(self, c: ModelConfig, mla: Mla, /) -> list[TensorSpec]:
-        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from."""
+        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from. In the layout
+        `combined`, which is asked for also where no file can have it, every matrix is one of the checkpoint's."""
         ...
 
     def assemble(
@@ -81,9 +81,13 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (deepseek2,)
+FAMILIES: tuple[Family, ...] = (deepseek2, deepseek32, glm_dsa)
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
-CONFIG_FILES: Mapping[str, ConfigFile] = {deepseek2.ARCHITECTURE: deepseek2_config}
+CONFIG_FILES: Mapping[str, ConfigFile] = {
+    deepseek2.ARCHITECTURE: deepseek2_config,
+    deepseek32.ARCHITECTURE: deepseek32,
+    glm_dsa.ARCHITECTURE: glm_dsa,
+}
 BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
     name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES
 }
@@ -160,7 +164,12 @@ def metadata(config: ModelConfig, mla: Mla, name: str) -> dict[str, Any]:
 
 
 def specs(config: ModelConfig, mla: Mla = "split") -> list[TensorSpec]:
-    """All tensors of the output file, in file order."""
+    """All tensors of the output file, in file order. QuantkitError for a layout that the family has not."""
+    if mla not in (known := of(config).LAYOUTS):
+        raise QuantkitError(
+            f"{config.architecture} files are not written in the MLA layout {mla}, only in {' or '.join(known)}; "
+            "llama.cpp refuses them"
+        )
     return of(config).specs(config, mla)
 
 
@@ -204,7 +213,7 @@ def reading_order(config: ModelConfig) -> tuple[list[str], list[list[str]]]:
 
 def _as_stored(config: ModelConfig) -> list[TensorSpec]:
     """The tensors in the layout in which each matrix is one of the checkpoint's."""
-    return specs(config, of(config).LAYOUTS[-1])
+    return of(config).specs(config, "combined")
 
 
 def slices(spec: TensorSpec) -> Iterator[tuple[int, int]]:
