@@ -28,6 +28,7 @@ from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
+from quantkit.job.options import planned_for
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.models.tokenizer import tokenize
@@ -73,6 +74,7 @@ def quantize_model(
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
+    planned_for(checkpoint, plan)
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
         imatrix = fit_importance(plan, loaded)

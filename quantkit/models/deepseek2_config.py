@@ -1,6 +1,6 @@
 """config.json of DeepSeek-V2, V3 and R1: every key of transformers' DeepseekV2Config and DeepseekV3Config, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantkit.errors import QuantkitError
@@ -67,6 +67,7 @@ CLASSES: Mapping[str, ConfigClass] = {
         {"num_experts": "n_routed_experts"},
     ),
 }
+ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
 METHODS = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
 
 

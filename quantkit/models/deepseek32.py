@@ -1,11 +1,11 @@
-"""DeepSeek-V3.2: GGUF architecture `deepseek32`, which is `deepseek2` with an indexer in every layer (DSA: DeepSeek-V3.2,
-arXiv 2512.02556, 2.1). All that is known of this family (see `family.Family` and `family.ConfigFile`).
+"""DeepSeek-V3.2: GGUF architecture `deepseek32`, which is `deepseek2` with an indexer in every layer (DeepSeek sparse
+attention, arXiv 2512.02556, 2.1). All that is known of this family (see `family.Family` and `family.ConfigFile`).
 
 The functions with other names serve families that are like it (glm_dsa.py). Up to index_topk tokens a model of it
 computes what `deepseek2` does without the indexer, bit for bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from quantkit.tensors import TensorSpec
 
 ARCHITECTURE = "deepseek32"
 LAYOUTS: tuple[Mla, ...] = ("split",)  # llama.cpp: "DEEPSEEK32 architecture requires MLA"
-PRE = {"deepseek-v3": deepseek2.PRE["deepseek-v3"]}
+PRE: Mapping[str, tuple[str, ...]] = {"deepseek-v3": deepseek2.PRE["deepseek-v3"]}
 HF_ARCHITECTURES: tuple[str, ...] = ("DeepseekV32ForCausalLM",)
 assemble = deepseek2.assemble
 
@@ -41,6 +41,18 @@ SOURCES = {  # role -> of which tensor of the checkpoint's indexer
 
 
 # config.json
+
+
+def without_indexer(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same weights without the indexer's, whose every token attends to all before it."""
+    own = (*(key for key in raw if key.startswith("index")), "mlp_layer_types", "layer_types")
+    return {key: value for key, value in raw.items() if key not in own} | {
+        "architectures": [deepseek2_config.V3],
+        "model_type": "deepseek_v3",
+    }
+
+
+ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {deepseek2.ARCHITECTURE: without_indexer}
 
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:

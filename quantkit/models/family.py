@@ -16,7 +16,7 @@ Not a family's business: how a stored matrix is decoded (FP8 with `_scale_inv`, 
 what a role is worth (`planning.prior`), both by role.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.models import deepseek2, deepseek2_config, deepseek32, glm_dsa
-from quantkit.models.config import Mla, ModelConfig
+from quantkit.models.config import Mla, ModelConfig, mla_of
 from quantkit.tensors import TensorSpec, Weights
 
 SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
@@ -32,9 +32,14 @@ NOT_NUMBERS = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 class ConfigFile(Protocol):
-    """What a module must define to know a family's config.json. HF_ARCHITECTURES: names in its `architectures`."""
+    """What a module must define to know a family's config.json.
+
+    HF_ARCHITECTURES: names in its `architectures`.
+    ALSO: other GGUF architectures that the same weights, or most of them, can be written as -> config.json read so.
+    """
 
     HF_ARCHITECTURES: tuple[str, ...]
+    ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]
 
     def from_hf(self, raw: Mapping[str, Any], /) -> ModelConfig:
         """Numbers from config.json; KeyError and the like for what is missing or no number."""
@@ -70,8 +75,8 @@ class Family(Protocol):
         ...
 
     def specs(self, c: ModelConfig, mla: Mla, /) -> list[TensorSpec]:
-        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from. In the layout
-        `combined`, which is asked for also where no file can have it, every matrix is one of the checkpoint's."""
+        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from. In the
+        layout `combined`, asked for also where no file can have it, every matrix is one of the checkpoint's."""
         ...
 
     def assemble(
@@ -124,6 +129,28 @@ def _of_hf(raw: Mapping[str, Any]) -> ConfigFile:
             f"config.json: architecture {names or 'missing'} is not one of {sorted(BY_HF_ARCHITECTURE)}"
         )
     return BY_HF_ARCHITECTURE[known[0]]
+
+
+def written_as(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """GGUF architectures that the model of this config.json can be written as, its own first."""
+    return from_hf(raw).architecture, *_of_hf(raw).ALSO
+
+
+def seen_as(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """config.json of the model as one of another architecture, or its own. QuantkitError if it cannot be written so."""
+    own, *others = written_as(raw)
+    if architecture not in (own, *others):
+        raise QuantkitError(f"this model is {' or '.join((own, *others))}; it cannot be written as {architecture}")
+    return dict(raw) if architecture == own else _of_hf(raw).ALSO[architecture](raw)
+
+
+def seen_like(raw: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """config.json of the model in the architecture whose tensors have these GGUF names; its own, if none has."""
+    mla = mla_of(names, "split")
+    for view in (also(raw) for also in _of_hf(raw).ALSO.values()):
+        if {spec.name for spec in specs(from_hf(view), mla)} == set(names):
+            return view
+    return dict(raw)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:

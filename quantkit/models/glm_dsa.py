@@ -33,6 +33,7 @@ CLASS = ConfigClass(
     {**deepseek2_config.FIXED, "indexer_rope_interleave": (True, None)},
     deepseek32.CLASS.aliases,
 )
+ALSO = deepseek2_config.ALSO
 
 
 # config.json

@@ -9,6 +9,7 @@ from typing import Literal
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
+from quantkit.models import family
 from quantkit.models.config import MLA, Mla, ModelConfig
 from quantkit.tensors import ROUTED_ROLES, split_name
 
@@ -46,10 +47,12 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """A target as a person asked for it. mla: None for the layout that the recipe says."""
+    """A target as a person asked for it. mla: None for the layout that the recipe says. architecture: GGUF's, None for
+    the model's own."""
 
     name: str
     mla: Mla | None = None
+    architecture: str | None = None
 
 
 ALL = tuple(qtypes.QTYPES)
@@ -119,11 +122,18 @@ def get(name: str) -> Target:
 
 
 def parse(text: str) -> TargetChoice:
-    """`llama.cpp`, or `llama.cpp/combined` for another MLA layout than the recipe's."""
-    name, slash, mla = text.partition("/")
-    if slash and mla not in MLA:
-        raise QuantkitError(f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}")
-    return TargetChoice(get(name).name, MLA[mla] if slash else None)
+    """`llama.cpp`; `llama.cpp/combined` for another MLA layout than the recipe's; `llama.cpp/deepseek2` for a model
+    written as another architecture than its own; or both."""
+    name, *more = text.split("/")
+    layouts = [part for part in more if part in MLA]
+    architectures = [part for part in more if part in family.BY_ARCHITECTURE]
+    if len(layouts) + len(architectures) < len(more) or max(len(layouts), len(architectures)) > 1:
+        raise QuantkitError(
+            f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}, or an architecture, "
+            f"{' or '.join(family.BY_ARCHITECTURE)}"
+        )
+    mla = MLA[layouts[0]] if layouts else None
+    return TargetChoice(get(name).name, mla, architectures[0] if architectures else None)
 
 
 def tensor_class(role: str) -> TensorClass:
@@ -162,6 +172,11 @@ def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
 def caveats(target: str, c: ModelConfig) -> list[str]:
     """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
     found = []
+    if not knows(target, c):
+        found.append(
+            f"{target} has no {c.architecture} attention that reads a GGUF: at best its experts can be used, which "
+            f"nobody has tested; make it for llama.cpp, or V3.2 for {target}/deepseek2"
+        )
     if runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max":
         found.append(
             f"{target} chooses experts wrongly in this model: it scores a group by its best two experts, and V2 by its "
@@ -175,6 +190,11 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
             "(KLD 0.06 on a random model)"
         )
     return found
+
+
+def knows(target: str, c: ModelConfig) -> bool:
+    """Whether the target's programs read such a model from a GGUF at all."""
+    return runs_llama_cpp(target) or c.indexer is None
 
 
 def check_model(target: str, c: ModelConfig) -> None:

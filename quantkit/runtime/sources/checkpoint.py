@@ -115,9 +115,8 @@ class CheckpointSource:
         return self._linear(attn + "q_a_proj"), norm, self._linear(attn + "q_b_proj")
 
     def _indexer(self, prefix: str) -> IndexerWeights:
-        linears = (self._linear(prefix + name) for name in ("wq_b", "wk"))
         vectors = (self._vector(prefix + name) for name in ("weights_proj.weight", "k_norm.weight", "k_norm.bias"))
-        return IndexerWeights(*linears, *vectors)
+        return IndexerWeights(self._linear(prefix + "wq_b"), self._linear(prefix + "wk"), *vectors)
 
     def _feed(self, prefix: str) -> Feed:
         return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))

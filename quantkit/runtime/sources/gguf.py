@@ -191,9 +191,9 @@ class GGUFSource:
         return linear(p + "attn_q_a.weight"), norm, linear(p + "attn_q_b.weight")
 
     def _indexer(self, p: str) -> IndexerWeights:
-        linears = (self.products.linear(p + name) for name in ("attn_q_b.weight", "attn_k.weight"))
+        q_b, k = (self.products.linear(p + name) for name in ("attn_q_b.weight", "attn_k.weight"))
         vectors = (self.products.vector(p + name) for name in ("proj.weight", "k_norm.weight", "k_norm.bias"))
-        return IndexerWeights(*linears, *vectors)
+        return IndexerWeights(q_b, k, *vectors)
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix
