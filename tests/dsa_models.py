@@ -12,6 +12,7 @@ import torch
 
 from quantkit import bundle
 from quantkit.evaluation.oracles import hf
+from quantkit.models import glm_dsa
 
 TINY = bundle.models_dir() / "tiny-r1"
 T = 128  # tokens
@@ -77,6 +78,21 @@ def config(name: str, **changes: Any) -> dict[str, Any]:
     return {**SIZES, "architectures": [name], **OWN[name], **changes}
 
 
+def as_glm(folder: Path) -> None:
+    """The tokenizer of the folder as GLM's: another pre-tokenizer, words looked up whole, no BOS in any file."""
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    byte_level = raw["pre_tokenizer"]["pretokenizers"][-1]
+    (pattern,) = glm_dsa.PRE["glm4"]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    raw["model"]["ignore_merges"] = True
+    raw["post_processor"] = None
+    unused = next(token for token in reversed(raw["added_tokens"]) if token["id"] not in (0, 1))
+    unused["content"] = "[gMASK]"
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": raw["added_tokens"][1]["content"]}))
+
+
 @cache
 def made(name: str, layers: int = 3, top_k: int = 2048) -> Small:
     """One for all tests of a process; nobody changes it."""
@@ -91,4 +107,6 @@ def made(name: str, layers: int = 3, top_k: int = 2048) -> Small:
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / file, folder / file)
+    if name == GLM:
+        as_glm(folder)
     return Small(folder, tokens, torch.from_numpy(logits))

@@ -23,6 +23,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
 from quantkit.models import family
+from quantkit.models.open import see_like
 from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.metadata import file_metadata
@@ -92,9 +93,9 @@ class Order:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, options: MakeOptions, device: str, folder: Path) -> "Order":
-        """With its identity, which later decisions (types, gradients) do not change. The checkpoint is seen from here on
-        as of the architecture that the plan is for."""
-        planned_for(checkpoint, plan)
+        """With its identity, which later decisions (types, gradients) do not change. From here on the checkpoint is
+        seen as of the architecture that the plan is for."""
+        see_like(checkpoint, plan.by_name)
         order = cls(checkpoint, plan, options, device, folder)
         return replace(order, identity=order._identify())
 
@@ -182,14 +183,6 @@ class Order:
         config = family.from_hf(self.checkpoint.config)
         of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
         return [line for lines in of_each for line in lines]
-
-
-def planned_for(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Have the checkpoint seen as of the architecture whose tensors the plan has: others of it are not read."""
-    view = family.seen_like(checkpoint.config, plan.by_name)
-    if view != checkpoint.config:
-        checkpoint.config = view
-        checkpoint.schedule(*family.reading_order(family.from_hf(view)))
 
 
 def metadata_digest(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -18,12 +18,12 @@ what a role is worth (`planning.prior`), both by role.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2, deepseek2_config, deepseek32, glm_dsa
 from quantkit.models.config import Mla, ModelConfig, mla_of
 from quantkit.tensors import TensorSpec, Weights
 
@@ -86,13 +86,17 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (deepseek2, deepseek32, glm_dsa)
+def _modules(*names: str) -> tuple[Any, ...]:
+    """By name, so that families may build on one another and this module is below none of them."""
+    return tuple(import_module(f"quantkit.models.{name}") for name in names)
+
+
+FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa"))
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
-CONFIG_FILES: Mapping[str, ConfigFile] = {
-    deepseek2.ARCHITECTURE: deepseek2_config,
-    deepseek32.ARCHITECTURE: deepseek32,
-    glm_dsa.ARCHITECTURE: glm_dsa,
-}
+CONFIG_FILES = cast(
+    Mapping[str, ConfigFile],
+    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa"), strict=True)),
+)
 BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
     name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES
 }

@@ -92,6 +92,14 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
     return found
 
 
+def see_like(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Have the checkpoint seen as of the architecture whose GGUF tensors have these names; its others are not read."""
+    view = family.seen_like(checkpoint.config, names)
+    if view != checkpoint.config:
+        checkpoint.config = view
+        checkpoint.schedule(*family.reading_order(family.from_hf(view)))
+
+
 def _needed(config: Mapping[str, Any]) -> Collection[str]:
     return family.source_shapes(family.from_hf(config)).keys()
 

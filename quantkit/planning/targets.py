@@ -9,7 +9,6 @@ from typing import Literal
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.models import family
 from quantkit.models.config import MLA, Mla, ModelConfig
 from quantkit.tensors import ROUTED_ROLES, split_name
 
@@ -110,6 +109,8 @@ OLLAMA = Target(
     single_file=True,
 )
 
+WRITTEN_AS = ("deepseek2",)
+"""Architectures that models of others can be written as (`family.written_as` says of which)."""
 TARGETS = {target.name: target for target in (KTRANSFORMERS, LLAMA_CPP, OLLAMA)}
 
 
@@ -126,11 +127,11 @@ def parse(text: str) -> TargetChoice:
     written as another architecture than its own; or both."""
     name, *more = text.split("/")
     layouts = [part for part in more if part in MLA]
-    architectures = [part for part in more if part in family.BY_ARCHITECTURE]
+    architectures = [part for part in more if part in WRITTEN_AS]
     if len(layouts) + len(architectures) < len(more) or max(len(layouts), len(architectures)) > 1:
         raise QuantkitError(
             f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}, or an architecture, "
-            f"{' or '.join(family.BY_ARCHITECTURE)}"
+            f"{' or '.join(WRITTEN_AS)}"
         )
     mla = MLA[layouts[0]] if layouts else None
     return TargetChoice(get(name).name, mla, architectures[0] if architectures else None)

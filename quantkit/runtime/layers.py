@@ -184,6 +184,8 @@ def attention(
     q_rope = rotate(q_rope, cos[:, None], sin[:, None])
     if see:
         see("attn_kv_a_mqa", x)
+        if weights.indexer:
+            see("indexer.attn_k", x)
     latent, k_rope = weights.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
     latent = rms_norm(latent, weights.kv_a_norm, config.rms_eps)
     k_rope = rotate(k_rope, cos, sin)
@@ -194,11 +196,7 @@ def attention(
     if cache is not None:
         cached = cache.append(latent, k_rope)
         latent, k_rope = (latent, k_rope) if first else cached
-    mask = None
-    if config.indexer:
-        if see and weights.indexer:
-            see("indexer.attn_k", x)
-        mask = _selected(x.view(n_seq, t, d), low, latent.shape[1], weights, config, angles, (cache, chosen))
+    mask = _selected(x.view(n_seq, t, d), low, latent.shape[1], weights, config, angles, (cache, chosen))
     if first and see is None and mask is None:
         values = _expanded(q_nope, q_rope, latent, k_rope, weights, config.softmax_scale)
     else:
@@ -245,14 +243,15 @@ def _selected(
     cache, and where layers leave to others what they chose."""
     cache, chosen = kept
     indexer = config.indexer
-    assert indexer
+    if indexer is None:
+        return None
     if weights.indexer is None:
-        return take_over(chosen, config, n)
+        return take_over(chosen, indexer.top_k, n)
     if n <= indexer.top_k and (cache is None or cache.index is None):
         return None
-    keys = index_keys(x, weights.indexer, config, angles)
+    keys = index_keys(x, weights.indexer, angles)
     keys = keys if cache is None else cache.append_index(keys)
-    mask = choose(x, low, keys, weights.indexer, config, angles)
+    mask = choose(x, low, keys, weights.indexer, angles)
     if chosen is not None and indexer.shares:
         chosen.mask, chosen.known = mask, True
     return mask

@@ -115,8 +115,13 @@ class CheckpointSource:
         return self._linear(attn + "q_a_proj"), norm, self._linear(attn + "q_b_proj")
 
     def _indexer(self, prefix: str) -> IndexerWeights:
-        vectors = (self._vector(prefix + name) for name in ("weights_proj.weight", "k_norm.weight", "k_norm.bias"))
-        return IndexerWeights(self._linear(prefix + "wq_b"), self._linear(prefix + "wk"), *vectors)
+        proj, norm, bias = (
+            self._vector(prefix + name) for name in ("weights_proj.weight", "k_norm.weight", "k_norm.bias")
+        )
+        how = self.config.indexer
+        assert how
+        q_b, k = self._linear(prefix + "wq_b"), self._linear(prefix + "wk")
+        return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
 
     def _feed(self, prefix: str) -> Feed:
         return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))

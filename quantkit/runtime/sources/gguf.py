@@ -192,8 +192,10 @@ class GGUFSource:
 
     def _indexer(self, p: str) -> IndexerWeights:
         q_b, k = (self.products.linear(p + name) for name in ("attn_q_b.weight", "attn_k.weight"))
-        vectors = (self.products.vector(p + name) for name in ("proj.weight", "k_norm.weight", "k_norm.bias"))
-        return IndexerWeights(q_b, k, *vectors)
+        proj, norm, bias = (self.products.vector(p + name) for name in ("proj.weight", "k_norm.weight", "k_norm.bias"))
+        how = self.config.indexer
+        assert how
+        return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix
