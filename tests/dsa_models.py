@@ -88,6 +88,7 @@ def as_glm(folder: Path) -> None:
     raw["model"]["ignore_merges"] = True
     raw["post_processor"] = None
     unused = next(token for token in reversed(raw["added_tokens"]) if token["id"] not in (0, 1))
+    raw["model"]["vocab"]["[gMASK]"] = raw["model"]["vocab"].pop(unused["content"])
     unused["content"] = "[gMASK]"
     (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": raw["added_tokens"][1]["content"]}))
