@@ -273,7 +273,7 @@ target = click.option(
     default=None,
     metavar="TARGET",
     help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
-    "versions read it. Overrides the recipe's.",
+    "versions read it; with /deepseek2, V3.2 without its indexer. Overrides the recipe's.",
 )
 recipe = click.option(
     "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."

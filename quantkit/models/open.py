@@ -86,6 +86,8 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
+    if config.indexer and found.config.get("num_nextn_predict_layers"):
+        say_once(f"{found.path}: layer {config.n_layer}, which predicts the token after the next (MTP), is left out")
     words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))

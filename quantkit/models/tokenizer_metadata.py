@@ -192,7 +192,10 @@ def chat_templates(folder: Path, settings: Mapping[str, Any] | None = None) -> d
 def templates_metadata(templates: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others, as gguf-py names them."""
     if not templates:
-        say_once(f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file")
+        say_once(
+            f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file; put a "
+            f"{TEMPLATE} there"
+        )
     elif "default" not in templates:
         say_once(f"warning: {folder}: no chat template is called default, only {', '.join(templates)}")
     out: dict[str, Any] = {"tokenizer.chat_template": templates["default"]} if "default" in templates else {}
