@@ -25,7 +25,7 @@ def streamed(source, tokens: torch.Tensor) -> torch.Tensor:
         return head_logits(source, source.head(), final_hidden(source, tokens))
 
 
-@pytest.mark.parametrize(("layers", "top_k"), [(3, 2048), (3, 64), (1, 32)])
+@pytest.mark.parametrize(("layers", "top_k"), [(3, 64), (1, 32)])
 @pytest.mark.parametrize("name", [V32, GLM])
 def test_reference_is_transformers_model(name, layers, top_k):
     small = made(name, layers, top_k)
