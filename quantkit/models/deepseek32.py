@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import U32
 from quantkit.models import deepseek2, deepseek2_config
-from quantkit.models.config import Indexer, Mla, ModelConfig
+from quantkit.models.config import MAX_LAYERS, Indexer, Mla, ModelConfig
 from quantkit.models.hf_config import WHERE, ConfigClass, Keys
 from quantkit.tensors import TensorSpec
 
@@ -94,7 +94,9 @@ def indexed(raw: Mapping[str, Any], keys: Keys, architecture: str, indexer: Inde
     if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"indexed_attention", "full_attention"}):
         raise QuantkitError(f"{WHERE}: layer_types has other attention than indexed_attention")
     return replace(
-        c, architecture=architecture, indexer=replace(indexer, full=indexer.full or (True,) * min(c.n_layer, 1 << 12))
+        c,
+        architecture=architecture,
+        indexer=replace(indexer, full=indexer.full or (True,) * min(c.n_layer, MAX_LAYERS)),
     )
 
 
@@ -110,7 +112,7 @@ def sizes_to_hf(c: ModelConfig) -> dict[str, Any]:
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     """As llama.cpp reads them (src/models/deepseek32.cpp)."""
     c = deepseek2.from_gguf(metadata)
-    return replace(c, indexer=indexer_from_gguf(metadata, False, (True,) * c.n_layer))
+    return replace(c, indexer=indexer_from_gguf(metadata, False, (True,) * min(c.n_layer, MAX_LAYERS)))
 
 
 def indexer_from_gguf(metadata: Mapping[str, Any], interleaved: bool, full: tuple[bool, ...]) -> Indexer:

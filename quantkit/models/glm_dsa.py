@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.models import deepseek2, deepseek2_config, deepseek32
-from quantkit.models.config import Indexer, Mla, ModelConfig
+from quantkit.models.config import MAX_LAYERS, Indexer, Mla, ModelConfig
 from quantkit.models.hf_config import WHERE, ConfigClass, Keys
 
 ARCHITECTURE = "glm-dsa"
@@ -81,7 +81,7 @@ def _full(keys: Keys, n_layer: int) -> tuple[bool, ...]:
     if values.get("index_topk_freq") is not None and values.get("index_topk_pattern") is None:
         every = max(1, keys.whole("index_topk_freq"))
         offset = OFFSET if values.get("index_skip_topk_offset") is None else keys.whole("index_skip_topk_offset")
-        layers = range(min(n_layer, 1 << 12))
+        layers = range(min(n_layer, MAX_LAYERS))
         said["index_topk_freq"] = tuple(max(i - offset + 1, 0) % every == 0 for i in layers)
     if len(set(said.values())) > 1:
         raise QuantkitError(f"{WHERE}: {' and '.join(said)} do not name the same layers")
@@ -98,7 +98,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     full = metadata.get(f"{ARCHITECTURE}.attention.indexer.types")
     if full is None:
         shares = c.n_context >= LONG_CONTEXT
-        full = [not shares or max(i - 2, 0) % 4 == 0 for i in range(c.n_layer)]
+        full = [not shares or max(i - 2, 0) % 4 == 0 for i in range(min(c.n_layer, MAX_LAYERS))]
     indexer = deepseek32.indexer_from_gguf(metadata, True, tuple(full))
     return replace(c, indexer=indexer)
 
