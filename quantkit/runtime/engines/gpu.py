@@ -329,10 +329,12 @@ class GpuEngine:
 
     def _hand_over(self, pause: Pause, n: int) -> None:
         """What the CPU does after a piece of a step."""
+        experts = self.layers[pause.layer].on_cpu
         if pause.what == "send":
             self.buffers.send(n)
+            assert experts is not None
+            experts.wake()
         elif pause.what == "receive":
-            experts = self.layers[pause.layer].on_cpu
             assert experts is not None
             x, weight, ids = self.buffers.received(n)
             self.buffers.answer(experts(x, ids, weight))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.engines.staging import Stacks
 from quantkit.runtime.engines.step import Between
+from quantkit.runtime.experts.cpu import OnCpu
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
 from quantkit.runtime.packed import Matrix, Packed
 
@@ -37,7 +38,7 @@ class GpuLayer:
     feed: tuple[Matrix, Matrix, Matrix] | None
     router: Router | None = None
     resident: tuple[Packed, Packed, Packed] | None = None
-    on_cpu: Experts | None = None
+    on_cpu: OnCpu | None = None
     stacks: Stacks | None = None  # experts that can be streamed
 
     def weights(self, experts: LayerExperts | None) -> LayerWeights:

@@ -18,7 +18,7 @@ def cpu_experts(
     n_threads: int,
     rows: int = EXPERT_ROWS,
     need: Callable[[Iterable[int]], None] = lambda _: None,
-) -> "GgmlExperts | NativeExperts":
+) -> "OnCpu":
     """`layers.Experts` of one layer: by our own products if they are compiled and take such matrices, else ggml's.
     Arguments as of `GgmlExperts`."""
     if lib := suits(stacks, config):
@@ -72,6 +72,9 @@ class GgmlExperts:
         product.graph.run()
         return product.result
 
+    def wake(self) -> None:
+        """There will be a call soon: nothing to do, ggml starts its threads itself."""
+
     def _product(self, n: int) -> Product:
         c, graph = self.config, Graph(self.n_threads, 64 + 2 * self.config.n_used)
         op = graph.op
@@ -93,3 +96,6 @@ class GgmlExperts:
             out = op("add", out, view)
         result = graph.result(out, (n, c.d))
         return Product(graph.finish(out, allocate=True), x_data, ids_data, weight_data, result)
+
+
+OnCpu = GgmlExperts | NativeExperts

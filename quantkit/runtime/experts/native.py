@@ -16,7 +16,7 @@ from quantkit.ggml.library import TensorP, type_id
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.native.library import SUPERBLOCK, Layer, Matrix, Native, act_block, native, traits
 
-SPIN_NS = 500_000  # that idle threads look for work before they sleep: about what a GPU takes for the rest of a layer
+SPIN_NS = 1_000_000  # that idle threads look for work before they sleep: more than a GPU takes for the rest of a layer
 
 Stacks = Sequence[tuple[str, np.ndarray]]
 """Of gate, up and down: qtype, uint8 [n_expert, n_out, row_bytes]."""
@@ -104,9 +104,7 @@ class NativeExperts:
         self.need(ids.flatten().tolist())
         pool, addresses = self.threads.pool, [t.data_ptr() for t in (x, ids, weight, out)]
         if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses):
-            raise QuantkitError(
-                "not enough memory for the activations of routed experts: lower --context or --parallel"
-            )
+            raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
         return out
 
     def wake(self) -> None:
