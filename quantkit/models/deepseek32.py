@@ -85,7 +85,10 @@ def indexed(raw: Mapping[str, Any], keys: Keys, architecture: str, indexer: Inde
     """The numbers of a model with an indexer. keys: of config.json, settled. indexer.full: () for every layer."""
     c = deepseek2_config.numbers(raw, keys, raw["architectures"][0])
     kinds = keys.values.get("mlp_layer_types")
-    if kinds is not None and kinds != ["dense" if i < c.n_dense else "sparse" for i in range(c.n_layer)]:
+    if kinds is not None and (
+        len(kinds) != c.n_layer
+        or kinds != ["dense"] * min(c.n_dense, c.n_layer) + ["sparse"] * max(0, c.n_layer - c.n_dense)
+    ):
         raise QuantkitError(
             f"{WHERE}: mlp_layer_types does not say that the first {c.n_dense} layers (first_k_dense_replace) of "
             f"{c.n_layer} are dense, and all others sparse"

@@ -1,5 +1,6 @@
 """DeepSeek-V3.2 and GLM-5: our reference against transformers' own classes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import torch
 from dsa_models import GLM, V32, T, config, made
 from safetensors.torch import load_file, save_file
 
+from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
+from quantkit.planning.assign import make_plan
+from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits
@@ -71,6 +75,15 @@ def test_glm_layers_with_an_indexer():
         assert family.from_gguf(metadata).indexer == c.indexer
     assert family.from_hf(bare).indexer.full == (True,) * 78
     assert family.from_hf(family.to_hf(c)).indexer == c.indexer
+
+
+@pytest.mark.parametrize("recipe", [name for name in bundle.recipe_names() if not Recipe.load(name).is_open])
+def test_recipes_speak_of_every_tensor_of_glm_5(recipe):
+    raw = json.loads((Path(__file__).parents[2] / "scripts" / "bench" / "glm-5.2.json").read_text(encoding="utf-8"))
+    plan = make_plan(family.specs(family.from_hf(raw)), Recipe.load(recipe), "llama.cpp", model="glm")
+    kinds = {t.qtype for t in plan.tensors if t.role in ("indexer.attn_q_b", "indexer.attn_k")}
+    assert kinds == {"Q8_0"} and sum(t.role == "indexer.proj" for t in plan.tensors) == 21
+    print(f"{recipe}: {plan.n_bytes / 1e9:.1f} GB")
 
 
 @pytest.mark.parametrize("name", ["DeepseekV32Config", "GlmMoeDsaConfig"])
