@@ -71,7 +71,10 @@ def own_config(file: GGUFFile) -> ModelConfig | None:
 def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelConfig | None, str]:
     """The numbers that the file must have, and whose they are: the reference's, or those of a bundled model."""
     if reference is not None:
-        return family.from_hf(reference.config), f"{reference.name}/config.json"
+        own, architecture = family.from_hf(reference.config), file.metadata.get("general.architecture")
+        if architecture != own.architecture and architecture in family.written_as(reference.config):
+            own = family.from_hf(family.seen_as(reference.config, architecture))
+        return own, f"{reference.name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
     prefix = file.metadata.get("general.architecture")
     found = [file.metadata.get(f"{prefix}.{key}") for key in keys]

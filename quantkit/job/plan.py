@@ -58,8 +58,10 @@ def plan_model(
     """
     budget.check()
     source = open_model(model)
-    config = family.from_hf(source.config)
+    if target and (architecture := targets.parse(target).architecture):
+        source.config = family.seen_as(source.config, architecture)
     plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
     for caveat in targets.caveats(plan.target, config):
         say_once(f"warning: {caveat}")
     if fell := [f"{t.name} {t.qtype}" for t in plan.tensors if targets.FALLS_BACK in t.why]:
@@ -71,9 +73,9 @@ def plan_model(
 def _plan_model(
     source: Checkpoint | Geometry, name: str, target: str | None, budget: BudgetOptions, split_max_bytes: int | None
 ) -> Plan:
-    config = family.from_hf(source.config)
     if is_plan(name):
-        return _read_plan(Path(name), config, target, budget)
+        return _read_plan(Path(name), source, target, budget)
+    config = family.from_hf(source.config)
     rules = aimed(Recipe.load(name), target, config)
     targets.check_model(rules.target, config)
     specs = family.specs(config, rules.mla)
@@ -94,9 +96,12 @@ def _plan_model(
 
 
 def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
-    """The recipe for the target that is asked for; for llama.cpp if its own cannot compute experts of this model's size
-    and none is asked for."""
+    """The recipe for the target that is asked for; for llama.cpp if none is asked for and its own does not know this
+    kind of model, or cannot compute experts of this size."""
     found = recipe.aimed(target)
+    if target is None and not targets.knows(found.target, config):
+        say_once(f"{found.target} reads no {config.architecture} from a GGUF: planned for llama.cpp")
+        return recipe.aimed(targets.LLAMA_CPP.name)
     if target is not None or targets.computes_experts(found.target, config):
         return found
     say_once(
@@ -106,14 +111,15 @@ def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
     return recipe.aimed(targets.LLAMA_CPP.name)
 
 
-def _read_plan(path: Path, config: ModelConfig, target: str | None, budget: BudgetOptions) -> Plan:
+def _read_plan(path: Path, source: Checkpoint | Geometry, target: str | None, budget: BudgetOptions) -> Plan:
     """A plan.json for this model; there is nothing left that a target or a budget could decide."""
     plan = Plan.from_json(read_whole(path, "plan"), str(path))
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
     plan.check_model(family.specs(config, plan.mla))
     if budget.given:
         raise QuantkitError(f"{path}: a plan fixes every type, so a budget has nothing to choose; give a recipe")
-    asked = targets.parse(target or plan.target)
-    if asked.name != plan.target or asked.mla not in (None, plan.mla):
+    asked, own = targets.parse(target or plan.target), config.architecture
+    if asked.name != plan.target or asked.mla not in (None, plan.mla) or asked.architecture not in (None, own):
         raise QuantkitError(f"{path} is made for {plan.target}/{plan.mla}, not for --target {target}; plan again")
     return plan
 
@@ -147,7 +153,7 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:
     """The file(s) of a plan with their headers. Where there is no vocabulary, R1's bytes a token stand for it."""
-    config = family.from_hf(source.config)
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
     if isinstance(source, Geometry) or not file_of(source.path).exists():
         vocabulary = {"vocabulary": "x" * int(VOCABULARY_BYTES * config.n_vocab)}
         metadata = family.metadata(config, plan.mla, plan.model) | vocabulary
@@ -177,6 +183,6 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
 
 def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:
     """KL divergence expected of a plan of this model, nats a token."""
-    specs = family.specs(family.from_hf(open_model(model).config), plan.mla)
+    specs = family.specs(family.from_hf(family.seen_like(open_model(model).config, plan.by_name)), plan.mla)
     plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))

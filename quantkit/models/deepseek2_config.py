@@ -1,6 +1,6 @@
 """config.json of DeepSeek-V2, V3 and R1: every key of transformers' DeepseekV2Config and DeepseekV3Config, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantkit.errors import QuantkitError
@@ -68,13 +68,18 @@ CLASSES: Mapping[str, ConfigClass] = {
         {"num_experts": "n_routed_experts"},
     ),
 }
+ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
 METHODS = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
 
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. KeyError for a key that is missing, QuantkitError for what is not supported."""
     name = _class_of(raw)
-    keys = CLASSES[name].settled(raw)
+    return numbers(raw, CLASSES[name].settled(raw), name)
+
+
+def numbers(raw: Mapping[str, Any], keys: Keys, name: str) -> ModelConfig:
+    """Those that all models with MLA and routed experts have. keys: of config.json, settled; name: of its class."""
     method = _method(keys, name)
     grouped = method != "greedy"
     n_head, n_context = keys.whole("num_attention_heads"), keys.whole("max_position_embeddings")
@@ -130,8 +135,8 @@ def _class_of(raw: Mapping[str, Any]) -> str:
 def _method(keys: Keys, name: str) -> str:
     """How experts are chosen, with what goes together in a model that there is."""
     method, scoring = keys.word("topk_method"), keys.word("scoring_func")
-    if method not in METHODS or (name == V3 and method != "noaux_tc"):
-        only = "noaux_tc" if name == V3 else " ".join(METHODS)
+    if method not in METHODS or (name != V2 and method != "noaux_tc"):
+        only = "noaux_tc" if name != V2 else " ".join(METHODS)
         raise QuantkitError(f"{WHERE}: topk_method {method!r} is not supported in a {name}, only {only}")
     if scoring != METHODS[method]:
         raise QuantkitError(

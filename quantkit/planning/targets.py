@@ -46,10 +46,12 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """A target as a person asked for it. mla: None for the layout that the recipe says."""
+    """A target as a person asked for it. mla: None for the layout that the recipe says. architecture: GGUF's, None for
+    the model's own."""
 
     name: str
     mla: Mla | None = None
+    architecture: str | None = None
 
 
 ALL = tuple(qtypes.QTYPES)
@@ -107,6 +109,8 @@ OLLAMA = Target(
     single_file=True,
 )
 
+WRITTEN_AS = ("deepseek2",)
+"""Architectures that models of others can be written as (`family.written_as` says of which)."""
 TARGETS = {target.name: target for target in (KTRANSFORMERS, LLAMA_CPP, OLLAMA)}
 
 
@@ -119,11 +123,18 @@ def get(name: str) -> Target:
 
 
 def parse(text: str) -> TargetChoice:
-    """`llama.cpp`, or `llama.cpp/combined` for another MLA layout than the recipe's."""
-    name, slash, mla = text.partition("/")
-    if slash and mla not in MLA:
-        raise QuantkitError(f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}")
-    return TargetChoice(get(name).name, MLA[mla] if slash else None)
+    """`llama.cpp`; `llama.cpp/combined` for another MLA layout than the recipe's; `llama.cpp/deepseek2` for a model
+    written as another architecture than its own; or both."""
+    name, *more = text.split("/")
+    layouts = [part for part in more if part in MLA]
+    architectures = [part for part in more if part in WRITTEN_AS]
+    if len(layouts) + len(architectures) < len(more) or max(len(layouts), len(architectures)) > 1:
+        raise QuantkitError(
+            f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}, or an architecture, "
+            f"{' or '.join(WRITTEN_AS)}"
+        )
+    mla = MLA[layouts[0]] if layouts else None
+    return TargetChoice(get(name).name, mla, architectures[0] if architectures else None)
 
 
 def tensor_class(role: str) -> TensorClass:
@@ -167,6 +178,11 @@ YARN_BETAS = (32, 1)
 def caveats(target: str, c: ModelConfig) -> list[str]:
     """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
     found = []
+    if not knows(target, c):
+        found.append(
+            f"{target} has no {c.architecture} attention that reads a GGUF: at best its experts can be used, which "
+            f"nobody has tested; make it for llama.cpp, or V3.2 for {target}/deepseek2"
+        )
     if runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max":
         found.append(
             f"{target} chooses experts wrongly in this model: it scores a group by its best two experts, and V2 by its "
@@ -190,6 +206,11 @@ def start_flags(target: str, c: ModelConfig) -> str:
     if not runs_llama_cpp(target) or not c.yarn or (c.yarn.beta_fast, c.yarn.beta_slow) == YARN_BETAS:
         return ""
     return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
+
+
+def knows(target: str, c: ModelConfig) -> bool:
+    """Whether the target's programs read such a model from a GGUF at all."""
+    return runs_llama_cpp(target) or c.indexer is None
 
 
 def check_model(target: str, c: ModelConfig) -> None:
