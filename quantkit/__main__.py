@@ -11,6 +11,7 @@ for command in (
     making.hardware,
     making.quantize,
     using.inspect,
+    using.families,
     using.verify,
     using.certify,
     using.export_kt,

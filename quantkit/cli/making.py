@@ -205,7 +205,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     target, budget = types.target, types.budget
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
-        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
+        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured)[0] for one in (a, b))))
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
@@ -218,8 +218,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
 
             bitmap.draw(chosen, output)
     streams.show(table.render(chosen))
-    kld = predict_plan(model, chosen, budget.measured)
-    basis = str(budget.measured or "prior")
+    kld, basis = predict_plan(model, chosen, budget.measured)
     streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
 
 
