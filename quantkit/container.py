@@ -47,11 +47,15 @@ class Container:
 
     def physical_cores(self) -> int:
         """The same, hyperthreads of one core counted once: they share the units that multiply."""
-        siblings = (
-            self._text(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
-            for cpu in self._affinity()
-        )
-        return self._within_quotas(len(set(siblings)))
+        return self._within_quotas(len(self.one_of_each_core()))
+
+    def one_of_each_core(self) -> list[int]:
+        """Of the hardware threads of the affinity mask the first one of each core."""
+        first: dict[str, int] = {}
+        for cpu in sorted(self._affinity()):
+            siblings = self._text(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip()
+            first.setdefault(siblings or str(cpu), cpu)
+        return list(first.values())
 
     def _within_quotas(self, n: int) -> int:
         return max(1, min([n, *(math.ceil(quota) for quota in self._cpu_quotas())]))
@@ -160,13 +164,10 @@ def writable_caches() -> bool:
     """Before numba, Triton or matplotlib is loaded: what they compile and keep goes where this process can write, which
     in a container need not be its home. Numba loads what lies there as code, so a folder among other users' is taken
     only if it is this user's alone. False, once said, if there is no such folder."""
-    home = Path(os.path.expanduser("~"))
-    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):  # invalid, says its specification; numba obeys it
-        del os.environ["XDG_CACHE_HOME"]
-    usual = Path(os.environ.get("XDG_CACHE_HOME", home / ".cache"))
+    home, usual = Path(os.path.expanduser("~")), _usual_caches()
     given = [Path(folder) for folder in [os.environ.get("NUMBA_CACHE_DIR")] if folder]
     if not any(map(_writable, given)):
-        if not (base := next((folder for folder in (usual, _temporary()) if folder and _writable(folder)), None)):
+        if not (base := cache_folder()):
             log.warning(
                 "no folder can be written to keep compiled kernels in, so each run compiles anew; set XDG_CACHE_HOME"
             )
@@ -179,6 +180,18 @@ def writable_caches() -> bool:
             os.environ.setdefault("TRITON_CACHE_DIR", str(base / "quantkit-triton"))
             os.environ.setdefault("MPLCONFIGDIR", str(base / "quantkit-matplotlib"))
     return True
+
+
+def cache_folder() -> Path | None:
+    """Where files can be kept that a later run may have to make again: the user's folder for that, else one of their
+    own among the temporary ones; None if neither can be written."""
+    return next((folder for folder in (_usual_caches(), _temporary()) if folder and _writable(folder)), None)
+
+
+def _usual_caches() -> Path:
+    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):  # invalid, says its specification; numba obeys it
+        del os.environ["XDG_CACHE_HOME"]
+    return Path(os.environ.get("XDG_CACHE_HOME", Path(os.path.expanduser("~")) / ".cache"))
 
 
 def _writable(folder: Path) -> bool:

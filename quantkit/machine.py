@@ -54,6 +54,13 @@ def threads() -> int:
     return max(1, physical // ranks.local_count())
 
 
+def cores_for(n: int) -> list[int]:
+    """Hardware threads that n computing threads should keep to: one of each core, if there are enough of them; none
+    if cores have no more than one, or n are too many."""
+    one_each = Container().one_of_each_core()
+    return one_each if n <= len(one_each) < len(os.sched_getaffinity(0)) else []
+
+
 @cache
 def _found() -> tuple[int, int]:
     """cores and physical cores, looked up once."""

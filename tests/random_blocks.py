@@ -5,6 +5,7 @@ import torch
 
 from quantkit.codecs import types as qtypes
 from quantkit.ggml.quants import dequantize
+from quantkit.runtime.activations import Activations
 
 
 def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,3 +23,12 @@ def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.
 def close(a: torch.Tensor, b: torch.Tensor, error: float) -> bool:
     """Whether they differ by at most this share of the greatest value of b."""
     return float((a.cpu() - b.cpu()).abs().max()) <= error * float(b.abs().max())
+
+
+def numbers(x: Activations) -> torch.Tensor:
+    """What the integers say, float64 on the CPU."""
+    assert x.words is not None and x.scales is not None
+    words = x.words.cpu().transpose(1, 2)
+    upper, lower = words[..., :2].contiguous().view(torch.int8), words[..., 2:].contiguous().view(torch.uint8)
+    whole = upper.flatten(1).double() * 256 + lower.flatten(1).double()
+    return (whole.view(len(words), -1, 32) * x.scales.cpu().double()[..., None]).flatten(1)

@@ -45,7 +45,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         click.option(
             "--recover",
             is_flag=True,
-            help="Tune norms, routers and matrices outside of experts on the divergence afterwards, layer by layer.",
+            help="Tune norms, routers, matrices and experts' scales on the divergence afterwards, layer by layer.",
         ),
         click.option(
             "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."

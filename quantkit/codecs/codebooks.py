@@ -28,6 +28,19 @@ def on_device(codebook: str | None, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int8, device=device)
 
 
+@cache
+def for_kernels(codebook: str | None, device: torch.device) -> torch.Tensor:
+    """As `on_device`; but of 8 weights with three levels, which a kernel looks up at random, int16 [entries]: bit i
+    says that weight i has the second level (of IQ1_S: 1), bit 8 + i that it has the third (-1)."""
+    table = on_device(codebook, device)
+    if codebook is None or table.dim() != 2 or table.shape[1] != 8:
+        return table
+    second, third = (1, -1) if codebook == "IQ1_S" else table.unique().tolist()[1:]
+    place = 2 ** torch.arange(8, device=device)
+    bits = ((table == second) * place).sum(1) + 256 * ((table == third) * place).sum(1)
+    return bits.to(torch.int16)
+
+
 def entries(codebook: str, index: torch.Tensor) -> torch.Tensor:
     """int64 [n, k] -> the entries of a codebook, int8 [n, k, width] (of "IQ4_NL": [n, k])."""
     return on_device(codebook, index.device)[index]

@@ -1,7 +1,7 @@
 """Blocks decoded in registers by Triton: one function a type, the twins of `unpack_*` in the kinds' files.
 
 Each takes p, where a block begins, j, which of its groups of 8 neighbouring weights, and its codebook as bytes
-(`codebooks.on_device`), in any shape. It returns the eight int8 in two words, scale and offset: the weights are
+(`codebooks.for_kernels`), in any shape. It returns the eight int8 in two words, scale and offset: the weights are
 `scale · v + offset`. Blocks are read as they lie in the file, so only 2-byte alignment is certain. Imported only where
 Triton is.
 """
@@ -48,16 +48,53 @@ def _no_offset(p):
 
 
 @triton.jit
-def _entry(table, index):
-    """Eight weights of a codebook."""
-    words = table.to(tl.pointer_type(tl.int32))
-    return tl.load(words + 2 * index), tl.load(words + 2 * index + 1)
+def _two(p):
+    """Eight bytes at an even address as two words."""
+    at = p.to(tl.int64)
+    odd, words = (at & 2) != 0, (at & -4).to(tl.pointer_type(tl.int32))
+    a, b = tl.load(words), tl.load(words + 1)
+    c = tl.load(words + 2, mask=odd, other=0)
+    return tl.where(odd, _upper(a, 16) | (b << 16), a), tl.where(odd, _upper(b, 16) | (c << 16), b)
+
+
+@triton.jit
+def _halves(p):
+    """Two float16 in a word."""
+    word = _word(p)
+    low = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, _upper(word, 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _spread(bits):
+    """The lowest four bits, each in a byte of a word."""
+    return ((bits & 15) * 0x00204081) & 0x01010101
+
+
+@triton.jit
+def _entry(table, index, least: tl.constexpr, first: tl.constexpr, second: tl.constexpr):
+    """Eight weights of a codebook of three levels, from the bits that say which have the second and third."""
+    bits = tl.load(table.to(tl.pointer_type(tl.uint16)) + index).to(tl.int32)
+    lo = least + first * _spread(bits) + second * _spread(bits >> 8)
+    return lo, least + first * _spread(bits >> 4) + second * _spread(bits >> 12)
+
+
+@triton.jit
+def _ternary(table, index):
+    """-1, 0 or 1."""
+    return _entry(table, index, 0, 1, 255)
+
+
+@triton.jit
+def _magnitudes(table, index):
+    """8, 25 or 43."""
+    return _entry(table, index, 0x08080808, 17, 35)
 
 
 @triton.jit
 def _flip(word, signs):
     """Negate the bytes (none is 0) of a word whose sign bits, the lowest four, are set."""
-    spread = ((signs & 15) * 0x00204081) & 0x01010101
+    spread = _spread(signs)
     return (word ^ (spread * 255)) + spread
 
 
@@ -97,7 +134,7 @@ def iq1_s(p, j, table):
     entry = _byte(p + 2 + j) | (((high >> (3 * (j % 4))) & 7) << 8)
     scale = _f16(p) * (2 * ((high >> 12) & 7) + 1).to(tl.float32)
     offset = scale * tl.where((high & 0x8000) != 0, -0.125, 0.125)
-    lo, hi = _entry(table, entry)
+    lo, hi = _ternary(table, entry)
     return lo, hi, scale, offset
 
 
@@ -112,7 +149,7 @@ def iq1_m(p, j, table):
     code = (_u16(p + 48 + 2 * (j // 8)) >> (3 * ((j // 2) % 4))) & 7
     scale = d * (2 * code + 1).to(tl.float32)
     offset = scale * tl.where((high & 8) != 0, -0.125, 0.125)
-    lo, hi = _entry(table, entry)
+    lo, hi = _ternary(table, entry)
     return lo, hi, scale, offset
 
 
@@ -123,7 +160,7 @@ def iq2_xxs(p, j, table):
     word = _u32(p + 6 + 8 * (j // 4))
     signs = _even((word >> (7 * (j % 4))) & 127)
     scale = _f16(p) * (0.5 + _upper(word, 28).to(tl.float32)) * 0.25
-    lo, hi = _entry(table, entry)
+    lo, hi = _magnitudes(table, entry)
     return _flip(lo, signs), _flip(hi, signs >> 4), scale, _no_offset(p)
 
 
@@ -134,7 +171,7 @@ def iq2_xs(p, j, table):
     code = (_byte(p + 66 + j // 4) >> (4 * ((j // 2) % 2))) & 15
     signs, entry = _even(word >> 9), word & 511
     scale = _f16(p) * (0.5 + code.to(tl.float32)) * 0.25
-    lo, hi = _entry(table, entry)
+    lo, hi = _magnitudes(table, entry)
     return _flip(lo, signs), _flip(hi, signs >> 4), scale, _no_offset(p)
 
 
@@ -145,7 +182,7 @@ def iq2_s(p, j, table):
     code = (_byte(p + 74 + j // 4) >> (4 * ((j // 2) % 2))) & 15
     signs = _byte(p + 34 + j)
     scale = _f16(p) * (0.5 + code.to(tl.float32)) * 0.25
-    lo, hi = _entry(table, entry)
+    lo, hi = _magnitudes(table, entry)
     return _flip(lo, signs), _flip(hi, signs >> 4), scale, _no_offset(p)
 
 
@@ -180,9 +217,8 @@ def q2_k(p, j, table):
     code, shift = _byte(p + j // 2), 2 * ((j % 16) // 4)
     at = p + 16 + 32 * (j // 16) + 8 * (j % 4)
     lo, hi = (_word(at) >> shift) & 0x03030303, (_word(at + 4) >> shift) & 0x03030303
-    scale = _f16(p + 80) * (code & 15).to(tl.float32)
-    offset = -_f16(p + 82) * (code >> 4).to(tl.float32)
-    return lo, hi, scale, offset
+    d, least = _halves(p + 80)
+    return lo, hi, d * (code & 15).to(tl.float32), -least * (code >> 4).to(tl.float32)
 
 
 @triton.jit
@@ -190,8 +226,10 @@ def q3_k(p, j, table):
     """`kquants.unpack_q3_k`."""
     shift, bit, k = 2 * ((j % 16) // 4), j // 4, j // 2
     at, top = p + 32 + 32 * (j // 16) + 8 * (j % 4), p + 8 * (j % 4)
-    lo = ((_u32(at) >> shift) & 0x03030303) | (((_u32(top) >> bit) & 0x01010101) << 2)
-    hi = ((_u32(at + 4) >> shift) & 0x03030303) | (((_u32(top + 4) >> bit) & 0x01010101) << 2)
+    lo, hi = _two(at)
+    top_lo, top_hi = _two(top)
+    lo = ((lo >> shift) & 0x03030303) | (((top_lo >> bit) & 0x01010101) << 2)
+    hi = ((hi >> shift) & 0x03030303) | (((top_hi >> bit) & 0x01010101) << 2)
     code = (_byte(p + 96 + k % 8) >> (4 * (k // 8))) & 15
     code = code | (((_byte(p + 104 + k % 4) >> (2 * (k // 4))) & 3) << 4)
     scale = _f16(p + 108) * (code - 32).to(tl.float32)
@@ -205,7 +243,8 @@ def q4_k(p, j, table):
     at = p + 16 + 32 * (j // 8) + 8 * (j % 4)
     lo, hi = (_word(at) >> shift) & 0x0F0F0F0F, (_word(at + 4) >> shift) & 0x0F0F0F0F
     code, low = _scale_min(p + 4, j // 4)
-    return lo, hi, _f16(p) * code, -_f16(p + 2) * low
+    d, least = _halves(p)
+    return lo, hi, d * code, -least * low
 
 
 @triton.jit
@@ -216,7 +255,8 @@ def q5_k(p, j, table):
     lo = ((_word(at) >> shift) & 0x0F0F0F0F) | (((_word(top) >> bit) & 0x01010101) << 4)
     hi = ((_word(at + 4) >> shift) & 0x0F0F0F0F) | (((_word(top + 4) >> bit) & 0x01010101) << 4)
     code, low = _scale_min(p + 4, j // 4)
-    return lo, hi, _f16(p) * code, -_f16(p + 2) * low
+    d, least = _halves(p)
+    return lo, hi, d * code, -least * low
 
 
 @triton.jit
@@ -225,8 +265,10 @@ def q6_k(p, j, table):
     q = (j % 16) // 4
     at, top = p + 64 * (j // 16) + 32 * (q % 2) + 8 * (j % 4), p + 128 + 32 * (j // 16) + 8 * (j % 4)
     shift, bit = 4 * (q // 2), 2 * q
-    lo = ((_u32(at) >> shift) & 0x0F0F0F0F) | (((_u32(top) >> bit) & 0x03030303) << 4)
-    hi = ((_u32(at + 4) >> shift) & 0x0F0F0F0F) | (((_u32(top + 4) >> bit) & 0x03030303) << 4)
+    lo, hi = _two(at)
+    top_lo, top_hi = _two(top)
+    lo = ((lo >> shift) & 0x0F0F0F0F) | (((top_lo >> bit) & 0x03030303) << 4)
+    hi = ((hi >> shift) & 0x0F0F0F0F) | (((top_hi >> bit) & 0x03030303) << 4)
     scale = _f16(p + 208) * _byte(p + 192 + j // 2).to(tl.int8).to(tl.float32)
     return lo, hi, scale, -32 * scale
 
@@ -244,7 +286,8 @@ def iq4_xs(p, j, table):
 @triton.jit
 def q8_0(p, j, table):
     """`plain.unpack_q8_0`."""
-    return _u32(p + 2 + 8 * j), _u32(p + 6 + 8 * j), _f16(p), _no_offset(p)
+    lo, hi = _two(p + 2 + 8 * j)
+    return lo, hi, _f16(p), _no_offset(p)
 
 
 @triton.jit

@@ -20,13 +20,14 @@ from quantkit.encoding.backends.recorded import Work
 from quantkit.encoding.feedback import encode_rows
 from quantkit.encoding.hessian import Factor, Hessian, blocks, factorize, prepare, tf32
 from quantkit.encoding.refit import pull, refit
-from quantkit.encoding.state import Effort, State
+from quantkit.encoding.state import EFFORTS, Effort, State
 from quantkit.errors import QuantkitError
 
 PACK_ROWS = 512  # that are packed together: it takes several times what they have
 GPU_BYTES = 32  # per weight: all of a matrix's codes, values and errors
 OUTPUT_BYTES = 10  # per element of H_O: damped, and its factor
 MANY_ROWS = 1024
+FIRST = replace(EFFORTS["normal"], tries=16)  # of a block: all pairs of most types
 INPUT_BYTES = 36  # per element of H_I, likewise, and what encoders keep of it
 
 
@@ -40,7 +41,7 @@ class TwoSided:
     damping: float = 0.3
     passes: int | None = None
     own: float = 0.5
-    effort: str | Effort = "normal"
+    effort: str | Effort = FIRST
 
     def blocks(self, n_rows: int) -> int:
         """Rows of a block; 0 if these rows do not divide into blocks.

@@ -49,6 +49,8 @@ class Graph:
         self.buffers: list[int] = []
         self.copied = 0  # bytes of weights in those buffers
         self.failure: BaseException | None = None
+        self.failed = c_int32()  # set to 1 by nodes of our own that could not be computed
+        self.at_end: list[Callable[[], None]] = []
         self.plan: Cplan | None = None
         self.allocator: int | None = None
 
@@ -154,8 +156,13 @@ class Graph:
             raise self.failure
         if status:
             raise QuantkitError(f"ggml graph failed with status {status}")
+        if self.failed.value:
+            self.failed.value = 0
+            raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
 
     def __del__(self) -> None:
+        for end in getattr(self, "at_end", ()):
+            end()
         for buffer in getattr(self, "buffers", ()):
             self.lib.ggml_backend_buffer_free(buffer)
         if getattr(self, "allocator", None):

@@ -106,6 +106,16 @@ class TypeTraits(ctypes.Structure):
     )
 
 
+FROM_FLOAT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+VEC_DOT = ctypes.CFUNCTYPE(None, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_size_t, c_int)
+
+
+class CpuTraits(ctypes.Structure):
+    """struct ggml_type_traits_cpu: encoder of a type, its product with rows of vec_dot_type."""
+
+    _fields_ = (("from_float", FROM_FLOAT), ("vec_dot", VEC_DOT), ("vec_dot_type", c_int), ("nrows", c_int64))
+
+
 FEATURES = ("avx2", "avx512", "avx512_vnni", "neon", "dotprod", "sve")  # that builds differ in
 X86: Mapping[str, str] = {  # what a build may use without asking, and Linux's name of it
     **{name: name for name in ("ssse3", "avx", "avx_vnni", "avx2", "bmi2", "f16c", "fma", "amx_int8")},
@@ -137,6 +147,7 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
         "ggml_gallocr_alloc_graph": (c_bool, [c_void_p, c_void_p]),
         "ggml_gallocr_free": (None, [c_void_p]),
         "ggml_map_custom1_inplace": (TensorP, [c_void_p, TensorP, CUSTOM, c_int, c_void_p]),
+        "ggml_map_custom3": (TensorP, [c_void_p, *[TensorP] * 3, c_void_p, c_int, c_void_p]),
         "ggml_add": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_mul": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_div": (TensorP, [c_void_p, TensorP, TensorP]),
@@ -173,6 +184,7 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
         "ggml_cpu_init": (None, []),
         "ggml_backend_cpu_reg": (c_void_p, []),
         **{f"ggml_cpu_has_{feature}": (c_int, []) for feature in (*FEATURES, *X86)},
+        "ggml_get_type_traits_cpu": (POINTER(CpuTraits), [c_int]),
         "ggml_graph_plan": (Cplan, [c_void_p, c_int, c_void_p]),
         "ggml_graph_compute": (c_int, [c_void_p, POINTER(Cplan)]),
         "ggml_threadpool_new": (c_void_p, [POINTER(ThreadpoolParams)]),

@@ -26,8 +26,9 @@ def requires_importance(qtype: str) -> bool:
     return bool(library().ggml_quantize_requires_imatrix(type_id(qtype)))
 
 
-def _row_size(qtype: str, n_in: int) -> int:
-    """ggml's own answer, which would abort the process for a row that is not whole blocks."""
+def row_size(qtype: str, n_in: int) -> int:
+    """Bytes of a row: ggml's own answer, which would abort the process for one that is not whole blocks. QuantkitError
+    for such a row."""
     block = library().ggml_blck_size(type_id(qtype))
     if n_in % block:
         raise QuantkitError(f"{qtype} packs {block} weights a block; a row of {n_in} is not a multiple of that")
@@ -42,7 +43,7 @@ def quantize(qtype: str, rows: np.ndarray, importance: np.ndarray | None = None)
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     n_rows, n_in = rows.shape
-    width = _row_size(qtype, n_in)
+    width = row_size(qtype, n_in)
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         if importance.shape != (n_in,):
@@ -62,7 +63,7 @@ def dequantize(qtype: str, data: np.ndarray, n_in: int, out: np.ndarray | None =
     QuantkitError for a type that ggml cannot decode (Q8_K, integers).
     """
     data = np.ascontiguousarray(data)
-    n_rows = data.size // _row_size(qtype, n_in)
+    n_rows = data.size // row_size(qtype, n_in)
     if out is None:
         out = np.empty((n_rows, n_in), dtype=np.float32)
     if qtype == "F32":

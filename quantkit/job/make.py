@@ -377,7 +377,7 @@ def make_and_recover(order: Order, reference: ReferencePass | None) -> list[Path
     """Make the file in a folder of its own, then its recovered twin on the same calibration text."""
     how = order.options.calibration
     options = RecoverOptions(memory=how.memory, hidden=how.hidden)
-    source = open_original(order.checkpoint, order.plan, order.device, how.text, order.folder, options)
+    source, options = open_original(order.checkpoint, order.plan, order.device, how.text, order.folder, options)
     base = order.folder / BASE / order.out.name
     base.parent.mkdir(exist_ok=True)
     if files := earlier(order, base):

@@ -57,7 +57,7 @@ class ExpertGradients:
 
     x [m, d] and hidden [m, n_ff]: inputs of gate, up and of down. weight float32 [m]: of routing; times it, the
     gradient of the layer's output is that of down's. inner float32 [n_sample, m, 2 n_ff]: gradient at the outputs of
-    gate, then of up.
+    gate, then of up. matrices: the expert's, which are gone after the visit.
     """
 
     expert: int
@@ -66,6 +66,7 @@ class ExpertGradients:
     x: torch.Tensor
     hidden: torch.Tensor
     inner: torch.Tensor
+    matrices: Projections
 
 
 class Receiver(Protocol):
@@ -87,7 +88,8 @@ class Receiver(Protocol):
 
 class Leaves:
     """Tensors that require gradients, by name, from which the weights of a layer (or the head) were made; `gradients`
-    holds the sums of theirs, float32, over all tiles so far. Routed experts cannot be among them."""
+    holds the sums of theirs, float32, over all tiles so far. Routed experts cannot be among them: a `Receiver` is told
+    what comes back to those."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self.names, self.tensors = tuple(tensors), tuple(tensors.values())
@@ -280,7 +282,7 @@ class Backward:
             a, b, sigmoid = a.float(), b.float(), a.float().sigmoid()
             at_gate = at_hidden * b * (sigmoid * (1 + a * (1 - sigmoid)))  # the derivative of silu
             at_up = at_hidden * (a * sigmoid)
-            receiver.expert(ExpertGradients(e, tokens, share, x, hidden, torch.cat((at_gate, at_up), -1)))
+            receiver.expert(ExpertGradients(e, tokens, share, x, hidden, torch.cat((at_gate, at_up), -1), matrices))
             yield (at_gate.to(gate.dtype) @ gate).float() + (at_up.to(up.dtype) @ up).float(), at_weight
 
     @torch.enable_grad()

@@ -1,7 +1,8 @@
-"""Triton: products with quantized matrices, decoded in registers, and what decoding needs besides.
+"""Triton: products with quantized matrices, decoded in registers, and routing.
 
 All types are taken apart into groups of 8 neighbouring weights, `scale · v + offset` with the eight int8 in two words,
-by the functions of `codecs/triton_decode.py`.
+by the functions of `codecs/triton_decode.py`. They are multiplied as integers, four at a time (dp4a), by activations of
+16 bits: a signed and an unsigned byte each, so that next to nothing is lost.
 """
 
 from typing import Any, NamedTuple
@@ -11,19 +12,23 @@ import triton
 import triton.language as tl
 
 from quantkit.codecs import types as qtypes
-from quantkit.codecs.codebooks import on_device
+from quantkit.codecs.codebooks import for_kernels
 from quantkit.codecs.registry import codec, triton_twin
+from quantkit.codecs.triton_wide import WIDE
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.activations import Activations
 
 WARPS = 4
-GROUPS = 128  # groups of 8 columns per step of a program: one per thread
+GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
+LANES = 32  # of a program that multiplies: one warp, which needs no barriers
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
 
 
 class Matrices(NamedTuple):
     """Quantized matrices [n_matrices, n_out, n_in] as the kernels take them; Any is a number or a constant.
 
-    table: the codebook's bytes. decode: the type's function of triton_decode. size, groups: bytes of a block, and its
-    groups of 8 weights.
+    table: the codebook. decode: the type's function of triton_decode, or if `wide` of triton_wide, as near ... offset
+    are. size, groups: bytes of a block, and its groups of 8 weights.
     """
 
     data: torch.Tensor
@@ -35,6 +40,11 @@ class Matrices(NamedTuple):
     decode: Any
     size: Any
     groups: Any
+    wide: Any = tl.constexpr(False)
+    near: Any = tl.constexpr(1)
+    far: Any = tl.constexpr(2)
+    alike: Any = tl.constexpr(1)
+    offset: Any = tl.constexpr(True)
 
 
 @triton.jit
@@ -50,33 +60,154 @@ def _group(w, row, g):
 
 
 @triton.jit
-def _products(w, x, ids, out, x_share, rows: tl.constexpr, groups: tl.constexpr):
-    """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x."""
+def _dot4(weights, x, total, signed: tl.constexpr):
+    """total + the four products of a word of int8 with one of int8, or of uint8."""
+    if INTERPRETED:
+        for i in tl.static_range(4):
+            byte = (x << (24 - 8 * i)) >> 24 if signed else (x >> (8 * i)) & 255
+            total = total + ((weights << (24 - 8 * i)) >> 24) * byte
+        return total
+    if signed:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weights, x, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.u32 $0, $1, $2, $3;", "=r,r,r,r", [weights, x, total], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _tokens(x, scales, g, n_in, there):
+    """Eight activations of each group: the words of their upper bytes and of their lower, and what integers count."""
+    words, plane = x + g, n_in // 8
+    a, b = tl.load(words, mask=there, other=0), tl.load(words + plane, mask=there, other=0)
+    c, d = tl.load(words + 2 * plane, mask=there, other=0), tl.load(words + 3 * plane, mask=there, other=0)
+    return a, b, c, d, tl.load(scales + g // 4, mask=there, other=0.0)
+
+
+@triton.jit
+def _dots(lo, hi, a, b, c, d, upper, lower):
+    """Eight int8 in two words times activations' upper bytes a, b (signed) and lower ones c, d: added to the sums of
+    both."""
+    return _dot4(hi, b, _dot4(lo, a, upper, True), True), _dot4(hi, d, _dot4(lo, c, lower, False), False)
+
+
+@triton.jit
+def _number(upper, lower, unit):
+    return (upper * 256 + lower).to(tl.float32) * unit
+
+
+@triton.jit
+def _group_times(group, x, scales, w, g, there):
+    """One group of each row, as `_group` gives them, times its part of a token's activations: [rows, groups]."""
+    lo, hi, scale, offset = group
+    a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
+    upper, lower = _dots(lo, hi, a[None, :], b[None, :], c[None, :], d[None, :], lo * 0, lo * 0)
+    total = scale * _number(upper, lower, unit[None, :])
+    if w.offset:
+        ones = a * 0 + 0x01010101
+        up, low = _dots(ones, ones, a, b, c, d, a * 0, a * 0)
+        total += offset * _number(up, low, unit)[None, :]
+    return total
+
+
+@triton.jit
+def _chunk_times(chunk, x, scales, w, first, there):
+    """As `_group_times` for a chunk of triton_wide, whose groups begin with `first`. Those with one scale are summed as
+    integers."""
+    total = tl.zeros_like(chunk[0]).to(tl.float32)
+    upper, lower = chunk[0] * 0, chunk[0] * 0
+    ones = first * 0 + 0x01010101
+    up, low = first * 0, first * 0
+    for k in tl.static_range(4):
+        g = first + (k % 2) * w.near + (k // 2) * w.far
+        a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
+        upper, lower = _dots(
+            chunk[2 * k], chunk[2 * k + 1], a[None, :], b[None, :], c[None, :], d[None, :], upper, lower
+        )
+        if w.offset:
+            up, low = _dots(ones, ones, a, b, c, d, up, low)
+        if ((w.alike - 1) & k) == w.alike - 1:
+            total += chunk[8 + k] * _number(upper, lower, unit[None, :])
+            upper, lower = chunk[0] * 0, chunk[0] * 0
+            if w.offset:
+                total += chunk[12 + k] * _number(up, low, unit)[None, :]
+                up, low = first * 0, first * 0
+    return total
+
+
+@triton.jit
+def _first(w, chunk):
+    """The group that a chunk begins with."""
+    if w.near == 4:
+        return 16 * (chunk // 4) + chunk % 4
+    elif w.far == 4:
+        return 8 * (chunk // 2) + 2 * (chunk % 2)
+    else:
+        return 4 * chunk
+
+
+@triton.jit
+def _part(w, data, at, last):
+    """What a thread decodes of its rows: group or chunk `at`."""
+    at = tl.minimum(at, last - 1)[None, :]
+    if w.wide:
+        per_block = w.groups // 4
+        return w.decode(data + (at // per_block) * w.size, at % per_block, w.table)
+    else:
+        return _group(w, data, at)
+
+
+@triton.jit
+def _times(part, x, scales, token, w, at, last):
+    x += token * (w.n_in // 2)
+    scales += token * (w.n_in // 32)
+    if w.wide:
+        return _chunk_times(part, x, scales, w, _first(w, at), at < last)
+    else:
+        return _group_times(part, x, scales, w, at, at < last)
+
+
+@triton.jit
+def _products(
+    w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
+):
+    """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x.
+
+    few (without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on. second: the
+    bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
+    """
     pair = tl.program_id(1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    data = w.data + tl.minimum(row, w.n_out - 1).to(tl.int64)[None, :] * w.row_bytes
+    data = w.data
+    if second is not None:
+        if tl.program_id(2) == 1:
+            data = second
+            out += w.n_out * pairs
+    data += tl.minimum(row, w.n_out - 1).to(tl.int64)[:, None] * w.row_bytes
     if ids is not None:
         data += tl.load(ids + pair).to(tl.int64) * w.matrix_bytes
-    x += (pair // x_share).to(tl.int64) * w.n_in
-    last: tl.constexpr = w.n_in // 8
-    # Groups come first: then Triton gives each thread one group of all rows, and x needs no exchange between threads.
-    total = tl.zeros([groups, rows], tl.float32)
-    for start in range(0, last, groups):
-        g = start + tl.arange(0, groups)
-        inside = g < last
-        lo, hi, scale, offset = _group(w, data, tl.minimum(g, last - 1)[:, None])
-        part = tl.zeros([groups, rows], tl.float32)
-        sums = tl.zeros([groups], tl.float32)
-        for i in tl.static_range(4):
-            v = tl.load(x + 8 * g + i, mask=inside, other=0.0)
-            part += _signed(lo, i) * v[:, None]
-            sums += v
-        for i in tl.static_range(4):
-            v = tl.load(x + 8 * g + 4 + i, mask=inside, other=0.0)
-            part += _signed(hi, i) * v[:, None]
-            sums += v
-        total += scale * part + offset * sums[:, None]
-    tl.store(out + pair.to(tl.int64) * w.n_out + row, tl.sum(total, axis=0), mask=row < w.n_out)
+    token = (pair * few // x_share).to(tl.int64)
+    last: tl.constexpr = w.n_in // 32 if w.wide else w.n_in // 8
+    # Columns come last: then Triton gives each thread one part of all rows, and x needs no exchange between threads.
+    total = tl.zeros([rows, tile], tl.float32)
+    total1, total2, total3 = total, total, total
+    for start in range(0, last, tile):
+        at = start + tl.arange(0, tile)
+        part = _part(w, data, at, last)
+        total += _times(part, x, scales, token, w, at, last)
+        if few > 1:
+            total1 += _times(part, x, scales, tl.minimum(token + 1, pairs - 1), w, at, last)
+        if few > 2:
+            total2 += _times(part, x, scales, tl.minimum(token + 2, pairs - 1), w, at, last)
+            total3 += _times(part, x, scales, tl.minimum(token + 3, pairs - 1), w, at, last)
+    to = out + (pair * few).to(tl.int64) * w.n_out + row
+    tl.store(to, tl.sum(total, axis=1), mask=row < w.n_out)
+    if few > 1:
+        tl.store(to + w.n_out, tl.sum(total1, axis=1), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
+    if few > 2:
+        tl.store(to + 2 * w.n_out, tl.sum(total2, axis=1), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
+        tl.store(to + 3 * w.n_out, tl.sum(total3, axis=1), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
 
 
 @triton.jit
@@ -165,7 +296,7 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
     sizes = qtypes.stored(qtype)
     return Matrices(
         data,
-        on_device(codec(qtype).codebook, data.device),
+        for_kernels(codec(qtype).codebook, data.device),
         n_out,
         row_bytes,
         n_out * row_bytes,
@@ -176,34 +307,55 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
     )
 
 
+def _wide(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
+    """With chunks of 32 weights, where there is a function for that."""
+    matrices, wide = _matrices(qtype, data, n_in), WIDE.get(qtype)
+    if wide is None:
+        return matrices
+    of_chunks = map(tl.constexpr, (True, wide.near, wide.far, wide.alike, wide.offset))
+    return Matrices(*matrices[:6], wide.decode, *matrices[7:9], *of_chunks)
+
+
 def _tile(n_in: int) -> int:
     """Groups per step."""
     exact = (size for size in (GROUPS, GROUPS // 2) if n_in // 8 % size == 0)
     return next(exact, min(GROUPS, triton.next_power_of_2(n_in // 8)))
 
 
-def products(qtype: str, data: torch.Tensor, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+def products(
+    qtype: str,
+    data: torch.Tensor,
+    x: Activations,
+    ids: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
+) -> torch.Tensor:
     """float32 [pairs, n_out]: of pair p, matrix ids[p] (without ids: the only one) times its row of x.
 
-    data: uint8 [n_matrices, n_out, row_bytes]. x: float32 [n, n_in]; pairs is a multiple of n, and neighbouring pairs
-    share a row. ids: int32 [pairs]. Every pair is computed alone, so its bits do not depend on the others.
+    data: uint8 [n_matrices, n_out, row_bytes]. x: of n rows; pairs is a multiple of n, and neighbouring pairs share a
+    row. ids: int32 [pairs]. second: other matrices like data, whose products are made too: the result is then
+    [2, pairs, n_out]. Every pair is computed alone, so its bits do not depend on the others.
     """
-    (n, n_in), n_out = x.shape, data.shape[1]
+    assert x.words is not None and x.scales is not None
+    n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
-    out = torch.empty(pairs, n_out, dtype=torch.float32, device=x.device)
-    groups = _tile(n_in)
-    rows = max(1, min(8 if n_out * pairs >= 8 * 512 else 4, 1024 // groups))
-    _products[(triton.cdiv(n_out, rows), pairs)](
-        _matrices(qtype, data, n_in),
-        x.contiguous(),
+    out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
+    rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
+    few = 1 if ids is not None or n == 1 else 2 if n == 2 else 4
+    _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
+        _wide(qtype, data, n_in) if n_in >= 32 * LANES else _matrices(qtype, data, n_in),
+        second,
+        x.words,
+        x.scales,
         ids,
         out,
         pairs // n,
+        pairs,
         rows,
-        groups,
-        num_warps=WARPS,
+        LANES,
+        few,
+        num_warps=1,
     )
-    return out
+    return out[0] if second is None else out
 
 
 def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,23 @@
 """Matrices as quantized bytes on a device, multiplied there without ever being whole in another form for long."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
 from quantkit.codecs.registry import codec
+from quantkit.runtime.activations import Activations, use_kernels
 
 FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
 
 
-@cache
-def use_kernels(kind: str) -> bool:
-    """Triton's kernels on a GPU."""
-    return kind == "cuda" and find_spec("triton") is not None
+def _activations(x: torch.Tensor | Activations) -> Activations:
+    return x if isinstance(x, Activations) else Activations(x)
+
+
+def _integers(x: Activations) -> Activations:
+    if x.words is not None:
+        return x
+    from quantkit.runtime import step_kernels
+
+    return step_kernels.gated(x.x.float().contiguous(), None)
 
 
 class Packed:
@@ -25,6 +29,9 @@ class Packed:
     def __init__(self, qtype: str, data: torch.Tensor, n_in: int, dtype: torch.dtype):
         self.qtype, self.data, self.n_in, self.dtype = qtype, data, n_in, dtype
         self._order: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     @property
     def n_bytes(self) -> int:
@@ -46,34 +53,54 @@ class Packed:
         """Matrices begin ... end as they are."""
         return Packed(self.qtype, self.data[begin:end], self.n_in, self.dtype)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Activations) -> torch.Tensor:
         """The first matrix: x [n, n_in] -> [n, n_out]."""
-        if len(x) > FEW:
-            return (x.to(self.dtype) @ self.dense(0, 1)[0].T).to(x.dtype)
-        return self._products(x, None).to(x.dtype)
+        x = _activations(x)
+        if len(x.x) > FEW:
+            return (x.x.to(self.dtype) @ self.dense(0, 1)[0].T).to(x.x.dtype)
+        return self._products(x, None).to(x.x.dtype)
 
-    def each(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
-        n, n_matrices, _ = x.shape
+    def each(self, x: Activations) -> torch.Tensor:
+        """x [n · n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
+        n_matrices = len(self.data)
+        n = len(x.x) // n_matrices
         if n not in self._order:
-            self._order[n] = torch.arange(n_matrices, dtype=torch.int32, device=x.device).repeat(n)
-        return self._products(x.flatten(0, 1), self._order[n]).view(n, n_matrices, -1).to(x.dtype)
+            self._order[n] = torch.arange(n_matrices, dtype=torch.int32, device=x.x.device).repeat(n)
+        return self._products(x, self._order[n]).view(n, n_matrices, -1)
 
-    def chosen(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def chosen(self, x: Activations, ids: torch.Tensor) -> torch.Tensor:
         """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]."""
-        return self._products(x, ids).to(x.dtype)
+        return self._products(x, ids)
 
-    def _products(self, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-        x = x.float()
-        if use_kernels(x.device.type):
+    def beside(
+        self, other: "Matrix", x: Activations, ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products with this and another one, as `chosen` (without ids as a call): at once if they are alike."""
+        few = ids is not None or len(x.x) <= FEW
+        if isinstance(other, Packed) and few and self._like(other) and use_kernels(self.data.device.type):
             from quantkit.runtime import kernels
 
-            return kernels.products(self.qtype, self.data, x, ids)
+            first, second = kernels.products(self.qtype, self.data, _integers(x), ids, other.data)
+            return first, second
         if ids is None:
-            return x @ codec(self.qtype).dequantize(self.data[0]).T
+            return self(x), other(x)
+        assert isinstance(other, Packed)
+        return self.chosen(x, ids), other.chosen(x, ids)
+
+    def _like(self, other: "Packed") -> bool:
+        return (self.qtype, self.data.shape) == (other.qtype, other.data.shape)
+
+    def _products(self, x: Activations, ids: torch.Tensor | None) -> torch.Tensor:
+        if use_kernels(x.x.device.type):
+            from quantkit.runtime import kernels
+
+            return kernels.products(self.qtype, self.data, _integers(x), ids)
+        rows = x.x.float()
+        if ids is None:
+            return rows @ codec(self.qtype).dequantize(self.data[0]).T
         used, at = ids.unique(return_inverse=True)
         weights = codec(self.qtype).dequantize(self.data[used.long()])
-        return torch.einsum("pi,poi->po", x.repeat_interleave(len(ids) // len(x), 0), weights[at])
+        return torch.einsum("pi,poi->po", rows.repeat_interleave(len(ids) // len(rows), 0), weights[at])
 
 
 class Plain:
@@ -91,12 +118,18 @@ class Plain:
         """Matrices begin ... end."""
         return self.weights[begin:end]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Activations) -> torch.Tensor:
+        x = _activations(x).x
         return (x.to(self.weights.dtype) @ self.weights[0].T).to(x.dtype)
 
-    def each(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
-        return torch.einsum("nmi,moi->nmo", x.to(self.weights.dtype), self.weights).to(x.dtype)
+    def each(self, x: Activations) -> torch.Tensor:
+        """x [n · n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
+        rows = x.x.view(-1, len(self.weights), self.weights.shape[-1])
+        return torch.einsum("nmi,moi->nmo", rows.to(self.weights.dtype), self.weights).to(rows.dtype)
+
+    def beside(self, other: "Matrix", x: Activations) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products with this and another one."""
+        return self(x), other(x)
 
 
 Matrix = Packed | Plain

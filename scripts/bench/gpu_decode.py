@@ -20,7 +20,7 @@ import torch
 
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.registry import codec
-from quantkit.runtime import kernels
+from quantkit.runtime import kernels, step_kernels
 from quantkit.runtime.engines import gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_layers import GpuLayer
@@ -28,6 +28,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.staging import copy_bytes
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.cpu import GgmlExperts
+from quantkit.runtime.experts.native import NativeExperts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.workers import Workers
@@ -70,17 +71,18 @@ def kernel_report(types: list[str]) -> None:
         data = data.view(n, n_out, -1)
         x = torch.randn(1, n_in, device="cuda")
         ids = torch.tensor([3, 0, 15, 7, 8, 1, 12, 5], dtype=torch.int32, device="cuda")
+        rows = step_kernels.gated(x, None)
         few = codec(qtype).dequantize(data[:, :64])
         expected = torch.einsum("poi,i->po", few[ids.long()].double(), x[0].double())
-        error = float((kernels.products(qtype, data, x, ids)[:, :64] - expected).abs().max() / expected.abs().max())
+        error = float((kernels.products(qtype, data, rows, ids)[:, :64] - expected).abs().max() / expected.abs().max())
         out = torch.empty(n_out, n_in, dtype=torch.bfloat16, device="cuda")
         rounded = kernels.dequantize(qtype, data[1], out)[:64].float()
         worst = float((rounded - few[1]).abs().max() / few[1].abs().max())
         begin, rates = [0], []
 
-        def one(matrices=data, begin=begin, x=x, ids=ids, qtype=qtype) -> None:
+        def one(matrices=data, begin=begin, rows=rows, ids=ids, qtype=qtype) -> None:
             begin[0] ^= 8  # other matrices each time: they do not stay in the cache
-            kernels.products(qtype, matrices[begin[0] : begin[0] + 8], x, ids % 8)
+            kernels.products(qtype, matrices[begin[0] : begin[0] + 8], rows, ids % 8)
 
         product = timed(one, 20)
         rates = (8 * data[0].nbytes / product / GB, 8 * n_out * n_in / product / 1e12)
@@ -119,7 +121,12 @@ class Watch:
     """Seconds in the CPU's experts."""
 
     def __init__(self):
-        self.seconds, call = 0.0, GgmlExperts.__call__
+        self.seconds = 0.0
+        for kind in (GgmlExperts, NativeExperts):
+            self._watch(kind)
+
+    def _watch(self, kind: type) -> None:
+        call = kind.__call__
 
         def watched(experts, *arguments):
             start = time.perf_counter()
@@ -127,7 +134,7 @@ class Watch:
             self.seconds += time.perf_counter() - start
             return out
 
-        GgmlExperts.__call__ = watched
+        kind.__call__ = watched
 
 
 def measure(
@@ -196,9 +203,9 @@ def profile(engine: GpuEngine, prompt: list[int]) -> None:
 
 
 def layer_bytes(layer: GpuLayer) -> int:
-    weights, feed = layer.weights, layer.weights.feed
-    parts = [layer.k_b, layer.v_b, weights.kv_a, weights.output, feed.gate, feed.up, feed.down]
-    return sum(part.n_bytes for part in parts + [part for part in weights.q if hasattr(part, "n_bytes")])
+    parts = [layer.k_b, layer.v_b, layer.kv_a, layer.output, *(layer.feed or ())]
+    query = layer.q if isinstance(layer.q, tuple) else (layer.q,)
+    return sum(part.n_bytes for part in (*parts, *query) if not isinstance(part, torch.Tensor))
 
 
 def theirs(binary: str, file: str, options: str, n_prompt: int, n_tokens: int) -> dict[str, float]:

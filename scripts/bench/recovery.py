@@ -13,6 +13,7 @@ import json
 import resource
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ from quantkit.job.recovery.options import RecoverOptions, Sizes
 from quantkit.job.recovery.passes import Target
 from quantkit.job.recovery.step import TrainingStep
 from quantkit.job.recovery.student import Student
-from quantkit.job.recovery.tuned import Tuned, coarse, moving
+from quantkit.job.recovery.tuned import Tuned, moving, scaled
 from quantkit.job.recovery.values import Values
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
@@ -52,11 +53,12 @@ def show_r1(how: RecoverOptions, recipe: str, steps: list[tuple[float, float]], 
     """The sums for all of R1."""
     r1 = family.from_hf(json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_text()))
     plan = make_plan(family.specs(r1), Recipe.load(recipe), "llama.cpp", "R1")
-    sizes = Sizes.of(r1, moving(r1, plan.by_name, how.moves), how)
+    sizes = Sizes.of(r1, plan.by_name, how)
     values, hidden = sizes.disk(131072)
     print(
-        f"R1: {sizes.n_values:,} weights move, {values / 1e9:.0f} GB of values in {sizes.dtype}, {hidden / 1e9:.0f} GB "
-        f"of hidden states, a file of {plan.n_bytes / 1e9:.0f} GB read twice a step"
+        f"R1: {sizes.n_values:,} weights and scales ({sizes.n_experts:,} of experts) move, {values / 1e9:.0f} GB of "
+        f"values in {sizes.dtype}, {hidden / 1e9:.0f} GB of hidden states, a file of {plan.n_bytes / 1e9:.0f} GB that "
+        "is read twice a step"
     )
     both = [R1_DENSE * dense + R1_MOE * moe for dense, moe in zip(steps[0], steps[-1], strict=True)]
     one = sum(both) + head
@@ -72,7 +74,7 @@ def show_r1(how: RecoverOptions, recipe: str, steps: list[tuple[float, float]], 
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A scratch folder.")
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--steps", default=2, show_default=True)
-@click.option("--moves", type=click.Choice(["matrices", "vectors"]), default="matrices", show_default=True)
+@click.option("--moves", type=click.Choice(["experts", "matrices", "vectors"]), default="experts", show_default=True)
 @click.option("--recipe", default="1.58bit", show_default=True, help="That the file was made by.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--room", "place", type=click.Choice(["device", "ram", "disk"]), default=None, help="Of all tokens.")
@@ -88,15 +90,14 @@ def main(
     place: str | None,
 ) -> None:
     """Steps over random tokens in chunks of 512; prints what the last one took."""
-    how = RecoverOptions(moves=moves, tokens=tokens, hidden=place)
+    how = RecoverOptions(moves=moves, tokens=tokens, lr=3e-3, hidden=place)
     original = CheckpointSource(Checkpoint.open(folder), device, torch.float32 if device == "cpu" else torch.bfloat16)
     weights, c, n_chunk = open_gguf(file, device), original.config, tokens // 512
     out.mkdir(parents=True, exist_ok=True)
-    r1 = Sizes.of(c, moving(c, weights.file.tensors, moves), how)
-    sizes = Sizes(c, r1.n_values, r1.most, tokens, torch.bfloat16, torch.bfloat16)  # as R1's are
+    sizes = replace(Sizes.of(c, weights.file.tensors, how), dtype=torch.bfloat16, hidden=torch.bfloat16)  # as R1's are
     room = sizes.room(original, (n_chunk, 512), Limits(None, place, out), gradients.memory(original, 1, 512))
     specs = moving(c, weights.file.tensors, moves)
-    values = Values(out, specs, sizes.dtype, coarse(specs, weights.file.tensors))
+    values = Values(out, specs, sizes.dtype, scaled(specs, weights.file.tensors))
     student = Student(weights, Tuned(weights.file, original.checkpoint, values, original.device), original.dtype)
     target = Target(original, torch.randn(n_chunk, 512, c.d).bfloat16())
     ids = torch.randint(0, c.n_vocab, (n_chunk, 512), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,8 @@ from encoders import moments
 from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.api import Method, encode_batch
 from quantkit.encoding.hessian import gram, prepare
-from quantkit.encoding.two_sided import TwoSided, encode_two_sided
+from quantkit.encoding.state import EFFORTS
+from quantkit.encoding.two_sided import FIRST, TwoSided, encode_two_sided
 from quantkit.ggml import quants
 
 R1_LAYERS, R1_EXPERTS = 58, 256
@@ -63,7 +64,7 @@ def bench(qtype: str, shape: tuple[int, int, int], how: TwoSided, a: argparse.Na
     (experts, rows, n), device = shape, torch.device(a.device)
     w = torch.randn(shape, device=device) * 0.02
     hessians, outputs = moments(experts, n, device, a.tokens), gradients(experts, rows, a.gradients, device)
-    method = Method.of(qtype, a.effort, device=device)
+    method = Method.of(qtype, replace(EFFORTS[a.effort], tries=a.tries), device=device)
     t_factor, factor = timed(device, lambda: prepare(hessians, n, device))
     block = how.blocks(rows)
     corner = [h[:block, :block] for h in outputs]
@@ -93,6 +94,9 @@ def main() -> None:
     p.add_argument("--types", nargs="+", default=["IQ1_S", "IQ2_XXS"], choices=sorted(FORMATS))
     p.add_argument("--shapes", nargs="+", default=["4096x7168", "7168x2048"], help="ROWSxCOLUMNS")
     p.add_argument("--effort", default="normal")
+    p.add_argument(
+        "--tries", type=int, default=FIRST.tries, help="pairs of scale and shift of a block's first encoding"
+    )
     p.add_argument("--experts", type=int, default=32, help="encoded together")
     p.add_argument("--tokens", type=int, default=1024, help="behind H_I")
     p.add_argument("--gradients", type=int, default=1024, help="rows behind H_O")

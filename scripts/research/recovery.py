@@ -41,7 +41,8 @@ class Tuning:
     """what: norms, router, mats (matrices outside of the experts), d (superblock scales of the experts), dm (of coarse
     matrices outside of them). batch: chunks of a step. lr: in standard deviations of a matrix, or of a logarithm.
     fine: matrices of so many bits and more move as `mats`, others by `dm`. average: share of the last steps whose mean
-    is taken."""
+    is taken. dlr: factor on the rate of scales. splice: halves of chunks are put together anew after the first pass of
+    the text; noise: of so many of its tokens others of it stand there then."""
 
     what: str = "norms+router+mats"
     opt: str = "lion"
@@ -53,6 +54,9 @@ class Tuning:
     fine: float = 4.0
     average: float = 0.0
     decay: float = 0.0
+    dlr: float = 1.0
+    splice: int = 0
+    noise: float = 0.0
 
     @classmethod
     def of(cls, text: str) -> "Tuning":
@@ -108,20 +112,24 @@ def tune(config, free: Free, w: Weights, ids: torch.Tensor, how: Tuning) -> Weig
     first, second = ([torch.zeros_like(free.delta[n]) for n in names] for _ in range(2))
     mean, n_mean = [torch.zeros_like(t) for t in first], 0
     generator, order = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.long)
+    changed, now = how.splice or how.noise, ids
     for step in range(how.steps):
         if len(order) < how.batch:
             order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
+            now = _changed(ids, how, generator) if changed and step else ids
         pick, order = order[: how.batch], order[how.batch :]
         for part in pick.split(MICRO):
             made, whole = free.weights(), len(pick) * ids.shape[1]
-            p = F.log_softmax(target[part] @ w["output"].T, -1)
-            q = F.log_softmax(final(config, made, ids[part]) @ made["output"].T, -1)
+            with torch.no_grad():
+                aim = target[part] if now is ids else final(config, w, now[part])
+                p = F.log_softmax(aim @ w["output"].T, -1)
+            q = F.log_softmax(final(config, made, now[part]) @ made["output"].T, -1)
             (F.kl_div(q, p, log_target=True, reduction="sum") / whole).backward()
         rate = how.lr * 0.5 * (1 + math.cos(math.pi * step / how.steps))
         with torch.no_grad():
             for i, name in enumerate(names):
                 t = free.delta[name]
-                _move(t, first[i], second[i], rate, step, how)
+                _move(t, first[i], second[i], rate * (how.dlr if free.kind[name] == "scale" else 1), step, how)
                 if step >= how.steps * (1 - how.average):
                     mean[i] += t
             n_mean += step >= how.steps * (1 - how.average)
@@ -129,6 +137,16 @@ def tune(config, free: Free, w: Weights, ids: torch.Tensor, how: Tuning) -> Weig
         if n_mean:
             return free.weights({name: total / n_mean for name, total in zip(names, mean, strict=True)})
         return {name: t.detach() for name, t in free.weights().items()}
+
+
+def _changed(ids: torch.Tensor, how: Tuning, generator: torch.Generator) -> torch.Tensor:
+    """Chunks that the text does not have, of its tokens."""
+    out = ids.clone()
+    if how.splice:
+        half = ids.shape[1] // 2
+        out[:, half:] = ids[torch.randperm(len(ids), generator=generator).to(ids.device), half:]
+    other = ids.flatten()[torch.randint(ids.numel(), ids.shape, generator=generator).to(ids.device)]
+    return torch.where((torch.rand(ids.shape, generator=generator) < how.noise).to(ids.device), other, out)
 
 
 def _move(t, m, v, rate: float, step: int, how: Tuning) -> None:

@@ -22,8 +22,8 @@ from quantkit.calibration.gradients import GradientOptions, GradientPass, Labels
 from quantkit.calibration.spill import Spill
 from quantkit.encoding import hessian
 from quantkit.encoding.layer import GAMMA, EncoderOptions
-from quantkit.encoding.state import EFFORTS, Effort
-from quantkit.encoding.two_sided import TwoSided
+from quantkit.encoding.state import Effort
+from quantkit.encoding.two_sided import FIRST, TwoSided
 from quantkit.formats.gradients import path_of
 from quantkit.machine import chosen_device
 from quantkit.models import family
@@ -59,9 +59,9 @@ def options(variant: dict[str, str], folder: Path) -> EncoderOptions:
     gamma = {name: 1 + (value - 1) * factor for name, value in GAMMA.items()}
     gamma |= {name: float(variant.pop(name)) for name in list(variant) if name in GAMMA}
     one = variant.pop("one", None)
-    effort: str | Effort = variant.pop("effort", "normal")
+    effort: str | Effort = variant.pop("effort", FIRST)
     if "tries" in variant:
-        effort = replace(EFFORTS["normal"], tries=int(variant.pop("tries")))
+        effort = replace(FIRST, tries=int(variant.pop("tries")))
     pseudo = float(variant.pop("pseudo_tokens", 1))
     numbers = {k: int(v) if k in ("block", "passes") else float(v) for k, v in variant.items()}
     two = TwoSided(effort=effort, **numbers)

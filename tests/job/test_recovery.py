@@ -29,13 +29,14 @@ from quantkit.job.recovery.values import Update, Values
 from quantkit.models import family
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
+from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import attention, rms_norm, route
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import Dequantized
 from quantkit.runtime.stream import final_hidden, head_logits
 
-HOW = RecoverOptions(steps=6, tokens=512, every=3)
+HOW = RecoverOptions(steps=6, tokens=512, lr=3e-3, every=3)
 SHORT = replace(HOW, steps=2, every=1)
 
 
@@ -93,7 +94,8 @@ def plain_gradients(student, original, tokens):
         if weights.router is not None:
             expert, share = route(x, weights.router, c)
             for e in range(c.n_expert):
-                gate, up, down = weights.experts.read(e)
+                gate, up, down = matrices = [t.detach().requires_grad_() for t in weights.experts.read(e)]
+                wanted |= dict(zip(((name, e) for name in expert_names(layer)), matrices, strict=True))
                 made = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
                 out = out + made * (share * (expert == e)).sum(1, keepdim=True)
         h = h + out.view_as(h)
@@ -102,16 +104,19 @@ def plain_gradients(student, original, tokens):
     log_q = head_logits(student, head, h).log_softmax(-1)
     log_p = head_logits(original, original.head(), final_hidden(original, tokens)).log_softmax(-1).detach()
     loss = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
-    found = torch.autograd.grad(loss, list(wanted.values()))
-    scaled = []
+    found, by_delta = torch.autograd.grad(loss, list(wanted.values())), {}
     for (name, made), gradient in zip(wanted.items(), found, strict=True):
-        scales = made.shape[:-1] + (made.shape[-1] // 256,)
-        of_scales = (
-            (gradient * made.detach()).view(*scales, 256).sum(-1) if name in student.tuned.values.scales else None
-        )
-        of_log = gradient * made.detach() if is_norm(student.tuned.specs[name]) else gradient
-        scaled.append(of_log if of_scales is None else of_scales)
-    return float(loss.detach()), dict(zip(wanted, scaled, strict=True))
+        of_log, of_expert = (gradient * made.detach()), isinstance(name, tuple)
+        if of_expert or name in student.tuned.values.scales:
+            gradient = of_log.unflatten(-1, (-1, 256)).sum(-1)
+        elif is_norm(student.tuned.specs[name]):
+            gradient = of_log
+        if of_expert:
+            by_delta.setdefault(name[0], []).append(gradient)
+        else:
+            by_delta[name] = gradient
+    stacks = {name: torch.stack(parts) for name, parts in by_delta.items() if isinstance(parts, list)}
+    return float(loss.detach()), by_delta | stacks
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,8 @@ def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, 
         losses.append((step.run(work.how.update(number), lambda amount=1: None), loss))
     assert set(seen) == set(work.values.layer_of) == set(expected)
     assert {"ffn_gate_inp", "attn_q_a_norm", "ffn_norm", "output"} <= {work.student.tuned.specs[n].role for n in seen}
-    assert bool(work.values.scales) == bool(recipe)
+    assert any("attn_output" in name for name in work.values.scales) == bool(recipe)
+    assert {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"} <= {work.student.tuned.specs[n].role for n in seen}
     assert any("attn_kv_b" in name if "combined" in target else "attn_v_b" in name for name in seen)
     errors = {n: float(((seen[n].view_as(g) - g).norm() / g.norm()).detach()) for n, g in expected.items()}
     assert max(errors.values()) < 1e-4, errors
@@ -153,7 +159,28 @@ def test_scales_of_coarse_matrices_move_and_their_codes_stay(tiny, source, chunk
     old, new = (np.asarray(file.data(name)).reshape(-1, 84) for file in (before, after))  # Q2_K: codes; d, dmin
     assert not np.array_equal(old[:, 80:], new[:, 80:]) and np.array_equal(old[:, :80], new[:, :80])
     experts = "blk.1.ffn_down_exps.weight"
-    assert np.array_equal(before.data(experts), after.data(experts))
+    old, new = (np.asarray(file.data(experts)).reshape(-1, 84) for file in (before, after))
+    assert not np.array_equal(old[:, 80:], new[:, 80:]) and np.array_equal(old[:, :80], new[:, :80])
+
+
+def test_experts_stay_where_the_disk_has_no_room_for_their_scales(tiny, source, base, chunks, tmp_path, monkeypatch):
+    """And go on staying when it has."""
+    plan, text = plan_for(source), TextChoice(n_tokens=4096)
+    sizes = Sizes.of(source.config, plan.by_name, SHORT)
+    least = sizes.needs(2 * SHORT.steps * SHORT.tokens, plan.n_bytes, tmp_path) - 1
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=least))
+        how = open_original(tiny, plan, "cpu", text, tmp_path, SHORT)[1]
+        assert how == replace(SHORT, moves="matrices")
+        stop(patch, *PLACES["best"])
+        with pytest.raises(Stopped):
+            recover(base, tmp_path, source, chunks, "job", how)
+    assert open_original(tiny, plan, "cpu", text, tmp_path, SHORT)[1] == SHORT
+    files, gained = recover(base, tmp_path, source, chunks, "job", SHORT)
+    assert gained["moves"] == "matrices"
+    before, after = GGUFFile.open(base), GGUFFile.open(files[0])
+    changed = {name for name in before.tensors if not np.array_equal(before.data(name), after.data(name))}
+    assert changed and not any("_exps" in name for name in changed)
 
 
 def test_divergence_falls_and_not_a_byte_is_added(base, recovered):
@@ -165,12 +192,10 @@ def test_divergence_falls_and_not_a_byte_is_added(base, recovered):
     assert before.metadata == after.metadata
     changed = {name for name in before.tensors if not np.array_equal(before.data(name), after.data(name))}
     config = family.from_gguf(before.metadata)
-    specs = [spec for some in moving(config, before.tensors, "matrices").values() for spec in some]
-    assert changed == {spec.name for spec in specs}
-    assert not any(spec.is_routed or spec.role == "token_embd" for spec in specs)
-    assert {"attn_norm", "ffn_gate_inp", "attn_output", "attn_k_b", "ffn_down_shexp", "output"} <= {
-        spec.role for spec in specs
-    }
+    specs = [spec for some in moving(config, before.tensors, "experts").values() for spec in some]
+    assert changed == {spec.name for spec in specs} and "token_embd.weight" not in changed
+    expected = {"attn_norm", "ffn_gate_inp", "attn_output", "attn_k_b", "ffn_down_shexp", "ffn_up_exps", "output"}
+    assert expected <= {spec.role for spec in specs}
 
 
 def test_only_vectors_move_if_that_is_asked_for(base, source, chunks, tmp_path):
@@ -315,7 +340,8 @@ ranks.join()
 source = CheckpointSource(Checkpoint.open(bundle.models_dir() / "tiny-r1"))
 choice = TextChoice(n_tokens=24 * 64, chunk=64)
 chunks = cut(choice.corpus("calibration"), source, choice)
-recover(Path(sys.argv[1]), Path(sys.argv[2]), source, chunks, "job", RecoverOptions(steps=2, tokens=512, every=1))
+how = RecoverOptions(steps=2, tokens=512, lr=3e-3, every=1)
+recover(Path(sys.argv[1]), Path(sys.argv[2]), source, chunks, "job", how)
 ranks.leave()
 """
 
@@ -405,6 +431,15 @@ def test_whole_domains_are_held_back():
     assert Split.of(["text"]).about.startswith("the only chunk")
 
 
+def test_the_rate_suits_the_text():
+    plain = RecoverOptions()
+    assert plain.on(123_000, 30).lr == plain.on(10_000_000, 30).lr == 3e-3 and plain.on(123_000, 30).every == 5
+    short = plain.on(14_336, 8)
+    assert short.lr == pytest.approx(1.136e-3, rel=1e-3) and (short.steps, short.every) == (8, 1)
+    assert replace(plain, lr=0.1).on(100, 30).lr == 0.1
+    assert short.update(0).rate == short.lr and short.update(4).rate == pytest.approx(short.lr / 2)
+
+
 def test_a_short_text_is_used_again():
     split = Split((0,), tuple(range(1, 8)), "")
     batches = split.batches(5, 3)
@@ -418,7 +453,9 @@ def test_what_does_not_fit_is_refused_before_any_work(tiny, source, tmp_path, mo
     plan = plan_for(source)
     with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
         open_original(tiny, plan, "cpu", TextChoice(n_tokens=4096), tmp_path, replace(HOW, memory=1_500_000_000))
-    assert "recovery moves 2,474,240 weights: 34.3 MB of state" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "36,864 scales of routed experts move too: 0.4 MB of state" in said
+    assert "recovery moves 2,511,104 weights and scales: 35.1 MB of state" in said
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     with pytest.raises(QuantkitError, match=r"bytes more, 10,000,000 are free; leave --recover out"):
         open_original(tiny, plan, "cpu", TextChoice(n_tokens=4096), tmp_path, HOW)
@@ -434,5 +471,5 @@ def test_sizes_are_known_before(base, source, chunks, tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.job.recovery.recover.encode_again", lambda *_: pytest.fail("enough"))
     with pytest.raises(pytest.fail.Exception):
         recover(base, tmp_path, source, chunks, "job", HOW)
-    sizes = Sizes.of(source.config, moving(source.config, file.tensors, "matrices"), HOW)
+    sizes = Sizes.of(source.config, file.tensors, HOW)
     assert 3 * 4 * sizes.n_values < sum(peak[0]) < sum(sizes.disk(chunks.tokens.numel()))

@@ -5,14 +5,28 @@ import json
 
 import pytest
 import torch
-from random_blocks import close, random_blocks
+from random_blocks import close, numbers, random_blocks
 
 from quantkit import bundle
 from quantkit.codecs.registry import CODECS, codec, in_groups
 from quantkit.models import family
+from quantkit.runtime.activations import Activations
 from quantkit.runtime.layers import Router, route
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def random_rows(n: int, n_in: int, device: str) -> tuple[Activations, torch.Tensor]:
+    """Rows, and what their integers say."""
+    from quantkit.runtime import step_kernels
+
+    x = step_kernels.gated(torch.randn(n, n_in, device=device), None)
+    return x, numbers(x).float().to(device)
+
+
+def some(x: Activations, begin: int, end: int) -> Activations:
+    assert x.words is not None and x.scales is not None
+    return Activations(x.x[begin:end], x.words[begin:end], x.scales[begin:end])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -28,12 +42,17 @@ def test_kernels_agree_with_torch(qtype, device):
     assert close(out, codec(qtype).dequantize(data).flatten(0, 1), 1e-6)
     rounded = kernels.dequantize(qtype, data[0], torch.empty(5, 768, device=device, dtype=torch.bfloat16))
     assert close(rounded.float(), values[0], 2**-7)  # the interpreter cuts off
-    x, ids = torch.randn(2, 768, device=device), torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
+    rows, x = random_rows(5, 768, device)
+    ids = torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
     expected = torch.stack([there[e] @ x[i // 2] for i, e in enumerate(ids.tolist())])
-    assert close(kernels.products(qtype, data, x, ids), expected, 1e-5)
-    alone = kernels.products(qtype, data[:1], x)
-    assert close(alone, x @ there[0].T, 1e-5)
-    assert torch.equal(kernels.products(qtype, data[:1], x[1:]), alone[1:])  # whoever else is in the batch
+    assert close(kernels.products(qtype, data, some(rows, 0, 2), ids), expected, 1e-5)
+    both = kernels.products(qtype, data, some(rows, 0, 2), ids, data.flip(0).contiguous())
+    assert close(both[0], expected, 1e-5)
+    assert close(both[1], torch.stack([there[2 - e] @ x[i // 2] for i, e in enumerate(ids.tolist())]), 1e-5)
+    for n in (2, 5):  # one, two or four tokens a program
+        alone = kernels.products(qtype, data[:1], some(rows, 0, n))
+        assert close(alone, x[:n] @ there[0].T, 1e-5)
+    assert torch.equal(kernels.products(qtype, data[:1], some(rows, 4, 5)), alone[4:])  # whoever else is in the batch
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -43,10 +62,10 @@ def test_products_of_other_lengths(n_in, device):
     from quantkit.runtime import kernels
 
     data, values = random_blocks("Q8_0", (2, 5), n_in)
-    x = torch.randn(2, n_in, device=device)
+    rows, x = random_rows(2, n_in, device)
     ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
     expected = torch.stack([values[1].to(device) @ x[0], values[0].to(device) @ x[1]])
-    assert close(kernels.products("Q8_0", data.to(device), x, ids), expected, 1e-5)
+    assert close(kernels.products("Q8_0", data.to(device), rows, ids), expected, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,11 +1,11 @@
 """Recovery: what a finished file leaves free is tuned against the original. Not a byte is added.
 
-Norms and routers (F32 in the file) move, and the weights of the matrices of 4 bits and more outside of the routed
-experts, which are encoded once more in the end (`tuned`). The loss is the KL divergence of the logits from the
-original's at all positions; the optimizer is Adam with factored mean squares, whose one momentum fits on a disk
-(`values`). Forward and backward go layer by layer (`step`), so a model of any size can be recovered: the file is read
-twice a step. When it stops, and which of its states is taken, is decided by text of other domains than it trains on
-(`text`).
+Norms and routers (F32 in the file) move, the weights of the matrices of 4 bits and more outside of the routed experts,
+which are encoded once more in the end, and the scales of all others (`tuned`). The loss is the KL divergence of the
+logits from the original's at all positions; the optimizer is Adam with factored mean squares, whose one momentum fits
+on a disk (`values`). Forward and backward go layer by layer (`step`), so a model of any size can be recovered: the file
+is read twice a step. When it stops, and which of its states is taken, is decided by text of other domains than it
+trains on (`text`).
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from quantkit.calibration.spill import Spill
 from quantkit.formats import sealed
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.whole_file import make_folders
-from quantkit.job.recovery.options import RecoverOptions, Sizes
+from quantkit.job.recovery.options import RecoverOptions, Sizes, as_disk_allows
 from quantkit.job.recovery.passes import Target, forward, inputs, measure
 from quantkit.job.recovery.step import TrainingStep
 from quantkit.job.recovery.student import Student
 from quantkit.job.recovery.text import Split
-from quantkit.job.recovery.tuned import Tuned, coarse, moving
+from quantkit.job.recovery.tuned import Tuned, moving, scaled
 from quantkit.job.recovery.twin import Twin, encode_again
 from quantkit.job.recovery.values import Values
 from quantkit.planning.plan import Plan
@@ -42,7 +43,7 @@ from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.runtime.stream import Source
 
 STATE = ".state-recovery"  # after the file's name: the folder of what is done so far
-FORMAT = 3  # of the state: another number, another job
+FORMAT = 4  # of the state: another number, another job
 PROGRESS = "progress"
 RECOMPUTED = ("original", "encode")  # folders of the state whose files can be made again
 PATIENCE = 3  # measurements without a gain after which it stops: two came before proxy-a's best
@@ -84,18 +85,18 @@ class Recovery:
         self.original, self.how, self.state, self.job = original, how, state, job
         weights = open_gguf(base, original.device)
         self.base, specs = weights.file, moving(weights.config, weights.file.tensors, how.moves)
-        sizes = Sizes.of(weights.config, specs, how)
+        sizes = Sizes.of(weights.config, weights.file.tensors, how)
         self.split = Split.of(chunks.domains)
         self.batches = self.split.batches(how.steps, max(1, how.tokens // chunks.tokens.shape[1]))
         if len(self.batches) < how.steps:
             say(f"recovery: {len(self.batches)} steps instead of {how.steps}, because the text is short")
-            self.how = how = replace(how, steps=len(self.batches))
+        self.how = how = how.on(len(self.split.train) * chunks.tokens.shape[1], len(self.batches))
         used = torch.cat([torch.cat(self.batches).unique(), torch.tensor(self.split.held)]).unique()
         self.tokens, self.used = chunks.tokens[used], used
         ranks.agree(lambda: make_folders(state))
         shape = len(self.batches[0]), chunks.tokens.shape[1]
         self.room = sizes.room(original, shape, how.limits(state), gradients.memory(original, 1, shape[1]))
-        self.values = Values(state, specs, sizes.dtype, coarse(specs, weights.file.tensors))
+        self.values = Values(state, specs, sizes.dtype, scaled(specs, weights.file.tensors))
         tuned = Tuned(weights.file, original.checkpoint, self.values, original.device)
         self.student = Student(weights, tuned, original.dtype)
         self.progress = Progress(Spill(state, job))
@@ -130,6 +131,7 @@ class Recovery:
             "kld_before": progress.before,
             "kld_after": after,
             "steps": progress.best,
+            "moves": self.how.moves,
             "judged_by": self.split.about,
             "measured": progress.measured,
         }
@@ -220,9 +222,9 @@ def recover(
     Ranks share the work. If text that was not tuned on does not gain, the twin is a plain copy. What memory or disk
     have no room for is refused by `open_original`, before the base is made.
     """
-    how = how or RecoverOptions()
     state = folder / (base.name + STATE)
-    job = hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
+    how = _as_begun(how or RecoverOptions(), state, partial(_identity, job, chunks))
+    job = _identity(job, chunks, how)
     if why := ranks.agree(lambda: _useless(state, job)):
         say(f"{why}; recovery begins anew")
         ranks.agree(lambda: _clear([state]))
@@ -235,6 +237,21 @@ def recover(
     ranks.agree(lambda: done(files, gained))
     ranks.agree(lambda: _clear([state]))
     return files, gained
+
+
+def _identity(job: str, chunks: Chunks, how: RecoverOptions) -> str:
+    return hashlib.sha256(f"{job} {how} {chunks.domains} {FORMAT}".encode()).hexdigest()
+
+
+def _as_begun(how: RecoverOptions, state: Path, job_of: Callable[[RecoverOptions], str]) -> RecoverOptions:
+    """As the state there was begun, if that differs only in whether the scales of experts move: the disk decided that
+    (`open_original`), and may have another mind now."""
+    other = replace(how, moves="matrices" if how.moves == "experts" else "experts")
+    mark = state / "job"
+    if how.moves == "vectors" or not ranks.agree(lambda: mark.exists() and mark.read_text() == job_of(other)):
+        return how
+    say(f"recovery goes on as it was begun: scales of routed experts {'move' if other.moves == 'experts' else 'stay'}")
+    return other
 
 
 def _useless(state: Path, job: str) -> str | None:
@@ -261,16 +278,20 @@ def _clear(folders: Iterable[Path]) -> None:
 
 def open_original(
     checkpoint: Checkpoint, plan: Plan, device: str, text: TextChoice, folder: Path, how: RecoverOptions
-) -> CheckpointSource:
-    """The original as recovery reads it: float32 on the CPU, bfloat16 on a GPU. Says what recovering a file of this
-    plan on so much text takes; QuantkitError if memory, or the disk of the folder (it exists), has no room for that."""
+) -> tuple[CheckpointSource, RecoverOptions]:
+    """The original as recovery reads it: float32 on the CPU, bfloat16 on a GPU; and what moves, if the disk of the
+    folder (it exists) has no room for the scales of experts. Says what recovering a file of this plan on so much text
+    takes; QuantkitError if memory or the disk has no room for that."""
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    sizes = Sizes.of(source.config, moving(source.config, plan.by_name, how.moves), how)
     if checkpoint.origin:
         say("recovery reads the matrices of the original twice a step: download it (hf download) if its cache is small")
     most = 2 * how.steps * how.tokens
     n_tokens = min(text.n_tokens or most, most)
+    text_and_file = n_tokens, plan.n_bytes
+    moves = ranks.agree(lambda: as_disk_allows(how, source.config, plan.by_name, text_and_file, folder))
+    how = replace(how, moves=moves)
+    sizes = Sizes.of(source.config, plan.by_name, how)
     sizes.check_disk(n_tokens, plan.n_bytes, folder)
     shape = max(1, min(n_tokens, how.tokens) // text.chunk), text.chunk
     sizes.room(source, shape, how.limits(folder), gradients.memory(source, 1, text.chunk))
-    return source
+    return source, how

@@ -34,16 +34,18 @@ class TunedProducts(Dequantized):
 
     def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`. On a GPU they travel as they are packed, and are decoded there: a step decodes them twice."""
-        names = expert_names(layer)
-        packed = all(in_groups(self.weights.file.tensors[name].qtype) for name in names)
-        if not (packed and use_kernels(self.device.type)):
-            return super().experts(layer, turns)
+        file, names = self.weights.file, expert_names(layer)
+        packed = use_kernels(self.device.type) and all(in_groups(file.tensors[name].qtype) for name in names)
+
+        def one(name: str, e: int) -> torch.Tensor:
+            made = self.packed_expert(name, e) if packed else self._expert(name, file.matrix(name, e))
+            return self.tuned.rescale(name, e, made)
 
         def read(e: int) -> Projections:
-            gate, up, down = (self.packed_expert(name, e) for name in names)
+            gate, up, down = (one(name, e) for name in names)
             return gate, up, down
 
-        return StreamedExperts(read, self.weights.config.n_expert, replace(turns, ahead=2))
+        return StreamedExperts(read, self.weights.config.n_expert, replace(turns, ahead=2) if packed else turns)
 
     def packed_expert(self, name: str, e: int) -> torch.Tensor:
         """One matrix of a stack, read into memory that a GPU can take it from, decoded on the device."""

@@ -1,9 +1,9 @@
 """What moves of a file, and what it is now.
 
-Routed experts and the embedding stay the file's. Norms and routers (F32 in the file) move from the file's values; other
-matrices of FINE_BITS and more move from the original's, which are read again from the checkpoint, and are encoded once
-more in the end. Of coarser matrices outside of the experts the superblocks' scales move: their codes stay, for their
-rounding is larger than any move of a weight.
+The embedding stays the file's. Norms and routers (F32 in the file) move from the file's values; matrices of FINE_BITS
+and more outside of the routed experts move from the original's, which are read again from the checkpoint, and are
+encoded once more in the end. Of coarser matrices and of routed experts the superblocks' scales move: their codes stay,
+for their rounding is larger than any move of a weight.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,12 @@ from quantkit.runtime.stream import Source
 from quantkit.tensors import TensorSpec
 
 FINE_BITS = 4.0
-Moves = Literal["matrices", "vectors"]
-"""`matrices`: norms, routers, fine matrices and scales of coarse ones move; `vectors`: norms and routers."""
+Tensors = Mapping[str, GGUFTensor | PlannedTensor]
+"""By name: of a file, or of a plan for one."""
+
+Moves = Literal["experts", "matrices", "vectors"]
+"""`vectors`: norms and routers move; `matrices`: fine matrices and scales of coarse ones too; `experts`: and the scales
+of routed experts."""
 
 
 def is_norm(spec: TensorSpec) -> bool:
@@ -44,27 +48,26 @@ def is_fine(spec: TensorSpec, qtype: str) -> bool:
     return qtypes.stored(qtype).block_size > 1 and qtypes.get(qtype).bpw >= FINE_BITS
 
 
-def is_coarse(spec: TensorSpec, qtype: str) -> bool:
+def is_scaled(spec: TensorSpec, qtype: str) -> bool:
     """Whether the scales of its superblocks move, in their logarithms."""
-    outside = len(spec.shape) > 1 and not (spec.fixed or spec.is_routed or spec.role == "token_embd")
-    return outside and qtype in FORMATS and not is_fine(spec, qtype)
+    matrix = len(spec.shape) > 1 and not (spec.fixed or spec.role == "token_embd")
+    return matrix and qtype in FORMATS and not is_fine(spec, qtype)
 
 
-def coarse(specs: ByLayer, tensors: Mapping[str, GGUFTensor | PlannedTensor]) -> frozenset[str]:
+def scaled(specs: ByLayer, tensors: Tensors) -> frozenset[str]:
     """Names of those among these."""
-    return frozenset(s.name for some in specs.values() for s in some if is_coarse(s, tensors[s.name].qtype))
+    return frozenset(s.name for some in specs.values() for s in some if is_scaled(s, tensors[s.name].qtype))
 
 
-def moving(
-    config: ModelConfig, tensors: Mapping[str, GGUFTensor | PlannedTensor], moves: Moves
-) -> dict[int, list[TensorSpec]]:
+def moving(config: ModelConfig, tensors: Tensors, moves: Moves) -> dict[int, list[TensorSpec]]:
     """What moves of a file with these tensors, by layer, as `values.ByLayer`."""
     found: dict[int, list[TensorSpec]] = {}
     for spec in family.specs(config, mla_of(tensors)):
         if spec.name not in tensors:
             continue  # tied output
         qtype = tensors[spec.name].qtype
-        matrix = moves == "matrices" and (is_fine(spec, qtype) or is_coarse(spec, qtype))
+        asked = moves == "experts" if spec.is_routed else moves != "vectors"
+        matrix = asked and (is_fine(spec, qtype) or is_scaled(spec, qtype))
         if matrix or is_norm(spec) or spec.role == "ffn_gate_inp":
             found.setdefault(config.n_layer if spec.layer is None else spec.layer, []).append(spec)
     return found
@@ -100,6 +103,15 @@ class Tuned:
         if spec.name in self.values.scales:
             return (rows.unflatten(-1, (-1, SUPERBLOCK)) * by.exp()[..., None]).flatten(-2)
         return rows * by.exp() if is_norm(spec) else rows + by * self.unit(spec)
+
+    def rescale(self, name: str, expert: int, matrix: torch.Tensor) -> torch.Tensor:
+        """A routed expert's matrix [n_out, n_in], as the file has it, under the scales that it has now: in place."""
+        if name in self.values.scales:
+            spec, n_out = self.specs[name], len(matrix)
+            delta = self.values.delta(spec, expert * n_out, (expert + 1) * n_out)
+            if delta is not None:
+                matrix.view(n_out, -1, SUPERBLOCK).mul_(delta.to(matrix.device, torch.float32).exp()[..., None])
+        return matrix
 
     def to_delta(self, name: str, gradient: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """Gradient with respect to what was made of a tensor, float32 -> with respect to its delta, but for a positive

@@ -21,7 +21,7 @@ from quantkit.formats.whole_file import make_folders, rename, sync_file
 from quantkit.ggml import quants
 from quantkit.job.recovery.passes import forward, inputs
 from quantkit.job.recovery.tuned import TunedSource
-from quantkit.job.recovery.values import ByLayer
+from quantkit.job.recovery.values import ByLayer, Values
 from quantkit.models import family
 from quantkit.progress import say, track
 from quantkit.runtime.layers import rms_norm
@@ -93,7 +93,7 @@ class Twin:
         tensor = self.base.tensors[name]
         with open(self.folder / tensor.file.name, "rb+") as out:
             out.seek(tensor.offset + row * tensor.row_bytes)
-            out.write(np.ascontiguousarray(data).tobytes())
+            out.write(np.ascontiguousarray(data).data)
 
     def restore(self, names: Iterable[str]) -> None:
         """The base's bytes of these tensors."""
@@ -131,15 +131,17 @@ class Inputs(Watcher):
 def encode_again(student: TunedSource, tokens: torch.Tensor, room: Room, spill: Spill, twin: Twin) -> None:
     """Everything that moved, layer by layer, into the twin: matrices under the moments of the inputs that the student
     has of these tokens, int64 [n_chunk, t]. Goes on after the last finished layer."""
-    n_layer, specs = student.config.n_layer, student.tuned.values.specs
+    n_layer, specs, scales = student.config.n_layer, student.tuned.values.specs, student.tuned.values.scales
 
     def visit(step: Step) -> torch.Tensor:
         mine = specs[step.layer]
-        seen = Inputs({SAME_INPUT.get(spec.role, spec.role) for spec in mine if spec.fixed is None})
+        encoded = [spec.role for spec in mine if spec.fixed is None and spec.name not in scales]
+        seen = Inputs({SAME_INPUT.get(role, role) for role in encoded})
         made = step.compute(seen)
         for spec in mine[ranks.index() :: ranks.count()]:
             _write(student, spec, seen.moments.get(SAME_INPUT.get(spec.role, spec.role)), twin)
         twin.sync()
+        twin.base.let_go()
         ranks.barrier()  # a layer is done when all its bytes are safe
         if ranks.index() == 0:
             twin.note(spill, step.layer, [spec.name for spec in mine])
@@ -167,9 +169,7 @@ def _of_output(student: TunedSource, hidden: torch.Tensor) -> Moments:
 def _write(student: TunedSource, spec: TensorSpec, seen: Moments | None, twin: Twin) -> None:
     qtype, rows = twin.base.tensors[spec.name].qtype, student.tuned.rows
     if spec.name in student.tuned.values.scales:
-        delta = student.tuned.values.delta(spec, 0, spec.n_rows)
-        if delta is not None:
-            twin.write(spec.name, 0, rescale(qtype, twin.base.data(spec.name), delta.float().exp().numpy()))
+        _rescale(student.tuned.values, spec, twin)
         return
     if seen is None:  # F32 in the file
         values = torch.cat([rows(spec, *some) for some in family.slices(spec)])
@@ -187,6 +187,17 @@ def _write(student: TunedSource, spec: TensorSpec, seen: Moments | None, twin: T
         for start, stop in family.slices(spec):
             packed = encode_batch(qtype, rows(spec, start, stop)[None], factor, device=student.device)
             twin.write(spec.name, start, packed[0])
+
+
+def _rescale(values: Values, spec: TensorSpec, twin: Twin) -> None:
+    """The base's codes under the scales that have moved, so many rows at a time: a stack of R1's is 1 GB."""
+    packed = twin.base.data(spec.name).reshape(spec.n_rows, -1)
+    for start, stop in family.slices(spec):
+        delta = values.delta(spec, start, stop)
+        if delta is None:
+            return
+        qtype = twin.base.tensors[spec.name].qtype
+        twin.write(spec.name, start, rescale(qtype, packed[start:stop], delta.float().exp().numpy()))
 
 
 def _by_ggml(student: TunedSource, spec: TensorSpec, hessians: list[Hessian], twin: Twin) -> None:

@@ -8,55 +8,54 @@ without graphs: so the tests compare it with the other engines.
 """
 
 import logging
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from quantkit import machine
 from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.runtime.activations import Where
 from quantkit.runtime.engines.gpu_buffers import Buffers
 from quantkit.runtime.engines.gpu_layers import (
     ChunkedExperts,
     Chunks,
     CpuExperts,
     GpuLayer,
-    Places,
+    Query,
     attend,
     chosen,
+    feed,
     resident_chunks,
 )
 from quantkit.runtime.engines.gpu_memory import (
     PIECES,
     SPARE,
     GpuLayers,
+    largest_chunk,
     largest_piece,
     resident_layers,
     workspace,
 )
 from quantkit.runtime.engines.staging import Part, Ring, Stack, upload, upload_experts
-from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
+from quantkit.runtime.engines.step import Added, Chosen, between_of
+from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import (
-    Feed,
     KVCache,
     LayerExperts,
-    LayerWeights,
-    Linear,
     Router,
     attention,
     feed_forward,
     rms_norm,
-    route,
     unwatched,
 )
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.packed import Matrix, Packed, Plain, use_kernels
+from quantkit.runtime.packed import Matrix, Packed, Plain
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
@@ -68,7 +67,6 @@ STREAM_TOKENS = 128  # prompts from here on move expert bytes to the GPU; below,
 KEPT_STEPS = 12  # captured (sequences, cache positions)
 
 PackedChunks = Generator[tuple[int, list[Packed]], None, None]
-Query = tuple[Linear, torch.Tensor, Linear] | Linear
 
 
 class Pause(NamedTuple):
@@ -99,15 +97,30 @@ class GpuEngine:
                 weights.file.let_go()
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self.buffers = Buffers(c, n_slots, self.rows, self.device)
+        self.buffers = Buffers(c, n_slots, self.device)
+        self.between = between_of(c, self.device)
         self.ring = self._ring()
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
+        left = machine.free_vram(self.device) - SPARE - workspace(c, self.piece) if self.on_gpu else 0
+        self.chunk = largest_chunk(c, left)
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
         if self.on_gpu:
             self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._warm_up()
 
     # Loading
+
+    def _warm_up(self) -> None:
+        """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
+        and touched. Where memory is limited nothing is read that no token asked for."""
+        begun, n = time.perf_counter(), min(STREAM_TOKENS, self.capacity)
+        if self.weights.residency is None:
+            self.prefill(0, [0] * n, 0)
+        for _ in range(2):
+            self.prefill(0, [0], 0)
+        self.length[0] = 0
+        log.info("warmed up in %.1f s: kernels compiled, experts read", time.perf_counter() - begun)
 
     def _vector(self, name: str) -> torch.Tensor:
         return self.weights.dense(name).to(self.device)
@@ -141,26 +154,25 @@ class GpuEngine:
         feed = router = None
         if not moe or c.n_shared:
             suffix = "_shexp" if moe else ""
-            feed = Feed(*(matrix(f"{p}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
+            gate, up, down = (matrix(f"{p}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down"))
+            feed = (gate, up, down)
         if moe:
             bias = p + "exp_probs_b.bias"
             has_bias = bias in self.weights.file.tensors
             router = Router(vector(p + "ffn_gate_inp.weight"), vector(bias) if has_bias else None)
         k_b, v_b = self._heads(p)
-        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        weights = LayerWeights(
+        layer = GpuLayer(
             attn_norm=vector(p + "attn_norm.weight"),
             q=self._query(p),
             kv_a=matrix(p + "attn_kv_a_mqa.weight"),
             kv_a_norm=vector(p + "attn_kv_a_norm.weight"),
-            k_b=nothing,
-            v_b=nothing,
+            k_b=k_b,
+            v_b=v_b,
             output=matrix(p + "attn_output.weight"),
             ffn_norm=vector(p + "ffn_norm.weight"),
             feed=feed,
             router=router,
         )
-        layer = GpuLayer(weights, k_b, v_b)
         if moe:
             self._add_experts(layer, i)
         return layer
@@ -169,7 +181,7 @@ class GpuEngine:
         """For the time being on the CPU."""
         c, weights = self.config, self.weights
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
-        layer.on_cpu = GgmlExperts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
+        layer.on_cpu = cpu_experts(weights.expert_stacks(i), c, weights.workers.n, rows, weights.needs(i))
         tensors = [weights.file.tensors[name] for name in expert_names(i)]
         if unknown := {tensor.qtype for tensor in tensors if not registry.in_groups(tensor.qtype)}:
             log.warning("layer %d: no GPU kernel for %s: its experts stay on the CPU", i, ", ".join(unknown))
@@ -195,10 +207,11 @@ class GpuEngine:
         room = machine.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
         n, n_moe, workers = resident_layers(gpu_layers, sizes, room), self.config.n_moe, self.weights.workers
         for layer, stacks in able[:n]:
-            layer.resident = [
+            gate, up, down = (
                 Packed(stack.qtype, upload_experts(stack, self.device, workers), stack.n_in, self.dtype)
                 for stack in stacks
-            ]
+            )
+            layer.resident = (gate, up, down)
             layer.on_cpu = None
         log.info(
             "experts of %d of %d layers in GPU memory (%s), %d on the CPU; prompts in pieces of %d",
@@ -230,7 +243,7 @@ class GpuEngine:
         try:
             for i, layer in enumerate(self.layers):
                 experts = self._prompt_experts(layer, chunks)
-                weights = replace(layer.weights, k_b=layer.k_b.dense(), v_b=layer.v_b.dense(), experts=experts)
+                weights = layer.weights(experts)
                 latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
                 h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
@@ -254,10 +267,10 @@ class GpuEngine:
 
     def _prompt_experts(self, layer: GpuLayer, streamed: Chunks | None) -> LayerExperts | None:
         n_expert = self.config.n_expert
-        if layer.weights.router is None:
+        if layer.router is None:
             return None
         if layer.resident is not None:
-            return unwatched(ChunkedExperts(resident_chunks(layer.resident, n_expert), n_expert))
+            return unwatched(ChunkedExperts(resident_chunks(layer.resident, self.chunk), n_expert))
         if streamed is not None and layer.stacks:
             return unwatched(ChunkedExperts(streamed, n_expert))
         assert layer.on_cpu is not None
@@ -316,53 +329,45 @@ class GpuEngine:
 
     def _hand_over(self, pause: Pause, n: int) -> None:
         """What the CPU does after a piece of a step."""
+        experts = self.layers[pause.layer].on_cpu
         if pause.what == "send":
             self.buffers.send(n)
+            assert experts is not None
+            experts.wake()
         elif pause.what == "receive":
-            experts = self.layers[pause.layer].on_cpu
             assert experts is not None
             x, weight, ids = self.buffers.received(n)
             self.buffers.answer(experts(x, ids, weight))
 
     def _pieces(self, n: int, n_kv: int) -> Iterator[Pause]:
         """One token of n sequences, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
-        c, buffers, places = self.config, self.buffers, self._places(n, n_kv)
-        h = buffers.h[:n]
+        buffers, between, where = self.buffers, self.between, self._where(n)
+        h, nothing = buffers.h[:n], (None, None)
+        added: Added = nothing
+        shares: Chosen | None = None
         for i, layer in enumerate(self.layers):
-            weights = layer.weights
-            h = h + attend(h, layer, c, self.cache[i], places)
-            x = F.rms_norm(h, (c.d,), weights.ffn_norm, c.rms_eps)
-            if weights.router is None:
-                assert weights.feed
-                h = h + weights.feed(x)
-                continue
-            ids, weight = self._route(x, weights.router)
-            if layer.resident is None:
-                for to, value in zip(buffers.to_send(buffers.sent, n), (x, weight, ids), strict=True):
-                    to.copy_(value)
-                yield Pause("send", i)
-            else:
-                h = h + chosen(layer.resident, x, ids, weight)
-            if weights.feed:
-                h = h + weights.feed(x)
-            if layer.resident is None:
+            h, x = between.norm(h, layer.attn_norm, added, shares)
+            h, x = between.norm(h, layer.ffn_norm, (attend(x, layer, between, self.cache[i], where, n_kv), None))
+            shares = None
+            if layer.router is not None:
+                ids, weight = between.route(x.x, layer.router)
+                if layer.resident is None:
+                    for to, value in zip(buffers.to_send(buffers.sent, n), (x.x, weight, ids), strict=True):
+                        to.copy_(value)
+                    yield Pause("send", i)
+                else:
+                    shares = chosen(x, layer.resident, between, ids), weight
+            output = None if layer.feed is None else feed(x, layer.feed, between)
+            if layer.router is not None and layer.resident is None:
                 yield Pause("receive", i)
-                h = h + buffers.got[:n]
-        buffers.logits[:n] = self.head(F.rms_norm(h, (c.d,), self.output_norm, c.rms_eps))
+                added = output, buffers.got[:n]
+            else:
+                added = output, None
+        _, x = between.norm(h, self.output_norm, added, shares)
+        buffers.logits[:n] = self.head(x)
         yield Pause("end", -1)
 
-    def _route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-        """As layers.route; the experts as int32."""
-        if use_kernels(x.device.type):
-            from quantkit.runtime import kernels
-
-            return kernels.route(x @ router.weight.T, router.bias, self.config)
-        expert, weight = route(x, router, self.config)
-        return expert.int(), weight
-
-    def _places(self, n: int, n_kv: int) -> Places:
+    def _where(self, n: int) -> Where:
         cells, positions, slots = self.buffers.at[: 3 * n].view(3, n)
-        hidden = torch.zeros(n, n_kv, device=self.device)
-        hidden = hidden.masked_fill_(self.buffers.columns[:n_kv] > positions[:, None], float("-inf"))[:, None]
         turns = positions[:, None].float() * self.buffers.turns
-        return Places(cells, slots, hidden, torch.polar(torch.ones_like(turns), turns)[:, None])
+        return Where(cells, slots, positions, torch.stack((turns.cos(), turns.sin()), dim=-1).flatten(1))

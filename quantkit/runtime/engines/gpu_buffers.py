@@ -7,13 +7,13 @@ from quantkit.runtime.rope import frequencies
 
 
 class Buffers:
-    """Of at most n_slots sequences with caches of so many rows; `h_host` and its like: the pinned twin on the CPU.
+    """Of at most n_slots sequences; `h_host` and its like: the pinned twin on the CPU.
 
     h: residual stream. at: cell of the cache, position and slot of each new token. sent: what experts on the CPU need.
-    got: what they answer. columns: numbers of the cache's rows. turns: angle per position of each rotated pair.
+    got: what they answer. turns: angle per position of each rotated pair.
     """
 
-    def __init__(self, c: ModelConfig, n_slots: int, rows: int, device: torch.device):
+    def __init__(self, c: ModelConfig, n_slots: int, device: torch.device):
         self.config, on_gpu = c, device.type == "cuda"
 
         def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,6 @@ class Buffers:
         self.sent, self.sent_host = pair(n_slots * (c.d + 2 * c.n_used))
         self.got, self.got_host = pair(n_slots, c.d)
         self.logits, self.logits_host = pair(n_slots, c.n_vocab)
-        self.columns = torch.arange(rows, device=device)
         self.turns = frequencies(c).to(device)
         self.arrived = torch.cuda.Event() if on_gpu else None
 

@@ -15,6 +15,7 @@ from quantkit.sizes import gb
 log = logging.getLogger(__name__)
 
 PIECES = (4096, 2048, 1024, 512, 256)  # tokens of a prompt computed at once: the first for which there is memory
+CHUNKS = (32, 16, 8)  # experts in GPU memory, of a prompt: the first for which there is memory
 SPARE = 768 << 20  # bytes of GPU memory left for the driver, cuBLAS and what cannot be foreseen
 
 GpuLayers = int | Literal["auto"]
@@ -37,6 +38,13 @@ def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: ModelConfig, n_tokens: int
         elsewhere.add("token_embd.weight")
     weights = sum(tensor.n_bytes for name, tensor in tensors.items() if name not in elsewhere)
     return {"weights": weights, "cache": 2 * n_tokens * c.n_layer * (c.kv_lora + c.qk_rope)}
+
+
+def largest_chunk(c: ModelConfig, free: int) -> int:
+    """Experts in GPU memory that a prompt dequantizes at once, if so many bytes are free: more of them cost fewer
+    launches of kernels."""
+    matrices = 6 * c.d * c.n_ff_exp
+    return next((n for n in CHUNKS if n * matrices <= free), CHUNK)
 
 
 def largest_piece(c: ModelConfig, free: int) -> int:

@@ -20,6 +20,7 @@ from quantkit.ggml.library import TensorP, library
 from quantkit.models.tokenizer import check_ids
 from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
+from quantkit.runtime.experts import native
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
@@ -61,6 +62,10 @@ class GraphEngine:
             k_b, v_b = split_kv_b(weights.dense(name), c)
             self.tensors[f"blk.{layer}.attn_k_b.weight"] = self.holder.over(k_b)
             self.tensors[f"blk.{layer}.attn_v_b.weight"] = self.holder.over(v_b)
+        stacks = {layer: weights.expert_stacks(layer) for layer in range(c.n_layer) if c.is_moe(layer)}
+        self.native = {
+            layer: native.NativeLayer(lib, own, c) for layer, own in stacks.items() if (lib := native.suits(own, c))
+        }
         self.graphs: dict[tuple, TokenGraph] = {}
         self.piece = min(max(512, PIECE_ROWS * c.n_expert // c.n_used), 4096)
         shapes = [tensor.shape for tensor in weights.file.tensors.values() if tensor.name.startswith("blk.")]
@@ -283,7 +288,11 @@ class TokenGraph:
             flat = self._reshape(weight, c.n_used, n)
             weight = self._reshape(self.op("div", flat, self.op("sum_rows", flat)), 1, c.n_used, n)
         weight = self.op("scale", weight, c.weights_scale)
-        parts = [self._chosen(x, chosen, layer, at, min(self.rows, n - at)) for at in range(0, n, self.rows)]
+        starts = range(0, n, self.rows)
+        if layer in self.engine.native:
+            sums = [self._summed(x, chosen, weight, layer, at, min(self.rows, n - at)) for at in starts]
+            return reduce(lambda a, b: self.op("concat", a, b, 1), sums)
+        parts = [self._chosen(x, chosen, layer, at, min(self.rows, n - at)) for at in starts]
         y = self.op("mul", reduce(lambda a, b: self.op("concat", a, b, 2), parts), weight)  # [d, n_used, n]
         views = [self._view(y, (c.d, n), (4 * c.d * c.n_used,), 4 * c.d * i) for i in range(c.n_used)]
         out = views[0]
@@ -295,15 +304,30 @@ class TokenGraph:
         """Outputs [d, n_used, n] of the experts of n tokens. If only some experts are in memory: of as many tokens as
         they are certain to serve, and done before the next ones are asked for."""
         c, (gate_exps, up_exps, down_exps) = self.config, (self.engine.tensors[name] for name in expert_names(layer))
-        row = chosen.contents.nb[1]
-        ids = self._view(chosen, (c.n_used, n), (row,), begin * row)
-        if residency := self.engine.weights.residency:
-            ids = self.graph.watch(ids, partial(residency.need, layer))
+        ids = self._needed(chosen, layer, begin, n)
         one = self._view(x, (c.d, 1, n), offset=begin * 4 * c.d)
         gate, up = (self.op("mul_mat_id", stack, one, ids) for stack in (gate_exps, up_exps))
         y = self.op("mul_mat_id", down_exps, self.op("swiglu_split", gate, up), ids)
         self.graph.expand(y)
         return y
+
+    def _summed(self, x: TensorP, chosen: TensorP, weight: TensorP, layer: int, begin: int, n: int) -> TensorP:
+        """As `_chosen`, by our own products: weighted and summed already, [d, n]."""
+        c = self.config
+        ids = self._needed(chosen, layer, begin, n)
+        rows = self._view(x, (c.d, n), offset=begin * 4 * c.d)
+        share = self._view(weight, (1, c.n_used, n), (4, 4 * c.n_used), begin * 4 * c.n_used)
+        y = native.node(self.graph, self.engine.native[layer], rows, ids, share)
+        self.graph.expand(y)
+        return y
+
+    def _needed(self, chosen: TensorP, layer: int, begin: int, n: int) -> TensorP:
+        """Experts [n_used, n] of some tokens, in memory once this is computed."""
+        row = chosen.contents.nb[1]
+        ids = self._view(chosen, (self.config.n_used, n), (row,), begin * row)
+        if residency := self.engine.weights.residency:
+            ids = self.graph.watch(ids, partial(residency.need, layer))
+        return ids
 
     def _choice(self, scores: TensorP, p: str) -> TensorP:
         """What experts are chosen by: scores [n_expert, N] with bias, those of groups left out at -inf."""

@@ -1,15 +1,29 @@
 """Routed experts on the CPU, from their quantized bytes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from quantkit.ggml.graph import Graph
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Stacks, suits
 
 EXPERT_ROWS = 128  # tokens computed at once: bounds the activations
+
+
+def cpu_experts(
+    stacks: Stacks,
+    config: ModelConfig,
+    n_threads: int,
+    rows: int = EXPERT_ROWS,
+    need: Callable[[Iterable[int]], None] = lambda _: None,
+) -> "OnCpu":
+    """`layers.Experts` of one layer: by our own products if they are compiled and take such matrices, else ggml's.
+    Arguments as of `GgmlExperts`."""
+    if lib := suits(stacks, config):
+        return NativeExperts(NativeLayer(lib, stacks, config), config, n_threads, rows, need)
+    return GgmlExperts(stacks, config, n_threads, rows, need)
 
 
 class Product(NamedTuple):
@@ -29,7 +43,7 @@ class GgmlExperts:
 
     def __init__(
         self,
-        stacks: Sequence[tuple[str, np.ndarray]],
+        stacks: Stacks,
         config: ModelConfig,
         n_threads: int,
         rows: int = EXPERT_ROWS,
@@ -58,6 +72,9 @@ class GgmlExperts:
         product.graph.run()
         return product.result
 
+    def wake(self) -> None:
+        """There will be a call soon: nothing to do, ggml starts its threads itself."""
+
     def _product(self, n: int) -> Product:
         c, graph = self.config, Graph(self.n_threads, 64 + 2 * self.config.n_used)
         op = graph.op
@@ -79,3 +96,6 @@ class GgmlExperts:
             out = op("add", out, view)
         result = graph.result(out, (n, c.d))
         return Product(graph.finish(out, allocate=True), x_data, ids_data, weight_data, result)
+
+
+OnCpu = GgmlExperts | NativeExperts

@@ -24,6 +24,7 @@ from quantkit.runtime.sources.admission import check_model
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 
+FEW_ROWS = 16  # embedded at once, not looked at for repetitions
 EMBEDDED_ROWS = 8192  # embedding rows dequantized at once: 235 MB of R1's as float32
 
 Query = tuple[Linear, torch.Tensor, Linear] | Linear
@@ -80,6 +81,9 @@ class GGUFWeights:
         tensor, data = self.file.tensors["token_embd.weight"], self.file.data("token_embd.weight")
         check_ids(map(int, tokens.aminmax()) if tokens.numel() else (), self.config.n_vocab)
         rows = out.view(-1, self.config.d)
+        if len(rows) <= FEW_ROWS and rows.dtype == torch.float32 and rows.device.type == "cpu":  # a step of decoding
+            dequantize(tensor.qtype, data[tokens.flatten().numpy()], tensor.shape[-1], rows.numpy())
+            return out
         for to, part in zip(rows.split(EMBEDDED_ROWS), tokens.flatten().cpu().split(EMBEDDED_ROWS), strict=True):
             unique, inverse = np.unique(part.numpy(), return_inverse=True)
             values = dequantize(tensor.qtype, data[unique], tensor.shape[-1])

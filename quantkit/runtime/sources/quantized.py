@@ -3,7 +3,7 @@
 import torch
 
 from quantkit.ggml import graph
-from quantkit.runtime.experts.cpu import EXPERT_ROWS, GgmlExperts
+from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
 from quantkit.runtime.sources.gguf import GGUFWeights
@@ -41,4 +41,4 @@ class Quantized:
         """As `Products`."""
         weights, c = self.weights, self.weights.config
         rows = weights.at_once(EXPERT_ROWS, c.n_used)
-        return unwatched(GgmlExperts(weights.expert_stacks(layer), c, weights.workers.n, rows, weights.needs(layer)))
+        return unwatched(cpu_experts(weights.expert_stacks(layer), c, weights.workers.n, rows, weights.needs(layer)))

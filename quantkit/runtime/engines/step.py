@@ -1,0 +1,143 @@
+"""What a decoding step does between its products with matrices: by torch, or by Triton's kernels on a GPU."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.activations import Activations, Where, use_kernels
+from quantkit.runtime.layers import Router, route
+
+Added = tuple[torch.Tensor | None, torch.Tensor | None]
+"""To the residual stream, float32 [n, d]."""
+
+Chosen = tuple[torch.Tensor, torch.Tensor]
+"""Outputs of experts float32 [n · k, d], and their shares [n, k]."""
+
+
+class Between(Protocol):
+    """The operations; c and eps are the model's."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
+        """silu(gate) · up, or gate alone without up: float32 [n, n_in]."""
+
+    def norm(
+        self, h: torch.Tensor, weight: torch.Tensor, added: Added = (None, None), chosen: Chosen | None = None
+    ) -> tuple[torch.Tensor, Activations]:
+        """h float32 [n, d] + what is added, and its RMS norm."""
+
+    def place(
+        self, q: torch.Tensor, kv: torch.Tensor, kv_norm: torch.Tensor, cache: torch.Tensor, where: Where
+    ) -> tuple[Activations, torch.Tensor]:
+        """Write the new tokens' cells of a layer's cache [n_slots, rows, kv_lora + qk_rope], from kv [n, kv_lora +
+        qk_rope]. Their queries [n, n_head · qk_head] apart: [n · n_head, qk_nope], and the rest rotated, float32 [n,
+        n_head, qk_rope]."""
+
+    def attend(
+        self, query: torch.Tensor, rotated: torch.Tensor, cache: torch.Tensor, where: Where, n_kv: int
+    ) -> Activations:
+        """Attention over at most the first n_kv positions; query float32 [n, n_head, kv_lora] -> [n · n_head,
+        kv_lora]."""
+
+    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+        """As layers.route; the experts as int32."""
+
+
+class ByTorch:
+    """`Between`, on any device."""
+
+    def __init__(self, c: ModelConfig):
+        self.c = c
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
+        """As `Between`."""
+        return Activations(gate if up is None else F.silu(gate) * up)
+
+    def norm(
+        self, h: torch.Tensor, weight: torch.Tensor, added: Added = (None, None), chosen: Chosen | None = None
+    ) -> tuple[torch.Tensor, Activations]:
+        """As `Between`."""
+        for part in added:
+            h = h if part is None else h + part
+        if chosen:
+            y, shares = chosen
+            h = h + (y.view(*shares.shape, -1) * shares[..., None]).sum(1)
+        return h, Activations(F.rms_norm(h, weight.shape, weight, self.c.rms_eps))
+
+    def place(
+        self, q: torch.Tensor, kv: torch.Tensor, kv_norm: torch.Tensor, cache: torch.Tensor, where: Where
+    ) -> tuple[Activations, torch.Tensor]:
+        """As `Between`."""
+        c, n = self.c, len(q)
+        q = q.view(n, c.n_head, c.qk_head)
+        latent, key = kv.split([c.kv_lora, c.qk_rope], dim=-1)
+        latent = F.rms_norm(latent, (c.kv_lora,), kv_norm, c.rms_eps)
+        pairs = torch.cat((q[..., c.qk_nope :], key[:, None]), dim=1).view(n, c.n_head + 1, -1, 2)
+        turned = torch.view_as_complex(where.turned.view(n, 1, -1, 2))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * turned).flatten(2)
+        cells = cache.view(-1, cache.shape[-1])
+        cells.index_copy_(0, where.cells, torch.cat((latent, rotated[:, -1]), dim=-1).to(cache.dtype))
+        return Activations(q[..., : c.qk_nope].reshape(n * c.n_head, -1)), rotated[:, :-1]
+
+    def attend(
+        self, query: torch.Tensor, rotated: torch.Tensor, cache: torch.Tensor, where: Where, n_kv: int
+    ) -> Activations:
+        """As `Between`."""
+        c, columns = self.c, torch.arange(n_kv, device=query.device)
+        hidden = torch.zeros(len(query), n_kv, device=query.device)
+        hidden = hidden.masked_fill_(columns > where.positions[:, None], float("-inf"))[:, None]
+        keys = cache[:, :n_kv].index_select(0, where.slots).float()
+        query = torch.cat((query, rotated), dim=-1)
+        scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=c.softmax_scale)
+        return Activations((scores.softmax(-1) @ keys[..., : c.kv_lora]).flatten(0, 1))
+
+    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Between`."""
+        expert, weight = route(x, router, self.c)
+        return expert.int(), weight
+
+
+class ByKernels:
+    """`Between`, by Triton."""
+
+    def __init__(self, c: ModelConfig):
+        from quantkit.runtime import kernels, step_kernels
+
+        self.c, self.kernels, self.step = c, kernels, step_kernels
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
+        """As `Between`."""
+        return self.step.gated(gate, up)
+
+    def norm(
+        self, h: torch.Tensor, weight: torch.Tensor, added: Added = (None, None), chosen: Chosen | None = None
+    ) -> tuple[torch.Tensor, Activations]:
+        """As `Between`."""
+        return self.step.norm(h, added, chosen, weight, self.c.rms_eps)
+
+    def place(
+        self, q: torch.Tensor, kv: torch.Tensor, kv_norm: torch.Tensor, cache: torch.Tensor, where: Where
+    ) -> tuple[Activations, torch.Tensor]:
+        """As `Between`."""
+        return self.step.place(q, kv, kv_norm, cache, where, self.c)
+
+    def attend(
+        self, query: torch.Tensor, rotated: torch.Tensor, cache: torch.Tensor, where: Where, n_kv: int
+    ) -> Activations:
+        """As `Between`."""
+        return self.step.attend(query, rotated, cache, where, n_kv, self.c)
+
+    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Between`."""
+        return self.kernels.route(x @ router.weight.T, router.bias, self.c)
+
+
+def between_of(c: ModelConfig, device: torch.device) -> Between:
+    """Those that suit the device and the model's widths."""
+    if use_kernels(device.type):
+        from quantkit.runtime import step_kernels
+
+        if step_kernels.able(c):
+            return ByKernels(c)
+    return ByTorch(c)

@@ -1,0 +1,124 @@
+"""Routed experts on the CPU by this package's compiled products: few tokens, near the speed of memory."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from quantkit import machine
+from quantkit.errors import QuantkitError
+from quantkit.ggml.graph import Graph
+from quantkit.ggml.library import TensorP, type_id
+from quantkit.models.config import ModelConfig
+from quantkit.runtime.native.library import SUPERBLOCK, Layer, Matrix, Native, act_block, native, traits
+
+SPIN_NS = 1_000_000  # that idle threads look for work before they sleep: more than a GPU takes for the rest of a layer
+
+Stacks = Sequence[tuple[str, np.ndarray]]
+"""Of gate, up and down: qtype, uint8 [n_expert, n_out, row_bytes]."""
+
+
+class Threads:
+    """n threads that compute experts together, the caller among them; one call at a time, others wait."""
+
+    def __init__(self, lib: Native, n: int):
+        self.lib, cores = lib, machine.cores_for(n)
+        self.pool = lib.qk_pool(n, SPIN_NS, (ctypes.c_int32 * len(cores))(*cores), len(cores))
+        if not self.pool:
+            raise QuantkitError(f"{n} threads cannot be started: allow more processes (ulimit -u), or use --threads")
+
+    def wake(self) -> None:
+        """There will be work in less than SPIN_NS: let nobody sleep then."""
+        self.lib.qk_wake(self.pool)
+
+
+@cache
+def _threads(n: int, process: int) -> Threads:
+    lib = native()
+    assert lib
+    return Threads(lib, n)
+
+
+_starting = threading.Lock()
+
+
+def threads(n: int) -> Threads:
+    """The n threads of this process; a child has none of its parent's."""
+    with _starting:
+        return _threads(n, os.getpid())
+
+
+class NativeLayer:
+    """The stacks of a layer as the compiled functions see them."""
+
+    def __init__(self, lib: Native, stacks: Stacks, config: ModelConfig):
+        self.lib, self.stacks, c = lib, stacks, config  # whose memory is read
+        sizes = [(c.d, c.n_ff_exp), (c.d, c.n_ff_exp), (c.n_ff_exp, c.d)]
+        matrices = [self._matrix(*stack, *size) for stack, size in zip(stacks, sizes, strict=True)]
+        self.struct = Layer(*matrices, c.n_expert, c.n_used)
+
+    def _matrix(self, qtype: str, data: np.ndarray, n_in: int, n_out: int) -> Matrix:
+        if not data.flags.c_contiguous or data.shape[-2] != n_out:
+            raise ValueError(f"{qtype} {data.shape} for matrices of {n_out} rows")
+        own, other = traits(qtype)
+        functions = [ctypes.cast(function, ctypes.c_void_p) for function in (other.from_float, own.vec_dot)]
+        foreign = qtype not in self.lib.types
+        row_bytes = data.shape[-1]
+        return Matrix(data.ctypes.data, n_in, n_out, row_bytes, type_id(qtype), foreign, *functions, act_block(qtype))
+
+
+def suits(stacks: Stacks, config: ModelConfig) -> Native | None:
+    """The compiled products if they can multiply these stacks: rows are whole superblocks, and of types that ggml
+    multiplies by 8-bit activations."""
+    lib = native()
+    sizes = (config.d, config.n_ff_exp)
+    known = all(traits(qtype)[1].from_float and traits(qtype)[0].vec_dot for qtype, _ in stacks)
+    return lib if lib and known and not any(size % SUPERBLOCK for size in sizes) else None
+
+
+class NativeExperts:
+    """`layers.Experts` of one layer with tensors on the CPU, by `threads`."""
+
+    def __init__(
+        self,
+        layer: NativeLayer,
+        config: ModelConfig,
+        n_threads: int,
+        rows: int,
+        need: Callable[[Iterable[int]], None],
+    ):
+        """As `cpu.GgmlExperts`."""
+        self.layer, self.config, self.threads, self.rows, self.need = layer, config, threads(n_threads), rows, need
+
+    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `layers.Experts`."""
+        if len(x) > self.rows:
+            parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
+            return torch.cat([self(*part) for part in parts])
+        x, weight = x.float().contiguous(), weight.float().contiguous()
+        ids, out = expert.int().contiguous(), torch.empty(x.shape)
+        self.need(ids.flatten().tolist())
+        pool, addresses = self.threads.pool, [t.data_ptr() for t in (x, ids, weight, out)]
+        if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses):
+            raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
+        return out
+
+    def wake(self) -> None:
+        """There will be a call soon."""
+        self.threads.wake()
+
+
+def node(graph: Graph, layer: NativeLayer, x: TensorP, ids: TensorP, weight: TensorP) -> TensorP:
+    """Outputs [d, n] of a layer's experts as a node of a graph, by ggml's threads: x [d, n], ids int32 [n_used, n],
+    weight [1, n_used, n]."""
+    lib = layer.lib
+    own = lib.qk_node(layer.struct, graph.failed)
+    if not own:
+        raise QuantkitError("not enough memory for the activations of routed experts")
+    graph.keep.append(layer)
+    graph.at_end.append(lambda: lib.qk_drop_node(own))
+    return graph.op("map_custom3", x, ids, weight, lib.compute_node, -1, own)

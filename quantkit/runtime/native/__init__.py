@@ -1,0 +1,1 @@
+"""Products of routed experts in C, compiled for the machine that they run on."""

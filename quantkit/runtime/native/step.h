@@ -1,0 +1,218 @@
+// One call: the routed experts of a layer for n tokens, by any number of threads that enter `share`.
+//
+// Three phases, each cut into pieces that threads take from a counter: activations are quantized; rows of gate and up of
+// each expert that any token chose, whose results are quantized as soon as 256 of them are there; rows of down, each for
+// all experts, so that no two threads add to the same output. A phase begins when all pieces of the last one are done,
+// however many threads have come by then. A token's numbers depend on nothing but the token.
+#pragma once
+#include "rows.h"
+#include <sched.h>
+#include <stdlib.h>
+
+typedef void (*ggml_from_float)(const float *, void *, int64_t);
+typedef void (*ggml_vec_dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+
+// A stack of matrices [n_expert, n_out, row_bytes]. Without an own product for the type: ggml's, with its own form of
+// activations, `act_block` bytes for 256 of them.
+typedef struct {
+    const uint8_t *data;
+    int64_t n_in, n_out, row_bytes;
+    int32_t type, foreign;
+    ggml_from_float from_float;
+    ggml_vec_dot vec_dot;
+    int64_t act_block;
+} matrix;
+
+typedef struct {
+    matrix gate, up, down;
+    int64_t n_expert, n_used;
+} layer;
+
+enum { QUANTIZE, HIDDEN, OUTPUT, PHASES };
+#define HIDDEN_ROWS 16
+#define OUTPUT_ROWS 32
+
+typedef struct {
+    _Alignas(64) int64_t next;
+    _Alignas(64) int64_t done;
+    int64_t pieces;
+} phase;
+
+typedef struct {
+    const layer *l;
+    const float *x, *weight;  // of token t: x + t x_step, weight + t weight_step
+    const int32_t *ids;
+    float *out;
+    int64_t n, x_step, weight_step, id_step, out_step;
+    int64_t n_groups;  // experts that are used
+    int32_t *expert, *begin, *pair, *missing;  // of each group: expert, its first pair, rows that a superblock lacks
+    float *hidden;                             // [pairs, n_ff]
+    uint8_t *acts, *acts_up, *acts_hidden;
+    phase phases[PHASES];
+    uint8_t *memory;
+    size_t n_memory;
+} work;
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+static int64_t act_size(const matrix *m) {
+    return m->foreign ? (m->act_block * (m->n_in / SUPERBLOCK) + 63) / 64 * 64 : (int64_t)act_bytes(m->n_in);
+}
+
+static int same_acts(const matrix *a, const matrix *b) {
+    return a->foreign == b->foreign && (!a->foreign || a->from_float == b->from_float);
+}
+
+static void quantize(const matrix *m, const float *x, uint8_t *acts, int64_t block) {
+    if (m->foreign) m->from_float(x, acts + m->act_block * block, SUPERBLOCK);
+    else quantize_superblock(x, acts, m->n_in, block);
+}
+
+// Memory for n tokens, and which expert has which of them. 0 if there is not enough, or an expert that is none.
+static int prepare(work *w) {
+    const layer *l = w->l;
+    const int64_t n_pairs = w->n * l->n_used, n_ff = l->down.n_in, blocks = n_ff / SUPERBLOCK;
+    const int64_t most = n_pairs < l->n_expert ? n_pairs : l->n_expert;
+    const int64_t in = act_size(&l->gate), in_up = same_acts(&l->gate, &l->up) ? 0 : act_size(&l->up);
+    const int64_t sizes[] = {4 * most, 4 * (l->n_expert + 1), 4 * n_pairs, 4 * most * blocks, 4 * n_pairs * n_ff, in * w->n, in_up * w->n, act_size(&l->down) * n_pairs};
+    void **places[] = {(void **)&w->expert, (void **)&w->begin, (void **)&w->pair, (void **)&w->missing, (void **)&w->hidden, (void **)&w->acts, (void **)&w->acts_up, (void **)&w->acts_hidden};
+    size_t size = 0;
+    for (int i = 0; i < 8; i++) size += (size_t)(sizes[i] + 63) / 64 * 64;
+    if (size > w->n_memory) {
+        free(w->memory);
+        w->memory = aligned_alloc(64, size);
+        w->n_memory = w->memory ? size : 0;
+        if (!w->memory) return 0;
+    }
+    uint8_t *at = w->memory;
+    for (int i = 0; i < 8; i++) {
+        *places[i] = at;
+        at += (sizes[i] + 63) / 64 * 64;
+    }
+    if (!in_up) w->acts_up = w->acts;
+    int32_t *count = w->begin;  // counting sort of pairs by expert, in the order of tokens
+    memset(count, 0, sizeof(int32_t) * (size_t)(l->n_expert + 1));
+    for (int64_t p = 0; p < n_pairs; p++) {
+        const int32_t e = w->ids[p / l->n_used * w->id_step + p % l->n_used];
+        if (e < 0 || e >= l->n_expert) return 0;
+        count[e + 1]++;
+    }
+    for (int64_t e = 0; e < l->n_expert; e++) count[e + 1] += count[e];
+    for (int64_t p = 0; p < n_pairs; p++) w->pair[count[w->ids[p / l->n_used * w->id_step + p % l->n_used]]++] = (int32_t)p;
+    w->n_groups = 0;  // count[e] is where e ends now
+    for (int32_t e = 0, begin = 0; e < l->n_expert; e++) {
+        const int32_t end = count[e];
+        if (end == begin) continue;
+        w->expert[w->n_groups] = e;
+        w->begin[w->n_groups++] = begin;  // n_groups <= e: not needed any more
+        begin = end;
+    }
+    w->begin[w->n_groups] = (int32_t)n_pairs;
+    for (int64_t i = 0; i < w->n_groups * blocks; i++) w->missing[i] = SUPERBLOCK;
+    w->phases[QUANTIZE].pieces = w->n * (in_up ? 2 : 1);
+    w->phases[HIDDEN].pieces = w->n_groups * (n_ff / HIDDEN_ROWS);
+    w->phases[OUTPUT].pieces = l->down.n_out / OUTPUT_ROWS;
+    for (int i = 0; i < PHASES; i++) w->phases[i].next = w->phases[i].done = 0;
+    return 1;
+}
+
+// One row of a matrix with m <= MOST_ROWS rows of activations.
+static inline void product(const matrix *m, dot_function own, const uint8_t *row, const act_row *y, const uint8_t **acts, int n, float *out) {
+    if (own) own(row, m->n_in / SUPERBLOCK, y, n, out);
+    else
+        for (int i = 0; i < n; i++) m->vec_dot((int)m->n_in, out + i, 0, row, 0, acts[i], 0, 1);
+}
+
+static void quantize_input(work *w, int64_t piece) {
+    const int64_t t = piece % w->n;
+    const matrix *m = piece < w->n ? &w->l->gate : &w->l->up;
+    uint8_t *acts = (piece < w->n ? w->acts : w->acts_up) + act_size(m) * t;
+    for (int64_t b = 0; b < m->n_in / SUPERBLOCK; b++) quantize(m, w->x + t * w->x_step + SUPERBLOCK * b, acts, b);
+}
+
+static void hidden_rows(work *w, int64_t piece) {
+    const layer *l = w->l;
+    const int64_t n_ff = l->down.n_in, a_group = n_ff / HIDDEN_ROWS, g = piece / a_group, r0 = piece % a_group * HIDDEN_ROWS;
+    const uint8_t *gate = l->gate.data + l->gate.row_bytes * (n_ff * w->expert[g] + r0);
+    const uint8_t *up = l->up.data + l->up.row_bytes * (n_ff * w->expert[g] + r0);
+    const dot_function gate_dot = l->gate.foreign ? 0 : own_dot(l->gate.type), up_dot = l->up.foreign ? 0 : own_dot(l->up.type);
+    for (int32_t begin = w->begin[g], end; begin < w->begin[g + 1]; begin = end) {
+        end = begin + MOST_ROWS < w->begin[g + 1] ? begin + MOST_ROWS : w->begin[g + 1];
+        const int m = end - begin;
+        act_row y[MOST_ROWS], y_up[MOST_ROWS];
+        const uint8_t *acts[MOST_ROWS], *acts_up[MOST_ROWS];
+        for (int i = 0; i < m; i++) {
+            const int64_t t = w->pair[begin + i] / l->n_used;
+            acts[i] = w->acts + act_size(&l->gate) * t;
+            acts_up[i] = w->acts_up + act_size(&l->up) * t;
+            y[i] = act_at(acts[i], l->gate.n_in);
+            y_up[i] = act_at(acts_up[i], l->up.n_in);
+        }
+        float a[HIDDEN_ROWS][MOST_ROWS], b[HIDDEN_ROWS][MOST_ROWS];
+        for (int r = 0; r < HIDDEN_ROWS; r++) product(&l->gate, gate_dot, gate + l->gate.row_bytes * r, y, acts, m, a[r]);
+        for (int r = 0; r < HIDDEN_ROWS; r++) product(&l->up, up_dot, up + l->up.row_bytes * r, y_up, acts_up, m, b[r]);
+        for (int i = 0; i < m; i++) {
+            float *hidden = w->hidden + n_ff * (begin + i) + r0;
+            for (int r = 0; r < HIDDEN_ROWS; r++) hidden[r] = a[r][i] / (1 + expf(-a[r][i])) * b[r][i];
+        }
+    }
+    const int64_t block = r0 / SUPERBLOCK;
+    int32_t *missing = w->missing + n_ff / SUPERBLOCK * g + block;
+    if (__atomic_sub_fetch(missing, HIDDEN_ROWS, __ATOMIC_ACQ_REL)) return;
+    for (int32_t p = w->begin[g]; p < w->begin[g + 1]; p++)
+        quantize(&l->down, w->hidden + n_ff * p + SUPERBLOCK * block, w->acts_hidden + act_size(&l->down) * p, block);
+}
+
+static void output_rows(work *w, int64_t piece) {
+    const layer *l = w->l;
+    const matrix *down = &l->down;
+    const int64_t r0 = piece * OUTPUT_ROWS;
+    const dot_function dot = down->foreign ? 0 : own_dot(down->type);
+    for (int64_t t = 0; t < w->n; t++) memset(w->out + t * w->out_step + r0, 0, sizeof(float) * OUTPUT_ROWS);
+    for (int64_t g = 0; g < w->n_groups; g++) {
+        const uint8_t *rows = down->data + down->row_bytes * (down->n_out * w->expert[g] + r0);
+        if (g + 1 < w->n_groups)
+            for (int c = 0; c < 1024; c += 64)
+                __builtin_prefetch(down->data + down->row_bytes * (down->n_out * w->expert[g + 1] + r0) + c);
+        for (int32_t begin = w->begin[g], end; begin < w->begin[g + 1]; begin = end) {
+            end = begin + MOST_ROWS < w->begin[g + 1] ? begin + MOST_ROWS : w->begin[g + 1];
+            const int m = end - begin;
+            act_row y[MOST_ROWS];
+            const uint8_t *acts[MOST_ROWS];
+            float share[MOST_ROWS], *out[MOST_ROWS], v[MOST_ROWS];
+            for (int i = 0; i < m; i++) {
+                const int64_t p = w->pair[begin + i], t = p / l->n_used;
+                acts[i] = w->acts_hidden + act_size(down) * (begin + i);
+                y[i] = act_at(acts[i], down->n_in);
+                share[i] = w->weight[t * w->weight_step + p % l->n_used];
+                out[i] = w->out + t * w->out_step + r0;
+            }
+            for (int r = 0; r < OUTPUT_ROWS; r++) {
+                product(down, dot, rows + down->row_bytes * r, y, acts, m, v);
+                for (int i = 0; i < m; i++) out[i][r] += share[i] * v[i];
+            }
+        }
+    }
+}
+
+#define PATIENCE 4096  // looks at a counter before another process may have the core
+
+// Take part until everything is done.
+static void share(work *w) {
+    static void (*const parts[PHASES])(work *, int64_t) = {quantize_input, hidden_rows, output_rows};
+    for (int i = 0; i < PHASES; i++) {
+        phase *f = w->phases + i;
+        int64_t piece;
+        while ((piece = __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED)) < f->pieces) {
+            parts[i](w, piece);
+            __atomic_fetch_add(&f->done, 1, __ATOMIC_RELEASE);
+        }
+        for (int looks = 0; __atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces; looks++)
+            if (looks < PATIENCE) relax();
+            else sched_yield();
+    }
+}

@@ -1,0 +1,214 @@
+"""The compiled products against ggml's, and how they are compiled, kept and shared out."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from random_blocks import random_blocks
+
+from quantkit.errors import QuantkitError
+from quantkit.ggml.quants import dequantize
+from quantkit.runtime.experts.cpu import GgmlExperts, cpu_experts
+from quantkit.runtime.experts.native import NativeExperts
+from quantkit.runtime.native import compiler, library
+from quantkit.runtime.native.compiler import Compiled, compiled
+from quantkit.runtime.native.library import TYPES, Native, ggml_product, native
+
+WIDTH = 1024
+SMALLER = ("-march=x86-64-v3", "-march=x86-64")  # AVX2; nothing but SSE2
+
+needs_native = pytest.mark.skipif(native() is None, reason="no C compiler here")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Native]:
+    """The library as this machine has it, and as older ones would."""
+    found = {"native": native()}
+    for flag in SMALLER if sys.platform == "linux" and os.uname().machine == "x86_64" else ():
+        path = tmp_path_factory.mktemp("older") / "experts.so"
+        flags = [flag if value == compiler.NATIVE else value for value in compiler.FLAGS]
+        command = [compiler._compiler()[0], *flags, "-o", path, compiler.SOURCES / compiler.MAIN, *compiler.LIBRARIES]
+        subprocess.run(command, check=True)
+        found[flag] = Native(Compiled(path, "a test"))
+    return found
+
+
+@needs_native
+def test_this_machine_has_all_types(built):
+    for lib in built.values():
+        assert lib.types == set(TYPES)
+    assert len({lib.qk_kernels() for lib in built.values()}) >= min(len(built), 2)
+
+
+@needs_native
+@pytest.mark.parametrize("qtype", TYPES)
+def test_products_are_ggmls(qtype, built):
+    """Every field in its whole range, zero blocks, and activations that are zero, tiny or have one large value."""
+    rows = random_blocks(qtype, (48,), WIDTH)[0].numpy()
+    rows[3] = 0
+    x = np.random.default_rng(1).standard_normal((16, WIDTH), np.float32)
+    x[1] = 0
+    x[2, 256:512] = 0
+    x[3] *= 1e-30
+    x[4, 300] = -1e4
+    x[5] = np.float32(-1.5)
+    expected = ggml_product(qtype, rows, x)
+    values = np.abs(dequantize(qtype, rows, WIDTH))
+    magnitudes = values @ np.abs(x).T
+    # Where one input is large and its weight happens to be small, offsets cancel: in ggml's sums as well.
+    largest = np.repeat(values.reshape(len(rows), -1, library.SUPERBLOCK).max(2), library.SUPERBLOCK, 1)
+    magnitudes[:, 4] = largest @ np.abs(x[4])
+    for name, lib in built.items():
+        found = lib.product(qtype, rows, x)
+        assert np.isfinite(found).all()
+        assert (np.abs(found - expected) <= 1e-6 * magnitudes).all(), name
+        for i in (0, 4, 15):  # a column has the same bits whatever is beside it
+            np.testing.assert_array_equal(lib.product(qtype, rows, x[i : i + 1])[:, 0], found[:, i])
+
+
+def layer(qtypes: tuple[str, str, str], d: int = 512, n_ff: int = 256, n_expert: int = 8, n_used: int = 3):
+    """Stacks and config of one layer, weights of ordinary size."""
+    generator = np.random.default_rng(5)
+    stacks = []
+    for qtype, n_out, n_in in zip(qtypes, (n_ff, n_ff, d), (d, d, n_ff), strict=True):
+        width = library.row_size(qtype, 256)
+        blocks = generator.integers(0, 256, (n_expert * n_out * n_in // 256, width), np.uint8)
+        if qtype in library.HALVES:
+            for byte in library.HALVES[qtype]:
+                blocks[:, byte] = blocks[:, byte] & 3 | 0x20
+        else:  # of 32 weights, d first
+            blocks.reshape(-1, width // 8)[:, 1] = 0x20
+        stacks.append((qtype, blocks.reshape(n_expert, n_out, -1)))
+    return stacks, SimpleNamespace(d=d, n_ff_exp=n_ff, n_expert=n_expert, n_used=n_used)
+
+
+def inputs(c, n: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(c.n_expert, generator=generator)[: c.n_used] for _ in range(n)])
+    return torch.randn(n, c.d, generator=generator), ids.int(), torch.rand(n, c.n_used, generator=generator)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "qtypes", [("IQ1_S", "IQ1_S", "IQ2_XXS"), ("Q2_K", "IQ1_M", "Q3_K"), ("IQ4_XS", "Q4_K", "IQ4_NL"), ("Q8_0",) * 3]
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_experts_are_ggmls(qtypes, threads):
+    """Also of types that ggml's own functions multiply, with activations of another form."""
+    stacks, c = layer(qtypes)
+    ours = cpu_experts(stacks, c, threads)
+    assert isinstance(ours, NativeExperts)
+    theirs = GgmlExperts(stacks, c, threads)
+    for n in (1, 2, 40):
+        given = inputs(c, n)
+        found, expected = ours(*given), theirs(*given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+        for i in range(min(n, 5)):
+            assert torch.equal(ours(*(value[i : i + 1] for value in given))[0], found[i])
+
+
+@needs_native
+def test_two_threads_may_ask_at_once():
+    stacks, c = layer(("IQ1_S", "IQ1_S", "IQ2_XXS"))
+    experts = [cpu_experts(stacks, c, 2) for _ in range(2)]
+    given = [inputs(c, 4, seed) for seed in range(2)]
+    expected = [experts[i](*given[i]) for i in range(2)]
+    wrong = []
+
+    def ask(i: int) -> None:
+        for _ in range(200):
+            experts[i].wake()
+            if not torch.equal(experts[i](*given[i]), expected[i]):
+                wrong.append(i)
+
+    asking = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert not wrong
+
+
+@needs_native
+def test_an_expert_that_is_none_is_an_error():
+    stacks, c = layer(("Q2_K",) * 3)
+    x, ids, weight = inputs(c, 1)
+    ids[0, 0] = c.n_expert
+    with pytest.raises(QuantkitError):
+        cpu_experts(stacks, c, 1)(x, ids, weight)
+
+
+FORKS = """
+import os, sys
+sys.path[:0] = {path!r}
+from test_native import inputs, layer
+from quantkit.runtime.experts.cpu import cpu_experts
+stacks, c = layer(("Q2_K",) * 3)
+experts, given = cpu_experts(stacks, c, 3), inputs(c, 2)
+before = experts(*given)
+child = os.fork()
+same = bool((cpu_experts(stacks, c, 3)(*given) == before).all()) and bool((experts(*given) == before).all())
+if child == 0:
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0 and same
+"""
+
+
+@needs_native
+def test_a_fork_has_threads_of_its_own_and_exit_does_not_hang():
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    subprocess.run([sys.executable, "-c", FORKS.format(path=path)], check=True, timeout=60)
+
+
+def test_rows_that_are_not_whole_superblocks_are_ggmls():
+    stacks, c = layer(("Q8_0",) * 3)
+    c.n_ff_exp = 128
+    halves = [(q, np.ascontiguousarray(v[:, :128])) for q, v in stacks[:2]]
+    halves.append(("Q8_0", np.ascontiguousarray(stacks[2][1][:, :, : 4 * 34])))
+    assert isinstance(cpu_experts(halves, c, 1), GgmlExperts)
+
+
+@needs_native
+def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    path = compiled().path
+    assert path.is_relative_to(tmp_path)
+    good, when = path.read_bytes(), path.stat().st_mtime_ns
+    assert compiled().path == path and path.stat().st_mtime_ns == when
+    path.write_bytes(good[:-100] + bytes(100))
+    assert compiled().path == path
+    assert compiler._whole(path) and path.stat().st_size == len(good)
+    assert "damaged" in capsys.readouterr().err
+    assert sorted(found.suffix for found in path.parent.iterdir()) == [".sha256", ".so"]
+
+
+BROKEN = "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit\necho 'x.c:1: error: no' >&2\nexit 1\n"
+
+
+@pytest.mark.parametrize("script, said", [("", "no C compiler"), (BROKEN, "x.c:1: error: no")])
+def test_without_a_compiler_ggml_computes_and_it_is_said(script, said, tmp_path, monkeypatch, capsys):
+    if script:
+        (tmp_path / "cc").write_text(script)
+        (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path / "cache")
+    kept = native
+    monkeypatch.setattr("quantkit.runtime.experts.native.native", kept.__wrapped__)
+    stacks, c = layer(("Q2_K",) * 3)
+    experts = cpu_experts(stacks, c, 1)
+    assert isinstance(experts, GgmlExperts) and experts(*inputs(c, 1)).isfinite().all()
+    line = capsys.readouterr().err
+    assert "by ggml" in line and said in line
+
+
+def test_it_can_be_switched_off(monkeypatch, capsys):
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert native.__wrapped__() is None
+    assert "QUANTKIT_NATIVE is off" in capsys.readouterr().err
