@@ -199,13 +199,13 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     `quantkit plan deepseek-r1 --size 150GB`."""
     from quantkit.formats.lock import locked
     from quantkit.formats.whole_file import write_text
-    from quantkit.job.plan import load_or_plan, plan_file_bytes, plan_model, predict_plan
+    from quantkit.job.plan import basis, load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
-        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured)[0] for one in (a, b))))
+        streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
@@ -218,8 +218,8 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
 
             bitmap.draw(chosen, output)
     streams.show(table.render(chosen))
-    kld, basis = predict_plan(model, chosen, budget.measured)
-    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
+    kld = predict_plan(model, chosen, budget.measured)
+    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)))
 
 
 def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":

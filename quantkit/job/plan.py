@@ -60,13 +60,13 @@ def plan_model(
     source = open_model(model)
     config = family.from_hf(source.config)
     plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
-    if plan.outlook:
-        say_once(f"types of {plan.model} by {plan.outlook.damage}, within {plan.outlook.limit}")
     for caveat in targets.caveats(plan.target, config):
         say_once(f"warning: {caveat}")
     if fell := [f"{t.name} {t.qtype}" for t in plan.tensors if targets.FALLS_BACK in t.why]:
         more = f" and {len(fell) - 1} more" if len(fell) > 1 else ""
         say_once(f"types whose blocks do not divide the rows fall back as in llama-quantize: {fell[0]}{more}")
+    if plan.outlook:
+        say_once(f"types of {plan.model} by {plan.outlook.damage}, within {plan.outlook.limit}")
     return plan
 
 
@@ -185,9 +185,15 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
     return plan_model(model, recipe, target, budget if Recipe.load(recipe).is_open else NO_BUDGET)
 
 
-def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> tuple[float, str]:
-    """KL divergence expected of a plan of this model, nats a token, and what the expectation rests on."""
+def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:
+    """KL divergence expected of a plan of this model, nats a token."""
     specs = family.specs(family.from_hf(open_model(model).config), plan.mla)
     plan.check_model(specs)
-    damage = damage_model(specs, measured)
-    return predict(plan, specs, damage), str(measured or damage.name)
+    return predict(plan, specs, damage_model(specs, measured))
+
+
+def basis(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> str:
+    """What `predict_plan` rests on, for people."""
+    if measured:
+        return str(measured)
+    return unmeasured(family.specs(family.from_hf(open_model(model).config), plan.mla)).name
