@@ -13,7 +13,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import F32, U32
 from quantkit.models.config import Mla, ModelConfig, Yarn
-from quantkit.models.tiktoken import KIMI_K2
+from quantkit.models.patterns import KIMI_K2
 from quantkit.tensors import Assembly, TensorSpec, Weights
 
 ARCHITECTURE = "deepseek2"

@@ -19,26 +19,12 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text_file
 from quantkit.models.added_tokens import SETTINGS, added_in_settings
+from quantkit.models.patterns import KIMI_K2
 from quantkit.models.tokenizer_json import byte_characters
 from quantkit.progress import say_once
 
 FILE = "tiktoken.model"
 N_SPECIAL = 256  # Kimi's tokenization_kimi.py: num_reserved_special_tokens
-WORD = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-CAPITAL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KIMI_K2 = "|".join(  # pat_str of tokenization_kimi.py
-    (
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITAL}*{WORD}+{SHORT}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITAL}+{WORD}*{SHORT}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 
 def tokenizer_json(folder: Path) -> dict[str, Any]:

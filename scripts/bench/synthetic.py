@@ -2,6 +2,9 @@
 
     python scripts/bench/synthetic.py OUT --dense 1 --moe 2
     python scripts/bench/synthetic.py OUT --dense 1 --moe 1 --config scripts/bench/glm-5.2.json
+    python scripts/bench/synthetic.py OUT --dense 1 --moe 1 --model kimi-k2
+
+Kimi-K2's routed experts are INT4 as compressed-tensors packs them, all else BF16, as in K2-Thinking: 9.6 GB a layer.
 
 Names, shapes, dtypes and shard sizes (about 4.3 GB) are R1's. Weights are drawn from one random block that is repeated
 at a different offset for every tensor, so writing is cheap; scales give each matrix a spread of about
@@ -24,6 +27,42 @@ from quantkit.models import family
 
 SHARD_BYTES = 4_300_000_000
 POOL = 1 << 26
+R1_EXPERTS, KIMI_EXPERTS = 256, 384
+KIMI_K2 = {
+    "model_type": "kimi_k2",
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 163840,
+    "bos_token_id": 163584,
+    "eos_token_id": 163586,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.827,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 64.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "max_position_embeddings": 262144,
+    "num_nextn_predict_layers": 0,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"},
+            }
+        },
+    },
+}
 
 
 class Pool:
@@ -45,6 +84,11 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str, pool: Pool, n_in: dict
     if dtype == "F8_E4M3":
         n_in[name] = shape[-1]
         return pool.take(prod(shape)).view(shape)
+    if dtype == "I32":
+        n_in[name.removesuffix("_packed")] = shape[-1] * 8
+        return pool.take(4 * prod(shape)).view(torch.int32).view(shape)
+    if name.endswith("weight_scale"):  # codes -8 to 7 have a spread of about 4.6
+        return torch.full(shape, 1 / 4.6 / n_in[name.removesuffix("_scale")] ** 0.5, dtype=torch.bfloat16)
     if name.endswith("weight_scale_inv"):
         return torch.full(shape, 1 / 100 / n_in[name.removesuffix("_scale_inv")] ** 0.5)
     if name.endswith("e_score_correction_bias"):
@@ -97,17 +141,37 @@ def layout_of(config: dict, dense: int, moe: int) -> tuple[dict, dict[str, tuple
     return config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, found
 
 
+def kimi_layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
+    """`layout` of Kimi-K2-Thinking: config.json and tensors, `weight_shape` left out."""
+    config = json.loads((bundle.models_dir() / "deepseek-r1" / "config.json").read_bytes()) | KIMI_K2
+    config |= {"num_hidden_layers": dense + moe, "first_k_dense_replace": dense, "n_routed_experts": experts}
+    config["num_experts_per_tok"] = max(1, 8 * experts // KIMI_EXPERTS)
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, shape in family.source_shapes(family.from_hf(config)).items():
+        if ".mlp.experts." in name:
+            found[f"{name}_packed"] = (shape[0], shape[1] // 8), "I32"
+            found[f"{name}_scale"] = (shape[0], shape[1] // 32), "BF16"
+        else:
+            found[name] = shape, "BF16"
+    return config, found
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", default=1, show_default=True, type=click.IntRange(0, 3))
-@click.option("--moe", default=2, show_default=True, type=click.IntRange(0, 58))
-@click.option("--experts", default=256, show_default=True, type=click.IntRange(2, 256), help="Of each MoE layer.")
-@click.option("--config", "given", default=None, type=click.Path(path_type=Path), help="Of another model than R1.")
+@click.option("--moe", default=2, show_default=True, type=click.IntRange(0, 60))
+@click.option("--experts", default=None, type=click.IntRange(2, 384), help="Of each MoE layer. Default: all.")
+@click.option("--model", default="r1", type=click.Choice(["r1", "kimi-k2"]), show_default=True)
+@click.option("--config", "given", default=None, type=click.Path(path_type=Path), help="The shape of another model.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, dense: int, moe: int, experts: int, given: Path | None, seed: int) -> None:
-    """Write a random R1-shaped checkpoint folder, or one of the shape of another config.json, with all its experts."""
+def main(out: Path, dense: int, moe: int, experts: int | None, model: str, given: Path | None, seed: int) -> None:
+    """Write a random checkpoint folder of R1's or Kimi-K2's shapes, or of another config.json's with all its experts."""
     out.mkdir(parents=True, exist_ok=True)
-    config, tensors = layout_of(json.loads(given.read_text()), dense, moe) if given else layout(dense, moe, experts)
+    if given:
+        config, tensors = layout_of(json.loads(given.read_text()), dense, moe)
+    else:
+        make, most = (kimi_layout, KIMI_EXPERTS) if model == "kimi-k2" else (layout, R1_EXPERTS)
+        config, tensors = make(dense, moe, experts or most)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(seed)
     pool, n_in = Pool(seed), {}

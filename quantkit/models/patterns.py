@@ -1,0 +1,17 @@
+"""The expression by which Kimi cuts text: it stands in its Python code (tokenization_kimi.py), in no file of data."""
+
+WORD = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+CAPITAL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI_K2 = "|".join(  # pat_str of tokenization_kimi.py
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITAL}*{WORD}+{SHORT}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITAL}+{WORD}*{SHORT}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
