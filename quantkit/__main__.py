@@ -10,6 +10,8 @@ for command in (
     making.plan,
     making.hardware,
     making.quantize,
+    making.status,
+    making.recipes,
     using.inspect,
     using.verify,
     using.certify,

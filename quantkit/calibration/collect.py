@@ -5,6 +5,8 @@ tool can use the other's file. `attn_kv_b` is measured besides `attn_k_b` and `a
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ import torch
 from quantkit import ranks
 from quantkit.calibration.coverage import check_finite
 from quantkit.calibration.state import PassState
-from quantkit.progress import Advance
+from quantkit.progress import Advance, say
 from quantkit.runtime.experts.streamed import Turns
 from quantkit.runtime.products import fast_products
 from quantkit.runtime.room import Room
@@ -20,6 +22,7 @@ from quantkit.runtime.stream import Source, stream
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Importance, split_name
 
+ATTENTION_SHARE, MOST_INSIDE = 0.05, 0.98  # of a layer's progress: its attention; all before it is finished
 TURNS = 32  # of the ranks in a layer, unless an encoder works on more experts at once
 
 
@@ -38,6 +41,8 @@ class Accumulator(Watcher):
         self.layer, self.n_expert = layer, n_expert
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        self.tell: Callable[[int, int], None] | None = None  # of tokens through the attention, and of experts
+        self.tokens = 0
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         """Adds x [n, n_in], or [n, n_head, n_in] for weights with a matrix per head (which share one count)."""
@@ -49,6 +54,9 @@ class Accumulator(Watcher):
         else:
             self.sums[role] = squares
             self.counts[role] = torch.full((1,), float(x.shape[0]), dtype=torch.float64)
+        if self.tell and role == "attn_output":
+            self.tokens += x.shape[0]
+            self.tell(self.tokens, 0)
 
     def observe_expert(self, visit: ExpertVisit) -> None:
         """Adds what the expert saw; gate and up read the same rows."""
@@ -58,6 +66,8 @@ class Accumulator(Watcher):
                 self.counts[role] = torch.zeros(self.n_expert, dtype=torch.float64)
             self.sums[role][visit.expert] += x.float().square().sum(0, dtype=torch.float64)
             self.counts[role][visit.expert] += x.shape[0]
+        if self.tell:
+            self.tell(self.tokens, visit.expert)
 
     def finish(self) -> dict[str, Importance]:
         """By GGUF name. QuantkitError names a sum that is not finite."""
@@ -88,14 +98,43 @@ def _of_all_ranks(entries: dict[str, Importance]) -> dict[str, Importance]:
 
 
 class Steps:
-    """Turns "so many layers are done" into progress, layers of an earlier run included."""
+    """Turns "so many layers are done" into progress in bytes, so that a layer counts by its bytes; and so do the tokens
+    and experts that its watcher is shown, so that a long layer moves. n_tokens: of the pass."""
 
-    def __init__(self, advance: Advance):
-        self.advance, self.done = advance, 0
+    def __init__(self, advance: Advance, source: Source, n_tokens: int):
+        self.advance, self.config, self.n_tokens = advance, source.config, n_tokens
+        self.ends = [0, *accumulate(source.layer_bytes())]
+        self.done, self.computing = 0.0, False
+
+    @staticmethod
+    def total(source: Source) -> float:
+        """Bytes of all layers."""
+        return sum(source.layer_bytes())
 
     def __call__(self, layers: int) -> None:
-        self.advance(layers - self.done)
-        self.done = layers
+        """So many layers are done: by an earlier run, if none was watched yet."""
+        at = f"layer {layers} of {self.config.n_layer}"
+        self.advance(self.ends[layers] - self.done, at, not self.computing)
+        self.done = self.ends[layers]
+
+    def watching(self, make: Callable[[int], Accumulator]) -> Callable[[int], Accumulator]:
+        """The same makers of watchers; what a watcher sees of its layer is told here."""
+
+        def watch(layer: int) -> Accumulator:
+            watcher, self.computing = make(layer), True
+            watcher.tell = partial(self._inside, layer)
+            return watcher
+
+        return watch
+
+    def _inside(self, layer: int, n_tokens: int, experts: int) -> None:
+        """So many tokens are through the layer's attention, so many experts are done."""
+        attention = ATTENTION_SHARE if self.config.is_moe(layer) else MOST_INSIDE
+        share = attention * n_tokens / self.n_tokens + (MOST_INSIDE - attention) * experts / self.config.n_expert
+        done = self.ends[layer] + share * (self.ends[layer + 1] - self.ends[layer])
+        if done > self.done:
+            self.advance(done - self.done, f"in layer {layer + 1} of {self.config.n_layer}")
+            self.done = done
 
 
 def collect(
@@ -122,6 +161,8 @@ def collect(
     ranks.same(state and state.job, "text, checkpoint or device")
     hidden, start = state.resume() if state else (None, 0)
     imatrix = state.entries(start) if state else {}
+    if start:
+        say(f"an earlier run went through {start} of {source.config.n_layer} layers; going on with the next")
     if progress and start:
         progress(start)
     for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns):

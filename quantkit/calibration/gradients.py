@@ -46,7 +46,7 @@ from quantkit.runtime.layers import LayerWeights
 from quantkit.runtime.memory import HIDDEN_BYTES, Limits, Memory, room_for
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import HEAD_ELEMENTS, Source, job_of, stream
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 MOST_OUTPUTS = 8192
 TOKENS = 16384
@@ -192,8 +192,8 @@ def _check_disk(source: Source, rows: Rows, room: Room, folder: Path) -> None:
             rows.n_tokens * source.config.d * (2 * room.hidden.itemsize + source.dtype.itemsize + 8 * rows.n_sample)
         )
     say(
-        f"gradients of {rows.n_tokens:,} tokens x {rows.n_sample} samples: {gb(kept)} in {folder}, and "
-        f"{gb(state)} there until the end"
+        f"gradients of {rows.n_tokens:,} tokens x {rows.n_sample} samples: {both_units(kept)} in {folder}, and "
+        f"{both_units(state)} there until the end"
     )
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
@@ -224,7 +224,7 @@ class GradientPass:
         needed = range(c.n_layer + 1)
         first = ranks.agree(lambda: next((i for i in needed if not spill.has(_inputs(i))), c.n_layer + 1))
         with track("forward", c.n_layer, "layers") as advance:
-            advance(max(0, first - 1))
+            advance(max(0, first - 1), before=True)
             if first > c.n_layer:
                 return
             if first:
@@ -254,7 +254,7 @@ class GradientPass:
                 spill.put(_gradient(done), back.gradient)
             else:
                 spill.read(_gradient(done), back.gradient)
-            advance(n_layer - done)
+            advance(n_layer - done, before=True)
             layers = range(done - 1, -1, -1)
             load = partial(self.source.layer, turns=turns_of(self.source.config.n_expert))
             for layer, weights in zip(layers, read_ahead(load, layers), strict=True):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from quantkit import ranks
 from quantkit.calibration import coverage
-from quantkit.calibration.collect import Steps, collect
+from quantkit.calibration.collect import Accumulator, Steps, collect
 from quantkit.calibration.corpus import Chunks, Corpus, cut
 from quantkit.calibration.options import Calibration, check_length, sized
 from quantkit.calibration.state import PassState
@@ -69,5 +70,7 @@ def _pass(
         state.remove()
     state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
-    with track("calibrate", source.config.n_layer, "layers") as advance:
-        return collect(source, chunks.tokens, state, room=room, progress=Steps(advance))
+    with track("calibrate", Steps.total(source), "B") as advance:
+        steps = Steps(advance, source, n_tokens)
+        watch = steps.watching(partial(Accumulator, n_expert=source.config.n_expert))
+        return collect(source, chunks.tokens, state, room=room, watch=watch, progress=steps)

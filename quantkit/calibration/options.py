@@ -17,7 +17,7 @@ from quantkit.progress import say
 from quantkit.runtime.memory import RAM_SHARE, machine_memory, memory
 from quantkit.runtime.room import Place
 from quantkit.runtime.stream import Source
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 LEAST = 131072
 LARGE_WEIGHTS = 10**10
@@ -83,8 +83,8 @@ def check_length(chunks: Chunks, choice: TextChoice, source: Source) -> None:
         saved = config.n_layer // EVERY if hidden > LARGE else config.n_layer
         seconds = max(read / DISK_RATE, 2 * found * active_weights(config) / rate) + saved * hidden / DISK_RATE
         say(
-            f"{found:,} tokens: {gb(2 * hidden)} of disk for the state, and about {seconds / 60:,.0f} minutes to read "
-            f"and compute on a fast {'GPU' if source.device.type == 'cuda' else 'CPU'}, encoding not counted"
+            f"{found:,} tokens: {both_units(2 * hidden)} of disk for the state, and about {seconds / 60:,.0f} minutes "
+            f"to read and compute on a fast {'GPU' if source.device.type == 'cuda' else 'CPU'}, encoding not counted"
         )
 
 

@@ -24,7 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
 from quantkit.formats.whole_file import make_folders
 from quantkit.progress import say
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 from quantkit.tensors import Importance
 
 LARGE, EVERY = 4 << 30, 4  # bytes of hidden states that are not written after each layer
@@ -112,7 +112,7 @@ class PassState:
         there = sum(path.stat().st_size for path in self.folder.glob("*"))
         parent = next(path for path in self.folder.absolute().parents if path.exists())
         if 2 * n_bytes - there > (free := shutil.disk_usage(parent).free):
-            needs = f"the state of the pass needs {gb(2 * n_bytes)}, {gb(free)} are free"
+            needs = f"the state of the pass needs {both_units(2 * n_bytes)}; free are {both_units(free)}"
             raise QuantkitError(f"{self.folder}: {needs}; take fewer --tokens")
 
     def remove(self) -> None:

@@ -15,10 +15,30 @@ from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
+RESUMING = ("make", "calibrate", "quantize", "publish")
+INTERRUPTED = 130  # as shells have it
+
+
+SECTIONS = {
+    "From checkpoint to file": ("make", "status"),
+    "The stages of make, each by itself": (
+        *("inspect", "hardware", "recipes", "plan", "calibrate", "sensitivity", "quantize"),
+        *("verify", "certify", "report"),
+    ),
+    "With a finished file": ("run", "serve", "export-kt", "publish"),
+}
+
+
+def _level(name: progress.Level, short: str, text: str) -> click.Option:
+    def chosen(_: click.Context, __: click.Parameter, value: bool) -> None:
+        if value:
+            progress.set_level(name)
+
+    return click.Option([f"-{short}", f"--{name}"], is_flag=True, expose_value=False, callback=chosen, help=text)
 
 
 class Commands(click.Group):
-    """A QuantkitError is one line on stderr and exit code 1; Ctrl-C says that the work can go on."""
+    """A QuantkitError is one line on stderr and exit code 1; Ctrl-C is 130, and says whether the work can go on."""
 
     def main(self, *args: Any, **rest: Any) -> Any:
         """The whole program."""
@@ -29,8 +49,23 @@ class Commands(click.Group):
             _complain(error.strerror or str(error))
             sys.exit(1)
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """With the two options that all commands have."""
+        cmd.params += [
+            _level("quiet", "q", "Warnings and errors only."),
+            _level("verbose", "v", "A line for every layer."),
+        ]
+        super().add_command(cmd, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """In the order in which they are used."""
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                room = formatter.width - 4 - max(map(len, self.commands))
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(room)) for name in names])
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; ends the process with exit code 1 if it fails."""
+        """Run the command; ends the process with exit code 1 if it fails, 130 if it is interrupted."""
         signal.signal(signal.SIGTERM, _stop)
         try:
             done = super().invoke(ctx)
@@ -40,7 +75,10 @@ class Commands(click.Group):
         except QuantkitError as error:
             _complain(str(error))
         except KeyboardInterrupt:
-            _complain("interrupted; run the same command again to go on")
+            goes_on = ctx.invoked_subcommand in RESUMING
+            _complain("interrupted" + ("; what is done is kept, and the same command goes on" if goes_on else ""))
+            ranks.end(INTERRUPTED)
+            sys.exit(INTERRUPTED)
         except BrokenPipeError:  # whoever read our output has seen enough; click ends without a word
             raise
         except OSError as error:
@@ -81,7 +119,14 @@ def _stop(*_: object) -> None:
 @click.version_option(__version__, prog_name="quantkit")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Dynamic low-bit GGUF files of DeepSeek-R1 and its family."""
+    """Dynamic low-bit GGUF files of DeepSeek-R1 and its family.
+
+    \b
+    quantkit make --recipe 1.58bit                # the bundled tiny-r1, in a minute or two
+    quantkit plan deepseek-r1 --size 150GB        # sizes and types; needs no weights
+    quantkit make deepseek-ai/DeepSeek-R1 --recipe 1.58bit -o r1 --dry-run
+    quantkit run tiny-r1-1.58bit -p "It was a dark and stormy"
+    """
     warnings.filterwarnings("ignore", message=".*beta state.*")
     machine.bound_threads()
     writable_caches()

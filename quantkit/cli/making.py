@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, Shared, Types
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -50,17 +50,21 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         click.option(
             "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."
         ),
+        click.option("--dry-run", is_flag=True, help="Say what it would read, write and take; do nothing."),
     ),
     "asked",
     _make_options,
 )
 @options.threads
 def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL: folder, bundled name or Hub id
-    (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, bundled name
+    or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
-    from quantkit.job.make import make
+    from quantkit.job.make import make, what_it_takes
 
+    if asked.dry_run:
+        streams.show("\n".join(what_it_takes(model, output, asked)))
+        return
     files, result = make(model, output, asked)
     streams.show(short_table(result, files[0]) if result else "\n".join(map(str, files)))
 
@@ -95,7 +99,7 @@ def calibrate(
 ) -> None:
     """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
 
-    MODEL is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
+    MODEL (default: tiny-r1) is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
     """
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
@@ -170,7 +174,7 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
     """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass.
 
-    `plan --sensitivity` goes by it."""
+    MODEL's default is tiny-r1. `plan --sensitivity` goes by what is found."""
     from quantkit.job import stages
     from quantkit.job.folder import SENSITIVITY
     from quantkit.machine import chosen_device
@@ -192,23 +196,28 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
     "outputs",
     type=OUT,
     multiple=True,
-    help="Write here: plan.json, or with .png or .svg the bit map drawn; may be repeated.",
+    help="Write here: plan.json (-: to stdout, alone), or with .png or .svg the bit map drawn; may be repeated.",
 )
 def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
-    `quantkit plan deepseek-r1 --size 150GB`."""
+    `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
     from quantkit.formats.whole_file import write_text
     from quantkit.job.plan import load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
+    if compare and outputs:
+        raise QuantkitError("--compare shows two plans and writes none: leave -o out")
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
         streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
     chosen = plan_model(model, types.recipe, target, budget)
     for output in outputs:
+        if str(output) == "-":
+            streams.show(chosen.to_json())
+            return
         with locked(output.parent, shared=True):
             if output.suffix not in (".png", ".svg"):
                 write_text(output, chosen.to_json())
@@ -274,7 +283,8 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
 def hardware(
     model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
 ) -> None:
-    """Which recipes fit a machine, how fast they can be, and the commands that start them."""
+    """Which recipes fit a machine, how fast they can be, and the commands that start them. MODEL's default is
+    deepseek-r1."""
     from quantkit.job.hardware import hardware_report
 
     streams.show(hardware_report(model, recipes, target, machine, context, threads))
@@ -312,3 +322,28 @@ def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "Qua
     chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
     streams.show("\n".join(map(str, files)))
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+def status(folder: Path) -> None:
+    """How far the job is that works in FOLDER, or was stopped there: layers, bytes, time left, scores."""
+    from quantkit.job.status import status
+
+    streams.show("\n".join(status(folder)))
+
+
+@click.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """The bundled recipes, a line each; with NAME its rules, to be read and changed:
+    `quantkit recipes 1.58bit > my.toml`."""
+    from quantkit import bundle
+    from quantkit.planning.recipe import Recipe
+
+    if name:
+        streams.show(Recipe.text(name).rstrip("\n"))
+        return
+    for each in map(Recipe.load, bundle.recipe_names()):
+        kind = "within a budget" if each.is_open else "fixed types"
+        streams.show(f"{each.name:<12} {each.target:<14} {kind:<16} {each.description}")

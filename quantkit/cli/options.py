@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from quantkit import machine, sizes
+from quantkit import bundle, machine, sizes
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -28,6 +29,32 @@ class Place(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
+class ModelFile(Place):
+    """A GGUF, or a folder that holds one model: its file, or the first of its splits."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """QuantkitError for a folder of none or of several."""
+        path = Path(super().convert(value, param, ctx))
+        return model_in(path) if path.is_dir() else path
+
+
+def model_in(folder: Path) -> Path:
+    """The GGUF of a folder, other than an imatrix."""
+    found = [path for path in sorted(folder.glob("*.gguf")) if path.name != "imatrix.gguf"]
+    models = [path for path in found if not LATER.search(path.name)]
+    if len(models) == 1:
+        return models[0]
+    if not models:
+        hint = f"; `quantkit status {folder}` says how far it is" if any(folder.glob("**/*.gguf.part*")) else ""
+        raise QuantkitError(f"{folder}: no finished GGUF file in this folder{hint}")
+    names = ", ".join(path.name for path in models[:4])
+    raise QuantkitError(f"{folder}: {len(models)} models ({names}{' ...' if len(models) > 4 else ''}); name one")
+
+
+LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # splits but the first
+MODEL_FILE = ModelFile(exists=True, path_type=Path)
 FILE = Place(exists=True, dir_okay=False, path_type=Path)
 FOLDER = Place(exists=True, file_okay=False, path_type=Path)
 OUT = Place(dir_okay=False, path_type=Path)
@@ -275,11 +302,22 @@ target = click.option(
     help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
     "versions read it; with /deepseek2, V3.2 without its indexer. Overrides the recipe's.",
 )
+
+
+def _recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Names that a shell can complete to."""
+    return [name for name in bundle.recipe_names() if name.startswith(incomplete)]
+
+
 recipe = click.option(
-    "--recipe", default=None, metavar="NAME|FILE", help="Default: 1.58bit, or auto if a budget is given."
+    "--recipe",
+    default=None,
+    metavar="NAME|FILE",
+    shell_complete=_recipes,
+    help="Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists them.",
 )
 context = click.option(
-    "--context", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."
+    "--context", "-c", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."
 )
 measured = click.option(
     "--sensitivity",
@@ -335,6 +373,7 @@ run_ram = click.option(
 )
 gpu_layers = click.option(
     "--gpu-layers",
+    "-ngl",
     type=GpuLayers(),
     default="auto",
     show_default=True,

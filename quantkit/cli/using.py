@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, OUT, Finite, Placement, Shared
+from quantkit.cli.options import FILE, FOLDER, MODEL_FILE, OUT, TOKENS, Finite, Placement, Shared
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def inspect(path: str) -> None:
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
     from quantkit.job.inspect import describe
 
-    Console(width=100).print(describe(path), markup=False, highlight=False)
+    streams.show(describe(path))
 
 
 def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "VerifyOptions":
@@ -44,7 +44,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=MODEL_FILE)
 @click.option("--reference", default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
 @Shared(
     (
@@ -107,10 +107,15 @@ def _certify_options(**given: Any) -> "CertifyOptions":
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=MODEL_FILE)
 @Shared(
     (
-        click.option("--target", default="llama.cpp", show_default=True, metavar="ktransformers|llama.cpp|ollama"),
+        click.option(
+            "--target",
+            default=None,
+            metavar="ktransformers|llama.cpp|ollama",
+            help="Default: what the file says that it was made for.",
+        ),
         click.option(
             "--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared."
         ),
@@ -123,24 +128,31 @@ def _certify_options(**given: Any) -> "CertifyOptions":
     "how",
     _certify_options,
 )
-@click.option("--json", "out", type=OUT, default=None, help="Default: certify.json beside FILE.")
+@click.option(
+    "--json",
+    "out",
+    type=OUT,
+    default=None,
+    help="Default: certify.json beside FILE; certify-TARGET.json if it was made for another.",
+)
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
-    """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails."""
+    """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails.
+
+    FILE may be the folder that `make` left."""
     from quantkit.formats.lock import locked
     from quantkit.job.certify import certify_file
-    from quantkit.job.folder import CERTIFY
     from quantkit.machine import chosen_device
 
-    out = out or file.with_name(CERTIFY)
-    with locked(out.parent, shared=True):
-        made = certify_file(file, chosen_device(device), out, how)
-    Console(width=110).print(made.table())
+    with locked((out or file).parent, shared=True):
+        made, out = certify_file(file, chosen_device(device), out, how)
+    Console().print(made.table())
+    streams.show(f"{made.target}: {made.verdict} ({out})")
     sys.exit(0 if made.passed else 1)
 
 
 @click.command("export-kt")
-@click.argument("file", type=FILE)
+@click.argument("file", type=MODEL_FILE)
 @click.option(
     "--output", "-o", default=None, type=options.Place(path_type=Path), help="Folder. Default: NAME-kt beside it."
 )
@@ -186,7 +198,7 @@ def _sampling(**given: Any) -> "Sampling":
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=MODEL_FILE)
 @click.option(
     "-p", "--prompt", default=None, callback=_text, help="Continue this text; without it: a chat on the terminal."
 )
@@ -195,10 +207,10 @@ def _sampling(**given: Any) -> "Sampling":
     "--thinking/--no-thinking", default=None, help="In a chat: whether to reason, where the template has a switch."
 )
 @click.option("-n", "--n-tokens", default=None, type=click.IntRange(1), help="Default: 128; in a chat, the context.")
-@click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens in all.")
+@click.option("--context", "-c", default="4k", show_default=True, type=TOKENS, help="Tokens in all.")
 @Shared(
     (
-        click.option("--temperature", default=0.6, show_default=True, type=Finite(0), help="0 for greedy."),
+        click.option("--temperature", "--temp", default=0.6, show_default=True, type=Finite(0), help="0 for greedy."),
         click.option("--top-p", default=0.95, show_default=True, type=Finite(0, 1)),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
         click.option("--min-p", default=0.0, show_default=True, type=Finite(0, 1)),
@@ -290,7 +302,7 @@ class Door:
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=MODEL_FILE)
 @Shared(
     (
         click.option(
@@ -311,7 +323,7 @@ class Door:
     "door",
     Door,
 )
-@click.option("--context", default=4096, show_default=True, type=click.IntRange(2), help="Tokens of a sequence.")
+@click.option("--context", "-c", default="4k", show_default=True, type=TOKENS, help="Tokens of a sequence.")
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1), help="Sequences decoded at once.")
 @options.placement
 @options.threads

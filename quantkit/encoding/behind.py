@@ -50,6 +50,6 @@ class Behind:
         while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()
 
-    def _go_on(self, amount: float = 1) -> None:
+    def _go_on(self, amount: float = 1, at: str = "", before: bool = False) -> None:
         if self._stopped:
             raise CancelledError

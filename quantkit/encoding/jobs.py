@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan, PlannedTensor
-from quantkit.progress import Advance, track
+from quantkit.progress import Advance, say, track
 from quantkit.tensors import Imatrix, Importance, TensorSpec
 
 
@@ -118,7 +119,7 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWrite
     checkpoint.validate(family.source_shapes(config))
     plan.check_model(family.specs(config, plan.mla))
     metadata = file_metadata(Path(checkpoint.path), config, plan) | dict(output.metadata)
-    return GGUFWriter.open(
+    out = GGUFWriter.open(
         output.path,
         plan.tensors,
         metadata,
@@ -128,6 +129,9 @@ def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWrite
         overwrite=output.overwrite,
         keep_ledger=output.keep_ledger,
     )
+    if done := sum(out.done(tensor.name, 0, prod(tensor.shape[:-1])) for tensor in plan.tensors):
+        say(f"{out.path}: an earlier run wrote {done:,} of {len(plan.tensors):,} tensors; going on with the rest")
+    return out
 
 
 def encode_pending(
@@ -157,7 +161,7 @@ def encode_pending(
 
     if advance:
         total = sum(tensor.n_weights for tensor in plan.tensors)
-        advance((total - sum(map(_n_weights, jobs))) / 1e6)
+        advance((total - sum(map(_n_weights, jobs))) / 1e6, before=True)
     # Jobs of a tensor are alike and stand together, so every n-th of them is a fair share.
     with ThreadPoolExecutor(workers) as pool:
         for job in _run(pool, jobs[ranks.index() :: ranks.count()], work, workers):

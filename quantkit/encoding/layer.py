@@ -28,7 +28,7 @@ from quantkit.encoding.api import SUPPORTED, Method, encode_batch
 from quantkit.encoding.behind import Behind
 from quantkit.encoding.hessian import Factor, Hessian, blend, describe, prepare, second_moment, unshrinking
 from quantkit.encoding.jobs import GgmlEncoder, encode_pending, fit_importance, layer_plan, prepare_types
-from quantkit.encoding.moments import SAME_INPUT, Moments
+from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE, SAME_INPUT, Moments
 from quantkit.encoding.outputs import LayerOutputs
 from quantkit.encoding.two_sided import TwoSided, encode_two_sided
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -41,8 +41,7 @@ from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, Importance, TensorSpec
 
 GAMMA = {name: qtype.gamma for name, qtype in QTYPES.items() if qtype.gamma != 1}
-# Experts encoded together on a GPU: share of its memory, moments and factors and copies of them, upper limit.
-GROUP_SHARE, FACTOR_COPIES, MOST_EXPERTS = 0.35, 6, 32
+MOST_EXPERTS = 32  # encoded together on a GPU
 LEAST_GROUPS = 8  # in a layer, for as many ranks
 
 

@@ -4,6 +4,8 @@ import torch
 
 from quantkit.encoding.hessian import Hessian, gram
 
+# Experts encoded together on a GPU: share of its memory, and their moments and factors and copies of them.
+GROUP_SHARE, FACTOR_COPIES = 0.35, 6
 SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a",
     "attn_q": "attn_q_a",

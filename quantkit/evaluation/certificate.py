@@ -10,6 +10,7 @@ from quantkit import __version__
 from quantkit.errors import printable
 
 Status = Literal["pass", "fail", "warn", "skip"]
+ORACLE = "oracle "  # before the name of a program, in the name of a check
 COLOURS: dict[Status, str] = {"pass": "green", "fail": "red", "warn": "yellow", "skip": "dim"}
 
 
@@ -36,6 +37,22 @@ class Certificate:
         """Whether something was checked and nothing failed."""
         return bool(self.checks) and not self.failed()
 
+    @property
+    def engine_run(self) -> bool:
+        """Whether a program that computes what the target does has run the file, or experts of it."""
+        return any(check.name.startswith(ORACLE) and check.status == "pass" for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """In words: `passed` is said only if a program has run the file."""
+        failed = [check.name for check in self.checks if check.status == "fail"]
+        if failed or not self.checks:
+            return f"failed: {', '.join(failed)}"
+        if not self.engine_run:
+            return "passed, engine not run"
+        left = [c.name for c in self.checks if c.name.startswith(ORACLE) and c.status == "skip"]
+        return "passed" + (f", {left[0].removeprefix(ORACLE)} itself not run" if left else "")
+
     def failed(self, but: str | None = None) -> bool:
         """Whether any check failed, `but` not counted."""
         return any(check.status == "fail" and check.name != but for check in self.checks)
@@ -44,6 +61,8 @@ class Certificate:
         """What certify.json holds."""
         out = {
             "passed": self.passed,
+            "engine_run": self.engine_run,
+            "verdict": self.verdict,
             "target": self.target,
             "quantkit": __version__,
             "files": self.files,

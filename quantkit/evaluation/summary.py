@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.sizes import both_units
+
 
 def layer_line(result: Mapping[str, Any]) -> str:
     """One line about the layers: how the error grows, and which layer stands out."""
@@ -19,7 +21,7 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
     """The lines that `make` and `verify` end with."""
     rows = [
         ("file", f"{path}"),
-        ("size", f"{result['bytes']:,} bytes"),
+        ("size", f"{result['bytes']:,} bytes ({both_units(result['bytes'])})"),
         ("bpw", f"{result['bpw']:.3f} (routed experts {result['bpw_routed']:.3f})"),
         ("perplexity", f"{result['ppl']:.4f} (original {result['ppl_reference']:.4f})"),
         (

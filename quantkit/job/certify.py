@@ -5,30 +5,58 @@ from pathlib import Path
 
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.formats.whole_file import write_json
+from quantkit.job.folder import CERTIFY
 from quantkit.models.open import open_model
+from quantkit.planning import targets
+from quantkit.planning.targets import TARGETS
+
+DEFAULT = targets.LLAMA_CPP.name
 
 
 @dataclass(frozen=True)
 class CertifyOptions:
-    """What `certify` checks. reference: a model, whose metadata and weights to compare with. imatrix: importance by
-    which to weigh errors. oracle: run the file in the target's program where it is installed. values: decode all."""
+    """What `certify` checks. target: default what the file says that it was made for, llama.cpp if it does not.
+    reference: a model, whose metadata and weights to compare with. imatrix: importance by which to weigh errors.
+    oracle: run the file in the target's program where it is installed. values: decode all."""
 
-    target: str = "llama.cpp"
+    target: str | None = None
     reference: str | Path | None = None
     imatrix: Path | None = None
     oracle: bool = True
     values: bool = True
 
 
+def made_for(path: Path) -> str | None:
+    """The target that a file's metadata name; None if they name none that is known, or cannot be read."""
+    try:
+        found = GGUFFile.open(path).metadata.get("quantkit.target")
+    except QuantkitError:
+        return None
+    return found if isinstance(found, str) and found in TARGETS else None
+
+
+def certificate_path(path: Path, target: str) -> Path:
+    """Beside the file: certify.json for what it was made for, certify-TARGET.json for another target."""
+    name = CERTIFY if target == (made_for(path) or DEFAULT) else f"{Path(CERTIFY).stem}-{target}.json"
+    return path.with_name(name)
+
+
 @torch.inference_mode()
-def certify_file(path: Path, device: str, out: Path, how: CertifyOptions = CertifyOptions()) -> Certificate:
-    """All checks of a file for a target; writes certify.json, passed or not."""
+def certify_file(
+    path: Path, device: str, out: Path | None = None, how: CertifyOptions = CertifyOptions()
+) -> tuple[Certificate, Path]:
+    """All checks of a file for a target; writes the certificate to `out`, default `certificate_path`, passed or not."""
+    target = how.target or made_for(path) or DEFAULT
+    targets.get(target)
+    out = out or certificate_path(path, target)
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
-    made = certify(path, how.target, original, importance, oracle=how.oracle, values=how.values, device=device)
+    made = certify(path, target, original, importance, oracle=how.oracle, values=how.values, device=device)
     write_json(out, made.to_dict())
-    return made
+    return made, out

@@ -3,17 +3,44 @@
 import shutil
 from pathlib import Path
 
-from quantkit import ranks
-from quantkit.calibration.corpus import TextChoice, cut
+from quantkit import __version__, ranks
+from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import configuration
 from quantkit.evaluation.verify import checked_dtype
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.planning.plan import Plan
 from quantkit.progress import say
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
+MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 LARGE = 200_000_000  # weights: from here on a look at the configuration is short beside the job; `certify` always looks
+
+
+def check_ranks(checkpoint: Checkpoint, plan: Plan, device: str) -> None:
+    """Refuse, before any work, ranks that cannot do one job together."""
+    if ranks.count() == 1:
+        return
+    if checkpoint.origin:
+        raise QuantkitError(
+            f"{checkpoint.path}: several ranks read a model from a folder that they all see; download "
+            "it first (hf download)"
+        )
+    ranks.same(checkpoint.fingerprint(), "checkpoint")
+    ranks.same(device, "device")
+    ranks.same(__version__, "version of quantkit")
+    ranks.same(plan.digest(), "plan")
+
+
+def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
+    """Figures measured on text that was calibrated on would flatter; refuse them."""
+    share = overlap(calibration.corpus("calibration"), evaluation.corpus("evaluation"))
+    if share > MOST_OVERLAP:
+        raise QuantkitError(
+            f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
+            "choose other text with --eval-data"
+        )
 
 
 def check_possible(
@@ -54,4 +81,6 @@ def _check_disk(folder: Path, need: int) -> None:
         return
     there = next(parent for parent in (absolute, *absolute.parents) if parent.is_dir())
     if (free := shutil.disk_usage(there).free) < need:
-        raise QuantkitError(f"{folder}: no room for {gb(need)}, {gb(free)} are free; choose another --output")
+        raise QuantkitError(
+            f"{folder}: no room for {both_units(need)}; free are {both_units(free)}; choose another --output"
+        )

@@ -13,14 +13,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantkit import __version__
+from quantkit.calibration.corpus import TextChoice
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
+from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, RECOVERY, SENSITIVITY
+from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, RECOVERY, SENSITIVITY, VERIFY
+from quantkit.progress import say
 
 READERS = 4
 ON_THE_WAY = {IMATRIX, SENSITIVITY, PLAN, RECOVERY}
@@ -69,6 +74,32 @@ def check_notes(folder: Path, identity: Mapping[str, Any]) -> None:
             raise QuantkitError(
                 f"{path}: {why} since the run ended; put it back, remove it, or make all of it --restart"
             )
+
+
+def scored_before(folder: Path, evaluation: TextChoice) -> dict[str, Any] | None:
+    """What verify.json holds, if it is of the files on record, on this text; then it need not be measured again."""
+    try:
+        scores = load_object(read_text(folder / VERIFY, "record").encode(), str(folder / VERIFY))
+    except QuantkitError:
+        return None
+    if scores.get("measured") != _measured(folder, evaluation):
+        return None
+    say(f"using {folder / VERIFY} from an earlier run")
+    return scores
+
+
+def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice) -> None:
+    """verify.json, with what `scored_before` knows it again by."""
+    scores["measured"] = _measured(folder, evaluation)
+    write_json(folder / VERIFY, scores)
+
+
+def _measured(folder: Path, evaluation: TextChoice) -> str:
+    """Digest of the files on record and the evaluation text: what scores depend on."""
+    known = _read(folder / CHECKSUMS)
+    files = {name: entry for name, entry in known[1].items() if name not in ON_THE_WAY} if known else None
+    text = {**asdict(evaluation), "sha256": evaluation.corpus("evaluation").digest}
+    return _digest({"files": files, "text": text, "quantkit": __version__})
 
 
 def _on_the_way(path: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

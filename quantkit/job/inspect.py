@@ -12,6 +12,7 @@ from quantkit.formats.gguf_reader import GGUFFile, is_gguf
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
+from quantkit.sizes import both_units
 
 SHOWN = 400  # characters of a key or value
 
@@ -47,7 +48,7 @@ def _types(rows: Iterable[tuple[str, int, int]]) -> list[str]:
     head = f"{'type':<10}{'tensors':>9}{'weights':>18}{'bytes':>18}"
     body = [f"{k:<10}{count[k]:>9,}{weights[k]:>18,}{size[k]:>18,}" for k, _ in size.most_common()]
     total = f"{'total':<10}{sum(count.values()):>9,}{sum(weights.values()):>18,}{sum(size.values()):>18,}"
-    return [head, *body, total]
+    return [head, *body, f"{total}  {both_units(sum(size.values()))}"]
 
 
 def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
@@ -67,7 +68,8 @@ def _gguf(file: GGUFFile) -> list[str]:
     bits = 8 * sum(row[2] for row in rows) / max(1, sum(row[1] for row in rows))
     keys = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
     shown = [f"{_short(key):<48} {_short(str(value))}" for key, value in keys.items() if not isinstance(value, list)]
-    lines = [f"file        {file.path} ({len(file.files)} file(s), {file.n_bytes:,} bytes, {bits:.3f} bpw)"]
+    size = f"{file.n_bytes:,} bytes: {both_units(file.n_bytes)}, {bits:.3f} bpw"
+    lines = [f"file        {file.path} ({len(file.files)} file(s), {size})"]
     if family.knows(file.metadata):
         lines += _model_lines(family.from_gguf(file.metadata))
     return [*lines, "", *_types(rows), "", *shown]

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__, ranks
+from quantkit import ranks
 from quantkit.calibration import coverage
 from quantkit.calibration.collect import Steps, collect
-from quantkit.calibration.corpus import TextChoice, cut, overlap
+from quantkit.calibration.corpus import cut
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
 from quantkit.calibration.options import LEAST, check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
-from quantkit.encoding.layer import GROUP_SHARE, EncoderOptions, FileEncoder, LayerOptions
-from quantkit.errors import QuantkitError
+from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
@@ -35,8 +35,8 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_possible, is_large
-from quantkit.job.finished import check_notes, difference, note, record
+from quantkit.job.checks import check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
     GRADIENTS,
@@ -45,10 +45,10 @@ from quantkit.job.folder import (
     RECOVERY,
     REFERENCE,
     SENSITIVITY,
-    VERIFY,
     begin,
     finished_files,
 )
+from quantkit.job.forecast import forecast
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
@@ -73,7 +73,6 @@ from quantkit.runtime.stream import job_of
 
 TWO_SIDED_RATE = 110e6  # weights a second on an H200 (docs/results/encoders.md)
 ONE_PASS = "calibration"  # what the fingerprint of a file has that is written in one pass
-MOST_OVERLAP = 0.05  # of evaluation lines: separators, licences and boilerplate recur in unrelated texts
 
 
 def make(
@@ -85,6 +84,15 @@ def make(
     What an earlier, interrupted run of the same job left there is used; that of another job is refused. Ranks
     calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
+    order = order_of(model, folder, options)
+    with locked(order.folder):
+        files, result = make_in_folder(order, model)
+    order.checkpoint.close()
+    return files, result
+
+
+def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
+    """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
     device = chosen_device(options.device)
     checkpoint = open_weights(model)
     options = with_length(options, checkpoint, device)
@@ -92,11 +100,14 @@ def make(
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
-    with locked(order.folder):
-        files, result = make_in_folder(order, model)
-    checkpoint.close()
-    return files, result
+    return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+
+
+def what_it_takes(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> list[str]:
+    """What `make` would read, write and take, in lines; nothing is written."""
+    order = order_of(model, folder, options)
+    n_bytes = file_bytes(order.checkpoint, order.plan, options.split_max_bytes)
+    return forecast(order, source_of(order.checkpoint, order.device), n_bytes)
 
 
 def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Path], dict[str, Any] | None]:
@@ -108,10 +119,12 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
-    if files := earlier(order, order.out):
+    if files := (found := earlier(order, order.out)):
         ranks.agree(lambda: check_notes(order.folder, order.identity))
         clear_left(order)
     else:
+        for line in forecast(order, source, n_bytes):
+            say(line)
         order = planned_by_damage(order, model)
         write = make_and_recover if options.recover else partial(make_file, out=order.out)
         files = write(order, reference=reference)
@@ -119,7 +132,10 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     result = None
     if options.verify and ranks.index() == 0:
         how = VerifyOptions(options.evaluation, plan.target, configuration=is_large(plan))  # then known already
-        result = verify_file(files[0], checkpoint, device, how, order.folder / VERIFY, reference)
+        result = scored_before(order.folder, options.evaluation) if found else None
+        if result is None:
+            result = verify_file(files[0], checkpoint, device, how, passed=reference)
+            write_scores(order.folder, result, options.evaluation)
     if reference:
         reference.state.remove()
     return files, result
@@ -130,31 +146,6 @@ def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> Ma
     how, config = options.calibration, family.from_hf(checkpoint.config)
     text = sized(how.text, config, torch.device(device), how.memory)
     return replace(options, calibration=replace(how, text=text))
-
-
-def check_ranks(checkpoint: Checkpoint, plan: Plan, device: str) -> None:
-    """Refuse, before any work, ranks that cannot do one job together."""
-    if ranks.count() == 1:
-        return
-    if checkpoint.origin:
-        raise QuantkitError(
-            f"{checkpoint.path}: several ranks read a model from a folder that they all see; download "
-            "it first (hf download)"
-        )
-    ranks.same(checkpoint.fingerprint(), "checkpoint")
-    ranks.same(device, "device")
-    ranks.same(__version__, "version of quantkit")
-    ranks.same(plan.digest(), "plan")
-
-
-def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
-    """Figures measured on text that was calibrated on would flatter; refuse them."""
-    share = overlap(calibration.corpus("calibration"), evaluation.corpus("evaluation"))
-    if share > MOST_OVERLAP:
-        raise QuantkitError(
-            f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
-            "choose other text with --eval-data"
-        )
 
 
 def claim_folder(order: Order) -> None:
@@ -289,15 +280,16 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
             say("layers that the pass has behind it are not whole in the file: the pass begins anew")
             state.remove()
         file_encoder = FileEncoder(source, plan, writer, LayerOptions(ours, how.min_expert_tokens))
-        with track("layers", source.config.n_layer, "layers") as advance, file_encoder as layers:
+        with track("layers", Steps.total(source), "B") as advance, file_encoder as layers:
+            steps = Steps(advance, source, n_tokens)
             measured = collect(
                 source,
                 chunks.tokens,
                 state,
                 room=room,
                 turns=layers.turns,
-                watch=layers.watch,
-                progress=beside(reference, Steps(advance)),
+                watch=steps.watching(layers.watch),
+                progress=beside(reference, steps),
             )
         if used := layers.used_by_all():
             say("matrices encoded with " + ", ".join(f"{kind} moments: {count:,}" for kind, count in used.items()))

@@ -26,7 +26,7 @@ from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, REPORT, VERIFY
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
-from quantkit.sizes import gb
+from quantkit.sizes import gb, gib
 from quantkit.tensors import Imatrix
 
 INK, BLUE, RED, GREY = "#1c2330", "#31688e", "#c0322b", "#9aa5b1"
@@ -304,7 +304,7 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             if plan
             else (0, 0.0, 0.0)
         )
-        out.append(("size", gb(size), f"{size:,} bytes"))
+        out.append(("size", gb(size), f"{gib(size)}, {size:,} bytes"))
         out.append(("bits per weight", f"{bpw:.3f}", f"routed experts {routed:.3f}"))
     if s:
         out += [
@@ -314,13 +314,13 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
             ("tokens scored", f"{s['tokens']:,}", f"chunks of {s['chunk_length']}"),
         ]
     if m.certificate:
-        passed = m.certificate.get("passed")
-        ran = [c for c in m.certificate["checks"] if c["name"].startswith("oracle ") and c["status"] != "skip"]
+        verdict = m.certificate.get("verdict") or ("passed" if m.certificate.get("passed") else "failed")
+        head, _, rest = verdict.partition(",")
         out.append(
             (
                 "certificate",
-                "passed" if passed else "FAILED",
-                f"{m.certificate.get('target')}, {'run in its program' if ran else 'its program not run'}",
+                "FAILED" if head.startswith("failed") else head,
+                f"{m.certificate.get('target')}, {rest.strip() or 'run in its program'}",
             )
         )
     return out

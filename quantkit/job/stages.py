@@ -38,6 +38,10 @@ from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import Source
 
+WORSE = (
+    "an imatrix holds no second moments, which quantkit's encoder needs (about half the KLD in the same bytes); "
+    "`quantkit make` measures and encodes with them in one visit of each layer"
+)
 FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 
 
@@ -74,6 +78,7 @@ def quantize_model(
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
     see_like(checkpoint, plan.by_name)
+    say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
         imatrix = fit_importance(plan, loaded)

@@ -25,7 +25,7 @@ def report(
     are those of the first plan that fits in memory, else of the first one that can be placed at all."""
     lines = [_machine(machine), ""]
     lines += [
-        f"{'recipe':<12} {'file':>9} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} "
+        f"{'recipe':<12} {'file':>20} {'resident':>9} {'KV':>8} {'experts on GPU':>15} {'RAM':>9} "
         f"{'from disk':>9} {'GB a token gpu/ram/disk':>24} {'tok/s':>7}"
     ]
     lines.append("─" * len(lines[-1]))
@@ -34,7 +34,7 @@ def report(
         try:
             where = hardware.place(plan, config, machine, context)
         except QuantkitError as error:
-            lines.append(f"{plan.recipe:<12} {gib(n_bytes):>9} does not fit: {error}")
+            lines.append(f"{plan.recipe:<12} {both_units(n_bytes):>20} does not fit: {error}")
             continue
         placed.append((plan, n_bytes, file, where))
         lines.append(_row(plan, n_bytes, config, machine, where))
@@ -45,7 +45,7 @@ def report(
         f"({hardware.kv_bytes(config, plans[0][0].mla):,} bytes each), and {config.n_used} of {config.n_expert} "
         "experts of each layer;",
         "a bound: experts equally often used, no time for kernels or transfers; "
-        f"{gib(hardware.WORKSPACE)} of buffers are set aside",
+        f"{both_units(hardware.WORKSPACE)} of buffers are set aside",
     ]
     if placed:
         plan, n_bytes, file, where = next((one for one in placed if one[-1].disk == 0), placed[0])
@@ -59,8 +59,8 @@ def _machine(machine: Machine) -> str:
     def rate(bandwidth: float | None) -> str:
         return f"{bandwidth / GB:.1f} GB/s" if bandwidth else "bandwidth unknown"
 
-    gpu = f" · VRAM {gib(machine.vram)}, {rate(machine.gpu_bandwidth)}" if machine.vram else " · no GPU"
-    return f"RAM {gib(machine.ram)}, {rate(machine.ram_bandwidth)}{gpu} · disk {rate(machine.disk_bandwidth)}"
+    gpu = f" · VRAM {both_units(machine.vram)}, {rate(machine.gpu_bandwidth)}" if machine.vram else " · no GPU"
+    return f"RAM {both_units(machine.ram)}, {rate(machine.ram_bandwidth)}{gpu} · disk {rate(machine.disk_bandwidth)}"
 
 
 def _row(plan: Plan, n_bytes: int, config: ModelConfig, machine: Machine, where: Placement) -> str:
@@ -69,7 +69,7 @@ def _row(plan: Plan, n_bytes: int, config: ModelConfig, machine: Machine, where:
     token = "/".join(f"{n / GB:.2f}" for n in (speed.gpu, speed.ram, speed.disk))
     rate = f"{speed.tokens_per_second:.1f}" if speed.tokens_per_second else "?"
     return (
-        f"{plan.recipe:<12} {gib(n_bytes):>9} {gib(where.resident):>9} {gib(where.kv_cache):>8} {layers:>15} "
+        f"{plan.recipe:<12} {both_units(n_bytes):>20} {gib(where.resident):>9} {gib(where.kv_cache):>8} {layers:>15} "
         f"{gib(where.ram):>9} {gib(where.disk) if where.disk else '–':>9} {token:>24} {rate:>7}"
     )
 
@@ -80,7 +80,7 @@ def _offload(plans: Sequence[tuple[Plan, int, str]], config: ModelConfig, contex
     lines = [
         f"Whole layers on the GPU (-ngl, {config.n_layer} layers): Unsloth's floor(VRAM / file × layers - 4), and "
         f"by bytes with a context of {context:,}",
-        f"{'recipe':<12} {'file':>9}" + "".join(f" {f'{card} GiB: rule':>14} {'by bytes':>9}" for card in cards),
+        f"{'recipe':<12} {'file':>20}" + "".join(f" {f'{card} GiB: rule':>14} {'by bytes':>9}" for card in cards),
     ]
     for plan, n_bytes, _ in plans:
         cells = [
@@ -90,5 +90,5 @@ def _offload(plans: Sequence[tuple[Plan, int, str]], config: ModelConfig, contex
             )
             for card in cards
         ]
-        lines.append(f"{plan.recipe:<12} {gib(n_bytes):>9}" + "".join(f" {a:>14} {b:>9}" for a, b in cells))
+        lines.append(f"{plan.recipe:<12} {both_units(n_bytes):>20}" + "".join(f" {a:>14} {b:>9}" for a, b in cells))
     return lines

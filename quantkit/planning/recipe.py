@@ -1,8 +1,10 @@
 """A recipe says what is intended: ordered TOML rules, of which the first that matches a tensor gives its type.
 
-name = "1.58bit"
-description = "one line"
-target = "ktransformers"       # what the file is made for
+Of a rule only `match` and a type are required. All that is wrong with the rules is said at once.
+
+name = "1.58bit"               # default: the file's
+description = "one line"       # optional
+target = "ktransformers"       # what the file is made for; default llama.cpp
 mla = "split"                  # or "combined": how kv_b is stored; --target TARGET/combined overrides both
 
 [[rules]]
@@ -11,14 +13,14 @@ moe_layers = "first 6/58"      # that share of the layers with experts; or layer
 target = "llama.cpp"           # only for this target, or a list of them
 qtype = "IQ2_XXS"
 optional = true                # may match nothing
-why = "required: the reason"
+why = "the reason"             # for plan.json; optional
 
 Instead of a qtype a rule can leave the choice to the budget, among all types of the target or fewer:
 
 [[rules]]
 match = "*"
 allocate = { types = ["IQ1_S", "Q2_K"], floor = "IQ1_S", ceiling = "Q6_K" }
-why = "required: the reason"
+why = "the reason"
 
 [budget]                       # --size and its like override it
 size = "131GiB"                # the whole file (131GB is 10^9); or bpw = 1.6: bits of tensor data per weight
@@ -207,7 +209,7 @@ def _braces(pattern: str) -> list[str]:
 def _recipe(table: dict[str, Any], source: str) -> Recipe:
     field = Fields(table, source)
     field.known("name", "description", "target", "mla", "rules", "budget")
-    name = field.text("name")
+    name = field.text("name") if "name" in table else Path(source).stem
     if not NAME.fullmatch(name):
         raise field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")
     rules = field.required("rules")
@@ -215,13 +217,26 @@ def _recipe(table: dict[str, Any], source: str) -> Recipe:
         raise field.error("rules must be one or more [[rules]] tables")
     return Recipe(
         name=name,
-        description=field.text("description"),
-        target=field.choice("target", TARGETS),
+        description=field.text("description") if "description" in table else "",
+        target=field.choice("target", TARGETS) if "target" in table else targets.LLAMA_CPP.name,
         mla=MLA[field.choice("mla", MLA)] if "mla" in table else "split",
-        rules=tuple(_rule(rule, number, source) for number, rule in enumerate(rules, 1)),
+        rules=_rules(rules, source),
         source=source,
         budget=_budget(table["budget"], f"{source}: budget") if "budget" in table else None,
     )
+
+
+def _rules(tables: Sequence[dict[str, Any]], source: str) -> tuple[Rule, ...]:
+    """QuantkitError that names what is wrong with each of them."""
+    rules, wrong = [], []
+    for number, table in enumerate(tables, 1):
+        try:
+            rules.append(_rule(table, number, source))
+        except QuantkitError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise QuantkitError("; ".join([wrong[0], *(text.removeprefix(f"{source}: ") for text in wrong[1:])]))
+    return tuple(rules)
 
 
 def _budget(table: Any, where: str) -> Budget:
@@ -256,7 +271,7 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
         number=number,
         match=match,
         qtype=field.choice("qtype", qtypes.QTYPES) if "qtype" in table else None,
-        why=field.text("why"),
+        why=field.text("why") if "why" in table else f"rule {number} of {source}",
         layers=_layers(field) if "layers" in table else None,
         share=_share(field) if "moe_layers" in table else None,
         targets=tuple(field.choice_of("target", t, TARGETS) for t in field.texts("target"))

@@ -34,7 +34,7 @@ from quantkit.formats.byte_source import checksum
 from quantkit.formats.whole_file import write_whole
 from quantkit.progress import say
 from quantkit.remote.pieces import Range
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})")
 READ = 1 << 24
@@ -204,7 +204,7 @@ def failed(folder: Path, error: OSError) -> QuantkitError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         return QuantkitError(
-            f"{folder}: the disk is full ({gb(free)} free); make room, lower "
+            f"{folder}: the disk is full ({both_units(free)} free); make room, lower "
             "$QUANTKIT_CACHE_SIZE, or set HF_HOME to another disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -279,7 +279,7 @@ class Store:
                 del self._mine[path]
                 raise QuantkitError(
                     f"{self.folder}: small files and headers of this model need more than the cache may hold "
-                    f"({gb(self.limit)}); raise $QUANTKIT_CACHE_SIZE"
+                    f"({both_units(self.limit)}); raise $QUANTKIT_CACHE_SIZE"
                 )
             others = self._others()
             rest, most = sum(size for _, _, size in others), min(self.limit // UNUSED_SHARE, self.limit - mine)

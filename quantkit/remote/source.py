@@ -25,7 +25,7 @@ from quantkit.progress import say
 from quantkit.remote.cache import RangeCache, Store, copy_range, is_sound
 from quantkit.remote.client import RangeReader, Repo
 from quantkit.remote.pieces import Piece, Range, Schedule
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 CONNECTIONS = 8
 HEADER_CONNECTIONS = 16
@@ -112,8 +112,8 @@ class HubSource:
             self._plan = Schedule(kept, layers, elsewhere)
         if (need := self._plan.comfortable_bytes()) > self.limit:
             say(
-                f"warning: $QUANTKIT_CACHE_SIZE, {gb(self.limit)}, does not hold two layers and the embeddings "
-                f"({gb(need)}): some ranges will be downloaded more than once"
+                f"warning: $QUANTKIT_CACHE_SIZE, {both_units(self.limit)}, does not hold two layers and the embeddings "
+                f"({both_units(need)}): some ranges will be downloaded more than once"
             )
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from quantkit.progress import say
 from quantkit.runtime.layers import SCORE_ELEMENTS
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import ATTENTION_TOKENS, Source
-from quantkit.sizes import gb
+from quantkit.sizes import both_units
 
 HIDDEN_BYTES = 2 << 30  # hidden states beyond this are kept in bfloat16
 RAM_SHARE = 0.7  # of the machine's memory for hidden states of a GPU's pass
@@ -69,10 +69,11 @@ def choose_place(
             return place
     place = places[-1]
     most = need.most_tokens(limit, place)
-    least = f"no tokens fit: this model needs {gb(need.fixed)}"
+    least = f"no tokens fit: this model needs {both_units(need.fixed)}"
     advice = f"at most {most:,} tokens fit" if most else least
     raise QuantkitError(
-        f"{n_tokens:,} tokens need {gb(need.total(n_tokens, place))}, but {option} is {gb(limit)}; {advice}"
+        f"{n_tokens:,} tokens need {both_units(need.total(n_tokens, place))}, but {option} is {both_units(limit)}; "
+        f"{advice}"
     )
 
 
@@ -116,7 +117,7 @@ def room_for(source: Source, n_tokens: int, limits: Limits, more: Memory = Memor
     place = choose_place(need, n_tokens, limits.place, limit, option, machine_memory(), on_gpu)
     if place != "device":
         say(
-            f"hidden states of {n_tokens:,} tokens ({gb(need.per_token * n_tokens)}) live "
+            f"hidden states of {n_tokens:,} tokens ({both_units(need.per_token * n_tokens)}) live "
             f"{'on disk' if place == 'disk' else 'in RAM'}"
         )
     return Room(place, source.device, limits.folder, hidden_dtype)

@@ -19,7 +19,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 
 READERS = 8  # reads under way at once
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -78,8 +78,10 @@ class Residency:
         self.most = self.room // largest if largest else sys.maxsize
         fewest = max(2, self.n_used)  # prompts read one while another is computed
         if self.room < fewest * largest:
-            least = f"{gib(self.rest)} and {gib(fewest * largest)} for experts of a layer"
-            raise QuantkitError(f"--ram {gib(limit)} is too little for {file.path.name}: every token needs {least}")
+            least = f"{both_units(self.rest)} and {both_units(fewest * largest)} for experts of a layer"
+            raise QuantkitError(
+                f"--ram {both_units(limit)} is too little for {file.path.name}: every token needs {least}"
+            )
         self.pool = ThreadPoolExecutor(READERS)
 
     def __str__(self) -> str:
@@ -87,9 +89,9 @@ class Residency:
         n_bytes = sum(self.stacks[name].nbytes for layer in here for name in self.names[layer])
         share = min(1, self.room / n_bytes) if here else 1
         a_token = self.n_used * sum(self.size[layer] for layer in here) * (1 - share)
-        fits = f"{gib(self.rest)} stay, {100 * share:.0f} % of the experts fit"
-        cost = f"if all are chosen equally often, {gib(int(a_token))} are read for each token"
-        return f"file {gib(self.file.n_bytes)}, RAM limit {gib(self.limit)}: {fits}; {cost}"
+        fits = f"{both_units(self.rest)} stay, {100 * share:.0f} % of the experts fit"
+        cost = f"if all are chosen equally often, {both_units(int(a_token))} are read for each token"
+        return f"file {both_units(self.file.n_bytes)}, RAM limit {both_units(self.limit)}: {fits}; {cost}"
 
     def leave_out(self, layers: Iterable[int]) -> None:
         """The experts of these layers are elsewhere, and will not be needed."""

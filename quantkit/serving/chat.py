@@ -10,7 +10,7 @@ from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.pieces import Pieces, thoughts
 from quantkit.serving.renderer import TooLong
 from quantkit.serving.template import ChatTemplate, opening
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 
 
 def tokenize_prompt(markers: Markers, prompt: Prompt, bos: int, capacity: int) -> list[int]:
@@ -80,4 +80,4 @@ class Conversation:
         if n > 1:
             self.speed += f" · answer {n:,} tokens, {(n - 1) / (times[-1] - times[1]):,.1f} tok/s"
         if self.residency:
-            self.speed += f" · {gib(self.residency.read - read)} of experts read"
+            self.speed += f" · {both_units(self.residency.read - read)} of experts read"

@@ -56,7 +56,7 @@ def test_a_short_text_is_said_with_what_to_give_and_what_the_pass_takes(r1, tiny
     check_length(chunks, TextChoice(n_tokens=917504), large)
     short, takes = capsys.readouterr().err.splitlines()
     assert "524,288 tokens of 917,504, 2.3 for each dimension" in short and "--data" in short
-    assert takes.startswith("524,288 tokens: 15.0 GB of disk") and "about 7 minutes" in takes
+    assert takes.startswith("524,288 tokens: 15.0 GB, 14.0 GiB of disk") and "about 7 minutes" in takes
     check_length(chunks, TextChoice(n_tokens=524288), large)
     assert capsys.readouterr().err.splitlines() == [takes]
     check_length(chunks, TextChoice(n_tokens=917504), CheckpointSource(tiny))
@@ -87,5 +87,5 @@ def test_large_hidden_states_are_saved_after_every_fourth_layer_and_a_pass_goes_
     found = collect(source, tokens, kept)
     assert all((found[name].in_sum2 == entry.in_sum2).all() for name, entry in whole.items())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(QuantkitError, match=r"needs 2\.0 GB, 1\.0 MB are free; take fewer --tokens"):
+    with pytest.raises(QuantkitError, match=r"needs 2\.0 GB, 1\.9 GiB; free are 1\.0 MB, 1\.0 MiB; take"):
         PassState(tmp_path / "other", "job").check_disk(10**9)

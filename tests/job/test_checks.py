@@ -26,7 +26,9 @@ def folder(tmp_path, monkeypatch):
 def test_a_disk_without_room_for_the_file(folder, monkeypatch):
     """tiny-r1 in 1.58 bits takes 4.1 MB."""
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
-    with pytest.raises(QuantkitError, match=r"out: no room for 4.1 MB, 4.0 MB are free; choose another --output"):
+    with pytest.raises(
+        QuantkitError, match=r"out: no room for 4.1 MB, 3.9 MiB; free are 4.0 MB, 3.8 MiB; choose another --output"
+    ):
         job.make("tiny-r1", folder, OPTIONS)
     assert not folder.exists()
 

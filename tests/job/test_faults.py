@@ -153,7 +153,7 @@ def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
         time.sleep(0.005)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 1 and "interrupted; run the same command again to go on" in one_line(stderr)
+    assert process.returncode == 130 and "interrupted; what is done is kept" in one_line(stderr)
     assert not (tmp_path / NAME).exists()
     make("tiny-r1", tmp_path, SMALL)
     assert (tmp_path / NAME).read_bytes() == calm

@@ -196,10 +196,10 @@ def test_experts_used_last_stay(path):
 
 
 def test_too_little_is_refused_and_the_cost_is_said(path, capsys):
-    with pytest.raises(QuantkitError, match=r"--ram 2.0 MiB is too little for random.gguf: every token needs"):
+    with pytest.raises(QuantkitError, match=r"--ram 2.1 MB, 2.0 MiB is too little for random.gguf: every token needs"):
         open_gguf(path, ram=2 << 20)
     weights = open_gguf(path, ram=30 << 20)
     talk = Conversation(weights, open_engine(weights, 1, 64), GREEDY)
-    assert "RAM limit 30.0 MiB" in (said := capsys.readouterr().err) and "read for each token" in said
+    assert "RAM limit 31.5 MB, 30.0 MiB" in (said := capsys.readouterr().err) and "read for each token" in said
     list(talk.complete("abc", 4))
     assert talk.speed.endswith("of experts read")

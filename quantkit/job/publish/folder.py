@@ -149,6 +149,8 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     found = _json(path)
     if found.get("passed") is not True:
         return [f"{CERTIFY} says that a check failed"]
+    if found.get("engine_run") is False:
+        return [f"{CERTIFY} says {found.get('verdict')}: install what it names and run `quantkit certify` again"]
     return [] if found.get("files") == sizes else [f"{CERTIFY} is of other files; run `quantkit certify` again"]
 
 

@@ -31,7 +31,7 @@ def forward(
     spill: Spill,
     keep: bool = False,
     visit: Callable[[Step], torch.Tensor] = compute,
-    advance: Advance = lambda amount=1: None,
+    advance: Advance = lambda amount=1, at="", before=False: None,
 ) -> None:
     """Tokens int64 [n_chunk, t] through all layers; goes on where an earlier call stopped. What the last layer makes is
     left in the spill as `inputs(n_layer)`, with the inputs of all layers before if they are to be kept.
@@ -40,7 +40,7 @@ def forward(
     c, hidden = source.config, None
     first = ranks.agree(lambda: next((i for i in range(c.n_layer, -1, -1) if spill.has(inputs(i))), -1))
     begun, first = first >= 0, max(0, first)
-    advance(first)
+    advance(first, before=True)
     if first == c.n_layer:
         return
     if begun:

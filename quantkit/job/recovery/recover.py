@@ -170,7 +170,7 @@ class Recovery:
         progress, how = self.progress, self.how
         per_step = 2 * self.student.config.n_layer
         with track("recover", how.steps * per_step, "layers") as advance:
-            advance(progress.step * per_step)
+            advance(progress.step * per_step, before=True)
             while progress.step < how.steps:
                 self._judge(target, held)
                 if progress.over:

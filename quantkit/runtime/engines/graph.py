@@ -25,7 +25,7 @@ from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.rope import frequencies
 from quantkit.runtime.sources.gguf import GGUFWeights
-from quantkit.sizes import gib
+from quantkit.sizes import both_units
 
 KV_STEP = 256  # cache positions that a graph sees: the least power of two times this; masked ones cost next to nothing
 DENSE_ROWS = 32  # rows of a product from which on dequantizing a matrix may cost less than it saves ...
@@ -56,7 +56,7 @@ class GraphEngine:
         kv_b = [f"blk.{layer}.attn_kv_b.weight" for layer in range(c.n_layer)] if weights.mla == "combined" else []
         self.tensors = {name: self._weight(name) for name in weights.file.tensors if name not in kv_b}
         if self.holder.copied >= WORTH_SAYING:
-            say(f"{gib(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
+            say(f"{both_units(self.holder.copied)} of matrices are copied, rows interleaved for ggml's products")
         self.caches = [self.holder.over(layer.view(n_slots * self.rows, -1)) for layer in self.cache]
         for layer, name in enumerate(kv_b):  # used in two parts
             k_b, v_b = split_kv_b(weights.dense(name), c)

@@ -13,6 +13,7 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.stream import bytes_by_layer
 from quantkit.runtime.watch import Projections
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
@@ -97,6 +98,11 @@ class CheckpointSource:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
         name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
+
+    def layer_bytes(self) -> list[int]:
+        """Of the checkpoint, by layer."""
+        tensors = ((name, entry.n_bytes) for name, entry in self.checkpoint.tensors.items())
+        return bytes_by_layer(tensors, self.config.n_layer)
 
     def _matrix(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(name, device=self.device, dtype=self.dtype)

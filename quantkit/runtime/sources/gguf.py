@@ -22,6 +22,7 @@ from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Ro
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources.admission import check_model
+from quantkit.runtime.stream import bytes_by_layer
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 
@@ -186,6 +187,11 @@ class GGUFSource:
         """Rows of the output matrix, dequantized: [stop - start, d] in the compute dtype."""
         name = self.weights.head_name
         return self.weights.values(name, self.file.data(name)[start:stop]).to(self.device, self.dtype)
+
+    def layer_bytes(self) -> list[int]:
+        """Of the file, by layer."""
+        tensors = ((name, tensor.n_bytes) for name, tensor in self.weights.file.tensors.items())
+        return bytes_by_layer(tensors, self.config.n_layer)
 
     def _query(self, p: str) -> Query:
         linear = self.products.linear

@@ -1,0 +1,75 @@
+"""What a person finds out before any work: help in order, recipes, completion, and refusals at once."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from quantkit import progress
+from quantkit.__main__ import main
+from quantkit.cli.group import SECTIONS
+
+
+def test_help_lists_every_command_once_in_the_order_of_use():
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(main.commands)
+    text = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    places = [text.index(f"\n  {name} ") for name in listed]
+    assert places == sorted(places) and "--dry-run" in text
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (["make", "--size", "3x"], "--size 3x: not a size"),
+        (["make", "--encoder", "best"], "--encoder best: unknown; choose auto, quantkit, ggml"),
+        (["make", "--device", "tpu"], "--device tpu"),
+        (["run", "."], ".: no finished GGUF file in this folder"),
+        (["run", __file__, "-c", "lots"], "--context lots: not a number of tokens"),
+        (["serve", __file__, "-ngl", "many"], "--gpu-layers many: write auto or a number"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_torch_is_loaded(call, says, tmp_path):
+    program = (
+        "import sys\nfrom quantkit.__main__ import main\n"
+        "try:\n main()\nfinally:\n sys.exit('torch was loaded') if 'torch' in sys.modules else None"
+    )
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    began = time.monotonic()
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program, *call], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode in (1, 2) and says in done.stderr, done.stderr
+    assert "torch was loaded" not in done.stderr and time.monotonic() - began < 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_listed_and_shown():
+    listed = CliRunner().invoke(main, ["recipes"]).output
+    assert "1.58bit" in listed and "within a budget" in listed
+    shown = CliRunner().invoke(main, ["recipes", "1.58bit"]).output
+    assert 'name = "1.58bit"' in shown and "[[rules]]" in shown
+
+
+def test_a_shell_completes_recipes():
+    words = {"_QUANTKIT_COMPLETE": "bash_complete", "COMP_WORDS": "quantkit make --recipe 1.5", "COMP_CWORD": "3"}
+    program = "from quantkit.__main__ import main; main(prog_name='quantkit')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | words)
+    assert done.stdout.splitlines() == ["plain,1.58bit"]
+
+
+def test_a_plan_goes_to_stdout_alone():
+    import json
+
+    done = CliRunner().invoke(main, ["plan", "tiny-r1", "-o", "-"])
+    assert json.loads(done.stdout)["model"] == "tiny-r1"
+
+
+def test_every_command_can_be_quiet():
+    try:
+        done = CliRunner().invoke(main, ["plan", "tiny-r1", "-q", "--recipe", "1.58bit"])
+        assert done.exit_code == 0 and progress._level == "quiet"
+    finally:
+        progress.set_level("normal")

@@ -1,0 +1,55 @@
+"""A folder stands for the model in it; a certificate says for what, and whether a program has run the file."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from quantkit.__main__ import main
+from quantkit.cli.options import MODEL_FILE, model_in
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.certificate import Certificate, Check
+from quantkit.job.publish.folder import read_folder
+
+
+def test_a_folder_is_its_model(tmp_path):
+    for name in ("imatrix.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m.gguf.part"):
+        (tmp_path / name).touch()
+    assert MODEL_FILE.convert(str(tmp_path), None, None) == tmp_path / "m-00001-of-00002.gguf"
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(QuantkitError, match=r"2 models \(m-00001-of-00002.gguf, other.gguf\); name one"):
+        model_in(tmp_path)
+    for path in tmp_path.glob("*.gguf"):
+        path.unlink()
+    with pytest.raises(QuantkitError, match="no finished GGUF file in this folder; `quantkit status"):
+        model_in(tmp_path)
+
+
+def test_a_certificate_for_each_target(made, tmp_path):
+    """The file's own, of its metadata, is certify.json; another's has the target in its name."""
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    for arguments in ([], ["--target", "ollama"]):
+        done = CliRunner().invoke(main, ["certify", str(folder), "--no-oracle", "--no-values", *arguments])
+        assert done.exit_code == 0 and "passed, engine not run" in done.stdout, done.output
+    own, other = (json.loads((folder / name).read_text()) for name in ("certify.json", "certify-ollama.json"))
+    assert (own["target"], other["target"]) == ("ktransformers", "ollama")
+    assert own["passed"] and not own["engine_run"]
+    problems = read_folder(folder).problems
+    assert any("certify.json says passed, engine not run" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict"),
+    [
+        ([("types", "pass"), ("oracle llama.cpp", "pass")], "passed"),
+        ([("types", "pass"), ("oracle", "skip")], "passed, engine not run"),
+        ([("oracle llama.cpp", "pass"), ("oracle ollama", "skip")], "passed, ollama itself not run"),
+        ([("types", "fail"), ("oracle llama.cpp", "pass")], "failed: types"),
+        ([], "failed: "),
+    ],
+)
+def test_passed_is_said_of_what_a_program_has_run(checks, verdict):
+    made = Certificate("ollama", {}, [Check(name, status, "") for name, status in checks])
+    assert made.verdict == verdict and made.to_dict()["verdict"] == verdict

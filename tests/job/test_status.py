@@ -1,0 +1,99 @@
+"""What is said before, beside and after a job: forecast, status, and a finished job at once."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from quantkit.__main__ import main
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.options import Calibration
+from quantkit.errors import QuantkitError
+from quantkit.job import make as job
+from quantkit.job.make import make, what_it_takes
+from quantkit.job.options import MakeOptions
+from quantkit.job.status import status
+
+SHORT = Calibration(TextChoice(n_tokens=8192))
+AS_MADE = MakeOptions(calibration=SHORT, evaluation=TextChoice(n_tokens=4096), encoder="ggml")  # as the fixture is
+
+
+def test_a_dry_run_says_all_and_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["make", "--dry-run", "-o", str(out)])
+    assert done.exit_code == 0 and not out.exists()
+    heads = [line.split()[0] for line in done.output.splitlines()]
+    assert heads == ["encoder", "reads", "writes", "disk", "RAM", "time"]
+    said = dict(zip(heads, done.output.splitlines(), strict=True))
+    assert "12.5 MB, 11.9 MiB" in said["reads"] and "4.1 MB, 3.9 MiB, 1 file in" in said["writes"]
+    assert re.search(r"about \d+ (seconds|minutes)", said["time"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "quantkit, effort normal: a small model, 12 M weights"),
+        ({"encoder": "ggml"}, "about twice the KLD"),
+        ({"encoder": "quantkit", "effort": "fast"}, "quantkit, effort fast, as asked"),
+        ({"imatrix": "imatrix.gguf"}, "ggml, for --imatrix holds no second moments: about twice the KLD"),
+    ],
+)
+def test_the_encoder_is_named_with_its_reason(changed, says, made, tmp_path):
+    if "imatrix" in changed:
+        changed = {"imatrix": made / changed["imatrix"]}
+    lines = what_it_takes("tiny-r1", tmp_path / "out", MakeOptions(calibration=SHORT, device="cpu", **changed))
+    assert says in lines[0]
+
+
+def test_a_large_model_on_a_cpu_gets_its_worse_encoder_with_the_times_of_the_better(monkeypatch, tmp_path):
+    monkeypatch.setattr("quantkit.job.options.SMALL_WEIGHTS", 1)
+    line = what_it_takes("tiny-r1", tmp_path / "out", MakeOptions(calibration=SHORT, device="cpu"))[0]
+    assert "ggml, a large model on a CPU" in line
+    assert "--encoder quantkit --effort normal" in line and "--encoder quantkit --effort fast" in line
+
+
+def test_a_finished_job_is_not_measured_again(made, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    first = make("tiny-r1", folder, AS_MADE)[1]  # once more if the fixture's scores are of other options
+    monkeypatch.setattr(job, "verify_file", lambda *_, **__: pytest.fail("measured again"))
+    assert make("tiny-r1", folder, AS_MADE)[1] == first
+    assert "verify.json from an earlier run" in capsys.readouterr().err
+    assert any("finished" in line for line in status(folder)) and "KLD" in "\n".join(status(folder))
+    monkeypatch.setattr(job, "verify_file", lambda *_, **__: {"measured": "anew"})
+    other = MakeOptions(calibration=SHORT, evaluation=TextChoice(n_tokens=2048), encoder="ggml")
+    monkeypatch.setattr(job, "write_scores", lambda *_: None)
+    assert make("tiny-r1", folder, other)[1] == {"measured": "anew"}
+
+
+def test_status_reads_a_job_at_work_and_a_stopped_one(tmp_path):
+    """A real run, looked at and then interrupted; the next one says where it goes on."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "quantkit", "make", "-o", str(folder), "--tokens", "8192", "--no-verify"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder / "tiny-r1-1.58bit.gguf.state" / "layer-1.safetensors").exists():
+        time.sleep(0.02)
+    said = "\n".join(status(folder))
+    assert f"process {run.pid} on " in said and "is at work" in said
+    run.send_signal(2)
+    _, stderr = run.communicate(timeout=60)
+    if run.returncode == 0:
+        pytest.skip("it was done before it could be stopped")
+    assert run.returncode == 130 and "what is done is kept, and the same command goes on" in stderr
+    said = "\n".join(status(folder))
+    assert "stopped, last write" in said and re.search(r"pass +[1-4] of 4 layers done", said)
+    assert re.search(r"file +\d+% of 4\.0 MB, 3\.9 MiB, \d+ of 70 tensors", said)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"went through [1-4] of 4 layers; going on", done.stderr)
+
+
+def test_status_of_no_job_is_refused(tmp_path):
+    (tmp_path / "verify.json").write_text(json.dumps({}))
+    with pytest.raises(QuantkitError, match="no job is at work here"):
+        status(tmp_path)
