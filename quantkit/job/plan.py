@@ -1,6 +1,7 @@
 """A model, a recipe and a budget -> a plan and the bytes of its file, before any weight is read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -14,10 +15,10 @@ from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
 from quantkit.models.tokenizer_metadata import file_of
-from quantkit.planning import hardware, targets
+from quantkit.planning import hardware, published, targets
 from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
-from quantkit.planning.damage import Damage, Measured, Prior
+from quantkit.planning.damage import Damage, Measured, unmeasured
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
@@ -67,6 +68,8 @@ def plan_model(
     if fell := [f"{t.name} {t.qtype}" for t in plan.tensors if targets.FALLS_BACK in t.why]:
         more = f" and {len(fell) - 1} more" if len(fell) > 1 else ""
         say_once(f"types whose blocks do not divide the rows fall back as in llama-quantize: {fell[0]}{more}")
+    if plan.outlook:
+        say_once(f"types of {plan.model} by {plan.outlook.damage}, within {plan.outlook.limit}")
     return plan
 
 
@@ -79,9 +82,14 @@ def _plan_model(
     rules = aimed(Recipe.load(name), target, config)
     targets.check_model(rules.target, config)
     specs = family.specs(config, rules.mla)
-    if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, model=source.name)
+    closed = not budget.given and not (rules.is_open and rules.budget)
+    by_rules = make_plan(specs, rules, model=source.name) if closed else None
+    if by_rules and not (rules.published and published.recognise(specs)):
+        return by_rules
     damage = damage_model(specs, budget.measured)
+    if by_rules and rules.published:
+        spending = Recipe.load(rules.published)
+        rules = replace(rules, rules=spending.rules, source=spending.source)
 
     def within(limits: Budget) -> Plan:
         """The best plan within these bytes."""
@@ -89,6 +97,9 @@ def _plan_model(
             specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
         )
 
+    if by_rules:
+        size = file_bytes(source, by_rules, split_max_bytes)
+        return within(Budget(size, words=f"the {size:,} bytes of {rules.name}'s own rules"))
     if budget.ram is None:
         own = rules.budget or Budget()
         return within(Budget(budget.size, budget.bpw, own.gpu) if budget.given else own)
@@ -141,13 +152,13 @@ def _plan_for_machine(within: Callable[[Budget], Plan], config: ModelConfig, mla
 
 
 def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
-    """Predicted damage by tensor and type: measured entries if there is a sensitivity.json, else the prior."""
-    prior = Prior(specs)
+    """Predicted damage by tensor and type: measured entries if there is a sensitivity.json, else what was published of
+    such models, else the prior."""
     if measured is None:
-        return prior
+        return unmeasured(specs)
     found = Sensitivity.load(measured)
     return Measured(
-        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, prior, f"{measured.name} of {found.model}"
+        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, f"{measured.name} of {found.model}"
     )
 
 
@@ -186,3 +197,11 @@ def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None
     specs = family.specs(family.from_hf(family.seen_like(open_model(model).config, plan.by_name)), plan.mla)
     plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))
+
+
+def basis(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> str:
+    """What `predict_plan` rests on, for people."""
+    if measured:
+        return str(measured)
+    config = family.from_hf(family.seen_like(open_model(model).config, plan.by_name))
+    return unmeasured(family.specs(config, plan.mla)).name

@@ -77,8 +77,8 @@ def quantize_model(
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
-    see_like(checkpoint, plan.by_name)
     say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    see_like(checkpoint, plan.by_name)
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
         imatrix = fit_importance(plan, loaded)

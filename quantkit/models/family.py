@@ -24,6 +24,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.models.capabilities import refusal
 from quantkit.models.config import Mla, ModelConfig, mla_of
 from quantkit.tensors import TensorSpec, Weights
 
@@ -129,9 +130,7 @@ def _of_hf(raw: Mapping[str, Any]) -> ConfigFile:
     named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     known = [name for name in named if name in BY_HF_ARCHITECTURE]
     if not known:
-        raise QuantkitError(
-            f"config.json: architecture {names or 'missing'} is not one of {sorted(BY_HF_ARCHITECTURE)}"
-        )
+        raise QuantkitError(f"config.json: {refusal(names, BY_HF_ARCHITECTURE, BY_ARCHITECTURE)}")
     return BY_HF_ARCHITECTURE[known[0]]
 
 

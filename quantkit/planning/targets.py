@@ -198,11 +198,6 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
     return found
 
 
-def knows(target: str, c: ModelConfig) -> bool:
-    """Whether the target's programs read such a model from a GGUF at all."""
-    return runs_llama_cpp(target) or c.indexer is None
-
-
 def start_flags(target: str, c: ModelConfig) -> str:
     """What llama.cpp must be told besides the file, each with a space before it; empty for most models.
 
@@ -211,6 +206,11 @@ def start_flags(target: str, c: ModelConfig) -> str:
     if not runs_llama_cpp(target) or not c.yarn or (c.yarn.beta_fast, c.yarn.beta_slow) == YARN_BETAS:
         return ""
     return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
+
+
+def knows(target: str, c: ModelConfig) -> bool:
+    """Whether the target's programs read such a model from a GGUF at all."""
+    return runs_llama_cpp(target) or c.indexer is None
 
 
 def check_model(target: str, c: ModelConfig) -> None:

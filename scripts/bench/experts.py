@@ -2,7 +2,7 @@
 
     python scripts/bench/experts.py [--threads 16] [--layers 4] [--experts 256] [--gate IQ1_S --down IQ2_XXS]
 
-Weights are random blocks. GB/s count packed bytes; "G weights/s" of one core with rows from memory (a matrix of 64 MB)
+Weights are random blocks. GB/s count packed bytes; "G weights/s" of one core with rows from memory (a matrix of 64 MiB)
 and 1, 4, 16 columns. The step: n tokens with 8 random experts each through all layers, of which every expert is read
 anew; medians of the rounds, ours and ggml's in turns (elapsed time; with one thread CPU time).
 """
@@ -24,7 +24,6 @@ from quantkit.runtime.experts.cpu import GgmlExperts
 from quantkit.runtime.experts.native import NativeExperts, NativeLayer
 from quantkit.runtime.native.library import HALVES, SUPERBLOCK, TYPES, native
 
-MATRIX_BYTES = 64 << 20
 COLUMNS = (1, 4, 16)
 
 
@@ -47,12 +46,12 @@ def seconds(work, repeat: int = 4) -> float:
     return min(found)
 
 
-def products(types: list[str]) -> None:
+def products(types: list[str], n_bytes: int) -> None:
     """One core."""
     lib, generator, n_in = native(), np.random.default_rng(0), 7168
     x = generator.standard_normal((max(COLUMNS), n_in), np.float32)
     for qtype in types:
-        packed = blocks(qtype, MATRIX_BYTES, generator)
+        packed = blocks(qtype, n_bytes, generator)
         n = len(packed) * SUPERBLOCK // n_in
         rows = packed[: n * n_in // SUPERBLOCK].reshape(n, -1)
         linear, one = Linear(qtype, rows, n_in, n, 1), torch.from_numpy(x[:1])
@@ -111,12 +110,13 @@ def main() -> None:
     parser.add_argument("--gate", default="IQ1_S")
     parser.add_argument("--down", default="IQ2_XXS")
     parser.add_argument("--types", default=",".join(TYPES))
+    parser.add_argument("--matrix", type=int, default=64, help="MiB")
     parser.add_argument("--tokens", default="1,2,4,16")
     parser.add_argument("--rounds", type=int, default=24)
     args = parser.parse_args()
     print(library(), "threads", args.threads, "of", machine.cores(), flush=True)
     if native() and args.types:
-        products(args.types.split(","))
+        products(args.types.split(","), args.matrix << 20)
     c = family.from_hf(layout(1, args.layers, args.experts)[0])
     generator = np.random.default_rng(0)
     layers = [stacks(c, args.gate, args.down, generator) for _ in range(args.layers)]
