@@ -58,6 +58,8 @@ def small(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a small model that computes as that of `raw` does."""
     dense = int(raw.get("first_k_dense_replace", 1) > 0)
     kept = {key: value for key, value in raw.items() if key not in LEFT_OUT}
+    if kept.get("model_type") == "kimi_k2":  # DeepSeek's class under names that only Kimi's own code knows
+        kept |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     shrunk = {key: value for key, value in SMALL.items() if kept.get(key) is not None}
     ids = {key: None if "pad" in key else 0 for key in kept if key.endswith("_token_id")}
     return kept | shrunk | ids | {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}

@@ -9,6 +9,7 @@ from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile, is_gguf
+from quantkit.formats.int4 import PACKED, weight_name
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
@@ -53,8 +54,9 @@ def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
     config = family.from_hf(source.config)
     needed = family.source_shapes(config)
     source.validate(needed)
-    rows = [(entry.dtype, prod(entry.shape), entry.n_bytes) for entry in source.tensors.values()]
-    extra = sum(1 for name in source.tensors if name.removesuffix("_scale_inv") not in needed)
+    # An INT4 weight stands for its words.
+    rows = [(e.dtype, prod(e.shape), e.n_bytes) for name, e in source.tensors.items() if not name.endswith(PACKED)]
+    extra = sum(1 for name in source.tensors if weight_name(name.removesuffix("_scale_inv")) not in needed)
     lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:
         lines.append(f"{extra} tensors are not used (multi-token prediction)")

@@ -13,6 +13,7 @@ from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
+from quantkit.models.tokenizer_metadata import file_of
 from quantkit.planning import hardware, targets
 from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
@@ -147,7 +148,7 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:
     """The file(s) of a plan with their headers. Where there is no vocabulary, R1's bytes a token stand for it."""
     config = family.from_hf(source.config)
-    if isinstance(source, Geometry) or not (source.path / "tokenizer.json").exists():
+    if isinstance(source, Geometry) or not file_of(source.path).exists():
         vocabulary = {"vocabulary": "x" * int(VOCABULARY_BYTES * config.n_vocab)}
         metadata = family.metadata(config, plan.mla, plan.model) | vocabulary
     else:

@@ -117,9 +117,9 @@ class ModelConfig:
         positive = (self.rope_base, *yarn[:4], 1 if self.q_lora is None else self.q_lora)  # all of yarn's but mscale
         if self.rms_eps < 0 or min(positive) <= 0:
             raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
-        if self.yarn and self.yarn.beta_slow >= self.yarn.beta_fast:
+        if self.yarn and self.yarn.beta_slow > self.yarn.beta_fast:  # Kimi's are both 1
             raise QuantkitError(
-                f"{where}: yarn's beta_slow {self.yarn.beta_slow:g} is not below beta_fast {self.yarn.beta_fast:g}"
+                f"{where}: yarn's beta_slow {self.yarn.beta_slow:g} is above beta_fast {self.yarn.beta_fast:g}"
             )
         if not all(type(flag) is bool for flag in (self.norm_weights, self.has_bias, self.tied)):
             raise QuantkitError(f"{where}: norm_weights, a bias or tied is not true or false")

@@ -13,6 +13,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import F32, U32
 from quantkit.models.config import Mla, ModelConfig, Yarn
+from quantkit.models.tiktoken import KIMI_K2
 from quantkit.tensors import Assembly, TensorSpec, Weights
 
 ARCHITECTURE = "deepseek2"
@@ -34,6 +35,7 @@ PRE: Mapping[str, tuple[str, ...]] = {
         "[一-龥ࠀ-一가-퟿]+",
         r"\p{N}",
     ),
+    "kimi-k2": (KIMI_K2,),
 }
 ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_*

@@ -8,7 +8,8 @@ from quantkit.models.config import ModelConfig, Yarn
 from quantkit.models.hf_config import WHERE, ConfigClass, Keys, rope
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
-HF_ARCHITECTURES: tuple[str, ...] = (V2, V3)
+KIMI = "KimiK25ForConditionalGeneration"  # K2.5, K2.6: a text model of class V3 that also sees (formats/text_model.py)
+HF_ARCHITECTURES: tuple[str, ...] = (V2, V3, KIMI)
 READ = frozenset(
     """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts
@@ -72,7 +73,7 @@ METHODS = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. KeyError for a key that is missing, QuantkitError for what is not supported."""
-    name = V3 if V3 in raw["architectures"] else V2
+    name = _class_of(raw)
     keys = CLASSES[name].settled(raw)
     method = _method(keys, name)
     grouped = method != "greedy"
@@ -119,7 +120,11 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     """What config.json says that nobody knows the meaning of: `key value`."""
-    return CLASSES[V3 if V3 in raw["architectures"] else V2].unknown(raw)
+    return CLASSES[_class_of(raw)].unknown(raw)
+
+
+def _class_of(raw: Mapping[str, Any]) -> str:
+    return V3 if {V3, KIMI} & set(raw["architectures"]) else V2
 
 
 def _method(keys: Keys, name: str) -> str:

@@ -17,6 +17,7 @@ from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
+from quantkit.models import tiktoken
 from quantkit.models.added_tokens import SETTINGS, TOKENIZER, with_settings
 from quantkit.models.tokenizer import Patterns, built, check_alike, rebuilt
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
@@ -26,13 +27,19 @@ TOKEN_MAP = "special_tokens_map.json"
 GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
 ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 MORE_TEMPLATES = "additional_chat_templates"
-FILES = (TOKENIZER, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
+FILES = (TOKENIZER, tiktoken.FILE, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
 """Names of the files that are read, for those who fetch them."""
 
 
 def read_tokenizer(folder: Path, known: Patterns) -> Tokenizer:
     """The checkpoint's own tokenizer. QuantkitError for what no GGUF can say (see tokenizer_json)."""
-    return tokenizer_of_json(_tokenizer_json(folder), known, str(folder / TOKENIZER))
+    return tokenizer_of_json(_tokenizer_json(folder), known, str(file_of(folder)))
+
+
+def file_of(folder: Path) -> Path:
+    """The file that has the vocabulary: tokenizer.json, or tiktoken.model where there is none."""
+    others = folder / tiktoken.FILE
+    return others if others.is_file() and not (folder / TOKENIZER).is_file() else folder / TOKENIZER
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str,
 
 
 def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
-    raw, where = _tokenizer_json(folder), str(folder / TOKENIZER)
+    raw, where = _tokenizer_json(folder), str(file_of(folder))
     pre = named(raw, known, where)
     settings = _optional(folder / SETTINGS)
     tokens, types = _tokens(raw, n_vocab, folder)
@@ -209,13 +216,15 @@ def _named(value: Any, where: Path) -> dict[str, str]:
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The file as it stands. QuantkitError if the model has another kind of tokenizer, or it is not JSON."""
+    """The file as it stands, or what tiktoken.model would be as one. QuantkitError for other kinds, and no JSON."""
     path = folder / TOKENIZER
-    if not path.is_file():
-        others = [name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()]
-        if others:
-            what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
-            raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
+    if not path.is_file() and (folder / tiktoken.FILE).is_file():
+        return tiktoken.tokenizer_json(folder)
+    if not path.is_file() and (folder / "tokenizer.model").is_file():
+        raise QuantkitError(
+            f"{folder}: has tokenizer.model (SentencePiece's model) and no {TOKENIZER}; only that or "
+            f"{tiktoken.FILE} is supported"
+        )
     return with_settings(load_object(read_text_file(path, "tokenizer"), str(path)), folder)
 
 

@@ -62,7 +62,7 @@ KTRANSFORMERS = Target(
     name="ktransformers",
     allowed={
         EXPERTS: Allowed(
-            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
+            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
             source=MEASURED,
             refused={
                 "IQ2_XXS": "kt-kernel 0.7.2 computes it silently wrong in its AVX512 and AMX variants"
@@ -143,8 +143,9 @@ FALLS_BACK = "its blocks do not divide rows of"
 STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
 these, and IQ4_NL for all that are coarser and have blocks of 256."""
-NOT_BY_ITSELF = ("Q5_0", "Q5_1")
-"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured."""
+NOT_BY_ITSELF = ("Q4_0", "Q5_0", "Q5_1")
+"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0, which
+is for copies of INT4 weights."""
 
 
 def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
@@ -159,6 +160,10 @@ def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
     return next((name for name in (STAND_IN.get(qtype, "IQ4_NL"), "Q8_0", "F16") if name in known), qtype)
 
 
+YARN_BETAS = (32, 1)
+"""llama.cpp's own, whatever a deepseek2 file says."""
+
+
 def caveats(target: str, c: ModelConfig) -> list[str]:
     """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
     found = []
@@ -168,13 +173,23 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
             "best one (KLD 0.1 on a random model; llama.cpp b11434, src/llama-graph.cpp). No file can repair it; the "
             "scores here are of the right routing"
         )
-    if runs_llama_cpp(target) and c.yarn and (c.yarn.beta_fast, c.yarn.beta_slow) != (32, 1):
+    if flags := start_flags(target, c):
+        how = "it has no setting for them" if target == "ollama" else f"run it with{flags}"
         found.append(
-            f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: run it with "
-            f"--yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}, else it attends wrongly "
-            "(KLD 0.06 on a random model)"
+            f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: {how}, else it attends "
+            "wrongly (KLD 0.06 on a random model)"
         )
     return found
+
+
+def start_flags(target: str, c: ModelConfig) -> str:
+    """What llama.cpp must be told besides the file, each with a space before it; empty for most models.
+
+    It reads `yarn_beta_fast` for two other architectures only (b11434, src/llama-hparams.h), and Kimi-K2's is 1.
+    """
+    if not runs_llama_cpp(target) or not c.yarn or (c.yarn.beta_fast, c.yarn.beta_slow) == YARN_BETAS:
+        return ""
+    return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
 
 
 def check_model(target: str, c: ModelConfig) -> None:

@@ -19,7 +19,8 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations
 
 WARPS = 4
-GROUPS = 128  # groups of 8 columns per step of a program: one per thread
+GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
+LANES = 32  # of a program that multiplies: one warp, which needs no barriers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
 
 
@@ -173,8 +174,8 @@ def _products(
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x.
 
-    few (without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on. second: the
-    bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
+    few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
+    second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
     """
     pair = tl.program_id(1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -190,21 +191,19 @@ def _products(
     last: tl.constexpr = w.n_in // 32 if w.wide else w.n_in // 8
     # Columns come last: then Triton gives each thread one part of all rows, and x needs no exchange between threads.
     total = tl.zeros([rows, tile], tl.float32)
-    total1, total2, total3 = total, total, total
+    total1, total2, total3 = total, total, total  # of few = 4
     for start in range(0, last, tile):
         at = start + tl.arange(0, tile)
         part = _part(w, data, at, last)
         total += _times(part, x, scales, token, w, at, last)
-        if few > 1:
+        if few == 4:
             total1 += _times(part, x, scales, tl.minimum(token + 1, pairs - 1), w, at, last)
-        if few > 2:
             total2 += _times(part, x, scales, tl.minimum(token + 2, pairs - 1), w, at, last)
             total3 += _times(part, x, scales, tl.minimum(token + 3, pairs - 1), w, at, last)
     to = out + (pair * few).to(tl.int64) * w.n_out + row
     tl.store(to, tl.sum(total, axis=1), mask=row < w.n_out)
-    if few > 1:
+    if few == 4:
         tl.store(to + w.n_out, tl.sum(total1, axis=1), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
-    if few > 2:
         tl.store(to + 2 * w.n_out, tl.sum(total2, axis=1), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
         tl.store(to + 3 * w.n_out, tl.sum(total3, axis=1), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
 
@@ -338,10 +337,10 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows, tile, warps = 4, 32, 1
-    few = 1 if ids is not None or n == 1 else 2 if n == 2 else 4
+    rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
+    few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _wide(qtype, data, n_in),
+        _wide(qtype, data, n_in) if n_in >= 32 * LANES else _matrices(qtype, data, n_in),
         second,
         x.words,
         x.scales,
@@ -350,9 +349,9 @@ def products(
         pairs // n,
         pairs,
         rows,
-        tile,
+        LANES,
         few,
-        num_warps=warps,
+        num_warps=1,
     )
     return out[0] if second is None else out
 

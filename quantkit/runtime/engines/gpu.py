@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 KV_STEP = 256  # cache positions that a step sees: the least power of two times this
 STREAM_TOKENS = 128  # prompts from here on move expert bytes to the GPU; below, the CPU is done sooner
+WARM_TOKENS = 1024  # of the prompt that an engine begins with
 KEPT_STEPS = 12  # captured (sequences, cache positions)
 
 PackedChunks = Generator[tuple[int, list[Packed]], None, None]
@@ -114,12 +115,14 @@ class GpuEngine:
     def _warm_up(self) -> None:
         """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
         and touched. Where memory is limited nothing is read that no token asked for."""
-        begun, n = time.perf_counter(), min(STREAM_TOKENS, self.capacity)
+        begun = time.perf_counter()
         if self.weights.residency is None:
-            self.prefill(0, [0] * n, 0)
-        for _ in range(2):
-            self.prefill(0, [0], 0)
-        self.length[0] = 0
+            self.prefill(0, [0] * min(WARM_TOKENS, self.piece, self.capacity), 0)
+        for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
+            if n <= self.n_slots:
+                self.length[:n] = [0] * n
+                self.decode(list(range(n)), [0] * n)
+        self.length = [0] * self.n_slots
         log.info("warmed up in %.1f s: kernels compiled, experts read", time.perf_counter() - begun)
 
     def _vector(self, name: str) -> torch.Tensor:
