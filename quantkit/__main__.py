@@ -1,6 +1,6 @@
 """`quantkit`, and `python -m quantkit`."""
 
-from quantkit.cli import making, using
+from quantkit.cli import making, running, using
 from quantkit.cli.group import main
 
 for command in (
@@ -18,8 +18,8 @@ for command in (
     using.certify,
     using.export_kt,
     using.report,
-    using.run,
-    using.serve,
+    running.run,
+    running.serve,
     using.publish,
 ):
     main.add_command(command)

@@ -3,7 +3,8 @@
 Shapes here are numpy's, slowest dimension first; ggml's `ne` is the reverse.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol
@@ -99,3 +100,16 @@ def split_name(name: str) -> tuple[str, int | None]:
     if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6:
         return parts[2], int(parts[1])
     return stem, None
+
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")  # in the name of a tensor, of safetensors or GGUF
+
+
+def bytes_by_layer(tensors: Iterable[tuple[str, int]], n_layer: int) -> list[int]:
+    """Names and bytes of tensors -> bytes of each of the layers; those behind the last (prediction of more tokens) and
+    outside of layers are left out."""
+    out = [0] * n_layer
+    for name, n_bytes in tensors:
+        if (found := LAYER.search(name)) and int(found[1]) < n_layer:
+            out[int(found[1])] += n_bytes
+    return out

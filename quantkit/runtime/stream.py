@@ -5,8 +5,7 @@ experts are in memory, whatever the number of layers.
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -27,7 +26,6 @@ from quantkit.runtime.watch import Watcher
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
-LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")  # in the name of a tensor, of safetensors or GGUF
 
 
 class Source(Protocol):
@@ -61,16 +59,6 @@ class Source(Protocol):
 
     def layer_bytes(self) -> list[int]:
         """What is read of each layer."""
-
-
-def bytes_by_layer(tensors: Iterable[tuple[str, int]], n_layer: int) -> list[int]:
-    """Names and bytes of tensors -> bytes of each of the layers; those behind the last (prediction of more tokens) and
-    outside of layers are left out."""
-    out = [0] * n_layer
-    for name, n_bytes in tensors:
-        if (found := LAYER.search(name)) and int(found[1]) < n_layer:
-            out[int(found[1])] += n_bytes
-    return out
 
 
 class Pass:

@@ -165,7 +165,7 @@ def kimi_layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tup
 @click.option("--config", "given", default=None, type=click.Path(path_type=Path), help="The shape of another model.")
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, dense: int, moe: int, experts: int | None, model: str, given: Path | None, seed: int) -> None:
-    """Write a random checkpoint folder of R1's or Kimi-K2's shapes, or of another config.json's with all its experts."""
+    """Write a random checkpoint folder of R1's or Kimi-K2's shapes, or of another config.json's."""
     out.mkdir(parents=True, exist_ok=True)
     if given:
         config, tensors = layout_of(json.loads(given.read_text()), dense, moe)

@@ -73,3 +73,19 @@ def test_every_command_can_be_quiet():
         assert done.exit_code == 0 and progress._level == "quiet"
     finally:
         progress.set_level("normal")
+
+
+def test_a_prompt_comes_from_a_file_and_a_chat_has_a_system_message(made, tmp_path):
+    (tmp_path / "prompt.txt").write_text("It was a dark and")
+    given = ["run", str(made), "--temp", "0", "-c", "1k", "-n", "4", "--device", "cpu"]
+    typed = CliRunner().invoke(main, [*given, "-p", "It was a dark and"])
+    read = CliRunner().invoke(main, [*given, "-f", str(tmp_path / "prompt.txt")])
+    assert typed.exit_code == read.exit_code == 0 and typed.stdout == read.stdout != "\n", read.output
+    plain, told = (
+        CliRunner().invoke(main, [*given, "--chat", "-p", "Hello", *more]) for more in ([], ["--system", "Say seven."])
+    )
+    assert plain.exit_code == told.exit_code == 0 and plain.stdout != told.stdout
+    refused = CliRunner().invoke(main, [*given, "-p", "Hello", "--system", "Say seven."])
+    assert refused.exit_code == 1 and "--system is for chats: add --chat" in refused.output
+    refused = CliRunner().invoke(main, [*given, "-p", "Hello", "-f", str(tmp_path / "prompt.txt")])
+    assert refused.exit_code == 1 and "both give the prompt" in refused.output

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from quantkit import progress
 from quantkit.cli import streams
-from quantkit.cli.using import show_answer
+from quantkit.cli.running import show_answer
 from quantkit.evaluation.certificate import Certificate, Check
 from quantkit.job.inspect import SHOWN, describe
 

@@ -13,8 +13,8 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
-from quantkit.runtime.stream import bytes_by_layer
 from quantkit.runtime.watch import Projections
+from quantkit.tensors import bytes_by_layer
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 

@@ -22,9 +22,9 @@ from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Ro
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources.admission import check_model
-from quantkit.runtime.stream import bytes_by_layer
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
+from quantkit.tensors import bytes_by_layer
 
 FEW_ROWS = 16  # embedded at once, not looked at for repetitions
 EMBEDDED_ROWS = 8192  # embedding rows dequantized at once: 235 MB of R1's as float32
