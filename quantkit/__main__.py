@@ -13,6 +13,7 @@ for command in (
     making.status,
     making.recipes,
     using.inspect,
+    using.families,
     using.verify,
     using.certify,
     using.export_kt,

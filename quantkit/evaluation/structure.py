@@ -6,13 +6,16 @@ Anyone may have written the file: a value of the wrong kind may raise TypeError,
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_text_file
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.formats.model_folder import open_source
-from quantkit.formats.tensor_table import TensorTable
+from quantkit.formats.safetensors_header import load_object
+from quantkit.formats.tensor_table import CONFIG, TensorTable
+from quantkit.formats.text_model import TextModel
 from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig, layouts_of
 from quantkit.planning import targets
@@ -68,15 +71,24 @@ def own_config(file: GGUFFile) -> ModelConfig | None:
 def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelConfig | None, str]:
     """The numbers that the file must have, and whose they are: the reference's, or those of a bundled model."""
     if reference is not None:
-        return family.from_hf(reference.config), f"{reference.name}/config.json"
+        own, architecture = family.from_hf(reference.config), file.metadata.get("general.architecture")
+        if architecture != own.architecture and architecture in family.written_as(reference.config):
+            own = family.from_hf(family.seen_as(reference.config, architecture))
+        return own, f"{reference.name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
     prefix = file.metadata.get("general.architecture")
     found = [file.metadata.get(f"{prefix}.{key}") for key in keys]
     for name in bundle.model_names():
-        c = family.from_hf(open_source(bundle.models_dir() / name).config)
+        c = family.from_hf(_bundled_config(bundle.models_dir() / name))
         if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
             return c, f"{name}'s config.json, a bundled model of this geometry"
     return None, ""
+
+
+def _bundled_config(folder: Path) -> dict[str, Any]:
+    """config.json of a bundled model, as a checkpoint has it."""
+    where = str(folder / CONFIG)
+    return TextModel.of(load_object(read_text_file(folder / CONFIG), where), where).config
 
 
 def files(file: GGUFFile, target: str) -> Iterator[str]:

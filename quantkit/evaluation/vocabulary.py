@@ -8,7 +8,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
 from quantkit.models.tokenizer import PROBES, tokenize, tokenizer_of_gguf
-from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
+from quantkit.models.tokenizer_metadata import file_of, read_tokenizer, tokenizer_metadata
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",
@@ -20,7 +20,7 @@ SAMPLES = (
 
 def folder_of(reference: TensorTable | None) -> Path | None:
     """Where the original's tokenizer lies, None if it is not known."""
-    return reference.path if reference is not None and (reference.path / "tokenizer.json").is_file() else None
+    return reference.path if reference is not None and file_of(reference.path).is_file() else None
 
 
 def tokenizer(file: GGUFFile, folder: Path | None) -> Iterator[str]:

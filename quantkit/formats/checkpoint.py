@@ -8,15 +8,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.formats import int4
 from quantkit.formats.byte_source import ByteSource, FolderSource, read_text_file
 from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable
+from quantkit.formats.text_model import TextModel
 from quantkit.progress import say, say_once
 
 LARGEST, SMALLEST = 65504, 1e-6  # F16's largest; Q8_0's scale of smaller weights is below F16's smallest
@@ -32,6 +35,7 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    int4.DTYPE: torch.int32,
 }
 
 
@@ -54,6 +58,8 @@ class Checkpoint(TensorTable):
         self._source, self._fingerprint = source, fingerprint
         self.origin: dict[str, str] | None = None
         self._tiny: set[str] = set()  # tensors of which it was said
+        for remark in self.remarks:
+            say_once(remark)
 
     @classmethod
     def open(cls, folder: Path | str, source: ByteSource | None = None, needed: Needed | None = None) -> Self:
@@ -70,13 +76,15 @@ class Checkpoint(TensorTable):
         config = load_object(config_text, str(folder / CONFIG))
         source = source or FolderSource(folder)
         try:
-            index = Index.read(folder, source, needed(config) if needed else None)
+            text = TextModel.of(config, str(folder / CONFIG))
+            index = Index.read(folder, source, needed(text.config) if needed else None, text)
             shards = sorted(set(index.weight_map.values())) if index else own_shards(source.names(), str(folder))
             headers, digest = _read_headers(folder, source, shards, config_text)
             tensors = _merge(folder, headers)
-            if how := packed(tensors, config):
+            if how := packed(tensors, text.config, int4.readable(text.config)):
                 raise QuantkitError(
-                    f"{folder}: {how}; quantkit starts from the original weights (BF16, F16, F32 or FP8 in blocks)"
+                    f"{folder}: {how}; quantkit starts from the original weights (BF16, F16, F32, FP8 in blocks or "
+                    "compressed-tensors' INT4)"
                 )
             if index:
                 index.check(tensors)
@@ -100,7 +108,7 @@ class Checkpoint(TensorTable):
         self._source.schedule(self._extents(kept), [self._extents(names) for names in layers])
 
     def _extents(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        found = [self.tensors.get(each) for name in names for each in (name, name + SCALE_SUFFIX)]
+        found = [self.tensors.get(each) for name in names for each in (name, name + SCALE_SUFFIX, name + int4.SCALE)]
         return [(str(entry.file), entry.begin, entry.end) for entry in found if entry is not None]
 
     def fingerprint(self) -> str:
@@ -123,7 +131,12 @@ class Checkpoint(TensorTable):
         """
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
-        out = raw if scale is None else dequantize(raw, scale, self.block, start)
+        if scale is None:
+            out = raw
+        elif raw.dtype == torch.int32:
+            out = int4.dequantize(raw, scale)
+        else:
+            out = dequantize(raw, scale, self.block, start)
         if out.numel():
             self._check_range(name, out)
         return out.to(dtype)
@@ -148,7 +161,8 @@ class Checkpoint(TensorTable):
         """Rows start:stop as stored, on the CPU, and their scale.
 
         The scale is None for plain floats, else float32 [rows covering the slice, blocks across]: row r of the slice
-        belongs to its row (start + r) // block - start // block.
+        belongs to its row (start + r) // block - start // block. INT4 is int32 words [n, columns / 8], with a scale for
+        each of the rows.
         """
         entry = self.entry(name)
         scale_entry = self.scale_of(name, entry)
@@ -159,27 +173,41 @@ class Checkpoint(TensorTable):
         raw = self._rows(name, entry, start, stop)
         if scale_entry is None:
             return raw, None
-        scale = self._rows(name + SCALE_SUFFIX, scale_entry, *scale_rows(start, stop, self.block)).to(torch.float32)
+        of_rows = entry.dtype == int4.DTYPE
+        scale_name = name + (int4.SCALE if of_rows else SCALE_SUFFIX)
+        first, last = (start, stop) if of_rows else scale_rows(start, stop, self.block)
+        scale = self._rows(scale_name, scale_entry, first, last).to(torch.float32)
         if not torch.isfinite(scale).all():
-            raise QuantkitError(f"{self.where(name + SCALE_SUFFIX, scale_entry)} has a scale that is not finite")
+            raise QuantkitError(f"{self.where(scale_name, scale_entry)} has a scale that is not finite")
         return raw, scale
+
+    def read_q4_0(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of an INT4 tensor as packed Q4_0 of the same numbers, uint8 [n, row_bytes] (see `int4.as_q4_0`)."""
+        raw, scale = self.read_raw(name, start, stop)
+        assert scale is not None
+        return int4.as_q4_0(raw, scale, self.where(name + int4.SCALE, self.tensors[name + int4.SCALE]), say_once)
 
     def _rows(self, name: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
         assert entry.file is not None
         offset, length = entry.begin + start * entry.row_bytes, (stop - start) * entry.row_bytes
         buffer = self._source.read(entry.file, offset, length, f"tensor {name!r}")
-        return buffer.view(TORCH_DTYPE[entry.dtype]).view((stop - start, *entry.shape[1:]) if entry.shape else ())
+        values = buffer.view(TORCH_DTYPE[entry.dtype])
+        if entry.dtype == int4.DTYPE:
+            return values.view(stop - start, entry.shape[1] // int4.PER_WORD)
+        return values.view((stop - start, *entry.shape[1:]) if entry.shape else ())
 
 
 class Index:
     """model.safetensors.index.json. weight_map: tensor -> shard, but for the tensors of shards that are not there and
-    that nobody needs. needed: None if all are."""
+    that nobody needs. needed: None if all are. text: whose names `needed` has."""
 
-    def __init__(self, folder: Path, weight_map: dict[str, str], needed: Collection[str] | None) -> None:
-        self.folder, self.weight_map, self.needed = folder, weight_map, needed
+    def __init__(
+        self, folder: Path, weight_map: dict[str, str], needed: Collection[str] | None, text: TextModel
+    ) -> None:
+        self.folder, self.weight_map, self.needed, self.text = folder, weight_map, needed, text
 
     @classmethod
-    def read(cls, folder: Path, source: ByteSource, needed: Collection[str] | None) -> Self | None:
+    def read(cls, folder: Path, source: ByteSource, needed: Collection[str] | None, text: TextModel) -> Self | None:
         """None if the folder has no index. QuantkitError if a shard with needed tensors is missing."""
         names = set(source.names())
         if INDEX not in names:
@@ -190,7 +218,7 @@ class Index:
         if not isinstance(weight_map, dict) or not weight_map:
             raise QuantkitError(f"{where}: no weight_map")
         shards = Counter(check_shard_name(shard, where) for shard in weight_map.values())
-        self = cls(folder, weight_map, needed)
+        self = cls(folder, weight_map, needed, text)
         missing = sorted(set(shards) - names)
         for name, shard in weight_map.items() if missing else ():
             if shard not in names and self._is_needed(name):
@@ -217,7 +245,10 @@ class Index:
         say_once(f"warning: {line}; it is not needed")
 
     def _is_needed(self, name: str) -> bool:
-        return self.needed is None or name.removesuffix(SCALE_SUFFIX) in self.needed
+        own = self.text.name(name)
+        if self.needed is None or own is None:
+            return self.needed is None
+        return int4.weight_name(own.removesuffix(SCALE_SUFFIX)) in self.needed
 
 
 def own_shards(names: Iterable[str], where: str) -> list[str]:

@@ -12,6 +12,7 @@ from quantkit.formats.byte_source import read_text_file
 from quantkit.formats.safetensors_header import check_shape, load_object
 from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
 from quantkit.formats.tensor_table import CONFIG, TensorTable
+from quantkit.progress import say_once
 
 TENSORS = "tensors.json"
 MAX_TENSORS = 1_000_000  # ten times R1; a pattern must not fill the memory
@@ -39,7 +40,10 @@ class Geometry(TensorTable):
                 if name in tensors:
                     raise QuantkitError(f"{path}: {pattern!r} gives {name!r}, which another pattern gives too")
                 tensors[name] = entry
-        return cls(folder, config, tensors)
+        found = cls(folder, config, tensors)
+        for remark in found.remarks:
+            say_once(remark)
+        return found
 
     def read(self, name: str, *_: object, **__: object) -> NoReturn:
         """QuantkitError: there is nothing to read."""

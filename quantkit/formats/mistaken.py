@@ -14,11 +14,12 @@ KINDS: Mapping[bytes, str] = {
     b"\x1f\x8b": "compressed by gzip; unpack it",
     b"\0" * 8: "zeros: a download that reserved its place and was interrupted",
 }
+WORDS = ".weight_packed"
 # Tensors that packed checkpoints have instead of `weight`.
 PACKED: Mapping[str, str] = {
     ".qweight": "packed by GPTQ or AWQ",
     ".qzeros": "packed by GPTQ or AWQ",
-    ".weight_packed": "packed to 4 bits by compressed-tensors",
+    WORDS: "packed to 4 bits by compressed-tensors",
     ".weight.absmax": "packed by bitsandbytes",
     ".weight_blocks": "packed as MXFP4",
     "_proj_blocks": "packed as MXFP4",
@@ -32,11 +33,14 @@ def kind_of(head: bytes) -> str | None:
     return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
 
 
-def packed(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """How a checkpoint with tensors of these names is packed, None if it is not: a line for people."""
-    found = next(((name, what) for name in names for suffix, what in PACKED.items() if name.endswith(suffix)), None)
+def packed(names: Iterable[str], config: Mapping[str, Any], int4: str | None) -> str | None:
+    """How a checkpoint with tensors of these names is packed, None if it can be read: a line for people. int4: why
+    those of compressed-tensors cannot be (`int4.readable`)."""
+    unread = {suffix: what for suffix, what in PACKED.items() if int4 or suffix != WORDS}
+    found = next(((name, what) for name in names for suffix, what in unread.items() if name.endswith(suffix)), None)
     if found is None:
         return None
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return f"tensor {found[0]!r} is {found[1]}" + (f" (quant_method {method})" if method else "")
+    more = int4 if method == "compressed-tensors" else f"quant_method {method}" if method else None
+    return f"tensor {found[0]!r} is {found[1]}" + (f" ({more})" if more else "")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 ITEM_SIZE: Mapping[str, int] = {
     "BOOL": 1,
@@ -29,7 +28,7 @@ ITEM_SIZE: Mapping[str, int] = {
 class TensorEntry:
     """One stored tensor.
 
-    dtype: safetensors name, `F8_E4M3`.
+    dtype: safetensors name, `F8_E4M3`; `INT4` for words of codes (see int4).
     shape: slowest dimension first, as torch has it; `()` is a scalar.
     file: shard name inside the checkpoint folder, None in a description without weights.
     begin, end: byte range in that file (from its start, not from the end of the header).
@@ -49,4 +48,4 @@ class TensorEntry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row (one step of the first dimension)."""
-        return prod(self.shape[1:]) * ITEM_SIZE[self.dtype]
+        return self.n_bytes // (self.shape[0] or 1) if self.shape else self.n_bytes

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.fp8 import scale_shape
+from quantkit.formats import int4
+from quantkit.formats.fp8 import block_of, scale_shape
 from quantkit.formats.tensor_entry import TensorEntry
+from quantkit.formats.text_model import TextModel
 
 SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
@@ -23,13 +25,33 @@ CONFIG = "config.json"
 class TensorTable(ABC):
     """A model's config and stored tensors by Hugging Face name.
 
-    path: its folder. config: the parsed `config.json`. tensors: name -> TensorEntry, scales included. block: rows and
-    columns that share a scale of an FP8 tensor.
+    path: its folder. config: the parsed `config.json`, of the text model alone. tensors: name -> TensorEntry, scales
+    included, of the text model alone and without its prefix. block: rows and columns that share a scale of an FP8
+    tensor. remarks: what a person should be told of it, a line each.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
-        self.path, self.config, self.tensors = path, config, tensors
-        self.block = _block_size(config, path)
+        text = TextModel.of(config, str(path / CONFIG))
+        self.path, self.config, self.prefix = path, text.config, text.prefix
+        self.tensors = int4.packed_weights(text.own(tensors, str(path)))
+        self.remarks = text.left_aside(tensors, str(path))
+        self.block = self._block()
+
+    def _block(self) -> tuple[int, int]:
+        """From the shapes of the scales, whatever config.json says, with a line if that is something else."""
+        stated = _block_size(self.config, self.path)
+        scaled = (
+            (entry.shape, self.tensors[name + SCALE_SUFFIX].shape)
+            for name, entry in self.tensors.items()
+            if entry.dtype == "F8_E4M3" and name + SCALE_SUFFIX in self.tensors
+        )
+        found = block_of(scaled, stated or (128, 128))
+        if stated and found != stated:
+            self.remarks.append(
+                f"warning: {self.path / CONFIG}: weight_block_size is {list(stated)}, the scales are of blocks of "
+                f"{list(found)}; read as these"
+            )
+        return found
 
     @property
     def name(self) -> str:
@@ -57,7 +79,7 @@ class TensorTable(ABC):
         try:
             return self.tensors[name]
         except KeyError:
-            raise QuantkitError(f"{self.path}: the model has no tensor {name!r}") from None
+            raise QuantkitError(f"{self.path}: the model has no tensor {self.prefix + name!r}") from None
 
     def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         """The entry of a tensor that must be there, of this shape, readable, and with its scale; else QuantkitError."""
@@ -80,6 +102,8 @@ class TensorTable(ABC):
         """The scale's entry of an FP8 tensor, None for plain floats; QuantkitError if `read` could not work."""
         if entry.dtype in PLAIN_DTYPES:
             return None
+        if entry.dtype == int4.DTYPE:
+            return int4.scale_entry(name, entry, self.tensors, self.where)
         where = self.where(name, entry)
         if entry.dtype != "F8_E4M3":
             raise QuantkitError(f"{where}: dtype {entry.dtype} is not supported (F8_E4M3, BF16, F16, F32 are)")
@@ -99,7 +123,7 @@ class TensorTable(ABC):
 
     def where(self, name: str, entry: TensorEntry) -> str:
         """How messages name a tensor: file first."""
-        return f"{self.path / entry.file if entry.file else self.path}: tensor {name!r}"
+        return f"{self.path / entry.file if entry.file else self.path}: tensor {self.prefix + name!r}"
 
     def _problems(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         for name, shape in expected.items():
@@ -116,11 +140,11 @@ def model_name(folder: Path) -> str:
     return (in_cache[1] if in_cache else folder.name) or "model"
 
 
-def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int]:
+def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
     quantization = config.get("quantization_config") or {}
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if block is None:
-        return 128, 128
+        return None
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
         raise QuantkitError(f"{path / CONFIG}: weight_block_size {block!r} is not two positive integers")
     return block[0], block[1]

@@ -44,9 +44,9 @@ def hardware_report(
     context: int,
     threads: int | None = None,
 ) -> str:
-    """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones with fixed types)."""
-    fixed = [name for name in bundle.recipe_names() if not Recipe.load(name).is_open]
-    plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or fixed]
+    """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones by size)."""
+    by_size = [name for name in bundle.recipe_names() if Recipe.load(name).published]
+    plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or by_size]
     source = open_model(model)
     config = family.from_hf(source.config)
     rows = []

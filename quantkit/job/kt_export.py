@@ -126,6 +126,8 @@ def check(source: GGUFWeights) -> None:
     file, c = source.file, source.config
     for tensor in file.tensors.values():
         targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
+    if not targets.knows("ktransformers", c):
+        raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "

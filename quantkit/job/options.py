@@ -23,6 +23,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
 from quantkit.models import family
+from quantkit.models.open import see_like
 from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.metadata import file_metadata
@@ -93,7 +94,9 @@ class Order:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, options: MakeOptions, device: str, folder: Path) -> "Order":
-        """With its identity, which later decisions (types, gradients) do not change."""
+        """With its identity, which later decisions (types, gradients) do not change. From here on the checkpoint is
+        seen as of the architecture that the plan is for."""
+        see_like(checkpoint, plan.by_name)
         order = cls(checkpoint, plan, options, device, folder)
         return replace(order, identity=order._identify())
 

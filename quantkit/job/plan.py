@@ -1,6 +1,7 @@
 """A model, a recipe and a budget -> a plan and the bytes of its file, before any weight is read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -13,10 +14,11 @@ from quantkit.formats.sensitivity import Sensitivity
 from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
-from quantkit.planning import hardware, targets
+from quantkit.models.tokenizer_metadata import file_of
+from quantkit.planning import hardware, published, targets
 from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
-from quantkit.planning.damage import Damage, Measured, Prior
+from quantkit.planning.damage import Damage, Measured, unmeasured
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
@@ -57,28 +59,37 @@ def plan_model(
     """
     budget.check()
     source = open_model(model)
-    config = family.from_hf(source.config)
+    if target and (architecture := targets.parse(target).architecture):
+        source.config = family.seen_as(source.config, architecture)
     plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
     for caveat in targets.caveats(plan.target, config):
         say_once(f"warning: {caveat}")
     if fell := [f"{t.name} {t.qtype}" for t in plan.tensors if targets.FALLS_BACK in t.why]:
         more = f" and {len(fell) - 1} more" if len(fell) > 1 else ""
         say_once(f"types whose blocks do not divide the rows fall back as in llama-quantize: {fell[0]}{more}")
+    if plan.outlook:
+        say_once(f"types of {plan.model} by {plan.outlook.damage}, within {plan.outlook.limit}")
     return plan
 
 
 def _plan_model(
     source: Checkpoint | Geometry, name: str, target: str | None, budget: BudgetOptions, split_max_bytes: int | None
 ) -> Plan:
-    config = family.from_hf(source.config)
     if is_plan(name):
-        return _read_plan(Path(name), config, target, budget)
+        return _read_plan(Path(name), source, target, budget)
+    config = family.from_hf(source.config)
     rules = aimed(Recipe.load(name), target, config)
     targets.check_model(rules.target, config)
     specs = family.specs(config, rules.mla)
-    if not budget.given and not (rules.is_open and rules.budget):
-        return make_plan(specs, rules, model=source.name)
+    closed = not budget.given and not (rules.is_open and rules.budget)
+    by_rules = make_plan(specs, rules, model=source.name) if closed else None
+    if by_rules and not (rules.published and published.recognise(specs)):
+        return by_rules
     damage = damage_model(specs, budget.measured)
+    if by_rules and rules.published:
+        spending = Recipe.load(rules.published)
+        rules = replace(rules, rules=spending.rules, source=spending.source)
 
     def within(limits: Budget) -> Plan:
         """The best plan within these bytes."""
@@ -86,6 +97,9 @@ def _plan_model(
             specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
         )
 
+    if by_rules:
+        size = file_bytes(source, by_rules, split_max_bytes)
+        return within(Budget(size, words=f"the {size:,} bytes of {rules.name}'s own rules"))
     if budget.ram is None:
         own = rules.budget or Budget()
         return within(Budget(budget.size, budget.bpw, own.gpu) if budget.given else own)
@@ -93,9 +107,12 @@ def _plan_model(
 
 
 def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
-    """The recipe for the target that is asked for; for llama.cpp if its own cannot compute experts of this model's size
-    and none is asked for."""
+    """The recipe for the target that is asked for; for llama.cpp if none is asked for and its own does not know this
+    kind of model, or cannot compute experts of this size."""
     found = recipe.aimed(target)
+    if target is None and not targets.knows(found.target, config):
+        say_once(f"{found.target} reads no {config.architecture} from a GGUF: planned for llama.cpp")
+        return recipe.aimed(targets.LLAMA_CPP.name)
     if target is not None or targets.computes_experts(found.target, config):
         return found
     say_once(
@@ -105,14 +122,15 @@ def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
     return recipe.aimed(targets.LLAMA_CPP.name)
 
 
-def _read_plan(path: Path, config: ModelConfig, target: str | None, budget: BudgetOptions) -> Plan:
+def _read_plan(path: Path, source: Checkpoint | Geometry, target: str | None, budget: BudgetOptions) -> Plan:
     """A plan.json for this model; there is nothing left that a target or a budget could decide."""
     plan = Plan.from_json(read_whole(path, "plan"), str(path))
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
     plan.check_model(family.specs(config, plan.mla))
     if budget.given:
         raise QuantkitError(f"{path}: a plan fixes every type, so a budget has nothing to choose; give a recipe")
-    asked = targets.parse(target or plan.target)
-    if asked.name != plan.target or asked.mla not in (None, plan.mla):
+    asked, own = targets.parse(target or plan.target), config.architecture
+    if asked.name != plan.target or asked.mla not in (None, plan.mla) or asked.architecture not in (None, own):
         raise QuantkitError(f"{path} is made for {plan.target}/{plan.mla}, not for --target {target}; plan again")
     return plan
 
@@ -134,20 +152,20 @@ def _plan_for_machine(within: Callable[[Budget], Plan], config: ModelConfig, mla
 
 
 def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
-    """Predicted damage by tensor and type: measured entries if there is a sensitivity.json, else the prior."""
-    prior = Prior(specs)
+    """Predicted damage by tensor and type: measured entries if there is a sensitivity.json, else what was published of
+    such models, else the prior."""
     if measured is None:
-        return prior
+        return unmeasured(specs)
     found = Sensitivity.load(measured)
     return Measured(
-        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, prior, f"{measured.name} of {found.model}"
+        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, f"{measured.name} of {found.model}"
     )
 
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:
     """The file(s) of a plan with their headers. Where there is no vocabulary, R1's bytes a token stand for it."""
-    config = family.from_hf(source.config)
-    if isinstance(source, Geometry) or not (source.path / "tokenizer.json").exists():
+    config = family.from_hf(family.seen_like(source.config, plan.by_name))
+    if isinstance(source, Geometry) or not file_of(source.path).exists():
         vocabulary = {"vocabulary": "x" * int(VOCABULARY_BYTES * config.n_vocab)}
         metadata = family.metadata(config, plan.mla, plan.model) | vocabulary
     else:
@@ -176,6 +194,14 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
 
 def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:
     """KL divergence expected of a plan of this model, nats a token."""
-    specs = family.specs(family.from_hf(open_model(model).config), plan.mla)
+    specs = family.specs(family.from_hf(family.seen_like(open_model(model).config, plan.by_name)), plan.mla)
     plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))
+
+
+def basis(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> str:
+    """What `predict_plan` rests on, for people."""
+    if measured:
+        return str(measured)
+    config = family.from_hf(family.seen_like(open_model(model).config, plan.by_name))
+    return unmeasured(family.specs(config, plan.mla)).name

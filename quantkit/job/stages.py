@@ -29,7 +29,7 @@ from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
-from quantkit.models.open import open_weights
+from quantkit.models.open import open_weights, see_like
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
@@ -78,6 +78,7 @@ def quantize_model(
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
     say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    see_like(checkpoint, plan.by_name)
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
         imatrix = fit_importance(plan, loaded)

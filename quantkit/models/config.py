@@ -38,6 +38,27 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """DeepSeek sparse attention (DSA): a token attends to the top_k positions that a small scorer of n_head heads, each
+    of `width` numbers, likes best; to all if there are no more.
+
+    interleaved: whether its rotary embedding turns neighbours, as the main attention's does, or halves.
+    full: of each layer, whether it has a scorer; the others attend to what the last one before them chose.
+    """
+
+    n_head: int
+    width: int
+    top_k: int
+    interleaved: bool
+    full: tuple[bool, ...]
+
+    @property
+    def shares(self) -> bool:
+        """Whether some layers take over what others chose."""
+        return not all(self.full)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything the layer mathematics, the tensor list and the metadata need.
 
@@ -76,6 +97,7 @@ class ModelConfig:
     more_ends: tuple[int, ...] = ()  # tokens besides eos that end an answer
     tied: bool = False
     group_score: str = "top2"  # noaux_tc scores a group by its two best experts; V2 by its best
+    indexer: Indexer | None = None  # None: every token attends to all before it
 
     @property
     def n_moe(self) -> int:
@@ -102,6 +124,10 @@ class ModelConfig:
         """EOS, and the other tokens that end an answer."""
         return self.eos, *self.more_ends
 
+    def has_indexer(self, layer: int) -> bool:
+        """Whether this layer chooses positions by itself."""
+        return self.indexer is not None and self.indexer.full[layer]
+
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has routed experts."""
         return layer >= self.n_dense
@@ -117,14 +143,33 @@ class ModelConfig:
         positive = (self.rope_base, *yarn[:4], 1 if self.q_lora is None else self.q_lora)  # all of yarn's but mscale
         if self.rms_eps < 0 or min(positive) <= 0:
             raise QuantkitError(f"{where}: epsilon, q_lora or a rope parameter is negative or zero")
-        if self.yarn and self.yarn.beta_slow >= self.yarn.beta_fast:
+        if self.yarn and self.yarn.beta_slow > self.yarn.beta_fast:  # Kimi's are both 1
             raise QuantkitError(
-                f"{where}: yarn's beta_slow {self.yarn.beta_slow:g} is not below beta_fast {self.yarn.beta_fast:g}"
+                f"{where}: yarn's beta_slow {self.yarn.beta_slow:g} is above beta_fast {self.yarn.beta_fast:g}"
             )
         if not all(type(flag) is bool for flag in (self.norm_weights, self.has_bias, self.tied)):
             raise QuantkitError(f"{where}: norm_weights, a bias or tied is not true or false")
         if self.qk_rope % 2:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
+        if self.indexer:
+            self._check_indexer(where, self.indexer)
+
+    def _check_indexer(self, where: str, indexer: Indexer) -> None:
+        sizes = (indexer.n_head, indexer.width, indexer.top_k)
+        if not all(type(number) is int and 0 < number <= MAX_SIZE for number in sizes):
+            raise QuantkitError(f"{where}: heads, width or top-k of the indexer, {sizes}, are no sizes")
+        if indexer.width < self.qk_rope:
+            raise QuantkitError(
+                f"{where}: the indexer's heads of {indexer.width} are narrower than the {self.qk_rope} that turn"
+            )
+        if self.q_lora is None:
+            raise QuantkitError(f"{where}: an indexer needs q_lora_rank: its queries come from there")
+        if len(indexer.full) != self.n_layer or not all(type(full) is bool for full in indexer.full):
+            raise QuantkitError(
+                f"{where}: {len(indexer.full)} indexer types for {self.n_layer} layers, or not all true or false"
+            )
+        if not indexer.full[0]:
+            raise QuantkitError(f"{where}: the first layer has no indexer, and none before it to share with")
 
     def _check_sizes(self, where: str) -> None:
         attention = (self.d, self.n_head, self.kv_lora, self.qk_nope, self.qk_rope, self.v_head)

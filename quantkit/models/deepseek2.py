@@ -13,6 +13,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import F32, U32
 from quantkit.models.config import Mla, ModelConfig, Yarn
+from quantkit.models.tiktoken import KIMI_K2
 from quantkit.tensors import Assembly, TensorSpec, Weights
 
 ARCHITECTURE = "deepseek2"
@@ -34,6 +35,7 @@ PRE: Mapping[str, tuple[str, ...]] = {
         "[一-龥ࠀ-一가-퟿]+",
         r"\p{N}",
     ),
+    "kimi-k2": (KIMI_K2,),
 }
 ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_*
@@ -43,27 +45,26 @@ GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TY
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
-    """The numbers in the `deepseek2.*` keys, read exactly as llama.cpp does, its defaults for absent keys included."""
+    """The numbers in the keys of the file's architecture, `deepseek2.*` or of a family that is like it, read exactly as
+    llama.cpp does, its defaults for absent keys included."""
+    arch = str(metadata["general.architecture"])
 
     def key(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"deepseek2.{name}", default)
-        if value is None:
-            raise QuantkitError(f"GGUF metadata: deepseek2.{name} is missing")
-        return value
+        return required(metadata, name, default)
 
     kv_lora, rope = key("attention.kv_lora_rank"), key("rope.dimension_count")
-    mla = "deepseek2.attention.key_length_mla" in metadata
+    mla = f"{arch}.attention.key_length_mla" in metadata
     qk = key("attention.key_length_mla" if mla else "attention.key_length")
     gating = {v: k for k, v in GATING.items()}.get(key("expert_gating_func", 1))
     if gating is None:
-        raise QuantkitError(f"GGUF metadata: deepseek2.expert_gating_func {key('expert_gating_func')} is unknown")
+        raise QuantkitError(f"GGUF metadata: {arch}.expert_gating_func {key('expert_gating_func')} is unknown")
     n_used = key("expert_used_count")
     return ModelConfig(
-        architecture=ARCHITECTURE,
+        architecture=arch,
         n_layer=key("block_count"),
         d=key("embedding_length"),
         n_head=key("attention.head_count"),
-        q_lora=metadata.get("deepseek2.attention.q_lora_rank"),
+        q_lora=metadata.get(f"{arch}.attention.q_lora_rank"),
         kv_lora=kv_lora,
         qk_nope=qk - rope,
         qk_rope=rope,
@@ -92,8 +93,17 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def required(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A key of the file's architecture; QuantkitError if neither it nor a default is there."""
+    full = f"{metadata['general.architecture']}.{name}"
+    value = metadata.get(full, default)
+    if value is None:
+        raise QuantkitError(f"GGUF metadata: {full} is missing")
+    return value
+
+
 def _yarn_from_gguf(metadata: Mapping[str, Any]) -> Yarn | None:
-    prefix = "deepseek2.rope.scaling."
+    prefix = f"{metadata['general.architecture']}.rope.scaling."
     if metadata.get(prefix + "type") != "yarn":
         return None
     return Yarn(
@@ -106,7 +116,7 @@ def _yarn_from_gguf(metadata: Mapping[str, Any]) -> Yarn | None:
 
 
 def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
-    """The `deepseek2.*` keys. llama.cpp loads a file without most of them and silently computes wrongly."""
+    """The architecture's keys. llama.cpp loads a file without most of them and silently computes wrongly."""
     split = mla == "split"
     keys: dict[str, Any] = {
         "block_count": U32(c.n_layer),
@@ -147,7 +157,7 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
             "rope.scaling.yarn_beta_fast": F32(c.yarn.beta_fast),
             "rope.scaling.yarn_beta_slow": F32(c.yarn.beta_slow),
         }
-    return {f"deepseek2.{key}": value for key, value in keys.items()}
+    return {f"{c.architecture}.{key}": value for key, value in keys.items()}
 
 
 # Tensors

@@ -1,6 +1,6 @@
 """config.json of DeepSeek-V2, V3 and R1: every key of transformers' DeepseekV2Config and DeepseekV3Config, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quantkit.errors import QuantkitError
@@ -8,7 +8,8 @@ from quantkit.models.config import ModelConfig, Yarn
 from quantkit.models.hf_config import WHERE, ConfigClass, Keys, rope
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
-HF_ARCHITECTURES: tuple[str, ...] = (V2, V3)
+KIMI = "KimiK25ForConditionalGeneration"  # K2.5, K2.6: a text model of class V3 that also sees (formats/text_model.py)
+HF_ARCHITECTURES: tuple[str, ...] = (V2, V3, KIMI)
 READ = frozenset(
     """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts
@@ -67,13 +68,18 @@ CLASSES: Mapping[str, ConfigClass] = {
         {"num_experts": "n_routed_experts"},
     ),
 }
+ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {}
 METHODS = {"noaux_tc": "sigmoid", "greedy": "softmax", "group_limited_greedy": "softmax"}
 
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The numbers in config.json. KeyError for a key that is missing, QuantkitError for what is not supported."""
-    name = V3 if V3 in raw["architectures"] else V2
-    keys = CLASSES[name].settled(raw)
+    name = _class_of(raw)
+    return numbers(raw, CLASSES[name].settled(raw), name)
+
+
+def numbers(raw: Mapping[str, Any], keys: Keys, name: str) -> ModelConfig:
+    """Those that all models with MLA and routed experts have. keys: of config.json, settled; name: of its class."""
     method = _method(keys, name)
     grouped = method != "greedy"
     n_head, n_context = keys.whole("num_attention_heads"), keys.whole("max_position_embeddings")
@@ -119,14 +125,18 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     """What config.json says that nobody knows the meaning of: `key value`."""
-    return CLASSES[V3 if V3 in raw["architectures"] else V2].unknown(raw)
+    return CLASSES[_class_of(raw)].unknown(raw)
+
+
+def _class_of(raw: Mapping[str, Any]) -> str:
+    return V3 if {V3, KIMI} & set(raw["architectures"]) else V2
 
 
 def _method(keys: Keys, name: str) -> str:
     """How experts are chosen, with what goes together in a model that there is."""
     method, scoring = keys.word("topk_method"), keys.word("scoring_func")
-    if method not in METHODS or (name == V3 and method != "noaux_tc"):
-        only = "noaux_tc" if name == V3 else " ".join(METHODS)
+    if method not in METHODS or (name != V2 and method != "noaux_tc"):
+        only = "noaux_tc" if name != V2 else " ".join(METHODS)
         raise QuantkitError(f"{WHERE}: topk_method {method!r} is not supported in a {name}, only {only}")
     if scoring != METHODS[method]:
         raise QuantkitError(

@@ -2,12 +2,11 @@
 
 From then on its `ModelConfig` carries the architecture, and the functions here ask the family whatever is its own.
 
-A second family is two files beside deepseek2.py and deepseek2_config.py that define what `Family` and `ConfigFile`
-list, and their names in FAMILIES and CONFIG_FILES. One with more numbers than `ModelConfig` has derives its own config
-from it. Tried on paper:
+A family is a module that defines what `Family` and `ConfigFile` list (deepseek2's is two files, by length), and its
+name in FAMILIES and CONFIG_FILES. deepseek32.py and glm_dsa.py show it: most specs and keys from deepseek2, `indexer.*`
+added to them. Numbers that only some families have are fields of `ModelConfig` that are None in the others. Tried on
+paper:
 
-V3.2 and GLM-5 (deepseek32, glm-dsa) take most specs from deepseek2 and add `indexer.*` to them and
-`attention.indexer.*` to the metadata; GLM has `glm4` in PRE.
 Kimi-K2 is deepseek2 with `kimi-k2` in PRE. K2.5 keeps its numbers under `text_config` and all names under
 `language_model.`: `from_hf` notes the prefix in the config, one more field, and `specs` writes it before the sources.
 V4 names all sources anew and has one layout; hyper-connections and compressors are more specs.
@@ -17,15 +16,16 @@ Not a family's business: how a stored matrix is decoded (FP8 with `_scale_inv`, 
 what a role is worth (`planning.prior`), both by role.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.models import deepseek2, deepseek2_config
-from quantkit.models.config import Mla, ModelConfig
+from quantkit.models.capabilities import refusal
+from quantkit.models.config import Mla, ModelConfig, mla_of
 from quantkit.tensors import TensorSpec, Weights
 
 SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
@@ -33,9 +33,14 @@ NOT_NUMBERS = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 class ConfigFile(Protocol):
-    """What a module must define to know a family's config.json. HF_ARCHITECTURES: names in its `architectures`."""
+    """What a module must define to know a family's config.json.
+
+    HF_ARCHITECTURES: names in its `architectures`.
+    ALSO: other GGUF architectures that the same weights, or most of them, can be written as -> config.json read so.
+    """
 
     HF_ARCHITECTURES: tuple[str, ...]
+    ALSO: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]
 
     def from_hf(self, raw: Mapping[str, Any], /) -> ModelConfig:
         """Numbers from config.json; KeyError and the like for what is missing or no number."""
@@ -54,7 +59,7 @@ class Family(Protocol):
     """What a module must define to be a family.
 
     ARCHITECTURE: GGUF's general.architecture.
-    LAYOUTS: MLA layouts that it can be written in; in the last one every tensor is as the checkpoint has it.
+    LAYOUTS: MLA layouts that its files can be written in.
     PRE: GGUF's name of a pre-tokenizer -> the regular expressions that it splits by.
     """
 
@@ -71,7 +76,8 @@ class Family(Protocol):
         ...
 
     def specs(self, c: ModelConfig, mla: Mla, /) -> list[TensorSpec]:
-        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from."""
+        """All tensors of the output file, in file order, each with the checkpoint tensors it is made from. In the
+        layout `combined`, asked for also where no file can have it, every matrix is one of the checkpoint's."""
         ...
 
     def assemble(
@@ -81,9 +87,17 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (deepseek2,)
+def _modules(*names: str) -> tuple[Any, ...]:
+    """By name, so that families may build on one another and this module is below none of them."""
+    return tuple(import_module(f"quantkit.models.{name}") for name in names)
+
+
+FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa"))
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
-CONFIG_FILES: Mapping[str, ConfigFile] = {deepseek2.ARCHITECTURE: deepseek2_config}
+CONFIG_FILES = cast(
+    Mapping[str, ConfigFile],
+    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa"), strict=True)),
+)
 BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
     name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES
 }
@@ -116,10 +130,30 @@ def _of_hf(raw: Mapping[str, Any]) -> ConfigFile:
     named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     known = [name for name in named if name in BY_HF_ARCHITECTURE]
     if not known:
-        raise QuantkitError(
-            f"config.json: architecture {names or 'missing'} is not one of {sorted(BY_HF_ARCHITECTURE)}"
-        )
+        raise QuantkitError(f"config.json: {refusal(names, BY_HF_ARCHITECTURE, BY_ARCHITECTURE)}")
     return BY_HF_ARCHITECTURE[known[0]]
+
+
+def written_as(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """GGUF architectures that the model of this config.json can be written as, its own first."""
+    return from_hf(raw).architecture, *_of_hf(raw).ALSO
+
+
+def seen_as(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """config.json of the model as one of another architecture, or its own. QuantkitError if it cannot be written so."""
+    own, *others = written_as(raw)
+    if architecture not in (own, *others):
+        raise QuantkitError(f"this model is {' or '.join((own, *others))}; it cannot be written as {architecture}")
+    return dict(raw) if architecture == own else _of_hf(raw).ALSO[architecture](raw)
+
+
+def seen_like(raw: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """config.json of the model in the architecture whose tensors have these GGUF names; its own, if none has."""
+    mla = mla_of(names, "split")
+    for view in (also(raw) for also in _of_hf(raw).ALSO.values()):
+        if {spec.name for spec in specs(from_hf(view), mla)} == set(names):
+            return view
+    return dict(raw)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
@@ -160,7 +194,12 @@ def metadata(config: ModelConfig, mla: Mla, name: str) -> dict[str, Any]:
 
 
 def specs(config: ModelConfig, mla: Mla = "split") -> list[TensorSpec]:
-    """All tensors of the output file, in file order."""
+    """All tensors of the output file, in file order. QuantkitError for a layout that the family has not."""
+    if mla not in (known := of(config).LAYOUTS):
+        raise QuantkitError(
+            f"{config.architecture} files are not written in the MLA layout {mla}, only in {' or '.join(known)}; "
+            "llama.cpp refuses them"
+        )
     return of(config).specs(config, mla)
 
 
@@ -204,7 +243,7 @@ def reading_order(config: ModelConfig) -> tuple[list[str], list[list[str]]]:
 
 def _as_stored(config: ModelConfig) -> list[TensorSpec]:
     """The tensors in the layout in which each matrix is one of the checkpoint's."""
-    return specs(config, of(config).LAYOUTS[-1])
+    return of(config).specs(config, "combined")
 
 
 def slices(spec: TensorSpec) -> Iterator[tuple[int, int]]:

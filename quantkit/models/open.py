@@ -86,10 +86,20 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
+    if config.indexer and found.config.get("num_nextn_predict_layers"):
+        say_once(f"{found.path}: layer {config.n_layer}, which predicts the token after the next (MTP), is left out")
     words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found
+
+
+def see_like(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Have the checkpoint seen as of the architecture whose GGUF tensors have these names; its others are not read."""
+    view = family.seen_like(checkpoint.config, names)
+    if view != checkpoint.config:
+        checkpoint.config = view
+        checkpoint.schedule(*family.reading_order(family.from_hf(view)))
 
 
 def _needed(config: Mapping[str, Any]) -> Collection[str]:

@@ -10,7 +10,9 @@ from quantkit.errors import QuantkitError
 
 Patterns = Mapping[str, tuple[str, ...]]
 """GGUF's name of a pre-tokenizer -> the regular expressions that it splits by."""
-
+WHOLE_WORDS = ("glm4",)
+"""Pre-tokenizers whose words are looked up whole before they are merged: `ignore_merges` of llama.cpp, which goes by
+this name, and of the tokenizers library."""
 
 PROBES = (
     "It was the best of times; 7 77 777 7777 12345678 people said so.  Don't, we'll — naïve “quotes” …",
@@ -49,15 +51,19 @@ def tokenizer_of_gguf(meta: Mapping[str, Any], known: Patterns) -> Tokenizer:
 
     def make() -> Tokenizer:
         tokens, types, merges = (list(meta[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type", "merges"))
-        return rebuilt(tokens, types, merges, known[pre])
+        return rebuilt(tokens, types, merges, known[pre], pre in WHOLE_WORDS)
 
     return built(make, "GGUF metadata")
 
 
-def rebuilt(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], patterns: Sequence[str]) -> Tokenizer:
-    """What a GGUF says, as llama.cpp reads it. patterns: of its pre-tokenizer."""
+def rebuilt(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], patterns: Sequence[str], whole_words: bool
+) -> Tokenizer:
+    """What a GGUF says, as llama.cpp reads it. patterns: of its pre-tokenizer; whole_words: whether it is among
+    WHOLE_WORDS."""
     pairs = [merge.partition(" ")[::2] for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole_words))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

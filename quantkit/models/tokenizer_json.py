@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.models.tokenizer import Patterns, of_json
+from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, of_json
 
 NO_WORDS = "tokenizer.ggml.pre cannot say that"
 PARTS = ("truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
@@ -41,6 +41,9 @@ def named(raw: Mapping[str, Any], known: Patterns, where: str) -> str:
         raise QuantkitError(f"{where}: not the structure of a BPE tokenizer ({error})") from None
     for name, expected in known.items():
         if splits == expected:
+            if bool(raw["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
+                wrong = "not true, as" if name in WHOLE_WORDS else "true, and not"
+                raise QuantkitError(f"{where}: ignore_merges is {wrong} with pre-tokenizer {name}; {NO_WORDS}")
             return name
     # llama.cpp would cut words differently and the model would see tokens it was not trained on.
     raise QuantkitError(f"{where}: pre-tokenizer is not {' or '.join(known)}; no GGUF name for it")
@@ -104,7 +107,7 @@ def _unsaid(raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _unsaid_of_model(model: Mapping[str, Any]) -> Iterator[str]:
     """Of BPE: what changes how a word is put together."""
-    plain = {"type", "vocab", "merges"}
+    plain = {"type", "vocab", "merges", "ignore_merges"}  # the last one goes with the name: see `named`
     # With all 256 bytes in the vocabulary nothing is ever unknown.
     if all(char in model["vocab"] for char in byte_characters()):
         plain |= {"unk_token", "fuse_unk"}

@@ -17,22 +17,32 @@ from quantkit.formats.byte_source import read_text, read_text_file
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
+from quantkit.models import tiktoken
 from quantkit.models.added_tokens import SETTINGS, TOKENIZER, with_settings
-from quantkit.models.tokenizer import Patterns, built, check_alike, rebuilt
+from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, built, check_alike, rebuilt
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
 
 TOKEN_MAP = "special_tokens_map.json"
 GENERATION, TEMPLATE, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
+WITHOUT_BOS: Mapping[str, str] = {"glm4": "[gMASK]"}
+"""Pre-tokenizers of models whose texts begin without a BOS, unless a file says otherwise -> the token that is written
+as BOS where no file names one, as llama.cpp's converter does: what their chats begin with."""
 ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
 MORE_TEMPLATES = "additional_chat_templates"
-FILES = (TOKENIZER, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
+FILES = (TOKENIZER, tiktoken.FILE, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PROCESSOR_TEMPLATE)
 """Names of the files that are read, for those who fetch them."""
 
 
 def read_tokenizer(folder: Path, known: Patterns) -> Tokenizer:
     """The checkpoint's own tokenizer. QuantkitError for what no GGUF can say (see tokenizer_json)."""
-    return tokenizer_of_json(_tokenizer_json(folder), known, str(folder / TOKENIZER))
+    return tokenizer_of_json(_tokenizer_json(folder), known, str(file_of(folder)))
+
+
+def file_of(folder: Path) -> Path:
+    """The file that has the vocabulary: tokenizer.json, or tiktoken.model where there is none."""
+    others = folder / tiktoken.FILE
+    return others if others.is_file() and not (folder / TOKENIZER).is_file() else folder / TOKENIZER
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
@@ -49,25 +59,25 @@ def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str,
 
 
 def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
-    raw, where = _tokenizer_json(folder), str(folder / TOKENIZER)
+    raw, where = _tokenizer_json(folder), str(file_of(folder))
     pre = named(raw, known, where)
     settings = _optional(folder / SETTINGS)
     tokens, types = _tokens(raw, n_vocab, folder)
     merges = _merges(raw["model"]["merges"], where)
-    special = SpecialTokens(folder, settings, tokens)
+    special = SpecialTokens(folder, settings, tokens, WITHOUT_BOS.get(pre))
     out: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": I32List(types),
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": _flag(settings, "add_bos_token", True, folder),
+        "tokenizer.ggml.add_bos_token": _flag(settings, "add_bos_token", pre not in WITHOUT_BOS, folder),
         "tokenizer.ggml.add_eos_token": _flag(settings, "add_eos_token", False, folder),
     }
     out |= special.metadata()
     _check_around(raw, where, out)
     added = [token for token, kind in zip(tokens, types, strict=True) if kind in ADDED]
-    described = built(lambda: rebuilt(tokens, types, merges, known[pre]), where)
+    described = built(lambda: rebuilt(tokens, types, merges, known[pre], pre in WHOLE_WORDS), where)
     check_alike(tokenizer_of_json(raw, known, where), described, where, added)
     return out | templates_metadata(chat_templates(folder, settings), folder)
 
@@ -102,10 +112,13 @@ def _check_around(raw: Mapping[str, Any], where: str, out: Mapping[str, Any]) ->
 
 
 class SpecialTokens:
-    """Which tokens begin, end and pad a text, by whichever file says so; by name before by id."""
+    """Which tokens begin, end and pad a text, by whichever file says so; by name before by id. bos: in its place where
+    none does."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], tokens: Sequence[str]) -> None:
-        self.folder, self.n_vocab = folder, len(tokens)
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], tokens: Sequence[str], bos: str | None = None
+    ) -> None:
+        self.folder, self.n_vocab, self.bos = folder, len(tokens), bos
         self.ids = {token: i for i, token in enumerate(tokens)}
         self.named = [(SETTINGS, settings), (TOKEN_MAP, _optional(folder / TOKEN_MAP))]
         self.numbered = [(CONFIG, _optional(folder / CONFIG)), (GENERATION, _optional(folder / GENERATION))]
@@ -132,6 +145,8 @@ class SpecialTokens:
         for file, values in self.numbered:
             if given := _listed(values.get(f"{key}_token_id")):
                 return self._checked(given[0], f"{self.folder / file}: {key}_token_id")
+        if key == "bos" and self.bos in self.ids:
+            return self.ids[self.bos]
         raise QuantkitError(
             f"{self.folder}: no file says which token is {key.upper()}: {key}_token in {SETTINGS} or {TOKEN_MAP}, or "
             f"{key}_token_id in {CONFIG} or {GENERATION}; add it"
@@ -184,7 +199,10 @@ def chat_templates(folder: Path, settings: Mapping[str, Any] | None = None) -> d
 def templates_metadata(templates: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others, as gguf-py names them."""
     if not templates:
-        say_once(f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file")
+        say_once(
+            f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file; put a "
+            f"{TEMPLATE} there"
+        )
     elif "default" not in templates:
         say_once(f"warning: {folder}: no chat template is called default, only {', '.join(templates)}")
     out: dict[str, Any] = {"tokenizer.chat_template": templates["default"]} if "default" in templates else {}
@@ -209,13 +227,15 @@ def _named(value: Any, where: Path) -> dict[str, str]:
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The file as it stands. QuantkitError if the model has another kind of tokenizer, or it is not JSON."""
+    """The file as it stands, or what tiktoken.model would be as one. QuantkitError for other kinds, and no JSON."""
     path = folder / TOKENIZER
-    if not path.is_file():
-        others = [name for name in ("tiktoken.model", "tokenizer.model") if (folder / name).is_file()]
-        if others:
-            what = "tiktoken's ranks" if others[0] == "tiktoken.model" else "SentencePiece's model"
-            raise QuantkitError(f"{folder}: has {others[0]} ({what}) and no {TOKENIZER}; only the latter is supported")
+    if not path.is_file() and (folder / tiktoken.FILE).is_file():
+        return tiktoken.tokenizer_json(folder)
+    if not path.is_file() and (folder / "tokenizer.model").is_file():
+        raise QuantkitError(
+            f"{folder}: has tokenizer.model (SentencePiece's model) and no {TOKENIZER}; only that or "
+            f"{tiktoken.FILE} is supported"
+        )
     return with_settings(load_object(read_text_file(path, "tokenizer"), str(path)), folder)
 
 

@@ -1,18 +1,20 @@
 """What a type costs a tensor: predicted KL divergence at the output, nats a token.
 
-Two sources. `Prior` knows no model: one gain per role and an error per type, fitted on measured models
-(docs/results/allocation.md). `Measured` holds the entries of a sensitivity.json.
+Three sources. `Prior` knows no model: one gain per role and an error per type, fitted on measured models
+(docs/results/allocation.md). `Known` has what was published of models of this geometry. `Measured` holds the entries of
+a sensitivity.json.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
 from quantkit.models.config import is_finite
+from quantkit.planning import published
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
 from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
 
@@ -58,6 +60,31 @@ class Prior:
         return interact(damages)
 
 
+class Known:
+    """For models of a geometry that others measured. Roles that they did not measure have the prior's gain."""
+
+    def __init__(self, found: published.Published, specs: Sequence[TensorSpec]):
+        self.found, self.prior = found, Prior(specs)
+        self.name = f"damage published of {found.models} by {found.credit}"
+
+    def of(self, spec: TensorSpec, qtype: str) -> float:
+        """Nats a token if only this tensor has this type."""
+        if spec.fixed or qtype in EXACT:
+            return 0.0
+        gain = self.found.gain(spec.role, spec.layer)
+        return (self.prior.gain(spec) if gain is None else gain) * ERROR[qtype]
+
+    def total(self, damages: float) -> float:
+        """Nats a token of a whole file, given the sum over its tensors."""
+        return interact(damages)
+
+
+def unmeasured(specs: Sequence[TensorSpec]) -> Damage:
+    """For a model without a measurement of its own: what was published of its like, else the prior."""
+    found = published.recognise(specs)
+    return Known(found, specs) if found else Prior(specs)
+
+
 class Measured:
     """A measurement of this model, smoothed: log damage is nearly gain of the tensor + error of the type.
 
@@ -66,8 +93,8 @@ class Measured:
     the model.
     """
 
-    def __init__(self, entries: Mapping[tuple[str, str], tuple[float, float]], prior: Prior, name: str):
-        self.prior, self.name = prior, name
+    def __init__(self, entries: Mapping[tuple[str, str], tuple[float, float]], name: str):
+        self.name = name
         self.gains: dict[str, float] = {}
         self.errors: dict[tuple[bool, str], float] = {}
         self.points: dict[tuple[str, str], _Point] = {}

@@ -59,9 +59,10 @@ class Speed:
 
 def kv_bytes(config: ModelConfig, mla: Mla) -> int:
     """KV cache of one token in all layers. Split MLA keeps the latent and the rotary key once for all heads; the
-    combined layout keeps every head's key and value."""
+    combined layout keeps every head's key and value. An indexer keeps keys of its own."""
     per_layer = config.kv_lora + config.qk_rope if mla == "split" else config.n_head * (config.qk_head + config.v_head)
-    return CACHE_BYTES * per_layer * config.n_layer
+    index = config.indexer.width * sum(config.indexer.full) if config.indexer else 0
+    return CACHE_BYTES * (per_layer * config.n_layer + index)
 
 
 def gpu_room(config: ModelConfig, mla: Mla, vram: int, context: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
-from quantkit.planning import hardware
+from quantkit.planning import hardware, targets
 from quantkit.planning.hardware import Machine, Placement
 from quantkit.planning.plan import Plan
 from quantkit.sizes import both_units, gib
@@ -51,7 +51,8 @@ def report(
         plan, n_bytes, file, where = next((one for one in placed if one[-1].disk == 0), placed[0])
         lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
         for program, commands in hardware.commands(plan, where, machine, context, file, original, threads).items():
-            lines += [f"  {program}", *(f"    {command}" for command in commands)]
+            flags = targets.start_flags("llama.cpp", config) if program == "llama.cpp" else ""
+            lines += [f"  {program}", *(f"    {command}{flags}" for command in commands)]
     return "\n".join([*lines, "", *_offload(plans, config, context)])
 
 

@@ -6,6 +6,7 @@ name = "1.58bit"               # default: the file's
 description = "one line"       # optional
 target = "ktransformers"       # what the file is made for; default llama.cpp
 mla = "split"                  # or "combined": how kv_b is stored; --target TARGET/combined overrides both
+published = "published"        # the bundled recipe that spends these bytes on models whose damage was published
 
 [[rules]]
 match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them
@@ -133,7 +134,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """source: the file it came from, for messages."""
+    """source: the file it came from, for messages. published: the open bundled recipe that spends the bytes of these
+    rules on a model whose damage was published (`planning.published`)."""
 
     name: str
     description: str
@@ -142,6 +144,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     source: str
     budget: Budget | None = None
+    published: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -208,7 +211,7 @@ def _braces(pattern: str) -> list[str]:
 
 def _recipe(table: dict[str, Any], source: str) -> Recipe:
     field = Fields(table, source)
-    field.known("name", "description", "target", "mla", "rules", "budget")
+    field.known("name", "description", "target", "mla", "rules", "budget", "published")
     name = field.text("name") if "name" in table else Path(source).stem
     if not NAME.fullmatch(name):
         raise field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")
@@ -223,6 +226,7 @@ def _recipe(table: dict[str, Any], source: str) -> Recipe:
         rules=_rules(rules, source),
         source=source,
         budget=_budget(table["budget"], f"{source}: budget") if "budget" in table else None,
+        published=field.choice("published", bundle.recipe_names()) if "published" in table else None,
     )
 
 

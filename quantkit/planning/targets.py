@@ -46,10 +46,12 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """A target as a person asked for it. mla: None for the layout that the recipe says."""
+    """A target as a person asked for it. mla: None for the layout that the recipe says. architecture: GGUF's, None for
+    the model's own."""
 
     name: str
     mla: Mla | None = None
+    architecture: str | None = None
 
 
 ALL = tuple(qtypes.QTYPES)
@@ -62,7 +64,7 @@ KTRANSFORMERS = Target(
     name="ktransformers",
     allowed={
         EXPERTS: Allowed(
-            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
+            types=("IQ1_S", "Q2_K", "Q3_K", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"),
             source=MEASURED,
             refused={
                 "IQ2_XXS": "kt-kernel 0.7.2 computes it silently wrong in its AVX512 and AMX variants"
@@ -107,6 +109,8 @@ OLLAMA = Target(
     single_file=True,
 )
 
+WRITTEN_AS = ("deepseek2",)
+"""Architectures that models of others can be written as (`family.written_as` says of which)."""
 TARGETS = {target.name: target for target in (KTRANSFORMERS, LLAMA_CPP, OLLAMA)}
 
 
@@ -119,11 +123,18 @@ def get(name: str) -> Target:
 
 
 def parse(text: str) -> TargetChoice:
-    """`llama.cpp`, or `llama.cpp/combined` for another MLA layout than the recipe's."""
-    name, slash, mla = text.partition("/")
-    if slash and mla not in MLA:
-        raise QuantkitError(f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}")
-    return TargetChoice(get(name).name, MLA[mla] if slash else None)
+    """`llama.cpp`; `llama.cpp/combined` for another MLA layout than the recipe's; `llama.cpp/deepseek2` for a model
+    written as another architecture than its own; or both."""
+    name, *more = text.split("/")
+    layouts = [part for part in more if part in MLA]
+    architectures = [part for part in more if part in WRITTEN_AS]
+    if len(layouts) + len(architectures) < len(more) or max(len(layouts), len(architectures)) > 1:
+        raise QuantkitError(
+            f"--target {text}: after the slash stands an MLA layout, {' or '.join(MLA)}, or an architecture, "
+            f"{' or '.join(WRITTEN_AS)}"
+        )
+    mla = MLA[layouts[0]] if layouts else None
+    return TargetChoice(get(name).name, mla, architectures[0] if architectures else None)
 
 
 def tensor_class(role: str) -> TensorClass:
@@ -143,8 +154,9 @@ FALLS_BACK = "its blocks do not divide rows of"
 STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
 these, and IQ4_NL for all that are coarser and have blocks of 256."""
-NOT_BY_ITSELF = ("Q5_0", "Q5_1")
-"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured."""
+NOT_BY_ITSELF = ("Q4_0", "Q5_0", "Q5_1")
+"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0, which
+is for copies of INT4 weights."""
 
 
 def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
@@ -159,22 +171,46 @@ def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
     return next((name for name in (STAND_IN.get(qtype, "IQ4_NL"), "Q8_0", "F16") if name in known), qtype)
 
 
+YARN_BETAS = (32, 1)
+"""llama.cpp's own, whatever a deepseek2 file says."""
+
+
 def caveats(target: str, c: ModelConfig) -> list[str]:
     """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
     found = []
+    if not knows(target, c):
+        found.append(
+            f"{target} has no {c.architecture} attention that reads a GGUF: at best its experts can be used, which "
+            f"nobody has tested; make it for llama.cpp, or V3.2 for {target}/deepseek2"
+        )
     if runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max":
         found.append(
             f"{target} chooses experts wrongly in this model: it scores a group by its best two experts, and V2 by its "
             "best one (KLD 0.1 on a random model; llama.cpp b11434, src/llama-graph.cpp). No file can repair it; the "
             "scores here are of the right routing"
         )
-    if runs_llama_cpp(target) and c.yarn and (c.yarn.beta_fast, c.yarn.beta_slow) != (32, 1):
+    if flags := start_flags(target, c):
+        how = "it has no setting for them" if target == "ollama" else f"run it with{flags}"
         found.append(
-            f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: run it with "
-            f"--yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}, else it attends wrongly "
-            "(KLD 0.06 on a random model)"
+            f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: {how}, else it attends "
+            "wrongly (KLD 0.06 on a random model)"
         )
     return found
+
+
+def start_flags(target: str, c: ModelConfig) -> str:
+    """What llama.cpp must be told besides the file, each with a space before it; empty for most models.
+
+    It reads `yarn_beta_fast` for two other architectures only (b11434, src/llama-hparams.h), and Kimi-K2's is 1.
+    """
+    if not runs_llama_cpp(target) or not c.yarn or (c.yarn.beta_fast, c.yarn.beta_slow) == YARN_BETAS:
+        return ""
+    return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
+
+
+def knows(target: str, c: ModelConfig) -> bool:
+    """Whether the target's programs read such a model from a GGUF at all."""
+    return runs_llama_cpp(target) or c.indexer is None
 
 
 def check_model(target: str, c: ModelConfig) -> None:

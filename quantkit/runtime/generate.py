@@ -70,7 +70,7 @@ class Sampling:
 def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
     """One token from float32 logits [n_vocab]."""
     if how.temperature < GREEDY_BELOW:
-        return int(logits.argmax())
+        return int(logits.cpu().numpy().argmax())  # torch's takes 0.4 ms on a CPU for R1's vocabulary
     p = (logits.cpu() / how.temperature).softmax(-1)
     if how.typical_p < 1:
         p = typical(p, how.typical_p)

@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.indexer import IndexerWeights, Selection, choose, index_keys, take_over
 from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.watch import Watcher
 
@@ -94,6 +96,7 @@ class LayerWeights:
 
     q is (q_a, q_a_norm, q_b) or a single projection; k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora].
     A dense layer has only `feed`; a MoE layer has router and experts, and `feed` is its shared expert (or None).
+    indexer: of layers that choose what they attend to.
     """
 
     attn_norm: torch.Tensor
@@ -107,26 +110,30 @@ class LayerWeights:
     feed: Feed | None
     router: Router | None = None
     experts: LayerExperts | None = None
+    indexer: IndexerWeights | None = None
 
 
 @dataclass
 class KVCache:
-    """Compressed cache of one layer: latent [n_seq, capacity, kv_lora], rope [n_seq, capacity, qk_rope]."""
+    """Compressed cache of one layer: latent [n_seq, capacity, kv_lora], rope [n_seq, capacity, qk_rope], index
+    [n_seq, capacity, width of the indexer] or None, where no context is so long that something is chosen."""
 
     latent: torch.Tensor
     rope: torch.Tensor
     length: int = 0
+    index: torch.Tensor | None = None
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, n_seq: int, capacity: int, device: torch.device, dtype: torch.dtype
+        cls, config: ModelConfig, layer: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
-        """For so many sequences of up to so many tokens."""
-        shape = (n_seq, capacity)
-        return cls(
-            torch.zeros((*shape, config.kv_lora), device=device, dtype=dtype),
-            torch.zeros((*shape, config.qk_rope), device=device, dtype=dtype),
-        )
+        """Of a layer, for so many sequences of up to so many tokens: shape."""
+        indexer = config.indexer if config.has_indexer(layer) else None
+        widths = (config.kv_lora, config.qk_rope)
+        latent, rope = (torch.zeros((*shape, width), device=device, dtype=dtype) for width in widths)
+        if indexer is None or shape[1] <= indexer.top_k:
+            return cls(latent, rope)
+        return cls(latent, rope, index=torch.zeros((*shape, indexer.width), device=device, dtype=dtype))
 
     def append(self, latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the next tokens; latent and rope of all so far."""
@@ -135,6 +142,16 @@ class KVCache:
         self.rope[:, self.length : end] = rope
         self.length = end
         return self.latent[:, :end], self.rope[:, :end]
+
+    def append_index(self, keys: torch.Tensor) -> torch.Tensor:
+        """Put the indexer's keys of the tokens that were appended last; those of all so far. QuantkitError if the cache
+        has no place for them, and they count."""
+        if self.index is not None:
+            self.index[:, self.length - keys.shape[1] : self.length] = keys
+            return self.index[:, : self.length]
+        if self.length > keys.shape[1]:
+            raise QuantkitError("this cache keeps no keys of an indexer, so its contexts must not exceed the top-k")
+        return keys
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -150,20 +167,25 @@ def attention(
     angles: Angles,
     cache: KVCache | None = None,
     watcher: Watcher | None = None,
+    chosen: Selection | None = None,
 ) -> torch.Tensor:
     """Causal attention output (residual not added) for h [n_seq, t, d], computed in the dtype of the weights.
 
-    angles: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well.
+    angles: [t, qk_rope / 2] of these positions. With a cache, its earlier tokens are attended to as well. chosen: where
+    layers with an indexer leave what they chose, for those without.
     """
     n_seq, t, d = h.shape
     cos, sin = angles
     see = None if watcher is None else partial(_see, watcher, token_weight(h))
     x = rms_norm(h, weights.attn_norm, config.rms_eps).reshape(-1, d).to(weights.k_b.dtype)
-    q = _query(x, weights, config, see).view(n_seq, t, config.n_head, config.qk_head)
+    q, low = _query(x, weights, config, see)
+    q = q.view(n_seq, t, config.n_head, config.qk_head)
     q_nope, q_rope = q.split([config.qk_nope, config.qk_rope], dim=-1)
     q_rope = rotate(q_rope, cos[:, None], sin[:, None])
     if see:
         see("attn_kv_a_mqa", x)
+        if weights.indexer:
+            see("indexer.attn_k", x)
     latent, k_rope = weights.kv_a(x).view(n_seq, t, -1).split([config.kv_lora, config.qk_rope], dim=-1)
     latent = rms_norm(latent, weights.kv_a_norm, config.rms_eps)
     k_rope = rotate(k_rope, cos, sin)
@@ -174,11 +196,12 @@ def attention(
     if cache is not None:
         cached = cache.append(latent, k_rope)
         latent, k_rope = (latent, k_rope) if first else cached
-    if first and see is None:
+    mask = _selected(x.view(n_seq, t, d), low, latent.shape[1], weights, config, angles, (cache, chosen))
+    if first and see is None and mask is None:
         values = _expanded(q_nope, q_rope, latent, k_rope, weights, config.softmax_scale)
     else:
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(weights.k_b.dtype), weights.k_b)
-        mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale)
+        mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale, mask)
         if see:
             see("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
         values = torch.einsum("sthc,hvc->sthv", mixed.to(weights.v_b.dtype), weights.v_b)
@@ -188,18 +211,50 @@ def attention(
     return weights.output(values).view(n_seq, t, d)
 
 
-def _query(x: torch.Tensor, weights: LayerWeights, config: ModelConfig, see: See | None) -> torch.Tensor:
+def _query(
+    x: torch.Tensor, weights: LayerWeights, config: ModelConfig, see: See | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, and what they were made from."""
     if not isinstance(weights.q, tuple):
         if see:
             see("attn_q", x)
-        return weights.q(x)
+        return weights.q(x), x
     q_a, norm, q_b = weights.q
     if see:
         see("attn_q_a", x)
     low = rms_norm(q_a(x), norm, config.rms_eps)
     if see:
         see("attn_q_b", low)
-    return q_b(low)
+        if weights.indexer:
+            see("indexer.attn_q_b", low)
+    return q_b(low), low
+
+
+def _selected(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    n: int,
+    weights: LayerWeights,
+    config: ModelConfig,
+    angles: Angles,
+    kept: tuple[KVCache | None, Selection | None],
+) -> torch.Tensor | None:
+    """Which of n positions the tokens x [n_seq, t, d] attend to, bool [n_seq, t, n], or None for all. kept: the layer's
+    cache, and where layers leave to others what they chose."""
+    cache, chosen = kept
+    indexer = config.indexer
+    if indexer is None:
+        return None
+    if weights.indexer is None:
+        return take_over(chosen, indexer.top_k, n)
+    if n <= indexer.top_k and (cache is None or cache.index is None):
+        return None
+    keys = index_keys(x, weights.indexer, angles)
+    keys = keys if cache is None else cache.append_index(keys)
+    mask = choose(x, low, keys, weights.indexer, angles)
+    if chosen is not None and indexer.shares:
+        chosen.mask, chosen.known = mask, True
+    return mask
 
 
 def _expanded(
@@ -228,12 +283,17 @@ def _expanded(
 
 
 def _absorbed(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scale: float
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax over the compressed cache, which all heads share; in tiles of queries, so that scores stay few.
 
     q_latent [s, t, h, c], q_rope [s, t, h, r], latent [s, n, c], k_rope [s, n, r] -> [s, t, h, c]. The t queries are
-    the last t of the n cached positions.
+    the last t of the n cached positions. mask bool [s, t, n]: which of these they attend to.
     """
     n_seq, t, n_head, _ = q_latent.shape
     n = latent.shape[1]
@@ -250,6 +310,8 @@ def _absorbed(
         if end - begin > 1:
             last = torch.arange(n - t + begin, n - t + end, device=latent.device)
             scores.masked_fill_((column[:seen] > last[:, None])[:, None, :], float("-inf"))
+        if mask is not None:
+            scores.masked_fill_(~mask[:, begin:end, None, :seen], float("-inf"))
         weights = scores.softmax(-1).to(latent.dtype)
         out[:, begin:end] = (weights.flatten(1, 2) @ latent[:, :seen]).view(n_seq, end - begin, n_head, -1)
     return out

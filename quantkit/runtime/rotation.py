@@ -1,4 +1,4 @@
-"""Rotary embedding: turning interleaved pairs, as DeepSeek and llama.cpp's `deepseek2` have them."""
+"""Rotary embedding: turning interleaved pairs, as DeepSeek and llama.cpp's `deepseek2` have them, or halves."""
 
 from typing import NamedTuple
 
@@ -16,3 +16,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn pairs (x0, x1), (x2, x3), ... of the last dimension; cos and sin broadcast against [..., n / 2]."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `rotate`, of pairs (x0, x_n/2), (x1, x_n/2+1), ...: what others call half-split or NEOX."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

@@ -6,9 +6,10 @@ experts are in memory, whatever the number of layers.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
+from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.room import Room
 from quantkit.runtime.rope import angles
@@ -72,13 +74,15 @@ def bytes_by_layer(tensors: Iterable[tuple[str, int]], n_layer: int) -> list[int
 
 
 class Pass:
-    """What the layers of a pass share: the model, the positions, and arrays made once in the pass's room: hidden
-    [n_chunk, t, d], and inputs and sums of the feed-forward [n_chunk t, d]."""
+    """What the layers of a pass share: the model, the positions, what indexers chose for chunks whose attention is
+    computed together, and arrays made once in the pass's room: hidden [n_chunk, t, d], and inputs and sums of the
+    feed-forward [n_chunk t, d]."""
 
     def __init__(self, source: Source, tokens: torch.Tensor, room: Room):
         n_chunk, t = tokens.shape
         self.source, d = source, source.config.d
         self.angles = angles(source.config, torch.arange(t, device=source.device))
+        self.chosen = [Selection() for _ in range(0, n_chunk, _chunks(t))]
         self.hidden = room.empty((n_chunk, t, d), room.hidden)
         self.inputs = room.empty((n_chunk * t, d), source.dtype)
         # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
@@ -104,7 +108,7 @@ class Step:
         """Attention, then feed-forward, in place; returns hidden. watcher: is told of all inputs on the way."""
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
-        apply_attention(hidden, self.weights, source.config, shared.angles, watcher)
+        apply_attention(hidden, self.weights, source.config, shared.angles, watcher, shared.chosen)
         x = ffn_input(hidden, self.weights, source, shared.inputs)
         weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
         flat = hidden.view(-1, hidden.shape[-1])
@@ -153,11 +157,19 @@ def apply_attention(
     config: ModelConfig,
     angles: Angles,
     watcher: Watcher | None = None,
+    chosen: Sequence[Selection] | None = None,
 ) -> None:
-    """The attention half of a layer, in place on hidden [n_chunk, t, d], a few chunks at a time."""
-    step = max(1, ATTENTION_TOKENS // hidden.shape[1])
-    for part in hidden.split(step):
-        part += attention(part.to(angles.cos.device), weights, config, angles, watcher=watcher).to(part.device)
+    """The attention half of a layer, in place on hidden [n_chunk, t, d], a few chunks at a time. chosen: for each few,
+    what the layers' indexers leave to others."""
+    parts = hidden.split(_chunks(hidden.shape[1]))
+    for part, own in zip(parts, chosen or repeat(None, len(parts)), strict=True):
+        h = part.to(angles.cos.device)
+        part += attention(h, weights, config, angles, watcher=watcher, chosen=own).to(part.device)
+
+
+def _chunks(t: int) -> int:
+    """Chunks of t tokens whose attention is computed together."""
+    return max(1, ATTENTION_TOKENS // t)
 
 
 def ffn_input(

@@ -1,11 +1,13 @@
 """A checkpoint with DeepSeek-R1's true geometry and random FP8 weights: any number of layers, to measure with.
 
     python scripts/bench/synthetic.py OUT --dense 1 --moe 2
+    python scripts/bench/synthetic.py OUT --dense 1 --moe 1 --config scripts/bench/glm-5.2.json
 
 Names, shapes, dtypes and shard sizes (about 4.3 GB) are R1's. Weights are drawn from one random block that is repeated
 at a different offset for every tensor, so writing is cheap; scales give each matrix a spread of about
 1 / sqrt(n_in), so activations stay finite. One MoE layer is 11.5 GB; with fewer --experts, each of them has its true
-dimensions and about the true number of tokens for 1/8 of the text (one expert a token).
+dimensions and about the true number of tokens for 1/8 of the text (one expert a token). With --config the geometry is
+that of any config.json that is supported, its matrices stored as R1's are (one MoE layer of GLM-5.2: 9.8 GB).
 """
 
 import json
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 
 from quantkit import bundle
 from quantkit.formats.geometry import Geometry
+from quantkit.models import family
 
 SHARD_BYTES = 4_300_000_000
 POOL = 1 << 26
@@ -79,16 +82,32 @@ def layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tuple[tu
     return config, dict(sorted(found.items(), key=lambda item: item[0].replace("weight_scale_inv", "weight~")))
 
 
+def layout_of(config: dict, dense: int, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
+    """As `layout`, of any config.json: FP8 in blocks of 128 for all matrices but embeddings, routers and the weights of
+    an indexer's heads."""
+    shorter = {"num_hidden_layers": dense + moe, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+    config = config | {key: value for key, value in shorter.items() if key in config}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, shape in family.source_shapes(family.from_hf(config)).items():
+        plain = len(shape) == 1 or name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight"))
+        plain |= name.endswith("weights_proj.weight")
+        found[name] = shape, "BF16" if plain else "F8_E4M3"
+        if not plain:
+            found[name + "_scale_inv"] = tuple(-(-n // 128) for n in shape), "F32"
+    return config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, found
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", default=1, show_default=True, type=click.IntRange(0, 3))
 @click.option("--moe", default=2, show_default=True, type=click.IntRange(0, 58))
 @click.option("--experts", default=256, show_default=True, type=click.IntRange(2, 256), help="Of each MoE layer.")
+@click.option("--config", "given", default=None, type=click.Path(path_type=Path), help="Of another model than R1.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, dense: int, moe: int, experts: int, seed: int) -> None:
-    """Write a random R1-shaped checkpoint folder."""
+def main(out: Path, dense: int, moe: int, experts: int, given: Path | None, seed: int) -> None:
+    """Write a random R1-shaped checkpoint folder, or one of the shape of another config.json, with all its experts."""
     out.mkdir(parents=True, exist_ok=True)
-    config, tensors = layout(dense, moe, experts)
+    config, tensors = layout_of(json.loads(given.read_text()), dense, moe) if given else layout(dense, moe, experts)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(seed)
     pool, n_in = Pool(seed), {}

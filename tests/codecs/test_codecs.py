@@ -26,7 +26,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def test_every_type_has_a_codec():
-    assert set(qtypes.QTYPES) <= set(CODECS) and set(CODECS) - set(qtypes.QTYPES) == {"Q4_0"}
+    assert set(qtypes.QTYPES) == set(CODECS)
     assert {name for name in CODECS if name not in GROUPED} == set(FLOATS)
 
 

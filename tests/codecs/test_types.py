@@ -23,7 +23,7 @@ def test_who_needs_importance():
     assert needy == {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "TQ1_0", "q8_0", "", None, 3, []])
+@pytest.mark.parametrize("name", ["Q4_1", "TQ1_0", "q8_0", "", None, 3, []])
 def test_unknown_type(name):
     with pytest.raises(QuantkitError, match="unknown type"):
         qtypes.get(name)

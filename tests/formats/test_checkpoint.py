@@ -58,6 +58,19 @@ def test_other_block_sizes_come_from_the_config(folder, stored):
     assert torch.equal(Checkpoint.open(folder).read("x.weight", 30, 90), expected[30:90])
 
 
+@pytest.mark.parametrize("stated", [None, [128, 128]])
+def test_the_block_is_that_of_the_scales(folder, stated, capsys):
+    """Whatever config.json says: 32 x 32 here, and ragged; the norm beside it has no scale."""
+    quantization = {"weight_block_size": stated} if stated else {}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    weight, scale = torch.randn(100, 72).to(torch.float8_e4m3fn), torch.rand(4, 3)
+    write_shard(folder / FIRST, {"x.weight": weight, "x.weight_scale_inv": scale, "n.weight": torch.ones(3)})
+    write_index(folder, dict.fromkeys(("x.weight", "x.weight_scale_inv", "n.weight"), FIRST))
+    expected = weight.float() * scale.repeat_interleave(32, 0)[:100].repeat_interleave(32, 1)[:, :72]
+    assert torch.equal(Checkpoint.open(folder).read("x.weight", 30, 90), expected[30:90])
+    assert ("scales are of blocks of [32, 32]" in capsys.readouterr().err) == (stated is not None)
+
+
 def test_plain_floats_pass_through(folder, stored):
     checkpoint = Checkpoint.open(folder)
     for name in ("embed.weight", "norm.weight", "half.weight"):
@@ -213,7 +226,7 @@ def test_shard_that_is_a_folder(folder):
     ("tensors", "words"),
     [
         ({"x.weight": fp8(128, 128, 0)[0]}, ["'x.weight'", "'x.weight_scale_inv' is missing"]),
-        ({"x.weight": fp8(128, 128, 0)[0], "x.weight_scale_inv": torch.ones(2, 1)}, ["x.weight_scale_inv", "[1, 1]"]),
+        ({"x.weight": fp8(128, 128, 0)[0], "x.weight_scale_inv": torch.ones(3, 1)}, ["x.weight_scale_inv", "[1, 1]"]),
         ({"x.weight": fp8(128, 128, 0)[0], "x.weight_scale_inv": torch.ones(1, 1).half()}, ["_scale_inv", "F16"]),
         ({"x.weight": torch.ones(2, 2).to(torch.float8_e5m2)}, ["'x.weight'", "F8_E5M2 is not supported"]),
         ({"x.weight": torch.ones(2, 2).int()}, ["'x.weight'", "I32 is not supported"]),

@@ -218,8 +218,8 @@ def test_what_a_gguf_cannot_say_is_refused(edit, says, model_copy):
 
 
 def test_only_other_kinds_of_tokenizers_are_named(model_copy):
-    (model_copy / "tokenizer.json").rename(model_copy / "tiktoken.model")
-    with pytest.raises(QuantkitError, match=r"has tiktoken\.model"):
+    (model_copy / "tokenizer.json").rename(model_copy / "tokenizer.model")
+    with pytest.raises(QuantkitError, match=r"has tokenizer\.model"):
         tokenizer_metadata(model_copy, 768, PRE)
 
 

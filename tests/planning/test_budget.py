@@ -13,7 +13,7 @@ from quantkit.job.plan import file_bytes, plan_file_bytes, plan_model
 from quantkit.models.open import open_model
 from quantkit.planning.assign import plan_within, predict
 from quantkit.planning.budget import BudgetOptions
-from quantkit.planning.damage import Prior
+from quantkit.planning.damage import Prior, unmeasured
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Candidates, Recipe
 from quantkit.sizes import both_units, parse_size
@@ -43,7 +43,7 @@ def test_r1_fills_its_budget_and_never_more(size, target):
     assert time.monotonic() - begin < 5
     assert len(plan.tensors) == 1086
     assert 0.999 * budget.size < used <= budget.size
-    assert plan.outlook.gap < 0.002
+    assert plan.outlook.gap < 0.003
 
 
 def test_splits_count_too():
@@ -74,9 +74,12 @@ def test_more_bytes_are_never_worse():
     sizes = [n * 10**9 for n in (140, 150, 170, 200, 250, 350)]
     klds = [plan_model("deepseek-r1", budget=BudgetOptions(size=n)).outlook.kld for n in sizes]
     assert klds == sorted(klds, reverse=True)
-    hand = plan_model("deepseek-r1", "1.58bit")
-    auto = plan_model("deepseek-r1", budget=BudgetOptions(size=plan_file_bytes("deepseek-r1", hand)))
-    assert predict(auto, specs, Prior(specs)) < predict(hand, specs, Prior(specs))
+    hand = plan_model("deepseek-r1", "unsloth-1.58bit")
+    auto = plan_model(
+        "deepseek-r1", target="llama.cpp", budget=BudgetOptions(size=plan_file_bytes("deepseek-r1", hand))
+    )
+    damage = unmeasured(specs)
+    assert predict(auto, specs, damage) < predict(hand, specs, damage)
 
 
 def test_rules_pin_and_bound_what_is_allocated():

@@ -8,8 +8,9 @@ import r1_shapes
 
 from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError
-from quantkit.job.plan import plan_model, predict_plan
-from quantkit.planning.damage import Measured, Prior, interact
+from quantkit.job.plan import plan_model
+from quantkit.planning.assign import predict
+from quantkit.planning.damage import Measured, Prior, interact, unmeasured
 from quantkit.planning.prior import ERROR, GAIN
 
 SPECS = {spec.name: spec for spec in r1_shapes.specs(n_layer=6)}
@@ -17,7 +18,7 @@ DOWN = [f"blk.{layer}.ffn_down_exps.weight" for layer in (3, 4, 5)]
 
 
 def measured(entries):
-    return Measured(entries, Prior(SPECS.values()), "test.json")
+    return Measured(entries, "test.json")
 
 
 def test_certain_entries_are_kept_and_missing_types_follow_the_model():
@@ -87,9 +88,10 @@ def test_prior_is_near_r1s_published_losses():
     """Log ratio of perplexities, Unsloth's files to Q8_0 (3.3490), is about the KLD: within a third."""
     published = {"1.58bit": 5.5749, "1.73bit": 4.7238, "2.22bit": 4.0964}
     for recipe, perplexity in published.items():
-        plan = plan_model("deepseek-r1", recipe, "llama.cpp/combined")
-        ratio = predict_plan("deepseek-r1", plan, None) / math.log(perplexity / 3.3490)
-        assert 0.67 < ratio < 1.5
+        plan = plan_model("deepseek-r1", f"unsloth-{recipe}", "llama.cpp/combined")
+        specs = r1_shapes.specs("combined")
+        for damage in (Prior(specs), unmeasured(specs)):
+            assert 0.67 < predict(plan, specs, damage) / math.log(perplexity / 3.3490) < 1.5
 
 
 def test_interaction_keeps_the_order():

@@ -11,8 +11,10 @@ from quantkit.job.plan import plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model
 from quantkit.planning import bitmap, hardware, table
+from quantkit.planning.assign import make_plan
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
+from quantkit.planning.recipe import Recipe
 
 GIB = 1 << 30
 
@@ -23,8 +25,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return plan_model("deepseek-r1", "1.58bit")
+def plan(config):
+    return make_plan(family.specs(config), Recipe.load("1.58bit"), model="deepseek-r1")
 
 
 def test_kv_cache(config):
@@ -138,7 +140,7 @@ def test_bandwidths_are_given_by_part(tmp_path):
 
 
 def test_compare_and_bit_map(plan, tmp_path):
-    other = plan_model("deepseek-r1", "2.22bit")
+    other = plan_model("deepseek-r1", "unsloth-2.22bit")
     text = table.compare(plan, other, 0.5, 0.25)
     assert "A: 1.58bit" in text and "-0.2500" in text and "B blk 3-5 Q3_K · 6-60 Q2_K" in text
     assert max(map(len, text.splitlines())) <= 100

@@ -12,7 +12,7 @@ import r1_shapes
 
 from quantkit import bundle
 from quantkit.job.hardware import hardware_report
-from quantkit.job.plan import plan_file_bytes, plan_model
+from quantkit.job.plan import basis, plan_file_bytes, plan_model, predict_plan
 from quantkit.models import family
 from quantkit.planning import table
 from quantkit.planning.assign import make_plan
@@ -33,6 +33,17 @@ UNSLOTH = {
     "2.22bit": (196_162_482_432, 4),
     "2.51bit": (226_601_595_040, 5),
 }
+MOST = {  # of the damage that the rules' types are expected to do; KTransformers has few types between IQ1_S and Q3_K
+    ("1.58bit", "ktransformers"): 0.99,
+    ("1.73bit", "ktransformers"): 0.99,
+    ("2.22bit", "ktransformers"): 0.9,
+    ("2.51bit", "ktransformers"): 0.99,
+    ("1.58bit", "llama.cpp"): 0.98,
+    ("1.73bit", "llama.cpp"): 0.88,
+    ("2.22bit", "llama.cpp"): 0.92,
+    ("2.51bit", "llama.cpp"): 0.8,
+}
+TINY = json.loads((bundle.models_dir() / "tiny-r1" / "config.json").read_text())
 SMALL = """name = "s"
 description = "d"
 target = "llama.cpp"
@@ -46,7 +57,8 @@ HEADER = 5_302_600  # all but a few hundred bytes of it the vocabulary of 129,28
 
 
 def r1_plan(recipe: str, target: str, mla: str) -> Plan:
-    return make_plan(r1_shapes.specs(mla), Recipe.load(recipe), target, model="deepseek-r1")
+    """By the recipe's own rules, as for a model of which nothing was published."""
+    return make_plan(r1_shapes.specs(mla), Recipe.load(recipe), f"{target}/{mla}", model="deepseek-r1")
 
 
 def snapshot(plan: Plan) -> str:
@@ -70,6 +82,30 @@ def check_snapshot(name: str, text: str) -> None:
     if os.environ.get("QUANTKIT_SNAPSHOTS") == "write":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target, mla", VARIANTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_r1_spends_the_bytes_of_the_rules_by_published_damage(recipe, target, mla):
+    """Never more bytes, nearly all of them, and less damage expected; Unsloth's own recipe keeps its types."""
+    rules = r1_plan(recipe, target, mla)
+    plan = plan_model("deepseek-r1", recipe, f"{target}/{mla}")
+    assert (plan.recipe, plan.target, plan.mla) == (recipe, target, mla)
+    assert 0.999 * rules.data_bytes < plan.data_bytes <= rules.data_bytes
+    assert plan_file_bytes("deepseek-r1", plan) <= plan_file_bytes("deepseek-r1", rules)
+    after, before = (predict_plan("deepseek-r1", one, None) for one in (plan, rules))
+    print(f"{recipe} {target} {mla}: predicted {after:.4f}, by the rules {before:.4f}: {after / before:.3f}")
+    assert after < MOST[recipe, target] * before
+    assert "Thireus" in plan.outlook.damage and plan.outlook.damage == basis("deepseek-r1", plan, None)
+    check_snapshot(f"published-{recipe}.{target}.{mla}.txt", snapshot(plan))
+    if target == "llama.cpp":
+        assert plan_model("deepseek-r1", f"unsloth-{recipe}", f"{target}/{mla}").digest() == rules.digest()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_models_of_which_nothing_was_published_keep_the_rules(recipe):
+    rules = make_plan(family.specs(family.from_hf(TINY)), Recipe.load(recipe), model="tiny-r1")
+    assert plan_model("tiny-r1", recipe) == rules
 
 
 @pytest.mark.parametrize("target", ["ktransformers", "llama.cpp"])
@@ -113,6 +149,8 @@ def test_ktransformers_variant_weighs_the_same_and_never_more(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ollama_gets_llama_cpps_types(recipe):
     assert r1_plan(recipe, "ollama", "split").digest() == r1_plan(recipe, "llama.cpp", "split").digest()
+    ollama, llama = (plan_model("deepseek-r1", recipe, target) for target in ("ollama", "llama.cpp"))
+    assert ollama.digest() == llama.digest()
 
 
 @pytest.mark.parametrize("mla, count", [("split", 1086), ("combined", 1025)])

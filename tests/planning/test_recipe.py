@@ -180,5 +180,5 @@ def test_load(tmp_path):
 def test_bundled_recipes_say_why(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
-    assert recipe.target == "ktransformers"
+    assert recipe.target == ("llama.cpp" if name.startswith("unsloth-") else "ktransformers")
     assert all(len(rule.why) > 15 for rule in recipe.rules)

@@ -51,7 +51,7 @@ def test_attention_matches_loops_in_every_mode(source, weights):
     turns = angles(c, torch.arange(21))
     expanded = attention(h, weights, c, turns)
     absorbed = attention(h, weights, c, turns, watcher=Watcher())
-    cache = KVCache.empty(c, 2, 32, h.device, h.dtype)
+    cache = KVCache.empty(c, 0, (2, 32), h.device, h.dtype)
     pieces = [slice(0, 13), *(slice(i, i + 1) for i in range(13, 21))]
     steps = [attention(h[:, piece], weights, c, Angles(*(t[piece] for t in turns)), cache) for piece in pieces]
     for result in (expanded, absorbed, torch.cat(steps, 1)):

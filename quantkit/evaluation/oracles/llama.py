@@ -48,11 +48,12 @@ def logits(
     cache: str = "f16",
     flash_attention: int = -1,
     n_threads: int = 1,
+    yarn_betas: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """float32 [n_chunk, t, n_vocab] for tokens int [n_chunk, t]: every chunk is a fresh sequence from position 0.
 
     step: tokens per llama_decode call (default: the whole chunk); 1 is token by token. cache: type of K and V.
-    flash_attention: -1 as llama.cpp chooses (its default), 0 off, 1 on.
+    flash_attention: -1 as llama.cpp chooses (its default), 0 off, 1 on. yarn_betas: its --yarn-beta-fast and -slow.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
@@ -66,6 +67,7 @@ def logits(
                 "cache": CACHE_TYPES[cache],
                 "flash_attention": flash_attention,
                 "n_threads": n_threads,
+                "yarn_betas": yarn_betas,
             }
         )
         return np.load(answer)
@@ -281,6 +283,8 @@ def _logits(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
     params.n_threads = params.n_threads_batch = request["n_threads"]
     params.flash_attn_type = request["flash_attention"]
     params.type_k = params.type_v = request["cache"]
+    if request["yarn_betas"]:
+        params.yarn_beta_fast, params.yarn_beta_slow = request["yarn_betas"]
     context = lib.llama_init_from_model(model, params)
     if not context or lib.llama_n_ctx(context) < tokens.shape[1] or lib.llama_n_batch(context) < request["step"]:
         raise OracleError(f"llama.cpp made no context of {tokens.shape[1]} tokens")

@@ -3,6 +3,7 @@ prompt."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,18 @@ import torch.nn.functional as F
 from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.engines.staging import Stacks
 from quantkit.runtime.engines.step import Between
-from quantkit.runtime.experts.cpu import OnCpu
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
 from quantkit.runtime.packed import Matrix, Packed
 
 Chunks = Iterator[tuple[int, Sequence[Packed]]]
 """Experts in order: the first one's number, and gate, up and down of some experts."""
+
+
+class OnCpu(Experts, Protocol):
+    """Routed experts on the CPU, by threads that may be asleep."""
+
+    def wake(self) -> None:
+        """There will be a call soon."""
 
 
 Query = tuple[Matrix, torch.Tensor, Matrix] | Matrix

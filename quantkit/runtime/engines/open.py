@@ -1,10 +1,12 @@
 """The engine for a file on a device."""
 
 from quantkit.errors import QuantkitError
+from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
+from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
@@ -15,14 +17,30 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): on the CPU
     one ggml graph; on a GPU CUDA graphs and, for experts that are not there, the CPU.
 
-    QuantkitError if layers are wanted on a GPU that is not used, or do not fit there.
+    Contexts in which an indexer chooses what is attended to are torch's: the graph and the GPU attend to everything.
+
+    QuantkitError if layers are wanted on a GPU that is not used, or do not fit there, or if it cannot compute contexts
+    of that length.
     """
-    # A family that has no graph or no GPU engine is refused here, and nowhere else. The only one so far has both.
+    # What a family has no graph or no GPU engine for is refused here, and nowhere else.
     capacity = min(capacity, weights.config.n_context)
+    indexer = weights.config.indexer
+    sparse = indexer is not None and capacity > indexer.top_k
+    if indexer is not None and sparse and weights.device.type == "cuda":
+        raise QuantkitError(
+            f"a context of {capacity:,} tokens needs sparse attention beyond {indexer.top_k:,}, which is computed "
+            f"on the CPU only: give --context {indexer.top_k} or --device cpu"
+        )
     if weights.device.type == "cuda":
         return GpuEngine(weights, n_slots, capacity, gpu_layers)
     if gpu_layers not in ("auto", 0):
         raise QuantkitError(f"--gpu-layers {gpu_layers}: needs a GPU and --device cuda")
+    if indexer is not None and sparse:
+        say(
+            f"contexts beyond {indexer.top_k:,} tokens need sparse attention: computed layer by layer in torch, slower "
+            f"than the graph that --context {indexer.top_k} takes"
+        )
+        return TorchEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
     tiled = GGUFSource(weights, Tiled(weights, product_dtype()))
     by_layers = ByLayers(tiled, GGUFSource(weights, Quantized(weights)))
     return GraphEngine(weights, n_slots, capacity, by_layers)

@@ -3,6 +3,7 @@
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
@@ -38,15 +39,19 @@ class TorchEngine:
         h = self.source.embed(torch.tensor(tokens, device=self.source.device))[:, None]
         cos, sin = angles(c, torch.tensor([[own[0].length] for own in caches], device=h.device))
         turns = [Angles(*one) for one in zip(cos, sin, strict=True)]  # of each sequence
+        chosen = [Selection() for _ in slots]
         for i, layer in enumerate(self.layers):
-            mixed = [attention(h[s : s + 1], layer, c, turns[s], own[i]) for s, own in enumerate(caches)]
+            mixed = [
+                attention(h[s : s + 1], layer, c, turns[s], own[i], chosen=chosen[s]) for s, own in enumerate(caches)
+            ]
             h = self._feed(h + torch.cat(mixed), layer)
         return self._logits(h)[:, 0]
 
     def caches(self, n_seq: int) -> list[KVCache]:
         """Empty ones, of every layer, for n_seq sequences of the same length."""
         device, dtype = self.source.device, self.source.dtype
-        return [KVCache.empty(self.config, n_seq, self.capacity, device, dtype) for _ in self.layers]
+        shape = (n_seq, self.capacity)
+        return [KVCache.empty(self.config, layer, shape, device, dtype) for layer in range(self.config.n_layer)]
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, caches: list[KVCache], all_logits: bool = False) -> torch.Tensor:
@@ -59,8 +64,9 @@ class TorchEngine:
             raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {self.capacity}")
         h = self.source.embed(tokens.to(self.source.device))
         turns = angles(self.config, torch.arange(begin, begin + tokens.shape[1], device=h.device))
+        chosen = Selection()
         for layer, cache in zip(self.layers, caches, strict=True):
-            h = self._feed(h + attention(h, layer, self.config, turns, cache), layer)
+            h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
         return self._logits(h if all_logits else h[:, -1:])
 
     def _slot(self, slot: int) -> list[KVCache]:

@@ -18,7 +18,7 @@ def cpu_experts(
     n_threads: int,
     rows: int = EXPERT_ROWS,
     need: Callable[[Iterable[int]], None] = lambda _: None,
-) -> "OnCpu":
+) -> "GgmlExperts | NativeExperts":
     """`layers.Experts` of one layer: by our own products if they are compiled and take such matrices, else ggml's.
     Arguments as of `GgmlExperts`."""
     if lib := suits(stacks, config):
@@ -96,6 +96,3 @@ class GgmlExperts:
             out = op("add", out, view)
         result = graph.result(out, (n, c.d))
         return Product(graph.finish(out, allocate=True), x_data, ids_data, weight_data, result)
-
-
-OnCpu = GgmlExperts | NativeExperts

@@ -1,4 +1,4 @@
-// Products of packed rows with 8-bit activations: AVX-512 with VNNI and VBMI (Ice Lake, Sapphire Rapids, Zen 4 and later).
+// Products of packed rows with 8-bit activations by AVX-512, with VNNI where there is: Skylake, Zen 4 and later.
 //
 // 256 weights are decoded to bytes u in registers, so that a weight is d (scale u) - offset, and its sign for types that
 // have signs apart. Sums of four products fit 16 bits in every type, so two registers of them become one, and another
@@ -15,14 +15,31 @@ typedef struct {
 
 enum { NO_OFFSET, SAME_D, OWN_D };
 
+static inline __m512i fours(__m512i u, __m512i q) {  // sums of four products of bytes, the first without signs
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), u, q);
+#else
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(u, q), _mm512_set1_epi16(1));
+#endif
+}
+
+static inline __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {  // of products of 16-bit numbers
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+// Eight entries of a grid, by two words of four 16-bit indices. Three ways, as fast as each other or not by processor.
 #if !defined(LOOKUP)
 #define LOOKUP 1
 #endif
-#if LOOKUP == 0  // gather
+#if LOOKUP == 0  // gathered
 static inline __m512i eight(const uint64_t *grid, uint64_t a, uint64_t b) {
     return _mm512_i64gather_epi64(_mm512_cvtepu16_epi64(_mm_set_epi64x((int64_t)b, (int64_t)a)), grid, 8);
 }
-#elif LOOKUP == 1
+#elif LOOKUP == 1  // pairs, put together
 static inline __m256i four(const uint64_t *grid, uint64_t i) {
     const uint64_t *a = grid + (uint16_t)i, *b = grid + (uint16_t)(i >> 16), *c = grid + (uint16_t)(i >> 32), *d = grid + (i >> 48);
     const __m128 low = _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)a)), (const __m64 *)b);
@@ -32,7 +49,7 @@ static inline __m256i four(const uint64_t *grid, uint64_t i) {
 static inline __m512i eight(const uint64_t *grid, uint64_t a, uint64_t b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(four(grid, a)), four(grid, b), 1);
 }
-#else
+#else  // each load writes its own lane
 static inline __m512i eight(const uint64_t *grid, uint64_t a, uint64_t b) {
     __m512i v = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)(grid + (uint16_t)a)));
 #define LANE(k, at) __asm__("vpbroadcastq %2, %0%{%1%}" : "+v"(v) : "Yk"((__mmask8)(1 << k)), "m"(grid[at]))
@@ -63,10 +80,10 @@ static inline __attribute__((always_inline)) void add_tile(sums *s, const tile *
     for (int k = 0; k < 4; k++) {
         __m512i q = _mm512_loadu_si512(y.q + SUPERBLOCK * b + 64 * k);
         if (has_signs) q = _mm512_mask_sub_epi8(q, t->minus[k], _mm512_setzero_si512(), q);
-        p[k] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), t->w[k], q);
+        p[k] = fours(t->w[k], q);
     }
     __m512i sum = _mm512_madd_epi16(_mm512_packs_epi32(p[0], p[1]), first_half(t->scale));
-    sum = _mm512_dpwssd_epi32(sum, _mm512_packs_epi32(p[2], p[3]), second_half(t->scale));
+    sum = add_pairs(sum, _mm512_packs_epi32(p[2], p[3]), second_half(t->scale));
     if (has_offset) {
         const __m256i o = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)(y.sums + 16 * b)), t->offset);
         if (has_offset == SAME_D) sum = _mm512_add_epi32(sum, _mm512_zextsi256_si512(o));
@@ -156,9 +173,11 @@ static inline tile iq1_m(const uint8_t *b) {
 }
 DOT(iq1_m, 56, 0, SAME_D)
 
-static inline void seven_signs(tile *t, __m256i sevens) {
-    const __m512i low = _mm512_load_si512(grids.even), high = _mm512_load_si512(grids.even + 64);
-    const __m256i eights = _mm512_castsi512_si256(_mm512_permutex2var_epi8(low, _mm512_castsi256_si512(sevens), high));
+static inline void seven_signs(tile *t, __m256i v) {  // seven bits of each byte; the eighth makes their number even
+    const __m256i parity = _mm256_broadcastsi128_si256(_mm_set_epi64x((int64_t)0x0080800080000080, (int64_t)0x8000008000808000));
+    v = _mm256_and_si256(v, _mm256_set1_epi8(127));
+    const __m256i folded = _mm256_xor_si256(v, _mm256_srli_epi16(v, 4));
+    const __m256i eights = _mm256_or_si256(v, _mm256_shuffle_epi8(parity, _mm256_and_si256(folded, _mm256_set1_epi8(15))));
     const __m128i high2 = _mm256_extracti128_si256(eights, 1), low2 = _mm256_castsi256_si128(eights);
     t->minus[0] = (uint64_t)_mm_cvtsi128_si64(low2);
     t->minus[1] = (uint64_t)_mm_extract_epi64(low2, 1);
@@ -171,7 +190,15 @@ static inline tile iq2_xxs(const uint8_t *b) {
     const __m512i words = _mm512_loadu_si512(b + 2);  // of 32 weights: 4 entries, 4 x 7 signs, scale
     for (int k = 0; k < 4; k++)
         t.w[k] = eight(grids.iq2_xxs, _pdep_u64(u32(b + 2 + 16 * k), BYTES4), _pdep_u64(u32(b + 10 + 16 * k), BYTES4));
+#if defined(__AVX512VBMI__)
     const __m512i windows = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x352e2720), words);
+#else
+    const __m512i v = _mm512_srli_epi64(words, 32);
+    __m512i windows = _mm512_and_si512(v, _mm512_set1_epi64(0x7f));
+    windows = _mm512_ternarylogic_epi64(windows, _mm512_slli_epi64(v, 1), _mm512_set1_epi64(0x7f00), 0xf8);
+    windows = _mm512_ternarylogic_epi64(windows, _mm512_slli_epi64(v, 2), _mm512_set1_epi64(0x7f0000), 0xf8);
+    windows = _mm512_ternarylogic_epi64(windows, _mm512_slli_epi64(v, 3), _mm512_set1_epi64(0x7f000000), 0xf8);
+#endif
     seven_signs(&t, _mm512_cvtepi64_epi32(windows));
     t.scale = odd(twice(_mm512_cvtepi64_epi16(_mm512_srli_epi64(words, 60))));
     t.d = 0.125f * half(u16(b));

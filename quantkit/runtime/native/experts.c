@@ -1,20 +1,16 @@
-// Routed experts of few tokens from their packed bytes. See experts.py for how it is compiled, checked and called.
+// Routed experts of few tokens from their packed bytes. See library.py for how it is compiled, checked and called.
 #define _GNU_SOURCE
 #include "rows.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && !defined(PLAIN)
+typedef void (*dot_function)(const uint8_t *, int64_t, const act_row *, int, float *);
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__BMI2__)
 #include "dot_avx512.h"
+#if defined(__AVX512VNNI__)
 #define KERNELS "AVX-512 VNNI"
 #else
-#include "dot_plain.h"
-#if defined(__AVX2__)
-#define KERNELS "AVX2"
-#else
-#define KERNELS "plain C"
+#define KERNELS "AVX-512"
 #endif
-#endif
-
-typedef void (*dot_function)(const uint8_t *, int64_t, const act_row *, int, float *);
 
 static dot_function own_dot(int type) {  // enum ggml_type
     switch (type) {
@@ -31,19 +27,25 @@ static dot_function own_dot(int type) {  // enum ggml_type
         default: return 0;
     }
 }
+#else  // ggml's products, made for this processor, are called by our threads
+#define KERNELS "our threads and ggml's products"
+static dot_function own_dot(int type) {
+    (void)type;
+    return 0;
+}
+#endif
 
 const char *qk_kernels(void) { return KERNELS; }
 
 int qk_has(int type) { return own_dot(type) != 0; }
 
-// Tables of one kind: 0 iq1, 1 iq2_xxs, 2 iq2_xs, 3 iq2_s, 4 even.
+// A table: 0 iq1, 1 iq2_xxs, 2 iq2_xs, 3 iq2_s.
 void qk_table(int kind, const void *from) {
     switch (kind) {
         case 0: memcpy(grids.iq1, from, sizeof grids.iq1); break;
         case 1: memcpy(grids.iq2_xxs, from, sizeof grids.iq2_xxs); break;
         case 2: memcpy(grids.iq2_xs, from, sizeof grids.iq2_xs); break;
         case 3: memcpy(grids.iq2_s, from, sizeof grids.iq2_s); break;
-        case 4: memcpy(grids.even, from, sizeof grids.even); break;
     }
 }
 

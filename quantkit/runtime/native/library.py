@@ -59,6 +59,7 @@ class Layer(Structure):
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qk_kernels": (c_char_p, []),
+    "qk_has": (c_int, [c_int]),
     "qk_table": (None, [c_int, c_void_p]),
     "qk_act_bytes": (c_int64, [c_int64]),
     "qk_quantize": (None, [c_void_p, c_void_p, c_int64]),
@@ -85,7 +86,7 @@ class Native:
         self.compute_node = ctypes.cast(lib.qk_compute_node, c_void_p).value
         for kind, table in enumerate(_tables()):
             self.qk_table(kind, table.ctypes.data)
-        self.types = {qtype for qtype in TYPES if self._agrees(qtype)}
+        self.types = {qtype for qtype in TYPES if self.qk_has(type_id(qtype)) and self._agrees(qtype)}
 
     if TYPE_CHECKING:
 
@@ -95,7 +96,7 @@ class Native:
         return f"{self.qk_kernels().decode()}, compiled by {self.by}"
 
     def product(self, qtype: str, rows: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """By one thread, of a type of `TYPES`: packed rows uint8 [n, row_bytes] times x float32 [m, n_in], m at most
+        """By one thread, of a type of `types`: packed rows uint8 [n, row_bytes] times x float32 [m, n_in], m at most
         16 -> float32 [n, m]."""
         m, n_in = x.shape
         size = self.qk_act_bytes(n_in)
@@ -153,10 +154,9 @@ def aligned(n_bytes: int) -> np.ndarray:
 
 
 def _tables() -> list[np.ndarray]:
-    """Of rows.h: grids as bytes, and what makes seven signs eight."""
+    """The grids of rows.h as bytes."""
     grids = [8 * (ggml_grid("IQ1_S") + 1), *(ggml_grid(qtype) for qtype in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))]
-    even = [signs | signs.bit_count() % 2 << 7 for signs in range(128)]
-    return [*(np.ascontiguousarray(grid).astype(np.uint8) for grid in grids), np.array(even, np.uint8)]
+    return [np.ascontiguousarray(grid).astype(np.uint8) for grid in grids]
 
 
 @cache

@@ -92,15 +92,12 @@ static inline uint64_t u64(const uint8_t *p) {
     return v;
 }
 
-// Entries of the grids as bytes, eight (IQ1, IQ2) or four (IQ3) together; given by `qk_tables`.
+// Entries of the grids as bytes, eight together; given by `qk_table`.
 static struct {
     _Alignas(64) uint64_t iq1[2048];  // 8 (v + 1): 0, 8 or 16
     _Alignas(64) uint64_t iq2_xxs[256];
     _Alignas(64) uint64_t iq2_xs[512];
     _Alignas(64) uint64_t iq2_s[1024];
-    _Alignas(64) uint32_t iq3_xxs[256];
-    _Alignas(64) uint32_t iq3_s[512];
-    _Alignas(64) uint8_t even[128];  // 7 signs, and the eighth that makes their number even
 } grids;
 
 // Scales and minima of Q4_K and Q5_K, 6 bits each: eight bytes of scales, then eight of minima.

@@ -10,6 +10,7 @@ from quantkit.models import family
 from quantkit.models.tokenizer import check_ids
 from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
+from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.stream import bytes_by_layer
@@ -75,6 +76,7 @@ class CheckpointSource:
             feed=feed,
             router=router,
             experts=experts,
+            indexer=self._indexer(attn + "indexer.") if c.has_indexer(layer) else None,
         )
 
     def expert(self, layer: int, expert: int) -> Projections:
@@ -117,6 +119,15 @@ class CheckpointSource:
             return self._linear(attn + "q_proj")
         norm = self._vector(attn + "q_a_layernorm.weight")
         return self._linear(attn + "q_a_proj"), norm, self._linear(attn + "q_b_proj")
+
+    def _indexer(self, prefix: str) -> IndexerWeights:
+        proj, norm, bias = (
+            self._vector(prefix + name) for name in ("weights_proj.weight", "k_norm.weight", "k_norm.bias")
+        )
+        how = self.config.indexer
+        assert how
+        q_b, k = self._linear(prefix + "wq_b"), self._linear(prefix + "wk")
+        return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
 
     def _feed(self, prefix: str) -> Feed:
         return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))

@@ -17,6 +17,7 @@ from quantkit.models.config import ModelConfig, mla_of
 from quantkit.models.tokenizer import check_ids, tokenizer_of_gguf
 from quantkit.progress import say
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
+from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
@@ -163,6 +164,7 @@ class GGUFSource:
             feed=feed,
             router=router,
             experts=experts,
+            indexer=self._indexer(p + "indexer.") if self.config.has_indexer(layer) else None,
         )
 
     def feed_forward(self, layer: int, turns: Turns = ALONE) -> tuple[Feed | None, Router | None, LayerExperts | None]:
@@ -197,6 +199,13 @@ class GGUFSource:
             return linear(p + "attn_q.weight")
         norm = self.products.vector(p + "attn_q_a_norm.weight")
         return linear(p + "attn_q_a.weight"), norm, linear(p + "attn_q_b.weight")
+
+    def _indexer(self, p: str) -> IndexerWeights:
+        q_b, k = (self.products.linear(p + name) for name in ("attn_q_b.weight", "attn_k.weight"))
+        proj, norm, bias = (self.products.vector(p + name) for name in ("proj.weight", "k_norm.weight", "k_norm.bias"))
+        how = self.config.indexer
+        assert how
+        return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix

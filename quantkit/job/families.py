@@ -1,0 +1,55 @@
+"""`quantkit families`: what is supported, how well, and the models that come along, most of them without weights."""
+
+from dataclasses import fields
+from textwrap import wrap
+
+from quantkit import bundle
+from quantkit.errors import QuantkitError
+from quantkit.formats.geometry import Geometry
+from quantkit.formats.model_folder import open_source
+from quantkit.models import family
+from quantkit.models.capabilities import CAPABILITIES
+from quantkit.planning import published
+
+WORDS = {"cpu": "run, CPU", "gpu": "run, GPU", "llama_cpp": "llama.cpp", "ktransformers": "KTransformers"}
+WIDTH = 100
+
+
+def describe() -> str:
+    """The whole page."""
+    lines = []
+    for architecture in family.BY_ARCHITECTURE:
+        known = CAPABILITIES[architecture]
+        names = ", ".join(family.CONFIG_FILES[architecture].HF_ARCHITECTURES)
+        lines += [f"{architecture}: {known.title} ({names})"]
+        for field in fields(known)[1:]:
+            text = getattr(known, field.name)
+            indent = " " * 18
+            lines += wrap(f"  {WORDS.get(field.name, field.name):<14}  {text}", WIDTH, subsequent_indent=indent)
+        lines.append("")
+    lines += ["Models that `plan` and `inspect` know by name (none but tiny-r1 has weights here):", ""]
+    lines += [
+        f"{'name':<18} {'family':<12} {'layers':>6} {'hidden':>6} {'experts':>7} {'weights':>18}  damage of its like"
+    ]
+    refused = []
+    for name in bundle.model_names():
+        try:
+            lines.append(_row(name))
+        except QuantkitError as error:
+            refused.append(f"{name}: {str(error).removeprefix('config.json: ')}")
+    return "\n".join([*lines, "", *(["Described, and not supported:", ""] if refused else []), *refused]).rstrip()
+
+
+def _row(name: str) -> str:
+    """One bundled model. weights: of the tensors that a GGUF has, so without a layer for multi-token prediction that is
+    not kept. QuantkitError if its family is not supported."""
+    source = open_source(bundle.models_dir() / name)
+    config = family.from_hf(source.config)
+    specs = family.specs(config)
+    found = published.recognise(specs)
+    what = "published" if found else "prior"
+    mark = "" if isinstance(source, Geometry) else " (with weights)"
+    return (
+        f"{name:<18} {config.architecture:<12} {config.n_layer:>6} {config.d:>6,} {config.n_expert:>7} "
+        f"{sum(spec.n_weights for spec in specs):>18,}  {what}{mark}"
+    )

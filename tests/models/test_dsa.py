@@ -1,0 +1,103 @@
+"""DeepSeek-V3.2 and GLM-5: our reference against transformers' own classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dsa_models import GLM, V32, T, config, made
+from safetensors.torch import load_file, save_file
+
+from quantkit import bundle
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.configuration import divergence
+from quantkit.evaluation.oracles import hf
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models import family
+from quantkit.planning.assign import make_plan
+from quantkit.planning.recipe import Recipe
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.sources.checkpoint import CheckpointSource
+from quantkit.runtime.stream import final_hidden, head_logits
+
+pytestmark = pytest.mark.skipif(not hf.available(), reason="needs transformers")
+
+
+def streamed(source, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return head_logits(source, source.head(), final_hidden(source, tokens))
+
+
+@pytest.mark.parametrize(("layers", "top_k"), [(3, 64), (1, 32)])
+@pytest.mark.parametrize("name", [V32, GLM])
+def test_reference_is_transformers_model(name, layers, top_k):
+    small = made(name, layers, top_k)
+    source = CheckpointSource(Checkpoint.open(small.folder))
+    found = divergence(small.logits, streamed(source, small.tokens))
+    print(f"{name}, {layers} layers, top {top_k} of {T}: KLD of our reference from transformers {found:.1e}")
+    assert found < 1e-6
+    engine = TorchEngine(source, 1, small.tokens.shape[1])  # a prompt beyond the top-k, and tokens one by one
+    caches = engine.caches(1)
+    parts = [small.tokens[:, :80], small.tokens[:, 80:120], *small.tokens[:, 120:].split(1, dim=1)]
+    stepped = torch.cat([engine.forward(part, caches, all_logits=True) for part in parts], dim=1)
+    assert divergence(small.logits, stepped) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [
+        (V32, "indexer_rope_interleave", True, "indexer_rope_interleave true"),
+        (V32, "index_topk", "many", "index_topk 'many' is not a whole number"),
+        (V32, "index_head_dim", 16, "narrower than the 32 that turn"),
+        (V32, "q_lora_rank", None, "q_lora_rank"),
+        (V32, "mlp_layer_types", ["dense", "dense", "sparse"], "mlp_layer_types"),
+        (V32, "layer_types", ["sliding_attention"] * 3, "layer_types"),
+        (GLM, "indexer_types", ["shared", "full", "full"], "first layer has no indexer"),
+        (GLM, "indexer_types", ["full", "shared"], "2 indexer types for 3 layers"),
+        (GLM, "indexer_types", "FSS", "not of full and shared"),
+        (GLM, "index_topk_pattern", "FFF", "indexer_types and index_topk_pattern do not name the same layers"),
+        (GLM, "indexer_rope_interleave", False, "indexer_rope_interleave false"),
+    ],
+)
+def test_unsupported_values_are_named(name, key, value, says):
+    with pytest.raises(QuantkitError, match=says):
+        family.from_hf(config(name, **{key: value}))
+
+
+def test_glm_layers_with_an_indexer():
+    """GLM-5.2: 0, 1, 2, 6, 10, ..., 74, said by a rule, or by llama.cpp where a file with its context says nothing."""
+    bare = {key: value for key, value in config(GLM, num_hidden_layers=78).items() if key != "indexer_types"}
+    c = family.from_hf(bare | {"index_topk_freq": 4, "index_skip_topk_offset": 3, "max_position_embeddings": 1 << 20})
+    assert c.indexer and [i for i, full in enumerate(c.indexer.full) if full] == [0, 1, *range(2, 78, 4)]
+    said = {key: getattr(value, "value", value) for key, value in family.metadata(c, "split", "glm").items()}
+    for metadata in (said, {key: value for key, value in said.items() if "types" not in key}):
+        assert family.from_gguf(metadata).indexer == c.indexer
+    assert family.from_hf(bare).indexer.full == (True,) * 78
+    assert family.from_hf(family.to_hf(c)).indexer == c.indexer
+
+
+@pytest.mark.parametrize("recipe", [name for name in bundle.recipe_names() if not Recipe.load(name).is_open])
+def test_recipes_speak_of_every_tensor_of_glm_5(recipe):
+    raw = json.loads((Path(__file__).parents[2] / "scripts" / "bench" / "glm-5.2.json").read_text(encoding="utf-8"))
+    plan = make_plan(family.specs(family.from_hf(raw)), Recipe.load(recipe), "llama.cpp", model="glm")
+    kinds = {t.qtype for t in plan.tensors if t.role in ("indexer.attn_q_b", "indexer.attn_k")}
+    assert kinds == {"Q8_0"} and sum(t.role == "indexer.proj" for t in plan.tensors) == 21
+    print(f"{recipe}: {plan.n_bytes / 1e9:.1f} GB")
+
+
+@pytest.mark.parametrize("name", ["DeepseekV32Config", "GlmMoeDsaConfig"])
+def test_every_key_of_transformers_classes_is_known(name):
+    written = getattr(pytest.importorskip("transformers"), name)().to_dict()
+    written |= {"architectures": [name.replace("Config", "ForCausalLM")]}
+    family.from_hf(written)
+    assert family.unknown_keys(written) == []
+
+
+def test_a_missing_tensor_is_named_with_its_file(tmp_path):
+    folder = Path(shutil.copytree(made(V32).folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.indexer.k_norm.bias"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(QuantkitError, match=r"no tensor 'model\.layers\.1\.self_attn\.indexer\.k_norm\.bias'"):
+        CheckpointSource(Checkpoint.open(folder))
