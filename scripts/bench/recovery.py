@@ -108,7 +108,7 @@ def main(
         spill = TimedSpill(out / f"step-{number:03}", "bench")
         step = TrainingStep(student, ids, torch.arange(n_chunk), target, room, spill)
         begin = time.perf_counter()
-        step.run(how.update(number), lambda amount=1: None)
+        step.run(how.update(number), lambda amount=1, at="", before=False: None)
         end = time.perf_counter()
         print(f"step {number + 1}: {end - begin:.1f} s")
         found, head = spill.steps(c.n_layer, end), spill.stamps[f"gradient-{c.n_layer:03}"]

@@ -135,7 +135,7 @@ def test_gradients_are_those_of_the_whole_model(tiny, source, chunks, tmp_path, 
         now = work._chunks(batch)
         loss, expected = plain_gradients(work.student, source, work.tokens[now])
         step = TrainingStep(work.student, work.tokens[now], now, aim, work.room, Spill(tmp_path / str(number), "job"))
-        losses.append((step.run(work.how.update(number), lambda amount=1: None), loss))
+        losses.append((step.run(work.how.update(number), lambda amount=1, at="", before=False: None), loss))
     assert set(seen) == set(work.values.layer_of) == set(expected)
     assert {"ffn_gate_inp", "attn_q_a_norm", "ffn_norm", "output"} <= {work.student.tuned.specs[n].role for n in seen}
     assert any("attn_output" in name for name in work.values.scales) == bool(recipe)
@@ -451,7 +451,7 @@ def test_a_short_text_is_used_again():
 
 def test_what_does_not_fit_is_refused_before_any_work(tiny, source, tmp_path, monkeypatch, capsys):
     plan = plan_for(source)
-    with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
+    with pytest.raises(QuantkitError, match=r"tokens need .*, but --memory is 1\.5 GB"):
         open_original(tiny, plan, "cpu", TextChoice(n_tokens=4096), tmp_path, replace(HOW, memory=1_500_000_000))
     said = capsys.readouterr().err
     assert "36,864 scales of routed experts move too: 0.4 MB of state" in said

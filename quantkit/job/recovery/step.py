@@ -45,14 +45,14 @@ class TrainingStep:
         if done is None:
             forward(self.student, self.tokens, self.room, spill, keep=True, advance=advance)
         else:
-            advance(n_layer)
+            advance(n_layer, before=True)
         shape = self.tokens.shape[0], self.tokens.shape[1]
         back, found = Backward(self.student, shape, 1, self.room.another()), None
         if done is None:
             found = self._head(back, how)
             done = n_layer
         else:
-            advance(n_layer - done)
+            advance(n_layer - done, before=True)
             if done:
                 spill.read(gradient(done), back.gradient)
         layers = range(done - 1, -1, -1)
