@@ -1,4 +1,5 @@
-"""The expression by which Kimi cuts text: it stands in its Python code (tokenization_kimi.py), in no file of data."""
+"""What no file of a tokenizer says: the expression by which Kimi cuts text (it stands in its Python code,
+tokenization_kimi.py), and the characters that stand for bytes."""
 
 WORD = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 CAPITAL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -15,3 +16,9 @@ KIMI_K2 = "|".join(  # pat_str of tokenization_kimi.py
         r"\s+",
     )
 )
+
+
+def byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes in a byte-level vocabulary, as GPT-2 chose them."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]

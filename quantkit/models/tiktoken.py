@@ -18,20 +18,18 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text_file
-from quantkit.models.added_tokens import SETTINGS, added_in_settings
-from quantkit.models.patterns import KIMI_K2
-from quantkit.models.tokenizer_json import byte_characters
+from quantkit.models.patterns import KIMI_K2, byte_characters
 from quantkit.progress import say_once
 
 FILE = "tiktoken.model"
 N_SPECIAL = 256  # Kimi's tokenization_kimi.py: num_reserved_special_tokens
 
 
-def tokenizer_json(folder: Path) -> dict[str, Any]:
-    """What tokenizer.json would be, for a folder with tiktoken.model. QuantkitError naming file and line."""
-    path = folder / FILE
+def tokenizer_json(path: Path, named: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What tokenizer.json would be, for a file tiktoken.model. named: `added_tokens_decoder` of `where`. QuantkitError
+    naming file and line."""
     vocab, merges = _vocabulary(read_text_file(path, "tokenizer"), str(path))
-    by_id = sorted(_specials(folder, len(vocab)).items())
+    by_id = sorted(_specials(named, where, len(vocab)).items())
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     added = [{"id": i, "content": text, **flags} for i, text in by_id]
     pattern = {"type": "Split", "pattern": {"Regex": KIMI_K2}, "behavior": "Isolated", "invert": False}
@@ -105,14 +103,14 @@ def _byte_order() -> list[int]:
     return shown + [byte for byte in range(256) if byte not in shown]
 
 
-def _specials(folder: Path, first: int) -> dict[int, str]:
-    named = {int(key): token for key, token in added_in_settings(folder).items() if key.isascii() and key.isdigit()}
+def _specials(listed: Mapping[str, Any], where: Path, first: int) -> dict[int, str]:
+    named = {int(key): token for key, token in listed.items() if key.isascii() and key.isdigit()}
     found = {i: f"<|reserved_token_{i}|>" for i in range(first, first + N_SPECIAL)}
     for i, token in named.items():
         content = token.get("content") if isinstance(token, dict) else None
         if i not in found or not isinstance(content, str):
             raise QuantkitError(
-                f"{folder / SETTINGS}: added_tokens_decoder {i} {content!r:.60} is not one of the {N_SPECIAL} ids "
+                f"{where}: added_tokens_decoder {i} {content!r:.60} is not one of the {N_SPECIAL} ids "
                 f"after {FILE}'s {first:,} tokens"
             )
         found[i] = content

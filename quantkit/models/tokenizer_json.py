@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.models.patterns import byte_characters
 from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, of_json
 
 NO_WORDS = "tokenizer.ggml.pre cannot say that"
@@ -112,12 +113,6 @@ def _unsaid_of_model(model: Mapping[str, Any]) -> Iterator[str]:
     if all(char in model["vocab"] for char in byte_characters()):
         plain |= {"unk_token", "fuse_unk"}
     yield from (f"{key} {_shown(value)}" for key, value in model.items() if key not in plain and value)
-
-
-def byte_characters() -> list[str]:
-    """The characters that stand for the 256 bytes in a byte-level vocabulary, as GPT-2 chose them."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
 
 
 def _splits(whole: Mapping[str, Any], where: str) -> Iterator[str]:

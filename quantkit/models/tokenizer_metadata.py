@@ -18,7 +18,7 @@ from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
 from quantkit.models import tiktoken
-from quantkit.models.added_tokens import SETTINGS, TOKENIZER, with_settings
+from quantkit.models.added_tokens import SETTINGS, TOKENIZER, added_in_settings, with_settings
 from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, built, check_alike, rebuilt
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
@@ -230,7 +230,7 @@ def _tokenizer_json(folder: Path) -> dict[str, Any]:
     """The file as it stands, or what tiktoken.model would be as one. QuantkitError for other kinds, and no JSON."""
     path = folder / TOKENIZER
     if not path.is_file() and (folder / tiktoken.FILE).is_file():
-        return tiktoken.tokenizer_json(folder)
+        return tiktoken.tokenizer_json(folder / tiktoken.FILE, added_in_settings(folder), folder / SETTINGS)
     if not path.is_file() and (folder / "tokenizer.model").is_file():
         raise QuantkitError(
             f"{folder}: has tokenizer.model (SentencePiece's model) and no {TOKENIZER}; only that or "
