@@ -26,6 +26,7 @@ from quantkit.models import family
 from quantkit.models.open import see_like
 from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
+from quantkit.planning.damage import PUBLISHED
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 
@@ -183,7 +184,14 @@ class Order:
         """What the target, or llama.cpp, which many will run the file with, computes wrongly in this model."""
         config = family.from_hf(self.checkpoint.config)
         of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
-        return [line for lines in of_each for line in lines]
+        return [line for lines in of_each for line in lines] + owed(self.plan)
+
+
+def owed(plan: Plan) -> list[str]:
+    """A line for a model card if types were chosen by what others published: they ask to be named."""
+    if plan.outlook is None or not plan.outlook.damage.startswith(PUBLISHED):
+        return []
+    return [f"Types chosen by {plan.outlook.damage} (https://github.com/Thireus/GGUF-Tool-Suite)"]
 
 
 def metadata_digest(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -24,6 +24,9 @@ SPREAD = 0.15  # of log damages around gain + error, where measurement noise is 
 FIT_ROUNDS = 30
 
 
+PUBLISHED = "damage published"  # what the name of `Known` begins with
+
+
 class Damage(Protocol):
     """name: what it rests on, for the plan."""
 
@@ -65,7 +68,7 @@ class Known:
 
     def __init__(self, found: published.Published, specs: Sequence[TensorSpec]):
         self.found, self.prior = found, Prior(specs)
-        self.name = f"damage published of {found.models} by {found.credit}"
+        self.name = f"{PUBLISHED} of {found.models} by {found.credit}"
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         """Nats a token if only this tensor has this type."""

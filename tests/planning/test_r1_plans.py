@@ -12,6 +12,7 @@ import r1_shapes
 
 from quantkit import bundle
 from quantkit.job.hardware import hardware_report
+from quantkit.job.options import owed
 from quantkit.job.plan import basis, plan_file_bytes, plan_model, predict_plan
 from quantkit.models import family
 from quantkit.planning import table
@@ -97,6 +98,7 @@ def test_r1_spends_the_bytes_of_the_rules_by_published_damage(recipe, target, ml
     print(f"{recipe} {target} {mla}: predicted {after:.4f}, by the rules {before:.4f}: {after / before:.3f}")
     assert after < MOST[recipe, target] * before
     assert "Thireus" in plan.outlook.damage and plan.outlook.damage == basis("deepseek-r1", plan, None)
+    assert "Thireus" in owed(plan)[0] and not owed(rules)  # whom a model card names
     check_snapshot(f"published-{recipe}.{target}.{mla}.txt", snapshot(plan))
     if target == "llama.cpp":
         assert plan_model("deepseek-r1", f"unsloth-{recipe}", f"{target}/{mla}").digest() == rules.digest()
