@@ -66,7 +66,7 @@ def ranks_of(text: str | bytes, where: str) -> dict[bytes, int]:
 
 @lru_cache(maxsize=1)
 def _vocabulary(text: bytes, where: str) -> tuple[Mapping[str, int], tuple[str, ...]]:
-    """Token -> id and the merges, in a GGUF's characters: three seconds for Kimi's 163,584 tokens."""
+    """Token -> id and the merges, in a GGUF's characters: 0.4 s for a vocabulary of 40,000 (Kimi has 163,584)."""
     ranks = ranks_of(text, where)
     byte_of = dict(zip(_byte_order(), byte_characters(), strict=True))
     shown = {token: "".join(byte_of[byte] for byte in token) for token in ranks}
