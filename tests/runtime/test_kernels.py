@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from quantkit.models import family
 from quantkit.runtime.activations import Activations
 from quantkit.runtime.layers import Router, route
 
+WIDE: list[str] = []
+if find_spec("triton"):
+    from quantkit.codecs import triton_wide
+
+    WIDE = list(triton_wide.WIDE)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -32,27 +38,41 @@ def some(x: Activations, begin: int, end: int) -> Activations:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("qtype", [name for name in CODECS if in_groups(name)])
 def test_kernels_agree_with_torch(qtype, device):
-    """Whole, tail and partly masked tiles; one matrix and chosen ones; rows of x shared by pairs."""
+    """Whole, tail and partly masked tiles; one matrix for several tokens and chosen ones; rows of x shared by pairs."""
     pytest.importorskip("triton")
     from quantkit.runtime import kernels
 
-    data, values = random_blocks(qtype, (3, 5), 768)
+    data, values = random_blocks(qtype, (3, 3), 768)
     data, there = data.to(device), values.to(device)
-    out = kernels.dequantize(qtype, data.flatten(0, 1), torch.empty(15, 768, device=device))
+    out = kernels.dequantize(qtype, data.flatten(0, 1), torch.empty(9, 768, device=device))
     assert close(out, codec(qtype).dequantize(data).flatten(0, 1), 1e-6)
-    rounded = kernels.dequantize(qtype, data[0], torch.empty(5, 768, device=device, dtype=torch.bfloat16))
+    rounded = kernels.dequantize(qtype, data[0], torch.empty(3, 768, device=device, dtype=torch.bfloat16))
     assert close(rounded.float(), values[0], 2**-7)  # the interpreter cuts off
-    rows, x = random_rows(5, 768, device)
+    rows, x = random_rows(3, 768, device)
     ids = torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
     expected = torch.stack([there[e] @ x[i // 2] for i, e in enumerate(ids.tolist())])
     assert close(kernels.products(qtype, data, some(rows, 0, 2), ids), expected, 1e-5)
-    both = kernels.products(qtype, data, some(rows, 0, 2), ids, data.flip(0).contiguous())
-    assert close(both[0], expected, 1e-5)
-    assert close(both[1], torch.stack([there[2 - e] @ x[i // 2] for i, e in enumerate(ids.tolist())]), 1e-5)
-    for n in (2, 5):  # one, two or four tokens a program
-        alone = kernels.products(qtype, data[:1], some(rows, 0, n))
-        assert close(alone, x[:n] @ there[0].T, 1e-5)
-    assert torch.equal(kernels.products(qtype, data[:1], some(rows, 4, 5)), alone[4:])  # whoever else is in the batch
+    alone = kernels.products(qtype, data[:1], rows)
+    assert close(alone, x @ there[0].T, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("qtype", WIDE or ["none"])
+def test_products_of_long_rows(qtype, device):
+    """32 weights a thread; other matrices beside; the same bits whoever else is in the batch."""
+    pytest.importorskip("triton")
+    from quantkit.runtime import kernels
+
+    data, values = random_blocks(qtype, (2, 2), 1280)
+    data, there = data.to(device), values.to(device)
+    rows, x = random_rows(3, 1280, device)
+    ids = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    both = kernels.products(qtype, data, some(rows, 0, 1), ids, data.flip(0).contiguous())
+    expected = there @ x[0]
+    assert close(both[0], expected[[1, 0]], 1e-5) and close(both[1], expected, 1e-5)
+    alone = kernels.products(qtype, data[:1], rows)  # four tokens a program
+    assert close(alone, x @ there[0].T, 1e-5)
+    assert torch.equal(kernels.products(qtype, data[:1], some(rows, 2, 3)), alone[2:])
 
 
 @pytest.mark.parametrize("device", DEVICES)
