@@ -22,7 +22,7 @@ INTERRUPTED = 130  # as shells have it
 SECTIONS = {
     "From checkpoint to file": ("make", "status"),
     "The stages of make, each by itself": (
-        *("inspect", "hardware", "recipes", "plan", "calibrate", "sensitivity", "quantize"),
+        *("families", "inspect", "hardware", "recipes", "plan", "calibrate", "sensitivity", "quantize"),
         *("verify", "certify", "report"),
     ),
     "With a finished file": ("run", "serve", "export-kt", "publish"),

@@ -41,10 +41,9 @@ def _question(
     if prompt is not None and prompt_file is not None:
         raise QuantkitError("-p and -f both give the prompt: leave one out")
     if prompt_file is not None:
-        try:
-            prompt = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise QuantkitError(f"-f {prompt_file}: cannot be read as UTF-8 text ({error})") from None
+        from quantkit.formats.byte_source import read_text
+
+        prompt = read_text(prompt_file, "text")
     if prompt is not None and not chat:
         for name, given in (("--thinking", thinking), ("--system", system)):
             if given is not None:

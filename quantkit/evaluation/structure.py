@@ -79,7 +79,10 @@ def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelCo
     prefix = file.metadata.get("general.architecture")
     found = [file.metadata.get(f"{prefix}.{key}") for key in keys]
     for name in bundle.model_names():
-        c = family.from_hf(_bundled_config(bundle.models_dir() / name))
+        raw = _bundled_config(bundle.models_dir() / name)
+        if not family.is_known(raw):  # a geometry alone
+            continue
+        c = family.from_hf(raw)
         if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
             return c, f"{name}'s config.json, a bundled model of this geometry"
     return None, ""

@@ -143,8 +143,8 @@ def _parts(folder: Path, plan: Plan | None) -> Iterator[Part]:
 def _slices(ledger: Path) -> Iterator[tuple[str, int, int]]:
     """What is on record; a line that is being written is not yet."""
     try:
-        lines = ledger.read_bytes().split(b"\n")[1:-1]
-    except OSError:
+        lines = read_whole(ledger, "record").split(b"\n")[1:-1]
+    except QuantkitError:
         return
     for line in lines:
         try:

@@ -120,6 +120,11 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def is_known(raw: Mapping[str, Any]) -> bool:
+    """Whether the model of this config.json is of a family that is supported."""
+    return any(name in BY_HF_ARCHITECTURE for name in raw.get("architectures") or ())
+
+
 def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     """`key value` of what config.json says and nobody knows the meaning of."""
     return _of_hf(raw).unknown_keys(raw)

@@ -363,7 +363,7 @@ def test_samples_and_seeds_are_reproducible(source, how, whole, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_any_work(source, how, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(GradientPass, "run", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(QuantkitError, match=r"tokens need .* GB, but --memory is 1\.5 GB"):
+    with pytest.raises(QuantkitError, match=r"tokens need .* GB, .* GiB, but --memory is 1\.5 GB"):
         calibrate_gradients(source, replace(how, memory=1_500_000_000), tmp_path / "g")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     with pytest.raises(QuantkitError, match=r"bytes are needed, 10,000,000 are free"):

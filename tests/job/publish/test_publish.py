@@ -78,7 +78,9 @@ def test_publish_download_verify_and_make_again(hub, token, env, tmp_path):
     checkpoint = open_weights(ModelRef("user/tiny-r1"))
     again = verify_file(parts[0], checkpoint, "cpu", VerifyOptions(TEXT, "ktransformers"))
     checkpoint.close()
-    same = [key for key in result if key not in ("seconds", "layers", "bad_layers")]  # a Hub make compares no layers
+    same = [
+        key for key in result if key not in ("seconds", "layers", "bad_layers", "measured")
+    ]  # a Hub make compares no layers
     print(
         f"\nmade: ppl {result['ppl']:.6f}, KLD {result['kld_mean']:.6f}; "
         f"downloaded: ppl {again['ppl']:.6f}, KLD {again['kld_mean']:.6f}"
