@@ -114,16 +114,19 @@ class GpuEngine:
 
     def _warm_up(self) -> None:
         """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
-        and touched. Where memory is limited nothing is read that no token asked for."""
+        and touched. Where memory is limited nothing is read that no token asked for; experts that only the CPU computes
+        would take longer than they save."""
         begun = time.perf_counter()
-        if self.weights.residency is None:
+        movable = all(layer.stacks or layer.router is None for layer in self.layers)
+        if self.weights.residency is None and movable:
+            log.info("warming up: all experts are read once, kernels are compiled")
             self.prefill(0, [0] * min(WARM_TOKENS, self.piece, self.capacity), 0)
         for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
             if n <= self.n_slots:
                 self.length[:n] = [0] * n
                 self.decode(list(range(n)), [0] * n)
         self.length = [0] * self.n_slots
-        log.info("warmed up in %.1f s: kernels compiled, experts read", time.perf_counter() - begun)
+        log.info("warmed up in %.1f s", time.perf_counter() - begun)
 
     def _vector(self, name: str) -> torch.Tensor:
         return self.weights.dense(name).to(self.device)
