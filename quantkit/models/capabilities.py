@@ -29,7 +29,7 @@ class Capability:
 
 
 SPARSE = "up to index_topk (2,048) tokens of context by the graph; beyond by torch, slower"
-DENSE = "up to index_topk (2,048) tokens of context; beyond refused"
+DENSE = "up to index_topk (2,048) tokens of context, written but never run; beyond refused"
 NO_GGUF = "no: it reads no such model from a GGUF"
 CAPABILITIES: Mapping[str, Capability] = {
     "deepseek2": Capability(
