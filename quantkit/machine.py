@@ -3,6 +3,7 @@ memory, GPU and disk can be read, in bytes a second. All that ask for cores or m
 
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -35,6 +36,12 @@ def ram() -> int:
 def free_ram() -> int:
     """Bytes that this process can take without swapping or being killed."""
     return Container().free_ram()
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free where a file or folder is, or will be."""
+    absolute = path.absolute()
+    return shutil.disk_usage(next(parent for parent in (absolute, *absolute.parents) if parent.is_dir())).free
 
 
 def cores() -> int:

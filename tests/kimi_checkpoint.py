@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from quantkit import bundle
 from quantkit.models import family
-from quantkit.models.tiktoken import N_SPECIAL, _byte_order
-from quantkit.models.tokenizer_json import byte_characters
+from quantkit.models.patterns import characters_of_bytes
+from quantkit.models.tiktoken import N_SPECIAL
 
 Kind = Literal["fp8", "int4"]
 NAMED = ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "[PAD]")
@@ -72,7 +72,7 @@ NOT_FP8 = ("embed_tokens", "lm_head", "mlp.gate.weight", "norm")
 def tokens() -> list[bytes]:
     """tiny-r1's tokens in the order of their ids, without the special ones."""
     raw = json.loads((bundle.models_dir() / "tiny-r1" / "tokenizer.json").read_bytes())
-    byte = dict(zip(byte_characters(), _byte_order(), strict=True))
+    byte = {char: byte for byte, char in characters_of_bytes().items()}
     listed = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
     return [bytes(byte[c] for c in token) for token in listed if all(c in byte for c in token)]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit import ranks
+from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
 from quantkit.formats.whole_file import make_folders
@@ -110,8 +110,7 @@ class PassState:
     def check_disk(self, n_bytes: int) -> None:
         """QuantkitError unless hidden states of so many bytes have room, the new ones beside the old."""
         there = sum(path.stat().st_size for path in self.folder.glob("*"))
-        parent = next(path for path in self.folder.absolute().parents if path.exists())
-        if 2 * n_bytes - there > (free := shutil.disk_usage(parent).free):
+        if 2 * n_bytes - there > (free := machine.free_disk(self.folder)):
             needs = f"the state of the pass needs {both_units(2 * n_bytes)}; free are {both_units(free)}"
             raise QuantkitError(f"{self.folder}: {needs}; take fewer --tokens")
 

@@ -48,13 +48,24 @@ def _no_offset(p):
 
 
 @triton.jit
-def _two(p):
-    """Eight bytes at an even address as two words."""
+def _odd(p):
+    """Whether an address of 2-byte data is not a multiple of 4; and the word that it lies in."""
     at = p.to(tl.int64)
-    odd, words = (at & 2) != 0, (at & -4).to(tl.pointer_type(tl.int32))
-    a, b = tl.load(words), tl.load(words + 1)
-    c = tl.load(words + 2, mask=odd, other=0)
-    return tl.where(odd, _upper(a, 16) | (b << 16), a), tl.where(odd, _upper(b, 16) | (c << 16), b)
+    return (at & 2) != 0, (at & -4).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _joined(odd, a, b):
+    """The word that begins in the middle of a if odd, else a."""
+    return tl.where(odd, _upper(a, 16) | (b << 16), a)
+
+
+@triton.jit
+def _two(p):
+    """Two words at an even address."""
+    odd, at = _odd(p)
+    a, b = tl.load(at), tl.load(at + 1)
+    return _joined(odd, a, b), _joined(odd, b, tl.load(at + 2, mask=odd, other=0))
 
 
 @triton.jit

@@ -17,27 +17,16 @@ from quantkit.codecs.triton_decode import (
     _f16,
     _flip,
     _halves,
+    _joined,
     _magnitudes,
     _no_offset,
+    _odd,
     _ternary,
     _two,
     _u16,
     _upper,
     _word,
 )
-
-
-@triton.jit
-def _odd(p):
-    """Whether an address of 2-byte data is not a multiple of 4; and the word that it lies in."""
-    at = p.to(tl.int64)
-    return (at & 2) != 0, (at & -4).to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def _joined(odd, a, b):
-    """The word that begins in the middle of a if odd, else a."""
-    return tl.where(odd, _upper(a, 16) | (b << 16), a)
 
 
 @triton.jit

@@ -9,10 +9,11 @@ import glob
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.byte_source import read_whole
 
 Slice = tuple[str, int, int]
 """Tensor name, first row, row after the last."""
@@ -130,6 +131,17 @@ def ledger_paths(model: Path) -> list[Path]:
     """Ledgers of ranks 1, 2, ... that runs left behind, as many as they were."""
     first = ledger_path(model)
     return sorted(path for path in first.parent.glob(f"{glob.escape(first.name)}.*") if path.suffix[1:].isdecimal())
+
+
+def on_record(path: Path) -> Iterator[Slice]:
+    """The slices of a ledger that another process may be writing, without its lock: as far as it can be read. A line
+    that is being written is not there yet."""
+    try:
+        lines = read_whole(path, "record").split(b"\n")[1:-1]
+        for line in lines:
+            yield slice_of(_record(json.loads(line)))
+    except (QuantkitError, ValueError, RecursionError):
+        return
 
 
 def slice_of(record: Record) -> Slice:

@@ -1,9 +1,8 @@
 """What would stop a long job at its end is looked for before it begins: nothing here reads weights."""
 
-import shutil
 from pathlib import Path
 
-from quantkit import __version__, ranks
+from quantkit import __version__, machine, ranks
 from quantkit.calibration.corpus import TextChoice, cut, overlap
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import configuration
@@ -79,8 +78,7 @@ def _check_disk(folder: Path, need: int) -> None:
     absolute = folder.absolute()
     if any(absolute.glob("*.gguf*")) or any(absolute.glob("*/*.gguf*")):
         return
-    there = next(parent for parent in (absolute, *absolute.parents) if parent.is_dir())
-    if (free := shutil.disk_usage(there).free) < need:
+    if (free := machine.free_disk(folder)) < need:
         raise QuantkitError(
             f"{folder}: no room for {both_units(need)}; free are {both_units(free)}; choose another --output"
         )

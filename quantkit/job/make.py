@@ -48,7 +48,7 @@ from quantkit.job.folder import (
     begin,
     finished_files,
 )
-from quantkit.job.forecast import forecast
+from quantkit.job.forecast import ON_GPU, forecast
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
@@ -71,9 +71,6 @@ from quantkit.progress import say, track
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
-TWO_SIDED_RATE = (
-    73e6  # weights a second on an H200, from 110 with one pair of scale and shift; 16 take half as long again
-)
 ONE_PASS = "calibration"  # what the fingerprint of a file has that is written in one pass
 
 
@@ -236,7 +233,7 @@ def with_gradients(order: Order) -> Order:
     folder, text = order.folder / GRADIENTS, replace(how.text, n_tokens=min(how.text.n_tokens or TOKENS, TOKENS))
     source = source_of(order.checkpoint, order.device)
     say(f"{text.n_tokens:,} tokens forward and backward, to know what matrices' outputs matter")
-    if (hours := sum(t.n_weights for t in order.plan.tensors) / TWO_SIDED_RATE / 3600) > 1:
+    if (hours := sum(t.n_weights for t in order.plan.tensors) / ON_GPU["best"] / 3600) > 1:
         say(f"warning: then about {hours:.0f} hours of two-sided encoding on a fast GPU; --effort normal takes minutes")
     calibrate_gradients(source, GradientOptions(text, memory=how.memory, hidden=how.hidden), folder, options.restart)
     return replace(order, options=replace(options, gradients=folder))

@@ -13,7 +13,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
 from quantkit.formats.byte_source import read_text, read_whole
-from quantkit.formats.ledger import Coverage, ledger_path, ledger_paths
+from quantkit.formats.ledger import Coverage, ledger_path, ledger_paths, on_record
 from quantkit.formats.lock import at_work
 from quantkit.job.folder import BASE, CERTIFY, GRADIENTS, PLAN, PROVENANCE, REFERENCE, VERIFY, finished_files
 from quantkit.planning.plan import Plan
@@ -126,7 +126,7 @@ def _parts(folder: Path, plan: Plan | None) -> Iterator[Part]:
         path = ledger.with_name(ledger.name.removesuffix(".part.ledger"))
         coverage, seen = Coverage(), Counter[str]()
         for each in (ledger_path(path), *ledger_paths(path)):
-            for name, start, stop in _slices(each):
+            for name, start, stop in on_record(each):
                 if not coverage.covers(name, start, stop):
                     seen[name] += stop - start
                 coverage.add(name, start, stop)
@@ -138,20 +138,6 @@ def _parts(folder: Path, plan: Plan | None) -> Iterator[Part]:
         done = sum(t.n_bytes * min(seen[t.name], rows[t.name]) // rows[t.name] for t in plan.tensors)
         whole = sum(coverage.covers(t.name, 0, rows[t.name]) for t in plan.tensors)
         yield Part(path, done, plan.n_bytes, whole, len(plan.tensors))
-
-
-def _slices(ledger: Path) -> Iterator[tuple[str, int, int]]:
-    """What is on record; a line that is being written is not yet."""
-    try:
-        lines = read_whole(ledger, "record").split(b"\n")[1:-1]
-    except QuantkitError:
-        return
-    for line in lines:
-        try:
-            name, start, stop, _ = json.loads(line)
-            yield str(name), int(start), int(stop)
-        except (ValueError, TypeError, RecursionError):
-            return
 
 
 def _states(folder: Path, plan: Plan | None) -> Iterator[State]:

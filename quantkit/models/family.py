@@ -122,7 +122,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def is_known(raw: Mapping[str, Any]) -> bool:
     """Whether the model of this config.json is of a family that is supported."""
-    return any(name in BY_HF_ARCHITECTURE for name in raw.get("architectures") or ())
+    return bool(_known_names(raw))
 
 
 def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
@@ -131,12 +131,16 @@ def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _of_hf(raw: Mapping[str, Any]) -> ConfigFile:
-    names = raw.get("architectures") or []
-    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    known = [name for name in named if name in BY_HF_ARCHITECTURE]
+    known = _known_names(raw)
     if not known:
+        names = raw.get("architectures") or []
         raise QuantkitError(f"config.json: {refusal(names, BY_HF_ARCHITECTURE, BY_ARCHITECTURE)}")
     return BY_HF_ARCHITECTURE[known[0]]
+
+
+def _known_names(raw: Mapping[str, Any]) -> list[str]:
+    names = raw.get("architectures")
+    return [n for n in names if isinstance(n, str) and n in BY_HF_ARCHITECTURE] if isinstance(names, list) else []
 
 
 def written_as(raw: Mapping[str, Any]) -> tuple[str, ...]:

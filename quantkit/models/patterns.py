@@ -18,7 +18,8 @@ KIMI_K2 = "|".join(  # pat_str of tokenization_kimi.py
 )
 
 
-def byte_characters() -> list[str]:
-    """The characters that stand for the 256 bytes in a byte-level vocabulary, as GPT-2 chose them."""
+def characters_of_bytes() -> dict[int, str]:
+    """Byte -> the character that stands for it in a byte-level vocabulary, as GPT-2 chose them."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}

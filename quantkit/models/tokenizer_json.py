@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.models.patterns import byte_characters
+from quantkit.models.patterns import characters_of_bytes
 from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, of_json
 
 NO_WORDS = "tokenizer.ggml.pre cannot say that"
@@ -110,7 +110,7 @@ def _unsaid_of_model(model: Mapping[str, Any]) -> Iterator[str]:
     """Of BPE: what changes how a word is put together."""
     plain = {"type", "vocab", "merges", "ignore_merges"}  # the last one goes with the name: see `named`
     # With all 256 bytes in the vocabulary nothing is ever unknown.
-    if all(char in model["vocab"] for char in byte_characters()):
+    if all(char in model["vocab"] for char in characters_of_bytes().values()):
         plain |= {"unk_token", "fuse_unk"}
     yield from (f"{key} {_shown(value)}" for key, value in model.items() if key not in plain and value)
 

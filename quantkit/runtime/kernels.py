@@ -40,11 +40,11 @@ class Matrices(NamedTuple):
     decode: Any
     size: Any
     groups: Any
-    wide: Any = tl.constexpr(False)
-    near: Any = tl.constexpr(1)
-    far: Any = tl.constexpr(2)
-    alike: Any = tl.constexpr(1)
-    offset: Any = tl.constexpr(True)
+    wide: Any
+    near: Any
+    far: Any
+    alike: Any
+    offset: Any
 
 
 @triton.jit
@@ -289,9 +289,11 @@ def _route(logits, bias, ids, weights, n_expert, factor, how):
     tl.store(weights + token * how.n_used + slot, weight * factor, mask=slot < how.n_used)
 
 
-def _matrices(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
+def _matrices(qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False) -> Matrices:
+    """chunks: of 32 weights, where there is a function for that."""
     n_out, row_bytes = data.shape[-2:]
-    sizes = qtypes.stored(qtype)
+    sizes, wide = qtypes.stored(qtype), WIDE.get(qtype) if chunks else None
+    of_chunks = (wide.near, wide.far, wide.alike, wide.offset) if wide else (1, 2, 1, True)
     return Matrices(
         data,
         for_kernels(codec(qtype).codebook, data.device),
@@ -299,19 +301,12 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
         row_bytes,
         n_out * row_bytes,
         tl.constexpr(n_in),
-        triton_twin(qtype),
+        wide.decode if wide else triton_twin(qtype),
         tl.constexpr(sizes.type_size),
         tl.constexpr(sizes.block_size // 8),
+        tl.constexpr(wide is not None),
+        *map(tl.constexpr, of_chunks),
     )
-
-
-def _wide(qtype: str, data: torch.Tensor, n_in: int) -> Matrices:
-    """With chunks of 32 weights, where there is a function for that."""
-    matrices, wide = _matrices(qtype, data, n_in), WIDE.get(qtype)
-    if wide is None:
-        return matrices
-    of_chunks = map(tl.constexpr, (True, wide.near, wide.far, wide.alike, wide.offset))
-    return Matrices(*matrices[:6], wide.decode, *matrices[7:9], *of_chunks)
 
 
 def _tile(n_in: int) -> int:
@@ -340,7 +335,7 @@ def products(
     rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _wide(qtype, data, n_in) if n_in >= 32 * LANES else _matrices(qtype, data, n_in),
+        _matrices(qtype, data, n_in, chunks=n_in >= 32 * LANES),
         second,
         x.words,
         x.scales,

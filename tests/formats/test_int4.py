@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from kimi_checkpoint import INT4
 from safetensors.torch import save_file
 
 from quantkit.errors import QuantkitError
@@ -15,16 +16,6 @@ from quantkit.formats import int4
 from quantkit.formats.checkpoint import Checkpoint
 
 NAME, PREFIX = "model.layers.1.mlp.experts.0.up_proj.weight", "language_model."
-SETTINGS = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"},
-        }
-    },
-}
 ROWS, COLUMNS = 24, 96
 
 
@@ -54,7 +45,7 @@ def plainly(words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], settings: dict | None = None, **config: object) -> Path:
     folder.mkdir(exist_ok=True)
-    quantization = SETTINGS if settings is None else settings
+    quantization = INT4 if settings is None else settings
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization, **config}))
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -131,11 +122,11 @@ def test_a_text_model_under_a_prefix(tmp_path, capsys):
         "vision_tower.b": torch.ones(2),
         "mm_projector.x": torch.ones(2),
     }
-    inner = {"quantization_config": SETTINGS, "vocab_size": 5, "architectures": ["Inner"]}
+    inner = {"quantization_config": INT4, "vocab_size": 5, "architectures": ["Inner"]}
     folder = write(tmp_path / "m", tensors, {}, text_config=inner, architectures=["Outer"], vision_config={"a": 1})
     checkpoint = Checkpoint.open(folder)
     assert torch.equal(checkpoint.read(NAME), plainly(tensors[f"{PREFIX}{NAME}_packed"], scale.float()))
-    assert checkpoint.config == {"quantization_config": SETTINGS, "vocab_size": 5, "architectures": ["Outer"]}
+    assert checkpoint.config == {"quantization_config": INT4, "vocab_size": 5, "architectures": ["Outer"]}
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "mm_projector.* (1 tensors), vision_tower.* (2 tensors)" in said
     with pytest.raises(QuantkitError, match=r"the model has no tensor 'language_model\.x'"):
@@ -152,7 +143,7 @@ def test_a_text_model_under_a_prefix(tmp_path, capsys):
 
 
 def changed(path: str, value: object) -> dict:
-    root = json.loads(json.dumps(SETTINGS))
+    root = json.loads(json.dumps(INT4))
     at = root
     *parents, last = path.split(".")
     for part in parents:

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_for_the_file(folder, monkeypatch):
     """tiny-r1 in 1.58 bits takes 4.1 MB."""
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4_000_000))
     with pytest.raises(
         QuantkitError, match=r"out: no room for 4.1 MB, 3.9 MiB; free are 4.0 MB, 3.8 MiB; choose another --output"
     ):
@@ -44,7 +44,7 @@ def test_memory_without_room_for_the_evaluation(folder, monkeypatch):
 
 
 def test_a_file_on_its_way_has_its_room_already(folder, monkeypatch):
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     folder.mkdir()
     (folder / "tiny-r1-1.58bit.gguf.part").touch()
     checks._check_disk(folder, 1 << 40)

@@ -11,8 +11,8 @@ from quantkit.errors import QuantkitError
 from quantkit.models import family
 from quantkit.models.family import PRE
 from quantkit.models.open import open_weights
+from quantkit.models.patterns import characters_of_bytes
 from quantkit.models.tokenizer import check_alike, check_ids, tokenizer_of_gguf
-from quantkit.models.tokenizer_json import byte_characters
 from quantkit.models.tokenizer_metadata import read_tokenizer, tokenizer_metadata
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
@@ -147,7 +147,8 @@ def test_behaviour_is_compared_too(tiny):
 
 def test_bytes_have_the_characters_of_byte_level_vocabularies(tiny):
     vocabulary = json.loads((tiny.path / "tokenizer.json").read_text())["model"]["vocab"]
-    assert len(set(byte_characters())) == 256 and set(byte_characters()) <= vocabulary.keys()
+    characters = set(characters_of_bytes().values())
+    assert len(characters) == 256 and characters <= vocabulary.keys()
 
 
 # Ids beyond the embedding

@@ -103,8 +103,7 @@ class GpuEngine:
         self.ring = self._ring()
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
-        left = machine.free_vram(self.device) - SPARE - workspace(c, self.piece) if self.on_gpu else 0
-        self.chunk = largest_chunk(c, left)
+        self.chunk = largest_chunk(c, self._room())
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
         if self.on_gpu:
             self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -114,11 +113,12 @@ class GpuEngine:
 
     def _warm_up(self) -> None:
         """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
-        and touched. Where memory is limited nothing is read that no token asked for; experts that only the CPU computes
-        would take longer than they save."""
+        and touched. Where memory is limited, or less than the file, nothing is read that no token asked for; experts
+        that only the CPU computes would take longer than they save."""
         begun = time.perf_counter()
         movable = all(layer.stacks or layer.router is None for layer in self.layers)
-        if self.weights.residency is None and movable:
+        fits = self.weights.residency is None and self.weights.file.n_bytes < machine.ram()
+        if fits and movable:
             log.info("warming up: all experts are read once, kernels are compiled")
             self.prefill(0, [0] * min(WARM_TOKENS, self.piece, self.capacity), 0)
         for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
@@ -206,11 +206,15 @@ class GpuEngine:
         largest = max(streamed, key=lambda stacks: sum(stack.data.nbytes for stack in stacks))
         return Ring(largest, self.device, self.weights.workers)
 
+    def _room(self) -> int:
+        """Bytes of GPU memory that are left beside what a prompt needs; 0 without a GPU."""
+        return machine.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else 0
+
     def _keep_experts(self, gpu_layers: GpuLayers) -> None:
         """Upload the experts of the first layers that can be, and say where they all are."""
         able = [(layer, layer.stacks) for layer in self.layers if layer.stacks]
         sizes = [sum(stack.data.nbytes for stack in stacks) for _, stacks in able]
-        room = machine.free_vram(self.device) - SPARE - workspace(self.config, self.piece) if self.on_gpu else None
+        room = self._room() if self.on_gpu else None
         n, n_moe, workers = resident_layers(gpu_layers, sizes, room), self.config.n_moe, self.weights.workers
         for layer, stacks in able[:n]:
             gate, up, down = (

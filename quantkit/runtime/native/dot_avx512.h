@@ -59,6 +59,12 @@ static inline __m512i eight(const uint64_t *grid, uint64_t a, uint64_t b) {
 }
 #endif
 #define BYTES4 0x00ff00ff00ff00ff
+
+// Four indices into a grid, 16 bits each: their low bytes, and the bits above as `where` says.
+static inline uint64_t indices(const uint8_t *low, uint64_t high, uint64_t where) {
+    return _pdep_u64(u32(low), BYTES4) | _pdep_u64(high, where);
+}
+
 // A number of each group of 16 weights to the lanes of `packs` of two registers with 64 weights each.
 static inline __m512i first_half(__m256i scale) {
     const __m512i at = _mm512_set_epi16(7, 7, 7, 7, 3, 3, 3, 3, 6, 6, 6, 6, 2, 2, 2, 2, 5, 5, 5, 5, 1, 1, 1, 1, 4, 4, 4, 4, 0, 0, 0, 0);
@@ -140,7 +146,7 @@ static inline tile iq1_s(const uint8_t *b) {
     for (int k = 0; k < 4; k++) {
         uint64_t at[2];
         for (int i = 0; i < 2; i++)
-            at[i] = _pdep_u64(u32(b + 2 + 8 * k + 4 * i), BYTES4) | _pdep_u64(u16(b + 34 + 4 * k + 2 * i), 0x0700070007000700);
+            at[i] = indices(b + 2 + 8 * k + 4 * i, u16(b + 34 + 4 * k + 2 * i), 0x0700070007000700);
         t.w[k] = eight(grids.iq1, at[0], at[1]);
     }
     const __m256i qh = twice(words);
@@ -158,7 +164,7 @@ static inline tile iq1_m(const uint8_t *b) {
         uint64_t at[2];
         const uint32_t high = u32(b + 32 + 4 * k);
         for (int i = 0; i < 2; i++)
-            at[i] = _pdep_u64(u32(b + 8 * k + 4 * i), BYTES4) | _pdep_u64(_pext_u64(high >> 16 * i, 0x7777), 0x0700070007000700);
+            at[i] = indices(b + 8 * k + 4 * i, _pext_u64(high >> 16 * i, 0x7777), 0x0700070007000700);
         const __m512i v = eight(grids.iq1, at[0], at[1]);
         t.w[k] = _mm512_mask_add_epi64(v, (__mmask8)_pext_u64(~high, 0x88888888), v, _mm512_set1_epi8(2));
     }
@@ -228,7 +234,7 @@ static inline tile iq2_s(const uint8_t *b) {
     for (int k = 0; k < 4; k++) {
         uint64_t at[2];
         for (int i = 0; i < 2; i++)
-            at[i] = _pdep_u64(u32(b + 2 + 8 * k + 4 * i), BYTES4) | _pdep_u64(b[66 + 2 * k + i], 0x0300030003000300);
+            at[i] = indices(b + 2 + 8 * k + 4 * i, b[66 + 2 * k + i], 0x0300030003000300);
         t.w[k] = eight(grids.iq2_s, at[0], at[1]);
         t.minus[k] = u64(b + 34 + 8 * k);
     }
