@@ -3,11 +3,16 @@
 A step is one piece of some unfinished prompt, with whole short ones beside it, then one token for every sequence whose
 prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompts in pieces as Sarathi, Agrawal et al.,
 2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
+
+A piece can take seconds, so tokens do not wait for its end: where an engine pauses within it, they are computed as soon
+as going on would take them beyond GAP, by the time that parts took before (`Clock`). Pieces are cut as ever, so a
+prompt's bits do not depend on who waits.
 """
 
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +21,13 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
+from quantkit.runtime.pauses import pause, pausing
 from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
+
+GAP = 0.1  # seconds between two tokens of a sequence while prompts of others are read, if the machine allows it
+MARGIN = 0.1  # of GAP, for what is not foreseen
 
 Emit = Callable[[int | None, str | None], None]
 """Called in the scheduler's thread: (token, None) for each new token, then once (None, why it ended): `stop` (EOS),
@@ -73,6 +82,32 @@ class Turns:
         return shortest if self.passed else oldest
 
 
+class Clock:
+    """When the sequences that are decoding must have their next tokens, while prompts are read. now: seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self.now = now
+        self.tokens = self.seen = now()  # when they had the last; when a part of a prompt ended
+        self.step = self.part = 0.0  # seconds of the last step of decoding; of parts, as of late
+
+    def begin(self) -> None:
+        """Prompts are read from here on."""
+        self.seen = self.now()
+
+    def due(self) -> bool:
+        """A part of a prompt is done: whether tokens come before another one. Prompts get half of GAP at least, however
+        long a step of decoding takes."""
+        now = self.now()
+        self.part = max(now - self.seen, self.part / 2)
+        self.seen = now
+        return now + self.part - self.tokens > max(GAP * (1 - MARGIN) - self.step, GAP / 2)
+
+    def decoded(self, begun: float) -> None:
+        """Tokens are there, of a step that began then."""
+        self.tokens = self.seen = self.now()
+        self.step = self.tokens - begun
+
+
 class Scheduler:
     """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager."""
 
@@ -83,6 +118,7 @@ class Scheduler:
         self.prompts: list[Job] = []  # of the running ones, those with unfinished prompts, the last served last
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
+        self.clock = Clock()
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._loop, name="quantkit-scheduler", daemon=True)
@@ -160,15 +196,32 @@ class Scheduler:
 
     def _step(self) -> None:
         ready = [job for job in self.running if not job.left]
-        for job, n in self._to_read():
-            with self._at_risk(job):
+        chosen = self._to_read()
+        self.clock.begin()
+        for job, n in chosen:
+            with self._at_risk(job), pausing(self._let_others if ready else None):
                 self._read(job, n)
-        if ready:
-            with self._at_risk(*ready):
-                logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
-                for job, own in zip(ready, logits, strict=True):
-                    with self._at_risk(job):
-                        self._take(job, own)
+                pause()
+        self._decode([job for job in ready if job in self.running])
+
+    def _let_others(self) -> None:
+        """Between two parts of a prompt's work: tokens for those that are decoding, if it is time."""
+        if self.clock.due():
+            for job in [job for job in self.running if job.cancelled and not job.left]:
+                self._end(job, "cancelled")
+            self._decode([job for job in self.running if not job.left])
+
+    def _decode(self, ready: list[Job]) -> None:
+        """One token for each."""
+        if not ready:
+            return
+        begun = self.clock.now()
+        with self._at_risk(*ready):
+            logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
+            for job, own in zip(ready, logits, strict=True):
+                with self._at_risk(job):
+                    self._take(job, own)
+        self.clock.decoded(begun)
 
     def _to_read(self) -> list[tuple[Job, int]]:
         """Whose prompts are read in this step, and how many tokens of each: somebody's piece, and what is left of
