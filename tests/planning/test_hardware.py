@@ -68,6 +68,18 @@ def test_sixty_and_fourteen(plan, config):
     assert 1 < speed.tokens_per_second < 2  # published: 3 to 5; see docs/results/allocation.md
 
 
+def test_a_file_beyond_memory_is_planned_for_the_disk(config, capsys):
+    """What every token needs fits the GPU; half of the experts stay on the disk, and it is said."""
+    machine = Machine(60 * 10**9, 14 * 10**9)
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(ram=machine.ram, vram=machine.vram, context=4096))
+    placed = hardware.place(plan, config, machine, 4096)
+    assert placed.gpu <= machine.vram and placed.ram == machine.ram and placed.disk > 50 * 10**9
+    assert 130e9 < plan.n_bytes < 145e9 and "experts beyond it on the disk" in plan.outlook.limit
+    assert "of experts stay on the disk" in capsys.readouterr().err
+    with pytest.raises(QuantkitError, match="that stay on the GPU"):
+        plan_model("deepseek-r1", budget=BudgetOptions(ram=machine.ram, vram=4 * 10**9, context=4096))
+
+
 def test_without_gpu_everything_is_ram(plan, config):
     machine = Machine(200 * GIB, 0, 100e9)
     placed = hardware.place(plan, config, machine, 4096)

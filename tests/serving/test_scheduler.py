@@ -1,7 +1,13 @@
-"""Nobody's tokens wait for the end of another one's prompt."""
+"""Nobody's tokens wait for the end of another one's prompt; and the client that measures it, scripts/bench/users.py."""
 
+import argparse
+import asyncio
 import dataclasses
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +15,13 @@ from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
+from quantkit.serving import http
 from quantkit.serving import scheduler as scheduling
+from quantkit.serving.gate import Gate
 from quantkit.serving.scheduler import Clock, Job, Scheduler
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
+import users
 
 GREEDY = Sampling(temperature=0)
 
@@ -24,8 +35,8 @@ def weights(made) -> GGUFWeights:
     "step, part, longest",
     [
         (0.012, 0.004, 0.1),  # a step and many small parts fit
-        (0.06, 0.01, 0.06 + 0.05),  # prompts get half of the gap whatever a step takes
-        (0.2, 0.005, 0.2 + 0.05),
+        (0.06, 0.01, 0.06 + 0.06),  # prompts get as long as a step
+        (0.2, 0.005, 0.2 + 0.1),  # and no longer than the gap
         (0.01, 0.3, 0.31),  # a part that is longer than the gap: tokens after each
     ],
 )
@@ -44,7 +55,7 @@ def test_when_tokens_are_due(step, part, longest):
             gaps.append(time[0] - last)
             last = time[0]
     assert max(gaps[2:]) <= longest + 1e-9  # nothing is known of the first
-    assert min(gaps[2:]) >= step + min(scheduling.GAP / 2, part) - 2 * min(part, 0.01)
+    assert min(gaps[2:]) >= step + max(part, min(step, 0.08) - 2 * part)
 
 
 def test_tokens_come_within_a_piece(weights, monkeypatch):
@@ -95,3 +106,31 @@ def test_tokens_come_within_a_piece(weights, monkeypatch):
         done(second, 3)
     assert len(within) >= 2 * engine.config.n_layer and set(within) == {1}
     assert [first.made, second.made] == [job.made for job in alone]
+
+
+@pytest.fixture
+def url(weights) -> Iterator[str]:
+    engine = open_engine(weights, 9, 512)
+    api = http.Api("tiny", weights.file.metadata, weights.tokenizer(), engine, http.Limits(), Gate())
+    listener = http.bind("127.0.0.1", 0)
+    server = http.server(api)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_the_client_of_several_users(url, made):
+    """Eight sequences: their tokens are drawn by several threads."""
+    words = users.Words(str(next(made.glob("tiny-r1-*.gguf"))), 0)
+    args = argparse.Namespace(prompt=16, tokens=12, stall=2, long=400)
+    assert len(set(words.request(64, 1)["prompt"])) > 32
+    found = asyncio.run(users.together(url, "none", words, 8, args))
+    assert 0 < found["first"] <= found["last"] and 0 < found["each"] < found["all"] and found["gap"] > 0
+    found = asyncio.run(users.stalled(url, "none", words, argparse.Namespace(**vars(args) | {"long": 300})))
+    assert 0 < found["before"] and 0 < found["median"] <= found["gap"] <= found["first"] + 1
+    answer = asyncio.run(users.ask(url, "none", words.request(16, 12), users.Answer()))
+    assert answer.n_tokens == len(answer.times) == 12
+    with pytest.raises(SystemExit, match="400"):
+        asyncio.run(users.ask(url, "none", words.request(600, 12), users.Answer()))
