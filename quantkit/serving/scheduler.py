@@ -208,7 +208,8 @@ class Scheduler:
         chosen = self._to_read()
         self.clock.begin()
         for job, n in chosen:
-            with self._at_risk(job), pausing(self._let_others if ready else None):
+            waits = any(not other.left for other in self.running)
+            with self._at_risk(job), pausing(self._let_others if waits else None):
                 self._read(job, n)
                 pause()
         self._decode([job for job in ready if job in self.running])
