@@ -13,6 +13,7 @@ Adam moves at this rate, and codes are the nearest to it (straight-through).
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -44,7 +45,9 @@ CELLS = 1 << 28  # groups times entries that are weighed at once
 class Moving:
     """share: of all groups, that move in a step at most, falling as the rate does. mult: of the curvature. first, last:
     parts of the steps between which codes move; every: so many steps. kept: of the codes' gradient from the steps
-    before (a momentum, which a large model has no room for). latent: rate. tune: codes only, if 0."""
+    before (a momentum, which a large model has no room for). latent: rate. tune: codes only, if 0. rows: 1 if only the
+    best group of each row may move. trials: a step's moves that do not lower the KLD of its own text are taken back,
+    and a quarter of them tried, so often at most."""
 
     share: float = 0.0
     mult: float = 1.0
@@ -54,6 +57,8 @@ class Moving:
     kept: float = 0.0
     latent: float = 0.0
     tune: int = 1
+    rows: int = 0
+    trials: int = 0
 
     @classmethod
     def of(cls, text: str) -> tuple["Moving", Tuning]:
@@ -160,7 +165,7 @@ class Codes:
     def __init__(self, found: dict[str, Stack], free: Free, how: Moving, steps: int):
         self.found, self.free, self.how, self.steps = found, free, how, steps
         self.gradient = {name: torch.zeros(stack.shape, device=stack.s.device) for name, stack in found.items()}
-        self.moved = 0
+        self.moved, self.log = 0, []
         self.second = {name: torch.zeros_like(t) for name, t in self.gradient.items()} if how.latent else {}
 
     def add(self, name: str, g: torch.Tensor) -> None:
@@ -168,19 +173,34 @@ class Codes:
         self.gradient[name] += g
 
     @torch.no_grad()
-    def step(self, step: int, decay: float) -> None:
+    def step(self, step: int, decay: float, kld: float, measure: Callable[[], float]) -> None:
+        """kld: of the step's text, before; `measure` says what it is now."""
         how = self.how
         if how.latent:
             self._latent(step, decay)
         elif how.share and how.first <= step / self.steps < how.last and (step + 1) % how.every == 0:
-            offers = {name: stack.offers(self.gradient[name], how.mult) for name, stack in self.found.items()}
-            gains = torch.cat([gain.flatten() for _, gain in offers.values()])
-            most = max(1, int(how.share * decay * len(gains)))
-            least = gains.topk(most).values[-1].clamp_min(1e-20)
-            for name, (entries, gain) in offers.items():
-                self._take(name, entries, gain >= least)
+            self._offer(how.share * decay, kld, measure)
         for t in self.gradient.values():
             t.mul_(how.kept)
+
+    def _offer(self, share: float, kld: float, measure: Callable[[], float]) -> None:
+        offers = {name: stack.offers(self.gradient[name], self.how.mult) for name, stack in self.found.items()}
+        if self.how.rows:
+            offers = {name: (t, gain * (gain == gain.amax(-1, keepdim=True))) for name, (t, gain) in offers.items()}
+        gains = torch.cat([gain.flatten() for _, gain in offers.values()])
+        for _ in range(1 + self.how.trials):
+            before = {name: (stack.v.clone(), self.free.base[name]) for name, stack in self.found.items()}
+            best, count = gains.topk(max(1, int(share * len(gains)))).values.clamp_min(1e-20), self.moved
+            for name, (entries, gain) in offers.items():
+                self._take(name, entries, gain >= best[-1])
+            now = measure() if self.how.trials else 0.0
+            self.log.append((self.moved - count, float(best.sum()), kld - now))
+            if now < kld:
+                return
+            self.moved = count
+            for name, stack in self.found.items():
+                stack.v, self.free.base[name] = before[name]
+            share /= 4
 
     def _take(self, name: str, entries: torch.Tensor, moves: torch.Tensor) -> None:
         stack = self.found[name]
@@ -220,6 +240,7 @@ def tune(config, free: Free, codes: Codes, w: Weights, ids: torch.Tensor, how: T
         if len(order) < how.batch:
             order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
         pick, order = order[: how.batch], order[how.batch :]
+        total = 0.0
         for part in pick.split(MICRO):
             made = free.weights()
             for name in codes.found:
@@ -229,16 +250,28 @@ def tune(config, free: Free, codes: Codes, w: Weights, ids: torch.Tensor, how: T
             with torch.no_grad():
                 p = F.log_softmax(target[part] @ w["output"].T, -1)
             q = F.log_softmax(final(config, apart, ids[part]) @ made["output"].T, -1)
-            (F.kl_div(q, p, log_target=True, reduction="sum") / (len(pick) * ids.shape[1])).backward()
+            loss = F.kl_div(q, p, log_target=True, reduction="sum") / (len(pick) * ids.shape[1])
+            loss.backward()
+            total += float(loss)
             for name in codes.found:
                 codes.add(name, made[name].grad)
         decay = 0.5 * (1 + math.cos(math.pi * step / how.steps))
+        codes.step(step, decay, total, lambda: _divergence(config, free.weights(), w, ids[pick], target[pick]))  # noqa: B023
         with torch.no_grad():
             for i, name in enumerate(names if codes.how.tune else []):
                 rate = how.lr * decay * (how.dlr if free.kind[name] == "scale" else 1)
                 _move(free.delta[name], first[i], second[i], rate, step, how)
-        codes.step(step, decay)
     return {name: t.detach() for name, t in free.weights().items()}
+
+
+@torch.no_grad()
+def _divergence(config, made: Weights, w: Weights, ids: torch.Tensor, target: torch.Tensor) -> float:
+    total = 0.0
+    for part, aim in zip(ids.split(MICRO), target.split(MICRO), strict=True):
+        p = F.log_softmax(aim @ w["output"].T, -1)
+        q = F.log_softmax(final(config, made, part) @ made["output"].T, -1)
+        total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+    return total / ids.numel()
 
 
 @click.command()
@@ -282,6 +315,11 @@ def main(
         free = Free(q, w, types, how)
         codes = Codes(stacks(base, config, stats, folder, derived, device), free, moving, how.steps)
         made = tune(config, free, codes, w, tokens, how)
+        if codes.log:
+            print(
+                "moved, predicted, gained:",
+                *(f"{n} {a:.5f} {b:.5f}," for n, a, b in codes.log[:: 1 + len(codes.log) // 8]),
+            )
         groups = sum(stack.s.numel() for stack in codes.found.values())
         show(f"{text} loose, {codes.moved / groups:.4f} moves a group", made, time.perf_counter() - started)
         with torch.no_grad():
