@@ -21,10 +21,11 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_whole
+from quantkit.formats.gguf_folder import IMATRIX
 from quantkit.formats.resume import discard
 from quantkit.formats.whole_file import write_json, write_text
 
-IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+PLAN, RECIPE = "plan.json", "recipe.toml"
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 CHECKSUMS = "checksums.json"
 REPORT = "report.html"

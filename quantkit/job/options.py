@@ -168,7 +168,7 @@ class Order:
         """What a reader wants to know, or needs to make the same again, besides the identity."""
         options = self.options
         facts = {
-            "command": shlex.join(["quantkit", *sys.argv[1:]]),
+            "command": _command(),
             "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
@@ -185,6 +185,13 @@ class Order:
         config = family.from_hf(self.checkpoint.config)
         of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
         return [line for lines in of_each for line in lines] + owed(self.plan)
+
+
+def _command() -> str:
+    """What began the job: the command line, or a call from Python, of which arguments of the process say nothing."""
+    program = Path(sys.argv[0])
+    called = program.stem == "quantkit" or program.parts[-2:] == ("quantkit", "__main__.py")
+    return shlex.join(["quantkit", *sys.argv[1:]]) if called else "quantkit.make, called from Python"
 
 
 def owed(plan: Plan) -> list[str]:

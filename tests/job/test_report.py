@@ -132,7 +132,7 @@ def test_nothing_to_report_is_one_clear_line(tmp_path):
 
 def test_make_notes_where_the_file_comes_from(made):
     noted = json.loads((made / "provenance.json").read_text())
-    assert noted["command"].split()[0] == "quantkit" and len(noted["calibration_sha256"]) == 64
+    assert noted["command"] == "quantkit.make, called from Python" and len(noted["calibration_sha256"]) == 64
 
 
 def browser_binary() -> str | None:
