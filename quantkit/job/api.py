@@ -72,6 +72,7 @@ class MakeKeywords(PlanKeywords, total=False):
     restart: bool
     recover: bool
     verify: bool
+    baseline: bool
 
 
 class VerifyKeywords(TypedDict, total=False):
@@ -139,6 +140,7 @@ def make(model: Place = "tiny-r1", output: Place | None = None, **how: Unpack[Ma
         restart=how.get("restart", False),
         recover=how.get("recover", False),
         verify=how.get("verify", True),
+        baseline=how.get("baseline", False),
     )
     files, scores = making.make(str(model), _path(output), options)
     folder = files[0].parent

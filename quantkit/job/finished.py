@@ -76,22 +76,23 @@ def check_notes(folder: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def scored_before(folder: Path, evaluation: TextChoice) -> dict[str, Any] | None:
-    """What verify.json holds, if it is of the files on record, on this text; then it need not be measured again."""
+def scored_before(folder: Path, evaluation: TextChoice, name: str = VERIFY) -> dict[str, Any] | None:
+    """What verify.json (or another of that kind) holds, if it is of the files on record, on this text; then it need not
+    be measured again."""
     try:
-        scores = load_object(read_text(folder / VERIFY, "record").encode(), str(folder / VERIFY))
+        scores = load_object(read_text(folder / name, "record").encode(), str(folder / name))
     except QuantkitError:
         return None
     if scores.get("measured") != _measured(folder, evaluation):
         return None
-    say(f"using {folder / VERIFY} from an earlier run")
+    say(f"using {folder / name} from an earlier run")
     return scores
 
 
-def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice) -> None:
-    """verify.json, with what `scored_before` knows it again by."""
+def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice, name: str = VERIFY) -> None:
+    """verify.json (or another of that kind), with what `scored_before` knows it again by."""
     scores["measured"] = _measured(folder, evaluation)
-    write_json(folder / VERIFY, scores)
+    write_json(folder / name, scores)
 
 
 def _measured(folder: Path, evaluation: TextChoice) -> str:

@@ -35,6 +35,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
+from quantkit.job import baseline
 from quantkit.job.checks import check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
@@ -99,6 +100,7 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
+    baseline.check(options, options.chosen_encoder(plan, device))
     return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
 
 
@@ -113,8 +115,9 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     """`make`, when it is decided what and where, and nobody else is there."""
     checkpoint, plan, options, device = order.checkpoint, order.plan, order.options, order.device
     n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
+    most = n_bytes * (2 if options.baseline else 1)
     source = source_of(checkpoint, device)
-    ranks.agree(lambda: check_possible(source, plan, order.folder, n_bytes, judged or None))
+    ranks.agree(lambda: check_possible(source, plan, order.folder, most, judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
@@ -135,6 +138,8 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
         if result is None:
             result = verify_file(files[0], checkpoint, device, how, passed=reference)
             write_scores(order.folder, result, options.evaluation)
+        if options.baseline:
+            result["baseline"] = baseline.measure(order, device, reference)
     if reference:
         reference.state.remove()
     return files, result

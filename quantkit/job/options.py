@@ -42,7 +42,8 @@ class MakeOptions:
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
-    with the scores. dry_run: the command line only says what it would take.
+    with the scores; baseline: and with those of the same types by ggml's encoder. dry_run: the command line only says
+    what it would take.
     """
 
     recipe: str | Path | None = None
@@ -59,6 +60,7 @@ class MakeOptions:
     restart: bool = False
     verify: bool = True
     recover: bool = False
+    baseline: bool = False
     dry_run: bool = False
 
     def chosen_encoder(self, plan: Plan, device: str) -> str:

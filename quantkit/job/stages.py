@@ -75,9 +75,11 @@ def quantize_model(
     out: Path,
     how: QuantizeOptions = QuantizeOptions(),
     after_layer: Callable[[int], None] | None = None,
+    why: str = WORSE,
 ) -> list[Path]:
-    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
-    say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`.
+    why: what is said of that."""
+    say(f"encoding with ggml, byte for byte as llama-quantize: {why}")
     see_like(checkpoint, plan.by_name)
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
