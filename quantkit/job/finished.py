@@ -24,7 +24,8 @@ from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, RECOVERY, SENSITIVITY, VERIFY
+from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, PROVENANCE, RECOVERY, SENSITIVITY, VERIFY
+from quantkit.job.stages import VerifyOptions
 from quantkit.progress import say
 
 READERS = 4
@@ -93,6 +94,33 @@ def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice, n
     """verify.json (or another of that kind), with what `scored_before` knows it again by."""
     scores["measured"] = _measured(folder, evaluation)
     write_json(folder / name, scores)
+
+
+def place_of_scores(file: Path) -> Path | None:
+    """verify.json beside a model; verify-NAME.json if that is of another. None, once said, where nothing can be
+    written."""
+    if not os.access(file.absolute().parent, os.W_OK):
+        say(f"{file.absolute().parent} cannot be written: the figures are shown, not kept (--json FILE)")
+        return None
+    try:
+        there = load_object(read_text(file.with_name(VERIFY), "record").encode(), VERIFY).get("file")
+    except QuantkitError:
+        there = None
+    return file.with_name(VERIFY if there in (None, file.name) else f"verify-{file.stem}.json")
+
+
+def keep_scores(out: Path, scores: dict[str, Any], how: VerifyOptions, reference: str) -> None:
+    """Write what `verify` found. Of the file that a job made, scored as `make` scores it against the same original
+    (reference: its fingerprint), `make` takes the figures for its own when it is called again."""
+    try:
+        made = load_object(read_text(out.with_name(PROVENANCE), "record").encode(), PROVENANCE)
+    except QuantkitError:
+        made = {}
+    known = _read(out.with_name(CHECKSUMS))
+    if out.name == VERIFY and known and scores["file"] in known[1] and how.score == "half":
+        if made.get("checkpoint") == reference:
+            scores["measured"] = _measured(out.parent, how.text)
+    write_json(out, scores)
 
 
 def _measured(folder: Path, evaluation: TextChoice) -> str:
