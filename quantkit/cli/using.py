@@ -106,7 +106,7 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, runtime=runtime)
         if out:
-            finished.keep_scores(out, result, how, original.fingerprint())
+            finished.keep_scores(out, result, how.text, original.fingerprint())
     streams.show(short_table(result, file) + (f"\nfigures     {out}" if out else ""))
     if result["configuration"]["status"] == "fail":  # then the scores are of another model
         sys.exit(1)

@@ -25,7 +25,6 @@ from quantkit.formats.resume import forget
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_json
 from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, PROVENANCE, RECOVERY, SENSITIVITY, VERIFY
-from quantkit.job.stages import VerifyOptions
 from quantkit.progress import say
 
 READERS = 4
@@ -109,17 +108,17 @@ def place_of_scores(file: Path) -> Path | None:
     return file.with_name(VERIFY if there in (None, file.name) else f"verify-{file.stem}.json")
 
 
-def keep_scores(out: Path, scores: dict[str, Any], how: VerifyOptions, reference: str) -> None:
-    """Write what `verify` found. Of the file that a job made, scored as `make` scores it against the same original
-    (reference: its fingerprint), `make` takes the figures for its own when it is called again."""
+def keep_scores(out: Path, scores: dict[str, Any], text: TextChoice, reference: str) -> None:
+    """Write what `verify` found on that text. Of the file that a job made, scored as `make` scores it against the same
+    original (reference: its fingerprint), `make` takes the figures for its own when it is called again."""
     try:
         made = load_object(read_text(out.with_name(PROVENANCE), "record").encode(), PROVENANCE)
     except QuantkitError:
         made = {}
     known = _read(out.with_name(CHECKSUMS))
-    if out.name == VERIFY and known and scores["file"] in known[1] and how.score == "half":
+    if out.name == VERIFY and known and scores["file"] in known[1] and scores["score"] == "half":
         if made.get("checkpoint") == reference:
-            scores["measured"] = _measured(out.parent, how.text)
+            scores["measured"] = _measured(out.parent, text)
     write_json(out, scores)
 
 

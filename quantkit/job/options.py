@@ -14,14 +14,16 @@ import torch
 
 from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.options import Calibration
+from quantkit.calibration.options import LEAST, Calibration
 from quantkit.encoding.api import choose
+from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
+from quantkit.machine import free_vram
 from quantkit.models import family
 from quantkit.models.open import see_like
 from quantkit.planning import targets
@@ -129,6 +131,15 @@ class Order:
             and self.options.budget.measured is None
             and self.encoder == "quantkit"
         )
+
+    def memory_beside_encoder(self, n_tokens: int) -> int | None:
+        """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of
+        it, so that their hidden states go to RAM before experts wait for room."""
+        given = self.options.calibration.memory
+        if given is not None or n_tokens <= LEAST or self.device == "cpu" or self.encoder == "ggml":
+            return given
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return free_vram(torch.device(self.device)) - int(GROUP_SHARE * total)
 
     def _identify(self) -> dict[str, Any]:
         checkpoint, plan, options = self.checkpoint, self.plan, self.options

@@ -35,7 +35,9 @@ def bit_map(plan: Plan, width: float | None = None) -> Figure:
     axes.pcolormesh(cells, cmap=ListedColormap(shades), norm=norm, edgecolors="white", linewidth=0.4)
     axes.set_yticks([i + 0.5 for i in range(len(roles))], roles, fontsize=8)
     step = max(1, len(layers) // (12 if width is None else 5))
-    ticks = list(range(0, len(layers), step))
+    ticks = [
+        i for i in range(0, len(layers), step) if len(layers) - i > step // 2
+    ]  # the next label is the last column's
     axes.set_xticks([i + 0.5 for i in [*ticks, len(layers)]], [*(str(layers[i]) for i in ticks), "–"], fontsize=8)
     axes.set_xlabel("layer", fontsize=8)
     axes.invert_yaxis()

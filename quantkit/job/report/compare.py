@@ -21,7 +21,7 @@ from quantkit.job.report.figures import (
     whole_numbers,
 )
 from quantkit.job.report.material import Material, comparable, names
-from quantkit.job.report.page import Table, environment, words_for
+from quantkit.job.report.parts import Table, environment, words_for
 from quantkit.planning.assign import predict
 from quantkit.planning.plan import CLASSES, bpw
 from quantkit.planning.table import layer_ranges

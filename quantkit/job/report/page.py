@@ -2,11 +2,9 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -17,6 +15,7 @@ from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import IMATRIX, PLAN, REPORT
 from quantkit.job.report.figures import FIGURES, NARROW, png, style, svg
 from quantkit.job.report.material import Material
+from quantkit.job.report.parts import Table, environment, words_for
 from quantkit.planning import targets
 from quantkit.planning.assign import predict
 from quantkit.planning.bitmap import bit_map
@@ -24,15 +23,6 @@ from quantkit.planning.plan import CLASSES, bpw
 from quantkit.sizes import both_units, gb, gib
 
 FEW_TOKENS = 32  # experts with fewer lean on their layer's mean statistics
-WORDS = (
-    (0.01, "nearly the original"),
-    (0.05, "close to the original"),
-    (0.2, "noticeably changed"),
-    (0.5, "much changed"),
-    (float("inf"), "far from the original"),
-)
-"""Mean KLD in nats below which a file is called so; ours, there is no standard (docs/verify.md)."""
-
 VERIFY_HINT = "Not measured: run `quantkit verify {file} --reference {model}`."
 MISSING = {
     **dict.fromkeys(("layers", "kld", "domains"), VERIFY_HINT),
@@ -46,16 +36,6 @@ MISSING = {
     "samples": "None: run `quantkit verify {file} --reference {model} --prompts 8`.",
     "certificate": "Not certified: run `quantkit certify {file} --reference {model}`.",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """head: names of columns; rows of cells. On a phone a row is a block of its own, each cell after its column's name.
-    numbers: columns that are set to the right."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    numbers: bool = True
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -74,17 +54,6 @@ def write_report(folder: Path) -> list[Path]:
     for name, data in made.items():
         write_whole(folder / name, data)
     return [folder / name for name in made]
-
-
-def environment() -> jinja2.Environment:
-    """Where templates are found; whatever files say is escaped."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("quantkit.job.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def page(m: Material, figures: Mapping[str, Markup]) -> str:
@@ -114,11 +83,6 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
             provenance=_provenance(m),
         )
     )
-
-
-def words_for(kld: float) -> str:
-    """How a file of such a mean KLD is called."""
-    return next(words for limit, words in WORDS if kld < limit)
 
 
 def verdict(m: Material) -> str:
