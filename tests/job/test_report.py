@@ -45,15 +45,29 @@ SECTIONS = [
     *("coverage", "certificate", "provenance"),
 ]
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-OPTIONS = MakeOptions(
-    recipe="1.58bit",
-    calibration=Calibration(TextChoice(n_tokens=4096)),
-    evaluation=TextChoice(n_tokens=8192),
-    encoder="quantkit",
-    effort="fast",
-    device="cpu",
-    baseline=True,
-)
+RULES = """name = "small"
+description = "types that ggml packs quickly"
+target = "llama.cpp"
+mla = "split"
+rules = [
+    { match = "ffn_*_exps", qtype = "Q2_K" },
+    { match = "attn_k_b", qtype = "Q8_0" },
+    { match = "*", qtype = "Q4_K" },
+]
+"""
+
+
+def options(folder: Path) -> MakeOptions:
+    """Quick ones, with a baseline."""
+    return MakeOptions(
+        recipe=folder.parent / "small.toml",
+        calibration=Calibration(TextChoice(n_tokens=2048)),
+        evaluation=TextChoice(n_tokens=4096),
+        encoder="quantkit",
+        effort="fast",
+        device="cpu",
+        baseline=True,
+    )
 
 
 def run(*arguments: object):
@@ -64,10 +78,11 @@ def run(*arguments: object):
 def folder(tmp_path_factory) -> Path:
     """Beside another that was measured alike."""
     root = tmp_path_factory.mktemp("report")
-    folder = root / "tiny-r1-1.58bit"
-    files, scores = make("tiny-r1", folder, OPTIONS)
+    folder = root / "tiny-r1-small"
+    (root / "small.toml").write_text(RULES)
+    files, scores = make("tiny-r1", folder, options(folder))
     assert scores["baseline"]["bytes"] == scores["bytes"]
-    verified = run("verify", folder, "--tokens", 8192, "--prompts", 1, "--device", "cpu")
+    verified = run("verify", folder, "--tokens", 4096, "--prompts", 1, "--device", "cpu")
     assert verified.exit_code == 0 and str(folder / "verify.json") in verified.stdout, verified.output
     certify_file(files[0], "cpu", folder / "certify.json", CertifyOptions("llama.cpp", "tiny-r1", oracle=False))
     other = json.loads((folder / "verify.json").read_text()) | {"bytes": 9_000_000, "kld_mean": 0.1}
@@ -101,19 +116,17 @@ def elements(page: str) -> list[tuple[str, dict]]:
 def test_the_baseline_is_measured_once_and_its_file_removed(folder, capsys):
     other = json.loads((folder / "baseline.json").read_text())
     assert not (folder / "baseline").exists() and len(list(folder.glob("*r1*.gguf"))) == 1
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
-    _, scores = make("tiny-r1", folder, OPTIONS)
+    times = {name: (folder / name).stat().st_mtime_ns for name in ("verify.json", "baseline.json")}
+    _, scores = make("tiny-r1", folder, options(folder))
     said = capsys.readouterr().err.replace("\n", "")
     assert "baseline.json from an earlier run" in said and "verify.json from an earlier run" in said
     assert scores["baseline"] == other and scores["generation"]["samples"]  # which `verify` added
-    assert {p: p.stat().st_mtime_ns for p in times if p.name != "provenance.json"} == {
-        p: t for p, t in times.items() if p.name != "provenance.json"
-    }
+    assert times == {name: (folder / name).stat().st_mtime_ns for name in times}
 
 
-@pytest.mark.parametrize(("options", "why"), [(["--encoder", "ggml"], "takes itself"), (["--no-verify"], "leave out")])
-def test_a_baseline_without_a_comparison_is_refused(options, why, tmp_path):
-    done = run("make", "--baseline", "-o", tmp_path / "x", *options)
+@pytest.mark.parametrize(("given", "why"), [(["--encoder", "ggml"], "takes itself"), (["--no-verify"], "leave out")])
+def test_a_baseline_without_a_comparison_is_refused(given, why, tmp_path):
+    done = run("make", "--baseline", "-o", tmp_path / "x", *given)
     assert done.exit_code == 1 and "--baseline compares" in done.stderr and why in done.stderr
     assert not (tmp_path / "x").exists()
 
@@ -129,7 +142,7 @@ def test_every_section_has_its_content(page):
     assert sum(tag == "svg" for tag, _ in found) == len(FIGURES) + 1  # the bit map twice: also for phones
     assert re.search(r'class="pass">pass</td>', page) and "checkpoint fingerprint" in page and "sha256" in page
     assert "the original</p>" in page and page.count("<blockquote>") == 3
-    assert "llama-cli -m tiny-r1-1.58bit.gguf" in page and "Not measured" not in page
+    assert "llama-cli -m tiny-r1-small.gguf" in page and "Not measured" not in page
 
 
 def test_the_verdict_comes_first(folder, page):
@@ -138,9 +151,10 @@ def test_the_verdict_comes_first(folder, page):
     assert page.index('class="verdict"') < page.index("<section") and said.count(".\n") == 0
     ratio = m.scores["kld_mean"] / m.baseline["kld_mean"]
     assert f"{ratio:.2f} of what ggml's encoder leaves" in said and "nats a token" in said and "llama.cpp" in said
-    m.certificate = {"passed": False, "target": "ollama", "checks": [{"name": "weights", "status": "fail"}]}
-    assert verdict(m) == "Do not use this file: it failed certification for ollama (weights)."
-    m.certificate, m.scores = None, m.scores | {"configuration": {"status": "fail"}}
+    failed = {"passed": False, "target": "ollama", "checks": [{"name": "weights", "status": "fail"}]}
+    m.certificates.insert(0, failed)
+    assert verdict(m) == "Do not use this file for ollama: it failed certification (weights)."
+    m.certificates, m.scores = [], m.scores | {"configuration": {"status": "fail"}}
     assert verdict(m).startswith("Do not trust these scores")
 
 

@@ -128,7 +128,7 @@ def _layers(alike: Named) -> Figure | None:
 def _files(every: Named) -> Table:
     rows = []
     for name, m in every:
-        s, certificate = m.scores, m.certificate or {}
+        s, certificate = m.scores, m.certificate
         ratio = f"{m.ratio:.2f}" if m.ratio is not None else "–"
         rows.append(
             (

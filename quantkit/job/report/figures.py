@@ -101,8 +101,9 @@ def front(points: Sequence[Point], colours: Sequence[str], span: Sequence[float]
     if span:
         _, size, kld = points[0]
         axes.errorbar(size / unit, kld, yerr=[[kld - span[0]], [span[1] - kld]], color=colours[0], capsize=3, zorder=3)
-    axes.set(xlabel=f"file size in {name_of_unit}", ylabel="mean KLD in nats", ylim=(0, None))
-    axes.margins(0.3, 0.15)
+    axes.set(xlabel=f"file size in {name_of_unit}", ylabel="mean KLD in nats")
+    axes.margins(0.3)
+    axes.set_ylim(0, 1.2 * max(kld for _, _, kld in points))
     axes.ticklabel_format(style="plain", useOffset=False)
     return figure
 

@@ -26,6 +26,7 @@ ALIKE = ("reference", "text_sha256", "tokens", "score")  # what two verify.json 
 class Material:
     """What lies in the folder. Anything but the scores or the plan may be missing.
 
+    certificates: by target, the file's own first; certificate: that, or the first there is.
     baseline: scores of the same types by ggml's encoder. file: the model's, as it is called; config: its numbers.
     others: name -> scores of neighbouring folders that were measured against the same original on the same text.
     """
@@ -33,7 +34,7 @@ class Material:
     folder: Path
     scores: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    certificate: dict[str, Any] | None = None
+    certificates: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     baseline: dict[str, Any] | None = None
     sensitivity: Path | None = None
@@ -52,7 +53,9 @@ class Material:
         )
         if not scores and plan is None:
             raise QuantkitError(f"{folder}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left")
-        made = cls(folder, scores, plan, _json(folder / CERTIFY), _json(folder / PROVENANCE) or {})
+        others = sorted(folder.glob(f"{Path(CERTIFY).stem}-*.json"))
+        certificates = [found for path in (folder / CERTIFY, *others) if (found := _json(path))]
+        made = cls(folder, scores, plan, certificates, _json(folder / PROVENANCE) or {})
         baseline = _json(folder / BASELINE)
         if baseline and scores and comparable(baseline, scores):
             made.baseline = baseline
@@ -75,6 +78,11 @@ class Material:
     def name(self) -> str:
         """The folder's, which may be no text."""
         return printable(os.fsencode(self.folder.resolve().name).decode(errors="replace"))
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """The file's own, or the first there is; nothing without any."""
+        return next(iter(self.certificates), {})
 
     @property
     def ratio(self) -> float | None:

@@ -78,7 +78,7 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
             predicted=_predicted(m),
             coverage=_coverage(m),
             generation=scores.get("generation") or {},
-            certificate=m.certificate,
+            certificates=m.certificates,
             caveats=m.provenance.get("caveats") or (),
             provenance=_provenance(m),
         )
@@ -87,10 +87,10 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
 
 def verdict(m: Material) -> str:
     """One sentence."""
-    s, certificate = m.scores, m.certificate or {}
+    s, certificate = m.scores, m.certificate
     if certificate and not certificate.get("passed"):
         failed = ", ".join(c.get("name", "") for c in certificate.get("checks", ()) if c.get("status") == "fail")
-        return f"Do not use this file: it failed certification for {certificate.get('target')} ({failed})."
+        return f"Do not use this file for {certificate.get('target')}: it failed certification ({failed})."
     if (s.get("configuration") or {}).get("status") == "fail":
         return "Do not trust these scores: transformers reads the original's config.json as another model."
     if not s:
