@@ -21,8 +21,8 @@ class Terminal:
         self.screen, theirs = pty.openpty()
         environment = os.environ | {"TERM": "xterm", "PYTHONPATH": os.getcwd()} | environment
         command = [sys.executable, "-m", "quantkit", *arguments]
-        self.program = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+        self.program = subprocess.Popen(  # with the terminal as its own, so that Ctrl-C reaches it
+            command, stdin=theirs, env=environment, preexec_fn=lambda: os.login_tty(theirs)
         )
         os.close(theirs)
         self.shown = ""
@@ -50,7 +50,7 @@ def talk(made, tmp_path_factory):
     """A chat in which everything of this file has been typed: what was saved, where, and what was shown."""
     home = tmp_path_factory.mktemp("home")
     options = ("-c", "512", "-n", "4", "--temp", "0", "--device", "cpu")
-    t = Terminal("run", str(made), *options, HOME=str(home), XDG_CACHE_HOME=str(home), QUANTKIT_MARK="1")
+    t = Terminal("run", str(made), *options, HOME=str(home), XDG_CACHE_HOME=str(home))
     t.wait("/help lists commands")
     t.wait("> ")
     seen = {}
@@ -67,8 +67,10 @@ def talk(made, tmp_path_factory):
     t.type('"""\r')
     t.wait(" of 512 tokens")
     t.wait("> ")
+    t.type("half a line")
+    t.wait("half a line")
     for keys, name, until in (
-        ("half a line" + INTERRUPT, "interrupted", "(Ctrl-C again, Ctrl-D or /exit ends)"),
+        (INTERRUPT, "interrupted", "(Ctrl-C again, Ctrl-D or /exit ends)"),
         ("/set temperature 0.25\r", "set", "n_tokens 4"),
         ("/set temperature hot\r", "wrong", "not a number from 0 to 100"),
         ("/nonsense\r", "unknown", "no such command; /help lists them"),
