@@ -86,10 +86,13 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
     if options.recover:
         lines.append("            and recovery, which says itself how long a step takes")
     if options.baseline:
-        again = rounded(
-            work.seconds_to_encode("ggml", "normal") + 2 * work.seconds_to_compute(work.judged) + read / DISK_RATE
+        seconds = work.seconds_to_encode("ggml", "normal") + 2 * (
+            work.seconds_to_compute(work.judged) + read / DISK_RATE
         )
-        lines.append(f"baseline    about {again} more, and {both_units(n_bytes)} of that disk until it is judged")
+        lines.append(
+            f"baseline    about {rounded(seconds)} more: {both_units(n_bytes)} of that disk until it is judged, and the "
+            "original read twice more"
+        )
     return lines
 
 

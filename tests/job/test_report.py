@@ -133,7 +133,7 @@ def test_a_baseline_without_a_comparison_is_refused(given, why, tmp_path):
 
 def test_the_forecast_counts_the_baseline():
     done = run("make", "--baseline", "--dry-run", "--device", "cpu")
-    assert re.search(r"baseline    about .* more, and 4.1 MB", done.stdout), done.output
+    assert re.search(r"baseline    about .* more: 4.1 MB", done.stdout), done.output
 
 
 def test_every_section_has_its_content(page):
