@@ -90,8 +90,8 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
             work.seconds_to_compute(work.judged) + read / DISK_RATE
         )
         lines.append(
-            f"baseline    about {rounded(seconds)} more: {both_units(n_bytes)} of that disk until it is judged, and the "
-            "original read twice more"
+            f"baseline    about {rounded(seconds)} more: {both_units(n_bytes)} of that disk until it is judged, "
+            "and the original read twice more"
         )
     return lines
 

@@ -79,7 +79,7 @@ def talk(made, tmp_path_factory):
         ("/system Be short.\r", "system", "(a new conversation)"),
         (f"/save {home}/empty.json\r", "again", "1 messages in"),
         (f"/load {home}/talk.json\r", "loaded", "6 messages of"),
-        (f"/load {home}/.none\r", "missing", "No such file"),
+        (f"/load {home}/.none\r", "missing", "no such file"),
         (f"/lo\t{home}/empty.json\r", "completed", "1 messages of"),
     ):
         t.type(keys)
