@@ -47,7 +47,8 @@ class Moving:
     parts of the steps between which codes move; every: so many steps. kept: of the codes' gradient from the steps
     before (a momentum, which a large model has no room for). latent: rate. tune: codes only, if 0. rows: 1 if only the
     best group of each row may move. trials: a step's moves that do not lower the KLD of its own text are taken back,
-    and a quarter of them tried, so often at most."""
+    and a quarter of them tried, so often at most. rate: if given, the curvature is not that of the Fisher information
+    but Adam's, √(mean square of the gradient, by rows and columns) / (rate std), and groups are ranked in its units."""
 
     share: float = 0.0
     mult: float = 1.0
@@ -59,6 +60,7 @@ class Moving:
     tune: int = 1
     rows: int = 0
     trials: int = 0
+    rate: float = 0.0
 
     @classmethod
     def of(cls, text: str) -> tuple["Moving", Tuning]:
@@ -88,6 +90,12 @@ class Stack:
         """Decoded, [E, R, n]."""
         return (self.v * self.s[..., None] + self.o[..., None]).flatten(2)
 
+    def plain(self, rate: float) -> None:
+        """The metric becomes that of equal weights, for a gradient of mean square 1: moves of rate standard deviations
+        cost half of what they gain."""
+        self.metric = torch.eye(8, device=self.s.device).expand_as(self.metric)
+        self.inverse, self.weight = self.metric, torch.ones_like(self.weight) / (rate * self.values().std())
+
     def offers(self, gradient: torch.Tensor, mult: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The best entry of each group, int32, and the predicted gain [E, R, n/8]."""
         gains, entries = torch.empty_like(self.s), torch.empty_like(self.s, dtype=torch.int32)
@@ -112,6 +120,13 @@ class Stack:
             best.append(found.indices.int())
             cost.append(found.values)
         return torch.cat(best).T, (now - torch.cat(cost)).T
+
+
+def normed(g: torch.Tensor) -> torch.Tensor:
+    """[E, R, n] by the roots of its mean squares over rows times those over columns."""
+    square = g.square() + 1e-38
+    rows, columns = square.mean(2, keepdim=True), square.mean(1, keepdim=True)
+    return g * (square.mean((1, 2), keepdim=True) / (rows * columns)).sqrt()
 
 
 def codebook(qtype: str) -> torch.Tensor:
@@ -184,7 +199,13 @@ class Codes:
             t.mul_(how.kept)
 
     def _offer(self, share: float, kld: float, measure: Callable[[], float]) -> None:
-        offers = {name: stack.offers(self.gradient[name], self.how.mult) for name, stack in self.found.items()}
+        offers = {}
+        for name, stack in self.found.items():
+            gradient = self.gradient[name]
+            if self.how.rate:
+                gradient = normed(gradient)
+                stack.plain(self.how.rate)
+            offers[name] = stack.offers(gradient, self.how.mult)
         if self.how.rows:
             offers = {name: (t, gain * (gain == gain.amax(-1, keepdim=True))) for name, (t, gain) in offers.items()}
         gains = torch.cat([gain.flatten() for _, gain in offers.values()])
