@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.engines.stacks import Stacks
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
+from quantkit.runtime.pauses import pause, wanted
 
 if TYPE_CHECKING:  # or the chain of imports would be long
     from quantkit.runtime.engines.step import Between
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # or the chain of imports would be long
 
     Query = tuple[Matrix, torch.Tensor, Matrix] | Matrix
     """q_a, its norm and q_b, or one projection."""
+
+SHORT_ROWS = 64  # tokens whose experts the CPU computes at once while others wait
 
 
 class OnCpu(Experts, Protocol):
@@ -141,6 +144,7 @@ class ChunkedExperts:
                 rows = x[tokens[first:last]]
                 hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
                 collect(out, grouped(hidden, down.dense(), stops), place, weight, first)
+                pause(x.device)
             if end == self.n_places:
                 return out
         raise AssertionError("chunks ended before the layer did")
@@ -174,4 +178,8 @@ class CpuExperts:
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `layers.Experts`."""
-        return self.experts(x.float().cpu(), expert.cpu(), weight.cpu()).to(x.device, copy=True)
+        rows, parts = SHORT_ROWS if wanted() else max(1, len(x)), []
+        for part in zip(*(value.split(rows) for value in (x.float().cpu(), expert.cpu(), weight.cpu())), strict=True):
+            parts.append(self.experts(*part).to(x.device, copy=True))
+            pause(x.device)
+        return torch.cat(parts)

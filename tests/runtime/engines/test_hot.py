@@ -159,10 +159,11 @@ def test_the_hottest_come_first():
     assert not hottest(shares, sizes, 5).any()
 
 
-def test_whole_layers_where_routing_is_even():
-    """Then a layer of which half is missing waits for the CPU all the same."""
+def test_whole_layers_where_waiting_costs_more_than_experts():
+    """A layer of which half is missing waits for the CPU all the same."""
     even, sizes, visits = np.full((4, 8), 1 / 8), np.full(4, 10), np.full(4, 1e-3)
-    assert best(even, sizes, 8, 160, visits).tolist() == [[True] * 8] * 2 + [[False] * 8] * 2
+    assert best(even, sizes, 8, 160, visits / 5).tolist() == [[True] * 8] * 2 + [[False] * 8] * 2
+    assert best(even, sizes, 8, 160, 10 * visits).tolist() == [[True] * 4 + [False] * 4] * 4
     skewed = np.tile([0.3, 0.3, 0.2, 0.1, 0.04, 0.02, 0.02, 0.02], (4, 1))
     assert best(skewed, sizes, 8, 160, visits).tolist() == [[True] * 4 + [False] * 4] * 4
     assert best(None, sizes, 8, 165, visits).tolist() == [[True] * 4 + [False] * 4] * 4  # the first, to learn more
