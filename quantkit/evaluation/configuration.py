@@ -21,9 +21,8 @@ from quantkit.evaluation.oracles import hf
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.tensor_table import CONFIG
-from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import final_hidden
+from quantkit.runtime.stream import final_hidden, head_logits
 
 NAME = "oracle transformers"
 TOKENS = 160
@@ -96,8 +95,7 @@ def _check(text: str) -> Check:
 
 @torch.inference_mode()
 def _logits(source: CheckpointSource, tokens: torch.Tensor) -> torch.Tensor:
-    norm, head = source.head()
-    return head(rms_norm(final_hidden(source, tokens), norm, source.config.rms_eps))
+    return head_logits(source, source.head(), final_hidden(source, tokens))
 
 
 def divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:

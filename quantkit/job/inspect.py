@@ -9,7 +9,8 @@ from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile, is_gguf
-from quantkit.formats.int4 import PACKED, weight_name
+from quantkit.formats.int4 import PACKED
+from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
@@ -58,7 +59,7 @@ def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
     source.validate(needed)
     # An INT4 weight stands for its words.
     rows = [(e.dtype, prod(e.shape), e.n_bytes) for name, e in source.tensors.items() if not name.endswith(PACKED)]
-    extra = sum(1 for name in source.tensors if weight_name(name.removesuffix("_scale_inv")) not in needed)
+    extra = sum(1 for name in source.tensors if weight_of(name) not in needed)
     lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:
         lines.append(f"{extra} tensors are not used (multi-token prediction)")

@@ -92,11 +92,11 @@ def _modules(*names: str) -> tuple[Any, ...]:
     return tuple(import_module(f"quantkit.models.{name}") for name in names)
 
 
-FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa"))
+FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa", "deepseek4"))
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
 CONFIG_FILES = cast(
     Mapping[str, ConfigFile],
-    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa"), strict=True)),
+    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa", "deepseek4_config"), strict=True)),
 )
 BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
     name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
+from quantkit.runtime.compressed import CompressedLayer, Layer, attend, ffn_inputs, take_up
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
@@ -45,7 +46,7 @@ class Source(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> [..., d] in `out` (default: new, float32)."""
 
-    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+    def layer(self, layer: int, turns: Turns = ALONE) -> Layer:
         """Its weights, read now but for routed experts. turns: how ranks share those that are streamed."""
 
     def head(self) -> tuple[torch.Tensor, Linear]:
@@ -53,6 +54,10 @@ class Source(Protocol):
 
     def output_norm(self) -> torch.Tensor:
         """float32 [d]."""
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output norm is taken of, [..., d], of hidden states [..., width]: the same, but for a model with
+        several residual streams."""
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
@@ -63,15 +68,15 @@ class Source(Protocol):
 
 class Pass:
     """What the layers of a pass share: the model, the positions, what indexers chose for chunks whose attention is
-    computed together, and arrays made once in the pass's room: hidden [n_chunk, t, d], and inputs and sums of the
-    feed-forward [n_chunk t, d]."""
+    computed together, and arrays made once in the pass's room: hidden [n_chunk, t, width], and inputs and sums of the
+    feed-forward [n_chunk t, d]. tokens int64 [n_chunk t]."""
 
     def __init__(self, source: Source, tokens: torch.Tensor, room: Room):
         n_chunk, t = tokens.shape
-        self.source, d = source, source.config.d
+        self.source, self.tokens, d = source, tokens.flatten(), source.config.d
         self.angles = angles(source.config, torch.arange(t, device=source.device))
         self.chosen = [Selection() for _ in range(0, n_chunk, _chunks(t))]
-        self.hidden = room.empty((n_chunk, t, d), room.hidden)
+        self.hidden = room.empty((n_chunk, t, source.config.width), room.hidden)
         self.inputs = room.empty((n_chunk * t, d), source.dtype)
         # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
         self.sums = room.empty((n_chunk * t, d), room.hidden)
@@ -79,11 +84,11 @@ class Pass:
 
 @dataclass
 class Step:
-    """One layer of the stream, with its weights. hidden [n_chunk, t, d]: what goes into the layer, and after `compute`
-    what comes out of it."""
+    """One layer of the stream, with its weights. hidden [n_chunk, t, width]: what goes into the layer, and after
+    `compute` what comes out of it."""
 
     layer: int
-    weights: LayerWeights
+    weights: Layer
     shared: Pass
     computed: bool = False
 
@@ -94,6 +99,8 @@ class Step:
 
     def compute(self, watcher: Watcher | None = None) -> torch.Tensor:
         """Attention, then feed-forward, in place; returns hidden. watcher: is told of all inputs on the way."""
+        if isinstance(self.weights, CompressedLayer):
+            return self._compute_streams(self.weights, watcher)
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
         apply_attention(hidden, self.weights, source.config, shared.angles, watcher, shared.chosen)
@@ -101,6 +108,17 @@ class Step:
         weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
         flat = hidden.view(-1, hidden.shape[-1])
         flat += feed_forward(x, self.weights, source.config, shared.sums, watcher, weight)
+        self.computed = True
+        return hidden
+
+    def _compute_streams(self, layer: CompressedLayer, watcher: Watcher | None) -> torch.Tensor:
+        shared, hidden = self.shared, self.shared.hidden
+        source, flat = shared.source, hidden.view(-1, hidden.shape[-1])
+        attend(hidden, layer, source.config, _chunks(hidden.shape[1]), watcher)
+        ffn_inputs(flat, layer, source.config, shared.inputs, ATTENTION_TOKENS)
+        weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
+        y = feed_forward(shared.inputs, layer, source.config, shared.sums, watcher, weight, shared.tokens)
+        take_up(flat, y, layer, source.config, ATTENTION_TOKENS)
         self.computed = True
         return hidden
 
@@ -122,7 +140,7 @@ def stream(
     """
     shared = Pass(source, tokens, room or Room("device", source.device))
     if hidden is None:
-        source.embed(tokens, out=shared.hidden)
+        embedded(source, tokens, shared.hidden)
     else:
         shared.hidden.copy_(hidden)
     layers = range(start, source.config.n_layer)
@@ -131,6 +149,19 @@ def stream(
         yield step
         if not step.computed:
             raise RuntimeError(f"layer {layer} was not computed")
+
+
+def embedded(source: Source, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states before the first layer, [n_chunk, t, width] in `out` (default: new, float32), of tokens int64
+    [n_chunk, t]: each stream begins as the embedding."""
+    if source.config.streams is None:
+        return source.embed(tokens, out=out)
+    found = source.embed(tokens)
+    if out is None:
+        return found.repeat(1, 1, source.config.streams.n)
+    for to, chunk in zip(out, found, strict=True):
+        to.copy_(chunk.repeat(1, source.config.streams.n))
+    return out
 
 
 def job_of(source: Source, tokens: torch.Tensor) -> str:
@@ -175,7 +206,7 @@ def ffn_input(
 def final_hidden(
     source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None, room: Room | None = None
 ) -> torch.Tensor:
-    """Hidden states after the last layer, [n_chunk, t, d], before the output norm. progress: told of each layer."""
+    """Hidden states after the last layer, [n_chunk, t, width], before the output norm. progress: told of each layer."""
     hidden = None
     for step in stream(source, tokens, room=room):
         hidden = step.compute()
@@ -186,7 +217,7 @@ def final_hidden(
 
 
 def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """float32 logits of hidden [n, d] in tiles of rows; nothing of size tokens x vocabulary is ever held. head: the
+    """float32 logits of hidden [n, width] in tiles of rows; nothing of size tokens x vocabulary is ever held. head: the
     source's, loaded: (output norm, output matrix)."""
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
@@ -194,6 +225,6 @@ def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.
 
 
 def head_logits(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> torch.Tensor:
-    """float32 logits [..., n_vocab] of hidden [..., d], all at once."""
+    """float32 logits [..., n_vocab] of hidden [..., width], all at once."""
     norm, output = head
-    return output(rms_norm(hidden, norm, source.config.rms_eps).to(source.dtype)).float()
+    return output(rms_norm(source.merge(hidden), norm, source.config.rms_eps).to(source.dtype)).float()

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.compressed import Layer, with_mla
 from quantkit.runtime.layers import (
     Feed,
     KVCache,
     LayerExperts,
-    LayerWeights,
     Linear,
     Router,
     attention,
@@ -32,7 +32,7 @@ class Layers(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> float32 [..., d]."""
 
-    def layer(self, layer: int) -> LayerWeights:
+    def layer(self, layer: int) -> Layer:
         """A layer's weights."""
 
     def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, LayerExperts | None]:
@@ -59,7 +59,7 @@ class ByLayers:
         h = source.embed(tokens)
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
-            layer, dtype = source.layer(i), source.dtype
+            layer, dtype = with_mla(source.layer(i)), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes

@@ -2,6 +2,7 @@
 
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
+from quantkit.runtime.compressed import only_forward
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
@@ -23,6 +24,7 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     of that length.
     """
     # What a family has no graph or no GPU engine for is refused here, and nowhere else.
+    only_forward(weights.config, "generating text here (llama.cpp runs the file)")
     capacity = min(capacity, weights.config.n_context)
     indexer = weights.config.indexer
     sparse = indexer is not None and capacity > indexer.top_k
