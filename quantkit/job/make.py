@@ -68,6 +68,7 @@ from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
+from quantkit.runtime.compressed import only_forward
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
@@ -99,7 +100,14 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    for asked, what in (
+        (options.recover, "--recover"),
+        (order.encoder == "quantkit" and options.effort == "best", "--effort best"),
+    ):
+        if asked:
+            only_forward(family.from_hf(checkpoint.config), what)
+    return order
 
 
 def what_it_takes(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> list[str]:
@@ -268,7 +276,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)

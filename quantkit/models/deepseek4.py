@@ -20,7 +20,8 @@ from quantkit.tensors import Assembly, TensorSpec, Weights
 
 ARCHITECTURE = "deepseek4"
 LAYOUTS: tuple[Mla, ...] = ("split",)
-PRE: Mapping[str, tuple[str, ...]] = {}  # deepseek2's: llama.cpp splits `joyai-llm`, as others call V4's, the same way
+# llama.cpp splits `joyai-llm`, as others call V4's, by the same expressions (b11434, src/llama-vocab.cpp).
+PRE: Mapping[str, tuple[str, ...]] = {"deepseek-v3": deepseek2.PRE["deepseek-v3"]}
 GATING = 4  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS
 OVERLAPPING = 4  # the ratio whose entries reach into the block before, and are chosen by an indexer
 
