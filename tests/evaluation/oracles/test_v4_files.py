@@ -64,7 +64,7 @@ def test_file_of_floats(imatrix, tmp_path):
     assert kld("our layers from transformers", small.logits, ours) < 1e-6
     assert kld("llama.cpp from ours", ours, theirs) < 1e-4
     passes(path, small, oracle=True)
-    with pytest.raises(QuantkitError, match="generating text here .*: not with deepseek4"):
+    with pytest.raises(QuantkitError, match=r"generating text here .*: not with deepseek4"):
         open_engine(open_gguf(path, n_threads=1), 1, 64)
 
 
