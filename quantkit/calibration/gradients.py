@@ -42,8 +42,7 @@ from quantkit.progress import say, track
 from quantkit.runtime import backward
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.backward import Backward, Draw, ExpertGradients
-from quantkit.runtime.compressed import only_forward, with_mla
-from quantkit.runtime.layers import LayerWeights
+from quantkit.runtime.layers import LayerWeights, only_forward, with_mla
 from quantkit.runtime.memory import HIDDEN_BYTES, Limits, Memory, room_for
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import HEAD_ELEMENTS, Source, job_of, stream

@@ -24,8 +24,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.formats.whole_file import replacing
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.runtime.compressed import only_forward, with_mla
-from quantkit.runtime.layers import LayerWeights, attention, route
+from quantkit.runtime.layers import LayerWeights, attention, only_forward, route, with_mla
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import apply_attention, ffn_input

@@ -36,8 +36,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.progress import say
-from quantkit.runtime.compressed import with_mla
-from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm
+from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm, with_mla
 from quantkit.runtime.memory import Limits, Memory, room_for
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource

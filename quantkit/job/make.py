@@ -68,7 +68,7 @@ from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.compressed import only_forward
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 

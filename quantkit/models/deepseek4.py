@@ -22,7 +22,32 @@ ARCHITECTURE = "deepseek4"
 LAYOUTS: tuple[Mla, ...] = ("split",)
 # llama.cpp splits `joyai-llm`, as others call V4's, by the same expressions (b11434, src/llama-vocab.cpp).
 PRE: Mapping[str, tuple[str, ...]] = {"deepseek-v3": deepseek2.PRE["deepseek-v3"]}
+# DeepSeek publishes code that builds prompts, and no template. This is what that code makes of plain turns, thinking or
+# not; earlier answers go without their reasoning, as it leaves that out too.
+CHAT_TEMPLATE: str | None = """{%- set system = namespace(text='') -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set system.text = system.text + ('\\n\\n' if system.text else '') + (message['content'] or '') -%}
+  {%- endif -%}
+{%- endfor -%}
+{{- bos_token + system.text -}}
+{%- set turn = namespace(user=false) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- '<｜Assistant｜></think>' + (message['content'] or '') + '<｜end▁of▁sentence｜>' -}}
+    {%- set turn.user = false -%}
+  {%- elif message['role'] != 'system' -%}
+    {{- ('\\n\\n' if turn.user else '<｜User｜>') + (message['content'] or '') -}}
+    {%- set turn.user = true -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<｜Assistant｜>' + ('<think>' if thinking or enable_thinking else '</think>') -}}
+{%- endif -%}"""
 GATING = 4  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS
+COMPRESSION = ("sliding_window", "compress_rope_freq_base", "output_group_count", "output_lora_rank")
+STREAMS = ("count", "sinkhorn_iterations", "epsilon")
+"""Keys of what `Compression` and `Streams` hold, in their order."""
 OVERLAPPING = 4  # the ratio whose entries reach into the block before, and are chosen by an indexer
 
 
@@ -40,10 +65,6 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     n_layer, rope, head = key("block_count"), key("rope.dimension_count"), key("attention.key_length")
     n_vocab = key("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None)
     ratios = tuple(key("attention.compress_ratios"))[: min(n_layer, MAX_LAYERS)]
-    limit = key("swiglu_clamp_exp")
-    limits = {*limit[:n_layer]} if isinstance(limit, list) else {limit}
-    if len(limits) != 1:
-        raise QuantkitError(f"GGUF metadata: {ARCHITECTURE}.swiglu_clamp_exp is not the same for all layers")
     return ModelConfig(
         architecture=ARCHITECTURE,
         n_layer=n_layer,
@@ -75,19 +96,19 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         eos=metadata.get("tokenizer.ggml.eos_token_id", 1),
         more_ends=tuple(metadata[key] for key in deepseek2.ENDS if key in metadata),
         indexer=deepseek32.indexer_from_gguf(metadata, True, tuple(ratio == OVERLAPPING for ratio in ratios)),
-        compression=Compression(
-            ratios,
-            key("attention.sliding_window"),
-            key("attention.compress_rope_freq_base"),
-            key("attention.output_group_count"),
-            key("attention.output_lora_rank"),
-        ),
-        streams=Streams(
-            key("hyper_connection.count"), key("hyper_connection.sinkhorn_iterations"), key("hyper_connection.epsilon")
-        ),
+        compression=Compression(ratios, *(key(f"attention.{name}") for name in COMPRESSION)),
+        streams=Streams(*(key(f"hyper_connection.{name}") for name in STREAMS)),
         n_hash=key("hash_layer_count"),
-        limit=limits.pop(),
+        limit=_limit(key("swiglu_clamp_exp"), n_layer),
     )
+
+
+def _limit(said: Any, n_layer: int) -> float:
+    """Of all layers together, as the original has it."""
+    limits = {*said[:n_layer]} if isinstance(said, list) else {said}
+    if len(limits) != 1:
+        raise QuantkitError(f"GGUF metadata: {ARCHITECTURE}.swiglu_clamp_exp is not the same for all layers")
+    return limits.pop()
 
 
 def _yarn(metadata: Mapping[str, Any]) -> Yarn | None:

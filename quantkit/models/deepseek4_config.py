@@ -218,8 +218,7 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.n_used,
         "num_hash_layers": c.n_hash,
         **{"scoring_func": c.scoring, "topk_method": "noaux_tc", "norm_topk_prob": c.norm_weights},
-        "routed_scaling_factor": short(c.weights_scale),
-        "swiglu_limit": short(c.limit),
+        **{"routed_scaling_factor": short(c.weights_scale), "swiglu_limit": short(c.limit)},
     }
     rest = {
         "compress_ratios": list(c.compression.ratios),

@@ -89,7 +89,7 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
     if config.indexer and found.config.get("num_nextn_predict_layers"):
         name = "mtp.0" if config.compression else f"layer {config.n_layer}"
         say_once(f"{found.path}: {name}, which predicts the token after the next (MTP), is left out")
-    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
+    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE, family.of(config).CHAT_TEMPLATE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found

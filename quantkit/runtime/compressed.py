@@ -12,10 +12,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.forms import QUERY_TILE, SCORE_ELEMENTS
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router, See, rms_norm, token_weight
-from quantkit.runtime.mla import QUERY_TILE, SCORE_ELEMENTS
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles, rotate_last, unit_rms
 from quantkit.runtime.streams import Mixing, mix, taken_up
@@ -82,24 +81,33 @@ class CompressedLayer:
     entries: Entries | None = None
     chooser: Chooser | None = None
 
+    def attend(self, hidden: torch.Tensor, config: ModelConfig, n_chunks: int, watcher: Watcher | None) -> None:
+        """The attention half of a layer, in place on streams hidden [n_chunk, t, n d], so many chunks at a time."""
+        device = self.attn_norm.device
+        for part in hidden.split(n_chunks):
+            streams = part.to(device).flatten(0, 1)
+            mixed = mix(streams, self.attn_mixing, config)
+            see = None if watcher is None else partial(_see, watcher, token_weight(streams))
+            y = attention(mixed.x.view(*part.shape[:2], -1), self, config, see)
+            part.copy_(taken_up(streams, y.flatten(0, 1), mixed).view_as(part))
+
+    def ffn_inputs(self, hidden: torch.Tensor, config: ModelConfig, out: torch.Tensor, n_tokens: int) -> None:
+        """Normed inputs of the feed-forward into out [m, d], of streams hidden [m, n d], so many tokens at a time."""
+        for to, part in zip(out.split(n_tokens), hidden.split(n_tokens), strict=True):
+            x = mix(part.to(self.ffn_norm.device), self.ffn_mixing, config).x
+            to.copy_(rms_norm(x, self.ffn_norm, config.rms_eps))
+
+    def take_up(self, hidden: torch.Tensor, y: torch.Tensor, config: ModelConfig, n_tokens: int) -> None:
+        """The feed-forward's output y [m, d] into streams hidden [m, n d], in place. These are mixed again, which costs
+        less than to keep what the feed-forward was computed on."""
+        device = self.ffn_norm.device
+        for part, own in zip(hidden.split(n_tokens), y.split(n_tokens), strict=True):
+            streams = part.to(device)
+            part.copy_(taken_up(streams, own.to(device), mix(streams, self.ffn_mixing, config)))
+
 
 Layer = LayerWeights | CompressedLayer
 """The weights of one layer of any family."""
-
-
-def with_mla(layer: Layer) -> LayerWeights:
-    """The layer of a model for which `only_forward` did not refuse what its attention is needed for."""
-    assert isinstance(layer, LayerWeights)
-    return layer
-
-
-def only_forward(config: ModelConfig, what: str) -> None:
-    """QuantkitError if the model's layers are only computed forward, on whole texts, and `what` is more than that."""
-    if config.compression is not None:
-        raise QuantkitError(
-            f"{what}: not with {config.architecture}, whose compressed attention and residual streams are computed "
-            "here on whole texts and forward only"
-        )
 
 
 @dataclass(frozen=True)
@@ -150,40 +158,6 @@ def built(config: ModelConfig, layer: int, parts: Parts, router: Router, experts
         entries=entries("attn_compressor") if how.ratios[layer] else None,
         chooser=chooser,
     )
-
-
-# Between streams
-
-
-def attend(
-    hidden: torch.Tensor, layer: CompressedLayer, config: ModelConfig, n_chunks: int, watcher: Watcher | None
-) -> None:
-    """The attention half of a layer, in place on streams hidden [n_chunk, t, n d], so many chunks at a time."""
-    device = layer.attn_norm.device
-    for part in hidden.split(n_chunks):
-        streams = part.to(device).flatten(0, 1)
-        mixed = mix(streams, layer.attn_mixing, config)
-        see = None if watcher is None else partial(_see, watcher, token_weight(streams))
-        y = attention(mixed.x.view(*part.shape[:2], -1), layer, config, see)
-        part.copy_(taken_up(streams, y.flatten(0, 1), mixed).view_as(part))
-
-
-def ffn_inputs(
-    hidden: torch.Tensor, layer: CompressedLayer, config: ModelConfig, out: torch.Tensor, n_tokens: int
-) -> None:
-    """Normed inputs of the feed-forward half into out [m, d], of streams hidden [m, n d], so many tokens at a time."""
-    for to, part in zip(out.split(n_tokens), hidden.split(n_tokens), strict=True):
-        x = mix(part.to(layer.ffn_norm.device), layer.ffn_mixing, config).x
-        to.copy_(rms_norm(x, layer.ffn_norm, config.rms_eps))
-
-
-def take_up(hidden: torch.Tensor, y: torch.Tensor, layer: CompressedLayer, config: ModelConfig, n_tokens: int) -> None:
-    """The feed-forward's output y [m, d] into streams hidden [m, n d], in place. These are mixed again, which costs
-    less than to keep what the feed-forward was computed on."""
-    device = layer.ffn_norm.device
-    for part, own in zip(hidden.split(n_tokens), y.split(n_tokens), strict=True):
-        streams = part.to(device)
-        part.copy_(taken_up(streams, own.to(device), mix(streams, layer.ffn_mixing, config)))
 
 
 def _see(watcher: Watcher, weight: torch.Tensor, role: str, x: torch.Tensor) -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.forms import absorbed, expanded
 from quantkit.runtime.indexer import IndexerWeights, Selection, choose, index_keys, take_over
-from quantkit.runtime.mla import absorbed, expanded
 from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.swiglu import swiglu
 from quantkit.runtime.watch import Watcher
@@ -126,6 +126,21 @@ class LayerWeights:
     router: Router | None = None
     experts: LayerExperts | None = None
     indexer: IndexerWeights | None = None
+
+
+def with_mla(layer: FeedForward) -> LayerWeights:
+    """The layer of a model for which `only_forward` did not refuse what its attention is needed for."""
+    assert isinstance(layer, LayerWeights)
+    return layer
+
+
+def only_forward(config: ModelConfig, what: str) -> None:
+    """QuantkitError if the model's layers are only computed forward, on whole texts, and `what` is more than that."""
+    if config.compression is not None:
+        raise QuantkitError(
+            f"{what}: not with {config.architecture}, whose compressed attention and residual streams are computed "
+            "here on whole texts and forward only"
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
-from quantkit.runtime.mla import SCORE_ELEMENTS
+from quantkit.runtime.forms import SCORE_ELEMENTS
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import ATTENTION_TOKENS, Source
 from quantkit.sizes import both_units

@@ -16,10 +16,9 @@ from tokenizers import Tokenizer
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
-from quantkit.runtime.compressed import CompressedLayer, Layer, attend, ffn_inputs, take_up
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.indexer import Selection
-from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
+from quantkit.runtime.layers import FeedForward, LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.room import Room
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
@@ -27,6 +26,23 @@ from quantkit.runtime.watch import Watcher
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
+
+
+class StreamsLayer(FeedForward, Protocol):
+    """A layer between several residual streams: `compressed.CompressedLayer`."""
+
+    def attend(self, hidden: torch.Tensor, config: ModelConfig, n_chunks: int, watcher: Watcher | None) -> None:
+        """The attention half, in place on hidden [n_chunk, t, width], so many chunks at a time."""
+
+    def ffn_inputs(self, hidden: torch.Tensor, config: ModelConfig, out: torch.Tensor, n_tokens: int) -> None:
+        """Normed inputs of the feed-forward into out [m, d], of hidden [m, width], so many tokens at a time."""
+
+    def take_up(self, hidden: torch.Tensor, y: torch.Tensor, config: ModelConfig, n_tokens: int) -> None:
+        """The feed-forward's output y [m, d] into hidden [m, width], in place."""
+
+
+Layer = LayerWeights | StreamsLayer
+"""The weights of one layer of any family."""
 
 
 class Source(Protocol):
@@ -99,7 +115,7 @@ class Step:
 
     def compute(self, watcher: Watcher | None = None) -> torch.Tensor:
         """Attention, then feed-forward, in place; returns hidden. watcher: is told of all inputs on the way."""
-        if isinstance(self.weights, CompressedLayer):
+        if not isinstance(self.weights, LayerWeights):
             return self._compute_streams(self.weights, watcher)
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
@@ -111,14 +127,14 @@ class Step:
         self.computed = True
         return hidden
 
-    def _compute_streams(self, layer: CompressedLayer, watcher: Watcher | None) -> torch.Tensor:
+    def _compute_streams(self, layer: StreamsLayer, watcher: Watcher | None) -> torch.Tensor:
         shared, hidden = self.shared, self.shared.hidden
         source, flat = shared.source, hidden.view(-1, hidden.shape[-1])
-        attend(hidden, layer, source.config, _chunks(hidden.shape[1]), watcher)
-        ffn_inputs(flat, layer, source.config, shared.inputs, ATTENTION_TOKENS)
+        layer.attend(hidden, source.config, _chunks(hidden.shape[1]), watcher)
+        layer.ffn_inputs(flat, source.config, shared.inputs, ATTENTION_TOKENS)
         weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
         y = feed_forward(shared.inputs, layer, source.config, shared.sums, watcher, weight, shared.tokens)
-        take_up(flat, y, layer, source.config, ATTENTION_TOKENS)
+        layer.take_up(flat, y, source.config, ATTENTION_TOKENS)
         self.computed = True
         return hidden
 

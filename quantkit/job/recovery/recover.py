@@ -36,7 +36,7 @@ from quantkit.job.recovery.twin import Twin, encode_again
 from quantkit.job.recovery.values import Values
 from quantkit.planning.plan import Plan
 from quantkit.progress import Advance, say, track
-from quantkit.runtime.compressed import only_forward
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.memory import room_for
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource

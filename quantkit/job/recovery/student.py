@@ -7,9 +7,8 @@ import torch
 from quantkit.codecs.registry import in_groups
 from quantkit.job.recovery.passes import SHARED
 from quantkit.job.recovery.tuned import Tuned
-from quantkit.runtime.compressed import with_mla
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
-from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear
+from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear, with_mla
 from quantkit.runtime.packed import Packed, use_kernels
 from quantkit.runtime.sources.gguf import Dequantized, GGUFSource, GGUFWeights
 from quantkit.runtime.watch import Projections

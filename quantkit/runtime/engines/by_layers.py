@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.compressed import Layer, with_mla
 from quantkit.runtime.layers import (
     Feed,
+    FeedForward,
     KVCache,
     LayerExperts,
     Linear,
@@ -19,6 +19,7 @@ from quantkit.runtime.layers import (
     attention,
     feed_forward,
     rms_norm,
+    with_mla,
 )
 from quantkit.runtime.rope import angles
 
@@ -32,7 +33,7 @@ class Layers(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> float32 [..., d]."""
 
-    def layer(self, layer: int) -> Layer:
+    def layer(self, layer: int) -> FeedForward:
         """A layer's weights."""
 
     def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, LayerExperts | None]:

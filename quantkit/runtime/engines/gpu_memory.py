@@ -9,7 +9,7 @@ from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.staging import CHUNK
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.mla import SCORE_ELEMENTS
+from quantkit.runtime.forms import SCORE_ELEMENTS
 from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)

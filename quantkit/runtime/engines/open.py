@@ -2,13 +2,13 @@
 
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
-from quantkit.runtime.compressed import only_forward
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.tiled import Tiled, product_dtype

@@ -3,9 +3,8 @@
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.compressed import only_forward, with_mla
 from quantkit.runtime.indexer import Selection
-from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, only_forward, rms_norm, with_mla
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from oracle_files import make, one_type, quantkit, twin
-from test_llama import streamed
 from v4_models import made
 
 from quantkit.errors import QuantkitError
@@ -14,6 +13,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.sources.gguf import open_gguf, open_source
+from quantkit.runtime.stream import final_hidden, head_logits
 
 pytestmark = [
     pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}"),
@@ -34,6 +34,11 @@ match = "*"
 qtype = "F32"
 why = "a test"
 """
+
+
+def streamed(source, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return head_logits(source, source.head(), final_hidden(source, tokens))
 
 
 def kld(what: str, first: torch.Tensor, second: torch.Tensor) -> float:
