@@ -51,7 +51,7 @@ def kld(what: str, first: torch.Tensor, second: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def imatrix(tmp_path_factory):
     path = tmp_path_factory.mktemp("v4") / "imatrix.gguf"
-    quantkit("calibrate", made().folder, "--tokens", 1024, "--device", "cpu", "--output", path)
+    quantkit("calibrate", made().folder, "--tokens", 512, "--device", "cpu", "--output", path)
     return path
 
 
@@ -89,7 +89,7 @@ def test_lossless_copies_of_experts(imatrix, tmp_path):
 
 def test_made_at_two_bits(tmp_path):
     """By our encoder, in one pass, and judged."""
-    small, options = made(), ("--tokens", 1024, "--eval-tokens", 1024, "--device", "cpu", "--target", "llama.cpp")
+    small, options = made(), ("--tokens", 512, "--eval-tokens", 512, "--device", "cpu", "--target", "llama.cpp")
     quantkit("make", small.folder, "--recipe", "1.58bit", "--output", tmp_path / "out", "--effort", "fast", *options)
     (path,) = (tmp_path / "out").glob("*bit.gguf")
     tensors = GGUFFile.open(path).tensors
