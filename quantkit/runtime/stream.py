@@ -156,7 +156,7 @@ def stream(
     """
     shared = Pass(source, tokens, room or Room("device", source.device))
     if hidden is None:
-        embedded(source, tokens, shared.hidden)
+        embedded(source, tokens, shared.hidden, shared.inputs)
     else:
         shared.hidden.copy_(hidden)
     layers = range(start, source.config.n_layer)
@@ -167,12 +167,14 @@ def stream(
             raise RuntimeError(f"layer {layer} was not computed")
 
 
-def embedded(source: Source, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def embedded(
+    source: Source, tokens: torch.Tensor, out: torch.Tensor | None = None, spare: torch.Tensor | None = None
+) -> torch.Tensor:
     """Hidden states before the first layer, [n_chunk, t, width] in `out` (default: new, float32), of tokens int64
-    [n_chunk, t]: each stream begins as the embedding."""
+    [n_chunk, t]: each stream begins as the embedding. spare [n_chunk t, d]: where that may be made."""
     if source.config.streams is None:
         return source.embed(tokens, out=out)
-    found = source.embed(tokens)
+    found = source.embed(tokens, out=None if spare is None else spare.view(*tokens.shape, -1))
     if out is None:
         return found.repeat(1, 1, source.config.streams.n)
     for to, chunk in zip(out, found, strict=True):
