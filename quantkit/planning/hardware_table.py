@@ -51,6 +51,8 @@ def report(
         plan, n_bytes, file, where = next((one for one in placed if one[-1].disk == 0), placed[0])
         lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
         for program, commands in hardware.commands(plan, where, machine, context, file, original, threads).items():
+            if program == "quantkit" and config.compression is not None:  # `run` refuses the file
+                continue
             flags = targets.start_flags("llama.cpp", config) if program == "llama.cpp" else ""
             lines += [f"  {program}", *(f"    {command}{flags}" for command in commands)]
     return "\n".join([*lines, "", *_offload(plans, config, context)])
