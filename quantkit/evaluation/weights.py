@@ -151,7 +151,7 @@ class WeightCheck:
         """float32 [stop - start, n_in] of the file."""
         tensor = self.file.tensors[spec.name]
         data = self.file.data(spec.name).reshape(-1, tensor.row_bytes)[start:stop]
-        if tensor.qtype == qtypes.TABLE.name:
+        if tensor.qtype == spec.fixed == qtypes.TABLE.name:
             return torch.from_numpy(np.ascontiguousarray(data).view(np.int32).astype(np.float32)).to(self.device)
         return torch.from_numpy(dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
 

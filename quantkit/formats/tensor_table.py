@@ -108,7 +108,7 @@ class TensorTable(ABC):
 
     def scale_of(self, name: str, entry: TensorEntry) -> TensorEntry | None:
         """The scale's entry of an FP8 tensor, None for plain numbers; QuantkitError if nobody could read it."""
-        if entry.dtype in PLAIN_DTYPES or entry.dtype in INTEGER_DTYPES:
+        if entry.dtype in PLAIN_DTYPES or (entry.dtype in INTEGER_DTYPES and not name.endswith((".weight", ".bias"))):
             return None
         if entry.dtype == fp4.DTYPE:
             return fp4.scale_entry(name, entry, self.tensors, self.where)
