@@ -19,6 +19,7 @@ from quantkit.job.make import order_of
 from quantkit.job.options import MakeOptions
 from quantkit.models import family
 from quantkit.models.open import open_model, open_weights
+from quantkit.planning import published
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.planning.targets import check_model
@@ -147,6 +148,11 @@ def test_models_that_llama_cpp_ends_with_are_refused():
             continue
         with pytest.raises(QuantkitError, match="does not load a deepseek4 model without"):
             check_model("llama.cpp", family.from_hf(raw))
+
+
+def test_pro_is_not_taken_for_kimi_k2():
+    """Which has as many layers and experts of the same width, and published damage."""
+    assert published.recognise(family.specs(family.from_hf(open_model("deepseek-v4-pro").config))) is None
 
 
 @pytest.mark.parametrize("recipe", [name for name in bundle.recipe_names() if not Recipe.load(name).is_open])
