@@ -220,7 +220,7 @@ def _encode(checkpoint: Checkpoint, config: ModelConfig, job: Job, imatrix: Imat
     return encoder(job.tensor.qtype, rows, importance)
 
 
-COPIES = {"Q4_0": int4.DTYPE, "MXFP4": fp4.DTYPE}
+COPIES = {"Q4_0": int4.DTYPE, fp4.COPY: fp4.DTYPE}
 """qtype -> the stored dtype whose numbers it says as they are."""
 
 

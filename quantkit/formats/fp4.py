@@ -17,6 +17,7 @@ from quantkit.formats.tensor_entry import TensorEntry
 
 DTYPE = "FP4"  # of an entry, as safetensors would say F8_E4M3; no file has it
 STORED = "I8"
+COPY = "MXFP4"  # ggml's type of the same numbers
 SCALE_DTYPE = "F8_E8M0"
 GROUP = 32  # numbers under one scale
 NOT_A_NUMBER = 255  # of E8M0

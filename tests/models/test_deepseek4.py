@@ -17,10 +17,12 @@ from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import order_of
 from quantkit.job.options import MakeOptions
+from quantkit.job.plan import plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model, open_weights
 from quantkit.planning import published
 from quantkit.planning.assign import make_plan
+from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.recipe import Recipe
 from quantkit.planning.targets import check_model
 from quantkit.runtime.engines.torch import TorchEngine
@@ -148,6 +150,11 @@ def test_models_that_llama_cpp_ends_with_are_refused():
             continue
         with pytest.raises(QuantkitError, match="does not load a deepseek4 model without"):
             check_model("llama.cpp", family.from_hf(raw))
+
+
+def test_a_budget_copies_fp4_rather_than_encode_it_larger():
+    plan = plan_model("deepseek-v4-flash", budget=BudgetOptions(size=165 * 10**9))
+    assert {t.qtype for t in plan.tensors if t.is_routed} == {"MXFP4"} and plan.outlook and plan.outlook.kld < 0.002
 
 
 def test_pro_is_not_taken_for_kimi_k2():
