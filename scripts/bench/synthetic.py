@@ -99,7 +99,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str, pool: Pool, n_in: dict
         spread = 2.9 if ".experts." in name else 100
         return torch.full(shape, 2.0 ** round(-log2(spread * n_in[weight] ** 0.5))).to(torch.float8_e8m0fnu)
     if dtype == "I64":
-        return torch.rand(shape[0], R1_EXPERTS).argsort(1)[:, : shape[1]].contiguous()
+        return torch.randint(n_in["experts"], shape)
     if name.endswith("weight_scale"):  # codes -8 to 7 have a spread of about 4.6
         return torch.full(shape, 1 / 4.6 / n_in[name.removesuffix("_scale")] ** 0.5, dtype=torch.bfloat16)
     if name.endswith("weight_scale_inv"):
@@ -171,7 +171,7 @@ def kimi_layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tup
     return config, found
 
 
-def v4_layout(name: str, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
+def v4_layout(name: str, moe: int, experts: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
     """`layout` of so many layers of a bundled DeepSeek-V4, from the last that routes by the token on."""
     geometry = Geometry.load(bundle.models_dir() / name)
     first = geometry.config["num_hash_layers"] - 1
@@ -180,13 +180,20 @@ def v4_layout(name: str, moe: int) -> tuple[dict, dict[str, tuple[tuple[int, ...
         parts = tensor_name.split(".")
         if parts[0] == "mtp" or (parts[0] == "layers" and not first <= int(parts[1]) < first + moe):
             continue
+        if "experts" in parts and int(parts[parts.index("experts") + 1]) >= experts:
+            continue
         if parts[0] == "layers":
             parts[1] = str(int(parts[1]) - first)
         stored = (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "FP4" else tuple(entry.shape)
+        if parts[-2:] in (["gate", "weight"], ["gate", "bias"]):
+            stored = (experts, *stored[1:])
+        elif parts[-1] == "tid2eid":
+            stored = stored[0], max(1, stored[1] * experts // geometry.config["n_routed_experts"])
         found[".".join(parts)] = stored, "I8" if entry.dtype == "FP4" else entry.dtype
     ratios = geometry.config["compress_ratios"][first : first + moe]
     config = {"num_hidden_layers": moe, "compress_ratios": ratios, "num_hash_layers": 1, "num_nextn_predict_layers": 0}
-    return geometry.config | config, found
+    used = max(1, geometry.config["num_experts_per_tok"] * experts // geometry.config["n_routed_experts"])
+    return geometry.config | config | {"n_routed_experts": experts, "num_experts_per_tok": used}, found
 
 
 @click.command()
@@ -203,13 +210,14 @@ def main(out: Path, dense: int, moe: int, experts: int | None, model: str, given
     if given:
         config, tensors = layout_of(json.loads(given.read_text()), dense, moe)
     elif model in V4:
-        config, tensors = v4_layout(model, moe)
+        most = Geometry.load(bundle.models_dir() / model).config["n_routed_experts"]
+        config, tensors = v4_layout(model, moe, min(experts or most, most))
     else:
         make, most = (kimi_layout, KIMI_EXPERTS) if model == "kimi-k2" else (layout, R1_EXPERTS)
         config, tensors = make(dense, moe, experts or most)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(seed)
-    pool, n_in = Pool(seed), {}
+    pool, n_in = Pool(seed), {"experts": config["n_routed_experts"]}
     shard, size, number, index = {}, 0, 1, {}
 
     def flush() -> None:
