@@ -12,7 +12,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines import heat
 from quantkit.runtime.engines.staging import CHUNK
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import SCORE_ELEMENTS
+from quantkit.runtime.forms import SCORE_ELEMENTS
 from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)
