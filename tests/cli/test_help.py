@@ -30,6 +30,7 @@ def test_help_lists_every_command_once_in_the_order_of_use():
         (["run", "."], ".: no finished GGUF file in this folder"),
         (["run", __file__, "-c", "lots"], "--context lots: not a number of tokens"),
         (["serve", __file__, "-ngl", "many"], "--gpu-layers many: write auto or a number"),
+        (["serve", __file__, "-ngl", "101%"], "--gpu-layers 101%: write auto or a number"),
     ],
 )
 def test_a_wrong_value_is_refused_before_torch_is_loaded(call, says, tmp_path):

@@ -24,10 +24,12 @@ from quantkit.runtime.engines.gpu_buffers import Buffers
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
 from quantkit.runtime.engines.gpu_load import Loading, calibrated
 from quantkit.runtime.engines.gpu_memory import (
+    CHUNKS,
     PIECES,
     SPARE,
     Able,
     GpuLayers,
+    chunk_bytes,
     kept_experts,
     largest_chunk,
     largest_piece,
@@ -164,9 +166,11 @@ class GpuEngine:
         sizes = np.array([expert_bytes(self.layers[i].stacks or []) for i in able], np.int64)
         room, costs = self._room() if self.on_gpu else None, self.prompts.costs
         visits = c.n_used * sizes * (costs.visit + costs.row if costs else 0.0)
-        shares = None
-        if isinstance(gpu_layers, float) or (self.on_gpu and c.n_expert * sizes.sum() > (room or 0)):
+        shares, fits = None, room is not None and c.n_expert * sizes.sum() <= room
+        if isinstance(gpu_layers, float) or (gpu_layers == "auto" and room is not None and not fits):
             shares = calibrated(weights.file.path, c)
+        if room is not None and gpu_layers == "auto" and not fits:
+            room -= chunk_bytes(c, CHUNKS[-1])  # or prompts would have to do with the smallest
         few = Able(sizes, c.n_expert, room, visits)
         here = kept_experts(gpu_layers, few, None if shares is None else shares[able])
         for i, own in zip(able, here, strict=True):

@@ -47,8 +47,12 @@ def fixed_bytes(tensors: Mapping[str, GGUFTensor], c: ModelConfig, n_tokens: int
 def largest_chunk(c: ModelConfig, free: int) -> int:
     """Experts in GPU memory that a prompt dequantizes at once, if so many bytes are free: more of them cost fewer
     launches of kernels."""
-    matrices = 6 * c.d * c.n_ff_exp
-    return next((n for n in CHUNKS if n * matrices <= free), CHUNK)
+    return next((n for n in CHUNKS if chunk_bytes(c, n) <= free), CHUNK)
+
+
+def chunk_bytes(c: ModelConfig, n: int) -> int:
+    """Of n experts, dequantized."""
+    return n * 6 * c.d * c.n_ff_exp
 
 
 def largest_piece(c: ModelConfig, free: int) -> int:

@@ -3,9 +3,9 @@
 import numpy as np
 
 LAYER_SECONDS = 150e-6  # that a token waits for in a layer with any expert on the CPU, besides that one (one H200)
-HALF_LIFE = 512  # tokens after which a choice counts half
+HALF_LIFE = 20  # choices of an average expert after which one counts half: 640 tokens of R1
 LEARNT = 0.4  # of hits times misses: how many misses become hits by exchanging (0.3 to 0.7 on the proxies)
-MARGIN = 2.0  # choices by which an expert must be hotter than one whose place it takes
+MARGIN = 4.0  # choices by which an expert must be hotter than one whose place it takes
 
 
 def hottest(worth: np.ndarray, sizes: np.ndarray, room: int, whole: int = 0) -> np.ndarray:
@@ -50,7 +50,7 @@ class Heat:
 
     def __init__(self, shares: np.ndarray, n_used: int):
         """As if tokens had always chosen so: [n_layer, n_expert], a layer's add up to 1; or to 0, if it is unknown."""
-        self.kept = 0.5 ** (1 / HALF_LIFE)
+        self.kept = 0.5 ** (n_used / (HALF_LIFE * shares.shape[1]))
         self.choices = shares * (n_used / (1 - self.kept))
 
     def add(self, layers: np.ndarray, experts: np.ndarray, n_tokens: int) -> None:

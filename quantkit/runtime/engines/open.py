@@ -36,7 +36,8 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     if weights.device.type == "cuda":
         return GpuEngine(weights, n_slots, capacity, gpu_layers)
     if gpu_layers not in ("auto", 0):
-        raise QuantkitError(f"--gpu-layers {gpu_layers}: needs a GPU and --device cuda")
+        asked = f"{gpu_layers:.0%}" if isinstance(gpu_layers, float) else gpu_layers
+        raise QuantkitError(f"--gpu-layers {asked}: needs a GPU and --device cuda")
     if indexer is not None and sparse:
         say(
             f"contexts beyond {indexer.top_k:,} tokens need sparse attention: computed layer by layer in torch, slower "

@@ -134,6 +134,8 @@ def test_made_in_inference_mode(weights, costs):
 def test_gpu_layers_without_gpu(weights):
     with pytest.raises(QuantkitError, match="--gpu-layers 3: needs a GPU"):
         open_engine(weights, 1, 64, 3)
+    with pytest.raises(QuantkitError, match="--gpu-layers 40%: needs a GPU"):
+        open_engine(weights, 1, 64, 0.4)
 
 
 def test_r1_fits_in_14_gb():
