@@ -35,7 +35,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_baseline, check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.checks import check_backward, check_baseline, check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
@@ -95,15 +95,16 @@ def make(
 
 def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
     """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
-    device = chosen_device(options.device)
-    checkpoint = open_weights(model)
+    device, checkpoint = chosen_device(options.device), open_weights(model)
     options = with_length(options, checkpoint, device)
     plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
+    encoder, best = options.chosen_encoder(plan, device), options.effort == "best"
     if options.baseline:
-        check_baseline(options.chosen_encoder(plan, device), options.recover, options.verify)
+        check_baseline(encoder, options.recover, options.verify)
+    check_backward(family.from_hf(checkpoint.config), options.recover, best and encoder == "quantkit")
     return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
 
 
@@ -286,7 +287,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
