@@ -27,6 +27,7 @@ ON_PAGE = {INK: "ink", BLUE: "blue", RED: "bad", GREY: "grey", ORANGE: "orange",
 SIZE = (4.6, 2.8)  # inches: at a phone's 390 pixels the figure's 9-point text is 11 pixels high
 NARROW = 3.4  # inches, of a bit map on a phone
 DPI = 160
+MANY_LAYERS = 24  # beyond, pairs of bars would be hairs
 
 
 def style() -> AbstractContextManager[None]:
@@ -222,11 +223,15 @@ def predicted(m: Material) -> Figure | None:
     figure, axes = axes_of()
     for side, values, colour, name in ((-0.2, expected, GREY, "predicted"), (0.2, own, BLUE, "measured")):
         whole = sum(values.values()) or 1.0
-        axes.bar([i + side for i in values], [100 * v / whole for v in values.values()], 0.38, color=colour, label=name)
+        shares = [100 * value / whole for value in values.values()]
+        if len(rows) > MANY_LAYERS:
+            axes.plot(list(values), shares, color=colour, label=name)
+        else:
+            axes.bar([i + side for i in values], shares, 0.38, color=colour, label=name)
     axes.set(xlabel="layer", ylabel="% of the damage")
     whole_numbers(axes)
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
-    axes.legend(frameon=False, fontsize=8.5, ncols=2)
+    axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper right")
     return figure
 
 

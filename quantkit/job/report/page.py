@@ -198,8 +198,12 @@ def _classes(m: Material) -> Table | None:
             size, weights = sum(t.n_bytes for t in mine), sum(t.n_weights for t in mine)
             types = ", ".join(dict.fromkeys(t.qtype for t in sorted(mine, key=lambda t: -t.n_bytes)))
             share = f"{size / m.plan.n_bytes:.1%}"
-            rows.append((group, both_units(size), share, f"{weights / 1e6:,.2f} M", f"{bpw(mine):.3f}", types))
+            rows.append((group, both_units(size), share, _weights(weights), f"{bpw(mine):.3f}", types))
     return Table(("class", "size", "share", "weights", "bpw", "types"), rows)
+
+
+def _weights(n: int) -> str:
+    return f"{n / 1e9:,.2f} G" if n >= 1e9 else f"{n / 1e6:,.2f} M"
 
 
 def _predicted(m: Material) -> Table | None:
