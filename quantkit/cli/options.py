@@ -145,19 +145,24 @@ class Tokens(click.ParamType):
 
 
 class GpuLayers(click.ParamType):
-    """auto, or a number of layers."""
+    """auto, a number of layers, or a share of all experts."""
 
-    name = "auto|n"
+    name = "auto|n|n%"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float | Literal["auto"]:
         """QuantkitError, naming the option, for anything else."""
-        if isinstance(value, int):
+        if not isinstance(value, str):
             return value
         if value == "auto":
             return "auto"
-        if not value.isdecimal() or len(value) > 4:
-            raise QuantkitError(f"{name_of(param)} {value}: write auto or a number of layers")
-        return int(value)
+        number = value.removesuffix("%")
+        if not number.isdecimal() or len(number) > 4 or (number != value and int(number) > 100):
+            raise QuantkitError(
+                f"{name_of(param)} {value}: write auto or a number of layers, or how much of all experts, like 40%"
+            )
+        return int(number) if number == value else int(number) / 100
 
 
 class Finite(click.FloatRange):
@@ -363,18 +368,19 @@ gpu_layers = click.option(
     type=GpuLayers(),
     default="auto",
     show_default=True,
-    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
+    help="Layers whose routed experts stay in GPU memory; n%: so much of all experts, those chosen most; auto: as many "
+    "of those as fit.",
 )
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs: device (None: a GPU if there is one), bytes of RAM for it (None: all), layers whose routed
-    experts stay in GPU memory."""
+    experts stay in GPU memory (float: the share of all experts that does)."""
 
     device: str | None
     ram: int | None
-    gpu_layers: int | Literal["auto"]
+    gpu_layers: int | float | Literal["auto"]
 
 
 placement = Shared((run_ram, device, gpu_layers), "placement", Placement)
