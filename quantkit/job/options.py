@@ -42,7 +42,8 @@ class MakeOptions:
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
-    with the scores. dry_run: the command line only says what it would take.
+    with the scores. dry_run: the command line only says what it would take. mtp: with the layers that predict the token
+    after the next, where llama.cpp reads them.
     """
 
     recipe: str | Path | None = None
@@ -60,6 +61,7 @@ class MakeOptions:
     verify: bool = True
     recover: bool = False
     dry_run: bool = False
+    mtp: bool = True
 
     def chosen_encoder(self, plan: Plan, device: str) -> str:
         """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""

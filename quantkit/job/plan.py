@@ -52,13 +52,17 @@ def plan_model(
     target: str | None = None,
     budget: BudgetOptions = NO_BUDGET,
     split_max_bytes: int | None = None,
+    mtp: bool = True,
 ) -> Plan:
     """A type for every tensor: by a recipe, within a budget, or as a plan.json has it. Needs no weights.
 
     target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`. split_max_bytes: headers of splits count too.
+    mtp: with the layers that predict the token after the next, where llama.cpp reads them.
     """
     budget.check()
     source = open_model(model)
+    if not mtp:
+        source.config = family.without_mtp(source.config)
     if target and (architecture := targets.parse(target).architecture):
         source.config = family.seen_as(source.config, architecture)
     plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
@@ -157,9 +161,8 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
     if measured is None:
         return unmeasured(specs)
     found = Sensitivity.load(measured)
-    return Measured(
-        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, f"{measured.name} of {found.model}"
-    )
+    entries = {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}
+    return Measured(entries, f"{measured.name} of {found.model}", specs)
 
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:

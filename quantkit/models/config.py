@@ -13,6 +13,7 @@ Mla = Literal["split", "combined"]
 
 MLA: Mapping[str, Mla] = {"split": "split", "combined": "combined"}  # by what recipes and plans call them
 SCORING = ("softmax", "sigmoid")
+MTP = "num_nextn_predict_layers"  # of config.json
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
 
 
@@ -98,6 +99,12 @@ class ModelConfig:
     tied: bool = False
     group_score: str = "top2"  # noaux_tc scores a group by its two best experts; V2 by its best
     indexer: Indexer | None = None  # None: every token attends to all before it
+    n_mtp: int = 0  # layers behind the last that predict the token after the next (MTP), if a file is to hold them
+
+    @property
+    def n_block(self) -> int:
+        """Layers and MTP layers, which a file numbers on."""
+        return self.n_layer + self.n_mtp
 
     @property
     def n_moe(self) -> int:
@@ -126,7 +133,7 @@ class ModelConfig:
 
     def has_indexer(self, layer: int) -> bool:
         """Whether this layer chooses positions by itself."""
-        return self.indexer is not None and self.indexer.full[layer]
+        return self.indexer is not None and (layer >= self.n_layer or self.indexer.full[layer])
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has routed experts."""

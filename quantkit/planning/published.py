@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import TensorSpec, mtp_layers
 
 FILE = Path(__file__).with_name("published.toml")
 UNIT = 1e-6  # of the numbers in the file, nats a token
@@ -51,8 +51,7 @@ class Published:
 def recognise(specs: Iterable[TensorSpec]) -> Published | None:
     """What was published of models with these tensors; None if nothing was."""
     specs = list(specs)
-    mtp = {spec.layer for spec in specs if spec.role.startswith("nextn")}
-    n_layer = len({spec.layer for spec in specs if spec.layer is not None} - mtp)
+    n_layer = len({spec.layer for spec in specs if spec.layer is not None} - mtp_layers(specs))
     hidden = next((spec.n_in for spec in specs if spec.role == "token_embd"), 0)
     n_expert = next((spec.n_matrices for spec in specs if spec.is_routed), 0)
     return next((known for known in load() if known.geometry == (n_layer, hidden, n_expert)), None)
