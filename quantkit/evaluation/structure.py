@@ -22,7 +22,7 @@ from quantkit.planning import targets
 from quantkit.tensors import NEXTN
 
 MOST_EXPERTS = 1 << 16
-LONG_CONTEXT = 32768  # beyond this every DeepSeek model needs YaRN
+LONG_CONTEXT, WITHOUT_YARN = 32768, "glm-dsa."  # beyond this every DeepSeek model needs YaRN, and GLM-5 has none
 
 REQUIRED = (
     "block_count",
@@ -176,7 +176,7 @@ def _consistent(file: GGUFFile, prefix: str) -> Iterator[str]:
     if has_bias and (key("expert_gating_func") != 2 or not key("expert_weights_norm")):
         yield f"the router has a bias (V3, R1), so {prefix}expert_gating_func must be 2 and expert_weights_norm true"
     yarn = key("rope.scaling.type") == "yarn"
-    if not yarn and (key("context_length") or 0) > LONG_CONTEXT:
+    if not yarn and prefix != WITHOUT_YARN and (key("context_length") or 0) > LONG_CONTEXT:
         yield f"{prefix}rope.scaling.type is not yarn, with a context of {key('context_length'):,}"
     for name in ("factor", "original_context_length", "yarn_log_multiplier") if yarn else ():
         if not key(f"rope.scaling.{name}"):

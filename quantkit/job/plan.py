@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -91,15 +92,22 @@ def _plan_model(
     if by_rules and not (rules.published and published.recognise(specs)):
         return by_rules
     damage = damage_model(specs, budget.measured)
-    if by_rules and rules.published:
-        spending = Recipe.load(rules.published)
-        rules = replace(rules, rules=spending.rules, source=spending.source)
+    spending = rules
+    if rules.published and (by_rules or (budget.measured is None and published.recognise(specs))):
+        other = Recipe.load(rules.published)
+        spending = replace(rules, rules=other.rules, source=other.source)
 
     def within(limits: Budget) -> Plan:
-        """The best plan within these bytes."""
-        return plan_within(
-            specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
-        )
+        """The best plan within these bytes; by the recipe's own rules if those of the published tables do not fit."""
+        of_file = partial(file_bytes, source, split_max_bytes=split_max_bytes)
+        try:
+            return plan_within(specs, spending, source.name, limits, damage, of_file)
+        except QuantkitError:
+            if by_rules or spending is rules:
+                raise
+            plan = plan_within(specs, rules, source.name, limits, damage, of_file)
+            say_once(f"warning: {limits} is so little that types are coarser than the published tables vouch for")
+            return plan
 
     if by_rules:
         size = file_bytes(source, by_rules, split_max_bytes)

@@ -173,7 +173,7 @@ def load_tokens(args: argparse.Namespace) -> dict[str, np.ndarray]:
         np.savez(
             cache,
             train=data.tokenize(tokenizer, share, 0.05),
-            held_out=data.tokenize(tokenizer, held_out, 0.0)[:200_000],
+            held_out=data.tokenize(tokenizer, held_out, 0.0),
         )
     with np.load(cache) as z:
         return {name: z[name] for name in z.files}
@@ -248,9 +248,10 @@ QUERIES = 160
 def evaluate(params: Params, tokens: np.ndarray, length: int, n_windows: int) -> dict:
     """Held-out perplexity with dense attention, with the indexer's choice, with the last TOP_K positions and with the
     TOP_K that get most attention; and how much of the attention each layer's choice sees (queries beyond TOP_K)."""
-    model, rope = Model(torch.float32), None
+    model = Model(torch.float32)
     rope = rope_tables(model.cfg, length, "cpu")
-    spans = tokens[: n_windows * (length + 1)].astype(np.int64).reshape(n_windows, length + 1)
+    starts = np.linspace(0, len(tokens) - length - 1, n_windows).astype(np.int64)
+    spans = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     spans[:, 0] = 0
     rows, hidden = torch.arange(length), later(torch.arange(length), length)
     seen: dict[int, list[float]] = {}
@@ -294,7 +295,7 @@ def main() -> None:
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--characters", type=int, default=8_000_000, help="of the corpus, to train on")
-    p.add_argument("--windows", type=int, default=64, help="held-out windows to evaluate on")
+    p.add_argument("--windows", type=int, default=64, help="held-out windows to evaluate on, evenly spread")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     if args.out is None:
