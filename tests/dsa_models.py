@@ -63,6 +63,7 @@ OWN: dict[str, dict[str, Any]] = {
         "v_head_dim": 64,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "indexer_types": ["full", "shared", "full"],
+        "max_position_embeddings": 202752,
     },
 }
 V32, GLM = OWN

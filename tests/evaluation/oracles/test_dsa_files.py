@@ -97,6 +97,7 @@ def test_made_at_two_bits(name, tmp_path):
     tensors = GGUFFile.open(path).tensors
     assert tensors["blk.0.indexer.attn_q_b.weight"].qtype == "Q8_0" and "IQ1_S" in {t.qtype for t in tensors.values()}
     assert tensors["blk.3.nextn.eh_proj.weight"].qtype == "Q6_K"
+    assert certify(path, "llama.cpp", oracle=False).passed  # without the original to compare with
     ours = streamed(open_source(path), small.tokens)
     assert torch.from_numpy(llama.logits(path, small.tokens.numpy())).isfinite().all()
     # On the same weights as F32, for llama.cpp rounds the inputs of quantized products to 8 bits.
