@@ -1,5 +1,5 @@
 """The models around R1, small and random, from their checkpoints to a certified two-bit file: V3.1 with scales that are
-powers of two, V2 with groups and a softmax, V2-Lite without q_lora and with experts that no block of 256 divides."""
+powers of two, and V2 with groups and a softmax."""
 
 import json
 import shutil
@@ -44,8 +44,7 @@ V2: dict[str, Any] = {
     "n_shared_experts": 2,
     "quantization_config": None,
 }
-LITE = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None, "moe_intermediate_size": 352}
-MODELS = {"v3.1": {}, "v2": V2, "v2-lite": V2 | LITE | {"intermediate_size": 416, "routed_scaling_factor": 1.0}}
+MODELS: dict[str, dict[str, Any]] = {"v3.1": {}, "v2": V2}
 
 
 def written(folder: Path, own: dict[str, Any]) -> Path:
@@ -80,7 +79,7 @@ def test_made_and_certified(name, tmp_path):
     assert scores is not None and 0 < scores["kld_mean"] < 1
     assert file.metadata["tokenizer.chat_template"] == (folder / "chat_template.jinja").read_text()
     down = {file.tensors[f"blk.{layer}.ffn_down{exps}.weight"].qtype for layer, exps in ((0, ""), (1, "_exps"))}
-    assert down == ({"IQ4_NL", "Q8_0"} if name == "v2-lite" else {"Q2_K", "Q6_K"})  # rows of 352 and 416
+    assert down == {"Q3_K", "Q6_K"}
     with open_weights(folder) as checkpoint:
         found = {check.name: check for check in certify(path, "llama.cpp", checkpoint).checks}
     assert all(check.status != "fail" for check in found.values()), found
