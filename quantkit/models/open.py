@@ -15,6 +15,7 @@ from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
+from quantkit.models.config import MTP
 from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
 from quantkit.progress import say_once
 from quantkit.sizes import parse_size
@@ -114,7 +115,9 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
-    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
+    if config.compression and found.config.get(MTP):
+        say_once(f"{found.path}: mtp.0, which predicts the token after the next (MTP), is left out")
+    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE, family.of(config).CHAT_TEMPLATE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found

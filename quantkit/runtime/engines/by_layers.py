@@ -11,15 +11,17 @@ import torch
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import (
     Feed,
+    FeedForward,
     KVCache,
     LayerExperts,
-    LayerWeights,
     Linear,
     Router,
     attention,
     feed_forward,
     rms_norm,
+    with_mla,
 )
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 
 
@@ -32,7 +34,7 @@ class Layers(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> float32 [..., d]."""
 
-    def layer(self, layer: int) -> LayerWeights:
+    def layer(self, layer: int) -> FeedForward:
         """A layer's weights."""
 
     def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, LayerExperts | None]:
@@ -59,13 +61,15 @@ class ByLayers:
         h = source.embed(tokens)
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
-            layer, dtype = source.layer(i), source.dtype
+            layer, dtype = with_mla(source.layer(i)), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
+            pause()
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
                 feed, router, experts = self.last
                 layer, dtype = replace(layer, feed=feed, router=router, experts=experts), torch.float32
                 h = h[:, -1:]
             x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
             h = h + feed_forward(x, layer, c).view_as(h)
+            pause()
         return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]

@@ -4,7 +4,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.indexer import Selection
-from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, only_forward, rms_norm, with_mla
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
@@ -19,8 +20,9 @@ class TorchEngine:
     piece = PROMPT_TOKENS
 
     def __init__(self, source: Source, n_slots: int, capacity: int):
+        only_forward(source.config, "generating text")
         self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
-        self.layers: list[LayerWeights] = [source.layer(layer) for layer in range(source.config.n_layer)]
+        self.layers: list[LayerWeights] = [with_mla(source.layer(layer)) for layer in range(source.config.n_layer)]
         self.norm, self.output = source.head()
         self.slots: list[list[KVCache] | None] = [None] * n_slots
 
@@ -67,6 +69,7 @@ class TorchEngine:
         chosen = Selection()
         for layer, cache in zip(self.layers, caches, strict=True):
             h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
+            pause(h.device)
         return self._logits(h if all_logits else h[:, -1:])
 
     def _slot(self, slot: int) -> list[KVCache]:
