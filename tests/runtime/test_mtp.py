@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from dsa_models import drafted
 
+from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.calibration.state import PassState
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import final_hidden, head_logits
+from quantkit.runtime.stream import final_hidden, head_logits, job_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TOP_K = 64
@@ -69,3 +71,25 @@ def test_the_indexer_chooses_what_matters(source):
     all_seen = score(dense)
     print(f"{all_seen:.4f} nats with all positions, {sparse:.4f} with {TOP_K}")
     assert all_seen < sparse < all_seen + 0.1
+
+
+def test_a_stopped_pass_goes_on_at_the_mtp_layer_and_behind_it(source, tmp_path):
+    tokens = text(source, 4, 128)
+    n_layer, job = source.config.n_layer, job_of(source, tokens)
+    whole = collect(source, tokens)
+    assert whole[f"blk.{n_layer}.nextn.eh_proj.weight"].counts.tolist() == [4 * 127]
+    assert whole[f"blk.{n_layer}.indexer.attn_k.weight"].counts.tolist() == [4 * 127]
+
+    def stop(layer: int) -> Accumulator:
+        if layer == n_layer:
+            raise KeyboardInterrupt
+        return Accumulator(layer, source.config.n_expert)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(source, tokens, PassState(tmp_path / "state", job), watch=stop)
+    seen = []
+    for finished in ([n_layer, n_layer + 1], [n_layer + 1]):  # stopped before it, and behind it
+        again = collect(source, tokens, PassState(tmp_path / "state", job), progress=seen.append)
+        assert seen == finished and again.keys() == whole.keys()
+        assert all((again[name].in_sum2 == entry.in_sum2).all() for name, entry in whole.items())
+        seen.clear()
