@@ -17,6 +17,10 @@ ROUTED_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 """The stacks of routed experts: gate, up and down, in this order everywhere."""
 
 
+NEXTN = "nextn"
+"""What the roles of tensors begin with that only an MTP layer has: one that predicts the token after the next."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of the output file, before any type is chosen and without data.
@@ -93,6 +97,20 @@ class Importance:
 
 Imatrix = Mapping[str, Importance]
 """GGUF tensor name -> Importance."""
+
+
+class Placed(Protocol):
+    """A tensor of the output: its role, and its layer."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+def mtp_layers(tensors: Iterable[Placed]) -> set[int]:
+    """Which layers of these tensors are MTP layers: the main model computes nothing with them."""
+    return {t.layer for t in tensors if t.layer is not None and t.role.startswith(NEXTN)}
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -9,10 +9,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from quantkit import bundle
 from quantkit.evaluation.oracles import hf
-from quantkit.models import glm_dsa
+from quantkit.models import family, glm_dsa
+from quantkit.runtime.layers import rms_norm
+from quantkit.runtime.stream import Source, head_logits, stream
 
 TINY = bundle.models_dir() / "tiny-r1"
 T = 128  # tokens
@@ -59,6 +63,7 @@ OWN: dict[str, dict[str, Any]] = {
         "v_head_dim": 64,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "indexer_types": ["full", "shared", "full"],
+        "max_position_embeddings": 202752,
     },
 }
 V32, GLM = OWN
@@ -94,9 +99,26 @@ def as_glm(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": raw["added_tokens"][1]["content"]}))
 
 
+def add_mtp(folder: Path, raw: dict[str, Any]) -> None:
+    """A random layer behind the last, which transformers' classes do not have, in a shard of its own."""
+    config, generator = family.from_hf(raw), torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, shape in family.source_shapes(config).items():
+        if name.startswith(f"model.layers.{config.n_layer}."):
+            w = torch.randn(shape, generator=generator)
+            tensors[name] = 1.5 * w * shape[-1] ** -0.5 if len(shape) > 1 else 0.2 * w
+            tensors[name] += 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    save_file(tensors, folder / "model-00002-of-00002.safetensors")
+    with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as file:
+        index = dict.fromkeys(file.keys(), "model-00001-of-00002.safetensors")
+    index |= dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
 @cache
-def made(name: str, layers: int = 3, top_k: int = 2048) -> Small:
-    """One for all tests of a process; nobody changes it."""
+def made(name: str, layers: int = 3, top_k: int = 2048, mtp: int = 0) -> Small:
+    """One for all tests of a process; nobody changes it. mtp: MTP layers besides, 0 or 1."""
     folder = Path(mkdtemp(prefix="quantkit-dsa-"))
     tokens = torch.randint(2, 700, (1, T), generator=torch.Generator().manual_seed(1))
     tokens[0, 0] = 0
@@ -105,9 +127,25 @@ def made(name: str, layers: int = 3, top_k: int = 2048) -> Small:
         changes["indexer_types"] = OWN[GLM]["indexer_types"][:layers]
     raw = config(name, **changes, first_k_dense_replace=int(layers > 1))
     logits = hf.random_model(raw, folder, tokens.numpy())
+    if mtp:
+        raw["num_nextn_predict_layers"] = mtp
+        add_mtp(folder, raw)
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / file, folder / file)
     if name == GLM:
         as_glm(folder)
     return Small(folder, tokens, torch.from_numpy(logits))
+
+
+@torch.inference_mode()
+def drafted(source: Source, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens int64 [n, t]: what the head sees of all but the last, [n, t - 1, d], and the MTP layer's logits of what
+    comes after the next token, [n, t - 1, n_vocab]."""
+    seen, (_, output) = None, source.head()
+    for step in stream(source, tokens, mtp=True):
+        if step.weights.mtp:
+            seen = rms_norm(step.hidden[:, :-1], source.output_norm(), source.config.rms_eps)
+            return seen, head_logits(source, (step.weights.mtp.head_norm, output), step.compute())
+        step.compute()
+    raise AssertionError("the model has no MTP layer")

@@ -106,7 +106,7 @@ def write(folder: Path, kind: Kind, e8m0: bool = False) -> tuple[Path, Path]:
         if kind == "int4" and "mlp.experts." in name:
             packed, floats[name] = _int4(name, w)
         elif kind == "fp8" and len(shape) == 2 and not any(part in name for part in NOT_FP8):
-            packed, floats[name] = _fp8(name, w, e8m0)
+            packed, floats[name] = fp8(name, w, e8m0)
         else:
             packed = {name: w if "correction_bias" in name else w.bfloat16()}
             floats[name] = packed[name].float()
@@ -137,7 +137,8 @@ def _int4(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Te
     )
 
 
-def _fp8(name: str, w: torch.Tensor, e8m0: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def fp8(name: str, w: torch.Tensor, e8m0: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A matrix under scales that are powers of two, float32 or bytes: what is stored of it, and its values."""
     rows, columns = (-(-n // 128) for n in w.shape)
     scale = torch.full((rows, columns), 2.0**-9)
     scale[0, 0] = 2.0**-10

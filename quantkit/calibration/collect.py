@@ -113,7 +113,7 @@ class Steps:
 
     def __call__(self, layers: int) -> None:
         """So many layers are done: by an earlier run, if none was watched yet."""
-        at = f"layer {layers} of {self.config.n_layer}"
+        at = f"layer {layers} of {self.config.n_block}"
         self.advance(self.ends[layers] - self.done, at, not self.computing)
         self.done = self.ends[layers]
 
@@ -133,7 +133,7 @@ class Steps:
         share = attention * n_tokens / self.n_tokens + (MOST_INSIDE - attention) * experts / self.config.n_expert
         done = self.ends[layer] + share * (self.ends[layer + 1] - self.ends[layer])
         if done > self.done:
-            self.advance(done - self.done, f"in layer {layer + 1} of {self.config.n_layer}")
+            self.advance(done - self.done, f"in layer {layer + 1} of {self.config.n_block}")
             self.done = done
 
 
@@ -162,10 +162,10 @@ def collect(
     hidden, start = state.resume() if state else (None, 0)
     imatrix = state.entries(start) if state else {}
     if start:
-        say(f"an earlier run went through {start} of {source.config.n_layer} layers; going on with the next")
+        say(f"an earlier run went through {start} of {source.config.n_block} layers; going on with the next")
     if progress and start:
         progress(start)
-    for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns):
+    for step in stream(source, tokens, hidden=hidden, start=start, room=room, turns=turns, mtp=True):
         watcher = watch(step.layer)
         with fast_products():
             step.compute(watcher)

@@ -34,6 +34,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
 @Shared(
     (
         options.types,
+        options.mtp,
         options.calibration,
         options.evaluation,
         options.imatrix,
@@ -192,6 +193,7 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
 @click.command()
 @click.argument("model", default="tiny-r1")
 @options.types_and_machine
+@options.mtp
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
 @click.option(
     "--output",
@@ -201,7 +203,7 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
     multiple=True,
     help="Write here: plan.json (-: to stdout, alone), or with .png or .svg the bit map drawn; may be repeated.",
 )
-def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
+def plan(model: str, types: Types, mtp: bool, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
@@ -216,7 +218,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
         streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
         return
-    chosen = plan_model(model, types.recipe, target, budget)
+    chosen = plan_model(model, types.recipe, target, budget, mtp=mtp)
     for output in outputs:
         if str(output) == "-":
             streams.show(chosen.to_json())

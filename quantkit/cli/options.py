@@ -326,6 +326,11 @@ limits = Shared(
         click.option("--vram", type=SIZE, default=None, help="Budget: VRAM there, for all but the experts."),
     )
 )
+mtp = click.option(
+    "--mtp/--no-mtp",
+    default=True,
+    help="With the layer that drafts the token after the next, in V3.2 and GLM-5. llama.cpp: --spec-type draft-mtp.",
+)
 types = Shared((recipe, target, Shared((limits,), "budget", _budget)), "types", _types)
 types_and_machine = Shared((recipe, target, Shared((limits, context, measured), "budget", _budget)), "types", _types)
 

@@ -33,8 +33,8 @@ class ReferencePass:
 
     @torch.inference_mode()
     def advance(self, n_layers: int) -> None:
-        """Be through the first n_layers."""
-        while self.done < n_layers:
+        """Be through the first n_layers; those that predict the token after the next are no part of it."""
+        while self.done < min(n_layers, self.source.config.n_layer):
             step = next(self._steps)
             self.hidden, self.done = step.compute(), step.layer + 1
             self.state.save(step.layer, self.hidden, {})

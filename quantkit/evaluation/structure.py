@@ -5,7 +5,7 @@ Anyone may have written the file: a value of the wrong kind may raise TypeError,
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from quantkit.formats.text_model import TextModel
 from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig, layouts_of
 from quantkit.planning import targets
+from quantkit.tensors import NEXTN
 
 MOST_EXPERTS = 1 << 16
-LONG_CONTEXT = 32768  # beyond this every DeepSeek model needs YaRN
+LONG_CONTEXT, WITHOUT_YARN = 32768, "glm-dsa."  # beyond this every DeepSeek model needs YaRN, and GLM-5 has none
 
 REQUIRED = (
     "block_count",
@@ -67,7 +68,7 @@ def own_config(file: GGUFFile) -> ModelConfig | None:
     try:
         config = family.from_gguf(file.metadata)
         whole = all(type(getattr(config, f.name)) is int for f in fields(config) if f.type is int)
-        return config if whole and config.n_layer <= len(file.tensors) and config.n_expert <= MOST_EXPERTS else None
+        return config if whole and config.n_block <= len(file.tensors) and config.n_expert <= MOST_EXPERTS else None
     except (QuantkitError, KeyError, TypeError, ValueError):
         return None
 
@@ -78,7 +79,7 @@ def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelCo
         own, architecture = family.from_hf(reference.config), file.metadata.get("general.architecture")
         if architecture != own.architecture and architecture in family.written_as(reference.config):
             own = family.from_hf(family.seen_as(reference.config, architecture))
-        return own, f"{reference.name}/config.json"
+        return _with_its_mtp(own, file), f"{reference.name}/config.json"
     keys = ("block_count", "embedding_length", "expert_count", "expert_feed_forward_length", "feed_forward_length")
     prefix = file.metadata.get("general.architecture")
     found = [file.metadata.get(f"{prefix}.{key}") for key in keys]
@@ -86,10 +87,15 @@ def known_config(file: GGUFFile, reference: TensorTable | None) -> tuple[ModelCo
         raw = _bundled_config(bundle.models_dir() / name)
         if not family.is_known(raw):  # a geometry alone
             continue
-        c = family.from_hf(raw)
-        if found == [c.n_layer, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
+        c = _with_its_mtp(family.from_hf(raw), file)
+        if found == [c.n_block, c.d, c.n_expert, c.n_ff_exp, c.n_ff]:
             return c, f"{name}'s config.json, a bundled model of this geometry"
     return None, ""
+
+
+def _with_its_mtp(config: ModelConfig, file: GGUFFile) -> ModelConfig:
+    """The numbers without MTP layers if the file has none, as it may."""
+    return config if any(f".{NEXTN}." in name for name in file.tensors) else replace(config, n_mtp=0)
 
 
 def _bundled_config(folder: Path) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _consistent(file: GGUFFile, prefix: str) -> Iterator[str]:
     if has_bias and (key("expert_gating_func") != 2 or not key("expert_weights_norm")):
         yield f"the router has a bias (V3, R1), so {prefix}expert_gating_func must be 2 and expert_weights_norm true"
     yarn = key("rope.scaling.type") == "yarn"
-    if not yarn and (key("context_length") or 0) > LONG_CONTEXT:
+    if not yarn and prefix != WITHOUT_YARN and (key("context_length") or 0) > LONG_CONTEXT:
         yield f"{prefix}rope.scaling.type is not yarn, with a context of {key('context_length'):,}"
     for name in ("factor", "original_context_length", "yarn_log_multiplier") if yarn else ():
         if not key(f"rope.scaling.{name}"):

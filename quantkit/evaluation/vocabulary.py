@@ -8,7 +8,7 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models import family
 from quantkit.models.tokenizer import PROBES, tokenize, tokenizer_of_gguf
-from quantkit.models.tokenizer_metadata import file_of, read_tokenizer, tokenizer_metadata
+from quantkit.models.tokenizer_metadata import WITHOUT_BOS, file_of, read_tokenizer, tokenizer_metadata
 
 SAMPLES = (
     "It was the best of times, it was the worst of times; 12345 people said so.",
@@ -42,7 +42,8 @@ def tokenizer(file: GGUFFile, folder: Path | None) -> Iterator[str]:
     for key in ("bos", "eos"):
         if not 0 <= meta.get(f"tokenizer.ggml.{key}_token_id", -1) < len(tokens):
             yield f"tokenizer.ggml.{key}_token_id is missing or no token"
-    if folder is None and not meta.get("tokenizer.ggml.add_bos_token", False):
+    said = meta.get("tokenizer.ggml.add_bos_token", False)
+    if folder is None and not said and meta.get("tokenizer.ggml.pre") not in WITHOUT_BOS:
         yield "tokenizer.ggml.add_bos_token is not true: DeepSeek's models start every text with BOS"
     if folder is not None:
         yield from _like_original(meta, folder, len(tokens))

@@ -41,8 +41,8 @@ def describe() -> str:
 
 
 def _row(name: str) -> str:
-    """One bundled model. weights: of the tensors that a GGUF has, so without a layer for multi-token prediction that is
-    not kept. QuantkitError if its family is not supported."""
+    """One bundled model. weights: of the tensors that a GGUF has, so with an MTP layer only where that is kept.
+    QuantkitError if its family is not supported."""
     source = open_source(bundle.models_dir() / name)
     config = family.from_hf(source.config)
     specs = family.specs(config)

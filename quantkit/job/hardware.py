@@ -83,7 +83,8 @@ def hardware_report(
     threads: int | None = None,
 ) -> str:
     """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones by size)."""
-    by_size = [name for name in bundle.recipe_names() if Recipe.load(name).published]
+    known = {name: Recipe.load(name) for name in bundle.recipe_names()}
+    by_size = [name for name, one in known.items() if one.published and not one.is_open]
     plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or by_size]
     source = open_model(model)
     config = family.from_hf(source.config)

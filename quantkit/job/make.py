@@ -97,7 +97,7 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
     device, checkpoint = chosen_device(options.device), open_weights(model)
     options = with_length(options, checkpoint, device)
-    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
+    plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes, options.mtp)
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
@@ -238,7 +238,7 @@ def planned_by_damage(order: Order, model: ModelRef | Path | str) -> Order:
         ranks.agree(lambda: write_text(path, found.to_json()))
         ranks.agree(lambda: note(path, order.identity))
     budget = replace(options.budget, measured=path)
-    plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes)
+    plan = plan_model(model, options.recipe, options.target, budget, options.split_max_bytes, options.mtp)
     ranks.agree(lambda: write_text(order.folder / PLAN, plan.to_json()))
     ranks.agree(lambda: note(order.folder / PLAN, order.identity))
     return replace(order, plan=plan)

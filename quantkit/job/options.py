@@ -45,7 +45,7 @@ class MakeOptions:
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
     with the scores; baseline: and with those of the same types by ggml's encoder. dry_run: the command line only says
-    what it would take.
+    what it would take. mtp: with the layers that predict the token after the next, where llama.cpp reads them.
     """
 
     recipe: str | Path | None = None
@@ -64,6 +64,7 @@ class MakeOptions:
     recover: bool = False
     baseline: bool = False
     dry_run: bool = False
+    mtp: bool = True
 
     def chosen_encoder(self, plan: Plan, device: str) -> str:
         """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -54,13 +55,17 @@ def plan_model(
     target: str | None = None,
     budget: BudgetOptions = NO_BUDGET,
     split_max_bytes: int | None = None,
+    mtp: bool = True,
 ) -> Plan:
     """A type for every tensor: by a recipe, within a budget, or as a plan.json has it. Needs no weights.
 
     target: instead of the recipe's, `llama.cpp` or `llama.cpp/combined`. split_max_bytes: headers of splits count too.
+    mtp: with the layers that predict the token after the next, where llama.cpp reads them.
     """
     budget.check()
     source = open_model(model)
+    if not mtp:
+        source.config = family.without_mtp(source.config)
     if target and (architecture := targets.parse(target).architecture):
         source.config = family.seen_as(source.config, architecture)
     plan = _plan_model(source, recipe_name(recipe, budget), target, budget, split_max_bytes)
@@ -89,15 +94,22 @@ def _plan_model(
     if by_rules and not (rules.published and published.recognise(specs)):
         return by_rules
     damage = damage_model(specs, budget.measured)
-    if by_rules and rules.published:
-        spending = Recipe.load(rules.published)
-        rules = replace(rules, rules=spending.rules, source=spending.source)
+    spending = rules
+    if rules.published and (by_rules or (budget.measured is None and published.recognise(specs))):
+        other = Recipe.load(rules.published)
+        spending = replace(rules, rules=other.rules, source=other.source)
 
     def within(limits: Budget) -> Plan:
-        """The best plan within these bytes."""
-        return plan_within(
-            specs, rules, source.name, limits, damage, lambda plan: file_bytes(source, plan, split_max_bytes)
-        )
+        """The best plan within these bytes; by the recipe's own rules if those of the published tables do not fit."""
+        of_file = partial(file_bytes, source, split_max_bytes=split_max_bytes)
+        try:
+            return plan_within(specs, spending, source.name, limits, damage, of_file)
+        except QuantkitError:
+            if by_rules or spending is rules:
+                raise
+            plan = plan_within(specs, rules, source.name, limits, damage, of_file)
+            say_once(f"warning: {limits} is so little that types are coarser than the published tables vouch for")
+            return plan
 
     if by_rules:
         size = file_bytes(source, by_rules, split_max_bytes)
@@ -197,9 +209,8 @@ def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:
     if measured is None:
         return unmeasured(specs)
     found = Sensitivity.load(measured)
-    return Measured(
-        {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}, f"{measured.name} of {found.model}"
-    )
+    entries = {(e.tensor, e.qtype): (e.kld, e.kld_error) for e in found.entries}
+    return Measured(entries, f"{measured.name} of {found.model}", specs)
 
 
 def files_of(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int | None) -> list[FileLayout]:

@@ -14,6 +14,7 @@ Mla = Literal["split", "combined"]
 MLA: Mapping[str, Mla] = {"split": "split", "combined": "combined"}  # by what recipes and plans call them
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 RATIOS = (0, 4, 128)  # of tokens to a compressed entry; 0: a layer has none
+MTP = "num_nextn_predict_layers"  # of config.json
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
 
 
@@ -130,6 +131,12 @@ class ModelConfig:
     streams: Streams | None = None  # None: one residual stream
     n_hash: int = 0  # first layers whose experts a table chooses, by the token
     limit: float | None = None  # of SwiGLU: gate is at most this, up between it and its negative
+    n_mtp: int = 0  # layers behind the last that predict the token after the next (MTP), if a file is to hold them
+
+    @property
+    def n_block(self) -> int:
+        """Layers and MTP layers, which a file numbers on."""
+        return self.n_layer + self.n_mtp
 
     @property
     def n_moe(self) -> int:
@@ -163,7 +170,7 @@ class ModelConfig:
 
     def has_indexer(self, layer: int) -> bool:
         """Whether this layer chooses positions by itself."""
-        return self.indexer is not None and self.indexer.full[layer]
+        return self.indexer is not None and (layer >= self.n_layer or self.indexer.full[layer])
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has routed experts."""

@@ -59,10 +59,10 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     gating = {v: k for k, v in GATING.items()}.get(key("expert_gating_func", 1))
     if gating is None:
         raise QuantkitError(f"GGUF metadata: {arch}.expert_gating_func {key('expert_gating_func')} is unknown")
-    n_used = key("expert_used_count")
+    n_used, n_mtp = key("expert_used_count"), key("nextn_predict_layers", 0)
     return ModelConfig(
         architecture=arch,
-        n_layer=key("block_count"),
+        n_layer=key("block_count") - n_mtp,
         d=key("embedding_length"),
         n_head=key("attention.head_count"),
         q_lora=metadata.get(f"{arch}.attention.q_lora_rank"),
@@ -91,6 +91,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         eos=metadata.get("tokenizer.ggml.eos_token_id", 1),
         more_ends=tuple(metadata[key] for key in ENDS if key in metadata),
         group_score="top2" if gating == "sigmoid" else "max",
+        n_mtp=n_mtp,
     )
 
 
@@ -120,7 +121,7 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
     """The architecture's keys. llama.cpp loads a file without most of them and silently computes wrongly."""
     split = mla == "split"
     keys: dict[str, Any] = {
-        "block_count": U32(c.n_layer),
+        "block_count": U32(c.n_block),
         "context_length": U32(c.n_context),
         "embedding_length": U32(c.d),
         "feed_forward_length": U32(c.n_ff),
@@ -158,6 +159,8 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
             "rope.scaling.yarn_beta_fast": F32(c.yarn.beta_fast),
             "rope.scaling.yarn_beta_slow": F32(c.yarn.beta_slow),
         }
+    if c.n_mtp:
+        keys["nextn_predict_layers"] = U32(c.n_mtp)
     return {f"{c.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -167,9 +170,10 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
 def specs(c: ModelConfig, mla: Mla) -> list[TensorSpec]:
     """All tensors of the output file, in file order."""
     out = [TensorSpec("token_embd.weight", (c.n_vocab, c.d), "token_embd", None, ("model.embed_tokens.weight",))]
-    for layer in range(c.n_layer):
+    for layer in range(c.n_block):
         out += _attention(c, layer, mla)
         out += _moe(c, layer) if c.is_moe(layer) else _feed_forward(layer, "", "mlp.", c.n_ff, c.d)
+        out += _mtp(c, layer) if layer >= c.n_layer else []
     out.append(TensorSpec("output_norm.weight", (c.d,), "output_norm", None, ("model.norm.weight",), fixed="F32"))
     if not c.tied:
         out.append(TensorSpec("output.weight", (c.n_vocab, c.d), "output", None, ("lm_head.weight",)))
@@ -241,6 +245,16 @@ def _moe(c: ModelConfig, layer: int) -> list[TensorSpec]:
     if c.n_shared:
         out += _feed_forward(layer, "_shexp", "mlp.shared_experts.", c.n_ff_exp * c.n_shared, c.d)
     return out
+
+
+def _mtp(c: ModelConfig, layer: int) -> list[TensorSpec]:
+    """What an MTP layer has before and behind an ordinary one. Its embedding and output matrix are the model's own,
+    which llama.cpp takes where a file has no others (`open.check_mtp`)."""
+    vectors = (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head_norm", "shared_head.norm"))
+    return [
+        _spec("nextn.eh_proj", layer, (c.d, 2 * c.d), "eh_proj"),
+        *(_spec(f"nextn.{name}", layer, (c.d,), source, fixed="F32") for name, source in vectors),
+    ]
 
 
 def assemble(

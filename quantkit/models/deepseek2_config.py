@@ -16,7 +16,8 @@ READ = frozenset(
     n_shared_experts num_experts_per_tok rope_theta rope_scaling rope_parameters original_max_position_embeddings
     """.split()
 )
-# Derived from others, of the loss, of how experts are spread over machines, or of the MTP layer, which no file holds.
+# Derived from others, of the loss, of how experts are spread over machines, or of the MTP layer, which a deepseek2 file
+# does not hold.
 NEUTRAL = frozenset(
     """head_dim qk_head_dim ep_size seq_aux aux_loss_alpha router_aux_loss_coef num_nextn_predict_layers
     num_mtp_layers""".split()

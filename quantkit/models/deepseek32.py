@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import U32
 from quantkit.models import deepseek2, deepseek2_config
-from quantkit.models.config import MAX_LAYERS, Indexer, Mla, ModelConfig
+from quantkit.models.config import MAX_LAYERS, MTP, Indexer, Mla, ModelConfig
 from quantkit.models.hf_config import WHERE, ConfigClass, Keys
 from quantkit.tensors import TensorSpec
 
@@ -85,6 +85,8 @@ def sizes(keys: Keys) -> tuple[int, int, int]:
 def indexed(raw: Mapping[str, Any], keys: Keys, architecture: str, indexer: Indexer) -> ModelConfig:
     """The numbers of a model with an indexer. keys: of config.json, settled. indexer.full: () for every layer."""
     c = deepseek2_config.numbers(raw, keys, raw["architectures"][0])
+    if keys.values.get(MTP) not in (None, 0, 1):
+        raise QuantkitError(f"{WHERE}: {MTP} {keys.values[MTP]!r:.40} is not supported, only 0 or 1: llama.cpp's most")
     kinds = keys.values.get("mlp_layer_types")
     if kinds is not None and (
         len(kinds) != c.n_layer
@@ -100,6 +102,7 @@ def indexed(raw: Mapping[str, Any], keys: Keys, architecture: str, indexer: Inde
     return replace(
         c,
         architecture=architecture,
+        n_mtp=0 if keys.values.get(MTP) is None else keys.whole(MTP),
         indexer=replace(indexer, full=indexer.full or (True,) * min(c.n_layer, MAX_LAYERS)),
     )
 
@@ -107,7 +110,8 @@ def indexed(raw: Mapping[str, Any], keys: Keys, architecture: str, indexer: Inde
 def sizes_to_hf(c: ModelConfig) -> dict[str, Any]:
     """The indexer's keys of config.json."""
     assert c.indexer
-    return {"index_n_heads": c.indexer.n_head, "index_head_dim": c.indexer.width, "index_topk": c.indexer.top_k}
+    sizes = {"index_n_heads": c.indexer.n_head, "index_head_dim": c.indexer.width, "index_topk": c.indexer.top_k}
+    return sizes | {MTP: c.n_mtp}
 
 
 # GGUF

@@ -25,8 +25,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.models.capabilities import refusal
-from quantkit.models.config import Mla, ModelConfig, mla_of
-from quantkit.tensors import TensorSpec, Weights
+from quantkit.models.config import MTP, Mla, ModelConfig, mla_of
+from quantkit.tensors import NEXTN, TensorSpec, Weights
 
 SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
 NOT_NUMBERS = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
@@ -159,12 +159,18 @@ def seen_as(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
 
 
 def seen_like(raw: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """config.json of the model in the architecture whose tensors have these GGUF names; its own, if none has."""
+    """config.json of the model in the architecture whose tensors have these GGUF names, its own if none has; and
+    without MTP layers if no tensor is of one."""
     mla = mla_of(names, "split")
     for view in (also(raw) for also in _of_hf(raw).ALSO.values()):
         if {spec.name for spec in specs(from_hf(view), mla)} == set(names):
             return view
-    return dict(raw)
+    return dict(raw) if any(f".{NEXTN}." in name for name in names) else without_mtp(raw)
+
+
+def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model as files hold it that leave out its MTP layers."""
+    return {**raw, MTP: 0} if from_hf(raw).n_mtp else dict(raw)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
@@ -224,7 +230,7 @@ def sources(config: ModelConfig) -> Mapping[int | None, Mapping[str, tuple[str, 
 
 
 def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every checkpoint tensor that the file is made from, with its shape (the MTP layer is not among them)."""
+    """Every checkpoint tensor that the file is made from, with its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in _as_stored(config):
         for source in spec.sources:
@@ -235,11 +241,11 @@ def source_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def reading_order(config: ModelConfig) -> tuple[list[str], list[list[str]]]:
     """Checkpoint tensors in the order in which a pass reads them: those outside the layers, and those of each layer.
 
-    Within a layer the experts come last, each with its matrices together.
+    MTP layers are the last. Within a layer the experts come last, each with its matrices together.
     """
     kept: list[str] = []
-    layers: list[list[str]] = [[] for _ in range(config.n_layer)]
-    stacks: list[list[tuple[str, ...]]] = [[] for _ in range(config.n_layer)]
+    layers: list[list[str]] = [[] for _ in range(config.n_block)]
+    stacks: list[list[tuple[str, ...]]] = [[] for _ in range(config.n_block)]
     for spec in _as_stored(config):
         if spec.layer is None:
             kept += spec.sources

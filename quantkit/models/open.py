@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
@@ -13,12 +15,14 @@ from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
+from quantkit.models.config import MTP
 from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
 from quantkit.progress import say_once
 from quantkit.sizes import parse_size
 
 CACHE_SIZE = "QUANTKIT_CACHE_SIZE"
 CACHE_BYTES = 60 * 10**9
+SHARED_BY_MTP = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,32 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
     found = _opened(model if isinstance(model, ModelRef) else ModelRef.parse(model))
     if unknown := family.unknown_keys(found.config):
         say_once(f"warning: {found.path}: config.json has keys that quantkit passes over: {', '.join(unknown)}")
+    if why := _why_no_mtp(found):
+        say_once(f"{found.path}: {why}: the file will have no layer that predicts the token after the next (MTP)")
+        found.config = family.without_mtp(found.config)
     return found
+
+
+def _why_no_mtp(model: Checkpoint | Geometry) -> str | None:
+    """Why the MTP layer that config.json speaks of must be left out. transformers does not save it; and it shares the
+    model's embedding and output matrix, which some checkpoints store twice: a few rows show whether they are the same.
+    """
+    config = family.from_hf(model.config)
+    if not config.n_mtp:
+        return None
+    prefix = f"model.layers.{config.n_layer}."
+    if not any(name.startswith(prefix) for name in model.tensors):
+        return f"no tensor of layer {config.n_layer} is there"
+    for copy, name in SHARED_BY_MTP.items():
+        entry = model.tensors.get(prefix + copy)
+        if entry is None or isinstance(model, Geometry):
+            continue
+        last = entry.shape[0] - 1
+        for row in dict.fromkeys((0, last // 2, last)):
+            rows = (model.read_raw(each, row, row + 1)[0] for each in (prefix + copy, name))
+            if entry.shape != model.entry(name).shape or not torch.equal(*rows):
+                return f"{prefix + copy} is not {name}"
+    return None
 
 
 def _opened(ref: ModelRef) -> Checkpoint | Geometry:
@@ -86,9 +115,8 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
         raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
-    if config.indexer and found.config.get("num_nextn_predict_layers"):
-        name = "mtp.0" if config.compression else f"layer {config.n_layer}"
-        say_once(f"{found.path}: {name}, which predicts the token after the next (MTP), is left out")
+    if config.compression and found.config.get(MTP):
+        say_once(f"{found.path}: mtp.0, which predicts the token after the next (MTP), is left out")
     words = tokenizer_metadata(found.path, config.n_vocab, family.PRE, family.of(config).CHAT_TEMPLATE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))

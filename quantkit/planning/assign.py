@@ -12,7 +12,7 @@ from quantkit.planning.damage import Damage
 from quantkit.planning.plan import Outlook, Plan, PlannedTensor, check_rows, check_target, offsets
 from quantkit.planning.recipe import Budget, Recipe, Rule
 from quantkit.sizes import both_units
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import TensorSpec, mtp_layers
 
 FileBytes = Callable[[Plan], int]
 """Bytes of the file(s) of a plan, headers included."""
@@ -47,7 +47,8 @@ def make_plan(
 def rule_of_each(specs: Sequence[TensorSpec], recipe: Recipe) -> list[tuple[TensorSpec, Rule | None]]:
     """Every tensor with the rule that decides it (None where the format does). A rule without use is refused."""
     rules = recipe.rules_for(recipe.target)
-    moe_layers = sorted({spec.layer for spec in specs if spec.is_routed and spec.layer is not None})
+    routed = {spec.layer for spec in specs if spec.is_routed and spec.layer is not None}
+    moe_layers = sorted(routed - mtp_layers(specs))
     used: set[int] = set()
     found = []
     for spec in specs:
@@ -92,8 +93,7 @@ def plan_within(
         except Infeasible as error:
             needed = 0 if "GPU" in error.what or budget.bpw else error.smallest + overhead
             raise TooSmall(_too_small(error, budget, smallest, overhead), needed) from None
-        kld = damage.total(sum(damage.of(spec, found.types[spec.name]) for spec in specs))
-        outlook = Outlook(str(budget), SOLVER, kld, found.gap, damage.name)
+        outlook = Outlook(str(budget), SOLVER, _expected(specs, found.types, damage), found.gap, damage.name)
         plan = make_plan(specs, recipe, model=model, chosen=found.types, outlook=outlook)
         excess = file_bytes(plan) - budget.size if budget.size else 0
         if excess <= 0:
@@ -103,7 +103,13 @@ def plan_within(
 
 def predict(plan: Plan, specs: Sequence[TensorSpec], damage: Damage) -> float:
     """KL divergence at the output that the damage model expects of a plan, nats a token."""
-    return damage.total(sum(damage.of(spec, plan.by_name[spec.name].qtype) for spec in specs))
+    return _expected(specs, {name: tensor.qtype for name, tensor in plan.by_name.items()}, damage)
+
+
+def _expected(specs: Sequence[TensorSpec], types: Mapping[str, str], damage: Damage) -> float:
+    """Of the main model: what an MTP layer drafts, it accepts or not, and says the same."""
+    drafting = mtp_layers(specs)
+    return damage.total(sum(damage.of(spec, types[spec.name]) for spec in specs if spec.layer not in drafting))
 
 
 def _first_match(spec: TensorSpec, rules: Sequence[Rule], moe_layers: list[int], used: set[int]) -> Rule | None:

@@ -7,7 +7,7 @@ a sensitivity.json.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import is_finite
 from quantkit.planning import published
 from quantkit.planning.prior import ERROR, GAIN, LEVEL
-from quantkit.tensors import ROUTED_ROLES, TensorSpec, split_name
+from quantkit.tensors import ROUTED_ROLES, TensorSpec, mtp_layers, split_name
 
 EXACT = frozenset(name for name, qtype in qtypes.QTYPES.items() if not qtype.damage)
 FLOOR = 1e-9
@@ -48,16 +48,18 @@ class Damage(Protocol):
 
 class Prior:
     """For models without a measurement. specs: all tensors of the model; a role's gain is shared by its tensors, so a
-    model of any depth is judged alike."""
+    model of any depth is judged alike. An MTP layer counts as one more, and takes nothing from the others."""
 
     name = "prior"
 
-    def __init__(self, specs: Iterable[TensorSpec]):
-        self.count = Counter(spec.role for spec in specs)
+    def __init__(self, specs: Sequence[TensorSpec]):
+        drafting = mtp_layers(specs)
+        self.count = Counter(spec.role for spec in specs if spec.layer not in drafting)
 
     def gain(self, spec: TensorSpec) -> float:
         """Damage at Q4_K, nats a token, if only this tensor has it."""
-        return LEVEL * GAIN[spec.role] / self.count[spec.role]
+        role = LIKE.get(spec.role, spec.role)
+        return LEVEL * GAIN[role] / self.count[role]
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         """Nats a token if only this tensor has this type."""
@@ -93,16 +95,24 @@ def unmeasured(specs: Sequence[TensorSpec]) -> Damage:
     return Known(found, specs) if found else Prior(specs)
 
 
+LIKE = {"nextn.eh_proj": "attn_output"}
+"""Roles that only an MTP layer has -> the one whose gain is taken: it makes all of the residual stream."""
+
+
 class Measured:
     """A measurement of this model, smoothed: log damage is nearly gain of the tensor + error of the type.
 
     entries: (tensor, qtype) -> (nats, standard error). Each is drawn towards that additive model, the more the
     larger its relative error is against SPREAD, what the model leaves unexplained. Types without a measurement follow
-    the model.
+    the model. specs: of the model; the tensors of an MTP layer, which no measurement at the output sees, count as those
+    of the layer before it.
     """
 
-    def __init__(self, entries: Mapping[tuple[str, str], tuple[float, float]], name: str):
+    def __init__(
+        self, entries: Mapping[tuple[str, str], tuple[float, float]], name: str, specs: Sequence[TensorSpec] = ()
+    ):
         self.name = name
+        self.like = _measured_for_mtp(specs)
         self.gains: dict[str, float] = {}
         self.errors: dict[tuple[bool, str], float] = {}
         self.points: dict[tuple[str, str], _Point] = {}
@@ -135,10 +145,11 @@ class Measured:
         """Nats a token if only this tensor has this type. QuantkitError if nothing was measured of it."""
         if costs_nothing(spec, qtype):
             return 0.0
-        if spec.name not in self.gains:
-            raise QuantkitError(f"{self.name} has no entry for {spec.name}: it is of another model, or another layout")
-        model = self.gains[spec.name] + self.errors[_key(spec.name, qtype)]
-        point = self.points.get((spec.name, qtype))
+        name = self.like.get(spec.name, spec.name)
+        if name not in self.gains:
+            raise QuantkitError(f"{self.name} has no entry for {name}: it is of another model, or another layout")
+        model = self.gains[name] + self.errors[_key(name, qtype)]
+        point = self.points.get((name, qtype))
         if point is None:
             return math.exp(model)
         share = SPREAD**2 / (SPREAD**2 + point.relative**2)
@@ -147,6 +158,14 @@ class Measured:
     def total(self, damages: float) -> float:
         """Nats a token of a whole file, given the sum over its tensors."""
         return interact(damages)
+
+
+def _measured_for_mtp(specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Tensors of MTP layers -> those of the last layer before them."""
+    drafting = mtp_layers(specs)
+    last = {spec.role: spec.name for spec in specs if spec.layer == min(drafting, default=0) - 1}
+    mine = (spec for spec in specs if spec.layer in drafting)
+    return {spec.name: last[role] for spec in mine if (role := LIKE.get(spec.role, spec.role)) in last}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.planning.arithmetic import Arithmetic
 from quantkit.planning.plan import Plan, PlannedTensor
+from quantkit.tensors import mtp_layers
 
 WORKSPACE = 1_500_000_000  # CUDA context and compute buffers of llama.cpp at R1's width with ubatches of 512
 ASSUMED = {"ram": 60e9, "gpu": 900e9, "disk": 3e9}  # bytes/s: two channels of DDR5, a 24 GB card, an NVMe disk
@@ -106,10 +107,17 @@ def gpu_room(config: ModelConfig, mla: Mla, vram: int, context: int) -> int:
     return room
 
 
+def loaded(plan: Plan) -> list[PlannedTensor]:
+    """What llama.cpp loads: not an MTP layer, unless it is told to draft with it (`--spec-type draft-mtp`)."""
+    drafting = mtp_layers(plan.tensors)
+    return [tensor for tensor in plan.tensors if tensor.layer not in drafting]
+
+
 def place(plan: Plan, config: ModelConfig, machine: Machine, context: int) -> Placement:
     """Everything that every token needs goes to the GPU, then the experts of whole layers from the last one up."""
-    experts = _experts_by_layer(plan.tensors)
-    resident = sum(tensor.n_bytes for tensor in plan.tensors if not tensor.is_routed)
+    tensors = loaded(plan)
+    experts = _experts_by_layer(tensors)
+    resident = sum(tensor.n_bytes for tensor in tensors if not tensor.is_routed)
     cache = context * kv_bytes(config, plan.mla)
     on_gpu: list[int] = []
     if machine.vram:
@@ -153,7 +161,7 @@ def whole_layers(plan: Plan, config: ModelConfig, vram: int, context: int) -> in
     """Layers that fit on the GPU entirely, attention and experts, as llama.cpp's -ngl takes them: from the last one up
     with their share of the KV cache; the output matrix comes first."""
     sizes = [0] * config.n_layer
-    for tensor in plan.tensors:
+    for tensor in loaded(plan):
         if tensor.layer is not None:
             sizes[tensor.layer] += tensor.n_bytes
     left = vram - WORKSPACE - sum(t.n_bytes for t in plan.tensors if t.role in ("output", "output_norm"))

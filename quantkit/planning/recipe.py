@@ -6,7 +6,7 @@ name = "1.58bit"               # default: the file's
 description = "one line"       # optional
 target = "ktransformers"       # what the file is made for; default llama.cpp
 mla = "split"                  # or "combined": how kv_b is stored; --target TARGET/combined overrides both
-published = "published"        # the bundled recipe that spends these bytes on models whose damage was published
+published = "published"        # the bundled recipe that spends the bytes on models whose damage was published
 
 [[rules]]
 match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name, or a list of them

@@ -197,7 +197,7 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
             f"{target} has no {c.architecture} attention that reads a GGUF: at best its experts can be used, which "
             f"nobody has tested; make it for llama.cpp, or V3.2 for {target}/deepseek2"
         )
-    if runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max":
+    if routes_wrongly(target, c):
         found.append(
             f"{target} chooses experts wrongly in this model: it scores a group by its best two experts, and V2 by its "
             "best one (KLD 0.1 on a random model; llama.cpp b11434, src/llama-graph.cpp). No file can repair it; the "
@@ -210,6 +210,11 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
             "wrongly (KLD 0.06 on a random model)"
         )
     return found
+
+
+def routes_wrongly(target: str, c: ModelConfig) -> bool:
+    """Whether the target gives tokens to other experts than the model does, whatever a file says: in V2 and V2.5."""
+    return runs_llama_cpp(target) and c.n_group > 1 and c.group_score == "max"
 
 
 def start_flags(target: str, c: ModelConfig) -> str:

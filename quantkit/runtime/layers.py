@@ -17,6 +17,7 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.forms import absorbed, expanded
 from quantkit.runtime.indexer import IndexerWeights, Selection, choose, index_keys, take_over
+from quantkit.runtime.mtp import Entrance
 from quantkit.runtime.rotation import Angles, rotate
 from quantkit.runtime.swiglu import swiglu
 from quantkit.runtime.watch import Watcher
@@ -111,7 +112,7 @@ class LayerWeights:
 
     q is (q_a, q_a_norm, q_b) or a single projection; k_b [n_head, kv_lora, qk_nope], v_b [n_head, v_head, kv_lora].
     A dense layer has only `feed`; a MoE layer has router and experts, and `feed` is its shared expert (or None).
-    indexer: of layers that choose what they attend to.
+    indexer: of layers that choose what they attend to. mtp: of those that predict the token after the next.
     """
 
     attn_norm: torch.Tensor
@@ -126,6 +127,7 @@ class LayerWeights:
     router: Router | None = None
     experts: LayerExperts | None = None
     indexer: IndexerWeights | None = None
+    mtp: Entrance | None = None
 
 
 def with_mla(layer: FeedForward) -> LayerWeights:

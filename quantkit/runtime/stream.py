@@ -6,6 +6,7 @@ experts are in memory, whatever the number of layers.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -19,6 +20,7 @@ from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import FeedForward, LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
+from quantkit.runtime.mtp import Entrance
 from quantkit.runtime.room import Room
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
@@ -97,6 +99,31 @@ class Pass:
         # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
         self.sums = room.empty((n_chunk * t, d), room.hidden)
 
+    def behind(self, entrance: Entrance, watcher: Watcher | None) -> "Pass":
+        """Of the MTP layer: hidden states become its inputs, in the same arrays. A chunk's last token has none after
+        it, so chunks are one token shorter."""
+        source, made, (n_chunk, t, d) = self.source, copy(self), self.hidden.shape
+        made.angles = Angles(self.angles.cos[: t - 1], self.angles.sin[: t - 1])
+        made.chosen = [Selection() for _ in range(0, n_chunk, _chunks(t - 1))]
+        made.hidden, following = (
+            array.view(-1, d)[: n_chunk * (t - 1)].view(n_chunk, t - 1, d) for array in (self.hidden, self.sums)
+        )
+        made.inputs, made.sums = (array[: n_chunk * (t - 1)] for array in (self.inputs, self.sums))
+        tokens = self.tokens.view(n_chunk, t)[:, 1:]
+        made.tokens = tokens.flatten()
+        source.embed(tokens, out=following)
+        norm, eps = source.output_norm(), source.config.rms_eps
+        for i in range(0, n_chunk, step := _chunks(t)):  # no row is overwritten before it was read
+            seen = rms_norm(self.hidden[i : i + step, :-1].to(source.device, torch.float32), norm, eps)
+            after = following[i : i + step].to(source.device, torch.float32)
+            both = (rms_norm(after, entrance.enorm, eps), rms_norm(seen, entrance.hnorm, eps))
+            x = torch.cat(both, dim=-1).flatten(0, 1).to(source.dtype)
+            out = entrance.eh_proj(x)
+            if watcher:
+                watcher.observe("nextn.eh_proj", x, token_weight(out))
+            made.hidden[i : i + step] = out.view(-1, t - 1, d).to(made.hidden.device, made.hidden.dtype)
+        return made
+
 
 @dataclass
 class Step:
@@ -117,6 +144,8 @@ class Step:
         """Attention, then feed-forward, in place; returns hidden. watcher: is told of all inputs on the way."""
         if not isinstance(self.weights, LayerWeights):
             return self._compute_streams(self.weights, watcher)
+        if self.weights.mtp:
+            self.shared = self.shared.behind(self.weights.mtp, watcher)
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
         apply_attention(hidden, self.weights, source.config, shared.angles, watcher, shared.chosen)
@@ -147,19 +176,21 @@ def stream(
     start: int = 0,
     room: Room | None = None,
     turns: Turns = ALONE,
+    mtp: bool = False,
 ) -> Iterator[Step]:
     """Tokens int64 [n_chunk, t] (independent chunks) through the layers: a step for each, in order, to be computed
     before the next one is taken. The next layer's weights are read meanwhile.
 
     hidden, start: resume with these states before layer `start`. room: where hidden states live (default: float32 on
-    the source's device). turns: how ranks share routed experts.
+    the source's device). turns: how ranks share routed experts. mtp: also through the layer behind the last, if the
+    model has one, whose hidden states are [n_chunk, t - 1, d].
     """
     shared = Pass(source, tokens, room or Room("device", source.device))
     if hidden is None:
         embedded(source, tokens, shared.hidden, shared.inputs)
-    else:
+    elif start <= source.config.n_layer:  # else all is computed
         shared.hidden.copy_(hidden)
-    layers = range(start, source.config.n_layer)
+    layers = range(start, source.config.n_block if mtp else source.config.n_layer)
     for layer, weights in zip(layers, read_ahead(partial(source.layer, turns=turns), layers), strict=True):
         step = Step(layer, weights, shared)
         yield step

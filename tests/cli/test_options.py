@@ -13,8 +13,9 @@ from quantkit.models.open import ModelRef
 
 # 20 and 112; `make --dry-run`: what a job of hours takes is asked for before it begins; `run --system` and `-f`, which
 # every program that runs GGUF files has; `hardware --gpu` and `--cpu`, of a machine that is still to be bought; `make
-# --baseline`: how much better than ggml's encoder, a report says first.
-MOST, MOST_OF_ALL = 22, 118
+# --baseline`: how much better than ggml's encoder, a report says first; --no-mtp of `make` and `plan`, as llama.cpp's
+# converter has it.
+MOST, MOST_OF_ALL = 23, 120
 
 
 def test_no_command_has_more_options_than_a_person_reads():

@@ -20,14 +20,16 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job.hardware import hardware_report
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.models.tokenizer import PROBES, tokenize
 from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.planning.hardware import Machine
+from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.stream import final_hidden
 
 KINDS = [("fp8", False), ("fp8", True), ("int4", False)]
@@ -119,6 +121,19 @@ def test_two_bits(kimi, tmp_path):
     if llama.available():
         theirs = torch.from_numpy(llama.logits(path, tokens.numpy(), yarn_betas=BETAS))
         assert divergence(ours, theirs) < 0.02
+
+
+def test_run_computes_as_the_original(int4, copied):
+    """What `run` computes with: a prompt, then token by token, as a graph; and `verify` of the same file."""
+    tokens = torch.randint(0, 700, (1, 48), generator=torch.Generator().manual_seed(2))
+    engine = open_engine(open_gguf(copied, n_threads=1), 1, 64)
+    rows = [engine.prefill(0, tokens[0, :40].tolist(), 0).clone()]
+    rows += [engine.decode([0], [token])[0].clone() for token in tokens[0, 40:].tolist()]
+    with open_weights(int4) as checkpoint:
+        original = logits(CheckpointSource(checkpoint), tokens)[0, 39:]
+        scores = verify_file(copied, checkpoint, "cpu", VerifyOptions(TEXTS["evaluation"]))
+    assert divergence(original, torch.stack(rows)) < 1e-4  # activations of Q4_0 are rounded to 8 bits
+    assert scores["kld_mean"] < 1e-6
 
 
 def test_start_commands_have_the_flags(int4, tmp_path):

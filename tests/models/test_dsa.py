@@ -14,7 +14,9 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.job.plan import plan_model, predict_plan
 from quantkit.models import family
+from quantkit.models.open import open_model, open_weights
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.torch import TorchEngine
@@ -82,7 +84,7 @@ def test_recipes_speak_of_every_tensor_of_glm_5(recipe):
     raw = json.loads((Path(__file__).parents[2] / "scripts" / "bench" / "glm-5.2.json").read_text(encoding="utf-8"))
     plan = make_plan(family.specs(family.from_hf(raw)), Recipe.load(recipe), "llama.cpp", model="glm")
     kinds = {t.qtype for t in plan.tensors if t.role in ("indexer.attn_q_b", "indexer.attn_k")}
-    assert kinds == {"Q8_0"} and sum(t.role == "indexer.proj" for t in plan.tensors) == 21
+    assert kinds == {"Q8_0"} and sum(t.role == "indexer.proj" for t in plan.tensors) == 21 + 1  # of the MTP layer
     print(f"{recipe}: {plan.n_bytes / 1e9:.1f} GB")
 
 
@@ -92,6 +94,43 @@ def test_every_key_of_transformers_classes_is_known(name):
     written |= {"architectures": [name.replace("Config", "ForCausalLM")]}
     family.from_hf(written)
     assert family.unknown_keys(written) == []
+
+
+def test_an_mtp_layer_may_be_missing_or_unlike(tmp_path, capsys):
+    """transformers saves none; DeepSeek's has copies of embedding and output matrix."""
+    folder = Path(shutil.copytree(made(V32, mtp=1).folder, tmp_path / "model"))
+    assert family.from_hf(open_weights(folder).config).n_mtp == 1
+    second = folder / "model-00002-of-00002.safetensors"
+    weights, index = load_file(second), json.loads((folder / "model.safetensors.index.json").read_text())
+    name = "model.layers.3.shared_head.head.weight"
+    index["weight_map"][name] = second.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    head = load_file(folder / "model-00001-of-00002.safetensors")["lm_head.weight"]
+    for copy, kept in ((head, 1), (head.flip(0), 0)):
+        save_file(weights | {name: copy.contiguous()}, second)
+        assert family.from_hf(open_weights(folder).config).n_mtp == kept
+    assert f"{name} is not lm_head.weight" in capsys.readouterr().err
+    second.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "model.safetensors")
+    assert family.from_hf(open_weights(folder).config).n_mtp == 0
+    assert "no tensor of layer 3 is there" in capsys.readouterr().err
+    raw = json.loads((folder / "config.json").read_text())
+    with pytest.raises(QuantkitError, match="num_nextn_predict_layers 2 is not supported"):
+        family.from_hf(raw | {"num_nextn_predict_layers": 2})
+
+
+@pytest.mark.parametrize("model", ["deepseek-v3.2", "glm-5.2"])
+def test_plans_with_and_without_the_mtp_layer(model):
+    """It counts in the size, and not in what is expected of the main model's types, which by rules stay the same."""
+    with_it, without = (plan_model(model, "unsloth-1.58bit", mtp=mtp) for mtp in (True, False))
+    behind = [t for t in with_it.tensors if t.name not in without.by_name]
+    assert {t.layer for t in behind} == {len({t.layer for t in without.tensors}) - 1}
+    assert all(with_it.by_name[t.name].qtype == t.qtype for t in without.tensors)
+    config = open_model(model).config
+    assert family.from_hf(family.seen_like(config, with_it.by_name)).n_mtp == 1
+    assert family.from_hf(family.seen_like(config, without.by_name)).n_mtp == 0
+    assert predict_plan(model, with_it, None) == pytest.approx(predict_plan(model, without, None))
 
 
 def test_a_missing_tensor_is_named_with_its_file(tmp_path):

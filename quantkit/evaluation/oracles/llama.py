@@ -49,15 +49,19 @@ def logits(
     flash_attention: int = -1,
     n_threads: int = 1,
     yarn_betas: tuple[float, float] | None = None,
+    hidden: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 [n_chunk, t, n_vocab] for tokens int [n_chunk, t]: every chunk is a fresh sequence from position 0.
 
     step: tokens per llama_decode call (default: the whole chunk); 1 is token by token. cache: type of K and V.
     flash_attention: -1 as llama.cpp chooses (its default), 0 off, 1 on. yarn_betas: its --yarn-beta-fast and -slow.
+    hidden: float32 [n_chunk, t, d], what the head saw of the tokens before; then the answer is the MTP layer's.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, np.ascontiguousarray(tokens, dtype=np.int32))
+        if hidden is not None:
+            np.save(Path(folder) / "hidden.npy", np.ascontiguousarray(hidden, dtype=np.float32))
         _ask(
             {
                 "model": str(model),
@@ -68,6 +72,7 @@ def logits(
                 "flash_attention": flash_attention,
                 "n_threads": n_threads,
                 "yarn_betas": yarn_betas,
+                "hidden": None if hidden is None else str(Path(folder) / "hidden.npy"),
             }
         )
         return np.load(answer)
@@ -107,7 +112,10 @@ class _ModelParams(ctypes.Structure):
         ("vocab_only", c_bool),
         ("check_tensors", c_bool),
         ("use_extra_bufts", c_bool),
-        ("tail", ctypes.c_ubyte * 173),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
+        ("tail", ctypes.c_ubyte * 170),
     )
 
 
@@ -173,7 +181,11 @@ _MODEL_DEFAULTS = {
     "vocab_only": False,
     "check_tensors": False,
     "use_extra_bufts": True,
+    "no_host": False,
+    "no_alloc": False,
+    "load_mtp": False,
 }
+_MTP = 1  # LLAMA_CONTEXT_TYPE_MTP
 _CONTEXT_DEFAULTS = {
     "n_ctx": 512,
     "n_batch": 2048,
@@ -250,9 +262,11 @@ def _library() -> Any:
     return lib
 
 
-def _load(lib: Any, path: str, vocab_only: bool) -> int:
+def _load(lib: Any, path: str, vocab_only: bool, mtp: bool = False) -> int:
     params = lib.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
+    if mtp:
+        params.load_mtp = True
     model = lib.llama_model_load_from_file(path.encode(), params)
     if not model:
         raise OracleError(f"llama.cpp does not load {path}")
@@ -277,8 +291,10 @@ def _decode(lib: Any, context: int, batch: _Batch, tokens: np.ndarray, first: in
 
 def _logits(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
     tokens = np.load(request["tokens"])
-    model = _load(lib, request["model"], vocab_only=False)
+    hidden = np.load(request["hidden"]) if request["hidden"] else None
+    model = _load(lib, request["model"], vocab_only=False, mtp=hidden is not None)
     params = lib.llama_context_default_params()
+    params.ctx_type = 0 if hidden is None else _MTP
     params.n_ctx = params.n_batch = max(256, tokens.shape[1])
     params.n_threads = params.n_threads_batch = request["n_threads"]
     params.flash_attn_type = request["flash_attention"]
@@ -291,10 +307,12 @@ def _logits(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
     n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     batch = lib.llama_batch_init(request["step"], 0, 1)
     out = np.empty((*tokens.shape, n_vocab), np.float32)
-    for chunk, rows in zip(tokens, out, strict=True):
+    for i, (chunk, rows) in enumerate(zip(tokens, out, strict=True)):
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         for first in range(0, len(chunk), request["step"]):
             end = first + request["step"]
+            if hidden is not None:
+                batch.embd = hidden[i, first:end].ctypes.data  # in memory as one piece
             _decode(lib, context, batch, chunk[first:end], first, rows[first:end])
     np.save(request["logits"], out)
     return {"n_params": lib.llama_model_n_params(model)}

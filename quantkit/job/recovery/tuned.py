@@ -63,8 +63,8 @@ def moving(config: ModelConfig, tensors: Tensors, moves: Moves) -> dict[int, lis
     """What moves of a file with these tensors, by layer, as `values.ByLayer`."""
     found: dict[int, list[TensorSpec]] = {}
     for spec in family.specs(config, mla_of(tensors)):
-        if spec.name not in tensors:
-            continue  # tied output
+        if spec.name not in tensors or (spec.layer or 0) >= config.n_layer:
+            continue  # tied output; an MTP layer, which no step of it reaches
         qtype = tensors[spec.name].qtype
         asked = moves == "experts" if spec.is_routed else moves != "vectors"
         matrix = asked and (is_fine(spec, qtype) or is_scaled(spec, qtype))

@@ -14,6 +14,7 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.mtp import Entrance
 from quantkit.runtime.streams import Mixing, merged
 from quantkit.runtime.watch import Projections
 from quantkit.tensors import ROUTED_ROLES, bytes_by_layer
@@ -82,6 +83,7 @@ class CheckpointSource:
             router=router,
             experts=experts,
             indexer=self._indexer(attn + "indexer.") if c.has_indexer(layer) else None,
+            mtp=self._entrance(p) if layer >= c.n_layer else None,
         )
 
     def _compressed(self, layer: int, turns: Turns) -> CompressedLayer:
@@ -136,7 +138,7 @@ class CheckpointSource:
     def layer_bytes(self) -> list[int]:
         """Of the checkpoint, by layer."""
         tensors = ((name, entry.n_bytes) for name, entry in self.checkpoint.tensors.items())
-        return bytes_by_layer(tensors, self.config.n_layer)
+        return bytes_by_layer(tensors, self.config.n_block)
 
     def _outside(self, role: str) -> str:
         """The name of a tensor outside of the layers."""
@@ -166,6 +168,10 @@ class CheckpointSource:
         assert how
         q_b, k = self._linear(prefix + "wq_b"), self._linear(prefix + "wk")
         return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
+
+    def _entrance(self, prefix: str) -> Entrance:
+        enorm, hnorm, norm = (self._vector(f"{prefix}{name}.weight") for name in ("enorm", "hnorm", "shared_head.norm"))
+        return Entrance(enorm, hnorm, self._linear(prefix + "eh_proj"), norm)
 
     def _feed(self, prefix: str) -> Feed:
         return Feed(*(self._linear(prefix + part) for part in ("gate_proj", "up_proj", "down_proj")))

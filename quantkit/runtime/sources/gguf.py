@@ -22,6 +22,7 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, exp
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.mtp import Entrance
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources.admission import check_model
 from quantkit.runtime.streams import Mixing, merged
@@ -178,6 +179,7 @@ class GGUFSource:
             router=router,
             experts=experts,
             indexer=self._indexer(p + "indexer.") if self.config.has_indexer(layer) else None,
+            mtp=self._entrance(p + "nextn.") if layer >= self.config.n_layer else None,
         )
 
     def _compressed(self, layer: int, turns: Turns) -> CompressedLayer:
@@ -220,7 +222,7 @@ class GGUFSource:
     def layer_bytes(self) -> list[int]:
         """Of the file, by layer."""
         tensors = ((name, tensor.n_bytes) for name, tensor in self.weights.file.tensors.items())
-        return bytes_by_layer(tensors, self.config.n_layer)
+        return bytes_by_layer(tensors, self.config.n_block)
 
     def _query(self, p: str) -> Query:
         linear = self.products.linear
@@ -235,6 +237,12 @@ class GGUFSource:
         how = self.config.indexer
         assert how
         return IndexerWeights(q_b, k, proj, norm, bias, how.top_k, self.config.qk_rope, how.interleaved)
+
+    def _entrance(self, p: str) -> Entrance:
+        vector, linear = self.products.vector, self.products.linear
+        norms = (vector(f"{p}{name}.weight") for name in ("enorm", "hnorm", "shared_head_norm"))
+        enorm, hnorm, head_norm = norms
+        return Entrance(enorm, hnorm, linear(p + "eh_proj.weight"), head_norm)
 
     def _kv_b(self, p: str) -> tuple[torch.Tensor, torch.Tensor]:
         matrix = self.products.matrix

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dsa_models import GLM, V32, Small, T, made
+from dsa_models import GLM, V32, Small, T, drafted, made
 from oracle_files import make, one_type, quantkit, twin
 from test_llama import streamed
 
@@ -17,6 +17,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job.plan import plan_model
 from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf, open_source
 
 pytestmark = [
@@ -69,12 +70,34 @@ def test_file_of_floats(name, layers, top_k, tmp_path):
 
 
 @pytest.mark.parametrize("name", [V32, GLM])
+def test_file_with_an_mtp_layer(name, tmp_path):
+    """The layer that drafts the token after the next: of the checkpoint and of a file of ours as llama.cpp computes it
+    on the same hidden states; and the model itself is what it is without."""
+    small = made(name, mtp=1)
+    path, checkpoint = as_f32(small, tmp_path), CheckpointSource(Checkpoint.open(small.folder))
+    assert {"blk.3.nextn.eh_proj.weight", "blk.3.indexer.proj.weight"} < GGUFFile.open(path).tensors.keys()
+    seen, ours = drafted(checkpoint, small.tokens)
+    theirs = llama.logits(path, small.tokens[:, 1:].numpy(), hidden=seen.numpy())
+    assert kld("MTP: our layers from llama.cpp", torch.from_numpy(theirs), ours) < 1e-4
+    assert kld("MTP: the file's from the checkpoint's", ours, drafted(open_source(path), small.tokens)[1]) < 1e-6
+    main = torch.from_numpy(llama.logits(path, small.tokens.numpy()))
+    assert kld("beside an MTP layer: transformers from llama.cpp", main, small.logits) < 1e-4
+    assert kld("our engine from transformers", small.logits[0, T - 9 :], by_engine(path, small)) < 1e-4
+    passes(path, small)
+
+
+@pytest.mark.parametrize("name", [V32, GLM])
 def test_made_at_two_bits(name, tmp_path):
-    small, options = made(name), ("--tokens", 2048, "--eval-tokens", 2048, "--encoder", "ggml", "--device", "cpu")
+    small, options = (
+        made(name, mtp=1),
+        ("--tokens", 2048, "--eval-tokens", 2048, "--encoder", "ggml", "--device", "cpu"),
+    )
     quantkit("make", small.folder, "--recipe", "1.58bit", "--output", tmp_path / "out", *options)
     (path,) = (tmp_path / "out").glob("*bit.gguf")
     tensors = GGUFFile.open(path).tensors
     assert tensors["blk.0.indexer.attn_q_b.weight"].qtype == "Q8_0" and "IQ1_S" in {t.qtype for t in tensors.values()}
+    assert tensors["blk.3.nextn.eh_proj.weight"].qtype == "Q6_K"
+    assert certify(path, "llama.cpp", oracle=False).passed  # without the original to compare with
     ours = streamed(open_source(path), small.tokens)
     assert torch.from_numpy(llama.logits(path, small.tokens.numpy())).isfinite().all()
     # On the same weights as F32, for llama.cpp rounds the inputs of quantized products to 8 bits.
