@@ -1,13 +1,14 @@
 """`make`, and the stages that it runs one after another, each by itself."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, OneOf, Shared, Types
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -86,12 +87,19 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     type=click.IntRange(1),
     help="Most tokens of calibration text for that.",
 )
+@click.option(
+    "--moments",
+    type=OUT_FOLDER,
+    default=None,
+    help="Also keep second moments of all inputs here, for `quantize --moments`: says first how many GB.",
+)
 @options.device
 @options.restart
 def calibrate(
     model: str,
     output: Path,
     calibration: "Calibration",
+    moments: Path | None,
     gradients: Path | None,
     gradient_tokens: int,
     device: str | None,
@@ -103,6 +111,7 @@ def calibrate(
     """
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
+    from quantkit.encoding.saved import Keeper
     from quantkit.formats.lock import locked
     from quantkit.job import stages
     from quantkit.machine import chosen_device
@@ -112,7 +121,7 @@ def calibrate(
         if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
             text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
             calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
-        measure.calibrate(source, calibration, output, restart)
+        measure.calibrate(source, calibration, output, restart, partial(Keeper, moments) if moments else None)
     streams.show(str(output))
 
 
@@ -303,6 +312,21 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
 @click.option("--output", "-o", type=OUT, required=True)
 @Shared(
     (
+        click.option(
+            "--moments",
+            type=FOLDER,
+            default=None,
+            help="Folder of `calibrate --moments`, for quantkit's encoder: about half the KLD in the same bytes.",
+        ),
+        click.option(
+            "--encoder",
+            type=OneOf(["auto", "quantkit", "ggml"]),
+            default="auto",
+            show_default=True,
+            help="auto: quantkit if --moments are given, else ggml, as llama-quantize.",
+        ),
+        options.effort,
+        options.device,
         options.split,
         options.restart,
         click.option("--overwrite", is_flag=True, help="Replace a finished file of that name."),
@@ -312,7 +336,8 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
 )
 @options.threads
 def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
-    """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
+    """Encode every tensor as planned and write the GGUF file(s): with ggml, or by --moments with quantkit's encoder, as
+    `make`. Resumes where an earlier run stopped."""
     from quantkit.formats.byte_source import read_whole
     from quantkit.job import stages
     from quantkit.models.open import open_weights

@@ -14,6 +14,7 @@ from quantkit.calibration.options import sized
 from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
+from quantkit.encoding.replay import check_moments, quantize_by_moments
 from quantkit.errors import QuantkitError, needs
 from quantkit.evaluation import configuration, generation
 from quantkit.evaluation.divergence import Score
@@ -28,6 +29,7 @@ from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
+from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import open_weights, see_like
 from quantkit.models.tokenizer import tokenize
@@ -60,12 +62,29 @@ def open_for_calibration(model: str | Path, device: str) -> Source:
 @dataclass(frozen=True)
 class QuantizeOptions:
     """How `quantize` writes: bytes of one file (default any), whether to discard
-    what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`."""
+    what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`.
+
+    encoder: quantkit, by the moments in a folder of `calibrate --moments`; ggml; or auto: quantkit where there are
+    moments. effort: fast, normal or best; device: cpu or cuda, default a GPU if there is one; both for quantkit's."""
 
     split_max_bytes: int | None = None
     restart: bool = False
     overwrite: bool = False
     keep_ledger: bool = False
+    encoder: str = "auto"
+    moments: Path | None = None
+    effort: str = "normal"
+    device: str | None = None
+
+    @property
+    def by_moments(self) -> Path | None:
+        """The folder to encode by with quantkit's encoder; None: with ggml's. QuantkitError if it is not given."""
+        if self.encoder == "quantkit" and self.moments is None:
+            raise QuantkitError(
+                "--encoder quantkit needs second moments: run `quantkit calibrate MODEL --moments DIR`, give --moments "
+                "DIR here; or `quantkit make`, which measures and encodes in one visit of each layer"
+            )
+        return None if self.encoder == "ggml" else self.moments
 
 
 def quantize_model(
@@ -76,26 +95,25 @@ def quantize_model(
     how: QuantizeOptions = QuantizeOptions(),
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
-    say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    """Encode every tensor of the plan with ggml, or as `how` says by moments, and write the GGUF file(s); resumes.
+    after_layer: as in `quantize`, of ggml's."""
+    moments = how.by_moments
+    if moments is None:
+        say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
     see_like(checkpoint, plan.by_name)
+    loaded, info = load_imatrix(imatrix_path)
+    imatrix = fit_importance(plan, loaded)
+    fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
+    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
+    output = Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger)
+    if moments is None:
+        with locked(out.parent):
+            return quantize(checkpoint, plan, imatrix, output, GgmlEncoder(), after_layer=after_layer)
+    source = source_of(checkpoint, chosen_device(how.device))
+    known = {"moments": check_moments(moments, source), "encoder": f"quantkit {how.effort}"}
     with locked(out.parent):
-        loaded, info = load_imatrix(imatrix_path)
-        imatrix = fit_importance(plan, loaded)
-        fingerprint = {
-            "checkpoint": checkpoint.fingerprint(),
-            "plan": plan.digest(),
-            "imatrix": imatrix_digest(imatrix),
-        }
-        extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
-        return quantize(
-            checkpoint,
-            plan,
-            imatrix,
-            Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
-            GgmlEncoder(),
-            after_layer=after_layer,
-        )
+        output = replace(output, fingerprint=fingerprint | known)
+        return quantize_by_moments(source, plan, imatrix, moments, output, how.effort)
 
 
 def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:

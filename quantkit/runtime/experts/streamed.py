@@ -86,13 +86,18 @@ class StreamedExperts:
             yield _expert(e, matrices, x, routes, watcher).to(dtype)
 
 
+def inner(rows: torch.Tensor, matrices: Projections) -> torch.Tensor:
+    """What goes into an expert's down, [m, n_ff], of rows [m, d] of its input."""
+    gate, up, _ = matrices
+    return F.silu(rows @ gate.T) * (rows @ up.T)
+
+
 def _expert(e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", watcher: Watcher | None) -> torch.Tensor:
     """Its rows' share of the sum, float32 [m, d]."""
-    gate, up, down = matrices
     tokens, share = routes.of(e)
-    n = len(tokens)
-    rows = rounded_up(x[tokens.to(x.device)].to(gate.device))
-    hidden = F.silu(rows @ gate.T) * (rows @ up.T)
+    n, down = len(tokens), matrices[-1]
+    rows = rounded_up(x[tokens.to(x.device)].to(down.device))
+    hidden = inner(rows, matrices)
     if watcher is not None:
         watcher.observe_expert(ExpertVisit(e, tokens, rows[:n], hidden[:n], share, matrices))
     return (hidden @ down.T)[:n].float() * share[:, None]
