@@ -29,9 +29,6 @@ class Keeper(Protocol):
 
     job: str
 
-    def words(self) -> str:
-        """What it will keep, for people."""
-
     def whole(self, layers: int) -> bool:
         """Whether all that it keeps of the first layers is there."""
 
@@ -103,8 +100,6 @@ def _pass(
         state.remove()
     state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
-    if keeper:
-        say(keeper.words())
     with track("calibrate", Steps.total(source), "B") as advance:
         steps = Steps(advance, source, n_tokens)
         watch = steps.watching(keeper.watch if keeper else partial(Accumulator, n_expert=source.config.n_expert))

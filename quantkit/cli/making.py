@@ -1,20 +1,17 @@
-"""`make`, and the stages that it runs one after another, each by itself."""
+"""`make`, what is decided before it, and how far it is."""
 
-import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, OneOf, Shared, Types
+from quantkit.cli.options import Shared, Types
+from quantkit.cli.values import FOLDER, MODEL, OUT, OUT_FOLDER, SIZE
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
-    from quantkit.calibration.options import Calibration
     from quantkit.job.options import MakeOptions
-    from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
 
 MOST_BANDWIDTH = 1e6  # GB/s: more is a slip
@@ -28,7 +25,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", type=MODEL, default="tiny-r1")
 @click.option(
     "--output", "-o", type=OUT_FOLDER, default=None, help="Folder for the results. Default: MODEL-RECIPE here."
 )
@@ -71,132 +68,7 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
-@click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
-@options.calibration
-@click.option(
-    "--gradients",
-    type=OUT_FOLDER,
-    default=None,
-    help="Also derive the model's loss, layer by layer back, and write gradients-NNN.safetensors here.",
-)
-@click.option(
-    "--gradient-tokens",
-    default=16384,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most tokens of calibration text for that.",
-)
-@click.option(
-    "--moments",
-    type=OUT_FOLDER,
-    default=None,
-    help="Also keep second moments of all inputs here, for `quantize --moments`: says first how many GB.",
-)
-@options.device
-@options.restart
-def calibrate(
-    model: str,
-    output: Path,
-    calibration: "Calibration",
-    moments: Path | None,
-    gradients: Path | None,
-    gradient_tokens: int,
-    device: str | None,
-    restart: bool,
-) -> None:
-    """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
-
-    MODEL (default: tiny-r1) is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
-    """
-    from quantkit.calibration import measure
-    from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
-    from quantkit.encoding.saved import Keeper
-    from quantkit.formats.lock import locked
-    from quantkit.job import stages
-    from quantkit.machine import chosen_device
-
-    source = stages.open_for_calibration(model, chosen_device(device))
-    with locked(output.parent), locked(gradients or output.parent):
-        if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
-            text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
-            calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
-        measure.calibrate(source, calibration, output, restart, partial(Keeper, moments) if moments else None)
-    streams.show(str(output))
-
-
-def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
-    from quantkit.calibration.variants import DEFAULT, Candidates
-    from quantkit.job.stages import SensitivityOptions
-
-    routed = tuple(types.split(",")) if types else DEFAULT.routed
-    others = tuple(other_types.split(",")) if other_types else DEFAULT.others
-    return SensitivityOptions(types=Candidates(routed, others) if types or other_types else None, **rest)
-
-
-@click.command()
-@click.argument("model", default="tiny-r1")
-@click.option(
-    "--imatrix",
-    "--gradients",
-    "basis",
-    type=click.Path(exists=True, path_type=Path),
-    required=True,
-    help="An imatrix, to measure types as ggml encodes them; or a folder of `calibrate --gradients`, to estimate them "
-    "for quantkit's encoder.",
-)
-@click.option(
-    "--output",
-    "-o",
-    type=OUT_FOLDER,
-    default=Path("."),
-    help="Folder for sensitivity.json and sensitivity.png.",
-)
-@Shared(
-    (
-        options.text(None, "measurement", "8192, with gradients as in `calibrate`"),
-        click.option(
-            "--budget",
-            default=1 << 21,
-            show_default=True,
-            type=click.IntRange(1),
-            help="Stream-tokens: tokens x forks carried through the layers. Too few for all forks: a cheaper "
-            "estimate, by layer.",
-        ),
-        click.option(
-            "--types",
-            default=None,
-            metavar="A,B",
-            help="Types to try on routed experts. Default: five; all with --gradients.",
-        ),
-        click.option(
-            "--other-types",
-            default=None,
-            metavar="A,B",
-            help="Types to try on all other tensors. Default: four, or all.",
-        ),
-    ),
-    "how",
-    _sensitivity_options,
-)
-@options.device
-def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
-    """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass.
-
-    MODEL's default is tiny-r1. `plan --sensitivity` goes by what is found."""
-    from quantkit.job import stages
-    from quantkit.job.folder import SENSITIVITY
-    from quantkit.machine import chosen_device
-    from quantkit.models.open import open_weights
-
-    device = chosen_device(device)
-    source = stages.source_of(open_weights(model), device)
-    stages.measure_sensitivity(source, basis, output, how)
-    streams.show(str(output / SENSITIVITY))
-
-
-@click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", type=MODEL, default="tiny-r1")
 @options.types_and_machine
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
 @click.option(
@@ -211,7 +83,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
-    from quantkit.formats.whole_file import write_text
+    from quantkit.formats.whole_file import make_folders, write_text
     from quantkit.job.plan import basis, load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
@@ -227,6 +99,7 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
         if str(output) == "-":
             streams.show(chosen.to_json())
             return
+        make_folders(output.parent)
         with locked(output.parent, shared=True):
             if output.suffix not in (".png", ".svg"):
                 write_text(output, chosen.to_json())
@@ -261,12 +134,14 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
 
 
 @click.command()
-@click.argument("model", default="deepseek-r1")
+@click.argument("model", type=MODEL, default="deepseek-r1")
 @click.option(
     "--recipe",
     "recipes",
     multiple=True,
     metavar="NAME|FILE",
+    callback=options.check_recipes,
+    shell_complete=options.recipe_completion,
     help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
 )
 @options.target
@@ -296,56 +171,6 @@ def hardware(
     from quantkit.job.hardware import hardware_report
 
     streams.show(hardware_report(model, recipes, target, machine, context, threads))
-
-
-def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
-    """rest: fields of QuantizeOptions, by their names."""
-    from quantkit.job.stages import QuantizeOptions
-
-    return QuantizeOptions(split_max_bytes=split_max_bytes or None, **rest)
-
-
-@click.command()
-@click.argument("model")
-@click.option("--plan", "plan_file", type=FILE, required=True, help="plan.json of `quantkit plan`.")
-@click.option("--imatrix", type=FILE, required=True)
-@click.option("--output", "-o", type=OUT, required=True)
-@Shared(
-    (
-        click.option(
-            "--moments",
-            type=FOLDER,
-            default=None,
-            help="Folder of `calibrate --moments`, for quantkit's encoder: about half the KLD in the same bytes.",
-        ),
-        click.option(
-            "--encoder",
-            type=OneOf(["auto", "quantkit", "ggml"]),
-            default="auto",
-            show_default=True,
-            help="auto: quantkit if --moments are given, else ggml, as llama-quantize.",
-        ),
-        options.effort,
-        options.device,
-        options.split,
-        options.restart,
-        click.option("--overwrite", is_flag=True, help="Replace a finished file of that name."),
-    ),
-    "how",
-    _quantize_options,
-)
-@options.threads
-def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
-    """Encode every tensor as planned and write the GGUF file(s): with ggml, or by --moments with quantkit's encoder, as
-    `make`. Resumes where an earlier run stopped."""
-    from quantkit.formats.byte_source import read_whole
-    from quantkit.job import stages
-    from quantkit.models.open import open_weights
-    from quantkit.planning.plan import Plan
-
-    chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
-    files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
-    streams.show("\n".join(map(str, files)))
 
 
 @click.command()

@@ -53,6 +53,14 @@ def flush() -> None:
                 raise QuantkitError(f"{name}: {error.strerror}") from None
 
 
+def forget() -> None:
+    """Nobody reads any more: what is still to be written goes nowhere."""
+    with contextlib.suppress(OSError):
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, 1)
+        os.close(fd)
+
+
 def text_of(value: str, what: str) -> str:
     """What a person typed, as text: bytes that their locale could not decode are UTF-8. QuantkitError, naming the
     option, if they are not."""

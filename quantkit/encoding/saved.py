@@ -74,6 +74,24 @@ class Kept:
         """Bytes of all layers."""
         return sum(self.of_layer(layer, form or self.form) for layer in range(self.config.n_layer))
 
+    @property
+    def sums(self) -> int:
+        """Entries of all moments that are formed while the pass goes on, each by all tokens."""
+        layers = range(self.config.n_layer)
+        found = sum(prod(shape) for layer in layers for shape in _moment_shapes(self.config, layer).values())
+        c = self.config
+        return found + (c.n_moe * c.n_used * (c.d**2 + c.n_ff_exp**2) if self.form == MATRICES else 0)
+
+    def words(self) -> str:
+        """For people, before it begins."""
+        layer = max(range(self.config.n_layer), key=lambda i: self.of_layer(i, self.form))
+        said = f"{both_units(self.total())}, {both_units(self.of_layer(layer, self.form))} a layer"
+        if not self.config.n_moe:
+            return said
+        other = MATRICES if self.form == ROWS else ROWS
+        which = "experts as the rows that theirs are sums of" if self.form == ROWS else "experts as matrices"
+        return f"{said}, {which} (as {other}: {both_units(self.of_layer(layer, other))} a layer)"
+
     @staticmethod
     def _bytes(shapes: sealed.Shapes) -> int:
         return sum(map(sealed.n_bytes, shapes.values()))
@@ -128,17 +146,6 @@ class Keeper:
                 f"{folder}: moments of {tokens.numel():,} tokens take {both_units(need)}; free are {both_units(free)}: "
                 "take another folder, fewer --tokens, or `quantkit make`, which keeps none"
             )
-
-    def words(self) -> str:
-        """For people, before it begins."""
-        kept, largest = self.kept, self.config.n_layer - 1
-        layer = f"{both_units(kept.of_layer(largest, self.form))} a layer"
-        if not self.config.n_moe:
-            return f"{both_units(kept.total())} of second moments, {layer}"
-        other = MATRICES if self.form == ROWS else ROWS
-        rank = "experts' as the rows they are sums of, exact" if self.form == ROWS else "experts' as full matrices"
-        there = both_units(kept.of_layer(largest, other))
-        return f"{both_units(kept.total())} of second moments, {layer}: {rank} (as {other} {there} a layer)"
 
     def whole(self, layers: int) -> bool:
         """Whether all of the first layers lies there, undamaged and of this pass; what is wrong is said."""

@@ -26,6 +26,7 @@ from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.moments import GROUP_SHARE
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
 from quantkit.formats.checkpoint import Checkpoint
@@ -47,8 +48,9 @@ from quantkit.job.folder import (
     SENSITIVITY,
     begin,
     finished_files,
+    unclaim,
 )
-from quantkit.job.forecast import ON_GPU, forecast
+from quantkit.job.forecast import forecast
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
@@ -63,6 +65,7 @@ from quantkit.job.stages import (
     source_of,
     verify_file,
 )
+from quantkit.job.work import ON_GPU
 from quantkit.machine import chosen_device, free_vram
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
@@ -84,8 +87,14 @@ def make(
     calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
     order = order_of(model, folder, options)
+    new = not order.folder.exists()
     with locked(order.folder):
-        files, result = make_in_folder(order, model)
+        try:
+            files, result = make_in_folder(order, model)
+        except QuantkitError:
+            if new and ranks.index() == 0:
+                unclaim(order.folder)
+            raise
     order.checkpoint.close()
     return files, result
 

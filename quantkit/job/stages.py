@@ -14,7 +14,6 @@ from quantkit.calibration.options import sized
 from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
 from quantkit.encoding.jobs import GgmlEncoder, Output, fit_importance, quantize
-from quantkit.encoding.replay import check_moments, quantize_by_moments
 from quantkit.errors import QuantkitError, needs
 from quantkit.evaluation import configuration, generation
 from quantkit.evaluation.divergence import Score
@@ -29,7 +28,6 @@ from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
-from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import open_weights, see_like
 from quantkit.models.tokenizer import tokenize
@@ -39,10 +37,11 @@ from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import Source
+from quantkit.tensors import Importance
 
 WORSE = (
-    "an imatrix holds no second moments, which quantkit's encoder needs (about half the KLD in the same bytes); "
-    "`quantkit make` measures and encodes with them in one visit of each layer"
+    "an imatrix holds no second moments, by which quantkit's encoder halves the KLD in the same bytes: --moments DIR "
+    "of `calibrate --moments DIR`, or `make`"
 )
 FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 
@@ -86,6 +85,14 @@ class QuantizeOptions:
             )
         return None if self.encoder == "ggml" else self.moments
 
+    @property
+    def reason(self) -> str:
+        """Which encoder it takes, and why."""
+        if folder := self.by_moments:
+            return f"quantkit, effort {self.effort}, by the moments in {folder}"
+        why = "as asked, and" if self.encoder == "ggml" else "for"
+        return f"ggml, {why} {WORSE}"
+
 
 def quantize_model(
     checkpoint: Checkpoint,
@@ -95,25 +102,23 @@ def quantize_model(
     how: QuantizeOptions = QuantizeOptions(),
     after_layer: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Encode every tensor of the plan with ggml, or as `how` says by moments, and write the GGUF file(s); resumes.
-    after_layer: as in `quantize`, of ggml's."""
-    moments = how.by_moments
-    if moments is None:
-        say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`.
+    With quantkit's encoder: `job.by_moments`."""
     see_like(checkpoint, plan.by_name)
+    imatrix, output = output_of(checkpoint, plan, imatrix_path, out, how)
+    with locked(out.parent):
+        return quantize(checkpoint, plan, imatrix, output, GgmlEncoder(), after_layer=after_layer)
+
+
+def output_of(
+    checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, how: QuantizeOptions
+) -> tuple[dict[str, Importance], Output]:
+    """The importance for a plan, and the file that is to be written by it."""
     loaded, info = load_imatrix(imatrix_path)
     imatrix = fit_importance(plan, loaded)
     fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
     extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
-    output = Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger)
-    if moments is None:
-        with locked(out.parent):
-            return quantize(checkpoint, plan, imatrix, output, GgmlEncoder(), after_layer=after_layer)
-    source = source_of(checkpoint, chosen_device(how.device))
-    known = {"moments": check_moments(moments, source), "encoder": f"quantkit {how.effort}"}
-    with locked(out.parent):
-        output = replace(output, fingerprint=fingerprint | known)
-        return quantize_by_moments(source, plan, imatrix, moments, output, how.effort)
+    return imatrix, Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger)
 
 
 def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:

@@ -74,8 +74,7 @@ def _opened(ref: ModelRef) -> Checkpoint | Geometry:
     if path.is_file():
         what = "a GGUF file" if is_gguf(path) else "a file"
         raise QuantkitError(f"{ref} is {what}, not the folder of a model with config.json")
-    names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
+    raise QuantkitError(bundle.no_model(str(ref)))
 
 
 def open_weights(model: ModelRef | Path | str) -> Checkpoint:

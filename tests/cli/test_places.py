@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.cli.options import MODEL_FILE, model_in
+from quantkit.cli.values import MODEL_FILE, model_in
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate, Check
 from quantkit.job.publish.folder import read_folder

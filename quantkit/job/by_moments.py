@@ -1,6 +1,8 @@
-"""Encode from second moments that lie on disk (`encoding.saved`): the bytes that `make` chooses, without its pass."""
+"""`quantkit quantize --moments`: encode by second moments that lie on disk (`encoding.saved`), to the bytes that `make`
+chooses, without its pass."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -9,13 +11,20 @@ import torch
 
 from quantkit import ranks
 from quantkit.encoding.hessian import Hessian
-from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, open_writer
+from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerEncoder, LayerOptions
 from quantkit.encoding.moments import Moments
 from quantkit.encoding.saved import ROWS, experts_path, floats, moments_path, of_tokens
 from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
+from quantkit.formats.imatrix import load_imatrix
+from quantkit.formats.lock import locked
+from quantkit.job.stages import QuantizeOptions, output_of, quantize_model, source_of
+from quantkit.machine import chosen_device
+from quantkit.models import family
+from quantkit.models.open import see_like
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.ahead import read_ahead
@@ -46,6 +55,30 @@ def check_moments(folder: Path, source: CheckpointSource) -> str:
     if len(jobs) > 1:
         raise QuantkitError(f"{folder}: holds moments of two passes; remove it and calibrate again (--moments)")
     return jobs.pop()
+
+
+def check_quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Path, how: QuantizeOptions) -> CheckpointSource:
+    """Where `quantize_file` would compute; QuantkitError for what it would refuse before it writes."""
+    see_like(checkpoint, plan.by_name)
+    source = source_of(checkpoint, chosen_device(how.device) if how.by_moments else "cpu")
+    plan.check_model(family.specs(source.config, plan.mla))
+    fit_importance(plan, load_imatrix(imatrix)[0])
+    if how.by_moments:
+        check_moments(how.by_moments, source)
+    return source
+
+
+def quantize_file(checkpoint: Checkpoint, plan: Plan, imatrix: Path, out: Path, how: QuantizeOptions) -> list[Path]:
+    """Encode every tensor of the plan, by moments with our encoder or else with ggml's, and write the GGUF file(s);
+    resumes."""
+    if how.by_moments is None:
+        return quantize_model(checkpoint, plan, imatrix, out, how)
+    source = check_quantize(checkpoint, plan, imatrix, how)
+    fitted, output = output_of(checkpoint, plan, imatrix, out, how)
+    known = {"moments": check_moments(how.by_moments, source), "encoder": f"quantkit {how.effort}"}
+    with locked(out.parent):
+        output = replace(output, fingerprint={**output.fingerprint, **known})
+        return quantize_by_moments(source, plan, fitted, how.by_moments, output, how.effort)
 
 
 @torch.inference_mode()
