@@ -13,7 +13,9 @@ from quantkit.errors import QuantkitError, needs
 if TYPE_CHECKING:
     from quantkit.job.options import MakeOptions
     from quantkit.planning.hardware import Machine
+    from quantkit.planning.recipe import Recipe
 
+LINE = 80  # columns of a list
 MOST_BANDWIDTH = 1e6  # GB/s: more is a slip
 
 
@@ -183,16 +185,36 @@ def status(folder: Path) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
-def recipes(name: str | None) -> None:
-    """The bundled recipes, a line each; with NAME its rules, to be read and changed:
-    `quantkit recipes 1.58bit > my.toml`."""
+@click.argument("name", required=False, shell_complete=options.recipe_completion)
+@click.argument("model", type=MODEL, default="deepseek-r1")
+def recipes(name: str | None, model: str) -> None:
+    """What --recipe takes; with NAME its rules, to be read and changed: `quantkit recipes 1.58bit > my.toml`. Those of
+    llama-quantize are written out for MODEL (default: deepseek-r1)."""
     from quantkit import bundle
+    from quantkit.planning import presets
     from quantkit.planning.recipe import Recipe
 
+    if name and presets.known(name):
+        from quantkit.job.plan import NO_BUDGET, recipe_text
+        from quantkit.models import family
+        from quantkit.models.open import open_model
+
+        streams.show((recipe_text(name, NO_BUDGET, family.from_hf(open_model(model).config), "split") or "").rstrip())
+        return
     if name:
         streams.show(Recipe.text(name).rstrip("\n"))
         return
-    for each in map(Recipe.load, bundle.recipe_names()):
-        kind = "within a budget" if each.is_open else "fixed types"
-        streams.show(f"{each.name:<12} {each.target:<14} {kind:<16} {each.description}")
+    table = click.HelpFormatter(width=LINE)
+    with table.section("Bundled"):
+        ours = map(Recipe.load, bundle.recipe_names())
+        table.write_dl([(each.name, f"{each.description} {kind_of(each)}") for each in ours])
+    with table.section(f"As {presets.SOURCE}"):
+        table.write_dl([(each, presets.describe(each)) for each in presets.BASE])
+    with table.section("Yours"):
+        table.write_text("A TOML file, or a plan.json of `quantkit plan`; docs/plan.md has the grammar.")
+    streams.show(table.getvalue().rstrip())
+
+
+def kind_of(recipe: "Recipe") -> str:
+    """Who chooses its types, and what for."""
+    return f"({'Within a budget' if recipe.is_open else 'Fixed types'}, for {recipe.target}.)"

@@ -73,9 +73,11 @@ def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | N
 def _recipe(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Refuses, before torch is loaded, a recipe that is not there or has errors."""
     if value is not None and not value.endswith(".json"):
+        from quantkit.planning import presets
         from quantkit.planning.recipe import Recipe
 
-        Recipe.load(os.path.expanduser(value))
+        if presets.known(value) is None:
+            Recipe.load(os.path.expanduser(value))
     return value
 
 
@@ -199,7 +201,9 @@ target = click.option(
 
 def recipe_completion(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     """Names that a shell can complete to."""
-    return [name for name in bundle.recipe_names() if name.startswith(incomplete)]
+    from quantkit.planning import presets
+
+    return [name for name in (*bundle.recipe_names(), *presets.BASE) if name.startswith(incomplete)]
 
 
 recipe = click.option(
@@ -208,7 +212,8 @@ recipe = click.option(
     metavar="NAME|FILE",
     shell_complete=recipe_completion,
     callback=_recipe,
-    help="Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists them.",
+    help="Also Q4_K_M, IQ2_XXS and so on. Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists "
+    "them.",
 )
 context = click.option(
     "--context", "-c", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."

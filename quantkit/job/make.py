@@ -159,7 +159,7 @@ def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> Ma
 def claim_folder(order: Order) -> None:
     """The folder is this order's from here on; its plan lies there, and the rules that it came from."""
     asked, texts = order.options, {} if order.estimates else {PLAN: order.plan.to_json()}
-    if (rules := recipe_text(asked.recipe, asked.budget)) is not None:
+    if (rules := recipe_text(asked.recipe, asked.budget, order.work.config, order.plan.mla)) is not None:
         texts[RECIPE] = rules
     begin(order.folder, order.identity, order.circumstances(), texts, asked.restart)
 

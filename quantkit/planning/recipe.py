@@ -13,6 +13,7 @@ match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name,
 moe_layers = "first 6/58"      # that share of the layers with experts; or layers = "3-8,60", absolute
 target = "llama.cpp"           # only for this target, or a list of them
 qtype = "IQ2_XXS"
+fallback = "Q8_0"              # instead, where the blocks of qtype do not divide the rows; default as llama-quantize
 optional = true                # may match nothing
 why = "the reason"             # for plan.json; optional
 
@@ -111,7 +112,8 @@ class Budget:
 @dataclass(frozen=True)
 class Rule:
     """number: position in the file, from 1; layers and targets: None means any. qtype None: `allocate` says from what
-    the budget may choose."""
+    the budget may choose. fallback: the type of tensors whose rows the blocks of qtype do not divide; None: what
+    `targets.fitting` takes."""
 
     number: int
     match: tuple[str, ...]
@@ -122,6 +124,7 @@ class Rule:
     targets: tuple[str, ...] | None = None
     optional: bool = False
     allocate: Candidates | None = None
+    fallback: str | None = None
 
     def matches(self, spec: TensorSpec, moe_layers: Sequence[int]) -> bool:
         """Whether it speaks of this tensor, in a model with these layers of routed experts."""
@@ -192,7 +195,11 @@ def _find(name_or_path: str | Path) -> Path:
         return path
     if name in bundle.recipe_names():
         return bundle.recipes_dir() / f"{name}.toml"
-    raise QuantkitError(f"no recipe {name!r}: not a file, and the bundled ones are {' '.join(bundle.recipe_names())}")
+    known = " ".join(bundle.recipe_names())
+    raise QuantkitError(
+        f"no recipe {name!r}: not a file, and the bundled ones are {known}, or as llama-quantize Q4_K_M and so on "
+        "(`quantkit recipes` lists them)"
+    )
 
 
 @cache
@@ -259,7 +266,7 @@ def _budget(table: Any, where: str) -> Budget:
 
 def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
     field = Fields(table, f"{source}: rule {number}")
-    field.known("match", "layers", "moe_layers", "target", "qtype", "allocate", "optional", "why")
+    field.known("match", "layers", "moe_layers", "target", "qtype", "fallback", "allocate", "optional", "why")
     if "layers" in table and "moe_layers" in table:
         raise field.error("has both layers and moe_layers; give one")
     optional = table.get("optional", False)
@@ -267,6 +274,8 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
         raise field.error(f"optional must be true or false, not {optional!r}")
     if ("qtype" in table) == ("allocate" in table):
         raise field.error("needs either qtype, the type, or allocate, what the budget may choose from")
+    if "fallback" in table and "qtype" not in table:
+        raise field.error("fallback stands in for a qtype, and this rule leaves the type to the budget")
     match = field.texts("match")
     for pattern in match:
         if not re.fullmatch(r"([^{}]|\{[^{}]*\}){1,200}", pattern) or pattern.count("{") > 4:
@@ -275,6 +284,7 @@ def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
         number=number,
         match=match,
         qtype=field.choice("qtype", qtypes.QTYPES) if "qtype" in table else None,
+        fallback=field.choice("fallback", qtypes.QTYPES) if "fallback" in table else None,
         why=field.text("why") if "why" in table else f"rule {number} of {source}",
         layers=_layers(field) if "layers" in table else None,
         share=_share(field) if "moe_layers" in table else None,

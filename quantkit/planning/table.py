@@ -7,7 +7,7 @@ from textwrap import wrap
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
 from quantkit.sizes import both_units
 
-TYPES_WIDTH = 48
+TYPES_WIDTH = 30  # the table has 79 columns
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 
 
