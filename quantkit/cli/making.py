@@ -81,7 +81,8 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     multiple=True,
     help="Write here: plan.json (-: to stdout, alone), or with .png or .svg the bit map drawn; may be repeated.",
 )
-def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
+@options.as_json
+def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tuple[Path, ...], as_json: bool) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
@@ -90,8 +91,8 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
-    if compare and outputs:
-        raise QuantkitError("--compare shows two plans and writes none: leave -o out")
+    if compare and (outputs or as_json):
+        raise QuantkitError("--compare shows two plans and writes none: leave -o and --json out")
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
         streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
@@ -110,9 +111,12 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
                 from quantkit.planning import bitmap  # matplotlib takes a second to load
 
             bitmap.draw(chosen, output)
-    streams.show(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
-    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)))
+    known = chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)
+    if as_json:
+        return streams.show_json(table.facts(*known))
+    streams.show(table.render(chosen))
+    streams.show(table.outlook(*known))
 
 
 def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":
@@ -165,13 +169,23 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
 )
 @options.context
 @options.their_threads
+@options.as_json
 def hardware(
-    model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
+    model: str,
+    recipes: tuple[str, ...],
+    target: str | None,
+    machine: "Machine",
+    context: int,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them. MODEL's default is
     deepseek-r1."""
     from quantkit.job.hardware import hardware_report
+    from quantkit.job.hardware_facts import facts
 
+    if as_json:
+        return streams.show_json(facts(model, recipes, target, machine, context, threads))
     streams.show(hardware_report(model, recipes, target, machine, context, threads))
 
 
@@ -191,10 +205,10 @@ def recipes(name: str | None, model: str) -> None:
     """What --recipe takes; with NAME its rules, to be read and changed: `quantkit recipes 1.58bit > my.toml`. Those of
     llama-quantize are written out for MODEL (default: deepseek-r1)."""
     from quantkit import bundle
-    from quantkit.planning import presets
+    from quantkit.planning import mixtures
     from quantkit.planning.recipe import Recipe
 
-    if name and presets.known(name):
+    if name and mixtures.known(name):
         from quantkit.job.plan import NO_BUDGET, recipe_text
         from quantkit.models import family
         from quantkit.models.open import open_model
@@ -208,8 +222,8 @@ def recipes(name: str | None, model: str) -> None:
     with table.section("Bundled"):
         ours = map(Recipe.load, bundle.recipe_names())
         table.write_dl([(each.name, f"{each.description} {kind_of(each)}") for each in ours])
-    with table.section(f"As {presets.SOURCE}"):
-        table.write_dl([(each, presets.describe(each)) for each in presets.BASE])
+    with table.section(f"As {mixtures.SOURCE}"):
+        table.write_dl([(each, mixtures.describe(each)) for each in mixtures.BASE])
     with table.section("Yours"):
         table.write_text("A TOML file, or a plan.json of `quantkit plan`; docs/plan.md has the grammar.")
     streams.show(table.getvalue().rstrip())

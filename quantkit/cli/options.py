@@ -73,10 +73,10 @@ def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | N
 def _recipe(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Refuses, before torch is loaded, a recipe that is not there or has errors."""
     if value is not None and not value.endswith(".json"):
-        from quantkit.planning import presets
+        from quantkit.planning import mixtures
         from quantkit.planning.recipe import Recipe
 
-        if presets.known(value) is None:
+        if mixtures.known(value) is None:
             Recipe.load(os.path.expanduser(value))
     return value
 
@@ -201,9 +201,9 @@ target = click.option(
 
 def recipe_completion(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     """Names that a shell can complete to."""
-    from quantkit.planning import presets
+    from quantkit.planning import mixtures
 
-    return [name for name in (*bundle.recipe_names(), *presets.BASE) if name.startswith(incomplete)]
+    return [name for name in (*bundle.recipe_names(), *mixtures.BASE) if name.startswith(incomplete)]
 
 
 recipe = click.option(
@@ -279,6 +279,9 @@ gpu_layers = click.option(
     show_default=True,
     help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
 )
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="The same for programs, on stdout.")
 
 
 @dataclass(frozen=True)

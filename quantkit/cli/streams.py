@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import sys
 import unicodedata
@@ -33,6 +34,11 @@ def make_usable() -> None:
 def show(text: object) -> None:
     """What a command has found out, on stdout. Whatever a file's names and metadata hold, a terminal only shows it."""
     click.echo(shown(str(text)))
+
+
+def show_json(found: object) -> None:
+    """What a command has found out, as JSON on stdout."""
+    click.echo(json.dumps(found, indent=1, default=str))
 
 
 def harmless(text: str) -> str:

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=MODEL)
-def inspect(path: str) -> None:
+@options.as_json
+def inspect(path: str, as_json: bool) -> None:
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
-    from quantkit.job.inspect import describe
+    from quantkit.job.inspect import describe, facts
 
-    streams.show(describe(path))
+    if as_json:
+        streams.show_json(facts(path))
+    else:
+        streams.show(describe(path))
 
 
 @click.command()

@@ -15,7 +15,7 @@ from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
 from quantkit.models.tokenizer_metadata import file_of
-from quantkit.planning import hardware, presets, published, targets
+from quantkit.planning import hardware, mixtures, published, targets
 from quantkit.planning.assign import make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
 from quantkit.planning.damage import Damage, Measured, unmeasured
@@ -47,12 +47,14 @@ def recipe_text(recipe: str | Path | None, budget: BudgetOptions, config: ModelC
     if is_plan(name):
         return None
     preset = preset_of(name)
-    return presets.text(presets.recipe(preset, config, family.specs(config, mla), mla)) if preset else Recipe.text(name)
+    return (
+        mixtures.text(mixtures.recipe(preset, config, family.specs(config, mla), mla)) if preset else Recipe.text(name)
+    )
 
 
 def preset_of(name: str) -> str | None:
     """The preset of llama-quantize that is meant, if it is one; a file of that name comes first."""
-    return None if Path(name).is_file() else presets.known(name)
+    return None if Path(name).is_file() else mixtures.known(name)
 
 
 def rules_of(name: str, target: str | None, config: ModelConfig) -> Recipe:
@@ -61,7 +63,7 @@ def rules_of(name: str, target: str | None, config: ModelConfig) -> Recipe:
     if preset is None:
         return Recipe.load(name)
     mla = (targets.parse(target).mla if target else None) or "split"
-    return presets.recipe(preset, config, family.specs(config, mla), mla)
+    return mixtures.recipe(preset, config, family.specs(config, mla), mla)
 
 
 def plan_model(

@@ -120,7 +120,8 @@ class GpuEngine:
         fits = self.weights.residency is None and self.weights.file.n_bytes < machine.ram()
         if fits and movable:
             log.info("warming up: all experts are read once, kernels are compiled")
-            self.prefill(0, [0] * min(WARM_TOKENS, self.piece, self.capacity), 0)
+            n = min(WARM_TOKENS, self.piece, self.capacity)  # of all kinds: most experts are chosen, as by real text
+            self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
         for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
             if n <= self.n_slots:
                 self.length[:n] = [0] * n

@@ -1,6 +1,6 @@
-"""Presets of `quantkit.planning.presets` against llama-quantize itself, tensor by tensor.
+"""Presets of `quantkit.planning.mixtures` against llama-quantize itself, tensor by tensor.
 
-    python scripts/research/presets.py LLAMA_BIN deepseek-r1 deepseek-v2-lite kimi-k2 tiny-r1
+    python scripts/research/mixtures.py LLAMA_BIN deepseek-r1 deepseek-v2-lite kimi-k2 tiny-r1
 
 LLAMA_BIN: folder of llama.cpp's programs. For each model, by its geometry, and both layouts of kv_b a sparse BF16 GGUF
 is written that has its header and no data, and `llama-quantize --dry-run` says what it would give each tensor.
@@ -20,7 +20,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.models import family
 from quantkit.models.config import MLA, Mla, ModelConfig
 from quantkit.models.open import open_model
-from quantkit.planning import presets
+from quantkit.planning import mixtures
 from quantkit.planning.assign import make_plan
 from quantkit.tensors import Importance, TensorSpec
 
@@ -29,7 +29,7 @@ LINE = re.compile(r"\] +([\w.]+) +- \[.*?\], type = +(\w+), size = .*?(?:\((\w+)
 
 def sparse(path: Path, config: ModelConfig, specs: list[TensorSpec], mla: Mla) -> None:
     """A BF16 file with a header and holes."""
-    plan = make_plan(specs, presets.recipe("BF16", config, specs, mla), model="sparse")
+    plan = make_plan(specs, mixtures.recipe("BF16", config, specs, mla), model="sparse")
     (file,) = layout(path, plan.tensors, family.metadata(config, mla, "sparse"), None)
     path.write_bytes(file.header)
     with open(path, "r+b") as out:
@@ -69,15 +69,14 @@ def main(binaries: Path, models: tuple[str, ...]) -> None:
                 save_imatrix(
                     imatrix, {"blk.0.attn_output.weight": entry}, datasets=["none"], chunk_count=1, chunk_size=1
                 )
-                for name in presets.BASE:
-                    plan = make_plan(specs, presets.recipe(name, config, specs, MLA[mla]))
+                for name in mixtures.BASE:
+                    plan = make_plan(specs, mixtures.recipe(name, config, specs, MLA[mla]))
                     found = theirs(binaries / "llama-quantize", file, imatrix, name)
                     ours = {t.name: t.qtype for t in plan.tensors if len(t.shape) > 1 and t.rule}
                     different = {key: (ours[key], found.get(key)) for key in ours if found.get(key) != ours[key]}
                     wrong += len(different)
-                    click.echo(
-                        f"{model} {mla} {name}: {len(ours) - len(different)} of {len(ours)} agree {dict(list(different.items())[:4])}"
-                    )
+                    agree = f"{len(ours) - len(different)} of {len(ours)} agree"
+                    click.echo(f"{model} {mla} {name}: {agree} {dict(list(different.items())[:4]) or ''}")
     raise SystemExit(bool(wrong))
 
 

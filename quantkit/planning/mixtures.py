@@ -2,7 +2,7 @@
 
 Which tensors llama-quantize (llama.cpp b11434, src/llama-quant.cpp, with an imatrix) gives more bits than the type in
 the name follows from their roles, the number of layers and the number of experts, so a preset becomes rules only for a
-model. `scripts/research/presets.py` compares them with the program, tensor by tensor.
+model. `scripts/research/mixtures.py` compares them with the program, tensor by tensor.
 Presets whose types quantkit does not encode (Q4_1, TQ1_0, MXFP4) are not here, nor Q4_0 and Q5_0, which need them.
 """
 
