@@ -2,10 +2,14 @@
 
     python scripts/research/mixtures.py LLAMA_BIN deepseek-r1 deepseek-v2-lite kimi-k2 tiny-r1
 
-LLAMA_BIN: folder of llama.cpp's programs. For each model, by its geometry, and both layouts of kv_b a sparse BF16 GGUF
-is written that has its header and no data, and `llama-quantize --dry-run` says what it would give each tensor.
+--snapshot FILE writes digests of what the program said (tests/planning/snapshots/llama-quantize.json has R1's and
+V2-Lite's). LLAMA_BIN: folder of llama.cpp's programs. For each model, by its geometry, and both layouts of kv_b a
+sparse BF16 GGUF is written that has its header and no data, and `llama-quantize --dry-run` says what it would give each
+tensor.
 """
 
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -49,12 +53,19 @@ def theirs(program: Path, file: Path, imatrix: Path, name: str) -> dict[str, str
     return found
 
 
+def digest(types: dict[str, str]) -> str:
+    """Of the types of all tensors that are quantized, by name."""
+    lines = "".join(f"{name} {qtype}\n" for name, qtype in sorted(types.items()) if qtype != "F32")
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
 @click.command()
 @click.argument("binaries", type=click.Path(exists=True, path_type=Path))
 @click.argument("models", nargs=-1, required=True)
-def main(binaries: Path, models: tuple[str, ...]) -> None:
+@click.option("--snapshot", type=click.Path(path_type=Path), default=None)
+def main(binaries: Path, models: tuple[str, ...], snapshot: Path | None) -> None:
     """Say how many tensors of how many presets agree; the first that do not."""
-    wrong = 0
+    wrong, said = 0, dict[str, dict[str, str]]()
     for model in models:
         config = family.from_hf(open_model(model).config)
         for mla in MLA:
@@ -72,11 +83,14 @@ def main(binaries: Path, models: tuple[str, ...]) -> None:
                 for name in mixtures.BASE:
                     plan = make_plan(specs, mixtures.recipe(name, config, specs, MLA[mla]))
                     found = theirs(binaries / "llama-quantize", file, imatrix, name)
+                    said.setdefault(f"{model} {mla}", {})[name] = digest(found)
                     ours = {t.name: t.qtype for t in plan.tensors if len(t.shape) > 1 and t.rule}
                     different = {key: (ours[key], found.get(key)) for key in ours if found.get(key) != ours[key]}
                     wrong += len(different)
                     agree = f"{len(ours) - len(different)} of {len(ours)} agree"
                     click.echo(f"{model} {mla} {name}: {agree} {dict(list(different.items())[:4]) or ''}")
+    if snapshot:
+        snapshot.write_text(json.dumps(said, indent=1) + "\n")
     raise SystemExit(bool(wrong))
 
 
