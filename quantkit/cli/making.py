@@ -181,11 +181,11 @@ def hardware(
 ) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them. MODEL's default is
     deepseek-r1."""
-    from quantkit.job.hardware import hardware_report
+    from quantkit.job.hardware import SPLIT_BYTES, hardware_report
     from quantkit.job.hardware_facts import facts
 
     if as_json:
-        return streams.show_json(facts(model, recipes, target, machine, context, threads))
+        return streams.show_json(facts(model, recipes, target, machine, context, threads, SPLIT_BYTES))
     streams.show(hardware_report(model, recipes, target, machine, context, threads))
 
 

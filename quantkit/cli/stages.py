@@ -74,12 +74,13 @@ def calibrate(
     from quantkit.calibration.options import sized
     from quantkit.encoding.saved import Keeper
     from quantkit.formats.lock import locked
-    from quantkit.job import stages
     from quantkit.job.forecast import forecast_calibration
+    from quantkit.job.stages import source_of
     from quantkit.machine import chosen_device
+    from quantkit.models.open import open_weights
     from quantkit.progress import say
 
-    source = stages.open_for_calibration(model, chosen_device(device))
+    source = source_of(open_weights(model), chosen_device(device))
     text = sized(calibration.text, source.config, source.device, calibration.memory)
     calibration = dataclasses.replace(calibration, text=text)
     for line in forecast_calibration(source, text.n_tokens or 0, output, besides.moments):

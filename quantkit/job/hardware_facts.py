@@ -7,7 +7,6 @@ from typing import Any
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.job.hardware import SPLIT_BYTES
 from quantkit.job.plan import files_of, load_or_plan
 from quantkit.machine import threads as threads_here
 from quantkit.models import family
@@ -24,7 +23,8 @@ def facts(
     target: str | None,
     machine: Machine,
     context: int,
-    threads: int | None = None,
+    threads: int | None,
+    split_max_bytes: int,
 ) -> dict[str, Any]:
     """`machine`, `context`, and for each plan (none given: the bundled ones by size) its file's bytes, `placement`,
     bytes of one token by where they lie with the bound on tokens a second (`token`), and start `commands`; `refused`
@@ -35,7 +35,7 @@ def facts(
     plans: list[dict[str, Any]] = []
     for name in recipes or by_size:
         plan = load_or_plan(model, name, target, BudgetOptions())
-        files = files_of(source, plan, None if targets.get(plan.target).single_file else SPLIT_BYTES)
+        files = files_of(source, plan, None if targets.get(plan.target).single_file else split_max_bytes)
         about: dict[str, Any] = {"recipe": plan.recipe, "target": plan.target}
         about |= {"file_bytes": sum(file.size for file in files), "files": len(files)}
         plans.append(about)

@@ -21,7 +21,6 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
@@ -29,14 +28,13 @@ from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
-from quantkit.models.open import open_weights, see_like
+from quantkit.models.open import see_like
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.stream import Source
 from quantkit.tensors import Importance
 
 WORSE = (
@@ -49,13 +47,6 @@ FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
     """float32 on the CPU, bfloat16 on a GPU."""
     return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
-
-
-def open_for_calibration(model: str | Path, device: str) -> Source:
-    """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
-    if is_gguf(model) or Path(model).suffix == ".gguf":
-        return open_source(model, device)
-    return source_of(open_weights(model), device)
 
 
 @dataclass(frozen=True)

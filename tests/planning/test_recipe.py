@@ -126,7 +126,7 @@ def test_embeddings_have_no_importance():
         (HEAD + ALL + ALL.replace("why", "because"), "rule 2: unknown key 'because'"),
         (
             HEAD + ALL.replace("qtype", "type") + ALL.replace("Q8_0", "Q8"),
-            "fallback, allocate, optional, why; rule 2: unknown qtype 'Q8'",
+            "why; rule 1: needs either qtype, the type, or allocate, what the budget may choose from; rule 2: unknown",
         ),
         (HEAD + ALL.replace('"w"', '"  "'), "rule 1: why must be one line of text"),
         (HEAD + ALL.replace('"w"', '"a\\nb"'), "rule 1: why must be one line of text"),
