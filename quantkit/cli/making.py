@@ -57,8 +57,8 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
 )
 @options.threads
 def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, bundled name
-    or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, GGUF,
+    bundled name or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
     from quantkit.job.make import make, what_it_takes
 
