@@ -25,7 +25,7 @@ from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
-from quantkit.formats.whole_file import write_json, write_text
+from quantkit.formats.whole_file import make_folders, write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
 from quantkit.models.open import see_like
@@ -232,5 +232,6 @@ def verify_file(
         result["configuration"] = {"status": independent.status, "detail": independent.detail}
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
+        make_folders(out.parent)
         write_json(out, result)
     return result
