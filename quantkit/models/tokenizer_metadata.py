@@ -5,6 +5,7 @@ chat_template.jinja, as a list of named templates, in special_tokens_map.json, o
 generation_config.json. What is in none of them is refused, where text cannot be computed without it.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
@@ -15,7 +16,7 @@ import gguf
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import read_text, read_text_file
+from quantkit.formats.byte_source import open_regular, read_text, read_text_file
 from quantkit.formats.gguf_header import parse_header
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
@@ -74,7 +75,7 @@ def _of_gguf(path: Path) -> Mapping[str, Any]:
 @lru_cache(2)
 def _read_gguf(path: Path, changed: int) -> Mapping[str, Any]:
     """Metadata of a file as it is since `changed`: a vocabulary takes a second to read."""
-    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+    with os.fdopen(open_regular(path), "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
         return parse_header(mapped, path).metadata
 
 
