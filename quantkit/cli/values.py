@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from click.shell_completion import CompletionItem
 
 from quantkit import bundle, sizes
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_folder import model_in
 
 
 class Place(click.Path):
@@ -33,20 +33,6 @@ class ModelFile(Place):
         return model_in(path) if path.is_dir() else path
 
 
-def model_in(folder: Path) -> Path:
-    """The GGUF of a folder, other than an imatrix."""
-    found = [path for path in sorted(folder.glob("*.gguf")) if path.name != "imatrix.gguf"]
-    models = [path for path in found if not LATER.search(path.name)]
-    if len(models) == 1:
-        return models[0]
-    if not models:
-        hint = f"; `quantkit status {folder}` says how far it is" if any(folder.glob("**/*.gguf.part*")) else ""
-        raise QuantkitError(f"{folder}: no finished GGUF file in this folder{hint}")
-    names = ", ".join(path.name for path in models[:4])
-    raise QuantkitError(f"{folder}: {len(models)} models ({names}{' ...' if len(models) > 4 else ''}); name one")
-
-
-LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # splits but the first
 MODEL_FILE = ModelFile(exists=True, path_type=Path)
 FILE = Place(exists=True, dir_okay=False, path_type=Path)
 FOLDER = Place(exists=True, file_okay=False, path_type=Path)

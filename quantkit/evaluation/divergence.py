@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from quantkit.evaluation import student
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
 
@@ -174,13 +175,11 @@ class Divergence:
         return out | {"ci95": self._intervals(per_chunk)}
 
     def _intervals(self, per_chunk: int) -> dict[str, list[float] | None]:
-        from scipy.special import stdtrit  # Student's t; scipy takes a tenth of a second, scipy.stats a whole one
-
         def interval(values: torch.Tensor, shape: Callable[[float], float]) -> list[float] | None:
             means = values.double().view(-1, per_chunk).mean(1)
             if len(means) < 2:
                 return None
-            half = float(stdtrit(len(means) - 1, 0.975)) * float(means.std()) / math.sqrt(len(means))
+            half = student.quantile(len(means) - 1, 0.975) * float(means.std()) / math.sqrt(len(means))
             return [shape(float(means.mean()) - half), shape(float(means.mean()) + half)]
 
         return {

@@ -72,7 +72,7 @@ def quantize_file(checkpoint: Checkpoint, plan: Plan, imatrix: Path, out: Path, 
     """Encode every tensor of the plan, by moments with our encoder or else with ggml's, and write the GGUF file(s);
     resumes."""
     if how.by_moments is None:
-        return quantize_model(checkpoint, plan, imatrix, out, how)
+        return quantize_model(checkpoint, plan, imatrix, out, how, why="")  # said before
     source = check_quantize(checkpoint, plan, imatrix, how)
     fitted, output = output_of(checkpoint, plan, imatrix, out, how)
     known = {"moments": check_moments(how.by_moments, source), "encoder": f"quantkit {how.effort}"}

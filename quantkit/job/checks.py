@@ -42,6 +42,14 @@ def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
         )
 
 
+def check_baseline(encoder: str, recover: bool, verify: bool) -> None:
+    """Refuse --baseline where there is nothing to compare, or nothing to compare by."""
+    if encoder == "ggml" and not recover:
+        raise QuantkitError("--baseline compares with ggml's encoder, which this run takes itself: leave it out")
+    if not verify:
+        raise QuantkitError("--baseline compares scores: leave out --no-verify")
+
+
 def check_possible(
     source: CheckpointSource, plan: Plan, folder: Path, n_bytes: int, evaluation: TextChoice | None
 ) -> None:

@@ -35,7 +35,7 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
     way = ", once to measure and encode, once to compare" if judged and local else ""
     way = ", downloaded once" if not local else way
     state = hidden_bytes(config, work.tokens)
-    disk = n_bytes * (2 if options.recover else 1) + 2 * state
+    disk = n_bytes * (2 if options.recover or options.baseline else 1) + 2 * state
     files = max(1, -(-n_bytes // options.split_max_bytes)) if options.split_max_bytes else 1
     lines = [
         f"encoder     {encoder_reason(order, work)}",
@@ -47,6 +47,14 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
     ]
     if options.recover:
         lines.append("            and recovery, which says itself how long a step takes")
+    if options.baseline:
+        seconds = work.seconds_to_encode("ggml", "normal") + 2 * (
+            work.seconds_to_compute(work.judged) + read / DISK_RATE
+        )
+        lines.append(
+            f"baseline    about {rounded(seconds)} more: {both_units(n_bytes)} of that disk until it is judged, "
+            "and the original read twice more"
+        )
     return lines
 
 

@@ -14,8 +14,9 @@ import torch
 
 from quantkit import __version__, machine, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.options import Calibration
+from quantkit.calibration.options import LEAST, Calibration, sized
 from quantkit.encoding.api import choose
+from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.byte_source import open_regular, read_text
@@ -23,6 +24,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX, PROVENANCE
 from quantkit.job.work import SMALL_WEIGHTS, Work
+from quantkit.machine import free_vram
 from quantkit.models import family
 from quantkit.models.open import see_like
 from quantkit.planning import targets
@@ -43,7 +45,8 @@ class MakeOptions:
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
-    with the scores. dry_run: the command line only says what it would take.
+    with the scores; baseline: and with those of the same types by ggml's encoder. dry_run: the command line only says
+    what it would take.
     """
 
     recipe: str | Path | None = None
@@ -60,7 +63,14 @@ class MakeOptions:
     restart: bool = False
     verify: bool = True
     recover: bool = False
+    baseline: bool = False
     dry_run: bool = False
+
+    def with_length(self, checkpoint: Checkpoint, device: str) -> "MakeOptions":
+        """With so much calibration text as the model wants, if nobody said how much."""
+        how, config = self.calibration, family.from_hf(checkpoint.config)
+        text = sized(how.text, config, torch.device(device), how.memory)
+        return replace(self, calibration=replace(how, text=text))
 
     def chosen_encoder(self, work: Work, before: str | None = None) -> str:
         """quantkit or ggml. `auto`: what a stopped run of the same folder took before; else ours, unless that would
@@ -129,6 +139,11 @@ class Order:
         return Work(config, n_weights, tokens, judged, self.device != "cpu", machine.threads())
 
     @property
+    def known_outputs(self) -> str:
+        """The gradients that matrices are encoded by, if any."""
+        return f" {gradients.digest(self.options.gradients)}" if self.options.gradients else ""
+
+    @property
     def estimates(self) -> bool:
         """Whether types are to be chosen by an estimate for this model: at effort `best`, within a budget, without a
         measurement."""
@@ -139,6 +154,15 @@ class Order:
             and self.options.budget.measured is None
             and self.encoder == "quantkit"
         )
+
+    def memory_beside_encoder(self, n_tokens: int) -> int | None:
+        """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of
+        it, so that their hidden states go to RAM before experts wait for room."""
+        given = self.options.calibration.memory
+        if given is not None or n_tokens <= LEAST or self.device == "cpu" or self.encoder == "ggml":
+            return given
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return free_vram(torch.device(self.device)) - int(GROUP_SHARE * total)
 
     def _identify(self) -> dict[str, Any]:
         checkpoint, plan, options = self.checkpoint, self.plan, self.options
@@ -180,7 +204,7 @@ class Order:
         """What a reader wants to know, or needs to make the same again, besides the identity."""
         options = self.options
         facts = {
-            "command": shlex.join(["quantkit", *sys.argv[1:]]),
+            "command": _command(),
             "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
@@ -207,6 +231,13 @@ def packed_by(folder: Path, plan: Plan) -> str | None:
         return str(record["packed_by"]) if same and record["packed_by"] in ENCODERS[1:] else None
     except (QuantkitError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _command() -> str:
+    """What began the job: the command line, or a call from Python, of which arguments of the process say nothing."""
+    program = Path(sys.argv[0])
+    called = program.stem == "quantkit" or program.parts[-2:] == ("quantkit", "__main__.py")
+    return shlex.join(["quantkit", *sys.argv[1:]]) if called else "quantkit.make, called from Python"
 
 
 def owed(plan: Plan) -> list[str]:

@@ -1,5 +1,6 @@
 """The stages of `make` that are commands too, each by itself and file to file."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ WORSE = (
     "an imatrix holds no second moments, by which quantkit's encoder halves the KLD in the same bytes: --moments DIR "
     "of `calibrate --moments DIR`, or `make`"
 )
+BASELINE_WHY = "the baseline, of the same types, which is judged alike and then removed"
 FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 
 
@@ -92,9 +94,12 @@ def quantize_model(
     out: Path,
     how: QuantizeOptions = QuantizeOptions(),
     after_layer: Callable[[int], None] | None = None,
+    why: str = WORSE,
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`.
-    With quantkit's encoder: `job.by_moments`."""
+    With quantkit's encoder: `job.by_moments`. why: what is said of ggml's, if anything."""
+    if why:
+        say(f"encoding with ggml, byte for byte as llama-quantize: {why}")
     see_like(checkpoint, plan.by_name)
     imatrix, output = output_of(checkpoint, plan, imatrix_path, out, how)
     with locked(out.parent):
@@ -235,3 +240,21 @@ def verify_file(
         make_folders(out.parent)
         write_json(out, result)
     return result
+
+
+def score_by_ggml(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    imatrix_path: Path,
+    out: Path,
+    device: str,
+    evaluation: TextChoice,
+    passed: ReferencePass | None = None,
+) -> dict[str, Any]:
+    """What quantkit's encoder is compared with: the figures of a file of the same types by ggml, which is removed with
+    its folder afterwards. Resumes while it is encoded. passed: as in `verify_file`."""
+    out.parent.mkdir(exist_ok=True)
+    files = quantize_model(checkpoint, plan, imatrix_path, out, QuantizeOptions(overwrite=True), why=BASELINE_WHY)
+    scores = verify_file(files[0], checkpoint, device, VerifyOptions(evaluation, plan.target), passed=passed)
+    shutil.rmtree(out.parent)
+    return scores

@@ -14,10 +14,11 @@ from quantkit.cli.values import OUT_FOLDER, FileSize, SizeOrBits, Tokens
 from quantkit.errors import QuantkitError, needs
 from quantkit.models.open import ModelRef
 
-# 20 and 112, and `make --dry-run`: what a job of hours takes is asked for before it begins; `run --system` and `-f`,
-# which every program that runs GGUF files has; our encoder in stages (`calibrate --moments`, and of `quantize --moments
-# --encoder --effort --device`); `--json` of `inspect`, `plan` and `hardware`, which other programs read.
-MOST, MOST_OF_ALL = 21, 123
+# 20 and 112; `make --dry-run`: what a job of hours takes is asked for before it begins; `run --system` and `-f`, which
+# every program that runs GGUF files has; `hardware --gpu` and `--cpu`, of a machine that is still to be bought; `make
+# --baseline`: how much better than ggml's encoder, a report says first; our encoder in stages (`calibrate --moments`,
+# and of `quantize --moments --encoder --effort --device`); `--json` of `inspect`, `plan` and `hardware`.
+MOST, MOST_OF_ALL = 22, 126
 
 
 def test_no_command_has_more_options_than_a_person_reads():

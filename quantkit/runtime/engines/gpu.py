@@ -56,6 +56,7 @@ from quantkit.runtime.layers import (
 )
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
@@ -257,8 +258,10 @@ class GpuEngine:
                 weights = layer.weights(experts)
                 latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
                 h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
+                pause(self.device)
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
+                pause(self.device)
         finally:
             if chunks:
                 chunks.close()

@@ -5,6 +5,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
@@ -67,6 +68,7 @@ class TorchEngine:
         chosen = Selection()
         for layer, cache in zip(self.layers, caches, strict=True):
             h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
+            pause(h.device)
         return self._logits(h if all_logits else h[:, -1:])
 
     def _slot(self, slot: int) -> list[KVCache]:
