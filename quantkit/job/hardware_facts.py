@@ -13,6 +13,7 @@ from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
 from quantkit.planning import hardware, targets
 from quantkit.planning.budget import BudgetOptions
+from quantkit.planning.expected import expected
 from quantkit.planning.hardware import Machine
 from quantkit.planning.recipe import Recipe
 
@@ -27,8 +28,8 @@ def facts(
     split_max_bytes: int,
 ) -> dict[str, Any]:
     """`machine`, `context`, and for each plan (none given: the bundled ones by size) its file's bytes, `placement`,
-    bytes of one token by where they lie with the bound on tokens a second (`token`), and start `commands`; `refused`
-    says why a plan fits nowhere. Bytes and bytes a second."""
+    bytes of one token by where they lie with the bound on tokens a second (`token`), tokens a second that are
+    `expected`, and start `commands`; `refused` says why a plan fits nowhere. Bytes and bytes a second."""
     by_size = [name for name in bundle.recipe_names() if Recipe.load(name).published]
     source = open_model(model)
     config = family.from_hf(source.config)
@@ -46,10 +47,12 @@ def facts(
             continue
         file, n = str(files[0].path), threads or threads_here()
         flags = targets.start_flags("llama.cpp", config)
+        guess = expected(plan, config, machine, where)
         found = hardware.commands(plan, where, machine, context, file, str(model), n)
         about |= {
             "placement": asdict(where),
             "token": asdict(hardware.speed(plan, config, machine, where)),
+            "expected": guess._asdict() if guess else None,
             "commands": {
                 program: [line + (flags if program == "llama.cpp" else "") for line in lines]
                 for program, lines in found.items()
