@@ -26,7 +26,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.formats.whole_file import replacing
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.runtime.layers import LayerWeights, attention, route
+from quantkit.runtime.layers import LayerWeights, attention, only_forward, route, with_mla
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import apply_attention, ffn_input
@@ -96,6 +96,7 @@ class Measurement:
 
     def run(self, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
         """Carry everything through all layers; afterwards `streams` holds the final hidden states."""
+        only_forward(self.config, "measuring sensitivity by forks")
         self.n_chunk, self.t = tokens.shape
         self.n_clean = tokens.numel()
         clean = self.source.embed(tokens)
@@ -104,7 +105,7 @@ class Measurement:
         self.streams = self._fork(clean, embeddings, made, clean)
         self.angles = angles(self.config, torch.arange(self.t, device=clean.device))
         for layer in range(self.config.n_layer):
-            self._layer(layer, self.source.layer(layer))
+            self._layer(layer, with_mla(self.source.layer(layer)))
             if progress:
                 progress(layer + 1)
 

@@ -277,7 +277,8 @@ gpu_layers = click.option(
     type=GpuLayers(),
     default="auto",
     show_default=True,
-    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
+    help="Layers whose routed experts stay in GPU memory; n%: so much of all experts, those chosen most; auto: as many "
+    "of those as fit.",
 )
 
 
@@ -287,11 +288,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="The same for pro
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs: device (None: a GPU if there is one), bytes of RAM for it (None: all), layers whose routed
-    experts stay in GPU memory."""
+    experts stay in GPU memory (float: the share of all experts that does)."""
 
     device: str | None
     ram: int | None
-    gpu_layers: int | Literal["auto"]
+    gpu_layers: int | float | Literal["auto"]
 
 
 placement = Shared((run_ram, device, gpu_layers), "placement", Placement)

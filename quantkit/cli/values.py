@@ -114,19 +114,24 @@ class Tokens(click.ParamType):
 
 
 class GpuLayers(click.ParamType):
-    """auto, or a number of layers."""
+    """auto, a number of layers, or a share of all experts."""
 
-    name = "auto|n"
+    name = "auto|n|n%"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float | Literal["auto"]:
         """QuantkitError, naming the option, for anything else."""
-        if isinstance(value, int):
+        if not isinstance(value, str):
             return value
         if value == "auto":
             return "auto"
-        if not value.isdecimal() or len(value) > 4:
-            raise QuantkitError(f"{name_of(param)} {value}: write auto or a number of layers")
-        return int(value)
+        number = value.removesuffix("%")
+        if not number.isdecimal() or len(number) > 4 or (number != value and int(number) > 100):
+            raise QuantkitError(
+                f"{name_of(param)} {value}: write auto or a number of layers, or how much of all experts, like 40%"
+            )
+        return int(number) if number == value else int(number) / 100
 
 
 class Finite(click.FloatRange):

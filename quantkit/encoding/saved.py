@@ -134,6 +134,10 @@ class Keeper:
     def __init__(self, folder: Path, source: Source, tokens: torch.Tensor):
         if ranks.count() > 1:
             raise QuantkitError(f"{folder}: --moments are written by one process; run it without other ranks")
+        if source.config.compression is not None:
+            raise QuantkitError(
+                f"--moments: not kept of {source.config.architecture} models; `quantkit make` needs none"
+            )
         self.folder, self.config = folder, source.config
         self.kept = Kept(source.config, tokens.numel(), source.dtype)
         self.form = self.kept.form

@@ -48,16 +48,20 @@ class Head(Protocol):
         """float32 [d]."""
         ...
 
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the norm is taken of, [n, d], of hidden states [n, width]."""
+        ...
+
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of the output matrix, [stop - start, d]."""
         ...
 
 
 class HeadLogits:
-    """Logits of final hidden states [n, d], computed with the source's norm and output matrix as they are asked for."""
+    """Logits of final hidden states [n, width], made with the source's norm and output matrix as they are asked for."""
 
     def __init__(self, source: Head, hidden: torch.Tensor) -> None:
-        self.source, self.hidden, self.n, self.device = source, hidden, len(hidden), hidden.device
+        self.source, self.hidden, self.n, self.device = source, source.merge(hidden), len(hidden), hidden.device
         self.norm = source.output_norm()
 
     def slab(self, start: int, stop: int) -> Slab:

@@ -143,7 +143,7 @@ def _rows(
     for expert, matrices in zip(used, read_ahead(read, used, encoder.group), strict=True):
         mine = tokens[expert].long()
         rows = rounded_up(found["inputs"][mine].to(device))
-        hidden, n = inner(rows, matrices), counts[expert]
+        hidden, n = inner(rows, matrices, encoder.source.config.limit), counts[expert]
         share = shares[expert].to(device)
         visit = ExpertVisit(expert, mine.to(device), rows[:n], hidden[:n], share, matrices)
         yield partial(encoder.observe_expert, visit)

@@ -11,6 +11,8 @@ import torch
 from quantkit import machine
 from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
 from quantkit.encoding.saved import Kept
+from quantkit.formats.int4 import PACKED
+from quantkit.formats.tensor_table import weight_of
 from quantkit.job.work import SMALL_WEIGHTS, Work, rounded
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
@@ -122,16 +124,13 @@ def encoder_reason(order: "Order", work: Work) -> str:
 def bytes_read(source: CheckpointSource) -> int:
     """Of one pass: the layers, embedding and output matrix."""
     needed = family.source_shapes(source.config)
-    return sum(
-        entry.n_bytes
-        for name, entry in source.checkpoint.tensors.items()
-        if name in needed or name.removesuffix("_scale_inv") in needed
-    )
+    stored = ((name, entry) for name, entry in source.checkpoint.tensors.items() if not name.endswith(PACKED))
+    return sum(entry.n_bytes for name, entry in stored if weight_of(name) in needed)
 
 
 def hidden_bytes(config: ModelConfig, n_tokens: int) -> int:
     """Hidden states of a pass, as its state on disk holds them."""
-    whole = 4 * n_tokens * config.d
+    whole = 4 * n_tokens * config.width
     return whole if whole <= HIDDEN_BYTES else whole // 2
 
 
@@ -139,7 +138,7 @@ def _memory_lines(work: Work, encoder: str | None, device: str) -> list[str]:
     """Peaks, by the same upper estimates by which a pass is refused."""
     config, on_gpu = work.config, work.on_gpu
     compute = torch.bfloat16 if on_gpu else torch.float32
-    stored = torch.float32 if 4 * work.tokens * config.d <= HIDDEN_BYTES else torch.bfloat16
+    stored = torch.float32 if 4 * work.tokens * config.width <= HIDDEN_BYTES else torch.bfloat16
     need = memory(config, compute, stored)
     passes = [need.total(work.tokens), 2 * memory(config, compute, torch.float32).total(work.judged)]
     if encoder == "quantkit":

@@ -34,7 +34,7 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_baseline, check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.checks import check_backward, check_baseline, check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
@@ -101,8 +101,7 @@ def make(
 
 def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
     """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
-    device = chosen_device(options.device)
-    checkpoint = open_weights(model)
+    device, checkpoint = chosen_device(options.device), open_weights(model)
     options = options.with_length(checkpoint, device)
     plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     check_ranks(checkpoint, plan, device)
@@ -111,6 +110,7 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
     if options.baseline:
         check_baseline(order.encoder, options.recover, options.verify)
+    check_backward(order.work.config, options.recover, options.effort == "best" and order.encoder == "quantkit")
     return order
 
 
@@ -286,7 +286,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)

@@ -47,6 +47,10 @@ class GGUFCheckpoint(Checkpoint):
         another shape. Says in a line if the file is itself quantized."""
         file = GGUFFile.open(path)
         config = replace(family.from_gguf(file.metadata), tied="output.weight" not in file.tensors)
+        if config.compression is not None:
+            raise QuantkitError(
+                f"{path}: a GGUF of {config.architecture} is no original yet: name the checkpoint's folder"
+            )
         found = cls(file, config)
         coarse = sorted({t.qtype for t in file.tensors.values() if len(t.shape) > 1} - {*PLAIN})
         if coarse:
