@@ -1,8 +1,8 @@
 """A layer of DeepSeek-V4: attention to a window and to compressed entries, and the feed-forward, between streams.
 
 A head's key is its value, one for all heads. Besides the window a layer sees one entry for every 4 or 128 tokens so
-far: a mean of theirs, weighed number by number. Of the entries of 4 tokens an indexer chooses the best, if there are more than
-its top-k. Whole chunks from their first token on; nothing is kept for tokens that come later.
+far: a mean of theirs, weighed number by number. Of the entries of 4 tokens an indexer chooses the best, if there are
+more than its top-k. Whole chunks from their first token on; nothing is kept for tokens that come later.
 """
 
 from collections.abc import Callable
