@@ -1,15 +1,15 @@
 """`quantkit`, and `python -m quantkit`."""
 
-from quantkit.cli import making, running, using
+from quantkit.cli import making, running, stages, using
 from quantkit.cli.group import main
 
 for command in (
     making.make,
-    making.calibrate,
-    making.sensitivity,
+    stages.calibrate,
+    stages.sensitivity,
     making.plan,
     making.hardware,
-    making.quantize,
+    stages.quantize,
     making.status,
     making.recipes,
     using.inspect,

@@ -30,6 +30,12 @@ def model_names() -> list[str]:
     return sorted(path.parent.name for path in models_dir().glob("*/config.json"))
 
 
+def no_model(name: str) -> str:
+    """What is said of a name that is no model."""
+    names = ", ".join(model_names())
+    return f"{name}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)"
+
+
 def _folder(kind: str) -> Path:
     installed = HERE / "bundled" / kind
     return installed if installed.is_dir() else HERE.parent / kind

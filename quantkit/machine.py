@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes a second to load
 RAM_BYTES = 1 << 30  # far beyond any cache
 DISK_BYTES = 1 << 30
 BLOCK = 8 << 20
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, of CUDA in Windows' Linux, of ROCm
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # torch, BLAS and MKL; tokenizers
 
 _told: int | None = None  # threads, by `use_threads`
@@ -124,6 +125,12 @@ def known_device(asked: str) -> str:
     if asked != "cpu" and not re.fullmatch(r"(?:cuda|gpu)(?::\d{1,4})?", asked):
         raise QuantkitError(f"--device {asked}: unknown; choose cpu, cuda or cuda:N (gpu is cuda)")
     return asked.replace("gpu", "cuda")
+
+
+def check_driver(asked: str) -> None:
+    """QuantkitError, without loading torch, for a GPU where the system shows the driver of none."""
+    if asked != "cpu" and sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+        raise QuantkitError(f"--device {asked}: this machine shows no GPU; use --device cpu, or leave it out")
 
 
 def _show_only(gpu: int, asked: str) -> None:

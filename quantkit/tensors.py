@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # two seconds to load, and a wrong recipe is refused without
+    import torch
 
 Assembly = Literal["copy", "stack", "k_b", "v_b"]
 ROUTED_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -73,7 +75,7 @@ class TensorSpec:
 class Weights(Protocol):
     """Where the original weights are read from; a `Checkpoint` is one."""
 
-    def read(self, name: str, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, device: str = "cpu") -> "torch.Tensor":
         """Rows start:stop (default: all) of a tensor, dequantised to float32 on `device`."""
         ...
 

@@ -15,14 +15,13 @@ from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
 from quantkit.runtime.memory import RAM_SHARE, machine_memory, memory
+from quantkit.runtime.rates import CPU_RATE, DISK_RATE, GPU_RATE, active_weights
 from quantkit.runtime.room import Place
 from quantkit.runtime.stream import Source
 from quantkit.sizes import both_units
 
 LEAST = 131072
 LARGE_WEIGHTS = 10**10
-DISK_RATE = 2.5e9  # bytes a second
-GPU_RATE, CPU_RATE = 1.1e14, 1e12  # operations a second of a forward pass (H100: docs/results/calibration.md)
 PER_DIMENSION = 4
 ADVICE = (
     "--data HuggingFaceFW/fineweb-edu:sample-10BT "
@@ -86,9 +85,3 @@ def check_length(chunks: Chunks, choice: TextChoice, source: Source) -> None:
             f"{found:,} tokens: {both_units(2 * hidden)} of disk for the state, and about {seconds / 60:,.0f} minutes "
             f"to read and compute on a fast {'GPU' if source.device.type == 'cuda' else 'CPU'}, encoding not counted"
         )
-
-
-def active_weights(config: ModelConfig) -> float:
-    """Weights that a token is multiplied with."""
-    parts = ((spec, spec.n_rows * spec.n_in) for spec in family.specs(config) if spec.role != "token_embd")
-    return sum(n * config.n_used / config.n_expert if spec.is_routed else n for spec, n in parts)

@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
 RESUMING = ("make", "calibrate", "quantize", "publish")
-INTERRUPTED = 130  # as shells have it
+INTERRUPTED, READER_GONE = 130, 141  # as shells have it
 
 
 SECTIONS = {
@@ -79,8 +79,10 @@ class Commands(click.Group):
             _complain("interrupted" + ("; what is done is kept, and the same command goes on" if goes_on else ""))
             ranks.end(INTERRUPTED)
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:  # whoever read our output has seen enough; click ends without a word
-            raise
+        except BrokenPipeError:  # whoever read our output has seen enough
+            streams.forget()
+            ranks.end(READER_GONE)
+            sys.exit(READER_GONE)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _complain(f"{where}{error.strerror or error}")

@@ -1,21 +1,21 @@
-"""`make`, and the stages that it runs one after another, each by itself."""
+"""`make`, what is decided before it, and how far it is."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, OUT, OUT_FOLDER, SIZE, Shared, Types
+from quantkit.cli.options import Shared, Types
+from quantkit.cli.values import FOLDER, MODEL, OUT, OUT_FOLDER, SIZE
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
-    from quantkit.calibration.options import Calibration
     from quantkit.job.options import MakeOptions
-    from quantkit.job.stages import QuantizeOptions, SensitivityOptions
     from quantkit.planning.hardware import Machine
+    from quantkit.planning.recipe import Recipe
 
+LINE = 80  # columns of a list
 MOST_BANDWIDTH = 1e6  # GB/s: more is a slip
 
 
@@ -27,7 +27,7 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", type=MODEL, default="tiny-r1")
 @click.option(
     "--output", "-o", type=OUT_FOLDER, default=None, help="Folder for the results. Default: MODEL-RECIPE here."
 )
@@ -61,8 +61,8 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
 )
 @options.threads
 def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
-    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, bundled name
-    or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
+    """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, GGUF,
+    bundled name or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
     from quantkit.job.make import make, what_it_takes
 
@@ -74,124 +74,7 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
 
 
 @click.command()
-@click.argument("model", default="tiny-r1")
-@click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
-@options.calibration
-@click.option(
-    "--gradients",
-    type=OUT_FOLDER,
-    default=None,
-    help="Also derive the model's loss, layer by layer back, and write gradients-NNN.safetensors here.",
-)
-@click.option(
-    "--gradient-tokens",
-    default=16384,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most tokens of calibration text for that.",
-)
-@options.device
-@options.restart
-def calibrate(
-    model: str,
-    output: Path,
-    calibration: "Calibration",
-    gradients: Path | None,
-    gradient_tokens: int,
-    device: str | None,
-    restart: bool,
-) -> None:
-    """Measure importance: run text through the model, layer by layer, and write an imatrix. Resumes.
-
-    MODEL (default: tiny-r1) is a checkpoint folder, a bundled name, a Hub id or a GGUF file.
-    """
-    from quantkit.calibration import measure
-    from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
-    from quantkit.formats.lock import locked
-    from quantkit.job import stages
-    from quantkit.machine import chosen_device
-
-    source = stages.open_for_calibration(model, chosen_device(device))
-    with locked(output.parent), locked(gradients or output.parent):
-        if gradients:  # first: what is finished of them is not done again, so a rerun goes on in either pass
-            text = dataclasses.replace(calibration.text, n_tokens=gradient_tokens)
-            calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
-        measure.calibrate(source, calibration, output, restart)
-    streams.show(str(output))
-
-
-def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
-    from quantkit.calibration.variants import DEFAULT, Candidates
-    from quantkit.job.stages import SensitivityOptions
-
-    routed = tuple(types.split(",")) if types else DEFAULT.routed
-    others = tuple(other_types.split(",")) if other_types else DEFAULT.others
-    return SensitivityOptions(types=Candidates(routed, others) if types or other_types else None, **rest)
-
-
-@click.command()
-@click.argument("model", default="tiny-r1")
-@click.option(
-    "--imatrix",
-    "--gradients",
-    "basis",
-    type=click.Path(exists=True, path_type=Path),
-    required=True,
-    help="An imatrix, to measure types as ggml encodes them; or a folder of `calibrate --gradients`, to estimate them "
-    "for quantkit's encoder.",
-)
-@click.option(
-    "--output",
-    "-o",
-    type=OUT_FOLDER,
-    default=Path("."),
-    help="Folder for sensitivity.json and sensitivity.png.",
-)
-@Shared(
-    (
-        options.text(None, "measurement", "8192, with gradients as in `calibrate`"),
-        click.option(
-            "--budget",
-            default=1 << 21,
-            show_default=True,
-            type=click.IntRange(1),
-            help="Stream-tokens: tokens x forks carried through the layers. Too few for all forks: a cheaper "
-            "estimate, by layer.",
-        ),
-        click.option(
-            "--types",
-            default=None,
-            metavar="A,B",
-            help="Types to try on routed experts. Default: five; all with --gradients.",
-        ),
-        click.option(
-            "--other-types",
-            default=None,
-            metavar="A,B",
-            help="Types to try on all other tensors. Default: four, or all.",
-        ),
-    ),
-    "how",
-    _sensitivity_options,
-)
-@options.device
-def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions", device: str | None) -> None:
-    """What each tensor's type costs: KL divergence at the output if only that tensor is quantized, in one pass.
-
-    MODEL's default is tiny-r1. `plan --sensitivity` goes by what is found."""
-    from quantkit.job import stages
-    from quantkit.job.folder import SENSITIVITY
-    from quantkit.machine import chosen_device
-    from quantkit.models.open import open_weights
-
-    device = chosen_device(device)
-    source = stages.source_of(open_weights(model), device)
-    stages.measure_sensitivity(source, basis, output, how)
-    streams.show(str(output / SENSITIVITY))
-
-
-@click.command()
-@click.argument("model", default="tiny-r1")
+@click.argument("model", type=MODEL, default="tiny-r1")
 @options.types_and_machine
 @options.mtp
 @click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
@@ -203,17 +86,25 @@ def sensitivity(model: str, basis: Path, output: Path, how: "SensitivityOptions"
     multiple=True,
     help="Write here: plan.json (-: to stdout, alone), or with .png or .svg the bit map drawn; may be repeated.",
 )
-def plan(model: str, types: Types, mtp: bool, compare: tuple[str, str] | None, outputs: tuple[Path, ...]) -> None:
+@options.as_json
+def plan(
+    model: str,
+    types: Types,
+    mtp: bool,
+    compare: tuple[str, str] | None,
+    outputs: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
     from quantkit.formats.lock import locked
-    from quantkit.formats.whole_file import write_text
+    from quantkit.formats.whole_file import make_folders, write_text
     from quantkit.job.plan import basis, load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
     target, budget = types.target, types.budget
-    if compare and outputs:
-        raise QuantkitError("--compare shows two plans and writes none: leave -o out")
+    if compare and (outputs or as_json):
+        raise QuantkitError("--compare shows two plans and writes none: leave -o and --json out")
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
         streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
@@ -223,6 +114,7 @@ def plan(model: str, types: Types, mtp: bool, compare: tuple[str, str] | None, o
         if str(output) == "-":
             streams.show(chosen.to_json())
             return
+        make_folders(output.parent)
         with locked(output.parent, shared=True):
             if output.suffix not in (".png", ".svg"):
                 write_text(output, chosen.to_json())
@@ -231,9 +123,12 @@ def plan(model: str, types: Types, mtp: bool, compare: tuple[str, str] | None, o
                 from quantkit.planning import bitmap  # matplotlib takes a second to load
 
             bitmap.draw(chosen, output)
-    streams.show(table.render(chosen))
     kld = predict_plan(model, chosen, budget.measured)
-    streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)))
+    known = chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)
+    if as_json:
+        return streams.show_json(table.facts(*known))
+    streams.show(table.render(chosen))
+    streams.show(table.outlook(*known))
 
 
 def _machine(bandwidths: tuple[str, ...], **sizes: Any) -> "Machine":
@@ -262,12 +157,14 @@ def _machine(bandwidths: tuple[str, ...], **sizes: Any) -> "Machine":
 
 
 @click.command()
-@click.argument("model", default="deepseek-r1")
+@click.argument("model", type=MODEL, default="deepseek-r1")
 @click.option(
     "--recipe",
     "recipes",
     multiple=True,
     metavar="NAME|FILE",
+    callback=options.check_recipes,
+    shell_complete=options.recipe_completion,
     help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
 )
 @options.target
@@ -291,46 +188,23 @@ def _machine(bandwidths: tuple[str, ...], **sizes: Any) -> "Machine":
     _machine,
 )
 @options.context
-def hardware(model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int) -> None:
+@options.as_json
+def hardware(
+    model: str,
+    recipes: tuple[str, ...],
+    target: str | None,
+    machine: "Machine",
+    context: int,
+    as_json: bool,
+) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them. MODEL's default is
     deepseek-r1."""
-    from quantkit.job.hardware import hardware_report
+    from quantkit.job.hardware import SPLIT_BYTES, hardware_report
+    from quantkit.job.hardware_facts import facts
 
+    if as_json:
+        return streams.show_json(facts(model, recipes, target, machine, context, machine.threads, SPLIT_BYTES))
     streams.show(hardware_report(model, recipes, target, machine, context, machine.threads))
-
-
-def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
-    """rest: fields of QuantizeOptions, by their names."""
-    from quantkit.job.stages import QuantizeOptions
-
-    return QuantizeOptions(split_max_bytes=split_max_bytes or None, **rest)
-
-
-@click.command()
-@click.argument("model")
-@click.option("--plan", "plan_file", type=FILE, required=True, help="plan.json of `quantkit plan`.")
-@click.option("--imatrix", type=FILE, required=True)
-@click.option("--output", "-o", type=OUT, required=True)
-@Shared(
-    (
-        options.split,
-        options.restart,
-        click.option("--overwrite", is_flag=True, help="Replace a finished file of that name."),
-    ),
-    "how",
-    _quantize_options,
-)
-@options.threads
-def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
-    """Encode every tensor as planned, with ggml, and write the GGUF file(s). Resumes where an earlier run stopped."""
-    from quantkit.formats.byte_source import read_whole
-    from quantkit.job import stages
-    from quantkit.models.open import open_weights
-    from quantkit.planning.plan import Plan
-
-    chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
-    files = stages.quantize_model(open_weights(model), chosen, imatrix, output, how)
-    streams.show("\n".join(map(str, files)))
 
 
 @click.command()
@@ -343,16 +217,36 @@ def status(folder: Path) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
-def recipes(name: str | None) -> None:
-    """The bundled recipes, a line each; with NAME its rules, to be read and changed:
-    `quantkit recipes 1.58bit > my.toml`."""
+@click.argument("name", required=False, shell_complete=options.recipe_completion)
+@click.argument("model", type=MODEL, default="deepseek-r1")
+def recipes(name: str | None, model: str) -> None:
+    """What --recipe takes; with NAME its rules, to be read and changed: `quantkit recipes 1.58bit > my.toml`. Those of
+    llama-quantize are written out for MODEL (default: deepseek-r1)."""
     from quantkit import bundle
+    from quantkit.planning import mixtures
     from quantkit.planning.recipe import Recipe
 
+    if name and mixtures.known(name):
+        from quantkit.job.plan import NO_BUDGET, recipe_text
+        from quantkit.models import family
+        from quantkit.models.open import open_model
+
+        streams.show((recipe_text(name, NO_BUDGET, family.from_hf(open_model(model).config), "split") or "").rstrip())
+        return
     if name:
         streams.show(Recipe.text(name).rstrip("\n"))
         return
-    for each in map(Recipe.load, bundle.recipe_names()):
-        kind = "within a budget" if each.is_open else "fixed types"
-        streams.show(f"{each.name:<12} {each.target:<14} {kind:<16} {each.description}")
+    table = click.HelpFormatter(width=LINE)
+    with table.section("Bundled"):
+        ours = map(Recipe.load, bundle.recipe_names())
+        table.write_dl([(each.name, f"{each.description} {kind_of(each)}") for each in ours])
+    with table.section(f"As {mixtures.SOURCE}"):
+        table.write_dl([(each, mixtures.describe(each)) for each in mixtures.BASE])
+    with table.section("Yours"):
+        table.write_text("A TOML file, or a plan.json of `quantkit plan`; docs/plan.md has the grammar.")
+    streams.show(table.getvalue().rstrip())
+
+
+def kind_of(recipe: "Recipe") -> str:
+    """Who chooses its types, and what for."""
+    return f"({'Within a budget' if recipe.is_open else 'Fixed types'}, for {recipe.target}.)"

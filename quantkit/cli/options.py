@@ -1,7 +1,6 @@
 """Options that several commands share, what their values mean, and how they are handed on: as one noun each."""
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,41 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from quantkit import bundle, machine, sizes
-from quantkit.errors import QuantkitError
-from quantkit.formats.gguf_folder import model_in
+from quantkit import bundle, machine
+from quantkit.cli.values import FILE, SIZE, TOKENS, FileSize, GpuLayers, OneOf, SizeOrBits
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
     from quantkit.calibration.options import Calibration
     from quantkit.planning.budget import BudgetOptions
 
-
-class Place(click.Path):
-    """A path in which ~ is the home folder: shells leave it alone in --output=~/x."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click.Path."""
-        return super().convert(os.path.expanduser(value), param, ctx)
-
-
-class ModelFile(Place):
-    """A GGUF, or a folder that holds one model: its file, or the first of its splits."""
-
-    name = "file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """QuantkitError for a folder of none or of several."""
-        path = Path(super().convert(value, param, ctx))
-        return model_in(path) if path.is_dir() else path
-
-
-MODEL_FILE = ModelFile(exists=True, path_type=Path)
-FILE = Place(exists=True, dir_okay=False, path_type=Path)
-FOLDER = Place(exists=True, file_okay=False, path_type=Path)
-OUT = Place(dir_okay=False, path_type=Path)
-OUT_FOLDER = Place(file_okay=False, path_type=Path)
-LONGEST_CONTEXT = 10**8
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -90,122 +62,52 @@ def _arguments(option: Decorator | Shared) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in vars(probe)["__click_params__"])
 
 
-class Size(click.ParamType):
-    """Bytes: GB is 10^9 and GiB is 2^30, in every option."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """QuantkitError, naming the option, for what is not a size."""
-        return value if isinstance(value, int) else sizes.parse_size(value, name_of(param))
-
-
-@dataclass(frozen=True)
-class FileSize:
-    """How large the whole file may be: in bytes, or in bits of tensor data per weight."""
-
-    size: int | None = None
-    bpw: float | None = None
-
-
-class SizeOrBits(click.ParamType):
-    """131GB, or 1.8bpw: bits of tensor data per weight of the whole model."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FileSize:
-        """QuantkitError, naming the option, for what is neither."""
-        if isinstance(value, FileSize):
-            return value
-        number = value.strip().lower()
-        if not number.endswith("bpw"):
-            return FileSize(size=sizes.parse_size(value, name_of(param)))
-        try:
-            bits = float(number.removesuffix("bpw"))
-        except ValueError:
-            bits = 0.0
-        if not 0 < bits <= 32:
-            raise QuantkitError(f"{name_of(param)} {value}: bits per weight are a number up to 32, like 1.8bpw")
-        return FileSize(bpw=bits)
-
-
-class Tokens(click.ParamType):
-    """16k or 16384 -> tokens (k is 1024)."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """QuantkitError, naming the option, for what is no number of tokens."""
-        if isinstance(value, int):
-            return value
-        number = value.lower().removesuffix("k")
-        if not number.isdecimal() or not 0 < int(number[:9]) < LONGEST_CONTEXT or len(number) > 9:
-            raise QuantkitError(f"{name_of(param)} {value}: not a number of tokens; write 16384 or 16k")
-        return int(number) * (1024 if number != value.lower() else 1)
-
-
-class GpuLayers(click.ParamType):
-    """auto, a number of layers, or a share of all experts."""
-
-    name = "auto|n|n%"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | float | Literal["auto"]:
-        """QuantkitError, naming the option, for anything else."""
-        if not isinstance(value, str):
-            return value
-        if value == "auto":
-            return "auto"
-        number = value.removesuffix("%")
-        if not number.isdecimal() or len(number) > 4 or (number != value and int(number) > 100):
-            raise QuantkitError(
-                f"{name_of(param)} {value}: write auto or a number of layers, or how much of all experts, like 40%"
-            )
-        return int(number) if number == value else int(number) / 100
-
-
-class Finite(click.FloatRange):
-    """A number within bounds; nan and inf are none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """QuantkitError, naming the option, for what is not finite."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            raise QuantkitError(f"{name_of(param)} {value}: not a finite number")
-        return float(number)
-
-
-class OneOf(click.Choice[str]):
-    """One of a few words; another is refused as everything else is, in one line."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """QuantkitError, naming the option and the words."""
-        if value not in self.choices:
-            raise QuantkitError(f"{name_of(param)} {value}: unknown; choose {', '.join(self.choices)}")
-        return value
-
-
 def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Refuses, before torch is loaded, what is no device; whether it is there, `chosen_device` finds."""
+    """Refuses, before torch is loaded, what is no device, and a GPU without driver; `chosen_device` finds the rest."""
     if value is not None:
         machine.known_device(value)
+        machine.check_driver(value)
     return value
+
+
+def _recipe(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuses, before torch is loaded, a recipe that is not there or has errors."""
+    if value is not None and not value.endswith(".json"):
+        from quantkit.planning import mixtures
+        from quantkit.planning.recipe import Recipe
+
+        if mixtures.known(value) is None:
+            Recipe.load(os.path.expanduser(value))
+    return value
+
+
+def check_recipes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The same of several."""
+    for value in values:
+        _recipe(ctx, param, value)
+    return values
+
+
+def check_target(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuses, before torch is loaded, what is no target."""
+    if value is not None:
+        from quantkit.planning import targets
+
+        targets.parse(value)
+    return value
+
+
+def _targets(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Names that a shell can complete to."""
+    from quantkit.planning.targets import TARGETS
+
+    return [name for name in TARGETS if name.startswith(incomplete)]
 
 
 def _use_threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
     """Of the whole process, before any library that has threads is loaded."""
     if value is not None:
         machine.use_threads(value)
-
-
-def name_of(param: click.Parameter | None) -> str:
-    """`--size`, for messages."""
-    return max(param.opts, key=len) if param else ""
-
-
-SIZE, TOKENS = Size(), Tokens()
-SEED = click.IntRange(-(2**63), 2**63 - 1)  # what torch's generators take
 
 
 @dataclass(frozen=True)
@@ -259,7 +161,7 @@ def _text_options(n_tokens: int | None, what: str, prefix: str = "", default: st
             f"--{prefix}tokens",
             default=n_tokens,
             show_default=default or True,
-            type=click.IntRange(1),
+            type=TOKENS,
             help=f"Most tokens of {what} text to use.",
         ),
     )
@@ -290,22 +192,28 @@ target = click.option(
     "--target",
     default=None,
     metavar="TARGET",
+    callback=check_target,
+    shell_complete=_targets,
     help="What the file is for: ktransformers, llama.cpp or ollama; with /combined, kv_b in one tensor, as their old "
     "versions read it; with /deepseek2, V3.2 without its indexer. Overrides the recipe's.",
 )
 
 
-def _recipes(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+def recipe_completion(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     """Names that a shell can complete to."""
-    return [name for name in bundle.recipe_names() if name.startswith(incomplete)]
+    from quantkit.planning import mixtures
+
+    return [name for name in (*bundle.recipe_names(), *mixtures.BASE) if name.startswith(incomplete)]
 
 
 recipe = click.option(
     "--recipe",
     default=None,
     metavar="NAME|FILE",
-    shell_complete=_recipes,
-    help="Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists them.",
+    shell_complete=recipe_completion,
+    callback=_recipe,
+    help="Also Q4_K_M, IQ2_XXS and so on. Default: 1.58bit, or auto if a budget is given. `quantkit recipes` lists "
+    "them.",
 )
 context = click.option(
     "--context", "-c", default="16k", show_default=True, type=TOKENS, help="Tokens that the KV cache is to hold."
@@ -338,6 +246,7 @@ _threads = partial(click.option, "--threads", "-t", default=None, type=click.Int
 threads = _threads(
     callback=_use_threads,
     expose_value=False,
+    is_eager=True,
     help="CPU threads. Default: $OMP_NUM_THREADS, or the physical cores that this process may use.",
 )
 their_threads = _threads(help="CPU threads there. Default: as many as here.")
@@ -376,6 +285,9 @@ gpu_layers = click.option(
     help="Layers whose routed experts stay in GPU memory; n%: so much of all experts, those chosen most; auto: as many "
     "of those as fit.",
 )
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="The same for programs, on stdout.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import click
 
 from quantkit.cli import options, streams
 from quantkit.cli.chat import chat_on_terminal, show_answer
-from quantkit.cli.options import FILE, MODEL_FILE, TOKENS, Finite, Placement, Shared
+from quantkit.cli.options import Placement, Shared
+from quantkit.cli.values import FILE, MODEL_FILE, SEED, TOKENS, Finite, name_of
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _text(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    return None if value is None else streams.text_of(value, options.name_of(param))
+    return None if value is None else streams.text_of(value, name_of(param))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _sampling(**given: Any) -> "Sampling":
         click.option("--top-p", default=0.95, show_default=True, type=Finite(0, 1)),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
         click.option("--min-p", default=0.0, show_default=True, type=Finite(0, 1)),
-        click.option("--seed", default=0, show_default=True, type=options.SEED),
+        click.option("--seed", default=0, show_default=True, type=SEED),
     ),
     "sampling",
     _sampling,

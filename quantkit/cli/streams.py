@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import sys
 import unicodedata
@@ -35,6 +36,11 @@ def show(text: object) -> None:
     click.echo(shown(str(text)))
 
 
+def show_json(found: object) -> None:
+    """What a command has found out, as JSON on stdout."""
+    click.echo(json.dumps(found, indent=1, default=str))
+
+
 def harmless(text: str) -> str:
     """A model's words as they are, but on a terminal without control characters: nobody knows what a file may say."""
     if text.isprintable() or not sys.stdout.isatty():
@@ -51,6 +57,14 @@ def flush() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
             if not isinstance(error, BrokenPipeError):
                 raise QuantkitError(f"{name}: {error.strerror}") from None
+
+
+def forget() -> None:
+    """Nobody reads any more: what is still to be written goes nowhere."""
+    with contextlib.suppress(OSError):
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, 1)
+        os.close(fd)
 
 
 def text_of(value: str, what: str) -> str:

@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 
 from quantkit.cli import options, streams
-from quantkit.cli.options import FILE, FOLDER, MODEL_FILE, OUT, Shared
+from quantkit.cli.options import Shared
+from quantkit.cli.values import FILE, FOLDER, MODEL, MODEL_FILE, OUT, Place
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path")
-def inspect(path: str) -> None:
+@click.argument("path", type=MODEL)
+@options.as_json
+def inspect(path: str, as_json: bool) -> None:
     """What a checkpoint (folder, bundled name or Hub id) or a GGUF file holds, from headers alone."""
-    from quantkit.job.inspect import describe
+    from quantkit.job.inspect import describe, facts
 
-    streams.show(describe(path))
+    if as_json:
+        streams.show_json(facts(path))
+    else:
+        streams.show(describe(path))
 
 
 @click.command()
@@ -47,7 +52,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 
 @click.command()
 @click.argument("file", type=MODEL_FILE)
-@click.option("--reference", default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
+@click.option("--reference", type=MODEL, default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
 @Shared(
     (
         options.text(32768, "evaluation"),
@@ -127,10 +132,15 @@ def _certify_options(**given: Any) -> "CertifyOptions":
             "--target",
             default=None,
             metavar="ktransformers|llama.cpp|ollama",
+            callback=options.check_target,
             help="Default: what the file says that it was made for.",
         ),
         click.option(
-            "--reference", default=None, metavar="MODEL", help="The original; without it weights are not compared."
+            "--reference",
+            type=MODEL,
+            default=None,
+            metavar="MODEL",
+            help="The original; without it weights are not compared.",
         ),
         click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance."),
         click.option(
@@ -166,9 +176,7 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
 
 @click.command("export-kt")
 @click.argument("file", type=MODEL_FILE)
-@click.option(
-    "--output", "-o", default=None, type=options.Place(path_type=Path), help="Folder. Default: NAME-kt beside it."
-)
+@click.option("--output", "-o", default=None, type=Place(path_type=Path), help="Folder. Default: NAME-kt beside it.")
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
 @click.option(
     "--linear",

@@ -37,7 +37,7 @@ from quantkit.models import family
 from quantkit.planning.plan import Plan
 from quantkit.progress import Advance
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.watch import ExpertVisit, Watcher
+from quantkit.runtime.watch import ExpertVisit, Projections, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, Importance, TensorSpec
 
 GAMMA = {name: qtype.gamma for name, qtype in QTYPES.items() if qtype.gamma != 1}
@@ -75,8 +75,8 @@ class EncoderOptions:
 
 LAYERS_BEHIND = 4  # that wait for ggml: each is small, and a pass need not wait for tables
 
-Group = list[tuple[ExpertVisit, Hessian, Hessian]]
-"""Experts with the moments of their inputs: those of gate and up, and that of down."""
+Group = list[tuple[int, Projections, Hessian, Hessian]]
+"""Experts with their matrices and the moments of their inputs: those of gate and up, and that of down."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class LayerEncoder(Watcher):
         self.outputs = LayerOutputs(how.gradients, layer, how.two_sided.own, self.source.device)
         self.moments: dict[str, Moments] = {}
         self.weights: list[torch.Tensor] = []
+        self.weight: torch.Tensor | None = None
         self.shared: Hessian | None = None
         self.waiting: Group = []
         self.group = file.group  # becomes less where the GPU has no room for so many
@@ -213,15 +214,22 @@ class LayerEncoder(Watcher):
 
     def observe_expert(self, visit: ExpertVisit) -> None:
         """Encodes and writes the expert, or lets it wait for the rest of its group."""
+        if self.weight is None:
+            self.weight = torch.cat(self.weights)
+        weight = self.weight[visit.tokens] * visit.weight.float().square()
+        own, down = second_moment(visit.x, weight), second_moment(visit.hidden, weight)
+        self.take(visit.expert, visit.matrices, own, down)
+
+    def take(self, expert: int, matrices: Projections, own: Hessian, down: Hessian) -> None:
+        """As `observe_expert`, of an expert whose moments are known: own, of gate's and up's inputs, is blended with
+        its layer's."""
         if self.shared is None:
             self.shared = self.moments["ffn_gate_inp"].hessians()[0]
-            self.weight = torch.cat(self.weights)
-        if self.waiting and visit.expert // self.group != self.waiting[0][0].expert // self.group:
+        if self.waiting and expert // self.group != self.waiting[0][0] // self.group:
             self.flush()
-        weight = self.weight[visit.tokens] * visit.weight.float().square()
-        own = blend(second_moment(visit.x, weight), self.shared, self.how.pseudo_tokens * visit.x.shape[1])
-        self.waiting.append((visit, own, second_moment(visit.hidden, weight)))
-        if (visit.expert + 1) % self.group == 0:
+        own = blend(own, self.shared, self.how.pseudo_tokens * matrices[0].shape[1])
+        self.waiting.append((expert, matrices, own, down))
+        if (expert + 1) % self.group == 0:
             self.flush()
 
     def flush(self) -> None:
@@ -231,7 +239,7 @@ class LayerEncoder(Watcher):
         """
         if not self.waiting:
             return
-        if all(self._done(role, visit.expert) for role in ROUTED_ROLES for visit, _, _ in self.waiting):
+        if all(self._done(role, expert) for role in ROUTED_ROLES for expert, *_ in self.waiting):
             self.waiting = []
             return
         waiting, self.waiting = self.waiting, []
@@ -253,14 +261,14 @@ class LayerEncoder(Watcher):
         self._encode_group(waiting[half:])
 
     def _encode_experts(self, waiting: Group) -> None:
-        inner = [own for _, own, _ in waiting]
+        inner = [own for _, _, own, _ in waiting]
         factor = None
         for roles in self._stacks():
             each = [ROUTED_ROLES.index(role) for role in roles]
-            weights = torch.stack([torch.cat([visit.matrices[i].float() for i in each]) for visit, _, _ in waiting])
-            outputs = self._outputs(roles, [visit.expert for visit, _, _ in waiting])
+            weights = torch.stack([torch.cat([matrices[i].float() for i in each]) for _, matrices, _, _ in waiting])
+            outputs = self._outputs(roles, [expert for expert, *_ in waiting])
             if roles == ROUTED_ROLES[-1:]:
-                known = [down for _, _, down in waiting]
+                known = [down for *_, down in waiting]
                 data = self._encode(roles, weights, known, outputs, self._gammas(roles, known))
             else:
                 if factor is None:
@@ -268,8 +276,8 @@ class LayerEncoder(Watcher):
                     factor = prepare(inner, weights.shape[-1], self.source.device, full=full)
                 data = self._encode(roles, weights, factor, outputs, self._gammas(roles, inner))
             for role, part in zip(roles, np.split(data, len(roles), axis=1), strict=True):
-                for (visit, _, _), packed in zip(waiting, part, strict=True):
-                    self.out.write(self.planned[role].name, visit.expert * len(packed), packed)
+                for (expert, *_), packed in zip(waiting, part, strict=True):
+                    self.out.write(self.planned[role].name, expert * len(packed), packed)
 
     def _stacks(self) -> list[tuple[str, ...]]:
         """Routed roles that are encoded as one matrix: gate on up, if what they put out is known and of one type."""

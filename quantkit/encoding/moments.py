@@ -22,9 +22,8 @@ SAME_INPUT = {  # roles that multiply the same rows share one moment
 class Moments:
     """Running weighted second moments of one input: float32 [n_in, n_in], or [n_head, n_in, n_in]."""
 
-    def __init__(self) -> None:
-        self.matrix: torch.Tensor | None = None
-        self.total = self.squares = 0.0
+    def __init__(self, matrix: torch.Tensor | None = None, total: float = 0.0, squares: float = 0.0) -> None:
+        self.matrix, self.total, self.squares = matrix, total, squares
 
     def add(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """x [n, n_in] or [n, n_head, n_in], weight float32 [n]."""

@@ -7,11 +7,12 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:  # two seconds to load, and small files are read without
+    import torch
 
 MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB in one call
 
@@ -40,7 +41,7 @@ class ByteSource(Protocol):
         """Bytes of a file; QuantkitError if there is no such file."""
         ...
 
-    def read(self, file: str, offset: int, length: int, what: str) -> torch.Tensor:
+    def read(self, file: str, offset: int, length: int, what: str) -> "torch.Tensor":
         """uint8 [length] on the CPU; QuantkitError naming `file` and `what` if not all of it can be had."""
         ...
 
@@ -80,8 +81,10 @@ class FolderSource:
         """Bytes of a file; QuantkitError if there is no such file."""
         return os.fstat(self._fd(file)).st_size
 
-    def read(self, file: str, offset: int, length: int, what: str) -> torch.Tensor:
+    def read(self, file: str, offset: int, length: int, what: str) -> "torch.Tensor":
         """uint8 [length]; QuantkitError naming `file` and `what` if the file ends before, or cannot be read."""
+        import torch
+
         buffer = torch.empty(length, dtype=torch.uint8)
         view, fd = buffer.numpy().data, self._fd(file)
         done = 0

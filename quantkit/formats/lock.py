@@ -52,7 +52,7 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
 def _take(folder: Path, shared: bool) -> "list[_Lock]":
     if shared and not folder.is_dir():
         return []
-    made = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         about = folder.stat()
@@ -68,7 +68,7 @@ def _take(folder: Path, shared: bool) -> "list[_Lock]":
 class _Lock:
     """Taken when it is made."""
 
-    def __init__(self, folder: Path, shared: bool, made: bool):
+    def __init__(self, folder: Path, shared: bool, made: list[Path]):
         self.folder, self.path, self.shared, self.made = folder, folder / NAME, shared, made
         self.fd = self._open()
         about = folder.stat()
@@ -136,7 +136,8 @@ class _Lock:
         )
 
     def release(self) -> None:
-        """Let go. The file goes too, unless others share it; and a folder in which nothing came to be."""
+        """Let go. The file goes too, unless others share it; and folders that were made for it, if nothing came to
+        be in them."""
         _held.discard(self.key)
         with suppress(OSError):
             if self.shared:
@@ -146,9 +147,9 @@ class _Lock:
             else:
                 self.path.unlink()
         os.close(self.fd)
-        if self.made:
-            with suppress(OSError):
-                self.folder.rmdir()
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
 
 
 def at_work(folder: Path) -> str:

@@ -128,6 +128,15 @@ def about(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+def head(path: Path) -> dict[str, str]:
+    """The metadata of a file that need not be whole; QuantkitError, naming it, if it is none of these files."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise QuantkitError(f"{path}: not a file of safetensors ({error})") from None
+
+
 def check(path: Path) -> None:
     """Damaged, naming the file, unless its bytes are those that were written. Reads it, if this process did not write
     it or check it before."""

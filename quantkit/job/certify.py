@@ -10,7 +10,7 @@ from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.formats.whole_file import write_json
+from quantkit.formats.whole_file import make_folders, write_json
 from quantkit.job.folder import CERTIFY
 from quantkit.models.open import open_model
 from quantkit.planning import targets
@@ -58,5 +58,6 @@ def certify_file(
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
     made = certify(path, target, original, importance, oracle=how.oracle, values=how.values, device=device)
+    make_folders(out.parent)
     write_json(out, made.to_dict())
     return made, out

@@ -22,6 +22,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_folder import IMATRIX
+from quantkit.formats.lock import NAME as LOCK
 from quantkit.formats.resume import discard
 from quantkit.formats.whole_file import write_json, write_text
 
@@ -57,6 +58,15 @@ def begin(
         for left in (REFERENCE, BASE, GRADIENTS, BASELINE_FILES):
             shutil.rmtree(folder / left, ignore_errors=True)
         (folder / SENSITIVITY).unlink(missing_ok=True)
+
+
+def unclaim(folder: Path) -> None:
+    """Take back what `begin` wrote into a new folder, if nothing else came to be there: a job that was refused leaves
+    nothing."""
+    there = {path.name for path in folder.iterdir() if path.name != LOCK}
+    if there <= {PLAN, RECIPE, PROVENANCE}:
+        for name in there:
+            (folder / name).unlink(missing_ok=True)
 
 
 def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
@@ -26,6 +28,42 @@ def describe(name: str) -> str:
     else:
         lines = _checkpoint(name, open_model(name))
     return "\n".join(map(printable, lines))
+
+
+def facts(name: str) -> dict[str, Any]:
+    """The same for programs: `kind`, `name`, `model` (its numbers), `types`, `bytes`, `tensors`; of a GGUF also its
+    `files` and `metadata`, without the vocabulary."""
+    if is_gguf(name) or name.endswith(".gguf"):
+        file = GGUFFile.open(Path(name))
+        rows = [(t.name, t.qtype, t.shape, t.n_bytes) for t in file.tensors.values()]
+        config = family.from_gguf(file.metadata) if family.knows(file.metadata) else None
+        about: dict[str, Any] = {"kind": "gguf", "name": name, "files": [str(path) for path in file.files]}
+        metadata = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.ggml.")}
+        more: dict[str, Any] = {"file_bytes": file.n_bytes, "metadata": metadata}
+    else:
+        source = open_model(name)
+        config = family.from_hf(source.config)
+        source.validate(family.source_shapes(config))
+        rows = [(key, e.dtype, e.shape, e.n_bytes) for key, e in source.tensors.items()]
+        about, more = {"kind": "checkpoint", "name": name}, {}
+    types: dict[str, dict[str, int]] = {}
+    for _, kind, shape, n_bytes in rows:
+        of = types.setdefault(kind, {"tensors": 0, "weights": 0, "bytes": 0})
+        of["tensors"], of["weights"], of["bytes"] = (
+            of["tensors"] + 1,
+            of["weights"] + prod(shape),
+            of["bytes"] + n_bytes,
+        )
+    tensors = [{"name": key, "type": kind, "shape": list(shape), "bytes": n} for key, kind, shape, n in rows]
+    total = sum(row[-1] for row in rows)
+    return {
+        **about,
+        "model": asdict(config) if config else None,
+        "bytes": total,
+        "types": types,
+        **more,
+        "tensors": tensors,
+    }
 
 
 def _model_lines(c: ModelConfig) -> list[str]:

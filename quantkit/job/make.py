@@ -21,14 +21,13 @@ from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import cut
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
-from quantkit.calibration.options import check_length, sized
+from quantkit.calibration.options import check_length
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
-from quantkit.formats import gradients
 from quantkit.formats.byte_source import read_whole
-from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import save_imatrix
@@ -49,8 +48,9 @@ from quantkit.job.folder import (
     SENSITIVITY,
     begin,
     finished_files,
+    unclaim,
 )
-from quantkit.job.forecast import ON_GPU, forecast
+from quantkit.job.forecast import forecast
 from quantkit.job.options import MakeOptions, Order
 from quantkit.job.plan import file_bytes, plan_model, recipe_text
 from quantkit.job.recovery.options import RecoverOptions
@@ -66,8 +66,8 @@ from quantkit.job.stages import (
     source_of,
     verify_file,
 )
+from quantkit.job.work import ON_GPU
 from quantkit.machine import chosen_device
-from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
@@ -87,8 +87,14 @@ def make(
     calibrate, encode and recover together; then rank 0 alone verifies, and the others return without a result.
     """
     order = order_of(model, folder, options)
+    new = not order.folder.exists()
     with locked(order.folder):
-        files, result = make_in_folder(order, model)
+        try:
+            files, result = make_in_folder(order, model)
+        except QuantkitError:
+            if new and ranks.index() == 0:
+                unclaim(order.folder)
+            raise
     order.checkpoint.close()
     return files, result
 
@@ -96,16 +102,16 @@ def make(
 def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
     """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
     device, checkpoint = chosen_device(options.device), open_weights(model)
-    options = with_length(options, checkpoint, device)
+    options = options.with_length(checkpoint, device)
     plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes, options.mtp)
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
-    encoder, best = options.chosen_encoder(plan, device), options.effort == "best"
+    order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
     if options.baseline:
-        check_baseline(encoder, options.recover, options.verify)
-    check_backward(family.from_hf(checkpoint.config), options.recover, best and encoder == "quantkit")
-    return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+        check_baseline(order.encoder, options.recover, options.verify)
+    check_backward(order.work.config, options.recover, options.effort == "best" and order.encoder == "quantkit")
+    return order
 
 
 def what_it_takes(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> list[str]:
@@ -159,17 +165,10 @@ def baseline(order: Order, reference: ReferencePass | None) -> dict[str, Any]:
     return scores
 
 
-def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> MakeOptions:
-    """The options with so much calibration text as the model wants, if nobody said how much."""
-    how, config = options.calibration, family.from_hf(checkpoint.config)
-    text = sized(how.text, config, torch.device(device), how.memory)
-    return replace(options, calibration=replace(how, text=text))
-
-
 def claim_folder(order: Order) -> None:
     """The folder is this order's from here on; its plan lies there, and the rules that it came from."""
     asked, texts = order.options, {} if order.estimates else {PLAN: order.plan.to_json()}
-    if (rules := recipe_text(asked.recipe, asked.budget)) is not None:
+    if (rules := recipe_text(asked.recipe, asked.budget, order.work.config, order.plan.mla)) is not None:
         texts[RECIPE] = rules
     begin(order.folder, order.identity, order.circumstances(), texts, asked.restart)
 
@@ -283,7 +282,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     compared = reference.tokens.numel() if reference else 0
     limits = Limits(order.memory_beside_encoder(n_tokens), how.hidden, out.parent, compared)
     room = room_for(source, n_tokens, limits)
-    encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
+    encoder = options.effort + order.known_outputs if order.encoder == "quantkit" else "ggml"
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
@@ -336,14 +335,9 @@ def fingerprint(order: Order, state: PassState) -> dict[str, str]:
         "checkpoint": order.checkpoint.fingerprint(),
         "plan": order.plan.digest(),
         ONE_PASS: state.job,
-        "encoder": f"{order.encoder} {order.options.effort}" + known_outputs(order),
+        "encoder": f"{order.encoder} {order.options.effort}" + order.known_outputs,
         "min_expert_tokens": str(order.options.calibration.min_expert_tokens),
     }
-
-
-def known_outputs(order: Order) -> str:
-    """The gradients that matrices are encoded by, if any."""
-    return f" {gradients.digest(order.options.gradients)}" if order.options.gradients else ""
 
 
 def beside(reference: ReferencePass | None, steps: Steps) -> Callable[[int], None]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__, ranks
+from quantkit import __version__, machine, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.options import LEAST, Calibration
+from quantkit.calibration.options import LEAST, Calibration, sized
 from quantkit.encoding.api import choose
 from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.errors import QuantkitError
@@ -22,7 +22,8 @@ from quantkit.formats import gradients
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
-from quantkit.job.folder import IMATRIX
+from quantkit.job.folder import IMATRIX, PROVENANCE
+from quantkit.job.work import SMALL_WEIGHTS, Work
 from quantkit.machine import free_vram
 from quantkit.models import family
 from quantkit.models.open import see_like
@@ -32,7 +33,7 @@ from quantkit.planning.damage import PUBLISHED
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 
-SMALL_WEIGHTS = 200_000_000  # what our encoders do on a CPU in minutes
+A_DAY = 24 * 3600  # seconds, by the forecast, that nobody waits for unasked
 ENCODERS = ("auto", "quantkit", "ggml")
 
 
@@ -66,8 +67,15 @@ class MakeOptions:
     dry_run: bool = False
     mtp: bool = True
 
-    def chosen_encoder(self, plan: Plan, device: str) -> str:
-        """quantkit or ggml. `auto`: ours on a GPU and for small models; on a CPU a large model would take days."""
+    def with_length(self, checkpoint: Checkpoint, device: str) -> "MakeOptions":
+        """With so much calibration text as the model wants, if nobody said how much."""
+        how, config = self.calibration, family.from_hf(checkpoint.config)
+        text = sized(how.text, config, torch.device(device), how.memory)
+        return replace(self, calibration=replace(how, text=text))
+
+    def chosen_encoder(self, work: Work, before: str | None = None) -> str:
+        """quantkit or ggml. `auto`: what a stopped run of the same folder took before; else ours, unless that would
+        take more than A_DAY, which it can on a CPU."""
         if self.encoder not in ENCODERS:
             raise QuantkitError(f"--encoder {self.encoder}: unknown; choose {', '.join(ENCODERS)}")
         if self.gradients and (self.encoder == "ggml" or self.effort == "fast" or self.imatrix):
@@ -80,15 +88,17 @@ class MakeOptions:
             return "ggml"
         if self.encoder != "auto":
             return self.encoder
-        small = sum(tensor.n_weights for tensor in plan.tensors) <= SMALL_WEIGHTS
-        return "quantkit" if small or device != "cpu" else "ggml"
+        if work.on_gpu or work.n_weights <= SMALL_WEIGHTS:
+            return "quantkit"
+        return before or ("quantkit" if work.seconds_to_encode("quantkit", self.effort) <= A_DAY else "ggml")
 
 
 @dataclass(frozen=True)
 class Order:
     """What is to be made of which model, and where: what was asked for, with everything opened and decided.
 
-    identity: what the imatrix and the file of this run depend on, and nothing that may change between reruns.
+    encoder: quantkit or ggml. identity: what the imatrix and the file of this run depend on, and nothing that may
+    change between reruns.
     """
 
     checkpoint: Checkpoint
@@ -96,6 +106,7 @@ class Order:
     options: MakeOptions
     device: str
     folder: Path
+    encoder: str
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -103,7 +114,9 @@ class Order:
         """With its identity, which later decisions (types, gradients) do not change. From here on the checkpoint is
         seen as of the architecture that the plan is for."""
         see_like(checkpoint, plan.by_name)
-        order = cls(checkpoint, plan, options, device, folder)
+        order = cls(checkpoint, plan, options, device, folder, "")
+        before = None if options.restart else packed_by(folder, plan)
+        order = replace(order, encoder=options.chosen_encoder(order.work, before))
         return replace(order, identity=order._identify())
 
     @property
@@ -117,9 +130,19 @@ class Order:
         return self.folder / IMATRIX
 
     @property
-    def encoder(self) -> str:
-        """quantkit or ggml."""
-        return self.options.chosen_encoder(self.plan, self.device)
+    def work(self) -> Work:
+        """The order in numbers."""
+        options = self.options
+        tokens = 0 if options.imatrix else options.calibration.text.n_tokens or 0
+        judged = (options.evaluation.n_tokens or 0) if options.verify else 0
+        n_weights = sum(tensor.n_weights for tensor in self.plan.tensors)
+        config = family.from_hf(self.checkpoint.config)
+        return Work(config, n_weights, tokens, judged, self.device != "cpu", machine.threads())
+
+    @property
+    def known_outputs(self) -> str:
+        """The gradients that matrices are encoded by, if any."""
+        return f" {gradients.digest(self.options.gradients)}" if self.options.gradients else ""
 
     @property
     def estimates(self) -> bool:
@@ -201,6 +224,16 @@ class Order:
         return [line for lines in of_each for line in lines] + owed(self.plan)
 
 
+def packed_by(folder: Path, plan: Plan) -> str | None:
+    """The encoder that `auto` was in the job of this plan which lies in a folder; None if there is none."""
+    try:
+        record = json.loads(read_text(folder / PROVENANCE, "record"))
+        same = (record["encoder"], record["plan"]) == ("auto", plan.digest())
+        return str(record["packed_by"]) if same and record["packed_by"] in ENCODERS[1:] else None
+    except (QuantkitError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _command() -> str:
     """What began the job: the command line, or a call from Python, of which arguments of the process say nothing."""
     program = Path(sys.argv[0])
@@ -223,8 +256,8 @@ def metadata_digest(checkpoint: Checkpoint, plan: Plan) -> str:
 
 def arithmetic(encoder: str, device: str) -> str:
     """What the last bits of a file depend on: the back end, and the processor's instructions or the GPU."""
-    machine = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"{type(choose(device)).__name__ if encoder == 'quantkit' else 'ggml'}, {machine}"
+    processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{type(choose(device)).__name__ if encoder == 'quantkit' else 'ggml'}, {processor}"
 
 
 def _sha256(path: Path | None) -> str | None:

@@ -17,7 +17,7 @@ from quantkit.models import family
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
 from quantkit.models.tokenizer_metadata import file_of
-from quantkit.planning import hardware, published, targets
+from quantkit.planning import hardware, mixtures, published, targets
 from quantkit.planning.assign import TooSmall, make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
 from quantkit.planning.damage import Damage, Measured, unmeasured
@@ -43,10 +43,30 @@ def is_plan(recipe: str | Path) -> bool:
     return str(recipe).endswith(".json")
 
 
-def recipe_text(recipe: str | Path | None, budget: BudgetOptions) -> str | None:
-    """The TOML of the recipe that is meant, for the record; None of a plan.json."""
+def recipe_text(recipe: str | Path | None, budget: BudgetOptions, config: ModelConfig, mla: Mla) -> str | None:
+    """The TOML of the recipe that is meant, for the record; None of a plan.json. config, mla: of the model, for whose
+    layers a preset is written out."""
     name = recipe_name(recipe, budget)
-    return None if is_plan(name) else Recipe.text(name)
+    if is_plan(name):
+        return None
+    preset = preset_of(name)
+    return (
+        mixtures.text(mixtures.recipe(preset, config, family.specs(config, mla), mla)) if preset else Recipe.text(name)
+    )
+
+
+def preset_of(name: str) -> str | None:
+    """The preset of llama-quantize that is meant, if it is one; a file of that name comes first."""
+    return None if Path(name).is_file() else mixtures.known(name)
+
+
+def rules_of(name: str, target: str | None, config: ModelConfig) -> Recipe:
+    """A recipe by name, as written; of a preset the rules for this model, in the layout that the target asks for."""
+    preset = preset_of(name)
+    if preset is None:
+        return Recipe.load(name)
+    mla = (targets.parse(target).mla if target else None) or "split"
+    return mixtures.recipe(preset, config, family.specs(config, mla), mla)
 
 
 def plan_model(
@@ -86,7 +106,7 @@ def _plan_model(
     if is_plan(name):
         return _read_plan(Path(name), source, target, budget)
     config = family.from_hf(source.config)
-    rules = aimed(Recipe.load(name), target, config)
+    rules = aimed(rules_of(name, target, config), target, config)
     targets.check_model(rules.target, config)
     specs = as_stored(family.specs(config, rules.mla), source)
     closed = not budget.given and not (rules.is_open and rules.budget)
@@ -240,7 +260,8 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
     """`plan_model` for one of several that are shown together: target and budget are for those that they can decide."""
     if is_plan(recipe):
         return plan_model(model, recipe)
-    return plan_model(model, recipe, target, budget if Recipe.load(recipe).is_open else NO_BUDGET)
+    is_open = preset_of(recipe) is None and Recipe.load(recipe).is_open
+    return plan_model(model, recipe, target, budget if is_open else NO_BUDGET)
 
 
 def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:

@@ -22,15 +22,14 @@ from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.runtime_mode import runtime_mode
 from quantkit.evaluation.verify import verify
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.gguf_values import U32
 from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
-from quantkit.formats.whole_file import write_json, write_text
+from quantkit.formats.whole_file import make_folders, write_json, write_text
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
-from quantkit.models.open import open_weights, see_like
+from quantkit.models.open import see_like
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
@@ -38,11 +37,11 @@ from quantkit.runtime.generate import Opener
 from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
-from quantkit.runtime.stream import Source
+from quantkit.tensors import Importance
 
 WORSE = (
-    "an imatrix holds no second moments, which quantkit's encoder needs (about half the KLD in the same bytes); "
-    "`quantkit make` measures and encodes with them in one visit of each layer"
+    "an imatrix holds no second moments, by which quantkit's encoder halves the KLD in the same bytes: --moments DIR "
+    "of `calibrate --moments DIR`, or `make`"
 )
 BASELINE_WHY = "the baseline, of the same types, which is judged alike and then removed"
 FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
@@ -53,22 +52,40 @@ def source_of(checkpoint: Checkpoint, device: str) -> CheckpointSource:
     return CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def open_for_calibration(model: str | Path, device: str) -> Source:
-    """What calibration can run: a checkpoint (folder, bundled name, Hub id), or a GGUF file layer by layer."""
-    if is_gguf(model) or Path(model).suffix == ".gguf":
-        return open_source(model, device)
-    return source_of(open_weights(model), device)
-
-
 @dataclass(frozen=True)
 class QuantizeOptions:
     """How `quantize` writes: bytes of one file (default any), whether to discard
-    what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`."""
+    what an interrupted run left, and whether to replace a finished file; keep_ledger as in `GGUFWriter.open`.
+
+    encoder: quantkit, by the moments in a folder of `calibrate --moments`; ggml; or auto: quantkit where there are
+    moments. effort: fast, normal or best; device: cpu or cuda, default a GPU if there is one; both for quantkit's."""
 
     split_max_bytes: int | None = None
     restart: bool = False
     overwrite: bool = False
     keep_ledger: bool = False
+    encoder: str = "auto"
+    moments: Path | None = None
+    effort: str = "normal"
+    device: str | None = None
+
+    @property
+    def by_moments(self) -> Path | None:
+        """The folder to encode by with quantkit's encoder; None: with ggml's. QuantkitError if it is not given."""
+        if self.encoder == "quantkit" and self.moments is None:
+            raise QuantkitError(
+                "--encoder quantkit needs second moments: run `quantkit calibrate MODEL --moments DIR`, give --moments "
+                "DIR here; or `quantkit make`, which measures and encodes in one visit of each layer"
+            )
+        return None if self.encoder == "ggml" else self.moments
+
+    @property
+    def reason(self) -> str:
+        """Which encoder it takes, and why."""
+        if folder := self.by_moments:
+            return f"quantkit, effort {self.effort}, by the moments in {folder}"
+        why = "as asked, and" if self.encoder == "ggml" else "for"
+        return f"ggml, {why} {WORSE}"
 
 
 def quantize_model(
@@ -81,26 +98,24 @@ def quantize_model(
     why: str = WORSE,
 ) -> list[Path]:
     """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`.
-    why: what is said of that."""
-    say(f"encoding with ggml, byte for byte as llama-quantize: {why}")
+    With quantkit's encoder: `job.by_moments`. why: what is said of ggml's, if anything."""
+    if why:
+        say(f"encoding with ggml, byte for byte as llama-quantize: {why}")
     see_like(checkpoint, plan.by_name)
+    imatrix, output = output_of(checkpoint, plan, imatrix_path, out, how)
     with locked(out.parent):
-        loaded, info = load_imatrix(imatrix_path)
-        imatrix = fit_importance(plan, loaded)
-        fingerprint = {
-            "checkpoint": checkpoint.fingerprint(),
-            "plan": plan.digest(),
-            "imatrix": imatrix_digest(imatrix),
-        }
-        extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
-        return quantize(
-            checkpoint,
-            plan,
-            imatrix,
-            Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger),
-            GgmlEncoder(),
-            after_layer=after_layer,
-        )
+        return quantize(checkpoint, plan, imatrix, output, GgmlEncoder(), after_layer=after_layer)
+
+
+def output_of(
+    checkpoint: Checkpoint, plan: Plan, imatrix_path: Path, out: Path, how: QuantizeOptions
+) -> tuple[dict[str, Importance], Output]:
+    """The importance for a plan, and the file that is to be written by it."""
+    loaded, info = load_imatrix(imatrix_path)
+    imatrix = fit_importance(plan, loaded)
+    fingerprint = {"checkpoint": checkpoint.fingerprint(), "plan": plan.digest(), "imatrix": imatrix_digest(imatrix)}
+    extra = imatrix_metadata(len(imatrix), info.chunk_count, info.datasets[0] if info.datasets else None)
+    return imatrix, Output(out, fingerprint, extra, how.split_max_bytes, how.restart, how.overwrite, how.keep_ledger)
 
 
 def imatrix_metadata(n_entries: int, n_chunks: int, dataset: str | None) -> dict[str, Any]:
@@ -225,6 +240,7 @@ def verify_file(
         result["configuration"] = {"status": independent.status, "detail": independent.detail}
     result |= {"text": text.name, "text_sha256": text.digest}
     if out:
+        make_folders(out.parent)
         write_json(out, result)
     return result
 

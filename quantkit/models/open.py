@@ -1,4 +1,4 @@
-"""What a person calls a model, and opening it: a folder, the name of a bundled model, or a model on a Hub."""
+"""What a person calls a model, and opening it: a folder, the name of a bundled model, a model on a Hub, or a GGUF."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -16,6 +16,7 @@ from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
 from quantkit.models.config import MTP
+from quantkit.models.gguf_checkpoint import GGUFCheckpoint
 from quantkit.models.tokenizer_metadata import special_ids, tokenizer_metadata
 from quantkit.progress import say_once
 from quantkit.sizes import parse_size
@@ -100,11 +101,11 @@ def _opened(ref: ModelRef) -> Checkpoint | Geometry:
 
         if remote := repo.parse(str(ref)):
             return repo.open_remote(remote, ref.cache_bytes, _needed)
+    if is_gguf(path):
+        return GGUFCheckpoint.of(path)
     if path.is_file():
-        what = "a GGUF file" if is_gguf(path) else "a file"
-        raise QuantkitError(f"{ref} is {what}, not the folder of a model with config.json")
-    names = ", ".join(bundle.model_names())
-    raise QuantkitError(f"{ref}: no such folder, not one of the bundled models ({names}), and not a Hub id (user/name)")
+        raise QuantkitError(f"{ref} is a file, neither a GGUF nor the folder of a model with config.json")
+    raise QuantkitError(bundle.no_model(str(ref)))
 
 
 def open_weights(model: ModelRef | Path | str) -> Checkpoint:

@@ -5,7 +5,10 @@ chat_template.jinja, as a list of named templates, in special_tokens_map.json, o
 generation_config.json. What is in none of them is refused, where text cannot be computed without it.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,14 @@ import gguf
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import read_text, read_text_file
+from quantkit.formats.byte_source import open_regular, read_text, read_text_file
+from quantkit.formats.gguf_header import parse_header
 from quantkit.formats.gguf_values import U32, I32List
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.tensor_table import CONFIG
 from quantkit.models import tiktoken
 from quantkit.models.added_tokens import SETTINGS, TOKENIZER, added_in_settings, with_settings
-from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, built, check_alike, rebuilt
+from quantkit.models.tokenizer import WHOLE_WORDS, Patterns, built, check_alike, rebuilt, tokenizer_of_gguf
 from quantkit.models.tokenizer_json import around, id_of, named, text_of, tokenizer_of_json
 from quantkit.progress import say_once
 
@@ -35,29 +39,46 @@ FILES = (TOKENIZER, tiktoken.FILE, SETTINGS, TOKEN_MAP, GENERATION, TEMPLATE, PR
 
 
 def read_tokenizer(folder: Path, known: Patterns) -> Tokenizer:
-    """The checkpoint's own tokenizer. QuantkitError for what no GGUF can say (see tokenizer_json)."""
+    """The checkpoint's own tokenizer, or a GGUF's. QuantkitError for what no GGUF can say (see tokenizer_json)."""
+    if folder.is_file():
+        return tokenizer_of_gguf(_of_gguf(folder), known)
     return tokenizer_of_json(_tokenizer_json(folder), known, str(file_of(folder)))
 
 
 def file_of(folder: Path) -> Path:
-    """The file that has the vocabulary: tokenizer.json, or tiktoken.model where there is none."""
+    """The file that has the vocabulary: tokenizer.json, or tiktoken.model where there is none; of a GGUF itself."""
+    if folder.is_file():
+        return folder
     others = folder / tiktoken.FILE
     return others if others.is_file() and not (folder / TOKENIZER).is_file() else folder / TOKENIZER
 
 
 def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns, template: str | None = None) -> dict[str, Any]:
-    """`tokenizer.*` keys for a checkpoint folder.
+    """`tokenizer.*` keys for a checkpoint folder; of a GGUF its own.
 
     n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
     template: for chats, where no file has one.
     QuantkitError, naming file and key, for what llama.cpp would read as another tokenizer, and for a BOS or EOS that no
     file names. Says in a line what is left out.
     """
+    if folder.is_file():
+        return {key: value for key, value in _of_gguf(folder).items() if key.startswith("tokenizer.")}
     try:
         found = _metadata(folder, n_vocab, known)
         return found | templates_metadata(chat_templates(folder), folder, template)
     except (TypeError, KeyError, AttributeError) as error:
         raise QuantkitError(f"{folder / TOKENIZER}: not the structure of a BPE tokenizer ({error})") from None
+
+
+def _of_gguf(path: Path) -> Mapping[str, Any]:
+    return _read_gguf(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(2)
+def _read_gguf(path: Path, changed: int) -> Mapping[str, Any]:
+    """Metadata of a file as it is since `changed`: a vocabulary takes a second to read."""
+    with os.fdopen(open_regular(path), "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+        return parse_header(mapped, path).metadata
 
 
 def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
@@ -177,7 +198,8 @@ class SpecialTokens:
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     """config.json's `bos_token_id` and `eos_token_id` as the tokenizer has them."""
-    return {f"{key}_token_id": int(metadata[f"tokenizer.ggml.{key}_token_id"].value) for key in ("bos", "eos")}
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+    return {f"{key}_token_id": int(i.value if isinstance(i, U32) else i) for key, i in ids.items() if i is not None}
 
 
 def chat_templates(folder: Path, settings: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -37,7 +37,8 @@ def make_plan(
         qtype = spec.fixed if rule is None else rule.qtype or (chosen or {}).get(spec.name)
         if qtype is None:
             raise QuantkitError(f"{recipe.source}: {spec.name} is left to a budget; give one, such as --size 140GB")
-        picked.append((spec, rule, targets.fitting(recipe.target, spec.role, spec.n_in, qtype)))
+        fallback = rule.fallback if rule else None
+        picked.append((spec, rule, targets.fitting(recipe.target, spec.role, spec.n_in, qtype, fallback)))
     tensors = _lay_out(picked)
     plan = Plan(model, recipe.name, recipe.target, mla_of((s.name for s in specs), recipe.mla), tensors, outlook)
     check_target(plan)
@@ -172,7 +173,8 @@ def _why(rule: Rule | None, spec: TensorSpec, qtype: str) -> str:
 def _item(spec: TensorSpec, rule: Rule | None, recipe: Recipe, damage: Damage) -> Item:
     """A tensor and its types; those that a rule or the format fixes have one."""
     target, fixed = recipe.target, spec.fixed or (rule.qtype if rule else None)
-    fitting = (targets.fitting(target, spec.role, spec.n_in, fixed),) if fixed else ()
+    fallback = rule.fallback if rule else None
+    fitting = (targets.fitting(target, spec.role, spec.n_in, fixed, fallback),) if fixed else ()
     names = fitting or (rule.allocate.of(spec, target) if rule and rule.allocate else ())
     if not names:
         number = rule.number if rule else 0

@@ -13,6 +13,7 @@ match = "ffn_down_exps"        # a glob with {a,b} on the role or the GGUF name,
 moe_layers = "first 6/58"      # that share of the layers with experts; or layers = "3-8,60", absolute
 target = "llama.cpp"           # only for this target, or a list of them
 qtype = "IQ2_XXS"
+fallback = "Q8_0"              # instead, where the blocks of qtype do not divide the rows; default as llama-quantize
 optional = true                # may match nothing
 why = "the reason"             # for plan.json; optional
 
@@ -30,12 +31,12 @@ gpu = "12GiB"                  # all but the routed experts
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import translate
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit import bundle
 from quantkit.codecs import types as qtypes
@@ -48,6 +49,7 @@ from quantkit.planning.targets import TARGETS
 from quantkit.sizes import parse_size
 from quantkit.tensors import TensorSpec
 
+T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 SHARE = re.compile(r"(first|last) ([0-9]{1,4})/([0-9]{1,4})")
 LAYERS = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
@@ -117,7 +119,8 @@ class Budget:
 @dataclass(frozen=True)
 class Rule:
     """number: position in the file, from 1; layers and targets: None means any. qtype None: `allocate` says from what
-    the budget may choose."""
+    the budget may choose. fallback: the type of tensors whose rows the blocks of qtype do not divide; None: what
+    `targets.fitting` takes."""
 
     number: int
     match: tuple[str, ...]
@@ -128,6 +131,7 @@ class Rule:
     targets: tuple[str, ...] | None = None
     optional: bool = False
     allocate: Candidates | None = None
+    fallback: str | None = None
 
     def matches(self, spec: TensorSpec, moe_layers: Sequence[int]) -> bool:
         """Whether it speaks of this tensor, in a model with these layers of routed experts."""
@@ -198,7 +202,11 @@ def _find(name_or_path: str | Path) -> Path:
         return path
     if name in bundle.recipe_names():
         return bundle.recipes_dir() / f"{name}.toml"
-    raise QuantkitError(f"no recipe {name!r}: not a file, and the bundled ones are {' '.join(bundle.recipe_names())}")
+    known = " ".join(bundle.recipe_names())
+    raise QuantkitError(
+        f"no recipe {name!r}: not a file, and the bundled ones are {known}, or as llama-quantize Q4_K_M and so on "
+        "(`quantkit recipes` lists them)"
+    )
 
 
 @cache
@@ -215,38 +223,64 @@ def _braces(pattern: str) -> list[str]:
     return [head + choice + end for choice in inside.split(",") for end in _braces(tail)]
 
 
-def _recipe(table: dict[str, Any], source: str) -> Recipe:
-    field = Fields(table, source)
-    field.known("name", "description", "target", "mla", "rules", "budget", "published")
-    name = field.text("name") if "name" in table else Path(source).stem
-    if not NAME.fullmatch(name):
-        raise field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")
-    rules = field.required("rules")
-    if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
-        raise field.error("rules must be one or more [[rules]] tables")
-    return Recipe(
-        name=name,
-        description=field.text("description") if "description" in table else "",
-        target=field.choice("target", TARGETS) if "target" in table else targets.LLAMA_CPP.name,
-        mla=MLA[field.choice("mla", MLA)] if "mla" in table else "split",
-        rules=_rules(rules, source),
-        source=source,
-        budget=_budget(table["budget"], f"{source}: budget") if "budget" in table else None,
-        published=field.choice("published", bundle.recipe_names()) if "published" in table else None,
-    )
+class _Wrong:
+    """Collects errors, so that a person hears of all of them at once."""
 
+    def __init__(self, where: str):
+        self.where, self.texts = where, list[str]()
 
-def _rules(tables: Sequence[dict[str, Any]], source: str) -> tuple[Rule, ...]:
-    """QuantkitError that names what is wrong with each of them."""
-    rules, wrong = [], []
-    for number, table in enumerate(tables, 1):
+    def read(self, make: Callable[[], T], otherwise: T) -> T:
+        """What `make` makes, or if that fails `otherwise`, for then there will be no recipe."""
         try:
-            rules.append(_rule(table, number, source))
+            return make()
         except QuantkitError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise QuantkitError("; ".join([wrong[0], *(text.removeprefix(f"{source}: ") for text in wrong[1:])]))
-    return tuple(rules)
+            self.texts.append(str(error))
+            return otherwise
+
+    def refuse(self) -> None:
+        """QuantkitError with all of them, if there are any; where they are is said once."""
+        if self.texts:
+            rest = (text.removeprefix(f"{self.where}: ") for text in self.texts[1:])
+            raise QuantkitError("; ".join([self.texts[0], *rest]))
+
+
+def _recipe(table: dict[str, Any], source: str) -> Recipe:
+    field, wrong = Fields(table, source), _Wrong(source)
+    wrong.read(lambda: field.known("name", "description", "target", "mla", "rules", "budget", "published"), None)
+
+    def text(key: str, otherwise: str) -> str:
+        return wrong.read(lambda: field.text(key), otherwise) if key in table else otherwise
+
+    def choice(key: str, choices: Collection[str]) -> str | None:
+        return wrong.read(lambda: field.choice(key, choices), None) if key in table else None
+
+    name = text("name", Path(source).stem)
+    if not NAME.fullmatch(name):
+        wrong.texts.append(str(field.error(f"name {name!r} must be letters, digits and . _ + - (64 at most)")))
+    mla = choice("mla", MLA)
+    found = Recipe(
+        name=name,
+        description=text("description", ""),
+        target=choice("target", TARGETS) or targets.LLAMA_CPP.name,
+        mla=MLA[mla] if mla else "split",
+        rules=wrong.read(lambda: _rules(field), ()),
+        source=source,
+        budget=wrong.read(lambda: _budget(table["budget"], f"{source}: budget"), None) if "budget" in table else None,
+        published=choice("published", bundle.recipe_names()),
+    )
+    wrong.refuse()
+    return found
+
+
+def _rules(field: Fields) -> tuple[Rule, ...]:
+    """QuantkitError that names what is wrong with each of them."""
+    tables = field.required("rules")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise field.error("rules must be one or more [[rules]] tables")
+    wrong = _Wrong(field.where)
+    rules = [wrong.read(partial(_rule, table, number, field.where), None) for number, table in enumerate(tables, 1)]
+    wrong.refuse()
+    return tuple(rule for rule in rules if rule)
 
 
 def _budget(table: Any, where: str) -> Budget:
@@ -264,32 +298,55 @@ def _budget(table: Any, where: str) -> Budget:
 
 
 def _rule(table: dict[str, Any], number: int, source: str) -> Rule:
-    field = Fields(table, f"{source}: rule {number}")
-    field.known("match", "layers", "moe_layers", "target", "qtype", "allocate", "optional", "why")
+    field, wrong = Fields(table, f"{source}: rule {number}"), _Wrong(source)
+    keys = ("match", "layers", "moe_layers", "target", "qtype", "fallback", "allocate", "optional", "why")
+    wrong.read(lambda: field.known(*keys), None)
+    wrong.read(lambda: _check_together(field), None)
+
+    def choice(key: str) -> str | None:
+        return wrong.read(lambda: field.choice(key, qtypes.QTYPES), None) if key in table else None
+
+    def known_targets() -> tuple[str, ...]:
+        return tuple(field.choice_of("target", name, TARGETS) for name in field.texts("target"))
+
+    where = f"{field.where}: allocate"
+    found = Rule(
+        number=number,
+        match=wrong.read(lambda: _match(field), ()),
+        qtype=choice("qtype"),
+        fallback=choice("fallback"),
+        why=wrong.read(lambda: field.text("why"), "") if "why" in table else f"rule {number} of {source}",
+        layers=wrong.read(lambda: _layers(field), None) if "layers" in table else None,
+        share=wrong.read(lambda: _share(field), None) if "moe_layers" in table else None,
+        targets=wrong.read(known_targets, None) if "target" in table else None,
+        optional=bool(table.get("optional", False)),
+        allocate=wrong.read(lambda: _candidates(table["allocate"], where), None) if "allocate" in table else None,
+    )
+    wrong.refuse()
+    return found
+
+
+def _check_together(field: Fields) -> None:
+    """QuantkitError for keys that exclude each other, or are missing."""
+    table, wrong = field.table, []
     if "layers" in table and "moe_layers" in table:
-        raise field.error("has both layers and moe_layers; give one")
-    optional = table.get("optional", False)
-    if not isinstance(optional, bool):
-        raise field.error(f"optional must be true or false, not {optional!r}")
+        wrong.append("has both layers and moe_layers; give one")
+    if not isinstance(table.get("optional", False), bool):
+        wrong.append(f"optional must be true or false, not {table['optional']!r}")
     if ("qtype" in table) == ("allocate" in table):
-        raise field.error("needs either qtype, the type, or allocate, what the budget may choose from")
+        wrong.append("needs either qtype, the type, or allocate, what the budget may choose from")
+    elif "fallback" in table and "qtype" not in table:
+        wrong.append("fallback stands in for a qtype, and this rule leaves the type to the budget")
+    if wrong:
+        raise field.error("; ".join(wrong))
+
+
+def _match(field: Fields) -> tuple[str, ...]:
     match = field.texts("match")
     for pattern in match:
         if not re.fullmatch(r"([^{}]|\{[^{}]*\}){1,200}", pattern) or pattern.count("{") > 4:
             raise field.error(f"match {pattern!r}: braces must pair and not nest (4 pairs at most)")
-    return Rule(
-        number=number,
-        match=match,
-        qtype=field.choice("qtype", qtypes.QTYPES) if "qtype" in table else None,
-        why=field.text("why") if "why" in table else f"rule {number} of {source}",
-        layers=_layers(field) if "layers" in table else None,
-        share=_share(field) if "moe_layers" in table else None,
-        targets=tuple(field.choice_of("target", t, TARGETS) for t in field.texts("target"))
-        if "target" in table
-        else None,
-        optional=optional,
-        allocate=_candidates(table["allocate"], f"{source}: rule {number}: allocate") if "allocate" in table else None,
-    )
+    return match
 
 
 def _candidates(table: Any, where: str) -> Candidates:

@@ -1,13 +1,15 @@
 """A plan as a table that reads in 100 columns: bytes, GiB (MiB if small) and bpw per class, types by layer."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from textwrap import wrap
+from typing import Any
 
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
 from quantkit.sizes import both_units
 
-TYPES_WIDTH = 48
+TYPES_WIDTH = 30  # the table has 79 columns
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 
 
@@ -36,6 +38,34 @@ def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
             f"solver      {plan.outlook.solver}, at most {plan.outlook.gap:.3%} above the least possible",
         ]
     return "\n".join(lines)
+
+
+def facts(plan: Plan, file_bytes: int, kld: float, source: str) -> dict[str, Any]:
+    """`render` and `outlook` for programs. Of every class of tensors its bytes, bpw, and roles: type -> layers."""
+    classes: dict[str, Any] = {}
+    for group in CLASSES:
+        if mine := [tensor for tensor in plan.tensors if tensor.group == group]:
+            roles: dict[str, dict[str, list[int]]] = {}
+            for tensor in mine:
+                at = roles.setdefault(tensor.role, {}).setdefault(tensor.qtype, [])
+                at += [] if tensor.layer is None else [tensor.layer]
+            classes[group] = {"bytes": sum(tensor.n_bytes for tensor in mine), "bpw": bpw(mine), "roles": roles}
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe,
+        "target": plan.target,
+        "mla": plan.mla,
+        "tensors": len(plan.tensors),
+        "weights": sum(tensor.n_weights for tensor in plan.tensors),
+        "bytes": plan.n_bytes,
+        "file_bytes": file_bytes,
+        "bpw": plan.bpw,
+        "routed_bpw": plan.routed_bpw,
+        "predicted_kld": kld,
+        "predicted_by": source,
+        "outlook": asdict(plan.outlook) if plan.outlook else None,
+        "classes": classes,
+    }
 
 
 def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:

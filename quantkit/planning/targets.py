@@ -162,20 +162,22 @@ def suggest(target: str, role: str, n_in: int) -> tuple[str, ...]:
 FALLS_BACK = "its blocks do not divide rows of"
 STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
-these, and IQ4_NL for all that are coarser and have blocks of 256."""
+these, and IQ4_NL for all that are coarser and have blocks of 256 (b11434 itself takes Q4_0 for Q2_K and Q3_K)."""
 NOT_BY_ITSELF = ("Q4_0", "MXFP4", "Q5_0", "Q5_1")
 """What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0 and
 MXFP4, which are for copies of INT4 and FP4 weights."""
 
 
-def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
+def fitting(target: str, role: str, n_in: int, qtype: str, fallback: str | None = None) -> str:
     """The type, or what stands in for it where its blocks do not divide the rows: V2-Lite's 10,944, Moonlight's 1,408.
 
-    By rule, as llama-quantize falls back: to STAND_IN, or Q8_0 where the target does not compute that; F16 where no
-    block of 32 fits.
+    fallback, if that divides them; else as llama-quantize falls back: to STAND_IN, or Q8_0 where the target does not
+    compute that; F16 where no block of 32 fits.
     """
     if qtypes.fits(qtype, n_in):
         return qtype
+    if fallback and qtypes.fits(fallback, n_in):
+        return fallback
     known = suggest(target, role, n_in)
     return next((name for name in (STAND_IN.get(qtype, "IQ4_NL"), "Q8_0", "F16") if name in known), qtype)
 

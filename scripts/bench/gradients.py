@@ -21,12 +21,12 @@ from stream import R1_DENSE, R1_MOE, drop_cache
 from quantkit import bundle
 from quantkit.calibration import gradients
 from quantkit.calibration.gradients import GradientOptions, GradientPass, Labels, Rows
-from quantkit.calibration.options import active_weights
 from quantkit.calibration.spill import Spill
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.memory import Limits, memory, room_for
+from quantkit.runtime.rates import active_weights
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 

@@ -44,11 +44,11 @@ def child(arguments: list[str], log: Path) -> None:
         return encode(checkpoint, config, job, *rest)
 
     def noted_flush(self):
-        for visit, _, _ in self.waiting:
+        for expert, *_ in self.waiting:
             mine = [
                 (self.planned[role].name, self.specs[role].shape[1]) for role in ROUTED_ROLES if role in self.planned
             ]
-            note(*((name, visit.expert * rows, (visit.expert + 1) * rows) for name, rows in mine))
+            note(*((name, expert * rows, (expert + 1) * rows) for name, rows in mine))
         flush(self)
 
     def noted_whole(self, role, name, spec, hessian):

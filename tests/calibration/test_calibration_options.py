@@ -10,10 +10,11 @@ from quantkit import bundle
 from quantkit.calibration import options, state
 from quantkit.calibration.collect import Accumulator, collect
 from quantkit.calibration.corpus import Chunks, TextChoice
-from quantkit.calibration.options import LEAST, active_weights, check_length, sized, wanted
+from quantkit.calibration.options import LEAST, check_length, sized, wanted
 from quantkit.calibration.state import PassState
 from quantkit.errors import QuantkitError
 from quantkit.models import family
+from quantkit.runtime.rates import active_weights
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 

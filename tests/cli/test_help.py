@@ -49,7 +49,7 @@ def test_a_wrong_value_is_refused_before_torch_is_loaded(call, says, tmp_path):
 
 def test_recipes_are_listed_and_shown():
     listed = CliRunner().invoke(main, ["recipes"]).output
-    assert "1.58bit" in listed and "within a budget" in listed
+    assert "1.58bit" in listed and "Within a budget" in listed
     shown = CliRunner().invoke(main, ["recipes", "1.58bit"]).output
     assert 'name = "1.58bit"' in shown and "[[rules]]" in shown
 

@@ -1,21 +1,25 @@
 """The command line only translates: how many options it has, and what they are handed on as."""
 
+import json
 import subprocess
 import sys
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.cli.options import OUT_FOLDER, FileSize, Shared, SizeOrBits
+from quantkit.cli.options import Shared
+from quantkit.cli.values import OUT_FOLDER, FileSize, SizeOrBits, Tokens
 from quantkit.errors import QuantkitError, needs
 from quantkit.models.open import ModelRef
 
 # 20 and 112; `make --dry-run`: what a job of hours takes is asked for before it begins; `run --system` and `-f`, which
 # every program that runs GGUF files has; `hardware --gpu` and `--cpu`, of a machine that is still to be bought; `make
 # --baseline`: how much better than ggml's encoder, a report says first; --no-mtp of `make` and `plan`, as llama.cpp's
-# converter has it.
-MOST, MOST_OF_ALL = 23, 120
+# converter has it; our encoder in stages (`calibrate --moments`, and of `quantize --moments --encoder --effort
+# --device`); `--json` of `inspect`, `plan` and `hardware`.
+MOST, MOST_OF_ALL = 23, 128
 
 
 def test_no_command_has_more_options_than_a_person_reads():
@@ -29,7 +33,9 @@ def test_no_command_has_more_options_than_a_person_reads():
 def test_help_needs_no_torch():
     """It answers at once: heavy modules are imported by the command that runs, wrong sizes refused before."""
     program = "import sys\nfrom quantkit.__main__ import main\ntry:\n main()\nfinally:\n print('torch' in sys.modules)"
-    for arguments in (["--help"], ["make", "--help"], ["make", "--size", "much"], ["run", "--help"]):
+    wrong = (["--size", "much"], ["--recipe", "9bit"], ["--target", "vllm"], ["--tokens", "x"], ["no-such-model"])
+    helps = (["--help"], ["make", "--help"], ["run", "--help"])
+    for arguments in (*helps, *(["make", *each] for each in wrong)):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "False", (arguments, done.stderr)
 
@@ -40,8 +46,6 @@ def test_options_become_one_noun():
     @click.option("--c")
     def command(both: dict[str, str], c: str) -> None:
         click.echo(f"{both} {c}")
-
-    from click.testing import CliRunner
 
     assert CliRunner().invoke(command, ["--a", "1", "--b", "2", "--c", "3"]).output == "{'a': '1', 'inner': '<2>'} 3\n"
     assert [parameter.name for parameter in command.params] == ["a", "b", "c"]
@@ -82,9 +86,42 @@ def test_home_is_the_home_folder(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_number_is_refused_by_its_option(call):
-    from click.testing import CliRunner
-
     done = CliRunner().invoke(main, [__file__ if word == "FILE" else word for word in call])
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
     said = done.output.splitlines()[-1]
     assert call[2] in said and (call[3] in said or f"{float(call[3]):.1f}" in said), done.output
+
+
+def test_tokens_may_be_thousands():
+    kind = Tokens()
+    assert kind.convert("32k", None, None) == 32768 and kind.convert("16384", None, None) == 16384
+    for name in ("make", "calibrate", "sensitivity", "verify"):
+        assert any(isinstance(p.type, Tokens) and p.name == "tokens" for p in main.commands[name].params), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (["inspect", "tiny-r1"], {"kind", "name", "model", "bytes", "types", "tensors"}),
+        (["plan", "tiny-r1"], {"recipe", "file_bytes", "predicted_kld", "classes"}),
+        (
+            ["hardware", "tiny-r1", "--recipe", "Q4_K_M", "--ram", "1GB", "--vram", "0", "--bandwidth", "ram=10"],
+            {"machine", "context", "plans"},
+        ),
+    ],
+)
+def test_programs_read_json(arguments, keys):
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0 and keys <= json.loads(done.stdout).keys()
+
+
+def test_a_refused_job_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["make", "-o", "a/b", "--memory", "1MB"],
+        ["calibrate", "-o", "c/d/i.gguf", "--memory", "1MB", "--moments", "e/f"],
+        ["sensitivity", "--imatrix", __file__, "-o", "g/h"],
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 1, done.output
+        assert not list(tmp_path.iterdir()), arguments

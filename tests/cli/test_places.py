@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.cli.options import MODEL_FILE
+from quantkit.cli.values import MODEL_FILE
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate, Check
 from quantkit.formats.gguf_folder import model_in

@@ -45,7 +45,7 @@ def test_what_is_printed_to_a_closed_stream_lands_in_no_file(tmp_path):
 
 def test_who_stops_reading_gets_no_traceback():
     done = shell("set -o pipefail; $Q plan deepseek-r1 --recipe unsloth-1.58bit | head -1")
-    assert done.returncode == 1 and done.stdout.startswith(b"deepseek-r1") and done.stderr == b""
+    assert done.returncode in (0, 141) and done.stdout.startswith(b"deepseek-r1") and done.stderr == b""
     for call in ("plan tiny-r1", "--help"):
         done = shell(f"$Q {call} > /dev/full")
         assert done.returncode == 1 and done.stderr == b"quantkit: No space left on device\n", done.stderr

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,8 @@ from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job import make as job
-from quantkit.job.make import make, what_it_takes
+from quantkit.job.folder import begin
+from quantkit.job.make import make, order_of, what_it_takes
 from quantkit.job.options import MakeOptions
 from quantkit.job.status import status
 
@@ -50,11 +52,19 @@ def test_the_encoder_is_named_with_its_reason(changed, says, made, tmp_path):
     assert says in lines[0]
 
 
-def test_a_large_model_on_a_cpu_gets_its_worse_encoder_with_the_times_of_the_better(monkeypatch, tmp_path):
-    monkeypatch.setattr("quantkit.job.options.SMALL_WEIGHTS", 1)
-    line = what_it_takes("tiny-r1", tmp_path / "out", MakeOptions(calibration=SHORT, device="cpu"))[0]
-    assert "ggml, a large model on a CPU" in line
-    assert "--encoder quantkit --effort normal" in line and "--encoder quantkit --effort fast" in line
+def test_a_large_model_on_a_cpu_gets_the_better_encoder_if_that_takes_less_than_a_day(monkeypatch, tmp_path):
+    for module in ("options", "forecast"):
+        monkeypatch.setattr(f"quantkit.job.{module}.SMALL_WEIGHTS", 1)
+    asked = MakeOptions(calibration=SHORT, device="cpu")
+    line = what_it_takes("tiny-r1", tmp_path / "out", asked)[0]
+    assert "quantkit, effort normal: encodes in about" in line and "--encoder ggml" in line
+    monkeypatch.setattr("quantkit.job.options.A_DAY", 0)
+    line = what_it_takes("tiny-r1", tmp_path / "out", asked)[0]
+    assert "ggml, a large model on a CPU" in line and "--encoder quantkit" in line
+    order = order_of("tiny-r1", tmp_path / "begun", asked)  # a job that was begun goes on with what it took
+    begin(order.folder, order.identity, {"packed_by": "quantkit"}, {}, restart=False)
+    assert order.encoder == "ggml" and order_of("tiny-r1", order.folder, asked).encoder == "quantkit"
+    assert order_of("tiny-r1", order.folder, replace(asked, restart=True)).encoder == "ggml"
 
 
 def test_a_finished_job_is_not_measured_again(made, tmp_path, capsys, monkeypatch):

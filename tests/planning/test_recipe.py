@@ -126,7 +126,7 @@ def test_embeddings_have_no_importance():
         (HEAD + ALL + ALL.replace("why", "because"), "rule 2: unknown key 'because'"),
         (
             HEAD + ALL.replace("qtype", "type") + ALL.replace("Q8_0", "Q8"),
-            "allocate, optional, why; rule 2: unknown qtype 'Q8'",
+            "why; rule 1: needs either qtype, the type, or allocate, what the budget may choose from; rule 2: unknown",
         ),
         (HEAD + ALL.replace('"w"', '"  "'), "rule 1: why must be one line of text"),
         (HEAD + ALL.replace('"w"', '"a\\nb"'), "rule 1: why must be one line of text"),
@@ -182,3 +182,41 @@ def test_bundled_recipes_say_why(name):
     assert recipe.name == name
     assert recipe.target == ("llama.cpp" if name.startswith("unsloth-") else "ktransformers")
     assert all(len(rule.why) > 15 for rule in recipe.rules)
+
+
+def test_all_errors_of_a_file_are_said_at_once():
+    wrong = (
+        'name = "a b"\ntarget = "foo"\ncolour = 1\n'
+        '[[rules]]\nmatch = "a{b"\nqtype = "Q9"\nlayers = "5-2"\nmoe_layers = "first 1/3"\n'
+        '[[rules]]\nmatch = "*"\nallocate = { floor = "X" }\nfallback = "Q8_0"\noptional = 3\n'
+        "[budget]\nbpw = 99\n"
+    )
+    with pytest.raises(QuantkitError) as caught:
+        parse(wrong)
+    said = str(caught.value)
+    for part in (
+        "unknown key 'colour'",
+        "name 'a b'",
+        "unknown target 'foo'",
+        "rule 1: has both layers and moe_layers",
+    ):
+        assert part in said
+    for part in (
+        "rule 1: match 'a{b'",
+        "rule 1: unknown qtype 'Q9'",
+        "rule 1: layers '5-2'",
+        "rule 2: optional must be",
+    ):
+        assert part in said
+    for part in ("fallback stands in for a qtype", "rule 2: allocate: unknown floor 'X'", "budget: bpw must be"):
+        assert part in said
+    assert said.count("r.toml") == 1
+
+
+def test_a_rule_says_what_short_rows_get():
+    """R1's k_b has rows of 128."""
+    by_default, asked = plan(rule(qtype="Q4_K")), plan(rule(qtype="Q4_K", fallback='"Q8_0"'))
+    name = "blk.0.attn_k_b.weight"
+    assert (by_default.by_name[name].qtype, asked.by_name[name].qtype) == ("Q5_0", "Q8_0")
+    assert asked.by_name["blk.0.attn_q_a.weight"].qtype == "Q4_K" and "by rule, but" in asked.by_name[name].why
+    assert plan(rule(qtype="Q4_K", fallback='"Q2_K"')).by_name[name].qtype == "Q5_0"  # which does not fit either

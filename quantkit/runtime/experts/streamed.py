@@ -91,14 +91,19 @@ class StreamedExperts:
         self, e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", watcher: Watcher | None
     ) -> torch.Tensor:
         """Its rows' share of the sum, float32 [m, d]."""
-        gate, up, down = matrices
         tokens, share = routes.of(e)
-        n = len(tokens)
-        rows = rounded_up(x[tokens.to(x.device)].to(gate.device))
-        hidden = swiglu(rows @ gate.T, rows @ up.T, self.limit)
+        n, down = len(tokens), matrices[-1]
+        rows = rounded_up(x[tokens.to(x.device)].to(down.device))
+        hidden = inner(rows, matrices, self.limit)
         if watcher is not None:
             watcher.observe_expert(ExpertVisit(e, tokens, rows[:n], hidden[:n], share, matrices))
         return (hidden @ down.T)[:n].float() * share[:, None]
+
+
+def inner(rows: torch.Tensor, matrices: Projections, limit: float | None) -> torch.Tensor:
+    """What goes into an expert's down, [m, n_ff], of rows [m, d] of its input. limit: as `swiglu` has it."""
+    gate, up, _ = matrices
+    return swiglu(rows @ gate.T, rows @ up.T, limit)
 
 
 class Routes:

@@ -1,0 +1,138 @@
+"""`calibrate --moments`, then `quantize --moments`: the bytes that `make` chooses in one pass."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import machine
+from quantkit.calibration.corpus import TextChoice
+from quantkit.calibration.measure import calibrate
+from quantkit.calibration.options import Calibration
+from quantkit.encoding import saved
+from quantkit.encoding.saved import MATRICES, ROWS, Keeper, Kept, experts_path, moments_path
+from quantkit.errors import QuantkitError
+from quantkit.job.by_moments import quantize_file
+from quantkit.job.make import make
+from quantkit.job.options import MakeOptions
+from quantkit.job.stages import QuantizeOptions, source_of
+from quantkit.models import family
+from quantkit.models.open import open_model, open_weights
+from quantkit.planning.plan import Plan
+
+TEXT = TextChoice(n_tokens=1024)
+RECIPE = """
+[[rules]]
+match = "ffn_{gate,up,down}_exps"
+layers = "1"
+qtype = "Q2_K"
+
+[[rules]]
+match = ["blk.0.attn_output.weight", "blk.1.attn_v_b.weight"]
+qtype = "Q4_K"
+
+[[rules]]
+match = "*"
+qtype = "Q8_0"
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What `make` leaves: experts of a layer, a matrix and one of heads are our encoder's."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = folder / "few.toml"
+    recipe.write_text(RECIPE)
+    options = MakeOptions(recipe, calibration=Calibration(TEXT), encoder="quantkit", device="cpu", verify=False)
+    make("tiny-r1", folder / "made", options)
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def source():
+    return source_of(open_weights("tiny-r1"), "cpu")
+
+
+def kept_in(folder: Path, source) -> Path:
+    calibrate(source, Calibration(TEXT), folder / "imatrix.gguf", keep=partial(Keeper, folder / "moments"))
+    return folder / "moments"
+
+
+def stage(whole: Path, folder: Path, out: Path, **how: object) -> list[Path]:
+    plan = Plan.from_json((whole / "plan.json").read_bytes())
+    options = replace(QuantizeOptions(moments=folder / "moments", device="cpu"), **how)
+    return quantize_file(open_weights("tiny-r1"), plan, folder / "imatrix.gguf", out, options)
+
+
+@pytest.mark.parametrize("form", [ROWS, MATRICES])
+def test_stage_by_stage_the_bytes_are_those_of_one_pass(form, whole, source, tmp_path, monkeypatch):
+    assert Kept(source.config, 1024, torch.float32).form == ROWS
+    monkeypatch.setattr(Kept, "form", form)
+    folder = kept_in(tmp_path, source)
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()), Kept(source.config, 1024, torch.float32).total()]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)  # what was said before
+    (file,) = stage(whole, tmp_path, tmp_path / "out.gguf")
+    assert file.read_bytes() == (whole / "tiny-r1-few.gguf").read_bytes()
+    assert (tmp_path / "imatrix.gguf").read_bytes() == (whole / "imatrix.gguf").read_bytes()
+    (worse,) = stage(whole, tmp_path, tmp_path / "ggml.gguf", encoder="ggml")
+    assert worse.stat().st_size == file.stat().st_size and worse.read_bytes() != file.read_bytes()
+
+
+def test_a_stopped_pass_goes_on_and_a_missing_layer_begins_it_anew(source, tmp_path, monkeypatch, capsys):
+    once: dict[str, bytes] = {}
+
+    whole_watch = Keeper.watch
+
+    def stop(layer: int) -> Callable[..., saved.LayerKeeper]:
+        def watch(self: Keeper, now: int) -> saved.LayerKeeper:
+            if now == layer:
+                raise QuantkitError("stopped")
+            return whole_watch(self, now)
+
+        return watch
+
+    for lost in (None, moments_path(tmp_path / "moments", 1)):
+        with monkeypatch.context() as patch, pytest.raises(QuantkitError, match="stopped"):
+            patch.setattr(Keeper, "watch", stop(3))
+            kept_in(tmp_path, source)
+        if lost:
+            lost.unlink()
+        folder = kept_in(tmp_path, source)
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert found == (once := once or found)
+        said = capsys.readouterr().err
+        assert ("the pass begins anew" if lost else "went through 3 of 4 layers") in said
+
+
+def test_what_does_not_fit_is_refused_in_one_line(whole, source, tmp_path, monkeypatch):
+    folder = kept_in(tmp_path, source)
+    with pytest.raises(QuantkitError, match="--encoder quantkit needs second moments: run `quantkit calibrate"):
+        stage(whole, tmp_path, tmp_path / "o.gguf", encoder="quantkit", moments=None)
+    path = experts_path(folder, 2)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(QuantkitError, match=r"experts-002.safetensors: damaged"):
+        stage(whole, tmp_path, tmp_path / "o.gguf")
+    path.unlink()
+    with pytest.raises(QuantkitError, match=r"experts-002.safetensors: no such file; `quantkit calibrate --moments"):
+        stage(whole, tmp_path, tmp_path / "p.gguf")
+    monkeypatch.setattr(machine, "free_disk", lambda _: 10**6)
+    with pytest.raises(QuantkitError, match=r"moments of 1,024 tokens take .* MB, .* MiB; free are 1.0 MB"):
+        kept_in(tmp_path / "full", source)
+
+
+def test_r1_is_kept_as_rows():
+    """57 GB a layer as matrices, as rows of 131,072 tokens a tenth of that: both exact."""
+    config = family.from_hf(open_model("deepseek-r1").config)
+    kept = Kept(config, 131072, torch.float32)
+    assert kept.form == ROWS
+    matrices = 256 * 4 * (7168**2 + 2048**2)
+    assert math.isclose(matrices, 57e9, rel_tol=0.01)
+    assert matrices < kept.of_layer(60, MATRICES) < matrices + 2.1e9
+    assert 3.7e9 < kept.of_layer(60, ROWS) < 6e9 and kept.total() < 0.4e12
+    assert "a layer, experts as the rows that theirs are sums of (as matrices: 58.8 GB" in kept.words()
