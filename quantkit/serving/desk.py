@@ -10,11 +10,10 @@ from starlette.requests import Request
 from tokenizers import Tokenizer
 
 from quantkit.runtime.generate import Engine
-from quantkit.serving.chat import tokenize_prompt
 from quantkit.serving.gate import Gate
 from quantkit.serving.grammar import Grammars
 from quantkit.serving.lanes import SHORT, Lanes
-from quantkit.serving.markers import Markers, Prompt
+from quantkit.serving.markers import Markers, Prompt, tokenize_prompt
 from quantkit.serving.metrics import Journal
 from quantkit.serving.refusals import Refused
 from quantkit.serving.renderer import TooLong

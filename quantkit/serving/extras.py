@@ -36,7 +36,7 @@ class TextBody(Asked):
     @model_validator(mode="after")
     def _one_text(self) -> "TextBody":
         if (self.content is None) == (self.prompt is None):
-            raise ValueError("content: the text; vLLM's clients call it prompt: send one of them")
+            raise ValueError("content is the text, which vLLM's clients call prompt: send one of them")
         return self
 
     def bos(self) -> bool:

@@ -15,7 +15,7 @@ class Spoken:
     def __init__(self, parted: bool = False, tools: bool = False):
         self.parted, self.tools = parted, tools
         self.thinking = self.begun = False  # begun: something other than space has come
-        self.calling = self.after = False  # after: reasoning has ended, and only line ends have come since
+        self.calling = self.after = False  # after: a tag of reasoning went before, and only line ends have come since
         self.held, self.n_calls = "", 0
 
     def add(self, text: str) -> dict[str, Any]:
@@ -44,6 +44,9 @@ class Spoken:
             before = self.held
             if not self.begun:
                 self._begin(final)
+            if self.after:
+                self.held = self.held.lstrip("\n")
+                self.after = not self.held
             if self.begun:
                 field, text = self._thought(final) if self.thinking else self._content(final)
                 out[field] += text
@@ -57,7 +60,7 @@ class Spoken:
         if text.startswith(BEGIN):
             self.begun = self.thinking = True
             if self.parted:
-                self.held = text.removeprefix(BEGIN).removeprefix("\n")
+                self.held, self.after = text.removeprefix(BEGIN), True
         elif final or not BEGIN.startswith(text):
             self.begun = True
 
@@ -71,9 +74,6 @@ class Spoken:
         return field, self._all_but(0 if final else _unsure(self.held, (END,)))
 
     def _content(self, final: bool) -> tuple[str, str]:
-        if self.after:
-            self.held = self.held.lstrip("\n")
-            self.after = not self.held
         places = [at for mark in OPENINGS if self.tools and (at := self.held.find(mark)) >= 0]
         if places:
             self.calling = True

@@ -16,64 +16,18 @@ from http.client import HTTPConnection, RemoteDisconnected
 
 import openai
 import pytest
-import uvicorn
 from mutations import Model
+from server import CONTEXT, KEY, Running
 
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import connections, http, scheduler
-from quantkit.serving.gate import Gate
-
-KEY = "secret"
-CONTEXT = 512
 
 
 @pytest.fixture(scope="module")
 def weights(made) -> GGUFWeights:
     return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
-
-
-class Running:
-    """A server in a thread of this process: its scheduler can be looked at."""
-
-    def __init__(self, weights: GGUFWeights, n_slots: int = 8, **limits):
-        self.engine = open_engine(weights, n_slots, CONTEXT)
-        tokenizer = weights.tokenizer()
-        self.api = http.Api("tiny", weights.file.metadata, tokenizer, self.engine, http.Settings(**limits), Gate(KEY))
-        self.listener = http.bind("127.0.0.1", 0)
-        self.port = self.listener.getsockname()[1]
-        self.server: uvicorn.Server = http.server(self.api)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def client(self, **options) -> openai.OpenAI:
-        given = {"base_url": f"http://127.0.0.1:{self.port}/v1", "api_key": KEY, "max_retries": 0, **options}
-        return openai.OpenAI(**given)
-
-    def post(self, body: bytes, path: str = "/v1/chat/completions", **headers) -> tuple[int, dict]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
-        base = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        connection.request("POST", path, body, base | {k.replace("_", "-"): v for k, v in headers.items()})
-        answer = connection.getresponse()
-        found = answer.status, json.loads(answer.read())
-        connection.close()
-        return found
-
-    def wait_idle(self, seconds: float = 20) -> None:
-        scheduler, end = self.api.scheduler, time.monotonic() + seconds
-        while scheduler.running or scheduler.waiting:
-            assert time.monotonic() < end, f"{len(scheduler.running)} jobs still run"
-            time.sleep(0.01)
-        assert sorted(scheduler.free) == list(range(self.engine.n_slots))
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        self.listener.close()
-        assert not self.thread.is_alive() and not self.api.scheduler.thread.is_alive()
 
 
 def endless(engine, monkeypatch) -> None:
