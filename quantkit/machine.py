@@ -176,6 +176,13 @@ def gpu_bandwidth(n_bytes: int = RAM_BYTES, repeats: int = 5) -> float | None:
     return 2 * n_bytes / min(_timed(copy) for _ in range(repeats))
 
 
+def gpu_name() -> str:
+    """As its driver calls it; there is one."""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def disk_bandwidth(path: Path, n_bytes: int = DISK_BYTES) -> float:
     """Reading the first bytes of a file past the page cache (O_DIRECT)."""
     import torch

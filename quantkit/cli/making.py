@@ -231,8 +231,8 @@ def plan(model: str, types: Types, compare: tuple[str, str] | None, outputs: tup
     streams.show(table.outlook(chosen, plan_file_bytes(model, chosen), kld, basis(model, chosen, budget.measured)))
 
 
-def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> "Machine":
-    """bandwidths: `ram=80`, `disk=FILE`; QuantkitError for what is neither."""
+def _machine(bandwidths: tuple[str, ...], **sizes: Any) -> "Machine":
+    """bandwidths: `ram=80`, `disk=FILE`; QuantkitError for what is neither. sizes: as `machine_of` takes them."""
     rates: dict[str, float] = {}
     disk = None
     for given in bandwidths:
@@ -246,9 +246,14 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
             rates[part] = 0.0
         if part not in ("ram", "gpu", "disk") or not 0 < rates[part] < MOST_BANDWIDTH:
             raise QuantkitError(f"--bandwidth {given}: write ram=80, gpu=900 or disk=3, in GB/s, or disk=FILE")
-    from quantkit.job.hardware import machine_of
+    from quantkit.planning import presets
 
-    return machine_of(ram, vram, rates.get("ram"), rates.get("gpu"), rates.get("disk"), disk)
+    for known, name in ((presets.gpu, sizes.get("gpu")), (presets.cpu, sizes.get("cpu"))):
+        if name:
+            known(name)
+    from quantkit.job.hardware import Named, machine_of  # torch takes a second to load
+
+    return machine_of(Named(**sizes), {part: rate * 1e9 for part, rate in rates.items()}, disk)
 
 
 @click.command()
@@ -265,6 +270,8 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
     (
         click.option("--ram", type=SIZE, default=None, help="RAM for the model. Default: this machine's."),
         click.option("--vram", type=SIZE, default=None, help="VRAM for it. Default: this machine's free VRAM."),
+        click.option("--gpu", metavar="NAME", default=None, help="A GPU that is not here: 3090, 4090, h200, …"),
+        click.option("--cpu", metavar="NAME", default=None, help="A CPU that is not here: epyc-9004, xeon-4, …"),
         click.option(
             "--bandwidth",
             "bandwidths",
@@ -273,20 +280,18 @@ def _machine(ram: int | None, vram: int | None, bandwidths: tuple[str, ...]) -> 
             help="Of ram, gpu or disk; may be repeated. Default: measured here, the disk's by --bandwidth disk=FILE, a "
             "file of 1 GB or more on it.",
         ),
+        options.their_threads,
     ),
     "machine",
     _machine,
 )
 @options.context
-@options.their_threads
-def hardware(
-    model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int, threads: int | None
-) -> None:
+def hardware(model: str, recipes: tuple[str, ...], target: str | None, machine: "Machine", context: int) -> None:
     """Which recipes fit a machine, how fast they can be, and the commands that start them. MODEL's default is
     deepseek-r1."""
     from quantkit.job.hardware import hardware_report
 
-    streams.show(hardware_report(model, recipes, target, machine, context, threads))
+    streams.show(hardware_report(model, recipes, target, machine, context, machine.threads))
 
 
 def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":

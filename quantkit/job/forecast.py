@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 CORE_RATE = 4e10  # operations a second of one core in products of float32
 ON_CPU = {"fast": 9e6, "normal": 2.5e6, "best": 1e6}  # weights a second and core, quantkit's encoders
 ON_GPU = {"fast": 1.5e9, "normal": 0.62e9, "best": 73e6}
-"""Weights a second of one H100 or H200, the whole pass. best: from 110 million with one pair of scale and shift; 16
-take half as long again."""
+"""Weights a second of one H100 or H200, the whole pass. best: gate and up alone have 75 million."""
 GGML = 4e6  # weights a second and core
 
 

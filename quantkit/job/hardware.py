@@ -1,6 +1,7 @@
 """`quantkit hardware`: which plans fit a machine, how fast they can be, and how to start them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit import bundle, machine
@@ -8,7 +9,8 @@ from quantkit.job.plan import files_of, load_or_plan
 from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
-from quantkit.planning import hardware_table, targets
+from quantkit.planning import hardware_table, presets, targets
+from quantkit.planning.arithmetic import Arithmetic, cores
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
 from quantkit.planning.recipe import Recipe
@@ -16,24 +18,60 @@ from quantkit.planning.recipe import Recipe
 SPLIT_BYTES = 50 * 10**9  # the default of --split-max-size
 
 
-def machine_of(
-    ram: int | None,
-    vram: int | None,
-    ram_bandwidth: float | None,
-    gpu_bandwidth: float | None,
-    disk_bandwidth: float | None,
-    disk: Path | None,
-) -> Machine:
-    """Sizes in bytes and bandwidths in GB/s as given, else as measured on this machine."""
-    if vram is None:
-        vram = machine.free_vram()
-    return Machine(
-        ram=machine.free_ram() if ram is None else ram,
-        vram=vram,
-        ram_bandwidth=ram_bandwidth * 1e9 if ram_bandwidth else machine.ram_bandwidth(),
-        gpu_bandwidth=gpu_bandwidth * 1e9 if gpu_bandwidth else machine.gpu_bandwidth() if vram else None,
-        disk_bandwidth=disk_bandwidth * 1e9 if disk_bandwidth else machine.disk_bandwidth(disk) if disk else None,
-    )
+@dataclass(frozen=True)
+class Named:
+    """A machine as a person says it: bytes that the model may take, names of `presets`, threads; None: as here."""
+
+    ram: int | None = None
+    vram: int | None = None
+    gpu: str | None = None
+    cpu: str | None = None
+    threads: int | None = None
+
+
+def machine_of(asked: Named, bandwidths: Mapping[str, float], disk: Path | None) -> Machine:
+    """bandwidths: bytes/s of `ram`, `gpu`, `disk`, where given. All else as published of what has a name, or measured
+    here, in a few seconds: unless the RAM's bandwidth is given, which says that another machine is meant."""
+    here = not asked.cpu and "ram" not in bandwidths
+    found, how = _cpu(asked, here)
+    gpu, found = _gpu(asked, replace(found, ram=machine.free_ram() if asked.ram is None else asked.ram))
+    how |= gpu
+    if disk and "disk" not in bandwidths:
+        found, how["disk"] = replace(found, disk_bandwidth=machine.disk_bandwidth(disk)), "measured"
+    return found.reading(bandwidths, {part: said for part, said in how.items() if part not in bandwidths})
+
+
+def _cpu(asked: Named, here: bool) -> tuple[Machine, dict[str, str]]:
+    """RAM's bandwidth and the CPU's arithmetic, and where they are from."""
+    n = asked.threads
+    if asked.cpu:
+        cpu = presets.cpu(asked.cpu)
+        rates = Arithmetic(cores(n or cpu.cores, cpu.core), cpu.matrix)
+        bandwidth = presets.SUSTAINED * cpu.bandwidth
+        found = Machine(0, ram_bandwidth=bandwidth, arithmetic=rates, threads=n or cpu.cores)
+        return found, {"ram": f"{presets.SUSTAINED} of published", "cpu": f"{n or cpu.cores} cores, assumed"}
+    if not here:
+        return Machine(0, threads=n), {}
+    from quantkit.runtime.native import probe  # with torch
+
+    n = n or threads_here()
+    rates = Arithmetic(probe.rates(n), probe.matrix())
+    how = {"ram": "measured", "cpu": f"{n} thread{'s' if n > 1 else ''}, measured"}
+    return Machine(0, ram_bandwidth=machine.ram_bandwidth(), arithmetic=rates, threads=n), how
+
+
+def _gpu(asked: Named, found: Machine) -> tuple[dict[str, str], Machine]:
+    """With its VRAM, bandwidth and arithmetic."""
+    known = presets.gpu(asked.gpu) if asked.gpu else None
+    vram = (known.vram if known else machine.free_vram()) if asked.vram is None else asked.vram
+    bandwidth = presets.SUSTAINED_GPU * known.bandwidth if known else machine.gpu_bandwidth() if vram else None
+    how = {"gpu": f"{presets.SUSTAINED_GPU} of published" if known else "measured"} if bandwidth else {}
+    if bandwidth and not known:
+        known = presets.like(machine.gpu_name())
+    rates = found.arithmetic
+    if known:
+        rates = replace(rates, pace=known.pace, products=known.products, bus=known.bus)
+    return how, replace(found, vram=vram, gpu_bandwidth=bandwidth, arithmetic=rates)
 
 
 def hardware_report(

@@ -16,13 +16,14 @@ from quantkit.models.config import Mla, ModelConfig
 from quantkit.models.open import ModelRef, open_model
 from quantkit.models.tokenizer_metadata import file_of
 from quantkit.planning import hardware, published, targets
-from quantkit.planning.assign import make_plan, plan_within, predict
+from quantkit.planning.assign import TooSmall, make_plan, plan_within, predict
 from quantkit.planning.budget import NO_BUDGET, BudgetOptions
 from quantkit.planning.damage import Damage, Measured, unmeasured
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan
 from quantkit.planning.recipe import Budget, Recipe
 from quantkit.progress import say_once
+from quantkit.sizes import both_units
 from quantkit.tensors import TensorSpec
 
 DEFAULT_RECIPE = "1.58bit"
@@ -103,7 +104,14 @@ def _plan_model(
     if budget.ram is None:
         own = rules.budget or Budget()
         return within(Budget(budget.size, budget.bpw, own.gpu) if budget.given else own)
-    return _plan_for_machine(within, config, rules.mla, budget)
+    try:
+        return _plan_for_machine(within, config, rules.mla, budget)
+    except TooSmall as error:
+        if not error.needed or not budget.vram:
+            raise
+        usual = make_plan(specs, Recipe.load(DEFAULT_RECIPE), f"{rules.target}/{rules.mla}", model=source.name)
+        size = max(error.needed, file_bytes(source, usual, split_max_bytes))
+        return _say_disk(within(_budget_of_machine(config, rules.mla, budget, size)), config, budget)
 
 
 def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
@@ -138,17 +146,39 @@ def _read_plan(path: Path, source: Checkpoint | Geometry, target: str | None, bu
 def _plan_for_machine(within: Callable[[Budget], Plan], config: ModelConfig, mla: Mla, budget: BudgetOptions) -> Plan:
     """Everything but the routed experts on the GPU, experts in RAM, those of whole layers on the GPU while they fit."""
     machine = hardware.Machine(budget.ram or 0, budget.vram or 0)
-    cache = budget.context * hardware.kv_bytes(config, mla)
-    words = f"{machine.ram:,} bytes of RAM" + (f" and {machine.vram:,} of VRAM" if machine.vram else "")
-    words += f" with a KV cache of {cache:,} ({budget.context:,} tokens)"
-    room = hardware.gpu_room(config, mla, machine.vram, budget.context) if machine.vram else None
-    size = machine.ram + (room if room is not None else -cache - hardware.WORKSPACE)
+    limits = _budget_of_machine(config, mla, budget)
+    size = limits.size or 0
     while True:
-        plan = within(Budget(size=max(1, size), gpu=room, words=words))
+        plan = within(replace(limits, size=max(1, size)))
         overflow = hardware.place(plan, config, machine, budget.context).disk
         if overflow == 0:
             return plan
         size -= overflow  # layers go to the GPU whole, so a part of it stays empty
+
+
+def _budget_of_machine(config: ModelConfig, mla: Mla, budget: BudgetOptions, size: int | None = None) -> Budget:
+    """size: bytes of the file, None: what RAM and VRAM hold beside cache and buffers."""
+    ram, vram = budget.ram or 0, budget.vram or 0
+    cache = budget.context * hardware.kv_bytes(config, mla)
+    words = f"{ram:,} bytes of RAM" + (f" and {vram:,} of VRAM" if vram else "")
+    words += f" with a KV cache of {cache:,} ({budget.context:,} tokens)"
+    room = hardware.gpu_room(config, mla, vram, budget.context) if vram else None
+    if size is not None:
+        return Budget(size, gpu=room, words=f"{words}, experts beyond it on the disk")
+    return Budget(ram + (room if room is not None else -cache - hardware.WORKSPACE), gpu=room, words=words)
+
+
+def _say_disk(plan: Plan, config: ModelConfig, budget: BudgetOptions) -> Plan:
+    """What a plan that memory does not hold means."""
+    machine = hardware.Machine(budget.ram or 0, budget.vram or 0).completed()
+    placed = hardware.place(plan, config, machine, budget.context)
+    read = hardware.speed(plan, config, machine, placed).disk
+    say_once(
+        f"no file of {plan.model} fits {both_units(machine.ram)} of RAM and {both_units(machine.vram)} of VRAM: "
+        f"{both_units(placed.disk)} of experts stay on the disk, {both_units(read)} are read for each token if all are "
+        "chosen equally often (run it with --ram)"
+    )
+    return plan
 
 
 def damage_model(specs: Sequence[TensorSpec], measured: Path | None) -> Damage:

@@ -60,12 +60,20 @@ def rule_of_each(specs: Sequence[TensorSpec], recipe: Recipe) -> list[tuple[Tens
     return found
 
 
+class TooSmall(QuantkitError):
+    """A budget that no file fits. needed: bytes of the smallest file, 0 if it is not its size that is in the way."""
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed
+
+
 def plan_within(
     specs: Sequence[TensorSpec], recipe: Recipe, model: str, budget: Budget, damage: Damage, file_bytes: FileBytes
 ) -> Plan:
     """The plan with the least predicted damage that obeys the recipe's rules and stays within the budget.
 
-    QuantkitError if the recipe leaves nothing open, or the smallest types do not fit (it names the smallest size).
+    QuantkitError if the recipe leaves nothing open; TooSmall if the smallest types do not fit (it names their size).
     """
     ruled = rule_of_each(specs, recipe)
     if not recipe.is_open or not any(rule and rule.allocate for _, rule in ruled):
@@ -82,7 +90,8 @@ def plan_within(
         try:
             found = allocate(items, limits)
         except Infeasible as error:
-            raise QuantkitError(_too_small(error, budget, smallest, overhead)) from None
+            needed = 0 if "GPU" in error.what or budget.bpw else error.smallest + overhead
+            raise TooSmall(_too_small(error, budget, smallest, overhead), needed) from None
         kld = damage.total(sum(damage.of(spec, found.types[spec.name]) for spec in specs))
         outlook = Outlook(str(budget), SOLVER, kld, found.gap, damage.name)
         plan = make_plan(specs, recipe, model=model, chosen=found.types, outlook=outlook)

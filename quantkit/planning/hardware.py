@@ -9,26 +9,51 @@ of the routed experts, wherever their layer lies. Experts that the RAM cannot ho
 is taken to be used equally often. It is a bound: kernels, synchronisation and transfers come on top.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import Mla, ModelConfig
+from quantkit.planning.arithmetic import Arithmetic
 from quantkit.planning.plan import Plan, PlannedTensor
 
 WORKSPACE = 1_500_000_000  # CUDA context and compute buffers of llama.cpp at R1's width with ubatches of 512
+ASSUMED = {"ram": 60e9, "gpu": 900e9, "disk": 3e9}  # bytes/s: two channels of DDR5, a 24 GB card, an NVMe disk
 CACHE_BYTES = 2  # a KV element: F16 in llama.cpp, BF16 elsewhere
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes that the model may take; bandwidths in bytes a second (reading), None: not known."""
+    """Bytes that the model may take; bandwidths in bytes a second (reading), None: not known. threads: of
+    the CPU, None: as many as here. how: where a figure is from, by `ram`, `gpu`, `disk` (bandwidths) and `cpu` (its
+    arithmetic): measured, published, assumed; else given."""
 
     ram: int
     vram: int = 0
     ram_bandwidth: float | None = None
     gpu_bandwidth: float | None = None
     disk_bandwidth: float | None = None
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    threads: int | None = None
+    how: Mapping[str, str] = field(default_factory=dict)
+
+    def completed(self) -> "Machine":
+        """With ASSUMED bandwidths where none is known, and so noted."""
+        given = {"ram": self.ram_bandwidth, "gpu": self.gpu_bandwidth, "disk": self.disk_bandwidth}
+        noted = {part: "assumed" for part, bandwidth in given.items() if not bandwidth}
+        if not self.arithmetic.cpu:
+            noted["cpu"] = "assumed"
+        return self.reading(ASSUMED | {part: rate for part, rate in given.items() if rate}, {**self.how, **noted})
+
+    def reading(self, bandwidths: Mapping[str, float], how: Mapping[str, str]) -> "Machine":
+        """With other bandwidths, by part; those that are not named stay."""
+        return replace(
+            self,
+            ram_bandwidth=bandwidths.get("ram", self.ram_bandwidth),
+            gpu_bandwidth=bandwidths.get("gpu", self.gpu_bandwidth),
+            disk_bandwidth=bandwidths.get("disk", self.disk_bandwidth),
+            how=how,
+        )
 
 
 @dataclass(frozen=True)
@@ -154,12 +179,8 @@ def commands(
     elif not placed.cpu_layers:
         llama = [f"{base} -ngl 99"]
     else:
-        some = "|".join(map(str, placed.cpu_layers))
-        blocks = f"blk\\.({some})\\." if placed.gpu_layers else ""
-        llama = [
-            f"{base} -ngl 99 --n-cpu-moe {first_on_gpu}",
-            f"{base} -ngl 99 -ot '{blocks}ffn_(gate|up|down)_exps=CPU'",
-        ]
+        blocks = f"blk\\.({up_to(placed.cpu_layers[-1])})\\..*" if placed.gpu_layers else ""
+        llama = [f"{base} -ngl 99 --n-cpu-moe {first_on_gpu}", f"{base} -ngl 99 -ot '{blocks}exps=CPU'"]
     out = {"llama.cpp": llama}
     if plan.target == "ktransformers":
         folder = file.rpartition("/")[0] or "."
@@ -181,6 +202,15 @@ def commands(
         ]
     out["quantkit"] = [f"quantkit run {file} --chat -p 'Hello'" + ("" if machine.vram else " --device cpu")]
     return out
+
+
+def up_to(n: int) -> str:
+    """A regular expression for the numbers from 0 to n, which is below 100."""
+    tens, ones = divmod(n, 10)
+    if not tens:
+        return f"[0-{ones}]"
+    below = f"|[1-{tens - 1}][0-9]" if tens > 1 else ""
+    return f"[0-9]{below}|{tens}[0-{ones}]"
 
 
 def _experts_by_layer(tensors: Sequence[PlannedTensor]) -> dict[int, int]:

@@ -5,11 +5,17 @@ import torch
 from quantkit.codecs.registry import codec
 from quantkit.runtime.activations import Activations, use_kernels
 
-FEW = 16  # rows up to which decoding in registers, row by row, beats dequantizing once and multiplying
+FEW = 3  # rows up to which decoding in registers beats dequantizing once: it takes as long for each of them
+TILE_WEIGHTS = 1 << 24  # dequantized at once for a few rows more: they stay in the GPU's cache
 
 
 def _activations(x: torch.Tensor | Activations) -> Activations:
     return x if isinstance(x, Activations) else Activations(x)
+
+
+def _in_float32(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x [n, n_in] times weights [n_out, n_in], both bfloat16 on a GPU, whose sums are not rounded to it."""
+    return torch.mm(x, weights.T, out_dtype=torch.float32) if x.is_cuda else (x @ weights.T).float()
 
 
 def _integers(x: Activations) -> Activations:
@@ -56,9 +62,13 @@ class Packed:
     def __call__(self, x: torch.Tensor | Activations) -> torch.Tensor:
         """The first matrix: x [n, n_in] -> [n, n_out]."""
         x = _activations(x)
-        if len(x.x) > FEW:
-            return (x.x.to(self.dtype) @ self.dense(0, 1)[0].T).to(x.x.dtype)
-        return self._products(x, None).to(x.x.dtype)
+        if len(x.x) <= FEW:
+            return self._products(x, None).to(x.x.dtype)
+        if x.x.dtype == self.dtype:
+            return x.x @ self.dense(0, 1)[0].T
+        rows, n = x.x.to(self.dtype), max(1, TILE_WEIGHTS // self.n_in)
+        tiles = (Packed(self.qtype, part[None], self.n_in, self.dtype).dense()[0] for part in self.data[0].split(n))
+        return torch.cat([_in_float32(rows, tile) for tile in tiles], dim=1)
 
     def each(self, x: Activations) -> torch.Tensor:
         """x [n · n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""

@@ -3,23 +3,36 @@
 A step is one piece of some unfinished prompt, with whole short ones beside it, then one token for every sequence whose
 prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompts in pieces as Sarathi, Agrawal et al.,
 2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
+
+A piece can take seconds, so tokens do not wait for its end: where an engine pauses within it, they are computed as soon
+as going on would take them beyond GAP, by the time that parts took before (`Clock`). Pieces are cut as ever, so a
+prompt's bits do not depend on who waits.
 """
 
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
+from quantkit.runtime.pauses import pause, pausing
 from quantkit.serving.grammar import Constraint
 from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
+
+GAP = 0.1  # seconds between two tokens of a sequence while prompts of others are read, if the machine allows it
+MARGIN = 0.1  # of GAP, for what is not foreseen
+MANY, SAMPLERS = 4, 8  # sequences from which on several threads choose their tokens; so many threads
 
 Emit = Callable[[int | None, str | None], None]
 """Called in the scheduler's thread: (token, None) for each new token, then once (None, why it ended): `stop` (EOS),
@@ -94,6 +107,33 @@ class Turns:
         return shortest if self.passed else oldest
 
 
+class Clock:
+    """When the sequences that are decoding must have their next tokens, while prompts are read. now: seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self.now = now
+        self.tokens = self.seen = now()  # when they had the last; when a part of a prompt ended
+        self.step = self.part = 0.0  # seconds of the last step of decoding; of parts, as of late
+
+    def begin(self) -> None:
+        """Prompts are read from here on."""
+        self.seen = self.now()
+
+    def due(self) -> bool:
+        """A part of a prompt is done: whether tokens come before another one. Where a step of decoding takes more than
+        half of GAP, prompts get as long as it does, and no longer than GAP."""
+        now = self.now()
+        self.part = max(now - self.seen, self.part / 2)
+        self.seen = now
+        gap = GAP * (1 - MARGIN)
+        return now + self.part - self.tokens > max(gap - self.step, min(gap, self.step))
+
+    def decoded(self, begun: float) -> None:
+        """Tokens are there, of a step that began then."""
+        self.tokens = self.seen = self.now()
+        self.step = self.tokens - begun
+
+
 class Scheduler:
     """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager."""
 
@@ -104,6 +144,10 @@ class Scheduler:
         self.prompts: list[Job] = []  # of the running ones, those with unfinished prompts, the last served last
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
+        self.clock = Clock()
+        self.samplers = ThreadPoolExecutor(
+            min(SAMPLERS, machine.threads()), "quantkit-sampler", torch.set_num_threads, (1,)
+        )
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._loop, name="quantkit-scheduler", daemon=True)
@@ -145,6 +189,7 @@ class Scheduler:
             self.closed = True
             self.changed.notify()
         self.thread.join()
+        self.samplers.shutdown()
 
     def _loop(self) -> None:
         while self._admit():
@@ -181,15 +226,33 @@ class Scheduler:
 
     def _step(self) -> None:
         ready = [job for job in self.running if not job.left]
-        for job, n in self._to_read():
-            with self._at_risk(job):
+        chosen = self._to_read()
+        self.clock.begin()
+        for job, n in chosen:
+            waits = any(not other.left for other in self.running)
+            with self._at_risk(job), pausing(self._let_others if waits else None):
                 self._read(job, n)
-        if ready:
-            with self._at_risk(*ready):
-                logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
-                for job, own in zip(ready, logits, strict=True):
-                    with self._at_risk(job):
-                        self._take(job, own)
+                pause()
+        self._decode([job for job in ready if job in self.running])
+
+    def _let_others(self) -> None:
+        """Between two parts of a prompt's work: tokens for those that are decoding, if it is time."""
+        if self.clock.due():
+            for job in [job for job in self.running if job.cancelled and not job.left]:
+                self._end(job, "cancelled")
+            self._decode([job for job in self.running if not job.left])
+
+    def _decode(self, ready: list[Job]) -> None:
+        """One token for each."""
+        if not ready:
+            return
+        begun = self.clock.now()
+        with self._at_risk(*ready):
+            logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
+            for job, own, token in zip(ready, logits, self._chosen(ready, logits), strict=True):
+                with self._at_risk(job):
+                    self._take(job, own, token())
+        self.clock.decoded(begun)
 
     def _to_read(self) -> list[tuple[Job, int]]:
         """Whose prompts are read in this step, and how many tokens of each: somebody's piece, and what is left of
@@ -216,12 +279,20 @@ class Scheduler:
         elif not job.n_tokens:
             self._end(job, "length")
         else:
-            self._take(job, logits)
+            self._take(job, logits, self._sampled(job, logits))
 
-    def _take(self, job: Job, logits: torch.Tensor) -> None:
-        ends = self.engine.config.ends
-        token = job.choose(logits, ends)
-        if token in ends or token in job.rules.stop:
+    def _chosen(self, jobs: list[Job], logits: torch.Tensor) -> list[Callable[[], int]]:
+        """Each one's next token, or the error that it gave. Of many by several threads: in R1's vocabulary it takes
+        longer than 0.5 ms."""
+        if len(jobs) < MANY:
+            return [partial(self._sampled, job, own) for job, own in zip(jobs, logits, strict=True)]
+        return [self.samplers.submit(self._sampled, job, own).result for job, own in zip(jobs, logits, strict=True)]
+
+    def _sampled(self, job: Job, logits: torch.Tensor) -> int:
+        return job.choose(logits, self.engine.config.ends)
+
+    def _take(self, job: Job, logits: torch.Tensor, token: int) -> None:
+        if token in self.engine.config.ends or token in job.rules.stop:
             if job.rules.of_prompt:
                 job.ended.append(Chance.of(logits, token, job.rules.n_logprobs or 0))
             return self._end(job, "stop")

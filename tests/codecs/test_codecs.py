@@ -67,12 +67,12 @@ if triton is not None:
 @pytest.mark.parametrize("qtype", GROUPED)
 def test_triton_decodes_as_gguf(qtype, device):
     """Interpreted on the CPU, against the reference of the gguf package."""
-    from quantkit.codecs.codebooks import on_device
+    from quantkit.codecs.codebooks import for_kernels
 
     sizes, (data, _) = qtypes.stored(qtype), random_blocks(qtype, (4,), 512)
     per_block, n_blocks = sizes.block_size // 8, 4 * 512 // sizes.block_size
     out = torch.full((n_blocks, per_block, 10), torch.nan, device=device)
-    table = on_device(codec(qtype).codebook, out.device)
+    table = for_kernels(codec(qtype).codebook, out.device)
     groups[(n_blocks,)](data.to(device), table, out, triton_twin(qtype), sizes.type_size, per_block)
     values = out[..., :8] * out[..., 8:9] + out[..., 9:]
     reference = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[qtype])

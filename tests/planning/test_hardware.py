@@ -1,6 +1,7 @@
 """Placement, KV cache, the speed formula, Unsloth's rule, and what is printed."""
 
 import os
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from quantkit.job.hardware import hardware_report
 from quantkit.job.plan import plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model
-from quantkit.planning import bitmap, hardware, table
+from quantkit.planning import bitmap, hardware, hardware_table, table
 from quantkit.planning.assign import make_plan
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
@@ -67,6 +68,18 @@ def test_sixty_and_fourteen(plan, config):
     assert 1 < speed.tokens_per_second < 2  # published: 3 to 5; see docs/results/allocation.md
 
 
+def test_a_file_beyond_memory_is_planned_for_the_disk(config, capsys):
+    """What every token needs fits the GPU; half of the experts stay on the disk, and it is said."""
+    machine = Machine(60 * 10**9, 14 * 10**9)
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(ram=machine.ram, vram=machine.vram, context=4096))
+    placed = hardware.place(plan, config, machine, 4096)
+    assert placed.gpu <= machine.vram and placed.ram == machine.ram and placed.disk > 50 * 10**9
+    assert 130e9 < plan.n_bytes < 145e9 and "experts beyond it on the disk" in plan.outlook.limit
+    assert "of experts stay on the disk" in capsys.readouterr().err
+    with pytest.raises(QuantkitError, match="that stay on the GPU"):
+        plan_model("deepseek-r1", budget=BudgetOptions(ram=machine.ram, vram=4 * 10**9, context=4096))
+
+
 def test_without_gpu_everything_is_ram(plan, config):
     machine = Machine(200 * GIB, 0, 100e9)
     placed = hardware.place(plan, config, machine, 4096)
@@ -109,7 +122,11 @@ def test_commands_name_the_layers(plan, config):
     lines = hardware.commands(plan, placed, machine, 4096, "r1/r1-00001-of-00003.gguf", "R1", 32)
     first = placed.gpu_layers[0]
     assert f"--n-cpu-moe {first}" in lines["llama.cpp"][0]
-    assert f"|{first - 1})\\.ffn_(gate|up|down)_exps=CPU" in lines["llama.cpp"][1]
+    blocks = re.search(r"-ot '(.*)=CPU'", lines["llama.cpp"][1])[1]
+    on_cpu = {t.layer for t in plan.tensors if t.is_routed and re.search(blocks, t.name)}
+    assert on_cpu == set(range(3, first)) and not any(
+        re.search(blocks, t.name) for t in plan.tensors if not t.is_routed
+    )
     assert "--kt-weight-path r1 " in lines["KTransformers (kt-kernel with sglang)"][0]
     alone = hardware.place(plan, config, Machine(256 * GIB), 4096)
     assert hardware.commands(plan, alone, Machine(256 * GIB), 4096, "x.gguf", "R1", 8)["llama.cpp"][0].endswith(
@@ -121,10 +138,24 @@ def test_commands_name_the_layers(plan, config):
     )
 
 
+def test_numbers_up_to():
+    for n in range(100):
+        found = re.compile(hardware.up_to(n))
+        assert [i for i in range(100) if found.fullmatch(str(i))] == list(range(n + 1))
+
+
+def test_commands_stay_whole():
+    command = "llama-server -m a/b.gguf --no-mmap -ot 'a b|c' -p 'Hello  you' " + "--option value " * 9
+    lines = list(hardware_table.folded(command))
+    assert len(lines) > 2 and max(map(len, lines)) <= 80
+    assert " ".join(line.strip().removesuffix("\\").strip() for line in lines) == command.strip()
+
+
 def test_report(plan):
     machine = Machine(60 * GIB, 14 * GIB, 80e9, 900e9, 3e9)
     text = hardware_report("deepseek-r1", (), None, machine, 4096, 32)
     assert "tok/s ≤ 1 / (gpu bytes / gpu bandwidth" in text
+    assert max(map(len, text.splitlines())) <= 80 and "?" not in text
     assert all(name in text for name in ("1.58bit", "2.51bit", "--n-cpu-moe", "--kt-method LLAMAFILE", "quantkit run"))
     assert "does not fit" in hardware_report("deepseek-r1", ("1.58bit",), None, Machine(GIB, 4 * GIB), 512, 1)
 

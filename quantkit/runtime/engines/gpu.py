@@ -57,6 +57,7 @@ from quantkit.runtime.layers import (
 )
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.packed import Matrix, Packed, Plain
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
@@ -121,7 +122,8 @@ class GpuEngine:
         fits = self.weights.residency is None and self.weights.file.n_bytes < machine.ram()
         if fits and movable:
             log.info("warming up: all experts are read once, kernels are compiled")
-            self.prefill(0, [0] * min(WARM_TOKENS, self.piece, self.capacity), 0)
+            n = min(WARM_TOKENS, self.piece, self.capacity)  # of all kinds: most experts are chosen, as by real text
+            self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
         for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
             if n <= self.n_slots:
                 self.length[:n] = [0] * n
@@ -260,14 +262,17 @@ class GpuEngine:
                 weights = layer.weights(experts)
                 latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
                 h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
+                pause(self.device)
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
+                pause(self.device)
         finally:
             if chunks:
                 chunks.close()
         if each:
             for rows in h[0].split(ROWS_TOLD):
                 each(self.head(rms_norm(rows, self.output_norm, c.rms_eps)).float().cpu())
+                pause(self.device)
         return self.head(rms_norm(h[0, -1:], self.output_norm, c.rms_eps))[0].float().cpu()
 
     def _streamed_chunks(self, n_tokens: int) -> PackedChunks | None:

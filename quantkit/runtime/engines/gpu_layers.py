@@ -13,6 +13,9 @@ from quantkit.runtime.engines.staging import Stacks
 from quantkit.runtime.engines.step import Between
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
 from quantkit.runtime.packed import Matrix, Packed
+from quantkit.runtime.pauses import pause, wanted
+
+SHORT_ROWS = 64  # tokens whose experts the CPU computes at once while others wait
 
 Chunks = Iterator[tuple[int, Sequence[Packed]]]
 """Experts in order: the first one's number, and gate, up and down of some experts."""
@@ -117,6 +120,7 @@ class ChunkedExperts:
                 rows = x[tokens[first:last]]
                 hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
                 collect(out, grouped(hidden, down.dense(), stops), place, weight, first)
+                pause(x.device)
             if end == self.n_expert:
                 return out
         raise AssertionError("chunks ended before the layer did")
@@ -150,4 +154,8 @@ class CpuExperts:
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `layers.Experts`."""
-        return self.experts(x.float().cpu(), expert.cpu(), weight.cpu()).to(x.device, copy=True)
+        rows, parts = SHORT_ROWS if wanted() else max(1, len(x)), []
+        for part in zip(*(value.split(rows) for value in (x.float().cpu(), expert.cpu(), weight.cpu())), strict=True):
+            parts.append(self.experts(*part).to(x.device, copy=True))
+            pause(x.device)
+        return torch.cat(parts)

@@ -24,6 +24,7 @@ from quantkit.runtime.experts import native
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import frequencies
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import both_units
@@ -99,6 +100,8 @@ class GraphEngine:
             return self.by_layers.prefill(torch.tensor([tokens]), self.cache[:, slot : slot + 1], begin, each)
         logits, size = torch.empty(0), ROWS_TOLD if each else len(tokens)
         for at in range(0, len(tokens), size):
+            if at:
+                pause()
             part, end = tokens[at : at + size], begin + min(len(tokens), at + size)
             step = self._step((slot,), len(part), self._n_kv(end), each is not None)
             logits = step.run(np.array(part), np.array([begin + at]))

@@ -6,6 +6,7 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
@@ -35,6 +36,7 @@ class TorchEngine:
         if each:
             for rows in h.split(ROWS_TOLD, dim=1):
                 each(self._logits(rows)[0])
+                pause(h.device)
         return self._logits(h[:, -1:])[0, -1]
 
     @torch.inference_mode()
@@ -77,6 +79,7 @@ class TorchEngine:
         chosen = Selection()
         for layer, cache in zip(self.layers, caches, strict=True):
             h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
+            pause(h.device)
         return h
 
     def _slot(self, slot: int) -> list[KVCache]:

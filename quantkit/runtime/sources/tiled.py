@@ -16,6 +16,7 @@ from quantkit.ggml import graph
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
+from quantkit.runtime.pauses import pause, wanted
 from quantkit.runtime.sources.gguf import GGUFWeights
 
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
@@ -138,7 +139,13 @@ class PromptExperts:
         workers = self.weights.workers
         if len(visits) < workers.n:  # a matrix is then shared by all
             return [self._expert(None, visit) for visit in visits]
-        return workers.share_out(self._expert, visits)
+        if not wanted() or self.weights.residency:  # others would need room for experts that are looked at
+            return workers.share_out(self._expert, visits)
+        found = []
+        for begin in range(0, len(visits), 2 * workers.n):
+            found += workers.share_out(self._expert, visits[begin : begin + 2 * workers.n])
+            pause()
+        return found
 
     def _expert(self, worker: int | None, visit: tuple[int, torch.Tensor]) -> torch.Tensor:
         e, x = visit

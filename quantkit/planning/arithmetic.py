@@ -1,0 +1,58 @@
+"""How many packed weights a second processors multiply, by type: measured where there was a machine, else assumed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from quantkit.planning.presets import IQ1_S_ZEN5
+
+# One core of a Zen 5, weights/s against those of IQ1_S, rows from memory (docs/results/runtime.md); the last line: by
+# ggml, estimated.
+OF_IQ1_S = {
+    **{"IQ1_S": 1.0, "IQ1_M": 0.81, "IQ2_XXS": 0.98, "IQ2_XS": 0.93, "IQ2_S": 0.95},
+    **{"Q2_K": 2.34, "Q3_K": 1.65, "Q4_K": 1.52, "Q5_K": 1.24, "Q6_K": 1.16},
+    **{"IQ3_XXS": 0.7, "IQ3_S": 0.7, "IQ4_XS": 1.2, "IQ4_NL": 1.2, "Q8_0": 1.5, "F16": 0.9, "BF16": 0.9, "F32": 0.5},
+}
+# An H200's weights/s by the kernels of runtime/kernels.py; others: the least of them.
+GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}
+GPU_PACE = 132 * 1.98  # multiprocessors × GHz of an H200
+ASSUMED_CORES, ASSUMED_CORE = 16, IQ1_S_ZEN5 / 2  # half of a fast core's IQ1_S weights/s
+TOGETHER = 0.85  # of the rates of cores alone, all of them at once
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """cpu: packed weights/s of all threads by type, nothing: assumed. matrix: as `presets.Cpu`. pace, products, bus: as
+    `presets.Gpu`."""
+
+    cpu: Mapping[str, float] = field(default_factory=dict)
+    matrix: float = 4.0
+    pace: float = GPU_PACE / 2
+    products: float = 165e12
+    bus: float = 25e9
+
+    def on_cpu(self, qtype: str) -> float:
+        """Weights/s of all threads: as measured, else by what another type gave."""
+        if qtype in self.cpu:
+            return self.cpu[qtype]
+        rates = self.cpu or cores(ASSUMED_CORES, ASSUMED_CORE)
+        known = next(iter(rates))
+        return rates.get(qtype, rates[known] * _relative(qtype) / _relative(known))
+
+    def on_gpu(self, qtype: str) -> float:
+        """Weights/s of the GPU."""
+        return GPU_RATES.get(qtype, min(GPU_RATES.values())) * self.pace / GPU_PACE
+
+
+def cpu_line(arithmetic: Arithmetic) -> str:
+    """The CPU's arithmetic in words."""
+    return f"{arithmetic.on_cpu('IQ1_S') / 1e9:.0f} G weights/s of IQ1_S, {arithmetic.on_cpu('Q4_K') / 1e9:.0f} of Q4_K"
+
+
+def cores(n: int, core: float) -> dict[str, float]:
+    """Weights/s by type of n cores, each of which gives so many of IQ1_S alone."""
+    return {qtype: TOGETHER * n * core * share for qtype, share in OF_IQ1_S.items()}
+
+
+def _relative(qtype: str) -> float:
+    """To IQ1_S."""
+    return OF_IQ1_S.get(qtype, 0.7)

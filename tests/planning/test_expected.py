@@ -1,0 +1,84 @@
+"""Expected speed against what was measured: docs/results/runtime.md."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import QuantkitError
+from quantkit.job.hardware import Named, machine_of
+from quantkit.models import family
+from quantkit.planning import hardware, presets
+from quantkit.planning.arithmetic import OF_IQ1_S, Arithmetic
+from quantkit.planning.assign import make_plan
+from quantkit.planning.expected import expected
+from quantkit.planning.hardware import Machine
+from quantkit.planning.recipe import Recipe
+from quantkit.runtime.native import probe
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
+from synthetic import layout
+
+H200 = presets.GPUS["h200"]
+RATES = {qtype: 130e9 * share for qtype, share in OF_IQ1_S.items()}  # 16 threads
+MEASURED = Arithmetic(RATES, 8.0, H200.pace, H200.products, H200.bus)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """R1's geometry with one dense and four MoE layers."""
+    return family.from_hf(layout(1, 4, 256)[0])
+
+
+@pytest.fixture(scope="module")
+def plan(config):
+    return make_plan(family.specs(config), Recipe.load("1.58bit"), "llama.cpp", "r1")
+
+
+@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 80.9, 1411), (140, 4, 547, 9837)])
+def test_the_machine_that_was_measured(plan, config, vram, layers, decode, prompt):
+    """One H200 beside 16 threads: experts on the CPU, and all in GPU memory."""
+    machine = Machine(100 * 10**9, vram * 10**9, 91e9, 4.136e12, 3e9, MEASURED)
+    placed = hardware.place(plan, config, machine, 1024)
+    assert len(placed.gpu_layers) == layers
+    found = expected(plan, config, machine, placed)
+    assert 1 / 1.5 < found.decode / decode < 1.5 and 1 / 1.5 < found.prompt / prompt < 1.5
+    assert found.decode < hardware.speed(plan, config, machine, placed).tokens_per_second
+
+
+def test_arithmetic_binds_where_bytes_do_not(plan, config):
+    """Cores that are half as fast take nearly twice as long, whatever the memory gives; a GPU's bandwidth does not
+    matter to experts on the CPU."""
+
+    def decode(share: float, ram: float) -> float:
+        slow = Arithmetic({qtype: share * rate for qtype, rate in RATES.items()}, 8.0, H200.pace)
+        machine = Machine(100 * 10**9, 5 * 10**9, ram, 4.136e12, 3e9, slow)
+        return expected(plan, config, machine, hardware.place(plan, config, machine, 1024)).decode
+
+    assert decode(1, 91e9) == decode(1, 910e9) > 1.7 * decode(0.5, 91e9)
+    assert decode(100, 9e9) < decode(100, 91e9)
+    machine = Machine(100 * 10**9, 5 * 10**9)
+    assert expected(plan, config, machine, hardware.place(plan, config, machine, 1024)) is None
+
+
+def test_machines_by_name():
+    assert presets.gpu("NVIDIA RTX_4090") is presets.GPUS["4090"] and presets.gpu("a100").vram == 80 << 30
+    assert presets.like("NVIDIA A100-SXM4-80GB") is presets.GPUS["a100"] and presets.like("TITAN V") is None
+    assert presets.like("NVIDIA RTX 6000 Ada Generation") is presets.GPUS["rtx-6000-ada"]
+    for wrong in (presets.gpu, presets.cpu):
+        with pytest.raises(QuantkitError, match=r"not known; choose .*, or give --bandwidth"):
+            wrong("abacus")
+    found = machine_of(Named(ram=1 << 38, gpu="4090", cpu="EPYC 9004", threads=96), {"gpu": 1e12}, None)
+    assert (found.vram, found.gpu_bandwidth, found.ram_bandwidth) == (24 << 30, 1e12, 0.8 * 460.8e9)
+    assert found.how == {"ram": "0.8 of published", "cpu": "96 cores, assumed"} and found.threads == 96
+    half = machine_of(Named(ram=1, vram=0, cpu="epyc-9004", threads=48), {}, None).arithmetic
+    assert found.arithmetic.on_cpu("IQ1_S") == 2 * half.on_cpu("IQ1_S")
+    complete = machine_of(Named(ram=1, vram=1), {"ram": 1e9}, None).completed()
+    assert complete.how == dict.fromkeys(("gpu", "disk", "cpu"), "assumed")
+
+
+def test_probe():
+    rates = probe.rates(1)
+    assert set(OF_IQ1_S) - set(rates) == {"IQ3_S", "IQ4_NL", "F16", "BF16", "F32"}
+    assert all(1e8 < rate < 1e12 for rate in rates.values())
+    assert probe.matrix() in (2.0, 4.0, 8.0)

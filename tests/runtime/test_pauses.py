@@ -1,0 +1,68 @@
+"""Others' tokens in the middle of a prompt's piece: every engine, every way of its experts, the same bits."""
+
+import pytest
+import torch
+
+from quantkit.runtime.engines import gpu, gpu_layers, graph
+from quantkit.runtime.engines.gpu import GpuEngine
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.torch import TorchEngine
+from quantkit.runtime.generate import Engine
+from quantkit.runtime.pauses import pause, pausing, wanted
+from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
+from quantkit.runtime.sources.quantized import Quantized
+
+WAYS = ("graph", "torch", "experts on the CPU", "streamed", "resident")
+
+
+@pytest.fixture(scope="module")
+def weights(made) -> GGUFWeights:
+    return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=2)
+
+
+def engine_of(way: str, weights: GGUFWeights, monkeypatch) -> Engine:
+    monkeypatch.setattr(graph, "DENSE_ROWS", 1)
+    monkeypatch.setattr(gpu, "STREAM_TOKENS", 1 if way == "streamed" else 1000)
+    monkeypatch.setattr(gpu_layers, "SHORT_ROWS", 40)
+    if way == "graph":
+        return open_engine(weights, 3, 300)
+    if way == "torch":
+        return TorchEngine(GGUFSource(weights, Quantized(weights)), 3, 300)
+    return GpuEngine(weights, 3, 300, 3 if way == "resident" else 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_between_the_parts_of_a_prompt(weights, monkeypatch, way):
+    engine = engine_of(way, weights, monkeypatch)
+    prompt, tokens = [0, *range(300, 420)], [50, 60, 70, 80]
+    expected = engine.prefill(1, prompt, 0).clone()
+    for slot in (0, 2):
+        engine.prefill(slot, [0, 40 + slot], 0)
+    alone = [engine.decode([0, 2], [token, token]).clone() for token in tokens]
+    for slot in (0, 2):
+        engine.prefill(slot, [0, 40 + slot], 0)
+    beside: list[torch.Tensor] = []
+
+    def others() -> None:
+        assert not wanted()
+        if len(beside) < len(tokens):
+            beside.append(engine.decode([0, 2], [tokens[len(beside)]] * 2).clone())
+
+    with pausing(others):
+        found = engine.prefill(1, prompt, 0).clone()
+    assert len(beside) == len(tokens)
+    assert torch.equal(torch.stack(beside), torch.stack(alone))
+    assert torch.equal(found, expected) or (way == "experts on the CPU" and torch.allclose(found, expected, atol=1e-4))
+    assert torch.equal(engine.prefill(1, prompt, 0), expected)
+
+
+def test_nobody_waits():
+    asked: list[int] = []
+    pause()
+    with pausing(lambda: asked.append(1)):
+        pause()
+        with pausing(None):
+            pause()
+            assert not wanted()
+    pause()
+    assert asked == [1] and not wanted()
