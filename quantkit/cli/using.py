@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from quantkit.job.evaluate import EvaluateOptions
     from quantkit.job.publish.upload import Destination
     from quantkit.job.stages import VerifyOptions
+    from quantkit.runtime.generate import Engine
+    from quantkit.runtime.sources.gguf import GGUFWeights
 
 
 @click.command()
@@ -159,9 +161,14 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
     from quantkit.evaluation.behaviour.items import Amount
     from quantkit.job.evaluate import EvaluateOptions
     from quantkit.machine import chosen_device
+    from quantkit.runtime.engines.open import open_engine
 
     place, amount = rest["placement"], Amount(continuations, tokens, context)
-    return EvaluateOptions(amount, rest["parallel"], chosen_device(place.device), place.ram, place.gpu_layers)
+
+    def engine(weights: "GGUFWeights", capacity: int) -> "Engine":
+        return open_engine(weights, rest["parallel"], capacity, place.gpu_layers)
+
+    return EvaluateOptions(engine, amount, chosen_device(place.device), place.ram)
 
 
 @click.command()

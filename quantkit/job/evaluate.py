@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +28,8 @@ from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.progress import say
-from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.sources.gguf import open_gguf
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.tensors import TensorSpec
 
 LARGEST = 8 << 30  # bytes of an original as float32, up to which it is written as a file and generates here
@@ -43,14 +42,13 @@ EXACT = (
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """How much is written (`amount`), by how many sequences at once; where the models run: as `cli.options.Placement`
-    has it."""
+    """How much is written; where the models run, and in how many bytes of RAM. engine: opens one for sequences of so
+    many tokens."""
 
+    engine: Callable[[GGUFWeights, int], Engine]
     amount: Amount = field(default_factory=Amount)
-    parallel: int = 8
     device: str = "cpu"
     ram: int | None = None
-    gpu_layers: Any = "auto"
 
 
 def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dic
         gc.collect()  # before the other one is opened
     unread = [item for item in long if f"nll/{item.key}" not in ours.found and theirs.written(item).tokens]
     if _left(items, ours) or unread:
-        engine = open_engine(weights, how.parallel, capacity, how.gpu_layers)
+        engine = how.engine(weights, capacity)
         _write("file", engine, items, ours, sum(len(theirs.written(item).tokens) for item in unread))
         score(engine, long, theirs, ours)
     found, nll = rates(items, theirs, ours, tokenizer), words(long, theirs, ours)
@@ -121,7 +119,7 @@ def _original(reference: str, checkpoint: Checkpoint | None, how: EvaluateOption
     """An engine of the original: a GGUF as it is, a small checkpoint as a float32 file that is removed afterwards."""
     if checkpoint is None:
         weights = open_gguf(Path(reference), how.device, ram=how.ram)
-        yield open_engine(weights, how.parallel, capacity, how.gpu_layers)
+        yield how.engine(weights, capacity)
         return
     specs = family.specs(family.from_hf(checkpoint.config))
     size = 4 * sum(spec.n_weights for spec in specs)
@@ -137,7 +135,7 @@ def _original(reference: str, checkpoint: Checkpoint | None, how: EvaluateOption
         files = quantize(
             checkpoint, plan, {}, Output(Path(folder, "f32.gguf")), GgmlEncoder(), workers=machine.threads()
         )
-        yield open_engine(open_gguf(files[0], how.device), how.parallel, capacity, how.gpu_layers)
+        yield how.engine(open_gguf(files[0], how.device), capacity)
 
 
 def dropped_experts(file: GGUFFile, checkpoint: Checkpoint | None) -> list[str]:

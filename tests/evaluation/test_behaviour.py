@@ -13,7 +13,7 @@ from quantkit.evaluation.behaviour.items import Amount
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
 from quantkit.runtime.sources.gguf import open_gguf
 
-AMOUNT = ("-n", "30", "--tokens", "48", "-c", "256", "--device", "cpu", "--parallel", "16")
+AMOUNT = ("-n", "16", "--tokens", "40", "-c", "256", "--device", "cpu", "--parallel", "16")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def run(file, out):
 def test_a_good_file_is_no_worse(folder):
     found, said = json.loads((folder / "good.json").read_text()), (folder / "said").read_text()
     assert found["findings"] == [] and "no worse than the original" in said
-    assert "original: 134 continuations," in said and "tok/s" in said  # the duration, before the first
+    assert "original: 119 continuations," in said and "tok/s" in said  # the duration, before the first
     whats = {(row["what"], row["mode"]) for row in found["rates"]}
     assert {("ends in a loop", "sampled"), ("code does not parse", "greedy"), ("needle not found", "greedy")} <= whats
     assert all(row["ci95"][0] <= row["rate"] <= row["ci95"][1] for row in found["rates"])
