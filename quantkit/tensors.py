@@ -28,6 +28,7 @@ class TensorSpec:
     sources: checkpoint tensors it is made from, in order (one per expert for a stack).
     assembly: how: `copy` one source, `stack` one matrix per source, `k_b`/`v_b` cut out of `kv_b_proj` per head.
     fixed: the only type the format allows (norms, biases and the router are F32), else None.
+    exact: a type that says the numbers of a stored matrix as they are, where whoever plans knows of one.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TensorSpec:
     sources: tuple[str, ...]
     assembly: Assembly = "copy"
     fixed: str | None = None
+    exact: str | None = None
 
     @property
     def n_in(self) -> int:

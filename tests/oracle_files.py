@@ -120,7 +120,7 @@ def chunks() -> Callable[[int, int], torch.Tensor]:
 
 
 def twin(path: Path, out: Path) -> Path:
-    """The same file with every tensor decoded to F32, by the `gguf` package alone."""
+    """The same file with every tensor of weights decoded to F32, by the `gguf` package alone."""
     if out.exists():
         return out
     reader = gguf.GGUFReader(path)
@@ -143,4 +143,6 @@ def _element(field: gguf.ReaderField) -> gguf.GGUFValueType | None:
 
 
 def _values(tensor: Any) -> np.ndarray:
+    if tensor.tensor_type == gguf.GGMLQuantizationType.I32:  # no weights: ids
+        return np.ascontiguousarray(tensor.data).view(np.int32)
     return np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)

@@ -54,7 +54,7 @@ class Accumulator(Watcher):
         else:
             self.sums[role] = squares
             self.counts[role] = torch.full((1,), float(x.shape[0]), dtype=torch.float64)
-        if self.tell and role == "attn_output":
+        if self.tell and role in ("attn_output", "attn_output_b"):
             self.tokens += x.shape[0]
             self.tell(self.tokens, 0)
 

@@ -42,7 +42,7 @@ from quantkit.progress import say, track
 from quantkit.runtime import backward
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.backward import Backward, Draw, ExpertGradients
-from quantkit.runtime.layers import LayerWeights
+from quantkit.runtime.layers import LayerWeights, only_forward, with_mla
 from quantkit.runtime.memory import HIDDEN_BYTES, Limits, Memory, room_for
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import HEAD_ELEMENTS, Source, job_of, stream
@@ -69,6 +69,7 @@ class GradientOptions:
 def calibrate_gradients(source: Source, how: GradientOptions, folder: Path, restart: bool = False) -> list[Path]:
     """Write gradients-NNN.safetensors of every layer into a folder; a pass that was stopped anywhere goes on, with any
     number of ranks, to the same bytes. Refuses, before any work, what memory or disk have no room for."""
+    only_forward(source.config, "gradients")
     tokens = cut(how.text.corpus("calibration"), source, how.text).tokens
     with locked(folder), torch.inference_mode(False):
         _write(source, tokens, how, folder, restart)
@@ -259,7 +260,7 @@ class GradientPass:
             load = partial(self.source.layer, turns=turns_of(self.source.config.n_expert))
             for layer, weights in zip(layers, read_ahead(load, layers), strict=True):
                 spill.read(_inputs(layer), back.hidden)
-                self._layer(layer, weights, back)
+                self._layer(layer, with_mla(weights), back)
                 if layer:
                     spill.put(_gradient(layer), back.gradient)
                     spill.drop(_gradient(layer + 1))

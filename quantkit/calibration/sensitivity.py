@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,17 +20,23 @@ import torch.nn.functional as F
 
 from quantkit import machine
 from quantkit.calibration.variants import DEFAULT, Candidates, divergence, entry, linear_of, replaced, replaced_feed
+from quantkit.codecs import types as qtypes
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.sensitivity import Entry, Sensitivity, Tier
 from quantkit.formats.whole_file import replacing
 from quantkit.ggml import quants
 from quantkit.models import family
-from quantkit.runtime.layers import LayerWeights, attention, route
+from quantkit.runtime.layers import LayerWeights, attention, only_forward, route, with_mla
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import apply_attention, ffn_input
 from quantkit.runtime.watch import ExpertVisit, Watcher
 from quantkit.tensors import ROUTED_ROLES, Imatrix, TensorSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
+    from matplotlib.image import AxesImage
 
 NOISE = 0.02  # relative energy of the cheap tier's noise: about a layer's damage at 1.6 bit on a model of many layers
 
@@ -89,6 +96,7 @@ class Measurement:
 
     def run(self, tokens: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
         """Carry everything through all layers; afterwards `streams` holds the final hidden states."""
+        only_forward(self.config, "measuring sensitivity by forks")
         self.n_chunk, self.t = tokens.shape
         self.n_clean = tokens.numel()
         clean = self.source.embed(tokens)
@@ -97,7 +105,7 @@ class Measurement:
         self.streams = self._fork(clean, embeddings, made, clean)
         self.angles = angles(self.config, torch.arange(self.t, device=clean.device))
         for layer in range(self.config.n_layer):
-            self._layer(layer, self.source.layer(layer))
+            self._layer(layer, with_mla(self.source.layer(layer)))
             if progress:
                 progress(layer + 1)
 
@@ -250,31 +258,45 @@ def measure(
     return Sensitivity(source.name, run.tier, n_chunk * tokens.shape[1], tuple(run.entries()))
 
 
-def heat_map(sensitivity: Sensitivity, path: Path) -> None:
-    """layers x (role, type) as PNG or SVG, colour log10 KLD."""
-    with needs("plots"):
-        import matplotlib
+PANELS = 4  # of a heat map, side by side
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
+
+def heat_map(sensitivity: Sensitivity, path: Path) -> None:
+    """A panel a role, layers x types, as PNG or SVG, all in one scale of colours: log10 KLD."""
+    with needs("plots"):
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
 
     rows = [entry for entry in sensitivity.entries if entry.layer is not None]
-    columns = sorted({(e.role, e.qtype) for e in rows}, key=lambda c: (c[0] not in ROUTED_ROLES, c[0], c[1]))
-    layers = sorted({e.layer for e in rows if e.layer is not None})
-    grid = np.full((len(layers), len(columns)), np.nan)
-    for e in rows:
-        if e.layer is not None:
-            grid[layers.index(e.layer), columns.index((e.role, e.qtype))] = max(e.kld, 1e-9)
-    size = (2 + 0.3 * len(columns), 2.2 + 0.22 * len(layers))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(grid, aspect="auto", norm=LogNorm(), cmap="magma")
-    axes.set_xticks(range(len(columns)), [f"{role} {qtype}" for role, qtype in columns], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=7)
-    axes.set_ylabel("layer")
+    roles = sorted({e.role for e in rows}, key=lambda role: (role not in ROUTED_ROLES, role))
+    norm = LogNorm(min(max(e.kld, 1e-9) for e in rows), max(max(e.kld, 1e-9) for e in rows) * 1.001)
+    n_layer = len({e.layer for e in rows})
+    down, across = -(-len(roles) // PANELS), min(PANELS, len(roles))
+    size = (2.6 * across + 1.2, (1.3 + min(6.0, max(0.8, 0.13 * n_layer))) * down + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, role in zip(panels, roles, strict=False):
+        image = _panel(axes, role, [e for e in rows if e.role == role], norm)
+    for axes in panels[len(roles) :]:
+        axes.set_axis_off()
     title = f"{sensitivity.model}: KLD at the output if only this tensor has this type"
-    axes.set_title(title, fontsize=9, parse_math=False)  # a$x_{$b is a name
-    figure.colorbar(image, label="nats per token")
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a$x_{$b is a name
+    figure.colorbar(image, ax=list(panels), label="nats per token", fraction=0.03)
     with replacing(path) as out:
         figure.savefig(out, dpi=150, format=path.suffix[1:] or "png")
-    plt.close(figure)
+
+
+def _panel(axes: "Axes", role: str, rows: list[Entry], norm: "LogNorm") -> "AxesImage":
+    """One role. Types from the fewest bits to the most."""
+    types = sorted({e.qtype for e in rows}, key=lambda name: (qtypes.get(name).bpw, name))
+    layers = sorted({e.layer for e in rows if e.layer is not None})
+    grid = np.full((len(layers), len(types)), np.nan)
+    for e in rows:
+        if e.layer is not None:
+            grid[layers.index(e.layer), types.index(e.qtype)] = max(e.kld, 1e-9)
+    image = axes.imshow(grid, aspect="auto", norm=norm, cmap="magma", interpolation="nearest")
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(range(len(types)), types, rotation=90, fontsize=8)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
+    axes.set_title(role, fontsize=9, parse_math=False)
+    return image

@@ -50,6 +50,9 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
         click.option(
             "--verify/--no-verify", default=True, help="End with perplexity and divergence from the original."
         ),
+        click.option(
+            "--baseline", is_flag=True, help="Also score the same types by ggml's encoder: a second file, for a while."
+        ),
         click.option("--dry-run", is_flag=True, help="Say what it would read, write and take; do nothing."),
     ),
     "asked",

@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import click
 
 from quantkit import bundle, machine, sizes
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_folder import model_in
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
@@ -40,20 +40,6 @@ class ModelFile(Place):
         return model_in(path) if path.is_dir() else path
 
 
-def model_in(folder: Path) -> Path:
-    """The GGUF of a folder, other than an imatrix."""
-    found = [path for path in sorted(folder.glob("*.gguf")) if path.name != "imatrix.gguf"]
-    models = [path for path in found if not LATER.search(path.name)]
-    if len(models) == 1:
-        return models[0]
-    if not models:
-        hint = f"; `quantkit status {folder}` says how far it is" if any(folder.glob("**/*.gguf.part*")) else ""
-        raise QuantkitError(f"{folder}: no finished GGUF file in this folder{hint}")
-    names = ", ".join(path.name for path in models[:4])
-    raise QuantkitError(f"{folder}: {len(models)} models ({names}{' ...' if len(models) > 4 else ''}); name one")
-
-
-LATER = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # splits but the first
 MODEL_FILE = ModelFile(exists=True, path_type=Path)
 FILE = Place(exists=True, dir_okay=False, path_type=Path)
 FOLDER = Place(exists=True, file_okay=False, path_type=Path)
@@ -159,19 +145,24 @@ class Tokens(click.ParamType):
 
 
 class GpuLayers(click.ParamType):
-    """auto, or a number of layers."""
+    """auto, a number of layers, or a share of all experts."""
 
-    name = "auto|n"
+    name = "auto|n|n%"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float | Literal["auto"]:
         """QuantkitError, naming the option, for anything else."""
-        if isinstance(value, int):
+        if not isinstance(value, str):
             return value
         if value == "auto":
             return "auto"
-        if not value.isdecimal() or len(value) > 4:
-            raise QuantkitError(f"{name_of(param)} {value}: write auto or a number of layers")
-        return int(value)
+        number = value.removesuffix("%")
+        if not number.isdecimal() or len(number) > 4 or (number != value and int(number) > 100):
+            raise QuantkitError(
+                f"{name_of(param)} {value}: write auto or a number of layers, or how much of all experts, like 40%"
+            )
+        return int(number) if number == value else int(number) / 100
 
 
 class Finite(click.FloatRange):
@@ -377,18 +368,19 @@ gpu_layers = click.option(
     type=GpuLayers(),
     default="auto",
     show_default=True,
-    help="Layers whose routed experts stay in GPU memory; auto: as many as fit.",
+    help="Layers whose routed experts stay in GPU memory; n%: so much of all experts, those chosen most; auto: as many "
+    "of those as fit.",
 )
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs: device (None: a GPU if there is one), bytes of RAM for it (None: all), layers whose routed
-    experts stay in GPU memory."""
+    experts stay in GPU memory (float: the share of all experts that does)."""
 
     device: str | None
     ram: int | None
-    gpu_layers: int | Literal["auto"]
+    gpu_layers: int | float | Literal["auto"]
 
 
 placement = Shared((run_ram, device, gpu_layers), "placement", Placement)

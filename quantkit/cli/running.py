@@ -2,8 +2,6 @@
 
 import logging
 import os
-import sys
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options, streams
+from quantkit.cli.chat import chat_on_terminal, show_answer
 from quantkit.cli.options import FILE, MODEL_FILE, TOKENS, Finite, Placement, Shared
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
     from quantkit.runtime.generate import Sampling
-    from quantkit.serving.chat import Conversation
 
 
 def _text(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -132,44 +130,6 @@ def show_placement() -> None:
     logger = logging.getLogger("quantkit.runtime")
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
-
-
-def show_answer(pieces: Iterator[tuple[str, bool]]) -> None:
-    """Print pieces of an answer as they come, reasoning dimmed (on a terminal)."""
-    try:
-        for piece, thought in pieces:
-            piece = streams.harmless(piece)
-            click.echo(click.style(piece, dim=True) if thought and piece else piece, nl=False)
-    finally:
-        if isinstance(pieces, Generator):
-            pieces.close()
-    click.echo()
-
-
-def chat_on_terminal(talk: "Conversation", n_tokens: int) -> None:
-    """Read a line, answer, until /exit or Ctrl-D. Ctrl-C ends only the answer under way."""
-    hint = "/clear forgets the conversation, /system TEXT begins another, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-    click.echo(hint, err=True)
-    system = talk.messages[:1]
-    while True:
-        click.echo("> ", nl=False, err=True)
-        if not (line := sys.stdin.readline()) or line.strip() == "/exit":
-            return
-        word, _, rest = line.strip().partition(" ")
-        if word == "/system":
-            system = [{"role": "system", "content": streams.text_of(rest.strip(), "stdin")}] if rest.strip() else []
-        if word in ("/clear", "/system"):
-            talk.messages = [*system]
-        elif word == "/help":
-            click.echo(hint, err=True)
-        elif line.strip():
-            try:
-                show_answer(talk.ask(streams.text_of(line.strip(), "stdin"), n_tokens))
-                click.echo(click.style(talk.speed, dim=True), err=True)
-            except KeyboardInterrupt:
-                click.echo("\n(stopped)", err=True)
-            except QuantkitError as error:
-                click.echo(f"{error}; /clear starts anew", err=True)
 
 
 @dataclass(frozen=True)

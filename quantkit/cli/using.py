@@ -81,14 +81,22 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
     "how",
     _verify_options,
 )
-@click.option("--json", "out", type=OUT, default=None, help="Write the figures here.")
+@click.option(
+    "--json",
+    "out",
+    type=OUT,
+    default=None,
+    help="Where to write the figures. Default: verify.json beside FILE; verify-FILE.json if that is of another.",
+)
 @options.device
 @options.threads
 def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, device: str | None) -> None:
-    """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side."""
+    """Measure perplexity and KL divergence of a GGUF from the original, both streamed layer by layer side by side.
+
+    FILE may be the folder that `make` left. The figures also go to verify.json, from which `report` draws."""
     from quantkit.evaluation.summary import short_table
     from quantkit.formats.lock import locked
-    from quantkit.job import stages
+    from quantkit.job import finished, stages
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
     from quantkit.runtime.engines.open import open_engine
@@ -97,9 +105,12 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     device = chosen_device(device)
     original = open_weights(reference)
     runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
+    out = out or finished.place_of_scores(file)
     with locked(out.parent, shared=True) if out else nullcontext():
-        result = stages.verify_file(file, original, device, how, out, runtime=runtime)
-    streams.show(short_table(result, file))
+        result = stages.verify_file(file, original, device, how, runtime=runtime)
+        if out:
+            finished.keep_scores(out, result, how.text, original.fingerprint())
+    streams.show(short_table(result, file) + (f"\nfigures     {out}" if out else ""))
     if result["configuration"]["status"] == "fail":  # then the scores are of another model
         sys.exit(1)
 
@@ -253,15 +264,20 @@ def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marli
 
 
 @click.command()
-@click.argument("folder", type=FOLDER)
-def report(folder: Path) -> None:
-    """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs."""
+@click.argument("folders", type=FOLDER, nargs=-1, required=True, metavar="FOLDER...")
+def report(folders: tuple[Path, ...]) -> None:
+    """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs. Of several folders
+    one page that compares them: compare.html here."""
     with needs("plots"):
         from quantkit.formats.lock import locked
-        from quantkit.job.report import write_report
+        from quantkit.job.report.compare import write_comparison
+        from quantkit.job.report.page import write_report
 
-    with locked(folder, shared=True):
-        streams.show("\n".join(map(str, write_report(folder))))
+    if len(folders) > 1:
+        streams.show(str(write_comparison(folders, Path())))
+        return
+    with locked(folders[0], shared=True):
+        streams.show("\n".join(map(str, write_report(folders[0]))))
 
 
 def _target(**given: Any) -> "Destination":

@@ -17,14 +17,17 @@ def ggml_grid(qtype: str) -> np.ndarray:
 
 IQ4_LEVELS: tuple[int, ...] = gguf.quants.IQ4_NL.kvalues
 """What the 16 codes of IQ4_NL and IQ4_XS stand for."""
+FP4_LEVELS: tuple[int, ...] = gguf.quants.MXFP4.kvalues
+"""Twice what the 16 codes of MXFP4 (E2M1) stand for."""
+LEVELS = {"IQ4_NL": IQ4_LEVELS, "MXFP4": FP4_LEVELS}
 
 
 @cache
 def on_device(codebook: str | None, device: torch.device) -> torch.Tensor:
-    """int8 [entries, width] of a type with a grid, the 16 levels of "IQ4_NL", or for None one byte that none reads."""
+    """int8 [entries, width] of a type with a grid, the 16 of one in LEVELS, or for None one byte that none reads."""
     if codebook is None:
         return torch.zeros(1, dtype=torch.int8, device=device)
-    values = np.array(IQ4_LEVELS) if codebook == "IQ4_NL" else ggml_grid(codebook)
+    values = np.array(LEVELS[codebook]) if codebook in LEVELS else ggml_grid(codebook)
     return torch.tensor(values, dtype=torch.int8, device=device)
 
 
@@ -42,5 +45,5 @@ def for_kernels(codebook: str | None, device: torch.device) -> torch.Tensor:
 
 
 def entries(codebook: str, index: torch.Tensor) -> torch.Tensor:
-    """int64 [n, k] -> the entries of a codebook, int8 [n, k, width] (of "IQ4_NL": [n, k])."""
+    """int64 [n, k] -> the entries of a codebook, int8 [n, k, width] (of one in LEVELS: [n, k])."""
     return on_device(codebook, index.device)[index]

@@ -2,8 +2,8 @@
 
 Each takes p, where a block begins, j, which of its groups of 8 neighbouring weights, and its codebook as bytes
 (`codebooks.for_kernels`), in any shape. It returns the eight int8 in two words, scale and offset: the weights are
-`scale · v + offset`. Blocks are read as they lie in the file, so only 2-byte alignment is certain. Imported only where
-Triton is.
+`scale · v + offset`. Blocks are read as they lie in the file, so only 2-byte alignment is certain, and of blocks of 17
+bytes (MXFP4) none. Imported only where Triton is.
 """
 
 import triton
@@ -23,6 +23,12 @@ def _u16(p):
 @triton.jit
 def _u32(p):
     return _u16(p) | (_u16(p + 2) << 16)
+
+
+@triton.jit
+def _u32_anywhere(p):
+    """Four bytes of a type whose blocks are an odd number of them."""
+    return _byte(p) | (_byte(p + 1) << 8) | (_byte(p + 2) << 16) | (_byte(p + 3) << 24)
 
 
 @triton.jit
@@ -341,6 +347,15 @@ def iq4_nl(p, j, table):
     return _levels(_u32(at), shift, table), _levels(_u32(at + 4), shift, table), _f16(p), _no_offset(p)
 
 
+@triton.jit
+def mxfp4(p, j, table):
+    """`plain.unpack_mxfp4`."""
+    at, shift, e = p + 1 + 8 * (j % 2), 4 * (j // 2), _byte(p)
+    scale = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23).to(tl.float32, bitcast=True)
+    lo, hi = _levels(_u32_anywhere(at), shift, table), _levels(_u32_anywhere(at + 4), shift, table)
+    return lo, hi, scale, _no_offset(p)
+
+
 DECODERS = {
     "IQ1_S": iq1_s,
     "IQ1_M": iq1_m,
@@ -351,6 +366,7 @@ DECODERS = {
     "IQ3_S": iq3_s,
     "IQ4_XS": iq4_xs,
     "IQ4_NL": iq4_nl,
+    "MXFP4": mxfp4,
     "Q2_K": q2_k,
     "Q3_K": q3_k,
     "Q4_K": q4_k,

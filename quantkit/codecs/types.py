@@ -61,6 +61,7 @@ _ENCODED = (
     _qtype("IQ3_S", error=0.166, damage=3.50),
     _qtype("Q3_K", error=0.151, damage=3.61),
     _qtype("IQ4_XS", error=0.0768, damage=1.15),
+    _qtype("MXFP4", error=0.1147, damage=2.6),  # what FP4 weights are copied into; damage likewise
     _qtype("IQ4_NL", error=0.0762, damage=1.11),
     _qtype("Q4_K", error=0.0716, damage=1.00),
     _qtype("Q4_0", error=0.0817, damage=1.3),  # what INT4 weights are copied into; damage by its error, where encoded
@@ -76,9 +77,14 @@ _ENCODED = (
 QTYPES = {qtype.name: qtype for qtype in _ENCODED}
 """The types that quantkit encodes, by name."""
 
+TABLE = _qtype("I32")
+"""Of numbers that are no weights (ids of experts): only the format asks for it, no recipe can."""
+
 
 def get(name: str) -> QType:
-    """A type that quantkit encodes; QuantkitError with their names for anything else."""
+    """A type that quantkit encodes, or TABLE; QuantkitError with their names for anything else."""
+    if name == TABLE.name:
+        return TABLE
     try:
         return QTYPES[name]
     except (KeyError, TypeError):

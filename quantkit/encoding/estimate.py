@@ -36,7 +36,7 @@ from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.progress import say
-from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm
+from quantkit.runtime.layers import Feed, LayerWeights, attention, rms_norm, with_mla
 from quantkit.runtime.memory import Limits, Memory, room_for
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -139,9 +139,10 @@ class Estimate:
             here.embedding()
             self._noise(step.hidden, here.gradients.before, 0)
         step.compute(here)
-        middle = here.attention(before, step.weights)
-        if step.weights.feed is not None:
-            here.feed_forward(middle, step.weights, step.weights.feed)
+        weights = with_mla(step.weights)
+        middle = here.attention(before, weights)
+        if weights.feed is not None:
+            here.feed_forward(middle, weights, weights.feed)
         self._noise(step.hidden, here.gradients.after, step.layer + 1)
         self._gather(here)
 

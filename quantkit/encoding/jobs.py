@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from quantkit import machine, ranks
+from quantkit.codecs.types import TABLE
 from quantkit.errors import QuantkitError
-from quantkit.formats import int4
+from quantkit.formats import fp4, int4
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
@@ -207,21 +208,26 @@ def _run(pool: ThreadPoolExecutor, jobs: list[Job], work: Callable[[Job], None],
 
 
 def _encode(checkpoint: Checkpoint, config: ModelConfig, job: Job, imatrix: Imatrix, encoder: Encoder) -> np.ndarray:
-    if (name := _copied(checkpoint, job)) is not None:
-        first = job.matrix * (job.spec.n_rows // job.spec.n_matrices)
-        return checkpoint.read_q4_0(name, job.start - first, job.stop - first)
+    first = job.matrix * (job.spec.n_rows // job.spec.n_matrices)
+    name, start, stop = job.spec.sources[job.matrix % len(job.spec.sources)], job.start - first, job.stop - first
+    if job.tensor.qtype == TABLE.name:
+        return checkpoint.read_ids(name, start, stop, config.n_expert).numpy().view(np.uint8)
+    if _is_copied(checkpoint, job, name):
+        return (checkpoint.read_q4_0 if job.tensor.qtype == "Q4_0" else checkpoint.read_mxfp4)(name, start, stop)
     rows = family.read(checkpoint, config, job.spec, job.start, job.stop).numpy()
     entry = imatrix.get(job.tensor.name)
     importance = None if entry is None else entry.mean(job.matrix)
     return encoder(job.tensor.qtype, rows, importance)
 
 
-def _copied(checkpoint: Checkpoint, job: Job) -> str | None:
-    """The INT4 tensor whose codes are the job's: Q4_0 says the same numbers. None if there is something to encode."""
-    if job.tensor.qtype != "Q4_0" or job.spec.assembly not in ("copy", "stack"):
-        return None
-    name = job.spec.sources[job.matrix]
-    return name if checkpoint.entry(name).dtype == int4.DTYPE else None
+COPIES = {"Q4_0": int4.DTYPE, fp4.COPY: fp4.DTYPE}
+"""qtype -> the stored dtype whose numbers it says as they are."""
+
+
+def _is_copied(checkpoint: Checkpoint, job: Job, name: str) -> bool:
+    """Whether the source's codes are the job's, and there is nothing to encode."""
+    whole = job.spec.assembly in ("copy", "stack")
+    return whole and COPIES.get(job.tensor.qtype) == checkpoint.entry(name).dtype
 
 
 def fit_importance(plan: Plan, imatrix: Imatrix) -> dict[str, Importance]:

@@ -8,6 +8,11 @@ from quantkit.encoding.hessian import Hessian, gram
 GROUP_SHARE, FACTOR_COPIES = 0.35, 6
 SAME_INPUT = {  # roles that multiply the same rows share one moment
     "attn_kv_a_mqa": "attn_q_a",
+    "attn_kv": "attn_q_a",
+    "attn_compressor_kv": "attn_q_a",
+    "attn_compressor_gate": "attn_q_a",
+    "indexer_compressor_kv": "attn_q_a",
+    "indexer_compressor_gate": "attn_q_a",
     "attn_q": "attn_q_a",
     "ffn_up": "ffn_gate",
     "ffn_up_shexp": "ffn_gate_shexp",

@@ -21,9 +21,9 @@ from quantkit.evaluation.oracles import hf
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.tensor_table import CONFIG
-from quantkit.runtime.layers import rms_norm
+from quantkit.models import family
 from quantkit.runtime.sources.checkpoint import CheckpointSource
-from quantkit.runtime.stream import final_hidden
+from quantkit.runtime.stream import final_hidden, head_logits
 
 NAME = "oracle transformers"
 TOKENS = 160
@@ -58,6 +58,8 @@ def check(raw: Mapping[str, Any]) -> Check:
 
 def small(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a small model that computes as that of `raw` does."""
+    if raw.get("model_type") == "deepseek_v4":
+        return _small_v4(raw)
     dense = int(raw.get("first_k_dense_replace", 1) > 0)
     left_out = LEFT_OUT + (RULES if raw.get("indexer_types") else ())
     kept = {key: value for key, value in raw.items() if key not in left_out}
@@ -70,6 +72,27 @@ def small(raw: Mapping[str, Any]) -> dict[str, Any]:
     shrunk = {key: value for key, value in SMALL.items() if kept.get(key) is not None}
     ids = {key: None if "pad" in key else 0 for key in kept if key.endswith("_token_id")}
     return kept | shrunk | ids | {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}
+
+
+# Widths of DeepSeek-V4 besides: heads fall into output groups, and a head must have more numbers than turn.
+SMALL_V4: Mapping[str, int] = {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 96, "o_lora_rank": 16}
+
+
+def _small_v4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """With one layer of each kind: of attention, and of routing by the token or not."""
+    c = family.from_hf(raw)
+    assert c.compression
+    kinds = [(i < c.n_hash, ratio) for i, ratio in enumerate(c.compression.ratios)]
+    layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    own = {"compress_ratios": [kinds[i][1] for i in layers], "num_hash_layers": sum(kinds[i][0] for i in layers)}
+    if c.qk_rope != 64 or 16 % c.compression.n_group:
+        own |= {"head_dim": c.qk_head, "num_attention_heads": c.n_head}
+    shrunk = {key: value for key, value in {**SMALL, **SMALL_V4}.items() if raw.get(key) is not None}
+    left_out = (*LEFT_OUT, *BY_LAYER, "expert_dtype", "partial_rotary_factor")
+    kept = {key: value for key, value in raw.items() if key not in left_out}
+    ids = {key: None if "pad" in key else 0 for key in kept if key.endswith("_token_id")}
+    turning = {"qk_rope_head_dim": c.qk_rope, "num_hidden_layers": len(layers)}
+    return kept | shrunk | ids | turning | own
 
 
 @lru_cache(8)
@@ -96,8 +119,7 @@ def _check(text: str) -> Check:
 
 @torch.inference_mode()
 def _logits(source: CheckpointSource, tokens: torch.Tensor) -> torch.Tensor:
-    norm, head = source.head()
-    return head(rms_norm(final_hidden(source, tokens), norm, source.config.rms_eps))
+    return head_logits(source, source.head(), final_hidden(source, tokens))
 
 
 def divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:

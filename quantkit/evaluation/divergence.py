@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from quantkit.evaluation import student
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.layers import rms_norm
 
@@ -47,16 +48,20 @@ class Head(Protocol):
         """float32 [d]."""
         ...
 
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the norm is taken of, [n, d], of hidden states [n, width]."""
+        ...
+
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of the output matrix, [stop - start, d]."""
         ...
 
 
 class HeadLogits:
-    """Logits of final hidden states [n, d], computed with the source's norm and output matrix as they are asked for."""
+    """Logits of final hidden states [n, width], made with the source's norm and output matrix as they are asked for."""
 
     def __init__(self, source: Head, hidden: torch.Tensor) -> None:
-        self.source, self.hidden, self.n, self.device = source, hidden, len(hidden), hidden.device
+        self.source, self.hidden, self.n, self.device = source, source.merge(hidden), len(hidden), hidden.device
         self.norm = source.output_norm()
 
     def slab(self, start: int, stop: int) -> Slab:
@@ -174,13 +179,11 @@ class Divergence:
         return out | {"ci95": self._intervals(per_chunk)}
 
     def _intervals(self, per_chunk: int) -> dict[str, list[float] | None]:
-        from scipy.special import stdtrit  # Student's t; scipy takes a tenth of a second, scipy.stats a whole one
-
         def interval(values: torch.Tensor, shape: Callable[[float], float]) -> list[float] | None:
             means = values.double().view(-1, per_chunk).mean(1)
             if len(means) < 2:
                 return None
-            half = float(stdtrit(len(means) - 1, 0.975)) * float(means.std()) / math.sqrt(len(means))
+            half = student.quantile(len(means) - 1, 0.975) * float(means.std()) / math.sqrt(len(means))
             return [shape(float(means.mean()) - half), shape(float(means.mean()) + half)]
 
         return {

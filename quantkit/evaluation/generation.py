@@ -22,6 +22,7 @@ from quantkit.runtime.stream import Source, final_hidden
 GREEDY = Sampling(temperature=0.0)
 PERIOD, SPAN, REPEATS = 64, 32, 4  # a loop: a period up to 64 tokens, at least 32 tokens and four times over
 SMALL_WEIGHTS = 200_000_000  # an original up to this size also generates, for comparison
+SAMPLES = 4  # continuations kept as text
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def check(
         same = [a == b for a, b in zip(tokens, wanted, strict=True)]
         matched = same.index(False) if False in same else len(same)
         rows.append((chunks.domains[i], len(tokens), matched, 100 * sum(same) / len(same), long[i]))
+    pairs = zip(prompts[:SAMPLES].tolist(), greedy, chosen, chunks.domains, strict=False)
+    samples = [_sample(reference, *pair) for pair in pairs]
     loops = _loops_of_original(reference, prompts, n_long)
     found = [Continuation(*row, loop) for row, loop in zip(rows, loops, strict=True)]
     return {
@@ -105,6 +108,7 @@ def check(
         "agreed": _agreed(found),
         "loops": sum(c.loop > 0 for c in found),
         "continuations": [asdict(c) for c in found],
+        "samples": samples,
     }
 
 
@@ -126,9 +130,29 @@ def _choices(reference: Source, prompts: torch.Tensor, continuations: list[list[
     return [row[: len(tokens)].tolist() for row, tokens in zip(top, continuations, strict=True)]
 
 
-def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) -> list[int | None]:
+def _sample(reference: Source, prompt: list[int], greedy: list[int], chosen: list[int], domain: str) -> dict[str, Any]:
+    """Texts of a prompt, of the file's continuation, and of the original's: whole if it is small enough to generate,
+    else up to its first token that is another (`original_whole`)."""
+    tokenizer, c = reference.tokenizer(), reference.config
+    small = _is_small(reference)
+    if small:
+        theirs = _write(TorchEngine(reference, 1, len(prompt) + len(greedy) + 1), prompt, len(greedy), GREEDY)
+    else:
+        parted = next((i for i, (a, b) in enumerate(zip(greedy, chosen, strict=True)) if a != b), len(greedy))
+        theirs = chosen[: parted + 1]
+    texts = {"prompt": prompt, "file": greedy, "original": theirs}
+    ends = {c.bos, c.eos}
+    decoded = {key: tokenizer.decode([t for t in ids if t not in ends]) for key, ids in texts.items()}
+    return {"domain": domain, **decoded, "original_whole": small}
+
+
+def _is_small(reference: Source) -> bool:
     c = reference.config
-    if c.n_moe * c.n_expert * 3 * c.d * c.n_ff_exp > SMALL_WEIGHTS:
+    return c.n_moe * c.n_expert * 3 * c.d * c.n_ff_exp <= SMALL_WEIGHTS
+
+
+def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) -> list[int | None]:
+    if not _is_small(reference):
         return [None] * len(prompts)
     engine = TorchEngine(reference, 1, prompts.shape[1] + n_long + 1)
     return [

@@ -9,7 +9,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.room import Room
-from quantkit.runtime.stream import Source, stream
+from quantkit.runtime.stream import Source, embedded, stream
 
 PROBE_TOKENS = 4096  # tokens over which each layer's own error is measured
 OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the median own error, and no less than this
@@ -49,8 +49,8 @@ class SideBySide:
         """Hidden states [n_chunk, t, d] of the reference and of the source. QuantkitError naming a layer that computes
         numbers that are not finite. advance: told thousands of tokens, of both, a layer."""
         n, k = len(self.tokens), self.n_probe
-        theirs = self.reference.embed(self.tokens).to(self.reference.device, self.dtype)
-        ours = self.source.embed(self.tokens).to(self.source.device, self.dtype)
+        theirs = embedded(self.reference, self.tokens).to(self.reference.device, self.dtype)
+        ours = embedded(self.source, self.tokens).to(self.source.device, self.dtype)
         ours = torch.cat((ours, theirs[:k].to(ours.device)))
         before = theirs[:k].clone()
         doubled = torch.cat((self.tokens, self.tokens[:k]))

@@ -37,6 +37,10 @@ REQUIRED = (
     "expert_count",
     "expert_used_count",
 )
+NOT_THERE: Mapping[str, tuple[str, ...]] = {
+    "deepseek4": ("attention.kv_lora_rank", "feed_forward_length", "leading_dense_block_count")
+}
+"""Those of REQUIRED that an architecture has not."""
 # What llama.cpp takes for a key that is absent (src/llama-model.cpp); vocab_size it counts in the tokenizer.
 ABSENT: Mapping[str, Any] = {
     "expert_group_count": 1,
@@ -128,12 +132,13 @@ def metadata(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
         yield f"general.architecture is {architecture!r}, not {' or '.join(families)}"
         return
     prefix = f"{architecture}."
-    missing = [key for key in REQUIRED if prefix + key not in meta]
+    missing = [key for key in REQUIRED if prefix + key not in meta and key not in NOT_THERE.get(str(architecture), ())]
     yield from (f"{prefix}{key} is missing: llama.cpp refuses the file" for key in missing)
     if any(key in missing for key in ("attention.head_count", "attention.kv_lora_rank", "block_count")):
         return
     if known is None:
-        yield from _consistent(file, prefix)
+        if architecture not in NOT_THERE:  # its keys are all asked for where they are read
+            yield from _consistent(file, prefix)
         return
     for key, wrapped in family.metadata(known, layout(file), "").items():
         name, want = key.removeprefix(prefix), getattr(wrapped, "value", wrapped)
@@ -184,7 +189,7 @@ def _same(have: Any, want: Any) -> bool:
 
 
 def tensors(file: GGUFFile, known: ModelConfig | None) -> Iterator[str]:
-    """Exactly the tensors of this architecture, each with its shape, and F32 where the format asks for it."""
+    """Exactly the tensors of this architecture, each with its shape, and in the type that the format asks for."""
     config = known or own_config(file)
     if config is None:
         family.from_gguf(file.metadata)  # says what is wrong, unless it is a matter of size

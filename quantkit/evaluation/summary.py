@@ -17,6 +17,12 @@ def layer_line(result: Mapping[str, Any]) -> str:
     return f"error {layers[-1]['error']:.3f} after the last, own {middle:.3f} (median); {named or 'none stands out'}"
 
 
+def baseline_line(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The file against the same types by ggml's encoder."""
+    ratio = result["kld_mean"] / other["kld_mean"] if other["kld_mean"] else 1.0
+    return f"{ratio:.2f} of the KLD of ggml's encoder in the same bytes ({other['kld_mean']:.5f})"
+
+
 def short_table(result: Mapping[str, Any], path: Path) -> str:
     """The lines that `make` and `verify` end with."""
     rows = [
@@ -34,6 +40,8 @@ def short_table(result: Mapping[str, Any], path: Path) -> str:
     ]
     if len(domains := result["domains"]) > 1:
         rows.append(("by domain", ", ".join(f"{name} {d['kld_mean']:.3f}" for name, d in domains.items())))
+    if other := result.get("baseline"):
+        rows.append(("baseline", baseline_line(result, other)))
     if result["layers"]:
         rows.append(("layers", layer_line(result)))
     if read := result.get("configuration"):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import prod
 from typing import Any
 
@@ -51,9 +51,16 @@ def check_same_model(source: Source, reference: Source) -> None:
     ):  # a tied head is written once; GGUF derives the others elsewhere
         ours, theirs = ({k: v for k, v in d.items() if k != key} for d in (ours, theirs))
     for key, value in theirs.items():
-        close = isinstance(value, float) and abs(ours[key] - value) <= 1e-6 * abs(value)
-        if ours[key] != value and not close and key != "yarn":
+        if not _alike(ours[key], value) and key != "yarn":
             raise QuantkitError(f"{source.name}: {key} is {ours[key]}, but {reference.name} has {value}")
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """The same number, as a file's float32 holds it; of a table of numbers, each."""
+    if is_dataclass(theirs) and type(ours) is type(theirs):
+        return all(_alike(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(theirs))
+    close = isinstance(theirs, float) and isinstance(ours, float) and abs(ours - theirs) <= 1e-6 * abs(theirs)
+    return close or ours == theirs
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class _Sums:
 
 def limit(qtype: str) -> float:
     """Largest relative error of a matrix that passes for an encoding of its source."""
+    if qtype == qtypes.TABLE.name:
+        return 0.0
     typical = qtypes.QTYPES[qtype].error if qtype in qtypes.QTYPES else 0.5
     return max(EXACT, (SLACK if typical < COARSE else COARSE_SLACK) * typical)
 
@@ -149,11 +151,16 @@ class WeightCheck:
         """float32 [stop - start, n_in] of the file."""
         tensor = self.file.tensors[spec.name]
         data = self.file.data(spec.name).reshape(-1, tensor.row_bytes)[start:stop]
+        if tensor.qtype == spec.fixed == qtypes.TABLE.name:
+            return torch.from_numpy(np.ascontiguousarray(data).view(np.int32).astype(np.float32)).to(self.device)
         return torch.from_numpy(dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
 
     def original(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the checkpoint, within one matrix."""
         assert self.checkpoint is not None
+        if spec.fixed == qtypes.TABLE.name:
+            ids = self.checkpoint.read_ids(spec.sources[0], start, stop, self.config.n_expert)
+            return ids.to(self.device, torch.float32)
         return family.read(self.checkpoint, self.config, spec, start, stop, self.device).reshape(stop - start, -1)
 
     def _sums(self, spec: TensorSpec, start: int, stop: int) -> _Sums:

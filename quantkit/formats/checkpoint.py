@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats import int4
+from quantkit.formats import fp4, int4
 from quantkit.formats.byte_source import ByteSource, FolderSource, read_text_file
 from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
-from quantkit.formats.tensor_table import CONFIG, SCALE_SUFFIX, TensorTable
+from quantkit.formats.tensor_table import CONFIG, INTEGER_DTYPES, TensorTable, weight_of
 from quantkit.formats.text_model import TextModel
 from quantkit.progress import say, say_once
 
@@ -35,7 +35,10 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
     int4.DTYPE: torch.int32,
+    fp4.DTYPE: torch.uint8,
 }
 
 
@@ -84,7 +87,7 @@ class Checkpoint(TensorTable):
             if how := packed(tensors, text.config, int4.readable(text.config)):
                 raise QuantkitError(
                     f"{folder}: {how}; quantkit starts from the original weights (BF16, F16, F32, FP8 in blocks or "
-                    "compressed-tensors' INT4)"
+                    "compressed-tensors' INT4, FP4 with .scale)"
                 )
             if index:
                 index.check(tensors)
@@ -108,7 +111,8 @@ class Checkpoint(TensorTable):
         self._source.schedule(self._extents(kept), [self._extents(names) for names in layers])
 
     def _extents(self, names: Sequence[str]) -> list[tuple[str, int, int]]:
-        found = [self.tensors.get(each) for name in names for each in (name, name + SCALE_SUFFIX, name + int4.SCALE)]
+        stored = (each for name in names if name in self.tensors for each in (name, self.scale_name(name)))
+        found = [self.tensors.get(each) for each in stored]
         return [(str(entry.file), entry.begin, entry.end) for entry in found if entry is not None]
 
     def fingerprint(self) -> str:
@@ -131,10 +135,14 @@ class Checkpoint(TensorTable):
         """
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
+        if (kind := self.entry(name).dtype) in INTEGER_DTYPES:
+            raise QuantkitError(f"{self.where(name, self.entry(name))} is {kind}: ids, where weights were expected")
         if scale is None:
             out = raw
-        elif raw.dtype == torch.int32:
+        elif kind == int4.DTYPE:
             out = int4.dequantize(raw, scale)
+        elif kind == fp4.DTYPE:
+            out = fp4.dequantize(raw, scale)
         else:
             out = dequantize(raw, scale, self.block, start)
         if out.numel():
@@ -161,8 +169,8 @@ class Checkpoint(TensorTable):
         """Rows start:stop as stored, on the CPU, and their scale.
 
         The scale is None for plain floats, else float32 [rows covering the slice, blocks across]: row r of the slice
-        belongs to its row (start + r) // block - start // block. INT4 is int32 words [n, columns / 8], with a scale for
-        each of the rows.
+        belongs to its row (start + r) // block - start // block. INT4 is int32 words [n, columns / 8], FP4 uint8
+        [n, columns / 2], with a scale for each of the rows.
         """
         entry = self.entry(name)
         scale_entry = self.scale_of(name, entry)
@@ -173,8 +181,8 @@ class Checkpoint(TensorTable):
         raw = self._rows(name, entry, start, stop)
         if scale_entry is None:
             return raw, None
-        of_rows = entry.dtype == int4.DTYPE
-        scale_name = name + (int4.SCALE if of_rows else SCALE_SUFFIX)
+        of_rows = entry.dtype in (int4.DTYPE, fp4.DTYPE)
+        scale_name = self.scale_name(name)
         first, last = (start, stop) if of_rows else scale_rows(start, stop, self.block)
         scale = self._rows(scale_name, scale_entry, first, last).to(torch.float32)
         if not torch.isfinite(scale).all():
@@ -187,6 +195,25 @@ class Checkpoint(TensorTable):
         assert scale is not None
         return int4.as_q4_0(raw, scale, self.where(name + int4.SCALE, self.tensors[name + int4.SCALE]), say_once)
 
+    def read_mxfp4(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of an FP4 tensor as packed MXFP4 of the same numbers, uint8 [n, row_bytes] (see `fp4.as_mxfp4`)."""
+        entry, scale_name = self.entry(name), self.scale_name(name)
+        scale = fp4.scale_entry(name, entry, self.tensors, self.where)
+        exponents = self._rows(scale_name, scale, start, stop).view(torch.uint8)
+        return fp4.as_mxfp4(self._rows(name, entry, start, stop), exponents, self.where(scale_name, scale))
+
+    def read_ids(self, name: str, start: int, stop: int, below: int) -> torch.Tensor:
+        """Rows of a table of ids, int32 [n, ...] on the CPU. QuantkitError for one that is not from 0 to below - 1, and
+        for floats."""
+        entry = self.entry(name)
+        if entry.dtype not in INTEGER_DTYPES:
+            raise QuantkitError(f"{self.where(name, entry)} is {entry.dtype}: weights, where ids were expected")
+        ids = self._rows(name, entry, start, stop)
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < below):
+            least, most = int(ids.min()), int(ids.max())
+            raise QuantkitError(f"{self.where(name, entry)} has ids from {least} to {most}; there are {below:,}")
+        return ids.to(torch.int32)
+
     def _rows(self, name: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
         assert entry.file is not None
         offset, length = entry.begin + start * entry.row_bytes, (stop - start) * entry.row_bytes
@@ -194,6 +221,8 @@ class Checkpoint(TensorTable):
         values = buffer.view(TORCH_DTYPE[entry.dtype])
         if entry.dtype == int4.DTYPE:
             return values.view(stop - start, entry.shape[1] // int4.PER_WORD)
+        if entry.dtype == fp4.DTYPE:
+            return values.view(stop - start, entry.shape[1] // 2)
         return values.view((stop - start, *entry.shape[1:]) if entry.shape else ())
 
 
@@ -248,7 +277,7 @@ class Index:
         own = self.text.name(name)
         if self.needed is None or own is None:
             return self.needed is None
-        return int4.weight_name(own.removesuffix(SCALE_SUFFIX)) in self.needed
+        return weight_of(own) in self.needed
 
 
 def own_shards(names: Iterable[str], where: str) -> list[str]:

@@ -89,6 +89,24 @@ def load_imatrix(path: Path | str) -> tuple[dict[str, Importance], ImatrixInfo]:
     return imatrix, _info(file)
 
 
+def expert_counts(path: Path | str) -> dict[str, np.ndarray]:
+    """Of each weight with several matrices, how many tokens chose which: float32 [n_matrices]. The sums are not looked
+    at: R1's are a gigabyte. QuantkitError for a file that is no imatrix, or for counts that are none."""
+    file = GGUFFile.open(path)
+    if file.metadata.get("general.type") != "imatrix":
+        raise QuantkitError(f"{path}: a GGUF file, but not an imatrix")
+    found = {}
+    for name, tensor in file.tensors.items():
+        if name.endswith(COUNTS) and tensor.shape[0] > 1:
+            if tensor.qtype != "F32":
+                raise QuantkitError(f"{path}: {name} is not F32")
+            counts = file.data(name).view("<f4").reshape(-1)
+            if not (counts.min() >= 0 and counts.max() < np.inf):
+                raise QuantkitError(f"{path}: {name} is negative or not finite")
+            found[name.removesuffix(COUNTS)] = counts
+    return found
+
+
 def fit(importance: Importance, n_matrices: int, n_in: int, name: str) -> Importance:
     """The entry of a weight with n_matrices of n_in columns, in_sum2 shaped [n_matrices, n_in].
 

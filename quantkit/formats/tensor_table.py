@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.formats import int4
+from quantkit.formats import fp4, int4
 from quantkit.formats.fp8 import block_of, scale_shape
 from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.formats.text_model import TextModel
 
-SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`
+SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`; DeepSeek-V4 has `….scale` in its place
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 PLAIN_DTYPES = ("BF16", "F16", "F32")
+INTEGER_DTYPES = ("I64", "I32")  # of tables of ids
 MAX_PROBLEMS = 5
 CONFIG = "config.json"
 
@@ -33,7 +34,8 @@ class TensorTable(ABC):
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
         text = TextModel.of(config, str(path / CONFIG))
         self.path, self.config, self.prefix = path, text.config, text.prefix
-        self.tensors = int4.packed_weights(text.own(tensors, str(path)))
+        self.tensors = fp4.packed_weights(int4.packed_weights(text.own(tensors, str(path))), text.config)
+        self.dotted = any(name.endswith(".scale") for name in self.tensors)
         self.remarks = text.left_aside(tensors, str(path))
         self.block = self._block()
 
@@ -41,9 +43,9 @@ class TensorTable(ABC):
         """From the shapes of the scales, whatever config.json says, with a line if that is something else."""
         stated = _block_size(self.config, self.path)
         scaled = (
-            (entry.shape, self.tensors[name + SCALE_SUFFIX].shape)
+            (entry.shape, self.tensors[self.scale_name(name)].shape)
             for name, entry in self.tensors.items()
-            if entry.dtype == "F8_E4M3" and name + SCALE_SUFFIX in self.tensors
+            if entry.dtype == "F8_E4M3" and self.scale_name(name) in self.tensors
         )
         found = block_of(scaled, stated or (128, 128))
         if stated and found != stated:
@@ -74,6 +76,12 @@ class TensorTable(ABC):
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows start:stop as stored, and the float32 scale rows covering them (None if it has no scale)."""
 
+    def scale_name(self, name: str) -> str:
+        """What the scale of a weight is called in this model, whether it is there or not."""
+        if self.tensors[name].dtype == int4.DTYPE:
+            return name + int4.SCALE
+        return fp4.scale_of(name) if self.dotted and name + SCALE_SUFFIX not in self.tensors else name + SCALE_SUFFIX
+
     def entry(self, name: str) -> TensorEntry:
         """QuantkitError naming the tensor if the model has none of that name."""
         try:
@@ -99,9 +107,11 @@ class TensorTable(ABC):
             raise QuantkitError("; ".join(problems[:MAX_PROBLEMS]) + more)
 
     def scale_of(self, name: str, entry: TensorEntry) -> TensorEntry | None:
-        """The scale's entry of an FP8 tensor, None for plain floats; QuantkitError if `read` could not work."""
-        if entry.dtype in PLAIN_DTYPES:
+        """The scale's entry of an FP8 tensor, None for plain numbers; QuantkitError if nobody could read it."""
+        if entry.dtype in PLAIN_DTYPES or (entry.dtype in INTEGER_DTYPES and not name.endswith((".weight", ".bias"))):
             return None
+        if entry.dtype == fp4.DTYPE:
+            return fp4.scale_entry(name, entry, self.tensors, self.where)
         if entry.dtype == int4.DTYPE:
             return int4.scale_entry(name, entry, self.tensors, self.where)
         where = self.where(name, entry)
@@ -109,14 +119,15 @@ class TensorTable(ABC):
             raise QuantkitError(f"{where}: dtype {entry.dtype} is not supported (F8_E4M3, BF16, F16, F32 are)")
         if len(entry.shape) != 2:
             raise QuantkitError(f"{where}: an F8_E4M3 tensor must have 2 dimensions, this has {list(entry.shape)}")
-        scale = self.tensors.get(name + SCALE_SUFFIX)
+        scale_name = self.scale_name(name)
+        scale = self.tensors.get(scale_name)
         if scale is None:
-            raise QuantkitError(f"{where} is F8_E4M3 but its scale {name + SCALE_SUFFIX!r} is missing")
+            raise QuantkitError(f"{where} is F8_E4M3 but its scale {scale_name!r} is missing")
         rows, columns = entry.shape
         need = scale_shape((rows, columns), self.block)
         if scale.shape != need or scale.dtype not in SCALE_DTYPES:
             raise QuantkitError(
-                f"{self.where(name + SCALE_SUFFIX, scale)} is {scale.dtype} {list(scale.shape)}; "
+                f"{self.where(scale_name, scale)} is {scale.dtype} {list(scale.shape)}; "
                 f"{list(entry.shape)} in blocks of {list(self.block)} needs {' or '.join(SCALE_DTYPES)} {list(need)}"
             )
         return scale
@@ -131,6 +142,13 @@ class TensorTable(ABC):
                 self.require(name, shape)
             except QuantkitError as error:
                 yield str(error)
+
+
+def weight_of(stored: str) -> str:
+    """The weight that a stored tensor is, or is a part of, whichever way scales are named."""
+    if stored.endswith(".scale"):
+        return stored.removesuffix("scale") + "weight"
+    return int4.weight_name(stored.removesuffix(SCALE_SUFFIX))
 
 
 def model_name(folder: Path) -> str:

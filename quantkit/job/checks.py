@@ -8,8 +8,10 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation import configuration
 from quantkit.evaluation.verify import checked_dtype
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.models.config import ModelConfig
 from quantkit.planning.plan import Plan
 from quantkit.progress import say
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.sizes import both_units
 
@@ -40,6 +42,21 @@ def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
             f"{share:.0%} of the evaluation text's long lines also stand in the calibration text; "
             "choose other text with --eval-data"
         )
+
+
+def check_baseline(encoder: str, recover: bool, verify: bool) -> None:
+    """Refuse --baseline where there is nothing to compare, or nothing to compare by."""
+    if encoder == "ggml" and not recover:
+        raise QuantkitError("--baseline compares with ggml's encoder, which this run takes itself: leave it out")
+    if not verify:
+        raise QuantkitError("--baseline compares scores: leave out --no-verify")
+
+
+def check_backward(config: ModelConfig, recover: bool, best: bool) -> None:
+    """Refuse what needs a backward pass of a model that has none here. best: whether our encoder works so hard."""
+    for asked, what in ((recover, "--recover"), (best, "--effort best")):
+        if asked:
+            only_forward(config, what)
 
 
 def check_possible(

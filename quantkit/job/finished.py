@@ -24,7 +24,7 @@ from quantkit.formats.byte_source import checksum, open_regular, read_text
 from quantkit.formats.resume import forget
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import write_json
-from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, RECOVERY, SENSITIVITY, VERIFY
+from quantkit.job.folder import CHECKSUMS, IMATRIX, PLAN, PROVENANCE, RECOVERY, SENSITIVITY, VERIFY
 from quantkit.progress import say
 
 READERS = 4
@@ -76,22 +76,50 @@ def check_notes(folder: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def scored_before(folder: Path, evaluation: TextChoice) -> dict[str, Any] | None:
-    """What verify.json holds, if it is of the files on record, on this text; then it need not be measured again."""
+def scored_before(folder: Path, evaluation: TextChoice, name: str = VERIFY) -> dict[str, Any] | None:
+    """What verify.json (or another of that kind) holds, if it is of the files on record, on this text; then it need not
+    be measured again."""
     try:
-        scores = load_object(read_text(folder / VERIFY, "record").encode(), str(folder / VERIFY))
+        scores = load_object(read_text(folder / name, "record").encode(), str(folder / name))
     except QuantkitError:
         return None
     if scores.get("measured") != _measured(folder, evaluation):
         return None
-    say(f"using {folder / VERIFY} from an earlier run")
+    say(f"using {folder / name} from an earlier run")
     return scores
 
 
-def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice) -> None:
-    """verify.json, with what `scored_before` knows it again by."""
+def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice, name: str = VERIFY) -> None:
+    """verify.json (or another of that kind), with what `scored_before` knows it again by."""
     scores["measured"] = _measured(folder, evaluation)
-    write_json(folder / VERIFY, scores)
+    write_json(folder / name, scores)
+
+
+def place_of_scores(file: Path) -> Path | None:
+    """verify.json beside a model; verify-NAME.json if that is of another. None, once said, where nothing can be
+    written."""
+    if not os.access(file.absolute().parent, os.W_OK):
+        say(f"{file.absolute().parent} cannot be written: the figures are shown, not kept (--json FILE)")
+        return None
+    try:
+        there = load_object(read_text(file.with_name(VERIFY), "record").encode(), VERIFY).get("file")
+    except QuantkitError:
+        there = None
+    return file.with_name(VERIFY if there in (None, file.name) else f"verify-{file.stem}.json")
+
+
+def keep_scores(out: Path, scores: dict[str, Any], text: TextChoice, reference: str) -> None:
+    """Write what `verify` found on that text. Of the file that a job made, scored as `make` scores it against the same
+    original (reference: its fingerprint), `make` takes the figures for its own when it is called again."""
+    try:
+        made = load_object(read_text(out.with_name(PROVENANCE), "record").encode(), PROVENANCE)
+    except QuantkitError:
+        made = {}
+    known = _read(out.with_name(CHECKSUMS))
+    if out.name == VERIFY and known and scores["file"] in known[1] and scores["score"] == "half":
+        if made.get("checkpoint") == reference:
+            scores["measured"] = _measured(out.parent, text)
+    write_json(out, scores)
 
 
 def _measured(folder: Path, evaluation: TextChoice) -> str:

@@ -5,7 +5,7 @@ imatrix.gguf        the importance that was measured
 plan.json           the type of every tensor, and why; recipe.toml: the rules behind it; sensitivity.json: the costs of
                     types that it rests on, if they were estimated
 verify.json         the scores; certify.json: the checks of `certify`; recovery.json: what tuning gained, by which
-                    text, after how many steps
+                    text, after how many steps; baseline.json: the scores of the same types by ggml's encoder
 checksums.json      by which a rerun knows the finished files again
 provenance.json     what the files were made of, and how: the identity of the job, and its circumstances
 *.part, *.state     of a run that is under way or was interrupted; base: the file that recovery starts from;
@@ -21,16 +21,18 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_whole
+from quantkit.formats.gguf_folder import IMATRIX
 from quantkit.formats.resume import discard
 from quantkit.formats.whole_file import write_json, write_text
 
-IMATRIX, PLAN, RECIPE = "imatrix.gguf", "plan.json", "recipe.toml"
+PLAN, RECIPE = "plan.json", "recipe.toml"
 VERIFY, PROVENANCE, RECOVERY, CERTIFY = "verify.json", "provenance.json", "recovery.json", "certify.json"
 CHECKSUMS = "checksums.json"
 REPORT = "report.html"
 SENSITIVITY = "sensitivity.json"  # of `sensitivity`, in a folder of its own; of --effort best within a budget
 BASE = "base"
 REFERENCE = "reference.state"  # of the original's half of the evaluation
+BASELINE, BASELINE_FILES = "baseline.json", "baseline"  # scores; the file that they are of, until it is judged
 GRADIENTS = "gradients"  # of the backward pass, until the file is made
 
 
@@ -52,7 +54,7 @@ def begin(
     for name, text in texts.items():
         write_text(folder / name, text)
     if restart:
-        for left in (REFERENCE, BASE, GRADIENTS):
+        for left in (REFERENCE, BASE, GRADIENTS, BASELINE_FILES):
             shutil.rmtree(folder / left, ignore_errors=True)
         (folder / SENSITIVITY).unlink(missing_ok=True)
 
@@ -92,7 +94,7 @@ def clear(folder: Path) -> None:
         discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
     for state in folder.glob("*.gguf.state*"):
         shutil.rmtree(state, ignore_errors=True)
-    for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY, CHECKSUMS):
+    for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY, BASELINE, CHECKSUMS):
         (folder / name).unlink(missing_ok=True)
 
 

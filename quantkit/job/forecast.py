@@ -13,6 +13,8 @@ import torch
 from quantkit import machine
 from quantkit.calibration.options import DISK_RATE, GPU_RATE, active_weights
 from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
+from quantkit.formats.int4 import PACKED
+from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.memory import BASE_BYTES, HIDDEN_BYTES, RAM_SHARE, machine_memory, memory
@@ -73,7 +75,7 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
     way = ", once to measure and encode, once to compare" if judged and local else ""
     way = ", downloaded once" if not local else way
     state = hidden_bytes(config, work.tokens)
-    disk = n_bytes * (2 if options.recover else 1) + 2 * state
+    disk = n_bytes * (2 if options.recover or options.baseline else 1) + 2 * state
     files = max(1, -(-n_bytes // options.split_max_bytes)) if options.split_max_bytes else 1
     lines = [
         f"encoder     {encoder_reason(order, work)}",
@@ -85,6 +87,14 @@ def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str
     ]
     if options.recover:
         lines.append("            and recovery, which says itself how long a step takes")
+    if options.baseline:
+        seconds = work.seconds_to_encode("ggml", "normal") + 2 * (
+            work.seconds_to_compute(work.judged) + read / DISK_RATE
+        )
+        lines.append(
+            f"baseline    about {rounded(seconds)} more: {both_units(n_bytes)} of that disk until it is judged, "
+            "and the original read twice more"
+        )
     return lines
 
 
@@ -119,16 +129,13 @@ def encoder_reason(order: "Order", work: Work) -> str:
 def bytes_read(source: CheckpointSource) -> int:
     """Of one pass: the layers, embedding and output matrix."""
     needed = family.source_shapes(source.config)
-    return sum(
-        entry.n_bytes
-        for name, entry in source.checkpoint.tensors.items()
-        if name in needed or name.removesuffix("_scale_inv") in needed
-    )
+    stored = ((name, entry) for name, entry in source.checkpoint.tensors.items() if not name.endswith(PACKED))
+    return sum(entry.n_bytes for name, entry in stored if weight_of(name) in needed)
 
 
 def hidden_bytes(config: ModelConfig, n_tokens: int) -> int:
     """Hidden states of a pass, as its state on disk holds them."""
-    whole = 4 * n_tokens * config.d
+    whole = 4 * n_tokens * config.width
     return whole if whole <= HIDDEN_BYTES else whole // 2
 
 
@@ -136,7 +143,7 @@ def _memory_lines(order: "Order", work: Work) -> list[str]:
     """Peaks, by the same upper estimates by which a pass is refused."""
     config, on_gpu = work.config, work.on_gpu
     compute = torch.bfloat16 if on_gpu else torch.float32
-    stored = torch.float32 if 4 * work.tokens * config.d <= HIDDEN_BYTES else torch.bfloat16
+    stored = torch.float32 if 4 * work.tokens * config.width <= HIDDEN_BYTES else torch.bfloat16
     need = memory(config, compute, stored)
     passes = [need.total(work.tokens), 2 * memory(config, compute, torch.float32).total(work.judged)]
     if order.encoder == "quantkit":

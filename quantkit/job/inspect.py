@@ -9,7 +9,8 @@ from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile, is_gguf
-from quantkit.formats.int4 import PACKED, weight_name
+from quantkit.formats.int4 import PACKED
+from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.models.open import open_model
@@ -30,9 +31,13 @@ def describe(name: str) -> str:
 def _model_lines(c: ModelConfig) -> list[str]:
     q, index = f"q_lora {c.q_lora}" if c.q_lora else "plain q", c.indexer
     scorer = index and f"{index.n_head} heads of {index.width}, top {index.top_k:,}, in {sum(index.full)} layers"
+    kv = f"kv_lora {c.kv_lora}, nope {c.qk_nope} + rope {c.qk_rope}, v {c.v_head}"
+    if c.compression:
+        by = ", ".join(f"{c.compression.ratios.count(ratio)} by {ratio}" for ratio in (4, 128))
+        kv = f"one key of {c.qk_nope} + rope {c.qk_rope}, window {c.compression.window}; layers that compress: {by}"
     return [
         f"layers      {c.n_layer} ({c.n_dense} dense, {c.n_moe} MoE), hidden {c.d}, vocabulary {c.n_vocab:,}",
-        f"attention   {c.n_head} heads, {q}, kv_lora {c.kv_lora}, nope {c.qk_nope} + rope {c.qk_rope}, v {c.v_head}",
+        f"attention   {c.n_head} heads, {q}, {kv}",
         *([f"indexer     {scorer}"] if scorer else []),
         f"experts     {c.n_expert} routed + {c.n_shared} shared, top-{c.n_used}, {c.scoring}, "
         f"{c.n_group_used} of {c.n_group} groups, FFN {c.n_ff_exp} (dense {c.n_ff})",
@@ -58,7 +63,7 @@ def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
     source.validate(needed)
     # An INT4 weight stands for its words.
     rows = [(e.dtype, prod(e.shape), e.n_bytes) for name, e in source.tensors.items() if not name.endswith(PACKED)]
-    extra = sum(1 for name in source.tensors if weight_name(name.removesuffix("_scale_inv")) not in needed)
+    extra = sum(1 for name in source.tensors if weight_of(name) not in needed)
     lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:
         lines.append(f"{extra} tensors are not used (multi-token prediction)")

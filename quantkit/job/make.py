@@ -21,13 +21,13 @@ from quantkit.calibration.collect import Steps, collect
 from quantkit.calibration.corpus import cut
 from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gradients
 from quantkit.calibration.measure import calibrate
-from quantkit.calibration.options import LEAST, check_length, sized
+from quantkit.calibration.options import check_length, sized
 from quantkit.calibration.state import PassState
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
-from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats import gradients
+from quantkit.formats.byte_source import read_whole
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_writer import GGUFWriter
@@ -35,10 +35,12 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.checks import check_backward, check_baseline, check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
+    BASELINE,
+    BASELINE_FILES,
     GRADIENTS,
     PLAN,
     RECIPE,
@@ -60,10 +62,11 @@ from quantkit.job.stages import (
     estimate_damage,
     imatrix_metadata,
     quantize_model,
+    score_by_ggml,
     source_of,
     verify_file,
 )
-from quantkit.machine import chosen_device, free_vram
+from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
@@ -92,13 +95,16 @@ def make(
 
 def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> Order:
     """What is asked for, with everything opened and decided; nothing is written. QuantkitError for what cannot be."""
-    device = chosen_device(options.device)
-    checkpoint = open_weights(model)
+    device, checkpoint = chosen_device(options.device), open_weights(model)
     options = with_length(options, checkpoint, device)
     plan = plan_model(model, options.recipe, options.target, options.budget, options.split_max_bytes)
     check_ranks(checkpoint, plan, device)
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
+    encoder, best = options.chosen_encoder(plan, device), options.effort == "best"
+    if options.baseline:
+        check_baseline(encoder, options.recover, options.verify)
+    check_backward(family.from_hf(checkpoint.config), options.recover, best and encoder == "quantkit")
     return Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
 
 
@@ -114,7 +120,7 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
     checkpoint, plan, options, device = order.checkpoint, order.plan, order.options, order.device
     n_bytes, judged = file_bytes(checkpoint, plan, options.split_max_bytes), options.verify and options.evaluation
     source = source_of(checkpoint, device)
-    ranks.agree(lambda: check_possible(source, plan, order.folder, n_bytes, judged or None))
+    ranks.agree(lambda: check_possible(source, plan, order.folder, n_bytes * (1 + options.baseline), judged or None))
     ranks.agree(lambda: claim_folder(order))
     # A local original is read once more to compare every layer; one on a Hub is downloaded once, for both.
     reference = reference_pass(order) if options.verify and checkpoint.origin else None
@@ -135,9 +141,22 @@ def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Pat
         if result is None:
             result = verify_file(files[0], checkpoint, device, how, passed=reference)
             write_scores(order.folder, result, options.evaluation)
+        if options.baseline:
+            result["baseline"] = baseline(order, reference)
     if reference:
         reference.state.remove()
     return files, result
+
+
+def baseline(order: Order, reference: ReferencePass | None) -> dict[str, Any]:
+    """Scores of the same types by ggml's encoder, measured once and kept in BASELINE; of rank 0, at the end."""
+    folder, evaluation = order.folder, order.options.evaluation
+    if (scores := scored_before(folder, evaluation, BASELINE)) is None:
+        plan = Plan.from_json(read_whole(folder / PLAN, "plan"), str(folder / PLAN))
+        out = folder / BASELINE_FILES / order.out.name
+        scores = score_by_ggml(order.checkpoint, plan, order.imatrix, out, order.device, evaluation, reference)
+        write_scores(folder, scores, evaluation, BASELINE)
+    return scores
 
 
 def with_length(options: MakeOptions, checkpoint: Checkpoint, device: str) -> MakeOptions:
@@ -262,13 +281,13 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
     compared = reference.tokens.numel() if reference else 0
-    limits = Limits(memory_beside_encoder(order, n_tokens), how.hidden, out.parent, compared)
+    limits = Limits(order.memory_beside_encoder(n_tokens), how.hidden, out.parent, compared)
     room = room_for(source, n_tokens, limits)
     encoder = options.effort + known_outputs(order) if order.encoder == "quantkit" else "ggml"
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
@@ -309,16 +328,6 @@ def passed_whole(plan: Plan, writer: GGUFWriter, layers: int) -> bool:
     make again only from their moments; ggml would, and worse."""
     passed = [tensor for tensor in plan.tensors if tensor.layer is not None and tensor.layer < layers]
     return ranks.agree(lambda: all(writer.done(t.name, 0, prod(t.shape[:-1])) for t in passed))
-
-
-def memory_beside_encoder(order: Order, n_tokens: int) -> int | None:
-    """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of it,
-    so that their hidden states go to RAM before experts wait for room."""
-    given = order.options.calibration.memory
-    if given is not None or n_tokens <= LEAST or order.device == "cpu" or order.encoder == "ggml":
-        return given
-    total = torch.cuda.get_device_properties(order.device).total_memory
-    return free_vram(torch.device(order.device)) - int(GROUP_SHARE * total)
 
 
 def fingerprint(order: Order, state: PassState) -> dict[str, str]:

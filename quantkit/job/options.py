@@ -14,14 +14,16 @@ import torch
 
 from quantkit import __version__, ranks
 from quantkit.calibration.corpus import TextChoice
-from quantkit.calibration.options import Calibration
+from quantkit.calibration.options import LEAST, Calibration
 from quantkit.encoding.api import choose
+from quantkit.encoding.moments import GROUP_SHARE
 from quantkit.errors import QuantkitError
 from quantkit.formats import gradients
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
 from quantkit.job.folder import IMATRIX
+from quantkit.machine import free_vram
 from quantkit.models import family
 from quantkit.models.open import see_like
 from quantkit.planning import targets
@@ -42,7 +44,8 @@ class MakeOptions:
     imatrix: importance to use, not measure. encoder: auto, quantkit or ggml; effort: fast, normal or best, for
     quantkit's; gradients: folder of a backward pass, likewise. device: cpu or cuda, default a GPU if there is one.
     split_max_bytes: of one file. restart: discard what an interrupted run left. recover: tune afterwards. verify: end
-    with the scores. dry_run: the command line only says what it would take.
+    with the scores; baseline: and with those of the same types by ggml's encoder. dry_run: the command line only says
+    what it would take.
     """
 
     recipe: str | Path | None = None
@@ -59,6 +62,7 @@ class MakeOptions:
     restart: bool = False
     verify: bool = True
     recover: bool = False
+    baseline: bool = False
     dry_run: bool = False
 
     def chosen_encoder(self, plan: Plan, device: str) -> str:
@@ -128,6 +132,15 @@ class Order:
             and self.encoder == "quantkit"
         )
 
+    def memory_beside_encoder(self, n_tokens: int) -> int | None:
+        """Bytes that the pass may take, if it is told: as given; with many tokens on a GPU what our encoder leaves of
+        it, so that their hidden states go to RAM before experts wait for room."""
+        given = self.options.calibration.memory
+        if given is not None or n_tokens <= LEAST or self.device == "cpu" or self.encoder == "ggml":
+            return given
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return free_vram(torch.device(self.device)) - int(GROUP_SHARE * total)
+
     def _identify(self) -> dict[str, Any]:
         checkpoint, plan, options = self.checkpoint, self.plan, self.options
         how = options.calibration
@@ -168,7 +181,7 @@ class Order:
         """What a reader wants to know, or needs to make the same again, besides the identity."""
         options = self.options
         facts = {
-            "command": shlex.join(["quantkit", *sys.argv[1:]]),
+            "command": _command(),
             "model": self.checkpoint.name,
             "source": self.checkpoint.origin,
             "revision": source_revision(Path(self.checkpoint.path)),
@@ -185,6 +198,13 @@ class Order:
         config = family.from_hf(self.checkpoint.config)
         of_each = (targets.caveats(target, config) for target in dict.fromkeys((self.plan.target, "llama.cpp")))
         return [line for lines in of_each for line in lines] + owed(self.plan)
+
+
+def _command() -> str:
+    """What began the job: the command line, or a call from Python, of which arguments of the process say nothing."""
+    program = Path(sys.argv[0])
+    called = program.stem == "quantkit" or program.parts[-2:] == ("quantkit", "__main__.py")
+    return shlex.join(["quantkit", *sys.argv[1:]]) if called else "quantkit.make, called from Python"
 
 
 def owed(plan: Plan) -> list[str]:

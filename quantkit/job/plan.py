@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
+from quantkit.formats import fp4
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
@@ -82,7 +83,7 @@ def _plan_model(
     config = family.from_hf(source.config)
     rules = aimed(Recipe.load(name), target, config)
     targets.check_model(rules.target, config)
-    specs = family.specs(config, rules.mla)
+    specs = as_stored(family.specs(config, rules.mla), source)
     closed = not budget.given and not (rules.is_open and rules.budget)
     by_rules = make_plan(specs, rules, model=source.name) if closed else None
     if by_rules and not (rules.published and published.recognise(specs)):
@@ -112,6 +113,15 @@ def _plan_model(
         usual = make_plan(specs, Recipe.load(DEFAULT_RECIPE), f"{rules.target}/{rules.mla}", model=source.name)
         size = max(error.needed, file_bytes(source, usual, split_max_bytes))
         return _say_disk(within(_budget_of_machine(config, rules.mla, budget, size)), config, budget)
+
+
+def as_stored(specs: Sequence[TensorSpec], source: Checkpoint | Geometry) -> list[TensorSpec]:
+    """The specs; where the original is FP4, with the type that copies it."""
+
+    def is_fp4(name: str) -> bool:
+        return name in source.tensors and source.tensors[name].dtype == fp4.DTYPE
+
+    return [replace(spec, exact=fp4.COPY) if is_fp4(spec.sources[0]) else spec for spec in specs]
 
 
 def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:
@@ -224,7 +234,8 @@ def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, 
 
 def predict_plan(model: ModelRef | Path | str, plan: Plan, measured: Path | None) -> float:
     """KL divergence expected of a plan of this model, nats a token."""
-    specs = family.specs(family.from_hf(family.seen_like(open_model(model).config, plan.by_name)), plan.mla)
+    source = open_model(model)
+    specs = as_stored(family.specs(family.from_hf(family.seen_like(source.config, plan.by_name)), plan.mla), source)
     plan.check_model(specs)
     return predict(plan, specs, damage_model(specs, measured))
 

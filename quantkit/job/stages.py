@@ -1,5 +1,6 @@
 """The stages of `make` that are commands too, each by itself and file to file."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import Source
@@ -42,6 +44,7 @@ WORSE = (
     "an imatrix holds no second moments, which quantkit's encoder needs (about half the KLD in the same bytes); "
     "`quantkit make` measures and encodes with them in one visit of each layer"
 )
+BASELINE_WHY = "the baseline, of the same types, which is judged alike and then removed"
 FORKED_TOKENS = 8192  # of `sensitivity` with forks, at most
 
 
@@ -75,9 +78,11 @@ def quantize_model(
     out: Path,
     how: QuantizeOptions = QuantizeOptions(),
     after_layer: Callable[[int], None] | None = None,
+    why: str = WORSE,
 ) -> list[Path]:
-    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`."""
-    say(f"encoding with ggml, byte for byte as llama-quantize: {WORSE}")
+    """Encode every tensor of the plan with ggml and write the GGUF file(s); resumes. after_layer: as in `quantize`.
+    why: what is said of that."""
+    say(f"encoding with ggml, byte for byte as llama-quantize: {why}")
     see_like(checkpoint, plan.by_name)
     with locked(out.parent):
         loaded, info = load_imatrix(imatrix_path)
@@ -201,6 +206,8 @@ def verify_file(
     runtime: opens the file as a person runs it, for what `how` asks of that.
     """
     original, quantized = source_of(reference, device), open_source(path, device)
+    if runtime is not None:
+        only_forward(quantized.config, "--runtime-tokens and --prompts")
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
     sample = text.documents[0].text[:4096]
@@ -220,3 +227,21 @@ def verify_file(
     if out:
         write_json(out, result)
     return result
+
+
+def score_by_ggml(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    imatrix_path: Path,
+    out: Path,
+    device: str,
+    evaluation: TextChoice,
+    passed: ReferencePass | None = None,
+) -> dict[str, Any]:
+    """What quantkit's encoder is compared with: the figures of a file of the same types by ggml, which is removed with
+    its folder afterwards. Resumes while it is encoded. passed: as in `verify_file`."""
+    out.parent.mkdir(exist_ok=True)
+    files = quantize_model(checkpoint, plan, imatrix_path, out, QuantizeOptions(overwrite=True), why=BASELINE_WHY)
+    scores = verify_file(files[0], checkpoint, device, VerifyOptions(evaluation, plan.target), passed=passed)
+    shutil.rmtree(out.parent)
+    return scores

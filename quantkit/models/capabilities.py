@@ -44,15 +44,20 @@ CAPABILITIES: Mapping[str, Capability] = {
     ),
     "deepseek32": Capability("DeepSeek-V3.2", YES, YES, YES, SPARSE, DENSE, YES, NO_GGUF),
     "glm-dsa": Capability("GLM-5 to 5.2", YES, YES, YES, SPARSE, DENSE, YES, NO_GGUF),
+    "deepseek4": Capability(
+        "DeepSeek-V4-Flash and Pro",
+        "yes; no gradients, no measured sensitivity, no recovery",
+        "all types, MXFP4 as copies of FP4 experts; not --effort best",
+        YES,
+        "no: llama.cpp runs the file",
+        "no",
+        YES,
+        "no: it reads the original only",
+    ),
 }
 """GGUF architecture -> what is known of it."""
 
 UNSUPPORTED: Mapping[str, tuple[str, str, str]] = {
-    "DeepseekV4ForCausalLM": (
-        "DeepSeek-V4",
-        "it has hyper-connections, compressed attention, routing by token and FP4 experts",
-        "deepseek32",
-    ),
     "DeepseekForCausalLM": ("DeepSeek-MoE", "its attention is not MLA", "deepseek2"),
     "Glm4MoeForCausalLM": ("GLM-4.5 to 4.7", "its attention is not MLA", "deepseek2"),
     "Glm4MoeLiteForCausalLM": ("GLM-4.7-Flash", "nobody has tried it, though it is much like DeepSeek-V3", "deepseek2"),

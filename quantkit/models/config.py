@@ -12,7 +12,8 @@ Mla = Literal["split", "combined"]
 """How a file stores kv_b: as attn_k_b and attn_v_b, or whole as attn_kv_b, as files before split MLA do."""
 
 MLA: Mapping[str, Mla] = {"split": "split", "combined": "combined"}  # by what recipes and plans call them
-SCORING = ("softmax", "sigmoid")
+SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
+RATIOS = (0, 4, 128)  # of tokens to a compressed entry; 0: a layer has none
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
 
 
@@ -59,11 +60,38 @@ class Indexer:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """DeepSeek-V4's attention: a token sees the last `window` positions, whose one key is their value too, and in most
+    layers an entry for every `ratio` positions before it, of ratio 4 those that an indexer likes best.
+
+    ratios: of each layer. rope_base: of layers that compress, to which alone YaRN belongs. The outputs of the heads
+    fall into n_group groups, each of which gets lora numbers of its own before the output matrix.
+    """
+
+    ratios: tuple[int, ...]
+    window: int
+    rope_base: float
+    n_group: int
+    lora: int
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Manifold-constrained hyper-connections: the residual stream is n streams, which a layer mixes by a matrix that
+    `iterations` of Sinkhorn's make doubly stochastic."""
+
+    n: int
+    iterations: int
+    eps: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything the layer mathematics, the tensor list and the metadata need.
 
     architecture: GGUF's general.architecture, which names the family (`models.family`).
-    q_lora: None for a plain q projection. d, n_ff, ...: widths in weights; n_ff_exp: of one expert.
+    q_lora: None for a plain q projection. d, n_ff, ...: widths in weights; n_ff_exp: of one expert. DeepSeek-V4 has one
+    key of qk_nope + qk_rope numbers, which is the value too: kv_lora and v_head are its width; and no dense layers.
     """
 
     architecture: str
@@ -98,11 +126,20 @@ class ModelConfig:
     tied: bool = False
     group_score: str = "top2"  # noaux_tc scores a group by its two best experts; V2 by its best
     indexer: Indexer | None = None  # None: every token attends to all before it
+    compression: Compression | None = None  # None: multi-head latent attention
+    streams: Streams | None = None  # None: one residual stream
+    n_hash: int = 0  # first layers whose experts a table chooses, by the token
+    limit: float | None = None  # of SwiGLU: gate is at most this, up between it and its negative
 
     @property
     def n_moe(self) -> int:
         """Layers with routed experts; the dense ones come first."""
         return self.n_layer - self.n_dense
+
+    @property
+    def width(self) -> int:
+        """Numbers of a hidden state: all streams."""
+        return self.d * (self.streams.n if self.streams else 1)
 
     @property
     def qk_head(self) -> int:
@@ -153,6 +190,25 @@ class ModelConfig:
             raise QuantkitError(f"{where}: qk_rope_head_dim {self.qk_rope} is odd")
         if self.indexer:
             self._check_indexer(where, self.indexer)
+        if self.compression:
+            self._check_compression(where, self.compression)
+
+    def _check_compression(self, where: str, how: Compression) -> None:
+        sizes = (how.window, how.n_group, how.lora)
+        if not all(type(number) is int and 0 < number <= MAX_SIZE for number in sizes):
+            raise QuantkitError(f"{where}: window, output groups or their rank, {sizes}, are no sizes")
+        if len(how.ratios) != self.n_layer or not all(ratio in RATIOS for ratio in how.ratios):
+            raise QuantkitError(
+                f"{where}: {len(how.ratios)} compression ratios for {self.n_layer} layers, or not all among {RATIOS}"
+            )
+        if self.n_head % how.n_group:
+            raise QuantkitError(f"{where}: {self.n_head} heads do not fall into {how.n_group} equal groups")
+        if not 0 <= self.n_hash <= self.n_layer:
+            raise QuantkitError(f"{where}: {self.n_hash} hash layers of {self.n_layer}")
+        floats = [how.rope_base, *([self.limit] if self.limit is not None else ())]
+        floats += [self.streams.eps] if self.streams else []
+        if not all(is_finite(number) and number > 0 for number in floats):
+            raise QuantkitError(f"{where}: a rope base, SwiGLU's limit or epsilon is not a positive number")
 
     def _check_indexer(self, where: str, indexer: Indexer) -> None:
         sizes = (indexer.n_head, indexer.width, indexer.top_k)
@@ -168,7 +224,7 @@ class ModelConfig:
             raise QuantkitError(
                 f"{where}: {len(indexer.full)} indexer types for {self.n_layer} layers, or not all true or false"
             )
-        if not indexer.full[0]:
+        if not (indexer.full[0] or self.compression):
             raise QuantkitError(f"{where}: the first layer has no indexer, and none before it to share with")
 
     def _check_sizes(self, where: str) -> None:

@@ -37,6 +37,7 @@ PRE: Mapping[str, tuple[str, ...]] = {
     ),
     "kimi-k2": (KIMI_K2,),
 }
+CHAT_TEMPLATE: str | None = None
 ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 GATING = {"softmax": 1, "sigmoid": 2}  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_*
 

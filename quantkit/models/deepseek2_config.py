@@ -116,8 +116,8 @@ def numbers(raw: Mapping[str, Any], keys: Keys, name: str) -> ModelConfig:
         rms_eps=keys.real("rms_norm_eps"),
         rope_base=rope_base,
         yarn=Yarn(**yarn) if yarn else None,
-        bos=_token_id(raw, "bos_token_id", 0),
-        eos=_token_id(raw, "eos_token_id", 1),
+        bos=token_id(raw, "bos_token_id", 0),
+        eos=token_id(raw, "eos_token_id", 1),
         tied=keys.flag("tie_word_embeddings"),
         group_score="top2" if method == "noaux_tc" else "max",
     )
@@ -148,7 +148,8 @@ def _method(keys: Keys, name: str) -> str:
     return method
 
 
-def _token_id(raw: Mapping[str, Any], key: str, default: int) -> int:
+def token_id(raw: Mapping[str, Any], key: str, default: int) -> int:
+    """The first token of a key that may list several."""
     value = raw.get(key, default)
     value = next(iter(value), None) if isinstance(value, list) else value
     return default if value is None else Keys({key: value}).whole(key)
@@ -173,12 +174,12 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
         "topk_method": "noaux_tc" if c.has_bias else grouped,
         "scoring_func": c.scoring,
         "norm_topk_prob": c.norm_weights,
-        "routed_scaling_factor": _short(c.weights_scale),
+        "routed_scaling_factor": short(c.weights_scale),
         **{"ep_size": 1, "seq_aux": True, "aux_loss_alpha": 0.001},
     }
     rest = {
-        "rms_norm_eps": _short(c.rms_eps),
-        "rope_theta": _short(c.rope_base),
+        "rms_norm_eps": short(c.rms_eps),
+        "rope_theta": short(c.rope_base),
         "rope_scaling": _yarn_to_hf(c.yarn) if c.yarn else None,
         "max_position_embeddings": c.n_context,
         **{"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02},
@@ -212,14 +213,15 @@ def _sizes_to_hf(c: ModelConfig) -> dict[str, Any]:
 def _yarn_to_hf(yarn: Yarn) -> dict[str, Any]:
     return {
         "type": "yarn",
-        "factor": _short(yarn.factor),
+        "factor": short(yarn.factor),
         "original_max_position_embeddings": yarn.original_context,
-        "beta_fast": _short(yarn.beta_fast),
-        "beta_slow": _short(yarn.beta_slow),
-        "mscale": _short(yarn.mscale_all_dim),
-        "mscale_all_dim": _short(yarn.mscale_all_dim),
+        "beta_fast": short(yarn.beta_fast),
+        "beta_slow": short(yarn.beta_slow),
+        "mscale": short(yarn.mscale_all_dim),
+        "mscale_all_dim": short(yarn.mscale_all_dim),
     }
 
 
-def _short(number: float) -> float:
+def short(number: float) -> float:
+    """A float32 of a GGUF as the number that it was made from: six digits restore it."""
     return float(f"{number:.6g}")

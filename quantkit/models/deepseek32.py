@@ -19,6 +19,7 @@ from quantkit.tensors import TensorSpec
 ARCHITECTURE = "deepseek32"
 LAYOUTS: tuple[Mla, ...] = ("split",)  # llama.cpp: "DEEPSEEK32 architecture requires MLA"
 PRE: Mapping[str, tuple[str, ...]] = {"deepseek-v3": deepseek2.PRE["deepseek-v3"]}
+CHAT_TEMPLATE: str | None = None
 HF_ARCHITECTURES: tuple[str, ...] = ("DeepseekV32ForCausalLM",)
 assemble = deepseek2.assemble
 

@@ -4,12 +4,12 @@ From then on its `ModelConfig` carries the architecture, and the functions here 
 
 A family is a module that defines what `Family` and `ConfigFile` list (deepseek2's is two files, by length), and its
 name in FAMILIES and CONFIG_FILES. deepseek32.py and glm_dsa.py show it: most specs and keys from deepseek2, `indexer.*`
-added to them. Numbers that only some families have are fields of `ModelConfig` that are None in the others. Tried on
-paper:
+added to them. Numbers that only some families have are fields of `ModelConfig` that are None in the others.
 
 Kimi-K2 is deepseek2 with `kimi-k2` in PRE. K2.5 keeps its numbers under `text_config` and all names under
 `language_model.`: `from_hf` notes the prefix in the config, one more field, and `specs` writes it before the sources.
-V4 names all sources anew and has one layout; hyper-connections and compressors are more specs.
+DeepSeek-V4 (deepseek4.py) names all sources anew and has one layout; its numbers are `compression` and `streams` of
+`ModelConfig`. What its layers compute is another kind of layer to the runtime (runtime/compressed.py).
 
 Not a family's business: how a stored matrix is decoded (FP8 with `_scale_inv`, V4's `.scale`, Kimi's INT4), which is
 `formats`'; layer mathematics, which `runtime` chooses by the config; what a target can compute (`planning.targets`) and
@@ -61,11 +61,13 @@ class Family(Protocol):
     ARCHITECTURE: GGUF's general.architecture.
     LAYOUTS: MLA layouts that its files can be written in.
     PRE: GGUF's name of a pre-tokenizer -> the regular expressions that it splits by.
+    CHAT_TEMPLATE: for checkpoints that come without one; None where they have their own.
     """
 
     ARCHITECTURE: str
     LAYOUTS: tuple[Mla, ...]
     PRE: Mapping[str, tuple[str, ...]]
+    CHAT_TEMPLATE: str | None
 
     def from_gguf(self, metadata: Mapping[str, Any], /) -> ModelConfig:
         """Numbers from GGUF metadata, absent keys as llama.cpp reads them."""
@@ -92,11 +94,11 @@ def _modules(*names: str) -> tuple[Any, ...]:
     return tuple(import_module(f"quantkit.models.{name}") for name in names)
 
 
-FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa"))
+FAMILIES = cast(tuple[Family, ...], _modules("deepseek2", "deepseek32", "glm_dsa", "deepseek4"))
 BY_ARCHITECTURE: Mapping[str, Family] = {family.ARCHITECTURE: family for family in FAMILIES}
 CONFIG_FILES = cast(
     Mapping[str, ConfigFile],
-    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa"), strict=True)),
+    dict(zip(BY_ARCHITECTURE, _modules("deepseek2_config", "deepseek32", "glm_dsa", "deepseek4_config"), strict=True)),
 )
 BY_HF_ARCHITECTURE: Mapping[str, ConfigFile] = {
     name: known for known in CONFIG_FILES.values() for name in known.HF_ARCHITECTURES

@@ -20,6 +20,7 @@ PRE: Mapping[str, tuple[str, ...]] = {
         r"|\s+(?!\S)|\s+",
     )
 }
+CHAT_TEMPLATE: str | None = None
 HF_ARCHITECTURES: tuple[str, ...] = ("GlmMoeDsaForCausalLM",)
 FREQUENCY, OFFSET = 1, 2  # transformers' defaults: every layer has an indexer
 LONG_CONTEXT = 1 << 20  # from which on llama.cpp takes a file without indexer types for GLM-5.2

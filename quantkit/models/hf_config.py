@@ -75,7 +75,7 @@ class ConfigClass:
                 if values.setdefault(key, given) != given:
                     raise QuantkitError(f"{WHERE}: {alias} {_shown(given)} is another name of {key}, {values[key]}")
         for key, allowed in {**FIXED, **self.fixed}.items():
-            if key in values and not any(_same(values[key], one) for one in allowed):
+            if key in values and key not in self.read and not any(_same(values[key], one) for one in allowed):
                 raise QuantkitError(f"{WHERE}: {key} {_shown(values[key])} is not supported, only {_shown(allowed[0])}")
         for key, value in self._unknown(values):
             if NETWORK.search(key) and not _is_nothing(value) and not _is_plain(key, value):

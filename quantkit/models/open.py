@@ -87,8 +87,9 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
     if config.indexer and found.config.get("num_nextn_predict_layers"):
-        say_once(f"{found.path}: layer {config.n_layer}, which predicts the token after the next (MTP), is left out")
-    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE)
+        name = "mtp.0" if config.compression else f"layer {config.n_layer}"
+        say_once(f"{found.path}: {name}, which predicts the token after the next (MTP), is left out")
+    words = tokenizer_metadata(found.path, config.n_vocab, family.PRE, family.of(config).CHAT_TEMPLATE)
     found.config = found.config | _agreed_ids(found, special_ids(words))
     found.schedule(*family.reading_order(config))
     return found

@@ -45,15 +45,17 @@ def file_of(folder: Path) -> Path:
     return others if others.is_file() and not (folder / TOKENIZER).is_file() else folder / TOKENIZER
 
 
-def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
+def tokenizer_metadata(folder: Path, n_vocab: int, known: Patterns, template: str | None = None) -> dict[str, Any]:
     """`tokenizer.*` keys for a checkpoint folder.
 
     n_vocab: rows of the embedding; missing ids become [PADi]. known: pre-tokenizers that it may have, `family.PRE`.
+    template: for chats, where no file has one.
     QuantkitError, naming file and key, for what llama.cpp would read as another tokenizer, and for a BOS or EOS that no
     file names. Says in a line what is left out.
     """
     try:
-        return _metadata(folder, n_vocab, known)
+        found = _metadata(folder, n_vocab, known)
+        return found | templates_metadata(chat_templates(folder), folder, template)
     except (TypeError, KeyError, AttributeError) as error:
         raise QuantkitError(f"{folder / TOKENIZER}: not the structure of a BPE tokenizer ({error})") from None
 
@@ -79,7 +81,7 @@ def _metadata(folder: Path, n_vocab: int, known: Patterns) -> dict[str, Any]:
     added = [token for token, kind in zip(tokens, types, strict=True) if kind in ADDED]
     described = built(lambda: rebuilt(tokens, types, merges, known[pre], pre in WHOLE_WORDS), where)
     check_alike(tokenizer_of_json(raw, known, where), described, where, added)
-    return out | templates_metadata(chat_templates(folder, settings), folder)
+    return out
 
 
 def _flag(settings: Mapping[str, Any], key: str, default: bool, folder: Path) -> bool:
@@ -196,9 +198,16 @@ def chat_templates(folder: Path, settings: Mapping[str, Any] | None = None) -> d
     return found or in_settings or _named(_optional(folder / PROCESSOR_TEMPLATE).get("chat_template"), folder)
 
 
-def templates_metadata(templates: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others, as gguf-py names them."""
-    if not templates:
+def templates_metadata(templates: Mapping[str, str], folder: Path, template: str | None = None) -> dict[str, Any]:
+    """`tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others, as gguf-py names them. template: where
+    there is none."""
+    if not templates and template is not None:
+        say_once(
+            f"{folder}: no chat template in any file; the family's plain one is written, which knows no tools: put a "
+            f"{TEMPLATE} there for another"
+        )
+        templates = {"default": template}
+    elif not templates:
         say_once(
             f"warning: {folder}: no chat template in any file; `run` and chat clients cannot chat with the file; put a "
             f"{TEMPLATE} there"

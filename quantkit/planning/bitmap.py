@@ -14,8 +14,9 @@ from quantkit.planning.plan import Plan
 SHADES = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 
 
-def bit_map(plan: Plan) -> Figure:
-    """A figure of the plan's matrices; what has no layer (embeddings, output) stands in a column of its own."""
+def bit_map(plan: Plan, width: float | None = None) -> Figure:
+    """A figure of the plan's matrices; what has no layer (embeddings, output) stands in a column of its own. width: in
+    inches; None: as wide as the layers need."""
     matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1]
     roles = list(dict.fromkeys(tensor.role for tensor in matrices))
     layers = sorted({tensor.layer for tensor in matrices if tensor.layer is not None})
@@ -25,13 +26,18 @@ def bit_map(plan: Plan) -> Figure:
     for tensor in matrices:
         column = layers.index(tensor.layer) if tensor.layer is not None else len(layers)
         cells[roles.index(tensor.role)][column] = used.index(tensor.qtype)
-    figure = Figure(figsize=(max(6.4, 2.2 + 0.1 * len(layers)), 1.5 + 0.19 * len(roles)), layout="constrained")
+    wide = width or max(6.4, 2.2 + 0.1 * len(layers))
+    columns = max(1, int(wide / 1.6))
+    height = 0.8 + 0.19 * (len(roles) + -(-len(used) // columns))
+    figure = Figure(figsize=(wide, height), layout="constrained")
     axes = figure.subplots()
     norm = BoundaryNorm([i - 0.5 for i in range(len(used) + 1)], len(used))
     axes.pcolormesh(cells, cmap=ListedColormap(shades), norm=norm, edgecolors="white", linewidth=0.4)
     axes.set_yticks([i + 0.5 for i in range(len(roles))], roles, fontsize=8)
-    step = max(1, len(layers) // 12)
-    ticks = list(range(0, len(layers), step))
+    step = max(1, len(layers) // (12 if width is None else 5))
+    ticks = [
+        i for i in range(0, len(layers), step) if len(layers) - i > step // 2
+    ]  # the next label is the last column's
     axes.set_xticks([i + 0.5 for i in [*ticks, len(layers)]], [*(str(layers[i]) for i in ticks), "–"], fontsize=8)
     axes.set_xlabel("layer", fontsize=8)
     axes.invert_yaxis()
@@ -39,7 +45,7 @@ def bit_map(plan: Plan) -> Figure:
     axes.spines[:].set_visible(False)
     names = [f"{name} {qtypes.get(name).bpw:.4g} bpw" for name in used]
     legend = [Patch(color=shade, label=name) for shade, name in zip(shades, names, strict=True)]
-    figure.legend(handles=legend, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=legend, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 

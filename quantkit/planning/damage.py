@@ -27,6 +27,11 @@ FIT_ROUNDS = 30
 PUBLISHED = "damage published"  # what the name of `Known` begins with
 
 
+def costs_nothing(spec: TensorSpec, qtype: str) -> bool:
+    """Whether the tensor has its numbers in this type, or no other."""
+    return spec.fixed is not None or qtype in EXACT or qtype == spec.exact
+
+
 class Damage(Protocol):
     """name: what it rests on, for the plan."""
 
@@ -56,7 +61,7 @@ class Prior:
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         """Nats a token if only this tensor has this type."""
-        return 0.0 if spec.fixed or qtype in EXACT else self.gain(spec) * ERROR[qtype]
+        return 0.0 if costs_nothing(spec, qtype) else self.gain(spec) * ERROR[qtype]
 
     def total(self, damages: float) -> float:
         """Nats a token of a whole file, given the sum over its tensors."""
@@ -72,7 +77,7 @@ class Known:
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         """Nats a token if only this tensor has this type."""
-        if spec.fixed or qtype in EXACT:
+        if costs_nothing(spec, qtype):
             return 0.0
         gain = self.found.gain(spec.role, spec.layer)
         return (self.prior.gain(spec) if gain is None else gain) * ERROR[qtype]
@@ -128,7 +133,7 @@ class Measured:
 
     def of(self, spec: TensorSpec, qtype: str) -> float:
         """Nats a token if only this tensor has this type. QuantkitError if nothing was measured of it."""
-        if spec.fixed or qtype in EXACT:
+        if costs_nothing(spec, qtype):
             return 0.0
         if spec.name not in self.gains:
             raise QuantkitError(f"{self.name} has no entry for {spec.name}: it is of another model, or another layout")

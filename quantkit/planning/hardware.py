@@ -84,7 +84,11 @@ class Speed:
 
 def kv_bytes(config: ModelConfig, mla: Mla) -> int:
     """KV cache of one token in all layers. Split MLA keeps the latent and the rotary key once for all heads; the
-    combined layout keeps every head's key and value. An indexer keeps keys of its own."""
+    combined layout keeps every head's key and value. An indexer keeps keys of its own. DeepSeek-V4 keeps an entry for
+    every 4 or 128 tokens, besides a window that does not grow."""
+    if config.compression is not None and config.indexer is not None:
+        entries = {4: (config.kv_lora + config.indexer.width) / 4, 128: config.kv_lora / 128, 0: 0.0}
+        return int(CACHE_BYTES * sum(entries[ratio] for ratio in config.compression.ratios))
     per_layer = config.kv_lora + config.qk_rope if mla == "split" else config.n_head * (config.qk_head + config.v_head)
     index = config.indexer.width * sum(config.indexer.full) if config.indexer else 0
     return CACHE_BYTES * (per_layer * config.n_layer + index)

@@ -52,6 +52,8 @@ def report(
     for plan, n_bytes, file, where in sorted(placed, key=lambda one: one[-1].disk > 0):
         lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
         started = hardware.commands(plan, where, machine, context, file, original, threads)
+        if config.compression is not None:  # `run` refuses the file
+            del started["quantkit"]
         flags = {"llama.cpp": targets.start_flags("llama.cpp", config)}
         if len([line for line in lines if line.startswith("To start")]) > 1:
             started = {"llama.cpp": started["llama.cpp"][:1]}

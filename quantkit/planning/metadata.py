@@ -27,7 +27,8 @@ def file_metadata(folder: Path, config: ModelConfig, plan: Plan) -> dict[str, An
         "quantkit.recipe": plan.recipe,
         "quantkit.target": plan.target,
     }
-    words = tokenizer_metadata(folder, config.n_vocab, family.of(config).PRE)
+    known = family.of(config)
+    words = tokenizer_metadata(folder, config.n_vocab, known.PRE, known.CHAT_TEMPLATE)
     return family.metadata(config, plan.mla, plan.model or model_name(folder)) | general | words
 
 

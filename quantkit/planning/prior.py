@@ -31,12 +31,19 @@ GAIN = {
     "attn_output": 0.00457,
     "indexer.attn_q_b": 0.00127,
     "indexer.attn_k": 0.00621,
+    "attn_kv": 0.00621,
+    "attn_output_a": 0.00274,
+    "attn_output_b": 0.00457,
+    "attn_compressor_kv": 0.00621,
+    "attn_compressor_gate": 0.00621,
+    "indexer_compressor_kv": 0.00621,
+    "indexer_compressor_gate": 0.00621,
     "token_embd": 0.00450,
     "output": 0.00614,
 }
 """role -> damage of all its tensors together at Q4_K, nats a token. attn_q and attn_kv_b, which neither model has, are
-those of the matrices that they replace; the indexer's, which no measured model has, those of the attention's matrices
-that multiply the same."""
+those of the matrices that they replace; the indexer's and DeepSeek-V4's, which no measured model has, those of the
+attention's matrices that multiply the same."""
 
 LEVEL = 1.5
 """R1's published perplexities (Q8_0 3.349; Unsloth's 1.58, 1.73 and 2.22 bit 5.575, 4.724, 4.096) as log ratios, over

@@ -51,6 +51,8 @@ class Published:
 def recognise(specs: Iterable[TensorSpec]) -> Published | None:
     """What was published of models with these tensors; None if nothing was."""
     specs = list(specs)
+    if not any(spec.role == "attn_kv_a_mqa" for spec in specs):  # DeepSeek-V4-Pro has Kimi-K2's layers and sizes
+        return None
     mtp = {spec.layer for spec in specs if spec.role.startswith("nextn")}
     n_layer = len({spec.layer for spec in specs if spec.layer is not None} - mtp)
     hidden = next((spec.n_in for spec in specs if spec.role == "token_embd"), 0)

@@ -77,13 +77,19 @@ class Candidates:
     ceiling: str | None = None
 
     def of(self, spec: TensorSpec, target: str) -> tuple[str, ...]:
-        """The types for one tensor, fewest bits first: within the bounds, computed by the target, fitting its rows."""
+        """The types for one tensor, fewest bits first: within the bounds, computed by the target, fitting its rows; and
+        none with as many bits as one that says the original's numbers, but that."""
         low = qtypes.get(self.floor).bpw if self.floor else 0.0
         high = qtypes.get(self.ceiling).bpw if self.ceiling else float("inf")
         blind = spec.role == "token_embd"  # embeddings have no importance
+        known = targets.suggest(target, spec.role, spec.n_in)
+        exact = spec.exact if self.types is None and spec.exact in known else None
+        if exact and low <= qtypes.get(exact).bpw <= high:
+            coarser = self.of(replace(spec, exact=None), target)
+            return (*(name for name in coarser if qtypes.get(name).bpw < qtypes.get(exact).bpw), exact)
         return tuple(
             name
-            for name in targets.suggest(target, spec.role, spec.n_in)
+            for name in known
             if (name not in targets.NOT_BY_ITSELF if self.types is None else name in self.types)
             and low <= qtypes.get(name).bpw <= high
             and not (blind and qtypes.needs_importance(name))

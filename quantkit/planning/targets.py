@@ -12,10 +12,11 @@ from quantkit.errors import QuantkitError
 from quantkit.models.config import MLA, Mla, ModelConfig
 from quantkit.tensors import ROUTED_ROLES, split_name
 
-TensorClass = Literal["routed experts", "k_b", "other matrices"]
+TensorClass = Literal["routed experts", "k_b", "other matrices", "ids"]
 EXPERTS: TensorClass = "routed experts"
 K_B: TensorClass = "k_b"
 OTHER: TensorClass = "other matrices"
+IDS: TensorClass = "ids"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class TargetChoice:
 
 
 ALL = tuple(qtypes.QTYPES)
+TABLES: Mapping[TensorClass, Allowed] = {
+    IDS: Allowed(types=(qtypes.TABLE.name,), source="llama.cpp's converter writes them so")
+}
 
 MEASURED = "kt-kernel 0.7.2 wheel, LLAMAFILE backend, run on AVX-512 and AMX machines against files quantized by ggml"
 NO_KERNEL = "kt-kernel 0.7.2 aborts when it is the gate's type and silently returns zeros when it is up's or down's"
@@ -84,6 +88,7 @@ KTRANSFORMERS = Target(
             source=LEGACY,
             otherwise="legacy ktransformers has no dequantizer for it ('ggml_type not implemented')",
         ),
+        **TABLES,
     },
     mla=("split", "combined"),
     expert_multiple=256,
@@ -92,7 +97,8 @@ KTRANSFORMERS = Target(
 
 LLAMA_CPP = Target(
     name="llama.cpp",
-    allowed={c: Allowed(types=ALL, source="ggml has encoder and kernels for each") for c in (EXPERTS, K_B, OTHER)},
+    allowed={c: Allowed(types=ALL, source="ggml has encoder and kernels for each") for c in (EXPERTS, K_B, OTHER)}
+    | dict(TABLES),
     mla=("split", "combined"),
     expert_multiple=1,
     single_file=False,
@@ -103,7 +109,8 @@ OLLAMA = Target(
     allowed={
         c: Allowed(types=ALL, source="Ollama computes with ggml, and does not re-encode imported files")
         for c in (EXPERTS, K_B, OTHER)
-    },
+    }
+    | dict(TABLES),
     mla=("split", "combined"),
     expert_multiple=1,
     single_file=True,
@@ -141,6 +148,8 @@ def tensor_class(role: str) -> TensorClass:
     """Which of a target's tables speaks of this role."""
     if role in ROUTED_ROLES:
         return EXPERTS
+    if role == "ffn_gate_tid2eid":
+        return IDS
     return K_B if role == "attn_k_b" else OTHER
 
 
@@ -154,9 +163,9 @@ FALLS_BACK = "its blocks do not divide rows of"
 STAND_IN = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes for a type whose blocks do not divide the rows (src/llama-quant.cpp, tensor_type_fallback):
 these, and IQ4_NL for all that are coarser and have blocks of 256."""
-NOT_BY_ITSELF = ("Q4_0", "Q5_0", "Q5_1")
-"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0, which
-is for copies of INT4 weights."""
+NOT_BY_ITSELF = ("Q4_0", "MXFP4", "Q5_0", "Q5_1")
+"""What a budget chooses only if its rule names it: stand-ins, whose damage to a model was not measured, and Q4_0 and
+MXFP4, which are for copies of INT4 and FP4 weights."""
 
 
 def fitting(target: str, role: str, n_in: int, qtype: str) -> str:
@@ -178,7 +187,12 @@ YARN_BETAS = (32, 1)
 def caveats(target: str, c: ModelConfig) -> list[str]:
     """What this target is known to compute wrongly in such a model, whatever the file holds: a line each."""
     found = []
-    if not knows(target, c):
+    if not knows(target, c) and c.compression is not None:
+        found.append(
+            f"{target} does not compute such a file: its kernels for a GGUF's experts do not cut gate and up off, as "
+            f"{c.architecture} does; it reads DeepSeek-V4 from the original only; make it for llama.cpp"
+        )
+    elif not knows(target, c):
         found.append(
             f"{target} has no {c.architecture} attention that reads a GGUF: at best its experts can be used, which "
             f"nobody has tested; make it for llama.cpp, or V3.2 for {target}/deepseek2"
@@ -222,6 +236,14 @@ def check_model(target: str, c: ModelConfig) -> None:
             f"{target} takes any model of {c.n_layer} layers for one without q_lora_rank and does not load this one, "
             f"which has {c.q_lora}; use --target ktransformers"
         )
+
+    if runs_llama_cpp(target) and c.compression and c.indexer:
+        # It counts widths of keys until it finds another one (b11434, src/llama-kv-cache.cpp, n_rot_k), and ends there.
+        if not any(c.indexer.full) or c.indexer.width == c.qk_head:
+            raise QuantkitError(
+                f"{target} does not load a {c.architecture} model without a layer that compresses by 4, or whose "
+                f"indexer's heads are as wide as the attention's ({c.qk_head})"
+            )
 
 
 def runs_llama_cpp(target: str) -> bool:

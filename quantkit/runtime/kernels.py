@@ -172,7 +172,8 @@ def _times(part, x, scales, token, w, at, last):
 def _products(
     w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
 ):
-    """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x.
+    """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
+    where ids is below 0.
 
     few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
     second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
@@ -185,14 +186,17 @@ def _products(
             data = second
             out += w.n_out * pairs
     data += tl.minimum(row, w.n_out - 1).to(tl.int64)[:, None] * w.row_bytes
-    if ids is not None:
-        data += tl.load(ids + pair).to(tl.int64) * w.matrix_bytes
-    token = (pair * few // x_share).to(tl.int64)
     last: tl.constexpr = w.n_in // 32 if w.wide else w.n_in // 8
+    stop = last
+    if ids is not None:
+        matrix = tl.load(ids + pair)
+        data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
+        stop = tl.where(matrix < 0, 0, last)
+    token = (pair * few // x_share).to(tl.int64)
     # Columns come last: then Triton gives each thread one part of all rows, and x needs no exchange between threads.
     total = tl.zeros([rows, tile], tl.float32)
     total1, total2, total3 = total, total, total  # of few = 4
-    for start in range(0, last, tile):
+    for start in range(0, stop, tile):
         at = start + tl.arange(0, tile)
         part = _part(w, data, at, last)
         total += _times(part, x, scales, token, w, at, last)
@@ -239,8 +243,8 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _route(logits, bias, ids, weights, n_expert, factor, how):
-    """One token's experts, as layers.route: groups of experts, both padded."""
+def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how):
+    """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
     token = tl.program_id(0)
     a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
     per_group = n_expert // how.n_group
@@ -285,6 +289,10 @@ def _route(logits, bias, ids, weights, n_expert, factor, how):
         weight = tl.where(slot == k, w, weight)
     if how.norm:
         weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+    if table is not None:
+        found = tl.load(table + expert)
+        tl.store(frames + token * how.n_used + slot, found, mask=slot < how.n_used)
+        expert = tl.where(found < 0, expert, -1 - expert)
     tl.store(ids + token * how.n_used + slot, expert, mask=slot < how.n_used)
     tl.store(weights + token * how.n_used + slot, weight * factor, mask=slot < how.n_used)
 
@@ -325,8 +333,8 @@ def products(
     """float32 [pairs, n_out]: of pair p, matrix ids[p] (without ids: the only one) times its row of x.
 
     data: uint8 [n_matrices, n_out, row_bytes]. x: of n rows; pairs is a multiple of n, and neighbouring pairs share a
-    row. ids: int32 [pairs]. second: other matrices like data, whose products are made too: the result is then
-    [2, pairs, n_out]. Every pair is computed alone, so its bits do not depend on the others.
+    row. ids: int32 [pairs]; below 0: no matrix, the product is 0. second: other matrices like data, whose products are
+    made too: the result is then [2, pairs, n_out]. Every pair is computed alone: its bits do not depend on the others.
     """
     assert x.words is not None and x.scales is not None
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
@@ -360,13 +368,16 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     return out
 
 
-def route(logits: torch.Tensor, bias: torch.Tensor | None, c: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """As layers.route from its logits float32 [n, n_expert]; the experts as int32."""
+def route(
+    logits: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, c: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `Between.route`, from logits float32 [n, n_expert]."""
     n = len(logits)
     ids = torch.empty(n, c.n_used, dtype=torch.int32, device=logits.device)
     weights = torch.empty(n, c.n_used, dtype=torch.float32, device=logits.device)
+    frames = None if table is None else torch.empty_like(ids)
     powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
     numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
     how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](logits, bias, ids, weights, c.n_expert, c.weights_scale, how, num_warps=1)
-    return ids, weights
+    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1)
+    return ids, weights, frames

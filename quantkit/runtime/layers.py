@@ -15,17 +15,26 @@ import torch.nn.functional as F
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.forms import absorbed, expanded
 from quantkit.runtime.indexer import IndexerWeights, Selection, choose, index_keys, take_over
 from quantkit.runtime.rotation import Angles, rotate
+from quantkit.runtime.swiglu import swiglu
 from quantkit.runtime.watch import Watcher
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 See = Callable[[str, torch.Tensor], None]
 """`Watcher.observe` for tokens whose weight is known."""
 
-SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
 FFN_TOKENS = 8192  # tokens per tile of routing, shared and dense feed-forward
-QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only within a tile
+
+
+class FeedForward(Protocol):
+    """The half of a layer's weights that `feed_forward` computes."""
+
+    ffn_norm: torch.Tensor
+    feed: "Feed | None"
+    router: "Router | None"
+    experts: "LayerExperts | None"
 
 
 class Experts(Protocol):
@@ -76,18 +85,24 @@ class Feed:
         if see:
             see("ffn_gate", x)
             see("ffn_up", x)
-        hidden = F.silu(self.gate(x)) * self.up(x)
+        hidden = self.activated(self.gate(x), self.up(x))
         if see:
             see("ffn_down", hidden)
         return self.down(hidden)
 
+    def activated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What down multiplies."""
+        return swiglu(gate, up, None)
+
 
 @dataclass
 class Router:
-    """weight float32 [n_expert, d]; bias float32 [n_expert], added for the selection only."""
+    """weight float32 [n_expert, d]; bias float32 [n_expert], added for the selection only; table int32 [n_vocab,
+    n_used], of layers where the token selects."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    table: torch.Tensor | None = None
 
 
 @dataclass
@@ -111,6 +126,21 @@ class LayerWeights:
     router: Router | None = None
     experts: LayerExperts | None = None
     indexer: IndexerWeights | None = None
+
+
+def with_mla(layer: FeedForward) -> LayerWeights:
+    """The layer of a model for which `only_forward` did not refuse what its attention is needed for."""
+    assert isinstance(layer, LayerWeights)
+    return layer
+
+
+def only_forward(config: ModelConfig, what: str) -> None:
+    """QuantkitError if the model's layers are only computed forward, on whole texts, and `what` is more than that."""
+    if config.compression is not None:
+        raise QuantkitError(
+            f"{what}: not with {config.architecture}, whose compressed attention and residual streams are computed "
+            "here on whole texts and forward only"
+        )
 
 
 @dataclass
@@ -198,10 +228,10 @@ def attention(
         latent, k_rope = (latent, k_rope) if first else cached
     mask = _selected(x.view(n_seq, t, d), low, latent.shape[1], weights, config, angles, (cache, chosen))
     if first and see is None and mask is None:
-        values = _expanded(q_nope, q_rope, latent, k_rope, weights, config.softmax_scale)
+        values = expanded(q_nope, q_rope, latent, k_rope, (weights.k_b, weights.v_b), config.softmax_scale)
     else:
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(weights.k_b.dtype), weights.k_b)
-        mixed = _absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale, mask)
+        mixed = absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale, mask)
         if see:
             see("attn_v_b", mixed.reshape(-1, config.n_head, config.kv_lora))
         values = torch.einsum("sthc,hvc->sthv", mixed.to(weights.v_b.dtype), weights.v_b)
@@ -257,72 +287,20 @@ def _selected(
     return mask
 
 
-def _expanded(
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor,
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
-    weights: LayerWeights,
-    scale: float,
-) -> torch.Tensor:
-    """Whole chunks without a cache: keys and values per head are cheaper than attention over the latent.
-
-    q_nope [s, t, h, n], q_rope [s, t, h, r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v].
-    """
-    n_seq, t, n_head, _ = q_nope.shape
-    k_nope = torch.einsum("stc,hcn->shtn", latent, weights.k_b)
-    # One product: the einsum of bfloat16 on the CPU first copies v_b, which takes ten times as long.
-    values = (latent @ weights.v_b.flatten(0, 1).T).view(n_seq, t, n_head, -1).transpose(1, 2)
-    keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
-    query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-    v_head = values.shape[-1]
-    if values.device.type == "cpu":  # torch's fused CPU kernel wants values as long as keys, else it computes all t x t
-        values = F.pad(values, (0, max(0, keys.shape[-1] - v_head)))
-    mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
-    return mixed[..., :v_head].transpose(1, 2)
-
-
-def _absorbed(
-    q_latent: torch.Tensor,
-    q_rope: torch.Tensor,
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Softmax over the compressed cache, which all heads share; in tiles of queries, so that scores stay few.
-
-    q_latent [s, t, h, c], q_rope [s, t, h, r], latent [s, n, c], k_rope [s, n, r] -> [s, t, h, c]. The t queries are
-    the last t of the n cached positions. mask bool [s, t, n]: which of these they attend to.
-    """
-    n_seq, t, n_head, _ = q_latent.shape
-    n = latent.shape[1]
-    key = torch.cat((latent, k_rope), dim=-1).transpose(1, 2)  # [s, c + r, n]
-    query = torch.cat((q_latent.to(latent.dtype), q_rope.to(latent.dtype)), dim=-1)
-    out = torch.empty_like(q_latent, dtype=latent.dtype)
-    step = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (n_seq * n_head * n)))
-    column = torch.arange(n, device=latent.device)
-    for begin in range(0, t, step):
-        end = min(begin + step, t)
-        seen = n - t + end  # later columns are masked for the whole tile
-        scores = query[:, begin:end].flatten(1, 2) @ key[..., :seen]
-        scores = scores.float().mul_(scale).view(n_seq, end - begin, n_head, seen)
-        if end - begin > 1:
-            last = torch.arange(n - t + begin, n - t + end, device=latent.device)
-            scores.masked_fill_((column[:seen] > last[:, None])[:, None, :], float("-inf"))
-        if mask is not None:
-            scores.masked_fill_(~mask[:, begin:end, None, :seen], float("-inf"))
-        weights = scores.softmax(-1).to(latent.dtype)
-        out[:, begin:end] = (weights.flatten(1, 2) @ latent[:, :seen]).view(n_seq, end - begin, n_head, -1)
-    return out
-
-
-def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor, router: Router, config: ModelConfig, tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of each token: (expert int64 [n, n_used], weight float32 [n, n_used]) for normed x [n, d].
 
     DeepSeek-V3's noaux_tc (arXiv 2412.19437, 2.1.2) or V2's softmax top-k: the bias chooses, the plain score weighs.
+    tokens int64 [n]: what a router with a table chooses by.
     """
     scores = router_scores(x, router, config)
+    if router.table is not None:
+        if tokens is None:
+            raise QuantkitError("this layer's experts follow from the tokens, which were not given")
+        expert = router.table[tokens.to(router.table.device)].long()
+        return expert, routing_weights(scores, expert, config)
     choice = scores if router.bias is None else scores + router.bias
     if config.n_group > 1:
         grouped = choice.view(len(x), config.n_group, -1)
@@ -337,6 +315,8 @@ def route(x: torch.Tensor, router: Router, config: ModelConfig) -> tuple[torch.T
 def router_scores(x: torch.Tensor, router: Router, config: ModelConfig) -> torch.Tensor:
     """float32 [n, n_expert] of normed x [n, d], without the bias."""
     logits = x.float() @ router.weight.T
+    if config.scoring == "sqrtsoftplus":
+        return F.softplus(logits).sqrt()
     return logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
 
 
@@ -350,13 +330,15 @@ def routing_weights(scores: torch.Tensor, expert: torch.Tensor, config: ModelCon
 
 def feed_forward(
     x: torch.Tensor,
-    weights: LayerWeights,
+    weights: FeedForward,
     config: ModelConfig,
     sums: torch.Tensor | None = None,
     watcher: Watcher | None = None,
     weight_of_token: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Feed-forward output (residual not added) of normed x [n, d]. weight_of_token [n]: what a watcher is told.
+    tokens [n]: what they are, for routers with a table.
 
     Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries. x and sums
     [n, d] (where streamed experts add up) may live elsewhere than the weights.
@@ -376,7 +358,8 @@ def feed_forward(
     routes = []
     for i, part in tiles:
         part = part.to(device)
-        routes.append(route(part, weights.router, config))
+        own = None if tokens is None else tokens[i * FFN_TOKENS : (i + 1) * FFN_TOKENS]
+        routes.append(route(part, weights.router, config, own))
         if tell := see(i * FFN_TOKENS):
             tell("ffn_gate_inp", part)
     expert, weight = (torch.cat(parts) for parts in zip(*routes, strict=True))

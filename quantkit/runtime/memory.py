@@ -9,7 +9,7 @@ from quantkit import machine, ranks
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say
-from quantkit.runtime.layers import SCORE_ELEMENTS
+from quantkit.runtime.forms import SCORE_ELEMENTS
 from quantkit.runtime.room import Place, Room
 from quantkit.runtime.stream import ATTENTION_TOKENS, Source
 from quantkit.sizes import both_units
@@ -46,12 +46,15 @@ def memory(config: ModelConfig, compute: torch.dtype, hidden: torch.dtype) -> Me
     q = c.d * c.q_lora + c.q_lora * c.n_head * c.qk_head if c.q_lora else c.d * c.n_head * c.qk_head
     attn = q + c.d * (c.kv_lora + c.qk_rope) + c.n_head * c.v_head * c.d
     attn += 2 * c.n_head * (c.qk_nope + c.v_head) * c.kv_lora
+    if c.compression is not None:  # no kv_b; output in two steps; compressors; mixing of streams, float32
+        attn = q + 7 * c.d * c.qk_head + c.compression.lora * (c.n_head * c.v_head + c.compression.n_group * c.d)
+        attn += 2 * 24 * c.width
     feed = 3 * c.d * max(c.n_ff if c.n_dense else 0, c.n_ff_exp * c.n_shared)
     weights = 2 * (attn + feed) * size + 2 * 3 * c.d * c.n_ff_exp * max(4, size)
     tile = ATTENTION_TOKENS * c.n_head * (2 * c.qk_head + 3 * (c.kv_lora + c.qk_rope)) * size + 3 * SCORE_ELEMENTS * 4
     ffn = ATTENTION_TOKENS * (c.n_ff if c.n_dense else c.n_ff_exp) * 3 * size
     routing = c.n_used * 24 + c.n_expert * 12  # ids, weights, sort; scores of all experts
-    return Memory(BASE_BYTES + weights + tile + ffn, routing, c.d * (2 * hidden.itemsize + size))
+    return Memory(BASE_BYTES + weights + tile + ffn, routing, (c.width + c.d) * hidden.itemsize + c.d * size)
 
 
 def choose_place(
@@ -107,7 +110,7 @@ def room_for(source: Source, n_tokens: int, limits: Limits, more: Memory = Memor
     """The hidden states' room: float32 while they are small. Refuses a pass that fits nowhere.
 
     more: what it needs besides what a forward pass does."""
-    hidden_dtype = torch.float32 if n_tokens * source.config.d * 4 <= HIDDEN_BYTES else torch.bfloat16
+    hidden_dtype = torch.float32 if n_tokens * source.config.width * 4 <= HIDDEN_BYTES else torch.bfloat16
     need = memory(source.config, source.dtype, hidden_dtype) + more
     limit, option = memory_limit(limits.memory, source.device)
     if limits.beside:

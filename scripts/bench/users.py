@@ -195,8 +195,9 @@ def main() -> None:
     words = Words(args.file, 0)
     short = argparse.Namespace(**vars(args) | {"tokens": 8})
     for url in args.url:
-        print(f"\n{url}: prompts of {args.prompt} tokens, {args.tokens} new ones\n")
-        print("| users | tok/s in all | each | first token, median (last) | largest gap |\n|---|---|---|---|---|")
+        print(f"\n{url}: prompts of {args.prompt} tokens, {args.tokens} new ones\n", flush=True)
+        if args.users:
+            print("| users | tok/s in all | each | first token, median (last) | largest gap |\n|---|---|---|---|---|")
         for n in args.users:
             asyncio.run(together(url, args.key, words, n, short))
             found = median([asyncio.run(together(url, args.key, words, n, args)) for _ in range(args.rounds)])

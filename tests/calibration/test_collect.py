@@ -54,9 +54,9 @@ def test_experts_count_what_was_routed_to_them(source, tokens, imatrix):
         before = []
         original = feed_forward.__globals__["route"]
 
-        def spy(x, router, config):
+        def spy(x, router, config, tokens=None):
             before.append(x.clone())
-            return original(x, router, config)
+            return original(x, router, config, tokens)
 
         feed_forward.__globals__["route"] = spy
         try:

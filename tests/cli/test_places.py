@@ -7,9 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.__main__ import main
-from quantkit.cli.options import MODEL_FILE, model_in
+from quantkit.cli.options import MODEL_FILE
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate, Check
+from quantkit.formats.gguf_folder import model_in
 from quantkit.job.publish.folder import read_folder
 
 

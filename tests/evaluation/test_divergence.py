@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from quantkit.evaluation import divergence
+from quantkit.evaluation import divergence, student
 from quantkit.evaluation.divergence import Divergence, HeldLogits, diverge, scored, scored_targets
 
 
@@ -69,6 +69,13 @@ def test_intervals_cover_the_truth_when_tokens_of_a_chunk_go_together():
         low, high = known(kld).summary(100)["ci95"]["kld_mean"]
         covered += low < 1 < high
     assert 180 <= covered <= 199
+
+
+def test_students_t_is_scipys():
+    stdtrit = pytest.importorskip("scipy.special").stdtrit
+    for freedom in (1, 2, 3, 7, 31, 63, 1000, 10**5):
+        assert student.quantile(freedom, 0.975) == pytest.approx(stdtrit(freedom, 0.975), rel=1e-9)
+    assert student.quantile(1, 0.75) == pytest.approx(1)  # Cauchy's
 
 
 def test_one_chunk_has_no_interval():

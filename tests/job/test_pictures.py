@@ -11,7 +11,7 @@ from quantkit.calibration.sensitivity import heat_map
 from quantkit.formats.sensitivity import Entry, Sensitivity
 from quantkit.job.plan import plan_model
 from quantkit.job.publish.card import layer_plot
-from quantkit.job.report import write_report
+from quantkit.job.report.page import write_report
 from quantkit.planning import bitmap
 
 NAME = "a$x_{$b"  # to matplotlib: mathematics that does not end

@@ -58,7 +58,7 @@ def test_every_type_is_allowed_or_refused_with_a_reason():
         for allowed in target.allowed.values():
             assert allowed.source
             assert not set(allowed.types) & set(allowed.refused)
-            assert set(allowed.types) | set(allowed.refused) <= set(qtypes.QTYPES)
+            assert set(allowed.types) | set(allowed.refused) <= {*qtypes.QTYPES, qtypes.TABLE.name}
             assert all(allowed.why_not(q) for q in qtypes.QTYPES if q not in allowed.types)
 
 
@@ -85,5 +85,5 @@ def test_a_target_may_name_the_layout():
 
 def test_suggestions_fit_the_rows():
     assert targets.suggest("ktransformers", "attn_k_b", 128) == ("Q8_0", "F16", "BF16", "F32")
-    short = "IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"
+    short = "MXFP4", "IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"
     assert targets.suggest("llama.cpp", "attn_k_b", 128) == short

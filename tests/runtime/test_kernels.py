@@ -49,8 +49,8 @@ def test_kernels_agree_with_torch(qtype, device):
     rounded = kernels.dequantize(qtype, data[0], torch.empty(3, 768, device=device, dtype=torch.bfloat16))
     assert close(rounded.float(), values[0], 2**-7)  # the interpreter cuts off
     rows, x = random_rows(3, 768, device)
-    ids = torch.tensor([2, 0, 1, 1], dtype=torch.int32, device=device)
-    expected = torch.stack([there[e] @ x[i // 2] for i, e in enumerate(ids.tolist())])
+    ids = torch.tensor([2, 0, -1, 1], dtype=torch.int32, device=device)
+    expected = torch.stack([there[e] @ x[i // 2] * (e >= 0) for i, e in enumerate(ids.tolist())])
     assert close(kernels.products(qtype, data, some(rows, 0, 2), ids), expected, 1e-5)
     alone = kernels.products(qtype, data[:1], rows)
     assert close(alone, x @ there[0].T, 1e-5)
@@ -113,5 +113,10 @@ def test_routing_kernel(device):
         bias = torch.randn(c.n_expert, device=device) * 0.1 if c.scoring == "sigmoid" else None
         router = Router(torch.randn(c.n_expert, 64, device=device) * 0.3, bias)
         expert, weight = route(x, router, c)
-        ids, weights = kernels.route(x @ router.weight.T, bias, c)
-        assert torch.equal(ids.long(), expert) and torch.allclose(weights, weight, rtol=1e-4)
+        ids, weights, none = kernels.route(x @ router.weight.T, bias, None, c)
+        assert none is None and torch.equal(ids.long(), expert) and torch.allclose(weights, weight, rtol=1e-4)
+        table = torch.randperm(c.n_expert, device=device).int() - c.n_expert // 2
+        table[table < 0] = -1
+        ids, weights, slots = kernels.route(x @ router.weight.T, bias, table, c)
+        assert torch.equal(slots, table[expert]) and torch.allclose(weights, weight, rtol=1e-4)
+        assert torch.equal(torch.where(slots < 0, ids, ~ids).long(), expert)

@@ -19,6 +19,7 @@ from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
@@ -103,12 +104,15 @@ def test_the_rest_on_a_gpu(path, device, gpu_layers, n_prompt, caplog):
     """Prompts whose experts the CPU computes, and such that send all of them to the GPU; then decoding."""
     caplog.set_level("INFO")
     prompt = [0, *range(100, 100 + n_prompt)]
+    costs = Costs(0, 0, 1, 1, 1) if n_prompt < 100 else Costs(1, 1, 0, 1, 1)
     free = GpuEngine(open_gguf(path, device, n_threads=2), 1, 512, gpu_layers)
+    free.prompts.costs = costs
     expected = list(generate(free, prompt, 12, GREEDY))
     del free
     limit = path.stat().st_size // 3
     weights = open_gguf(path, device, n_threads=2, ram=limit)
     engine = GpuEngine(weights, 1, 512, gpu_layers)
+    engine.prompts.costs = costs
     assert "read for each token" in caplog.text and len(weights.residency.elsewhere) == gpu_layers
     found, most = [], resident(weights)
     for token in generate(engine, prompt, 12, GREEDY):

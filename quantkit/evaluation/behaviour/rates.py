@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.evaluation import student
+
 Z = 1.959964  # of a two-sided 95 % interval
 WORSE = 1e-3  # probability by chance below which a rate is called worse: about 20 of them are looked at
 
@@ -73,12 +75,10 @@ def _percent(share: float) -> float:
 
 def paired(differences: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of their mean (Student's t)."""
-    from scipy.special import stdtrit
-
     n = len(differences)
     if n < 2:
         return None
     mean = sum(differences) / n
     spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    half = float(stdtrit(n - 1, 0.975)) * spread
+    half = student.quantile(n - 1, 0.975) * spread
     return mean - half, mean + half

@@ -8,9 +8,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,27 @@ def random_model(config: Mapping[str, Any], folder: Path, tokens: np.ndarray) ->
 
 # The child.
 
+PUBLISHED: Mapping[str, Sequence[tuple[str, str]]] = {
+    "DeepseekV4ForCausalLM": (
+        (r"^model\.", ""),
+        (r"^embed_tokens\.", "embed."),
+        (r"^hc_head\.hc_", "hc_head_"),
+        (r"\.attn\.norm\.", ".attn.kv_norm."),
+    ),
+}
+"""Class -> what its checkpoints' names have where transformers writes something else."""
+
+
+def _rename(path: Path, rules: Sequence[tuple[str, str]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for found, published in rules:
+            name = re.sub(found, published, name)
+        renamed[name] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
+
 
 def _serve(path: Path) -> None:
     """Request: config (what config.json holds), and the paths tokens, logits and folder (to be filled)."""
@@ -64,15 +86,22 @@ def _serve(path: Path) -> None:
     model = model_class(config).float().eval()
     with torch.no_grad():
         for key, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if weight.ndim > 1:
+            if not weight.is_floating_point():  # a table of experts, none twice in a row
+                experts = torch.rand(len(weight), config.n_routed_experts).argsort(1)
+                weight.copy_(experts[:, : weight.shape[1]])
+            elif weight.ndim > 1:
                 weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
             elif "norm" in key:
                 weight.copy_(1 + 0.2 * torch.randn_like(weight))
             elif "correction_bias" in key:
                 weight.copy_(0.1 * torch.randn_like(weight))
+            elif key.endswith(("sinks", "base")):
+                weight.copy_(0.5 * torch.randn_like(weight))
         logits = model(torch.from_numpy(np.load(request["tokens"])), use_cache=False).logits
     np.save(request["logits"], logits.float().numpy())
     model.save_pretrained(request["folder"])
+    if name in PUBLISHED:
+        _rename(Path(request["folder"]) / "model.safetensors", PUBLISHED[name])
     sys.stdout.flush()
     os._exit(0)  # its threads may not join
 

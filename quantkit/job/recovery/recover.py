@@ -36,6 +36,7 @@ from quantkit.job.recovery.twin import Twin, encode_again
 from quantkit.job.recovery.values import Values
 from quantkit.planning.plan import Plan
 from quantkit.progress import Advance, say, track
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.memory import room_for
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -283,6 +284,7 @@ def open_original(
     folder (it exists) has no room for the scales of experts. Says what recovering a file of this plan on so much text
     takes; QuantkitError if memory or the disk has no room for that."""
     source = CheckpointSource(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    only_forward(source.config, "--recover")
     if checkpoint.origin:
         say("recovery reads the matrices of the original twice a step: download it (hf download) if its cache is small")
     most = 2 * how.steps * how.tokens

@@ -8,7 +8,7 @@ from quantkit.codecs.registry import in_groups
 from quantkit.job.recovery.passes import SHARED
 from quantkit.job.recovery.tuned import Tuned
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
-from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear
+from quantkit.runtime.layers import LayerExperts, LayerWeights, Linear, with_mla
 from quantkit.runtime.packed import Packed, use_kernels
 from quantkit.runtime.sources.gguf import Dequantized, GGUFSource, GGUFWeights
 from quantkit.runtime.watch import Projections
@@ -72,7 +72,7 @@ class Student(GGUFSource):
     def opened(self, layer: int) -> tuple[LayerWeights, dict[str, torch.Tensor]]:
         """As `TunedSource`."""
         source, leaves = self._leaving()
-        return source.layer(layer, SHARED), leaves
+        return with_mla(source.layer(layer, SHARED)), leaves
 
     def opened_head(self) -> tuple[tuple[torch.Tensor, Linear], dict[str, torch.Tensor]]:
         """As `TunedSource`."""

@@ -12,14 +12,15 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.layers import (
     Feed,
+    FeedForward,
     KVCache,
     LayerExperts,
-    LayerWeights,
     Linear,
     Router,
     attention,
     feed_forward,
     rms_norm,
+    with_mla,
 )
 from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
@@ -34,7 +35,7 @@ class Layers(Protocol):
     def embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """tokens int64 [...] -> float32 [..., d]."""
 
-    def layer(self, layer: int) -> LayerWeights:
+    def layer(self, layer: int) -> FeedForward:
         """A layer's weights."""
 
     def feed_forward(self, layer: int) -> tuple[Feed | None, Router | None, LayerExperts | None]:
@@ -61,7 +62,7 @@ class ByLayers:
         h = source.embed(tokens)
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
-            layer, dtype = source.layer(i), source.dtype
+            layer, dtype = with_mla(source.layer(i)), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
             pause()

@@ -1,24 +1,34 @@
 """One layer on a GPU, its matrices as quantized bytes: attention and routed experts of a decoding step, and those of a
 prompt."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from quantkit.runtime.activations import Activations, Where, use_kernels
-from quantkit.runtime.engines.staging import Stacks
-from quantkit.runtime.engines.step import Between
+from quantkit.runtime.engines.stacks import Stacks
 from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
-from quantkit.runtime.packed import Matrix, Packed
 from quantkit.runtime.pauses import pause, wanted
 
-SHORT_ROWS = 64  # tokens whose experts the CPU computes at once while others wait
+if TYPE_CHECKING:  # or the chain of imports would be long
+    from quantkit.runtime.engines.step import Between
+    from quantkit.runtime.packed import Matrix, Packed
 
-Chunks = Iterator[tuple[int, Sequence[Packed]]]
-"""Experts in order: the first one's number, and gate, up and down of some experts."""
+    Chunks = Iterator[tuple[int, Sequence[Packed]]]
+    """Experts in order: the first one's number, and gate, up and down of some experts."""
+
+    Matrices = tuple[Packed, Packed, Packed]
+    """gate, up and down of experts."""
+
+    Query = tuple[Matrix, torch.Tensor, Matrix] | Matrix
+    """q_a, its norm and q_b, or one projection."""
+
+SHORT_ROWS = 64  # tokens whose experts the CPU computes at once while others wait
 
 
 class OnCpu(Experts, Protocol):
@@ -28,14 +38,23 @@ class OnCpu(Experts, Protocol):
         """There will be a call soon."""
 
 
-Query = tuple[Matrix, torch.Tensor, Matrix] | Matrix
-"""q_a, its norm and q_b, or one projection."""
+class Frames:
+    """Experts of one layer in GPU memory. matrices: gate, up and down, [n_frames, n_out, row_bytes] each. table: int32
+    [n_expert] on their device. experts: of each frame, -1 if there is none."""
+
+    def __init__(self, stacks: Stacks, matrices: Matrices, table: torch.Tensor, experts: Sequence[int]):
+        self.stacks, self.matrices, self.table, self.experts = stacks, matrices, table, list(experts)
+
+    def elsewhere(self) -> list[int]:
+        """Experts without a frame."""
+        here = set(self.experts)
+        return [e for e in range(len(self.table)) if e not in here]
 
 
 @dataclass
 class GpuLayer:
-    """One layer's weights, as `LayerWeights`. In GPU memory, but for `on_cpu`; a MoE layer has either that or
-    `resident`: gate, up and down of all experts."""
+    """One layer's weights, as `LayerWeights`. In GPU memory, but for `on_cpu`; a MoE layer has either that, and perhaps
+    some experts in `hot`, or `resident`: gate, up and down of all experts."""
 
     attn_norm: torch.Tensor
     q: Query
@@ -47,7 +66,8 @@ class GpuLayer:
     ffn_norm: torch.Tensor
     feed: tuple[Matrix, Matrix, Matrix] | None
     router: Router | None = None
-    resident: tuple[Packed, Packed, Packed] | None = None
+    resident: Matrices | None = None
+    hot: Frames | None = None
     on_cpu: OnCpu | None = None
     stacks: Stacks | None = None  # experts that can be streamed
 
@@ -81,10 +101,9 @@ def feed(x: Activations, matrices: tuple[Matrix, Matrix, Matrix], between: Betwe
     return down(between.gated(*gate.beside(up, x)))
 
 
-def chosen(
-    x: Activations, matrices: tuple[Packed, Packed, Packed], between: Between, ids: torch.Tensor
-) -> torch.Tensor:
-    """Routed experts ids int32 [n, k] that are in GPU memory, for a few tokens: [n · k, d], not weighed yet."""
+def chosen(x: Activations, matrices: Matrices, between: Between, ids: torch.Tensor) -> torch.Tensor:
+    """Routed experts ids int32 [n, k] of those in GPU memory, for a few tokens: [n · k, d], not weighed yet. Below 0 is
+    none, and gives zeros."""
     gate, up, down = matrices
     flat = ids.flatten()
     return down.chosen(between.gated(*gate.beside(up, x, flat)), flat)
@@ -97,20 +116,25 @@ def resident_chunks(matrices: Sequence[Packed], n: int) -> Chunks:
 
 
 class ChunkedExperts:
-    """`layers.Experts` of one layer whose chunks come next: dequantized and multiplied a chunk at a time."""
+    """`layers.Experts` of one layer whose chunks come next: dequantized and multiplied a chunk at a time.
 
-    def __init__(self, chunks: Chunks, n_expert: int):
-        self.chunks, self.n_expert = chunks, n_expert
+    places: int64 [n_expert], where in the chunks an expert is; n_places, the number of them, for one that is not there:
+    it is left out. None: in their order, all of them."""
+
+    def __init__(self, chunks: Chunks, n_places: int, places: torch.Tensor | None = None):
+        self.chunks, self.n_places, self.places = chunks, n_places, places
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `layers.Experts`."""
         out = torch.zeros(x.shape, device=x.device)
+        if self.places is not None:
+            expert = self.places.to(x.device)[expert]
         order = torch.argsort(expert.flatten(), stable=True)
         tokens = order // expert.shape[1]
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)
         place = place.view(expert.shape)
-        ends = torch.bincount(expert.flatten(), minlength=self.n_expert).cumsum(0)
+        ends = torch.bincount(expert.flatten(), minlength=self.n_places)[: self.n_places].cumsum(0)
         bounds = [0, *ends.tolist()]
         for begin, (gate, up, down) in self.chunks:
             end = begin + len(gate)
@@ -121,7 +145,7 @@ class ChunkedExperts:
                 hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
                 collect(out, grouped(hidden, down.dense(), stops), place, weight, first)
                 pause(x.device)
-            if end == self.n_expert:
+            if end == self.n_places:
                 return out
         raise AssertionError("chunks ended before the layer did")
 

@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.engines import heat
 from quantkit.runtime.engines.staging import CHUNK
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.layers import SCORE_ELEMENTS
+from quantkit.runtime.forms import SCORE_ELEMENTS
 from quantkit.sizes import gb
 
 log = logging.getLogger(__name__)
@@ -18,8 +21,9 @@ PIECES = (4096, 2048, 1024, 512, 256)  # tokens of a prompt computed at once: th
 CHUNKS = (32, 16, 8)  # experts in GPU memory, of a prompt: the first for which there is memory
 SPARE = 768 << 20  # bytes of GPU memory left for the driver, cuBLAS and what cannot be foreseen
 
-GpuLayers = int | Literal["auto"]
-"""Layers whose routed experts stay in GPU memory; auto: as many as fit."""
+GpuLayers = int | float | Literal["auto"]
+"""int: layers whose routed experts stay in GPU memory; float: the hottest experts, so much of all their bytes; auto: as
+many of the hottest as fit."""
 
 
 def workspace(c: ModelConfig, n: int) -> int:
@@ -52,15 +56,47 @@ def largest_piece(c: ModelConfig, free: int) -> int:
     return next((n for n in PIECES if workspace(c, n) + SPARE <= free), PIECES[-1])
 
 
-def resident_layers(wanted: GpuLayers, sizes: Sequence[int], room: int | None) -> int:
-    """The experts of how many of the first layers are kept. sizes: bytes of each layer's, of those whose types the GPU
-    can multiply. room: bytes free for them; None: there is no GPU.
+class Able(NamedTuple):
+    """Layers whose experts the GPU can multiply. sizes: int64 [n], bytes of one expert of each; n_expert: experts of
+    one. room: bytes free for them; None: there is no GPU. visits: seconds that the CPU needs in each for as many as a
+    token chooses."""
+
+    sizes: np.ndarray
+    n_expert: int
+    room: int | None
+    visits: np.ndarray
+
+
+def kept_experts(wanted: GpuLayers, able: Able, shares: np.ndarray | None) -> np.ndarray:
+    """Which experts are kept in GPU memory, bool [n, n_expert]. shares: of a layer's choices, each expert's, float64
+    [n, n_expert]; None: unknown.
+
+    QuantkitError if more are wanted than fit.
+    """
+    total, n = int(able.sizes.sum()) * able.n_expert, len(able.sizes)
+    if isinstance(wanted, int):
+        here = np.zeros((n, able.n_expert), bool)
+        here[: resident_layers(wanted, (able.sizes * able.n_expert).tolist(), able.room)] = True
+        return here
+    room = able.room
+    if wanted == "auto":
+        room = max(0, room or 0)
+    else:
+        if room is not None and wanted * total > room:
+            raise QuantkitError(
+                f"--gpu-layers {wanted:.0%}: {gb(int(wanted * total))} of experts, but "
+                f"{gb(max(0, room))} of GPU memory are free: at most {max(0, room) / total:.0%}"
+            )
+        room = round(wanted * total)
+    return heat.best(shares, able.sizes, able.n_expert, room, able.visits)
+
+
+def resident_layers(wanted: int, sizes: Sequence[int], room: int | None) -> int:
+    """The experts of how many of the first layers are kept. sizes: bytes of each layer's. room: as of `Able`.
 
     QuantkitError if more layers are wanted than fit.
     """
     fits = next((n for n in range(len(sizes), 0, -1) if sum(sizes[:n]) <= (room or 0)), 0)
-    if wanted == "auto":
-        return fits
     if wanted > len(sizes):
         log.warning("--gpu-layers %d: only %d layers have experts that the GPU can hold", wanted, len(sizes))
         wanted = len(sizes)

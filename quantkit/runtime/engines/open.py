@@ -8,6 +8,7 @@ from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
+from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.tiled import Tiled, product_dtype
@@ -23,6 +24,7 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     of that length.
     """
     # What a family has no graph or no GPU engine for is refused here, and nowhere else.
+    only_forward(weights.config, "generating text here (llama.cpp runs the file)")
     capacity = min(capacity, weights.config.n_context)
     indexer = weights.config.indexer
     sparse = indexer is not None and capacity > indexer.top_k

@@ -1,16 +1,15 @@
 """Moving expert bytes from the mapped file to a device, ahead of their use."""
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from quantkit.runtime.engines.stacks import Part, Stack, Stacks, Wanted, runs
 from quantkit.runtime.workers import Workers
 
 CHUNK = 4  # experts moved and dequantized at once: at R1's size 34 MB of IQ1_S, 352 MB dequantized
@@ -19,42 +18,16 @@ SLICE = 64 << 20
 ALIGN = 256
 
 
-@dataclass(frozen=True)
-class Stack:
-    """One of the three matrices of all experts of a layer: data uint8 [n_expert, n_out, row_bytes].
-
-    read: None if `data` is mapped. Where memory is limited `data` has only the right shape, and this fills uint8
-    [n_out * row_bytes] with an expert's bytes, from any thread.
-    """
-
-    qtype: str
-    data: np.ndarray
-    n_in: int
-    read: Callable[[int, np.ndarray], None] | None = None
-
-
-Stacks = list[Stack]
-"""gate, up and down of a layer."""
-
-
-class Part(NamedTuple):
-    """Matrices of some experts of a stack on the device: data uint8 [n, n_out, row_bytes]."""
-
-    qtype: str
-    data: torch.Tensor
-    n_in: int
-
-
-def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], workers: Workers) -> None:
+def copy_bytes(pairs: list[tuple[np.ndarray, np.ndarray]], workers: Workers, n_threads: int | None = None) -> None:
     """Fill the first of each pair, uint8 [n], from the second: shared out among threads, since one alone is slower than
     the bus."""
-    step = -(-sum(len(data) for _, data in pairs) // workers.n)
+    step = -(-sum(len(data) for _, data in pairs) // (n_threads or workers.n))
     spans = [(to[i : i + step], data[i : i + step]) for to, data in pairs for i in range(0, len(data), step)]
     list(workers.pool.map(lambda span: np.copyto(*span), spans))
 
 
-def fill(jobs: list[tuple[Stack, int, np.ndarray]], workers: Workers) -> None:
-    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by all threads."""
+def fill(jobs: list[tuple[Stack, int, np.ndarray]], workers: Workers, n_threads: int | None = None) -> None:
+    """Bytes of experts, each from its first on, to uint8 [n * n_out * row_bytes], by all threads or about so many."""
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     reads: list[tuple[Callable[[int, np.ndarray], None], int, np.ndarray]] = []
     for stack, begin, to in jobs:
@@ -64,18 +37,26 @@ def fill(jobs: list[tuple[Stack, int, np.ndarray]], workers: Workers) -> None:
         else:
             reads += [(stack.read, begin + i, to[i * size : (i + 1) * size]) for i in range(len(to) // size)]
     if pairs:
-        copy_bytes(pairs, workers)
+        copy_bytes(pairs, workers, n_threads)
     list(workers.pool.map(lambda job: job[0](*job[1:]), reads))
 
 
-def upload_experts(stack: Stack, device: torch.device, workers: Workers) -> torch.Tensor:
-    """A copy of all experts' bytes on a device, in the shape of `data`."""
-    if stack.read is None:
-        return upload(stack.data, device, workers)
-    out = torch.empty(stack.data.shape, dtype=torch.uint8, device=device)
-    buffer = torch.empty(CHUNK * stack.data[0].nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for begin, part in zip(range(0, len(out), CHUNK), out.split(CHUNK), strict=True):
-        fill([(stack, begin, buffer[: part.numel()].numpy())], workers)
+def jobs_of(stack: Stack, experts: Sequence[int], to: np.ndarray) -> list[tuple[Stack, int, np.ndarray]]:
+    """For `fill`: the matrices of these experts one after the other."""
+    size, at, jobs = stack.data[0].nbytes, 0, []
+    for first, n in runs(experts):
+        jobs.append((stack, first, to[at : at + n * size]))
+        at += n * size
+    return jobs
+
+
+def upload_experts(stack: Stack, device: torch.device, workers: Workers, experts: Sequence[int]) -> torch.Tensor:
+    """A copy of these experts' bytes on a device, uint8 [len(experts), n_out, row_bytes]."""
+    out = torch.empty((len(experts), *stack.data.shape[1:]), dtype=torch.uint8, device=device)
+    n = max(CHUNK, SLICE // stack.data[0].nbytes)
+    buffer = torch.empty(min(n, len(out)) * stack.data[0].nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for begin, part in zip(range(0, len(out), n), out.split(n), strict=True):
+        fill(jobs_of(stack, experts[begin : begin + n], buffer[: part.numel()].numpy()), workers)
         part.view(-1).copy_(buffer[: part.numel()])
     return out
 
@@ -111,38 +92,45 @@ class Ring:
         """On the device."""
         return sum(buffer.nbytes for buffer in self.there)
 
-    def chunks(self, layers: list[Stacks]) -> Generator[tuple[int, list[Part]], None, None]:
-        """All experts of these layers in order: (first expert, gate, up and down of CHUNK experts or fewer). They
-        are valid until the next is asked for."""
-        plan = [(stacks, begin) for stacks in layers for begin in range(0, len(stacks[0].data), CHUNK)]
+    def chunks(
+        self, wanted: Sequence[Wanted], n_threads: int | None = None
+    ) -> Generator[tuple[int, list[Part]], None, None]:
+        """Experts of these layers in order: (what is told of the first, gate, up and down of CHUNK experts or fewer).
+        They are valid until the next is asked for. n_threads: about so many fill the buffers; None: all."""
+        plan = [(w, begin) for w in wanted for begin in range(0, len(w.experts), CHUNK)]
+
+        def move(i: int) -> Future:
+            w, begin = plan[i]
+            return mover.submit(self._move, i, w.stacks, w.experts[begin : begin + CHUNK], n_threads)
+
         with ThreadPoolExecutor(1) as mover:
-            ahead: deque[Future] = deque(mover.submit(self._move, i, *plan[i]) for i in range(min(SLOTS, len(plan))))
+            ahead: deque[Future] = deque(move(i) for i in range(min(SLOTS, len(plan))))
             try:
-                for i, (_, begin) in enumerate(plan):
+                for i, (w, begin) in enumerate(plan):
                     matrices = ahead.popleft().result()
                     if self.on_gpu:
                         torch.cuda.current_stream().wait_event(self.copied[i % SLOTS])
-                    yield begin, matrices
+                    yield w.first + begin, matrices
                     if self.on_gpu:
                         self.used[i % SLOTS].record()
                     if i + SLOTS < len(plan):
-                        ahead.append(mover.submit(self._move, i + SLOTS, *plan[i + SLOTS]))
+                        ahead.append(move(i + SLOTS))
             finally:
                 for future in ahead:
                     future.cancel()
 
     @torch.inference_mode()  # of each thread its own, and the buffers may have been made in it
-    def _move(self, i: int, stacks: Stacks, begin: int) -> list[Part]:
+    def _move(self, i: int, stacks: Stacks, experts: Sequence[int], n_threads: int | None) -> list[Part]:
         slot, at, spans, jobs = i % SLOTS, 0, [], []
         if self.on_gpu:
             self.copied[slot].synchronize()  # the buffer's last transfer
         host = self.host[slot].numpy()
         for stack in stacks:
-            part = stack.data[begin : begin + CHUNK]
-            jobs.append((stack, begin, host[at : at + part.nbytes]))
-            spans.append((stack.qtype, at, part.shape, stack.n_in))
-            at += -(-part.nbytes // ALIGN) * ALIGN
-        fill(jobs, self.workers)
+            n_bytes, shape = len(experts) * stack.data[0].nbytes, (len(experts), *stack.data.shape[1:])
+            jobs += jobs_of(stack, experts, host[at : at + n_bytes])
+            spans.append((stack.qtype, at, shape, stack.n_in))
+            at += -(-n_bytes // ALIGN) * ALIGN
+        fill(jobs, self.workers, n_threads)
         with torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
             if self.on_gpu:
                 self.stream.wait_event(self.used[slot])

@@ -40,8 +40,11 @@ class Between(Protocol):
         """Attention over at most the first n_kv positions; query float32 [n, n_head, kv_lora] -> [n · n_head,
         kv_lora]."""
 
-    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-        """As layers.route; the experts as int32."""
+    def route(
+        self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As layers.route: experts int32 and their weights [n, n_used]. table: int32 [n_expert], of each expert its
+        frame, or -1; then also the frames, int32 [n, n_used], and experts that have one are given as ~expert (< 0)."""
 
 
 class ByTorch:
@@ -92,10 +95,16 @@ class ByTorch:
         scores = torch.baddbmm(hidden, query, keys.transpose(1, 2), alpha=c.softmax_scale)
         return Activations((scores.softmax(-1) @ keys[..., : c.kv_lora]).flatten(0, 1))
 
-    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `Between`."""
         expert, weight = route(x, router, self.c)
-        return expert.int(), weight
+        ids = expert.int()
+        if table is None:
+            return ids, weight, None
+        frames = table[expert]
+        return torch.where(frames < 0, ids, ~ids), weight, frames
 
 
 class ByKernels:
@@ -128,9 +137,11 @@ class ByKernels:
         """As `Between`."""
         return self.step.attend(query, rotated, cache, where, n_kv, self.c)
 
-    def route(self, x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `Between`."""
-        return self.kernels.route(x @ router.weight.T, router.bias, self.c)
+        return self.kernels.route(x @ router.weight.T, router.bias, table, self.c)
 
 
 def between_of(c: ModelConfig, device: torch.device) -> Between:

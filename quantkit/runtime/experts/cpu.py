@@ -27,8 +27,8 @@ def cpu_experts(
 
 
 class Product(NamedTuple):
-    """A graph for n tokens, and the memory of its inputs x [n, 1, d], experts int32 [n, n_used], weights
-    [n, n_used, 1], and of its result [n, d]."""
+    """A graph for n tokens with k experts each, and the memory of its inputs x [n, 1, d], experts int32 [n, k], weights
+    [n, k, 1], and of its result [n, d]."""
 
     graph: Graph
     x: torch.Tensor
@@ -52,19 +52,23 @@ class GgmlExperts:
         """stacks: qtype and bytes, uint8 [n_expert, n_out, row_bytes], of gate, up and down. rows: tokens computed at
         once. need: called with experts before they are multiplied."""
         self.stacks, self.config, self.n_threads, self.rows, self.need = stacks, config, n_threads, rows, need
-        self.products: dict[int, Product] = {}
+        self.products: dict[tuple[int, int], Product] = {}
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """As `layers.Experts`; the result is valid until the next call."""
+        """As `layers.Experts`; experts below 0 are left out. The result is valid until the next call."""
         if len(x) > self.rows:
             parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
             return torch.cat([self(*part).clone() for part in parts])
-        n = len(x)
-        if n not in self.products:
+        if expert.min() < 0:
+            if not (expert >= 0).any():
+                return torch.zeros(x.shape)
+            expert, weight = _packed_left(expert, weight)
+        n, k = expert.shape
+        if (n, k) not in self.products:
             if n > 1:  # decoding and the newest other number of tokens
-                self.products = {k: v for k, v in self.products.items() if k == 1}
-            self.products[n] = self._product(n)
-        product = self.products[n]
+                self.products = {key: v for key, v in self.products.items() if key[0] == 1}
+            self.products[n, k] = self._product(n, k)
+        product = self.products[n, k]
         product.x[:, 0] = x
         product.ids.copy_(expert)
         product.weight[:, :, 0] = weight
@@ -75,12 +79,12 @@ class GgmlExperts:
     def wake(self) -> None:
         """There will be a call soon: nothing to do, ggml starts its threads itself."""
 
-    def _product(self, n: int) -> Product:
+    def _product(self, n: int, k: int) -> Product:
         c, graph = self.config, Graph(self.n_threads, 64 + 2 * self.config.n_used)
         op = graph.op
         x, x_data = graph.input((n, 1, c.d))
-        ids, ids_data = graph.input((n, c.n_used), torch.int32)
-        weight, weight_data = graph.input((n, c.n_used, 1))
+        ids, ids_data = graph.input((n, k), torch.int32)
+        weight, weight_data = graph.input((n, k, 1))
         sizes = [(c.d, c.n_ff_exp), (c.d, c.n_ff_exp), (c.n_ff_exp, c.d)]
         gate, up, down = (
             graph.weights(qtype, data, n_in, n_out, c.n_expert)
@@ -89,10 +93,19 @@ class GgmlExperts:
         hidden = op("swiglu_split", op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids))
         y = op("mul", op("mul_mat_id", down, hidden, ids), weight)  # [d, n_used, n]
         row = 4 * c.d
-        token = row * c.n_used
-        views = [op("view_4d", y, c.d, n, 1, 1, token, token * n, token * n, row * i) for i in range(c.n_used)]
+        token = row * k
+        views = [op("view_4d", y, c.d, n, 1, 1, token, token * n, token * n, row * i) for i in range(k)]
         out = op("cont", views[0])
         for view in views[1:]:
             out = op("add", out, view)
         result = graph.result(out, (n, c.d))
         return Product(graph.finish(out, allocate=True), x_data, ids_data, weight_data, result)
+
+
+def _packed_left(expert: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without those below 0, of which at least one is not: as many columns as the longest row has left; shorter rows
+    are filled with an expert that is computed anyway, of weight 0."""
+    here = expert >= 0
+    order = here.int().argsort(dim=1, descending=True, stable=True)[:, : int(here.sum(1).max())]
+    expert, weight, here = (value.gather(1, order) for value in (expert, weight, here))
+    return torch.where(here, expert, expert[here][0]), weight * here

@@ -95,13 +95,13 @@ class NativeExperts:
         self.layer, self.config, self.threads, self.rows, self.need = layer, config, threads(n_threads), rows, need
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """As `layers.Experts`."""
+        """As `layers.Experts`; experts below 0 are left out."""
         if len(x) > self.rows:
             parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
             return torch.cat([self(*part) for part in parts])
         x, weight = x.float().contiguous(), weight.float().contiguous()
         ids, out = expert.int().contiguous(), torch.empty(x.shape)
-        self.need(ids.flatten().tolist())
+        self.need(e for e in ids.flatten().tolist() if e >= 0)
         pool, addresses = self.threads.pool, [t.data_ptr() for t in (x, ids, weight, out)]
         if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses):
             raise QuantkitError("not enough memory for the activations: lower --context or --parallel")

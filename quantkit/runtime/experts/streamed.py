@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 
 from quantkit import ranks
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.products import rounded_up
+from quantkit.runtime.swiglu import swiglu
 from quantkit.runtime.watch import ExpertVisit, Projections, Watcher
 from quantkit.tensors import ROUTED_ROLES
 
@@ -39,11 +39,13 @@ class StreamedExperts:
     """Experts read through a callback; the next ones are read while this one computes.
 
     Ranks that share them hand each other what comes out. All add it up in the order of experts, as one rank would: sums
-    are the same to the bit.
+    are the same to the bit. limit: as `swiglu` takes it.
     """
 
-    def __init__(self, read: Callable[[int], Projections], n_expert: int, turns: Turns = ALONE):
-        self.read, self.n_expert, self.turns = read, n_expert, turns
+    def __init__(
+        self, read: Callable[[int], Projections], n_expert: int, turns: Turns = ALONE, limit: float | None = None
+    ):
+        self.read, self.n_expert, self.turns, self.limit = read, n_expert, turns, limit
 
     def __call__(
         self,
@@ -83,19 +85,20 @@ class StreamedExperts:
     ) -> Iterator[torch.Tensor]:
         """Of each of these experts its rows' share of the sum, [m, d] in the dtype of the sum."""
         for e, matrices in zip(experts, read_ahead(self.read, experts, self.turns.ahead), strict=True):
-            yield _expert(e, matrices, x, routes, watcher).to(dtype)
+            yield self._expert(e, matrices, x, routes, watcher).to(dtype)
 
-
-def _expert(e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", watcher: Watcher | None) -> torch.Tensor:
-    """Its rows' share of the sum, float32 [m, d]."""
-    gate, up, down = matrices
-    tokens, share = routes.of(e)
-    n = len(tokens)
-    rows = rounded_up(x[tokens.to(x.device)].to(gate.device))
-    hidden = F.silu(rows @ gate.T) * (rows @ up.T)
-    if watcher is not None:
-        watcher.observe_expert(ExpertVisit(e, tokens, rows[:n], hidden[:n], share, matrices))
-    return (hidden @ down.T)[:n].float() * share[:, None]
+    def _expert(
+        self, e: int, matrices: Projections, x: torch.Tensor, routes: "Routes", watcher: Watcher | None
+    ) -> torch.Tensor:
+        """Its rows' share of the sum, float32 [m, d]."""
+        gate, up, down = matrices
+        tokens, share = routes.of(e)
+        n = len(tokens)
+        rows = rounded_up(x[tokens.to(x.device)].to(gate.device))
+        hidden = swiglu(rows @ gate.T, rows @ up.T, self.limit)
+        if watcher is not None:
+            watcher.observe_expert(ExpertVisit(e, tokens, rows[:n], hidden[:n], share, matrices))
+        return (hidden @ down.T)[:n].float() * share[:, None]
 
 
 class Routes:

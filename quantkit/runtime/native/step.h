@@ -72,7 +72,8 @@ static void quantize(const matrix *m, const float *x, uint8_t *acts, int64_t blo
     else quantize_superblock(x, acts, m->n_in, block);
 }
 
-// Memory for n tokens, and which expert has which of them. 0 if there is not enough, or an expert that is none.
+// Memory for n tokens, and which expert has which of them; ids below 0 are of experts that are computed elsewhere. 0 if
+// there is not enough, or an expert that is none.
 static int prepare(work *w) {
     const layer *l = w->l;
     const int64_t n_pairs = w->n * l->n_used, n_ff = l->down.n_in, blocks = n_ff / SUPERBLOCK;
@@ -98,11 +99,15 @@ static int prepare(work *w) {
     memset(count, 0, sizeof(int32_t) * (size_t)(l->n_expert + 1));
     for (int64_t p = 0; p < n_pairs; p++) {
         const int32_t e = w->ids[p / l->n_used * w->id_step + p % l->n_used];
-        if (e < 0 || e >= l->n_expert) return 0;
-        count[e + 1]++;
+        if (e >= l->n_expert) return 0;
+        if (e >= 0) count[e + 1]++;
     }
     for (int64_t e = 0; e < l->n_expert; e++) count[e + 1] += count[e];
-    for (int64_t p = 0; p < n_pairs; p++) w->pair[count[w->ids[p / l->n_used * w->id_step + p % l->n_used]]++] = (int32_t)p;
+    const int32_t n_here = count[l->n_expert];
+    for (int64_t p = 0; p < n_pairs; p++) {
+        const int32_t e = w->ids[p / l->n_used * w->id_step + p % l->n_used];
+        if (e >= 0) w->pair[count[e]++] = (int32_t)p;
+    }
     w->n_groups = 0;  // count[e] is where e ends now
     for (int32_t e = 0, begin = 0; e < l->n_expert; e++) {
         const int32_t end = count[e];
@@ -111,7 +116,7 @@ static int prepare(work *w) {
         w->begin[w->n_groups++] = begin;  // n_groups <= e: not needed any more
         begin = end;
     }
-    w->begin[w->n_groups] = (int32_t)n_pairs;
+    w->begin[w->n_groups] = n_here;
     for (int64_t i = 0; i < w->n_groups * blocks; i++) w->missing[i] = SUPERBLOCK;
     w->phases[QUANTIZE].pieces = w->n * (in_up ? 2 : 1);
     w->phases[HIDDEN].pieces = w->n_groups * (n_ff / HIDDEN_ROWS);

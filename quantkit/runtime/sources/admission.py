@@ -13,7 +13,7 @@ from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models.config import ModelConfig
 from quantkit.tensors import TensorSpec
 
-READ_ONLY = ("Q4_0", "Q4_1", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
+READ_ONLY = ("Q4_1", "TQ1_0", "TQ2_0", "NVFP4", "Q1_0")
 MATRICES = frozenset((*qtypes.QTYPES, *READ_ONLY))
 """Types of matrices: what ggml 0.20 has a decoder and a product for (ggml-cpu.c, type_traits_cpu), and llama.cpp
 loads. Not among them: Q8_1 and Q8_K (of activations only), integers and F64. Vectors and routers have one type,

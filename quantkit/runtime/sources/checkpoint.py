@@ -9,12 +9,14 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
 from quantkit.models.tokenizer import check_ids
 from quantkit.models.tokenizer_metadata import read_tokenizer
+from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.streams import Mixing, merged
 from quantkit.runtime.watch import Projections
-from quantkit.tensors import bytes_by_layer
+from quantkit.tensors import ROUTED_ROLES, bytes_by_layer
 
 VOCAB_ROWS = 8192  # embedding rows read at once: 235 MB of R1's as float32
 
@@ -47,13 +49,16 @@ class CheckpointSource:
             stop = min(start + VOCAB_ROWS, self.config.n_vocab)
             here = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
             if len(here):
-                slab = self.checkpoint.read("model.embed_tokens.weight", start, stop, device=self.device)
+                slab = self.checkpoint.read(self._outside("token_embd"), start, stop, device=self.device)
                 for part in here.split(VOCAB_ROWS):
                     rows[part] = slab[(flat[part] - start).to(slab.device)].to(rows.device, rows.dtype)
         return out
 
-    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+    def layer(self, layer: int, turns: Turns = ALONE) -> Layer:
         """All of a layer but its routed experts, which are read when it is computed. turns: how ranks share these."""
+        return self._mla(layer, turns) if self.config.compression is None else self._compressed(layer, turns)
+
+    def _mla(self, layer: int, turns: Turns) -> LayerWeights:
         c, p = self.config, f"model.layers.{layer}."
         attn = p + "self_attn."
         k_b, v_b = split_kv_b(self._matrix(attn + "kv_b_proj.weight"), c)
@@ -79,10 +84,32 @@ class CheckpointSource:
             indexer=self._indexer(attn + "indexer.") if c.has_indexer(layer) else None,
         )
 
+    def _compressed(self, layer: int, turns: Turns) -> CompressedLayer:
+        c, names = self.config, family.sources(self.config)[layer]
+
+        def linear(role: str) -> Linear:
+            weight = matrix(role)
+            return lambda x: x @ weight.T
+
+        def matrix(role: str) -> torch.Tensor:
+            return self._matrix(names[role][0])
+
+        def vector(role: str) -> torch.Tensor:
+            return self._vector(names[role][0])
+
+        table = "ffn_gate_tid2eid"
+        if table in names:
+            ids = self.checkpoint.read_ids(names[table][0], 0, c.n_vocab, c.n_expert)
+            router = Router(vector("ffn_gate_inp"), None, ids.to(self.device))
+        else:
+            router = Router(vector("ffn_gate_inp"), vector("exp_probs_b"))
+        experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, turns, c.limit)
+        return built(c, layer, Parts(linear, matrix, vector), router, experts)
+
     def expert(self, layer: int, expert: int) -> Projections:
         """The three matrices of a routed expert."""
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
-        gate, up, down = (self._matrix(f"{prefix}{part}.weight") for part in ("gate_proj", "up_proj", "down_proj"))
+        names = family.sources(self.config)[layer]
+        gate, up, down = (self._matrix(names[role][expert]) for role in ROUTED_ROLES)
         return gate, up, down
 
     def head(self) -> tuple[torch.Tensor, Linear]:
@@ -92,17 +119,28 @@ class CheckpointSource:
 
     def output_norm(self) -> torch.Tensor:
         """float32 [d]."""
-        return self._vector("model.norm.weight")
+        return self._vector(self._outside("output_norm"))
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `stream.Source`."""
+        if self.config.streams is None:
+            return hidden
+        parts = (self._vector(self._outside(f"output_hc_{part}")) for part in ("fn", "base", "scale"))
+        return merged(hidden, Mixing(*parts), self.config)
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output matrix, [stop - start, d] in the compute dtype."""
-        name = ("model.embed_tokens" if self.config.tied else "lm_head") + ".weight"
+        name = self._outside("token_embd" if self.config.tied else "output")
         return self.checkpoint.read(name, start, stop, device=self.device, dtype=self.dtype)
 
     def layer_bytes(self) -> list[int]:
         """Of the checkpoint, by layer."""
         tensors = ((name, entry.n_bytes) for name, entry in self.checkpoint.tensors.items())
         return bytes_by_layer(tensors, self.config.n_layer)
+
+    def _outside(self, role: str) -> str:
+        """The name of a tensor outside of the layers."""
+        return family.sources(self.config)[None][role][0]
 
     def _matrix(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(name, device=self.device, dtype=self.dtype)

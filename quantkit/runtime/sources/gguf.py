@@ -10,18 +10,21 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.codecs.unpack import unpack
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.quants import dequantize
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.models.tokenizer import check_ids, tokenizer_of_gguf
 from quantkit.progress import say
+from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
 from quantkit.runtime.mla import split_kv_b
 from quantkit.runtime.residency import Residency
 from quantkit.runtime.sources.admission import check_model
+from quantkit.runtime.streams import Mixing, merged
 from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 from quantkit.tensors import bytes_by_layer
@@ -62,6 +65,13 @@ class GGUFWeights:
         `Residency.need` was called."""
         stack = self.residency.stacks.get(name) if self.residency else None
         return self.file.data(name) if stack is None else stack
+
+    def ids(self, name: str) -> torch.Tensor:
+        """A table of experts, int32 on the CPU. QuantkitError for ids that no expert has."""
+        found = torch.from_numpy(self.file.data(name).view(np.int32).reshape(self.file.tensors[name].shape).copy())
+        if not (int(found.min()) >= 0 and int(found.max()) < self.config.n_expert):
+            raise QuantkitError(f"{self.name}: tensor {name} has ids beyond the {self.config.n_expert:,} experts")
+        return found
 
     def dense(self, name: str) -> torch.Tensor:
         """A whole tensor, dequantized to float32 on the CPU in its own shape."""
@@ -146,9 +156,12 @@ class GGUFSource:
         out = torch.empty((*tokens.shape, self.config.d), device=self.device) if out is None else out
         return self.weights.embed(tokens, out)
 
-    def layer(self, layer: int, turns: Turns = ALONE) -> LayerWeights:
+    def layer(self, layer: int, turns: Turns = ALONE) -> Layer:
         """A layer's weights, as far as its products hold them. turns: how ranks share experts that are streamed."""
         self.file.check_whole()
+        return self._mla(layer, turns) if self.config.compression is None else self._compressed(layer, turns)
+
+    def _mla(self, layer: int, turns: Turns) -> LayerWeights:
         p, products = f"blk.{layer}.", self.products
         k_b, v_b = self._kv_b(p)
         feed, router, experts = self.feed_forward(layer, turns)
@@ -167,6 +180,15 @@ class GGUFSource:
             indexer=self._indexer(p + "indexer.") if self.config.has_indexer(layer) else None,
         )
 
+    def _compressed(self, layer: int, turns: Turns) -> CompressedLayer:
+        p, products = f"blk.{layer}.", self.products
+        parts = Parts(
+            lambda role: products.linear(f"{p}{role}.weight"),
+            lambda role: products.matrix(f"{p}{role}.weight"),
+            lambda role: products.vector(f"{p}{role}.weight"),
+        )
+        return built(self.config, layer, parts, self._router(p), products.experts(layer, turns))
+
     def feed_forward(self, layer: int, turns: Turns = ALONE) -> tuple[Feed | None, Router | None, LayerExperts | None]:
         """Dense layer or shared expert, router and routed experts of a layer, as far as it has them."""
         c, p = self.config, f"blk.{layer}."
@@ -182,6 +204,13 @@ class GGUFSource:
     def output_norm(self) -> torch.Tensor:
         """float32 [d]."""
         return self.products.vector("output_norm.weight")
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `stream.Source`."""
+        if self.config.streams is None:
+            return hidden
+        parts = (self.products.vector(f"output_hc_{part}.weight") for part in ("fn", "base", "scale"))
+        return merged(hidden, Mixing(*parts), self.config)
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output matrix, dequantized: [stop - start, d] in the compute dtype."""
@@ -218,8 +247,10 @@ class GGUFSource:
         return Feed(*(linear(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down")))
 
     def _router(self, prefix: str) -> Router:
-        bias, vector = prefix + "exp_probs_b.bias", self.products.vector
+        bias, table, vector = prefix + "exp_probs_b.bias", prefix + "ffn_gate_tid2eid.weight", self.products.vector
         weight = vector(prefix + "ffn_gate_inp.weight")
+        if table in self.file.tensors:
+            return Router(weight, None, self.weights.ids(table).to(weight.device))
         return Router(weight, vector(bias) if bias in self.file.tensors else None)
 
 
@@ -255,7 +286,7 @@ class Dequantized:
             gate, up, down = (self._expert(name, file.matrix(name, e)) for name in names)
             return gate, up, down
 
-        return StreamedExperts(read, self.weights.config.n_expert, turns)
+        return StreamedExperts(read, self.weights.config.n_expert, turns, self.weights.config.limit)
 
     def _expert(self, name: str, data: np.ndarray) -> torch.Tensor:
         return self.weights.values(name, data).to(self.device, self.dtype)

@@ -12,13 +12,16 @@ from quantkit.models import family
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.engines import gpu, gpu_memory
+from quantkit.runtime.engines import gpu_memory, heat
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
+CPU, BUS = Costs(0, 0, 1, 1, 1), Costs(1, 1, 0, 1, 1)  # who computes a prompt's experts: the CPU; the GPU, all moved;
+BOTH = Costs(1, 0, 100, 1, 1)  # half of those that are chosen each
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -54,12 +57,20 @@ def exact(path, weights) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "gpu_layers, stream_tokens, error", [(0, 1000, 2e-3), (0, 1, 2e-3), (1, 1, 2e-3), (3, 1, 1e-6)]
+    "gpu_layers, costs, error",
+    [
+        *((0, costs, 2e-3) for costs in (CPU, BOTH, BUS)),
+        *((0.4, costs, 2e-3) for costs in (CPU, BOTH, BUS)),
+        (1, BUS, 2e-3),
+        (3, BUS, 1e-6),
+    ],
 )
-def test_agrees_with_the_dequantized_file(path, weights, exact, monkeypatch, device, gpu_layers, stream_tokens, error):
-    """Experts on the CPU (8-bit activations), streamed, and resident."""
-    monkeypatch.setattr(gpu, "STREAM_TOKENS", stream_tokens)
+def test_agrees_with_the_dequantized_file(path, weights, exact, monkeypatch, device, gpu_layers, costs, error):
+    """Experts on the CPU (8-bit activations), moved, both, some of each layer in GPU memory, and all."""
+    monkeypatch.setattr(heat, "LAYER_SECONDS", 0.0)  # such a small model is faster with whole layers
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 2, 300, gpu_layers)
+    assert len(engine.hot.layers) == (3 if gpu_layers == 0.4 else 0)
+    engine.prompts.costs = costs
     assert kld(exact, logits(engine, text(weights, 270))) < (error if device == "cpu" else 2e-3)
 
 
@@ -96,8 +107,8 @@ def test_types_without_kernel(weights, monkeypatch, caplog):
 
 
 def test_a_broken_transfer_ends_the_prompt_only(weights, monkeypatch):
-    monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
     engine = GpuEngine(weights, 1, 300, 0)
+    engine.prompts.costs = BUS
     tokens = text(weights, 140)
     good = engine.prefill(0, tokens, 0).clone()
     ring, move = engine.ring, engine.ring._move
@@ -105,17 +116,19 @@ def test_a_broken_transfer_ends_the_prompt_only(weights, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         engine.prefill(0, tokens, 0)
     monkeypatch.undo()
-    monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
     assert torch.equal(engine.prefill(0, tokens, 0), good)
 
 
-def test_made_in_inference_mode(weights, monkeypatch):
-    """As verification does: the thread that moves experts is not in that mode by itself."""
-    monkeypatch.setattr(gpu, "STREAM_TOKENS", 1)
-    tokens = text(weights, 140)
-    with torch.inference_mode():
-        inside = GpuEngine(weights, 1, 300, 0).prefill(0, tokens, 0)
-    assert torch.equal(inside, GpuEngine(weights, 1, 300, 0).prefill(0, tokens, 0))
+@pytest.mark.parametrize("costs", [BOTH, BUS])
+def test_made_in_inference_mode(weights, costs):
+    """As verification does: the threads that move and compute experts are not in that mode by themselves."""
+    found, tokens = [], text(weights, 140)
+    for inside in (True, False):
+        with torch.inference_mode(inside):
+            engine = GpuEngine(weights, 1, 300, 0)
+            engine.prompts.costs = costs
+            found.append(engine.prefill(0, tokens, 0))
+    assert torch.equal(*found)
 
 
 def test_gpu_layers_without_gpu(weights):

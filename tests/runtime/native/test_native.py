@@ -116,6 +116,21 @@ def test_experts_are_ggmls(qtypes, threads):
 
 
 @needs_native
+def test_experts_below_0_are_left_out():
+    """By both, whole tokens and all of them too."""
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    x, ids, weight = inputs(c, 6)
+    left = ids.clone()
+    left[0, 1] = left[2, 0] = left[2, 2] = -3
+    left[4] = -1
+    for experts in (cpu_experts(stacks, c, 2), GgmlExperts(stacks, c, 2)):
+        expected = experts(x, ids, weight * (left >= 0)).clone()
+        torch.testing.assert_close(experts(x, left, weight), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        assert torch.equal(experts(x[2:3], left[2:3], weight[2:3])[0], expected[2])
+        assert not experts(x, torch.full_like(left, -1), weight).any()
+
+
+@needs_native
 def test_our_threads_call_ggmls_products_where_we_have_none(monkeypatch):
     """As on a processor without AVX-512."""
     monkeypatch.setattr(native(), "types", set())

@@ -1,0 +1,101 @@
+"""DeepSeek-V4 in stock llama.cpp: files of ours against our reference and transformers."""
+
+import pytest
+import torch
+from oracle_files import make, one_type, quantkit, twin
+from v4_models import made
+
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.certify import certify
+from quantkit.evaluation.configuration import divergence
+from quantkit.evaluation.oracles import hf, llama
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.sources.gguf import open_gguf, open_source
+from quantkit.runtime.stream import final_hidden, head_logits
+
+pytestmark = [
+    pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}"),
+    pytest.mark.skipif(not hf.available(), reason="needs transformers"),
+]
+LOSSLESS = """name = "lossless"
+description = "experts as they are, all else in float32"
+target = "llama.cpp"
+mla = "split"
+
+[[rules]]
+match = "ffn_{gate,up,down}_exps"
+qtype = "MXFP4"
+why = "a test"
+
+[[rules]]
+match = "*"
+qtype = "F32"
+why = "a test"
+"""
+
+
+def streamed(source, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return head_logits(source, source.head(), final_hidden(source, tokens))
+
+
+def kld(what: str, first: torch.Tensor, second: torch.Tensor) -> float:
+    """Nats a token of the second from the first."""
+    found = divergence(first, second)
+    print(f"{what}: {found:.1e}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def imatrix(tmp_path_factory):
+    path = tmp_path_factory.mktemp("v4") / "imatrix.gguf"
+    quantkit("calibrate", made().folder, "--tokens", 512, "--device", "cpu", "--output", path)
+    return path
+
+
+def passes(path, small, oracle: bool) -> None:
+    """Every check of the file against its model. oracle: also of what programs compute."""
+    certificate = certify(path, "llama.cpp", Checkpoint.open(small.folder), oracle=oracle)
+    assert certificate.passed, [check for check in certificate.checks if check.status == "fail"]
+
+
+def test_file_of_floats(imatrix, tmp_path):
+    small = made()
+    path = make(tmp_path / "f32.gguf", one_type(tmp_path, "F32"), imatrix, model=small.folder)
+    theirs = torch.from_numpy(llama.logits(path, small.tokens.numpy()))
+    ours = streamed(open_source(path), small.tokens)
+    assert kld("our layers from transformers", small.logits, ours) < 1e-6
+    assert kld("llama.cpp from ours", ours, theirs) < 1e-4
+    passes(path, small, oracle=True)
+    with pytest.raises(QuantkitError, match=r"generating text here .*: not with deepseek4"):
+        open_engine(open_gguf(path, n_threads=1), 1, 64)
+
+
+def test_lossless_copies_of_experts(imatrix, tmp_path):
+    """The same numbers in our reader; llama.cpp rounds their inputs to 8 bits."""
+    small, recipe = made(), tmp_path / "lossless.toml"
+    recipe.write_text(LOSSLESS)
+    path = make(tmp_path / "mxfp4.gguf", recipe, imatrix, model=small.folder)
+    assert (
+        kld("copies of FP4: our layers from transformers", small.logits, streamed(open_source(path), small.tokens))
+        < 1e-6
+    )
+    theirs = torch.from_numpy(llama.logits(path, small.tokens.numpy()))
+    assert kld("copies of FP4: llama.cpp from transformers", small.logits, theirs) < 1e-3
+    passes(path, small, oracle=False)
+
+
+def test_made_at_two_bits(tmp_path):
+    """By our encoder, in one pass, and judged."""
+    small, options = made(), ("--tokens", 512, "--eval-tokens", 512, "--device", "cpu", "--target", "llama.cpp")
+    quantkit("make", small.folder, "--recipe", "1.58bit", "--output", tmp_path / "out", "--effort", "fast", *options)
+    (path,) = (tmp_path / "out").glob("*bit.gguf")
+    tensors = GGUFFile.open(path).tensors
+    kinds = {name.split(".", 2)[-1]: tensor.qtype for name, tensor in tensors.items()}
+    assert kinds["attn_compressor_kv.weight"] == "Q8_0" and kinds["ffn_up_exps.weight"] == "IQ1_S"
+    assert kinds["ffn_gate_tid2eid.weight"] == "I32" and kinds["hc_attn_fn.weight"] == "F32"
+    assert torch.from_numpy(llama.logits(path, small.tokens.numpy())).isfinite().all()
+    theirs = torch.from_numpy(llama.logits(twin(path, tmp_path / "twin.gguf"), small.tokens.numpy()))
+    assert kld("2-bit weights: llama.cpp from ours", streamed(open_source(path), small.tokens), theirs) < 1e-4
