@@ -16,6 +16,7 @@ for command in (
     using.families,
     using.verify,
     using.certify,
+    using.evaluate,
     using.export_kt,
     using.report,
     running.run,

@@ -135,12 +135,16 @@ def show_placement() -> None:
 
 @dataclass(frozen=True)
 class Door:
-    """Where requests come in, the key that they have to bring, and how many may wait."""
+    """Where requests come in, the key that they have to bring, which web pages may send some, and how many may wait;
+    what clients may call the model, and whether they get its reasoning in a field of its own."""
 
     host: str
     port: int
     api_key: str | None
     queue: int
+    cors: str
+    alias: str
+    reasoning_content: bool
 
 
 @click.command()
@@ -161,6 +165,9 @@ class Door:
             help="Ask for it; or in $QUANTKIT_API_KEY. none: whoever reaches it may ask.",
         ),
         click.option("--queue", default=256, show_default=True, type=click.IntRange(1), help="Requests that may wait."),
+        click.option("--cors", default="", metavar="ORIGIN[,ORIGIN]...", help="Web pages that may ask; *: all."),
+        click.option("--alias", default="", metavar="NAME[,NAME]...", help="What clients may call the model, too."),
+        click.option("--reasoning-content", is_flag=True, help="In chats, reasoning apart from the content."),
     ),
     "door",
     Door,
@@ -170,7 +177,7 @@ class Door:
 @options.placement
 @options.threads
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
-    """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
+    """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models; a page to chat on at /."""
     from quantkit.machine import chosen_device
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
@@ -180,8 +187,10 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
         from quantkit.serving.gate import Gate
 
     host, *names = door.host.split(",")
-    gate = Gate.of(host, names, door.api_key)
+    gate = Gate.of(host, names, door.api_key, door.cors.split(","))
     show_placement()
     weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
-    http.serve(weights, engine, host, door.port, http.Limits(queue=door.queue), gate)
+    aliases = tuple(name.strip() for name in door.alias.split(",") if name.strip())
+    settings = http.Settings(queue=door.queue, aliases=aliases, parted=door.reasoning_content)
+    http.serve(weights, engine, host, door.port, settings, gate)

@@ -16,8 +16,11 @@ from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
     from quantkit.job.certify import CertifyOptions
+    from quantkit.job.evaluate import EvaluateOptions
     from quantkit.job.publish.upload import Destination
     from quantkit.job.stages import VerifyOptions
+    from quantkit.runtime.generate import Engine
+    from quantkit.runtime.sources.gguf import GGUFWeights
 
 
 @click.command()
@@ -172,6 +175,79 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     Console().print(made.table())
     streams.show(f"{made.target}: {made.verdict} ({out})")
     sys.exit(0 if made.passed else 1)
+
+
+def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any) -> "EvaluateOptions":
+    """rest: `parallel` and `placement`."""
+    from quantkit.evaluation.behaviour.items import Amount
+    from quantkit.job.evaluate import EvaluateOptions
+    from quantkit.machine import chosen_device
+    from quantkit.runtime.engines.open import open_engine
+
+    place, amount = rest["placement"], Amount(continuations, tokens, context)
+
+    def engine(weights: "GGUFWeights", capacity: int) -> "Engine":
+        return open_engine(weights, rest["parallel"], capacity, place.gpu_layers)
+
+    return EvaluateOptions(engine, amount, chosen_device(place.device), place.ram)
+
+
+@click.command()
+@click.argument("file", type=MODEL_FILE)
+@click.option(
+    "--reference",
+    default="tiny-r1",
+    show_default=True,
+    metavar="MODEL",
+    help="The original: a small checkpoint, or a GGUF of it, like Q8_0.",
+)
+@Shared(
+    (
+        click.option(
+            "--continuations",
+            "-n",
+            default=500,
+            show_default=True,
+            type=click.IntRange(1, 100_000),
+            help="Sampled ones of texts and chats; greedy ones, code, sums, calls and needles come with them.",
+        ),
+        click.option(
+            "--tokens", default=256, show_default=True, type=click.IntRange(32), help="Of a continuation, at most."
+        ),
+        click.option(
+            "--context", "-c", default="2k", show_default=True, type=options.TOKENS, help="Of the longest needle."
+        ),
+        click.option(
+            "--parallel", default=8, show_default=True, type=click.IntRange(1), help="Sequences decoded at once."
+        ),
+        options.placement,
+    ),
+    "how",
+    _evaluate_options,
+)
+@click.option("--json", "out", type=OUT, default=None, help="Default: evaluate.json beside FILE.")
+@options.threads
+def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | None) -> None:
+    """Does it loop, end its reasoning, write code, add, find a needle? What FILE writes, beside what its original
+    writes; exit code 1 if it is worse."""
+    from quantkit.evaluation.behaviour.compare import table
+    from quantkit.formats.lock import locked
+    from quantkit.job.evaluate import evaluate as evaluate_file
+
+    out = out or file.with_name("evaluate.json")
+    with locked(out.parent, shared=True):
+        found = evaluate_file(file, reference, how, out)
+    Console(width=110).print(table(found))
+    nll = found["words"]
+    if nll:
+        streams.show(
+            f"the original's words: {nll['nll']:.3f} nats a token, {nll['nll_reference']:.3f} to itself "
+            f"({nll['tokens']:,} tokens)"
+        )
+    for line in found["findings"]:
+        streams.show(f"worse: {line}")
+    streams.show(f"{'worse than' if found['findings'] else 'no worse than'} the original ({out})")
+    sys.exit(1 if found["findings"] else 0)
 
 
 @click.command("export-kt")

@@ -9,9 +9,14 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 
+ROWS_TOLD = 64  # of a prompt whose logits are there at once: 33 MB with R1's vocabulary
 HEAD = 1024  # most probable tokens that are sorted at first
 LEAST_PIECE, LEAST_REACH = 64, 512  # tokens, positions: shorter pieces are no faster
 GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
+
+
+Each = Callable[[torch.Tensor], None]
+"""Told float32 logits [k, n_vocab] of a prompt's tokens, in order, ROWS_TOLD at most, valid until it returns."""
 
 
 class Engine(Protocol):
@@ -23,9 +28,9 @@ class Engine(Protocol):
     capacity: int
     piece: int
 
-    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+    def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:
         """Put tokens at positions begin, begin + 1, ... of a slot, forgetting what stood from there on; returns the
-        last one's float32 logits [n_vocab], valid until the next call."""
+        last one's float32 logits [n_vocab], valid until the next call. each: is told those of all of them."""
 
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """Add one token to each of several slots, all in one step: float32 logits [n, n_vocab], valid until the next

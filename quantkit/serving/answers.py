@@ -5,9 +5,10 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,13 +16,19 @@ from starlette.types import Receive, Scope, Send
 
 from quantkit.serving import logprobs
 from quantkit.serving.logits import Chance
+from quantkit.serving.metrics import usage
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.refusals import Refused
 from quantkit.serving.requests import Body
 from quantkit.serving.scheduler import Job, Scheduler
+from quantkit.serving.spoken import Spoken
 
+MANY = 2000  # tokens whose log probabilities are written beside the event loop
 Events = asyncio.Queue[tuple[int | None, str | None]]
 """What the scheduler emits: see `scheduler.Emit`."""
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -34,26 +41,51 @@ class Part:
     finish: str = ""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """With what an answer begins, before any token is made: what the template already began for the model (`<think>`),
+    or the prompt, if it is wanted. starts: where each of the prompt's tokens begins in the text, the first `unshown`
+    (a BOS that the server added) left out; empty if they are not told."""
+
+    text: str = ""
+    starts: Sequence[int] = ()
+    unshown: int = 0
+
+    def chances(self, job: Job) -> list[Chance]:
+        """Of those tokens. The first of all has none."""
+        if not self.starts:
+            return []
+        return [Chance(job.prompt[0], None, ()), *job.heard][self.unshown :]
+
+
 @dataclass
 class Answer:
-    """A job under way and its text. index: its number among the request's choices."""
+    """A job under way and its text. index: its number among the request's choices. first: when its first token came, in
+    time.monotonic's seconds."""
 
     scheduler: Scheduler
     job: Job
     events: Events
     pieces: Pieces
-    opening: str = ""  # what the template already began for the model: `<think>`; or the prompt, if wanted
+    opening: Opening = Opening()
+    spoken: Spoken = field(default_factory=Spoken)
     index: int = 0
+    first: float | None = field(default=None, init=False)
     finish: str = field(default="", init=False)
     n_told: int = field(default=0, init=False)
 
     async def parts(self) -> AsyncGenerator[Part, None]:
         """The answer piece by piece; sets `finish`. Leaving early ends the job."""
         try:
-            if self.opening:
-                yield Part(self.opening)
+            opening = self.opening
+            if opening.text and not opening.starts:
+                yield Part(opening.text)
             while not self.finish:
                 token, why = await self.events.get()
+                self.first = self.first or time.monotonic()
+                if opening.starts and not self.n_told and len(self.job.heard) == len(self.job.prompt) - 1:
+                    yield Part(opening.text, opening.chances(self.job), opening.starts)
+                    opening = Opening()
                 piece = self.pieces.rest() if token is None else self.pieces.add(token)
                 if token is None:
                     self.finish = why or "error"
@@ -67,19 +99,25 @@ class Answer:
     def _part(self, text: str) -> Part:
         whole = self.finish and not self.pieces.stopped  # tokens without text too
         begin, self.n_told = self.n_told, len(self.pieces.starts) if whole else self.pieces.tokens_shown()
-        chances = self.job.chances[begin : self.n_told]
-        return Part(text, chances, self.pieces.starts[begin : self.n_told], self.finish)
+        chances, starts = self.told(begin)
+        return Part(text, chances, starts, self.finish)
+
+    def told(self, begin: int = 0) -> tuple[list[Chance], list[int]]:
+        """The answer's tokens that were told, from that one on, and where they begin in the text; EOS last, if it
+        counts."""
+        shift = len(self.opening.text) if self.opening.starts else 0
+        ended = self.job.ended if self.finish and not self.pieces.stopped else []
+        starts = self.pieces.starts[begin : self.n_told] + [self.pieces.n_shown] * len(ended)
+        return self.job.chances[begin : self.n_told] + ended, [shift + at for at in starts]
 
     def close(self) -> None:
         """End the job, if it has not ended."""
         self.scheduler.cancel(self.job)
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, int]:
-    """Tokens of the prompts (each counted once, however many answers it got), of the answers so far, and both."""
-    prompts = {id(answer.job.prompt): len(answer.job.prompt) for answer in answers}
-    old, new = sum(prompts.values()), sum(answer.job.n_made for answer in answers)
-    return {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+def unnumbered(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a whole message, which has no `index`."""
+    return {key: value for key, value in call.items() if key != "index"}
 
 
 class ChatForm:
@@ -89,8 +127,14 @@ class ChatForm:
 
     def whole(self, answer: Answer, text: str) -> dict[str, Any]:
         """Of the whole answer."""
-        all_of_it = Part(text, answer.job.chances[: answer.n_told])
-        return {"message": {"role": "assistant", "content": text}, "logprobs": self._logprobs(answer, all_of_it)}
+        told, spoken = Part(text, answer.told()[0]), answer.spoken
+        parts, more = spoken.add(text), spoken.rest()
+        reasoning = parts.get("reasoning_content", "") + more.get("reasoning_content", "")
+        content: str | None = parts.get("content", "") + more.get("content", "")
+        message = {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+        if calls := more.get("tool_calls"):
+            message |= {"content": content or None, "tool_calls": [unnumbered(call) for call in calls]}
+        return {"message": message, "logprobs": self._logprobs(answer, told)}
 
     def first(self) -> dict[str, Any] | None:
         """Of the chunk before all pieces."""
@@ -98,7 +142,20 @@ class ChatForm:
 
     def piece(self, answer: Answer, part: Part) -> dict[str, Any]:
         """Of a piece."""
-        return {"delta": {"content": part.text} if part.text else {}, "logprobs": self._logprobs(answer, part)}
+        return {"delta": answer.spoken.add(part.text), "logprobs": self._logprobs(answer, part)}
+
+    def rest(self, answer: Answer) -> dict[str, Any] | None:
+        """Of what only the end made certain."""
+        delta = answer.spoken.rest()
+        return {"delta": delta, "logprobs": None} if delta else None
+
+    def last(self) -> dict[str, Any]:
+        """Of the chunk that says why it ended."""
+        return {"delta": {}, "logprobs": None}
+
+    def finish(self, answer: Answer) -> str:
+        """Why it ended."""
+        return "tool_calls" if answer.spoken.n_calls else answer.finish
 
     def _logprobs(self, answer: Answer, part: Part) -> dict[str, Any] | None:
         return logprobs.of_chat(answer.pieces.tokenizer, part.chances) if part.chances else None
@@ -111,7 +168,8 @@ class CompletionForm:
 
     def whole(self, answer: Answer, text: str) -> dict[str, Any]:
         """As `ChatForm`."""
-        return self.piece(answer, Part(text, answer.job.chances[: answer.n_told], answer.pieces.starts))
+        (chances, starts), opening = answer.told(), answer.opening
+        return self.piece(answer, Part(text, opening.chances(answer.job) + chances, [*opening.starts, *starts]))
 
     def first(self) -> dict[str, Any] | None:
         """As `ChatForm`: there is none."""
@@ -119,9 +177,23 @@ class CompletionForm:
 
     def piece(self, answer: Answer, part: Part) -> dict[str, Any]:
         """As `ChatForm`."""
-        chances, starts = part.chances, part.starts[: len(part.chances)]
-        told = logprobs.of_completion(answer.pieces.tokenizer, chances, starts) if chances else None
-        return {"text": part.text, "logprobs": told}
+        tokenizer, chances = answer.pieces.tokenizer, part.chances
+        return {
+            "text": part.text,
+            "logprobs": logprobs.of_completion(tokenizer, chances, part.starts) if chances else None,
+        }
+
+    def rest(self, answer: Answer) -> dict[str, Any] | None:
+        """As `ChatForm`: there is none."""
+        return None
+
+    def last(self) -> dict[str, Any]:
+        """As `ChatForm`."""
+        return {"text": "", "logprobs": None}
+
+    def finish(self, answer: Answer) -> str:
+        """As `ChatForm`."""
+        return answer.finish
 
 
 Form = ChatForm | CompletionForm
@@ -151,11 +223,21 @@ async def reply(request: Request, body: Body, answers: Sequence[Answer], form: F
         count = body.stream_options is not None and body.stream_options.include_usage
         return Stream(answers, events(answers, form, head, count))
     texts = await whole(request, answers)
-    choices = [
-        {"index": answer.index, **form.whole(answer, text), "finish_reason": answer.finish}
-        for answer, text in zip(answers, texts, strict=True)
-    ]
-    return JSONResponse({**head, "choices": choices, "usage": usage(answers)})
+
+    def written() -> Response:
+        choices = [
+            {"index": answer.index, **form.whole(answer, text), "finish_reason": form.finish(answer)}
+            for answer, text in zip(answers, texts, strict=True)
+        ]
+        return JSONResponse({**head, "choices": choices, "usage": usage(answers)})
+
+    return await apart(sum(len(answer.job.heard) + len(answer.job.chances) for answer in answers), written)
+
+
+async def apart(n: int, work: Callable[[], Made]) -> Made:
+    """What `work` makes of the log probabilities of n tokens; of many, in a thread, for others wait for the event
+    loop."""
+    return await asyncio.to_thread(work) if n > MANY else work()
 
 
 async def events(answers: Sequence[Answer], form: Form, head: dict[str, Any], count: bool) -> AsyncIterator[str]:
@@ -177,9 +259,13 @@ async def events(answers: Sequence[Answer], form: Form, head: dict[str, Any], co
                 yield f"data: {json.dumps({'error': error})}\n\n"
                 return
             if part.text or part.chances:
-                yield event(answer, form.piece(answer, part))
+                choice = await apart(len(part.chances), partial(form.piece, answer, part))
+                if part.chances or choice.get("text") or choice.get("delta"):
+                    yield event(answer, choice)
             if part.finish:
-                yield event(answer, form.piece(answer, Part("")), part.finish)
+                if (rest := form.rest(answer)) is not None:
+                    yield event(answer, rest)
+                yield event(answer, form.last(), form.finish(answer))
     if count:
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage(answers)})}\n\n"
     yield "data: [DONE]\n\n"

@@ -6,23 +6,10 @@ from typing import Any
 
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights
-from quantkit.serving.markers import Markers, Prompt
+from quantkit.serving.markers import Markers, Prompt, tokenize_prompt
 from quantkit.serving.pieces import Pieces, thoughts
-from quantkit.serving.renderer import TooLong
 from quantkit.serving.template import ChatTemplate, opening
 from quantkit.sizes import both_units
-
-
-def tokenize_prompt(markers: Markers, prompt: Prompt, bos: int, capacity: int) -> list[int]:
-    """Token ids beginning with exactly one BOS, whether or not the prompt (a rendered template) has it.
-    `renderer.TooLong` for a text that no tokens of a context of `capacity` can be, before it is tokenized."""
-    if (size := len(prompt.text.encode())) > capacity * markers.longest:
-        raise TooLong(
-            f"{size:,} bytes of text do not fit the context of {capacity} tokens: none is longer than "
-            f"{markers.longest} bytes"
-        )
-    ids = markers.tokenize(prompt)
-    return ids if ids[:1] == [bos] else [bos, *ids]
 
 
 class Conversation:

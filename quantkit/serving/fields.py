@@ -17,20 +17,20 @@ HARMLESS = frozenset(
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"),
         *("prompt_cache_retention", "prediction", "cache_prompt", "id_slot", "slot_id", "timings_per_token"),
         *("keep_alive", "ttl", "cache_salt", "n_keep", "n_discard", "n_cache_reuse", "min_keep"),
-        *("spaces_between_special_tokens", "parallel_tool_calls"),
+        *("spaces_between_special_tokens",),
         # what only says how, of things that are off or refused
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold"),
-        *("dynatemp_exponent", "mirostat_tau", "mirostat_eta", "repeat_last_n", "smoothing_curve"),
+        *("dynatemp_exponent", "mirostat_tau", "mirostat_eta", "smoothing_curve"),
         *("guided_decoding_backend", "guided_whitespace_pattern", "grammar_lazy", "grammar_triggers"),
-        *("preserved_tokens", "parse_tool_calls", "generation_prompt"),
+        *("preserved_tokens", "generation_prompt"),
     }
 )
 
 SAMPLERS = "penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "mirostat", "mirostat_mode", "top_a"), (0,)),
-    **dict.fromkeys(("repeat_penalty", "repetition_penalty", "tfs_z", "length_penalty"), (1,)),
+    **dict.fromkeys(("mirostat", "mirostat_mode", "top_a"), (0,)),
+    **dict.fromkeys(("tfs_z", "length_penalty"), (1,)),
     **dict.fromkeys(("xtc_probability", "dry_multiplier", "dynatemp_range", "smoothing_factor"), (0,)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "n_probs", "n_indent", "priority"), (0,)),
     **dict.fromkeys(("t_max_predict_ms", "t_max_prompt_ms"), (0, -1)),
@@ -43,29 +43,26 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
             "early_stopping",
             "include_stop_str_in_output",
             "post_sampling_probs",
-            "separate_reasoning",
         ),
         (False,),
     ),
     **dict.fromkeys(("return_tokens_as_token_ids", "raw", "thinking_forced_open", "no_stop_trim"), (False,)),
     **dict.fromkeys(("return_progress", "return_tokens", "return_token_ids", "prompt_logprobs"), (False,)),
     **dict.fromkeys(("detokenize", "include_reasoning", "stream_reasoning"), (True,)),
-    **dict.fromkeys(("grammar", "json_schema", "format", "guided_json", "guided_grammar"), ("", {})),
+    **dict.fromkeys(("grammar", "format", "guided_json", "guided_grammar"), ("", {})),
     **dict.fromkeys(("guided_regex", "regex", "ebnf", "structural_tag", "template", "system", "suffix"), ("",)),
     **dict.fromkeys(("guided_choice", "allowed_token_ids", "images", "image_data", "lora", "response_fields"), ([],)),
     **dict.fromkeys(
         ("structured_outputs", "options", "mm_processor_kwargs", "vllm_xargs", "kv_transfer_params"), ({},)
     ),
     **dict.fromkeys(("logits_processors", "documents", "context", "stop_regex"), ([], "")),
-    "response_format": ({"type": "text"}, {}),
-    "reasoning_format": ("none", "auto"),
 }
 """Values with which a field changes nothing; with others it would, and is refused."""
 
 CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = NEUTRAL | {
     "functions": ([],),
     "function_call": ("auto", "none"),
-    "tool_choice": ("auto", "none"),
+    "parse_tool_calls": (True,),
     "modalities": (["text"], []),
     "verbosity": ("medium",),
     "continue_final_message": (False,),
@@ -80,7 +77,10 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = NEUTRAL | {
 COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = NEUTRAL | {
     "add_special_tokens": (True,),
     "best_of": (1,),
+    "reasoning_format": ("none", "auto"),
+    "separate_reasoning": (False,),
     "tools": ([],),
+    **dict.fromkeys(("parse_tool_calls", "parallel_tool_calls"), (True,)),
 }
 
 SHOWN = 60  # characters of a refused value

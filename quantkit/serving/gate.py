@@ -10,6 +10,8 @@ import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,19 +20,26 @@ from quantkit.serving.refusals import Refused, failure
 
 NO_KEY = "none"  # as a key: there shall be none, though others can reach the server
 OTHERS = "lets other machines in"
+ANY = "*"
 
 
 class Gate:
     """key: what clients must send, if anything. names: of this server, without port, besides addresses of loopback;
     None: any, since who has the key is no web page. addresses: clients may call any address, which no page can have
-    resolved to another."""
+    resolved to another. origins: web pages that may ask (CORS); ANY: all."""
 
-    def __init__(self, key: str | None = None, names: Iterable[str] | None = ("localhost",), addresses: bool = False):
-        self.key, self.addresses = key, addresses
+    def __init__(
+        self,
+        key: str | None = None,
+        names: Iterable[str] | None = ("localhost",),
+        addresses: bool = False,
+        origins: Iterable[str] = (),
+    ):
+        self.key, self.addresses, self.origins = key, addresses, tuple(origins)
         self.names = None if names is None else {name.lower().rstrip(".") for name in names} - {""}
 
     @classmethod
-    def of(cls, host: str, more: Iterable[str], key: str | None) -> "Gate":
+    def of(cls, host: str, more: Iterable[str], key: str | None, origins: Iterable[str] = ()) -> "Gate":
         """For a server that listens on `host`. QuantkitError for a key that no client can send, and if other machines
         can reach the server without one, unless the key is NO_KEY."""
         if key is not None and (not key.strip() or key != key.strip() or not key.isprintable()):
@@ -41,9 +50,15 @@ class Gate:
                 f"--host {host} {OTHERS}: set --api-key or $QUANTKIT_API_KEY (--api-key {NO_KEY}: whoever reaches it "
                 "may ask)"
             )
+        if ANY in (origins := check_origins(origins)) and key is None:
+            raise QuantkitError(
+                f"--cors {ANY} lets every web page that you open ask: set --api-key, or name the pages (--api-key "
+                f"{NO_KEY}: they may)"
+            )
         key = None if key == NO_KEY else key
         own = () if local else (socket.gethostname(), f"{socket.gethostname()}.local")
-        return cls(key, None if key and not local else ("localhost", host, *own, *more), addresses=not local)
+        names = None if key and not local else ("localhost", host, *own, *more)
+        return cls(key, names, addresses=not local, origins=origins)
 
     def check_key(self, request: Request) -> None:
         """Refused without the key."""
@@ -58,7 +73,7 @@ class Gate:
             return
         for header, value, right in (
             ("Host", host, host is not None and self._is_own(f"//{host}", self.addresses)),
-            ("Origin", origin, origin is None or self._is_own(origin, False) or origin.partition("://")[2] == host),
+            ("Origin", origin, origin is None or self._may_ask(origin) or origin.partition("://")[2] == host),
         ):
             if not right:
                 raise Refused(
@@ -66,6 +81,17 @@ class Gate:
                     f"{header}: {str(value)[:80]!r} is not a name of this server; names are given after the address: "
                     "--host 127.0.0.1,NAME",
                 )
+
+    def _may_ask(self, origin: str) -> bool:
+        return ANY in self.origins or origin in self.origins or self._is_own(origin, False)
+
+    def cors(self) -> list[Middleware]:
+        """What tells browsers that pages of those origins may ask; nothing if there are none."""
+        if not self.origins:
+            return []
+        headers = ["Authorization", "Content-Type"]
+        methods = ["GET", "POST"]
+        return [Middleware(CORSMiddleware, allow_origins=self.origins, allow_headers=headers, allow_methods=methods)]
 
     def _is_own(self, url: str, any_address: bool) -> bool:
         try:
@@ -87,6 +113,16 @@ class Gate:
             await app(scope, receive, send)
 
         return guarded
+
+
+def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """Those that are not empty. QuantkitError for what no browser sends: scheme, name and port, nothing after it."""
+    found = tuple(origin for origin in origins if origin)
+    for origin in found:
+        parts = urlsplit(origin)
+        if origin != ANY and (not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}".lower()):
+            raise QuantkitError(f"--cors {origin}: write an origin, like https://chat.example:3000, or {ANY}")
+    return found
 
 
 def is_loopback(host: str) -> bool:

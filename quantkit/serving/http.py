@@ -8,9 +8,8 @@ import asyncio
 import contextlib
 import gc
 import socket
-import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import uvicorn
@@ -20,7 +19,6 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import model_file_name
@@ -28,53 +26,30 @@ from quantkit.models.tokenizer import tokenize
 from quantkit.progress import say
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
-from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, reply
-from quantkit.serving.chat import tokenize_prompt
+from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, Opening, reply
 from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
+from quantkit.serving.desk import Desk, Settings
+from quantkit.serving.extras import Extras
 from quantkit.serving.gate import Gate
-from quantkit.serving.lanes import SHORT, Lanes
+from quantkit.serving.lanes import Lanes
 from quantkit.serving.logits import TokenRules
-from quantkit.serving.markers import Markers, Prompt
+from quantkit.serving.markers import Prompt
+from quantkit.serving.metrics import ANSWERS
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.prompts import chat_prompt
 from quantkit.serving.refusals import Refused, failure
 from quantkit.serving.renderer import Renderer, TooLong
-from quantkit.serving.requests import MAX_CHOICES, Body, ChatBody, CompletionBody, Parsed, parse
-from quantkit.serving.scheduler import Job, QueueFull, Scheduler
+from quantkit.serving.requests import MAX_CHOICES, MAX_TOLD, Body, ChatBody, CompletionBody
+from quantkit.serving.scheduler import Job, QueueFull
+from quantkit.serving.spoken import Spoken
 from quantkit.serving.template import ChatTemplate
 
-BODY_SECONDS = 30  # a client that sends its request slower is cut off
 SHUTDOWN_SECONDS = 5  # running requests get that long after Ctrl-C
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill the context
 
 
-@dataclass(frozen=True)
-class Limits:
-    """max_body: bytes of a request; queue: requests that may wait for a slot; connections: open at once, default half
-    of the files that the process may open."""
-
-    max_body: int = 4 << 20
-    queue: int = 256
-    connections: int | None = None
-
-
-class Api:
-    """The endpoints over one model. metadata: of its GGUF. gate: whom it lets in."""
-
-    def __init__(
-        self,
-        name: str,
-        metadata: Mapping[str, Any],
-        tokenizer: Tokenizer,
-        engine: Engine,
-        limits: Limits,
-        gate: Gate,
-    ):
-        self.name, self.metadata, self.tokenizer, self.engine = name, metadata, tokenizer, engine
-        self.limits, self.gate, self.created = limits, gate, int(time.time())
-        self.markers = Markers(metadata, tokenizer)
-        self.scheduler, self.lanes = Scheduler(engine, limits.queue), Lanes(limits.queue)
-        self.long_body = asyncio.Lock()
+class Api(Desk):
+    """The endpoints over one model."""
 
     def app(self) -> Starlette:
         """For an ASGI server; closes the scheduler when that ends."""
@@ -83,6 +58,7 @@ class Api:
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
             self.lanes.close()
+            self.journal.close()
             await asyncio.to_thread(self.scheduler.close)
 
         routes = [
@@ -91,8 +67,10 @@ class Api:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completion, methods=["POST"]),
             Route("/health", lambda _: JSONResponse({"status": "ok"})),
+            *Extras(self).routes(),
         ]
-        app = Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(self.gate.before)])
+        guards = [Middleware(self.journal.around), *self.gate.cors(), Middleware(self.gate.before)]
+        app = Starlette(routes=routes, lifespan=lifespan, middleware=guards)
         app.add_exception_handler(HTTPException, self._refused)
         app.add_exception_handler(ClientDisconnect, self._gone)
         app.add_exception_handler(Exception, self._broken)
@@ -120,49 +98,9 @@ class Api:
             "context_length": self.engine.capacity,
         }
         if wanted := request.path_params.get("name"):
-            self._check_name(wanted)
+            self.check_name(wanted)
             return JSONResponse(model)
         return JSONResponse({"object": "list", "data": [model]})
-
-    def _check_name(self, wanted: str) -> None:
-        if wanted not in ("", self.name):
-            raise Refused(404, f"model {wanted!r} does not exist; this server has {self.name!r}", "model_not_found")
-
-    async def _read(self, request: Request) -> bytes:
-        """The body. Only JSON is read: a form in some web page must not be able to start work here."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "Content-Type must be application/json")
-        limit, body = self.limits.max_body, bytearray()
-        too_long = Refused(413, f"the request is longer than {limit} bytes")
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limit:
-            raise too_long
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > limit:
-                        raise too_long
-        except TimeoutError:
-            raise Refused(408, f"the request took longer than {BODY_SECONDS} s to arrive") from None
-        return bytes(body)
-
-    async def _parse(self, request: Request, kind: type[Parsed]) -> tuple[Parsed, int]:
-        """The body and its size in bytes."""
-        self.gate.check_key(request)
-        data = await self._read(request)
-        if len(data) <= SHORT:
-            body = parse(data, kind, self.engine.capacity)
-        else:
-            async with self.long_body:
-                self.lanes.check_open()
-                begin = time.monotonic()
-                try:
-                    body = parse(data, kind, self.engine.capacity)
-                finally:
-                    await asyncio.sleep(time.monotonic() - begin)  # as long again, others have their turn
-        self._check_name(body.model)
-        return body, len(data)
 
     def _rules(self, body: Body) -> TokenRules:
         """What the body asks of tokens. A bad word is banned as it stands and after a space, as vLLM does."""
@@ -175,48 +113,37 @@ class Api:
             body.biases(),
             tuple(sorted(ids for ids in banned if ids)),
             body.n_logprobs(),
+            echoes(body) and body.n_logprobs() is not None,
+            body.penalties(),
         )
         for field, ids in (("stop_token_ids", rules.stop), ("logit_bias", rules.bias)):
-            self._check_ids(field, ids)
+            self.check_ids(field, ids)
         return rules
 
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        n_vocab = self.engine.config.n_vocab
-        if not all(0 <= token < n_vocab for token in ids):
-            raise Refused(400, f"{field}: token ids must be 0 to {n_vocab - 1}", param=field)
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        try:
-            return tokenize_prompt(self.markers, prompt, self.engine.config.bos, self.engine.capacity)
-        except TooLong as error:
-            raise Refused(400, str(error), "context_length_exceeded") from None
-
     def _check_length(self, prompt: list[int], n_tokens: int | None, n_least: int) -> None:
-        capacity = self.engine.capacity
-        if len(prompt) + (n_tokens or n_least or 1) > capacity:
-            asked = f" and {n_tokens or n_least} new ones" if n_tokens or n_least else " leave no room for new ones and"
+        new = n_tokens if n_tokens is not None else n_least
+        if len(prompt) + (new if n_tokens == 0 else max(1, new)) > self.engine.capacity:
+            asked = f" and {new} new ones" if new or n_tokens == 0 else " leave no room for new ones and"
             raise Refused(
                 400,
-                f"{len(prompt)} prompt tokens{asked} do not fit the context of {capacity}",
+                f"{len(prompt)} prompt tokens{asked} do not fit the context of {self.engine.capacity}",
                 "context_length_exceeded",
             )
 
-    def _start(self, body: Body, made: "Ready", n_tokens: int | None) -> list[Answer]:
+    def _start(self, request: Request, body: Body, made: "Ready", n_tokens: int | None) -> list[Answer]:
         """Jobs of a request, `n` for each prompt; all or none."""
-        if len(made.prompts) * body.n > MAX_CHOICES:
-            raise Refused(
-                400, f"n: {len(made.prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n"
-            )
+        self._check_amount(body, made)
         for prompt in made.prompts:
             self._check_length(prompt, n_tokens, body.min_tokens)
-            self._check_ids("prompt", prompt)
+            self.check_ids("prompt", prompt)
         answers = list[Answer]()
+        request.scope[ANSWERS] = answers
         try:
             for prompt, opening in zip(made.prompts, made.openings, strict=True):
                 for _ in range(body.n):
-                    length = n_tokens or self.engine.capacity - len(prompt)
-                    answers.append(self._submit(body, prompt, length, made.rules, len(answers)))
-                    answers[-1].opening = opening
+                    length = self.engine.capacity - len(prompt) if n_tokens is None else n_tokens
+                    answers.append(self._submit(body, prompt, length, made, len(answers)))
+                    answers[-1].opening, answers[-1].spoken = opening, Spoken(made.parted, made.tools)
         except QuantkitError as error:
             for answer in answers:
                 answer.close()
@@ -225,61 +152,101 @@ class Api:
             raise Refused(503, str(error)) from None
         return answers
 
-    def _submit(self, body: Body, prompt: list[int], n_tokens: int, rules: TokenRules, index: int) -> Answer:
+    def _check_amount(self, body: Body, made: "Ready") -> None:
+        if len(made.prompts) * body.n > MAX_CHOICES:
+            raise Refused(
+                400, f"n: {len(made.prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n"
+            )
+        told = sum(map(len, made.prompts)) * body.n * (1 + (made.rules.n_logprobs or 0)) if made.rules.of_prompt else 0
+        if told > MAX_TOLD:
+            raise Refused(
+                400,
+                f"logprobs: {told:,} log probabilities of the prompts are more than {MAX_TOLD:,}: send fewer at once",
+                param="logprobs",
+            )
+
+    def _submit(self, body: Body, prompt: list[int], n_tokens: int, made: "Ready", index: int) -> Answer:
         loop, events = asyncio.get_running_loop(), Events()
 
         def emit(token: int | None, why: str | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, (token, why))
 
-        job = Job(prompt, n_tokens, body.sampling(index), emit, rules)
+        constraint = self.grammars.constraint(made.matcher, made.thinking) if made.matcher else None
+        job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint)
         self.scheduler.submit(job)
-        pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens)
+        pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and not made.tools)
         return Answer(self.scheduler, job, events, pieces, index=index)
+
+    def _matcher(self, body: Body) -> Any:
+        schema = body.schema_wanted()
+        return None if schema is None else self.grammars.of(schema)
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions: messages through the file's template."""
-        body, size = await self._parse(request, ChatBody)
+        body, size = await self.parse(request, ChatBody)
 
         def prepare(renderer: Renderer) -> Ready:
             most = self.engine.capacity * self.markers.longest
             try:
-                prompt, begun = chat_prompt(ChatTemplate(self.metadata, renderer, most), self.markers, body)
+                made = chat_prompt(ChatTemplate(self.metadata, renderer, most), self.markers, body)
             except TooLong as error:
                 what = f"messages: {error}, and do not fit the context of {self.engine.capacity} tokens"
                 raise Refused(400, what, "context_length_exceeded", param="messages") from None
-            return Ready([self._ids(prompt)], [begun], self._rules(body))
+            opening, parted = Opening(made.begun), body.parts_reasoning(made.tools, self.settings.parted)
+            ready = Ready([self.ids(made.prompt)], [opening], self._rules(body), self._matcher(body))
+            return replace(ready, thinking=bool(made.begun), parted=parted, tools=made.tools)
 
-        answers = self._start(body, await self.lanes.render(size, prepare), body.n_tokens())
+        answers = self._start(request, body, await self.lanes.render(size, prepare), body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
         """/v1/completions: texts or tokens as they are; control tokens in texts are control tokens."""
-        body, size = await self._parse(request, CompletionBody)
+        body, size = await self.parse(request, CompletionBody)
         prompts = body.prompts()
 
         def prepare() -> Ready:
-            ids = [self._ids(Prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
-            return Ready(ids, [self._echo(prompt) if body.echo else "" for prompt in prompts], self._rules(body))
+            ids = [self.ids(Prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+            rules = self._rules(body)
+            openings = [Opening()] * len(ids)
+            if body.echo:
+                openings = [self._echo(*each, rules.of_prompt) for each in zip(prompts, ids, strict=True)]
+            return Ready(ids, openings, rules, self._matcher(body))
 
         made, asked = await self.lanes.tokenize(size, prepare), body.max_tokens_given()
-        answers = self._start(body, made, body.n_tokens() if asked else COMPLETION_TOKENS)
+        answers = self._start(request, body, made, body.n_tokens() if asked else COMPLETION_TOKENS)
         return await reply(request, body, answers, CompletionForm(), self.name)
 
-    def _echo(self, prompt: str | list[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        self._check_ids("prompt", prompt)
-        return self.tokenizer.decode(prompt, skip_special_tokens=False)
+    def _echo(self, prompt: str | list[int], ids: list[int], told: bool) -> Opening:
+        self.check_ids("prompt", ids)
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
+        if not told:
+            return Opening(text)
+        bos = self.tokenizer.id_to_token(self.engine.config.bos) or ""
+        unshown = int(isinstance(prompt, str) and not (bos and prompt.startswith(bos)))
+        pieces = Pieces(self.tokenizer)
+        for token in ids[unshown:]:
+            pieces.add(token)
+        return Opening(text, pieces.starts, unshown)
+
+
+def echoes(body: Body) -> bool:
+    """Whether the prompt is wanted in the answer."""
+    return isinstance(body, CompletionBody) and body.echo
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A request in tokens. openings: with what the answers to each prompt begin."""
+    """A request in tokens. openings: with what the answers to each prompt begin. matcher: of the format that they have
+    to keep, after reasoning if they begin with it (`thinking`). parted, tools: as `Spoken`."""
 
     prompts: list[list[int]]
-    openings: list[str]
+    openings: list[Opening]
     rules: TokenRules
+    matcher: Any = None
+    thinking: bool = False
+    parted: bool = False
+    tools: bool = False
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -306,7 +273,7 @@ def server(api: Api) -> Server:
     """To be run on sockets that are bound already."""
     config = uvicorn.Config(
         api.app(),
-        http=guarded(api.limits.connections or most_connections()),
+        http=guarded(api.settings.connections or most_connections()),
         ws="none",
         backlog=BACKLOG,
         log_level="warning",
@@ -320,11 +287,11 @@ def server(api: Api) -> Server:
     return made
 
 
-def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, limits: Limits, gate: Gate) -> None:
+def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, settings: Settings, gate: Gate) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
     name = model_file_name(weights.file.path)
-    api = Api(name, weights.file.metadata, weights.tokenizer(), engine, limits, gate)
+    api = Api(name, weights.file.metadata, weights.tokenizer(), engine, settings, gate)
     try:
         ChatTemplate(api.metadata, api.lanes.renderers[0]).render([{"role": "user", "content": "?"}])
     except QuantkitError as error:

@@ -1,6 +1,7 @@
 """Log probabilities of tokens in the two forms of OpenAI's API."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,21 +19,22 @@ def _byte_letters() -> dict[str, int]:
 LETTERS = _byte_letters()
 
 
-def _shown(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
+@lru_cache(1 << 18)  # of a vocabulary; thousands of a prompt's tokens are told at once
+def shown(tokenizer: Tokenizer, token: int) -> tuple[str, tuple[int, ...]]:
     """A token's text (U+FFFD for pieces of characters) and bytes."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     name = tokenizer.id_to_token(token) or ""
     if "\ufffd" in text and all(letter in LETTERS for letter in name):
-        return text, [LETTERS[letter] for letter in name]
-    return text, list(text.encode())
+        return text, tuple(LETTERS[letter] for letter in name)
+    return text, tuple(text.encode())
 
 
 def of_chat(tokenizer: Tokenizer, chances: Sequence[Chance]) -> dict[str, Any]:
     """`logprobs` of a choice of /v1/chat/completions."""
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text, data = _shown(tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": data}
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text, data = shown(tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
 
     content = [
         entry(chance.token, chance.logprob) | {"top_logprobs": [entry(*each) for each in chance.best]}
@@ -42,10 +44,15 @@ def of_chat(tokenizer: Tokenizer, chances: Sequence[Chance]) -> dict[str, Any]:
 
 
 def of_completion(tokenizer: Tokenizer, chances: Sequence[Chance], starts: Sequence[int]) -> dict[str, Any]:
-    """`logprobs` of a choice of /v1/completions. starts: where each token's text begins in the answer."""
-    tops = [{_shown(tokenizer, token)[0]: logprob for token, logprob in reversed(chance.best)} for chance in chances]
+    """`logprobs` of a choice of /v1/completions. starts: where each token's text begins in the answer. A first token
+    has none: null."""
+    tops = [
+        None if chance.logprob is None else {shown(tokenizer, token)[0]: logprob for token, logprob in reversed(best)}
+        for chance in chances
+        for best in (chance.best,)
+    ]
     return {
-        "tokens": [_shown(tokenizer, chance.token)[0] for chance in chances],
+        "tokens": [shown(tokenizer, chance.token)[0] for chance in chances],
         "token_logprobs": [chance.logprob for chance in chances],
         "top_logprobs": tops if any(tops) else None,
         "text_offset": list(starts),

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.models import family
 from quantkit.models.tokenizer import tokenize, tokenizer_of_gguf
+from quantkit.serving.renderer import TooLong
 
 STAND_INS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # Unicode's private use areas
 REASONING = re.compile("(</?think>)")  # what a model writes in its answers, and templates look for in them
@@ -155,3 +156,15 @@ class Prompt:
     def own(self) -> str:
         """The text, but that people's control tokens are none in it."""
         return self.hidden if self.hide else self.text
+
+
+def tokenize_prompt(markers: Markers, prompt: Prompt, bos: int, capacity: int) -> list[int]:
+    """Token ids beginning with exactly one BOS, whether or not the prompt (a rendered template) has it.
+    `renderer.TooLong` for a text that no tokens of a context of `capacity` can be, before it is tokenized."""
+    if (size := len(prompt.text.encode())) > capacity * markers.longest:
+        raise TooLong(
+            f"{size:,} bytes of text do not fit the context of {capacity} tokens: none is longer than "
+            f"{markers.longest} bytes"
+        )
+    ids = markers.tokenize(prompt)
+    return ids if ids[:1] == [bos] else [bos, *ids]

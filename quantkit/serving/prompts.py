@@ -1,5 +1,6 @@
 """From a chat's body to the text that the model continues: by the file's template, with what the client gives it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import QuantkitError
@@ -9,17 +10,31 @@ from quantkit.serving.refusals import Refused
 from quantkit.serving.renderer import TooLong
 from quantkit.serving.requests import ChatBody
 from quantkit.serving.template import SWITCHES, ChatTemplate, opening
+from quantkit.serving.tools import taught
 
 
-def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> tuple[Prompt, str]:
-    """(the prompt, what of it already is the answer's beginning: `<think>`). Refused if a message or a field would have
-    no effect, or one that is not supported; TooLong if it cannot fit the context."""
+@dataclass(frozen=True)
+class Asking:
+    """A chat as the model gets it. begun: what of the prompt already is the answer's beginning: `<think>`. tools: the
+    model was told of some."""
+
+    prompt: Prompt
+    begun: str
+    tools: bool
+
+
+def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> Asking:
+    """Refused if a message or a field would have no effect, or one that is not supported; TooLong if it cannot fit the
+    context."""
     messages = [message.plain() for message in body.messages]
     try:
         names = template.names()
         wish, given = _given(body, names)
         prompt = template.prompt(messages, markers, **given)
-        _check_tools(template, body, messages, prompt.text, given)
+        _check_tool_messages(template, messages, prompt.text, given)
+        told = body.tool_choice != "none" and _told_of_tools(template, body, messages, prompt.text, given)
+        if told:
+            prompt = template.prompt(messages, markers, tools=body.tools, **given)
     except TooLong:
         raise
     except QuantkitError as error:
@@ -34,7 +49,7 @@ def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> tup
             "unsupported_parameter",
             param="thinking",
         )
-    return prompt, begun
+    return Asking(prompt, begun, told)
 
 
 def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:
@@ -72,18 +87,29 @@ def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]
     return wish, given
 
 
-def _check_tools(
+def _told_of_tools(
     template: ChatTemplate, body: ChatBody, messages: list[dict[str, Any]], text: str, given: dict[str, Any]
-) -> None:
-    """Refused if the model would be told of tools (their calls are not parsed), or not be told their answers."""
-    if body.tools and template.render(messages, tools=body.tools, **given) != text:
+) -> bool:
+    """Whether the template describes the tools to the model. Refused if their calls could not be told."""
+    if not body.tools or template.render(messages, tools=body.tools, **given) == text:
+        return False
+    if not taught(template.text(True)):
         raise Refused(
             400,
-            "tools: this file's chat template describes them to the model, but calls of tools are not supported; "
+            "tools: this file's chat template describes them to the model, but calls in its form are not known; "
             "leave them out",
             "unsupported_parameter",
             param="tools",
         )
+    if not body.parallel_tool_calls:
+        raise Refused(400, "parallel_tool_calls: false is not supported; leave it out", param="parallel_tool_calls")
+    return True
+
+
+def _check_tool_messages(
+    template: ChatTemplate, messages: list[dict[str, Any]], text: str, given: dict[str, Any]
+) -> None:
+    """Refused if the model would not be told tools' answers."""
     told = [message | {"content": "?"} if message["role"] == "tool" else message for message in messages]
     if told != messages and template.render(told, **given) == text:
         raise Refused(

@@ -4,21 +4,25 @@ import contextlib
 import gc
 import math
 import secrets
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.runtime.generate import Sampling
+from quantkit.serving import grammar
 from quantkit.serving.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, screen, shown
+from quantkit.serving.logits import Penalties
 from quantkit.serving.refusals import Refused
 
 MAX_CHOICES = 128  # answers to one request: prompts times n
 MAX_BIASES = 1024
+MAX_TOLD = 1 << 18  # log probabilities of one request's prompts, alternatives included
 KINDS = {"str", "bool", "int", "float", "Thinking"}  # of a field that may be one of several: pydantic's names
 
-Parsed = TypeVar("Parsed", bound="Body")
+Parsed = TypeVar("Parsed", bound="Asked")
 
 
 def _number(value: Any) -> Any:
@@ -42,6 +46,9 @@ Bias: TypeAlias = Annotated[Float, Field(ge=-100, le=100)]
 Ids: TypeAlias = Annotated[list[Int], Field(min_length=1)]
 Word: TypeAlias = Annotated[str, Field(max_length=4096)]
 Length: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
+LengthOrNone: TypeAlias = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_no_limit)]
+Penalty: TypeAlias = Annotated[Float, Field(ge=-2, le=2)]
+Divisor: TypeAlias = Annotated[Float, Field(gt=0, le=100)]
 
 
 class Known(BaseModel):
@@ -64,12 +71,17 @@ class StreamOptions(Known):
     continuous_usage_stats: Literal[False] = False
 
 
-class Body(Known):
-    """What both endpoints understand. neutral: of other fields, the values that are accepted."""
+class Asked(Known):
+    """A request's body. neutral: of other fields, the values that are accepted."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]]
 
     model: str = ""
+
+
+class Body(Asked, ABC):
+    """What both endpoints that answer understand."""
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -91,15 +103,24 @@ class Body(Known):
         | Annotated[list[tuple[Int, Bias | Literal[False]]], Field(max_length=MAX_BIASES)]
     ) = {}
     skip_special_tokens: bool = False
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Divisor = 1.0  # vLLM's: of prompt and answer
+    repeat_penalty: Divisor = 1.0  # llama-server's: of the last tokens
+    repeat_last_n: Annotated[Int, Field(ge=-1)] = 64
+    response_format: dict[str, Any] = {}
+    json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> "Body":
-        asked = {key: value for key in self.lengths() if (value := getattr(self, key))}
+        asked = {key: value for key in self.lengths() if (value := getattr(self, key)) is not None}
         if len(set(asked.values())) > 1:
             raise ValueError(f"{' and '.join(f'{k} {v}' for k, v in asked.items())} contradict each other")
         longest = next(iter(asked.values()), None)
         if longest is not None and self.min_tokens > longest:
             raise ValueError(f"min_tokens {self.min_tokens} is more than {next(iter(asked))} {longest}")
+        if self.schema_wanted() is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("response_format says where the answer ends: leave ignore_eos and min_tokens out")
         return self
 
     def lengths(self) -> tuple[str, ...]:
@@ -108,7 +129,7 @@ class Body(Known):
 
     def n_tokens(self) -> int | None:
         """Most tokens of an answer; None: as many as fit."""
-        return next((value for key in self.lengths() if (value := getattr(self, key))), None)
+        return next((value for key in self.lengths() if (value := getattr(self, key)) is not None), None)
 
     def max_tokens_given(self) -> bool:
         """Whether the client says anything of it, "as many as fit" included."""
@@ -130,9 +151,23 @@ class Body(Known):
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         return {token: -math.inf if bias is False else bias for token, bias in pairs}
 
+    def penalties(self) -> Penalties:
+        """Against tokens that came already."""
+        return Penalties(
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.repetition_penalty,
+            self.repeat_penalty,
+            self.repeat_last_n,
+        )
+
+    def schema_wanted(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer has to keep, if any. Refused for a format that is none."""
+        return grammar.wanted(self.response_format, self.json_schema or None)
+
+    @abstractmethod
     def n_logprobs(self) -> int | None:
         """How many alternatives of each token the client wants to see; None: not even the token's own probability."""
-        raise NotImplementedError
 
 
 class Part(Known):
@@ -192,12 +227,16 @@ class ChatBody(Body):
     max_completion_tokens: Length = None
     logprobs: bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
-    tools: list[dict[str, Any]] = []
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     enable_thinking: bool | None = None
     thinking: bool | Thinking | None = None
     think: bool | None = None
     reasoning_effort: str | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] = "auto"  # llama-server's
+    separate_reasoning: bool = False  # SGLang's
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> "ChatBody":
@@ -212,6 +251,13 @@ class ChatBody(Body):
     def n_logprobs(self) -> int | None:
         """As `Body`."""
         return self.top_logprobs if self.logprobs else None
+
+    def parts_reasoning(self, tools: bool, by_default: bool) -> bool:
+        """Whether reasoning goes to a field of its own. tools: the model was told of some; then, and in answers of
+        JSON, content is what a program reads. by_default: what the server does."""
+        if self.reasoning_format == "auto":
+            return self.separate_reasoning or by_default or tools or self.schema_wanted() is not None
+        return self.separate_reasoning or self.reasoning_format == "deepseek"
 
     def thinks(self) -> bool | None:
         """Whether the client wants reasoning, by any of the names of that switch; None: it does not say."""
@@ -235,14 +281,10 @@ class CompletionBody(Body):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
     )
+    max_tokens: LengthOrNone = None  # 0: the prompt is only read, for its log probabilities
+    n_predict: LengthOrNone = None
     echo: bool = False
     logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-
-    @model_validator(mode="after")
-    def _no_prompt_logprobs(self) -> "CompletionBody":
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs with echo would need those of the prompt, which are not computed")
-        return self
 
     def n_logprobs(self) -> int | None:
         """As `Body`."""
@@ -282,6 +324,8 @@ def _check_amount(given: dict[str, Any], context: int) -> None:
                 "context_length_exceeded",
                 param="messages",
             )
+    if isinstance(tokens := given.get("tokens"), list) and len(tokens) > context:
+        raise Refused(400, f"tokens: {len(tokens)} are more than the context of {context}", param="tokens")
     if isinstance(prompt, list):
         if len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
             raise Refused(400, f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} answers", param="prompt")

@@ -25,6 +25,7 @@ from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
 from quantkit.runtime.pauses import pause, pausing
+from quantkit.serving.grammar import Constraint
 from quantkit.serving.logits import Chance, TokenRules
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ class QueueFull(QuantkitError):
 
 @dataclass(eq=False)
 class Job:
-    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones. made: those so far, with their
-    chances if the rules ask for them, both complete before a token is emitted."""
+    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones (0: it is only read). made: those
+    so far, with their chances if the rules ask for them, both complete before a token is emitted. heard: chances of
+    the prompt's second token and all that follow, ended: of the EOS that ended the answer, if the rules ask for them.
+    """
 
     prompt: list[int]
     n_tokens: int
@@ -57,6 +60,9 @@ class Job:
     done: int = 0  # prompt tokens in the cache
     made: list[int] = field(default_factory=list)
     chances: list[Chance] = field(default_factory=list)
+    heard: list[Chance] = field(default_factory=list)
+    ended: list[Chance] = field(default_factory=list)
+    constraint: Constraint | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property
@@ -68,6 +74,21 @@ class Job:
     def left(self) -> int:
         """Prompt tokens that are not in the cache."""
         return len(self.prompt) - self.done
+
+    def hear(self, logits: torch.Tensor) -> None:
+        """As `generate.Each`."""
+        begin = len(self.heard) + 1
+        following = self.prompt[begin : begin + len(logits)]  # the prompt's last token has none
+        self.heard += Chance.each(logits[: len(following)], following, self.rules.n_logprobs or 0)
+
+    def choose(self, logits: torch.Tensor, ends: Sequence[int]) -> int:
+        """The next token, from float32 logits [n_vocab]."""
+        allowed = self.rules.apply(logits, self.prompt, self.made, ends)
+        if self.constraint is None:
+            return sample(allowed, self.how, self.generator)
+        token = sample(self.constraint.apply(allowed), self.how, self.generator)
+        self.constraint.take(token)
+        return token
 
 
 class Turns:
@@ -250,10 +271,13 @@ class Scheduler:
     def _read(self, job: Job, n: int) -> None:
         """So many tokens of its prompt."""
         self.prompts.remove(job)
-        logits = self.engine.prefill(job.slot, job.prompt[job.done : job.done + n], job.done)
+        hear = (job.hear,) if job.rules.of_prompt else ()
+        logits = self.engine.prefill(job.slot, job.prompt[job.done : job.done + n], job.done, *hear)
         job.done += n
         if job.left:
             self.prompts.append(job)
+        elif not job.n_tokens:
+            self._end(job, "length")
         else:
             self._take(job, logits, self._sampled(job, logits))
 
@@ -265,10 +289,12 @@ class Scheduler:
         return [self.samplers.submit(self._sampled, job, own).result for job, own in zip(jobs, logits, strict=True)]
 
     def _sampled(self, job: Job, logits: torch.Tensor) -> int:
-        return sample(job.rules.apply(logits, job.made, self.engine.config.ends), job.how, job.generator)
+        return job.choose(logits, self.engine.config.ends)
 
     def _take(self, job: Job, logits: torch.Tensor, token: int) -> None:
         if token in self.engine.config.ends or token in job.rules.stop:
+            if job.rules.of_prompt:
+                job.ended.append(Chance.of(logits, token, job.rules.n_logprobs or 0))
             return self._end(job, "stop")
         if job.rules.n_logprobs is not None:
             job.chances.append(Chance.of(logits, token, job.rules.n_logprobs))

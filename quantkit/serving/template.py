@@ -28,7 +28,7 @@ class ChatTemplate:
 
     def names(self) -> set[str]:
         """Variables and functions that its code mentions. QuantkitError if there is none, or it is none."""
-        return self.renderer.names(self._text(False))
+        return self.renderer.names(self.text(False))
 
     def render(
         self,
@@ -47,7 +47,7 @@ class ChatTemplate:
         """
         conversation = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         variables = special_tokens(self.metadata) | {"documents": None} | given | conversation
-        return self.renderer.render(self._text(tools is not None), variables, self.most)
+        return self.renderer.render(self.text(tools is not None), variables, self.most)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], markers: Markers, /, **given: Any) -> Prompt:
         """`render`, knowing which control tokens the template wrote: those in strings of messages and of `given` are
@@ -59,7 +59,7 @@ class ChatTemplate:
         text = self.render(messages, **given)
         if not markers.may_hide((messages, given)):
             return Prompt(text)
-        hide = markers.hidden((self._text(False), messages, given))
+        hide = markers.hidden((self.text(False), messages, given))
         for whole in (False, True):
             told, others = hide.strings((messages, given), whole)
             hidden = self.render(told, **others)
@@ -67,7 +67,8 @@ class ChatTemplate:
                 break
         return Prompt(hide.shown(hidden), hidden, hide)
 
-    def _text(self, tools: bool) -> str:
+    def text(self, tools: bool) -> str:
+        """As the file has it. tools: for requests with some. QuantkitError if there is none."""
         text = self.metadata.get("tokenizer.chat_template.tool_use") if tools else None
         text = text or self.metadata.get("tokenizer.chat_template")
         if not isinstance(text, str):

@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     weights = open_gguf(args.file, n_threads=args.threads)
     engine = open_engine(weights, max(args.users), 512)
-    api = http.Api("bench", weights.file.metadata, weights.tokenizer(), engine, http.Limits(), Gate())
+    api = http.Api("bench", weights.file.metadata, weights.tokenizer(), engine, http.Settings(), Gate())
     listener = http.bind("127.0.0.1", 0)
     server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

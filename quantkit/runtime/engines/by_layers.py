@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.layers import (
     Feed,
     FeedForward,
@@ -54,9 +55,9 @@ class ByLayers:
         self.last = quantized.feed_forward(self.config.n_layer - 1)
 
     @torch.inference_mode()
-    def prefill(self, tokens: torch.Tensor, cache: torch.Tensor, begin: int) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, cache: torch.Tensor, begin: int, each: Each | None = None) -> torch.Tensor:
         """tokens int64 [1, t], put at positions begin, ... of a cache [n_layer, 1, rows, kv_lora + qk_rope] -> float32
-        logits [n_vocab] of the last one."""
+        logits [n_vocab] of the last one. each: as `Engine.prefill`."""
         c, source = self.config, self.tiled
         h = source.embed(tokens)
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
@@ -66,6 +67,11 @@ class ByLayers:
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
             pause()
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
+                if each:
+                    x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
+                    for rows in (h + feed_forward(x, layer, c).view_as(h))[0].split(ROWS_TOLD):
+                        each(self.head(rms_norm(rows, self.norm, c.rms_eps)))
+                        pause()
                 feed, router, experts = self.last
                 layer, dtype = replace(layer, feed=feed, router=router, experts=experts), torch.float32
                 h = h[:, -1:]

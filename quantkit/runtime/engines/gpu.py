@@ -43,6 +43,7 @@ from quantkit.runtime.engines.staging import Ring, upload_experts
 from quantkit.runtime.engines.step import Added, Chosen, between_of
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
+from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.packed import Packed
 from quantkit.runtime.pauses import pause
@@ -206,11 +207,14 @@ class GpuEngine:
     # Prompts
 
     @torch.inference_mode()
-    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+    def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:
         """As `Engine`."""
         if len(tokens) == 1:
             self.length[slot] = begin
-            return self.decode([slot], tokens)[0]
+            logits = self.decode([slot], tokens)
+            if each:
+                each(logits)
+            return logits[0]
         self.weights.file.check_whole()
         c = self.config
         self.length[slot] = begin + len(tokens)
@@ -225,6 +229,10 @@ class GpuEngine:
                 pause(self.device)
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
+                pause(self.device)
+        if each:
+            for rows in h[0].split(ROWS_TOLD):
+                each(self.head(rms_norm(rows, self.output_norm, c.rms_eps)).float().cpu())
                 pause(self.device)
         return self.head(rms_norm(h[0, -1:], self.output_norm, c.rms_eps))[0].float().cpu()
 

@@ -22,7 +22,9 @@ from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.experts import native
 from quantkit.runtime.experts.streamed import expert_names
+from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.mla import split_kv_b
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import frequencies
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import both_units
@@ -78,9 +80,9 @@ class GraphEngine:
         repack = n_matrices == 1 and name != "token_embd.weight" and self.weights.residency is None
         return self.holder.weights(tensor.qtype, self.weights.data(name), n_in, n_out, n_matrices, repack)
 
-    def _step(self, slots: tuple[int, ...], n: int, n_kv: int) -> "TokenGraph":
-        key = (slots, n, n_kv)
-        step = self.graphs.pop(key, None) or TokenGraph(self, slots, n, n_kv)
+    def _step(self, slots: tuple[int, ...], n: int, n_kv: int, every: bool = False) -> "TokenGraph":
+        key = (slots, n, n_kv, every)
+        step = self.graphs.pop(key, None) or TokenGraph(self, slots, n, n_kv, every)
         self.graphs[key] = step
         alike = [other for other in self.graphs if (other[1] == 1) == (n == 1)]
         for oldest in alike[: -KEPT_GRAPHS[n == 1]]:
@@ -90,14 +92,22 @@ class GraphEngine:
     def _n_kv(self, length: int) -> int:
         return min(self.rows, KV_STEP << max(0, math.ceil(math.log2(length / KV_STEP))))
 
-    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+    def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:
         """As `Engine`."""
         self.weights.file.check_whole()
         self.length[slot] = begin + len(tokens)
         if self._goes_by_layers(len(tokens)):
-            return self.by_layers.prefill(torch.tensor([tokens]), self.cache[:, slot : slot + 1], begin)
-        step = self._step((slot,), len(tokens), self._n_kv(self.length[slot]))
-        return step.run(np.array(tokens), np.array([begin]))[0]
+            return self.by_layers.prefill(torch.tensor([tokens]), self.cache[:, slot : slot + 1], begin, each)
+        logits, size = torch.empty(0), ROWS_TOLD if each else len(tokens)
+        for at in range(0, len(tokens), size):
+            if at:
+                pause()
+            part, end = tokens[at : at + size], begin + min(len(tokens), at + size)
+            step = self._step((slot,), len(part), self._n_kv(end), each is not None)
+            logits = step.run(np.array(part), np.array([begin + at]))
+            if each:
+                each(logits)
+        return logits[-1]
 
     def _goes_by_layers(self, n: int) -> bool:
         """Whether a piece of n tokens is to be multiplied by dequantized matrices."""
@@ -117,12 +127,13 @@ class GraphEngine:
 
 
 class TokenGraph:
-    """The graph of n new tokens for each of several slots (ascending); either n or the number of slots is 1.
+    """The graph of n new tokens for each of several slots (ascending); either n or the number of slots is 1. every:
+    logits of all tokens, not only of each slot's last.
 
     Shapes are in ggml's order, fastest first. s: slots, n: tokens of each, N = s n.
     """
 
-    def __init__(self, engine: GraphEngine, slots: tuple[int, ...], n: int, n_kv: int):
+    def __init__(self, engine: GraphEngine, slots: tuple[int, ...], n: int, n_kv: int, every: bool = False):
         self.engine, self.config, self.slots, self.n, self.n_kv = engine, engine.config, slots, n, n_kv
         c = self.config
         self.total = len(slots) * n
@@ -136,7 +147,7 @@ class TokenGraph:
         self.places, self.place_values = self._input((self.total,), torch.int64)
         self.offsets = np.repeat(np.array(slots) * engine.rows, n)
         self.masks, self.mask = self._input((len(slots), 1, n, n_kv), torch.float16)
-        last = len(slots) if n == 1 else 1
+        last = self.total if every or n == 1 else 1
         h = self.op("get_rows", engine.tensors["token_embd.weight"], tokens)
         for layer in range(c.n_layer):
             h = self.op("add", h, self._attention(h, layer))
@@ -154,7 +165,7 @@ class TokenGraph:
         return tensor, storage.numpy()
 
     def run(self, tokens: np.ndarray, begin: np.ndarray) -> torch.Tensor:
-        """tokens int [N]; begin int [s]: what each slot's cache holds -> float32 logits of the last tokens."""
+        """tokens int [N]; begin int [s]: what each slot's cache holds -> float32 logits of the last tokens, or all."""
         check_ids(tokens.tolist(), self.config.n_vocab)
         places = (begin[:, None] + np.arange(self.n)).reshape(-1)
         self.token_values[:] = tokens

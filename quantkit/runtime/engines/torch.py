@@ -3,6 +3,7 @@
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.generate import ROWS_TOLD, Each
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, only_forward, rms_norm, with_mla
 from quantkit.runtime.pauses import pause
@@ -26,12 +27,18 @@ class TorchEngine:
         self.norm, self.output = source.head()
         self.slots: list[list[KVCache] | None] = [None] * n_slots
 
-    def prefill(self, slot: int, tokens: list[int], begin: int) -> torch.Tensor:
+    @torch.inference_mode()
+    def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:
         """As `Engine`."""
         caches = self._slot(slot)
         for cache in caches:
             cache.length = begin
-        return self.forward(torch.tensor([tokens]), caches)[0, -1]
+        h = self._hidden(torch.tensor([tokens]), caches)
+        if each:
+            for rows in h.split(ROWS_TOLD, dim=1):
+                each(self._logits(rows)[0])
+                pause(h.device)
+        return self._logits(h[:, -1:])[0, -1]
 
     @torch.inference_mode()
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
@@ -61,6 +68,10 @@ class TorchEngine:
 
         QuantkitError if they do not fit the capacity.
         """
+        h = self._hidden(tokens, caches)
+        return self._logits(h if all_logits else h[:, -1:])
+
+    def _hidden(self, tokens: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
         begin = caches[0].length
         if begin + tokens.shape[1] > self.capacity:
             raise QuantkitError(f"{begin + tokens.shape[1]} tokens do not fit a context of {self.capacity}")
@@ -70,7 +81,7 @@ class TorchEngine:
         for layer, cache in zip(self.layers, caches, strict=True):
             h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
             pause(h.device)
-        return self._logits(h if all_logits else h[:, -1:])
+        return h
 
     def _slot(self, slot: int) -> list[KVCache]:
         caches = self.slots[slot]

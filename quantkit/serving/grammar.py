@@ -1,0 +1,132 @@
+"""Answers that are JSON, by a schema if the request has one: which tokens may come next is llguidance's business.
+
+The library is an extra. It bounds its own work, by steps that it counts: a schema that needs more is refused, and an
+answer that comes to need more ends.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from quantkit.errors import QuantkitError, needs
+from quantkit.serving.refusals import Refused
+
+LONGEST = 64 << 10  # characters of a schema
+MOST_STATES = 50_000  # of the lexer of one answer, about 2 kB each
+SPACE = r"[ \n\t]{0,40}"  # a small model that may write spaces without end, does
+ANY_OBJECT = {"type": "object"}
+THOUGHT = "</think>"
+TAIL = 24  # tokens at the end of an answer in which the end of its reasoning is looked for
+
+
+def wanted(response_format: Mapping[str, Any], json_schema: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The schema that a body asks for, by OpenAI's `response_format` (also with llama-server's `schema` in it), or by
+    llama-server's `json_schema`; None: any text. Refused for what is neither, and for both."""
+    kind = response_format.get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise _refused("type must be text, json_object or json_schema")
+    found = None
+    if kind == "json_schema":
+        told = response_format.get("json_schema")
+        found = told.get("schema") if isinstance(told, dict) else None
+        if not isinstance(found, dict):
+            raise _refused("json_schema.schema must be an object")
+    elif kind == "json_object":
+        found = response_format.get("schema", ANY_OBJECT)
+        if not isinstance(found, dict):
+            raise _refused("schema must be an object")
+    if unknown := set(response_format) - {"type", "json_schema", "schema"}:
+        raise _refused(f"{', '.join(sorted(unknown))}: this server knows no such field; leave it out")
+    if found is not None and json_schema is not None:
+        raise _refused("and json_schema contradict each other")
+    return found if json_schema is None else json_schema
+
+
+def _refused(what: str) -> Refused:
+    return Refused(400, f"response_format: {what}", "invalid_value", param="response_format")
+
+
+@dataclass
+class Constraint:
+    """Of one answer. matcher: llguidance's. thinking: the answer begins with reasoning, which is free text; the
+    constraint begins after it."""
+
+    matcher: Any
+    tokenizer: Tokenizer
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
+        self.tail: list[int] = []
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 logits [n_vocab] in which tokens that cannot come next are -inf. QuantkitError if none can."""
+        if self.thinking:
+            return logits
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
+        if len(allowed) < len(logits):
+            allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
+        out = logits.cpu().masked_fill(~allowed, -torch.inf)
+        if not bool(out.isfinite().any()):
+            raise QuantkitError("no token continues the answer: what else the request asks for contradicts its format")
+        return out
+
+    def take(self, token: int) -> None:
+        """What came."""
+        if not self.thinking:
+            self.matcher.consume_token(token)
+            return self._check()
+        self.tail = [*self.tail, token][-TAIL:]
+        self.thinking = THOUGHT not in self.tokenizer.decode(self.tail, skip_special_tokens=False)
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            raise QuantkitError(f"the answer's format: {self.matcher.get_error().splitlines()[0]}")
+
+
+class Grammars:
+    """Makes constraints for answers in tokens of this tokenizer; from any thread. ends: ids that end an answer."""
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, ends: Sequence[int]):
+        self.tokenizer, self.n_vocab, self.ends = tokenizer, n_vocab, list(ends)
+        self.lock = threading.Lock()
+        self.vocabulary: Any = None
+
+    def of(self, schema: Mapping[str, Any]) -> Any:
+        """llguidance's matcher, of which each answer takes a copy. Refused for a schema that is none, that the library
+        does not know, or that needs too much; and if the library is not installed."""
+        try:
+            with needs("grammar"):
+                import llguidance
+        except QuantkitError as error:
+            raise _refused(str(error)) from None
+        text = json.dumps(schema)
+        if len(text) > LONGEST:
+            raise _refused(f"a schema of {len(text):,} characters is longer than {LONGEST:,}")
+        with self.lock:
+            if self.vocabulary is None:
+                self.vocabulary = llguidance.LLTokenizer(
+                    self.tokenizer.to_str(), n_vocab=self.n_vocab, eos_token=self.ends
+                )
+        limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": SPACE})
+            matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # some find out here that they need too much
+        except ValueError as error:
+            raise _refused(str(error)) from None
+        if matcher.is_error():
+            raise _refused(matcher.get_error().splitlines()[0][:300])
+        return matcher
+
+    def constraint(self, matcher: Any, thinking: bool) -> Constraint:
+        """For one answer."""
+        return Constraint(matcher.deep_copy(), self.tokenizer, thinking)

@@ -1,0 +1,258 @@
+"""What clients get beside text: log probabilities of prompts, penalties, formats, calls of tools, reasoning apart."""
+
+import json
+
+import pytest
+import torch
+from server import Running
+
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Sampling, generate
+from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
+from quantkit.serving.logits import Chance, Penalties, TokenRules
+from quantkit.serving.markers import Prompt
+from quantkit.serving.scheduler import Job
+from quantkit.serving.spoken import Spoken
+from quantkit.serving.tools import calls
+
+PROMPT = [0, 50, 60, 70, 61, 300, 301]
+HELLO = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+@pytest.fixture(scope="module")
+def weights(made) -> GGUFWeights:
+    return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def running(weights):
+    server = Running(weights, parted=False)
+    yield server
+    server.wait_idle()
+    server.stop()
+
+
+def complete(running: Running, **body) -> dict:
+    status, answer = running.post(json.dumps({"temperature": 0, **body}).encode(), "/v1/completions")
+    assert status == 200, answer
+    return answer
+
+
+def chat(running: Running, **body) -> dict:
+    status, answer = running.post(json.dumps({"messages": HELLO, "temperature": 0, **body}).encode())
+    assert status == 200, answer
+    return answer["choices"][0]
+
+
+@pytest.mark.parametrize(("n", "off"), [(7, 0.2), (300, 0.3)])
+def test_echo_tells_the_prompts_log_probabilities(running, weights, n, off):
+    """As a prompt that ends there would tell it. A long one goes layer by layer, its last token through other products
+    than the rest."""
+    ids = (PROMPT * 50)[:n]
+    answer = complete(running, prompt=ids, echo=True, logprobs=2, max_tokens=0)
+    choice, told = answer["choices"][0], answer["choices"][0]["logprobs"]
+    text = weights.tokenizer().decode(ids, skip_special_tokens=False)
+    assert choice["text"] == text and choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n}
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None and len(told["tokens"]) == n
+    assert told["text_offset"][:2] == [0, len("<｜begin▁of▁sentence｜>")]
+    places = zip(told["tokens"], told["text_offset"], strict=True)
+    assert all(text.startswith(part, at) or "\ufffd" in part for part, at in places)
+    engine, bad = open_engine(weights, 1, 512), 0
+    for at in range(1, 7) if n < 10 else (150, 200, 250, 299):
+        row = engine.prefill(0, ids[:at], 0).log_softmax(-1)
+        assert told["token_logprobs"][at] == pytest.approx(float(row[ids[at]]), abs=off)
+        best = weights.tokenizer().decode([int(row.argmax())], skip_special_tokens=False)
+        bad += best != max(told["top_logprobs"][at], key=told["top_logprobs"][at].get)
+    assert bad <= n // 100
+
+
+def test_echo_goes_on_with_the_answer(running):
+    plain = complete(running, prompt="The ship", max_tokens=6, logprobs=1)["choices"][0]
+    body = {"prompt": "The ship", "max_tokens": 6, "logprobs": 1, "echo": True, "temperature": 0}
+    whole = complete(running, **body)["choices"][0]
+    assert whole["text"] == "The ship" + plain["text"]
+    told, n = whole["logprobs"], len(whole["logprobs"]["tokens"]) - 6
+    assert told["token_logprobs"][n:] == plain["logprobs"]["token_logprobs"]
+    assert [at - len("The ship") for at in told["text_offset"][n:]] == plain["logprobs"]["text_offset"]
+    assert "".join(told["tokens"][:n]) == "The ship" and None not in told["token_logprobs"]  # BOS stood before
+    streamed = list(running.client().completions.create(model="tiny", stream=True, **body))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole["text"]
+    parts = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs]
+    assert [value for part in parts for value in part.token_logprobs] == told["token_logprobs"]
+
+
+def test_an_end_counts_as_a_token_where_the_prompt_is_told(running):
+    """lm-eval asks for one token and leaves the last entry out; an answer that ends at once must have one."""
+    eos = running.engine.config.eos
+    answer = complete(running, prompt=PROMPT, max_tokens=1, echo=True, logprobs=1, logit_bias={str(eos): 100})[
+        "choices"
+    ][0]
+    assert answer["finish_reason"] == "stop" and len(answer["logprobs"]["tokens"]) == len(PROMPT) + 1
+    assert answer["logprobs"]["text_offset"][-1] == len(answer["text"])
+
+
+def test_more_log_probabilities_than_fit_are_refused(running):
+    body = {"prompt": [[0] * 500] * 128, "echo": True, "logprobs": 20, "max_tokens": 0}
+    status, answer = running.post(json.dumps(body).encode(), "/v1/completions")
+    assert status == 400 and answer["error"]["message"].startswith("logprobs: 1,344,000 log probabilities")
+
+
+def test_penalties():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    for penalties, expected in (
+        (Penalties(frequency=1), [0.0, -2, 0, 0.5]),
+        (Penalties(presence=1), [1.0, -2, 0, 0.5]),
+        (Penalties(repetition=2), [1.0, -4, 0.5, 0.5]),
+        (Penalties(repeat=2, last_n=2), [1.0, -2, 0.5, 0.5]),
+        (Penalties(repeat=2, last_n=0), logits.tolist()),
+        (Penalties(repeat=2, last_n=4), [1.0, -4, 0.5, 0.5]),
+    ):
+        made = TokenRules(penalties=penalties).apply(logits, [1], [0, 0, 2], [])
+        assert made.tolist() == expected, penalties
+    assert TokenRules().apply(logits, [1], [0], []) is logits
+    chances = Chance.each(logits[None].expand(2, 4), [0, 3], 2)
+    assert [c.token for c in chances] == [0, 3] and chances[1].best[0][0] == 0
+
+
+def test_penalties_reach_the_answer(running):
+    base = {"prompt": "the the the the", "max_tokens": 40, "ignore_eos": True}
+    plain = complete(running, **base)["choices"][0]["text"]
+    for field, value in (
+        ("frequency_penalty", 2),
+        ("presence_penalty", 2),
+        ("repetition_penalty", 5),
+        ("repeat_penalty", 5),
+    ):
+        other = complete(running, **base, **{field: value})["choices"][0]["text"]
+        assert other != plain, field
+    off = complete(running, **base, repeat_penalty=5, repeat_last_n=0)["choices"][0]["text"]
+    assert off == plain
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["sea", "ship"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_keeps_its_schema(running):
+    pytest.importorskip("llguidance")
+    forms = (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"json_schema": SCHEMA},
+    )
+    for form in forms:
+        answer = complete(running, prompt="A ship: ", max_tokens=400, n=2, **form)
+        for choice in answer["choices"]:
+            made = json.loads(choice["text"])
+            assert choice["finish_reason"] == "stop" and made["name"] in ("sea", "ship") and 0 <= made["n"] <= 99
+    any_json = complete(running, prompt="x", max_tokens=20, response_format={"type": "json_object"})["choices"][0]
+    assert any_json["text"].lstrip().startswith("{")
+    # R1's template begins with reasoning: that is free, and apart from what a program reads.
+    end = running.api.tokenizer.token_to_id("</think>")
+    told = chat(running, max_tokens=400, logit_bias={str(end): 100}, **forms[0])
+    assert told["finish_reason"] == "stop" and json.loads(told["message"]["content"])["name"] in ("sea", "ship")
+    assert "think>" not in json.dumps(told["message"])
+    contradicted = {"prompt": "x", "logit_bias": [[i, False] for i in range(768)], "json_schema": SCHEMA}
+    assert running.post(json.dumps(contradicted).encode(), "/v1/completions")[0] == 500
+
+
+def test_without_the_library_one_line_says_so(running, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    body = {"prompt": "x", "response_format": {"type": "json_object"}}
+    status, answer = running.post(json.dumps(body).encode(), "/v1/completions")
+    assert status == 400 and "pip install 'quantkit[grammar]'" in answer["error"]["message"]
+
+
+@pytest.fixture
+def says(running, monkeypatch):
+    """says(text): the next answer."""
+    ids: list[int] = []
+    monkeypatch.setattr(Job, "choose", lambda job, logits, ends: ids.pop(0) if ids else ends[0])
+    return lambda text: ids.extend(running.api.markers.tokenize(Prompt(text)))
+
+
+def test_reasoning_in_a_field_of_its_own(running, says):
+    text = "It is wide </think>\n\nThe sea <is> wide."
+    says(text)
+    assert chat(running)["message"] == {"role": "assistant", "content": "<think>\n" + text}
+    parts = {"reasoning_content": "It is wide ", "content": "The sea <is> wide."}
+    for field in ({"reasoning_format": "deepseek"}, {"separate_reasoning": True}):
+        says(text)
+        assert chat(running, **field)["message"] == {"role": "assistant", **parts}, field
+    says(text)
+    chunks = running.client().chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, extra_body={"reasoning_format": "deepseek"}
+    )
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    for field, wanted in parts.items():
+        assert "".join(getattr(delta, field, None) or "" for delta in deltas) == wanted
+
+
+V31 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+R1 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
+KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>functions.{}:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("form", [V31, R1, KIMI, HERMES], ids=["V3.1", "R1", "Kimi", "Hermes"])
+def test_calls_of_tools(form):
+    told = form.format("search", '{"query": "the sea", "n": 2}')
+    text = "<think>\nLet me look.</think>\n\nI search. " + told
+    for size in (1, 5, 1000):
+        spoken, fields = Spoken(parted=True, tools=True), {"reasoning_content": "", "content": ""}
+        pieces = [spoken.add(text[at : at + size]) for at in range(0, len(text), size)] + [spoken.rest()]
+        for key in fields:
+            fields[key] = "".join(piece.get(key, "") for piece in pieces)
+        assert fields == {"reasoning_content": "Let me look.", "content": "I search. "}, size
+        (call,) = pieces[-1]["tool_calls"]
+        assert call["function"]["name"] == "search" and call["index"] == 0
+        assert json.loads(call["function"]["arguments"]) == {"query": "the sea", "n": 2}
+    broken = text.replace('"the sea"', "the sea")
+    spoken = Spoken(tools=True)
+    pieces = [spoken.add(broken), spoken.rest()]
+    assert "".join(piece.get("content", "") for piece in pieces) == broken and not spoken.n_calls
+
+
+def test_calls_as_glm_writes_them():
+    two = (
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n<arg_value>x y</arg_value>"
+    )
+    assert calls(f"{two}</tool_call><tool_call>g</tool_call>") == [("f", '{"a": 1, "b": "x y"}'), ("g", "{}")]
+    assert calls("<tool_call>" + "[" * 100_000) is None and calls("<tool_call>") is None
+    assert Spoken().add("<tool_call>") == {"content": "<tool_call>"}
+
+
+def test_tools_where_the_template_describes_them(running, monkeypatch, says):
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+        "{% if false %}<｜tool▁calls▁begin｜>{% endif %}"
+    )
+    monkeypatch.setattr(running.api, "metadata", {**running.api.metadata, "tokenizer.chat_template": template})
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
+    told = V31.format("search", '{"q": 1}')
+    says(told)
+    choice = chat(running, tools=tools)
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "search", "arguments": '{"q": 1}'}
+    says(told)
+    chunks = list(running.client().chat.completions.create(model="tiny", messages=HELLO, tools=tools, stream=True))
+    (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert call.function.name == "search" and chunks[-1].choices[0].finish_reason == "tool_calls"
+    says(told)
+    assert chat(running, tools=tools, tool_choice="none")["message"]["content"] == told
+    body = {"messages": HELLO, "tools": tools, "parallel_tool_calls": False}
+    assert running.post(json.dumps(body).encode())[0] == 400
+
+
+def test_a_prompt_that_is_only_read(running, weights):
+    made = list(generate(open_engine(weights, 1, 64), PROMPT, 4, Sampling(temperature=0)))
+    assert complete(running, prompt=PROMPT, max_tokens=0)["choices"][0]["text"] == ""
+    text = weights.tokenizer().decode(made, skip_special_tokens=False)
+    assert complete(running, prompt=PROMPT, max_tokens=4)["choices"][0]["text"] == text
+    full = [0] * 512
+    assert complete(running, prompt=full, max_tokens=0)["usage"]["prompt_tokens"] == 512
