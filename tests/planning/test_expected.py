@@ -7,7 +7,9 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.job.hardware import Named, machine_of
+from quantkit.job.plan import plan_model
 from quantkit.models import family
+from quantkit.models.open import open_model
 from quantkit.planning import hardware, presets
 from quantkit.planning.arithmetic import OF_IQ1_S, Arithmetic
 from quantkit.planning.assign import make_plan
@@ -59,6 +61,15 @@ def test_arithmetic_binds_where_bytes_do_not(plan, config):
     assert decode(100, 9e9) < decode(100, 91e9)
     machine = Machine(100 * 10**9, 5 * 10**9)
     assert expected(plan, config, machine, hardware.place(plan, config, machine, 1024)) is None
+
+
+def test_a_layer_that_drafts_is_not_waited_for():
+    """Programs do not load it, so it is nowhere, least of all on the CPU."""
+    config = family.from_hf(open_model("deepseek-v3.2").config)
+    machine = Machine(1000 * 10**9, 1000 * 10**9, 91e9, 4.136e12, 3e9, MEASURED)
+    with_it, without = (plan_model("deepseek-v3.2", "unsloth-1.58bit", mtp=mtp) for mtp in (True, False))
+    found = [expected(one, config, machine, hardware.place(one, config, machine, 1024)) for one in (with_it, without)]
+    assert found[0] == pytest.approx(found[1]) and len(with_it.tensors) > len(without.tensors)
 
 
 def test_machines_by_name():
