@@ -79,6 +79,9 @@ def test_numbers_survive_a_file():
     assert again == c
     with pytest.raises(QuantkitError, match=r"deepseek4\.hyper_connection\.count is missing"):
         family.from_gguf({key: value for key, value in said.items() if "hyper_connection.count" not in key})
+    for key, value in (("count", 1 << 31), ("count", 0), ("count", "4"), ("sinkhorn_iterations", 1 << 31)):
+        with pytest.raises(QuantkitError, match=r"residual streams, .* iterations: no such numbers"):
+            family.from_gguf(said | {f"deepseek4.hyper_connection.{key}": value, "tokenizer.ggml.tokens": [""] * 768})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_numbers_survive_a_file():
         ("layer_types", ["sliding_attention"] * 3, "compress_ratios and layer_types do not say the same"),
         ("mlp_layer_types", ["moe", "hash_moe", "moe"], "mlp_layer_types is not of 3 layers, first hash_moe, then moe"),
         ("hc_mult", 2, "hc_mult 2 is not supported, only 4"),
+        ("hc_sinkhorn_iters", 10**9, "4 residual streams, 1000000000 iterations: no such numbers"),
         ("num_key_value_heads", 8, "num_key_value_heads 8 is not supported, only 1"),
         ("scoring_func", "sigmoid", "scoring_func 'sigmoid' is not supported, only 'sqrtsoftplus'"),
         ("o_groups", 3, "8 heads do not fall into 3 equal groups"),
