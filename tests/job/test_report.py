@@ -26,6 +26,7 @@ from quantkit.job.report.compare import write_comparison
 from quantkit.job.report.figures import FIGURES
 from quantkit.job.report.material import Material
 from quantkit.job.report.page import verdict, write_report
+from quantkit.job.status import status
 from quantkit.models.open import open_weights
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
@@ -136,6 +137,7 @@ def test_a_baseline_that_was_stopped_while_it_was_judged_is_not_encoded_again(fo
     monkeypatch.setattr(stages, "verify_file", stopped)
     with pytest.raises(QuantkitError, match="stopped"):
         stages.score_by_ggml(open_weights("tiny-r1"), *given)
+    assert any("(baseline/tiny-r1-small.gguf)" in line for line in status(tmp_path))
     monkeypatch.setattr(stages.GgmlEncoder, "__call__", stopped)
     monkeypatch.setattr(stages, "verify_file", lambda path, *_, **__: {"bytes": path.stat().st_size})
     assert stages.score_by_ggml(open_weights("tiny-r1"), *given)["bytes"] > 4_000_000
