@@ -15,9 +15,10 @@ from quantkit.evaluation import configuration
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.job.make import order_of
 from quantkit.job.options import MakeOptions
-from quantkit.job.plan import plan_model
+from quantkit.job.plan import as_stored, plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model, open_weights
 from quantkit.planning import published
@@ -56,6 +57,17 @@ def test_published_names_and_bits_are_read():
             assert torch.equal(checkpoint.read_ids(name, 0, len(weight), 8), weight.int())
         else:
             assert torch.equal(checkpoint.read(name), weight)
+
+
+def test_a_stack_is_a_copy_only_if_all_of_it_is_fp4():
+    checkpoint = Checkpoint.open(made().folder)
+    specs = family.specs(family.from_hf(checkpoint.config))
+    stack = next(spec for spec in specs if spec.role == "ffn_up_exps")
+    assert as_stored([stack], checkpoint)[0].exact == "MXFP4"
+    last = checkpoint.entry(stack.sources[-1])
+    other = TensorEntry("BF16", last.shape, last.file, last.begin, last.end)
+    checkpoint.tensors = {**checkpoint.tensors, stack.sources[-1]: other}
+    assert as_stored([stack], checkpoint)[0].exact is None
 
 
 def test_transformers_reads_config_json_as_we_do():
