@@ -23,7 +23,7 @@ from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gr
 from quantkit.calibration.measure import calibrate
 from quantkit.calibration.options import check_length
 from quantkit.calibration.state import PassState
-from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
+from quantkit.encoding.jobs import GgmlEncoder, Output, check_output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
 from quantkit.encoding.saved import KEPT_ROLE
 from quantkit.errors import QuantkitError
@@ -109,6 +109,7 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    check_output(checkpoint, order.out)
     if options.baseline:
         check_baseline(order.encoder, options.recover, options.verify)
     check_backward(order.work.config, options.recover, options.effort == "best" and order.encoder == "quantkit")
