@@ -103,6 +103,7 @@ def writing(path: Path, shapes: Shapes, about: Mapping[str, str] | None = None) 
             rename(part, path)
         ranks.barrier()
         _known.add(_identity(path.stat()))
+        ranks.barrier()  # before rank 0 gives it another name
     except OSError as error:
         raise QuantkitError(f"{path}: cannot write ({error.strerror}); run again to resume") from None
     finally:

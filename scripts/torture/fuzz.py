@@ -418,7 +418,7 @@ class Files:
             try:
                 body = requests.parse(data, kind, CONTEXT)
                 if isinstance(body, ChatBody):
-                    texts: list = [chat_prompt(ChatTemplate(self.words), self.markers, body)[0]]
+                    texts: list = [chat_prompt(ChatTemplate(self.words), self.markers, body).prompt]
                 else:
                     texts = [Prompt(text) if isinstance(text, str) else text for text in body.prompts()]
                 for text in texts:

@@ -31,8 +31,9 @@ class Terminal:
         """What is shown until then, which is then taken as read."""
         until = time.monotonic() + seconds
         while for_text not in self.shown:
-            ready, _, _ = select.select([self.screen], [], [], max(0.0, until - time.monotonic()))
-            assert ready, f"no {for_text!r} in {self.shown!r}"
+            screen = select.poll()  # any number of files may be open here
+            screen.register(self.screen, select.POLLIN)
+            assert screen.poll(1000 * max(0.0, until - time.monotonic())), f"no {for_text!r} in {self.shown!r}"
             try:
                 self.shown += os.read(self.screen, 4096).decode(errors="replace")
             except OSError:  # the program has ended

@@ -22,7 +22,7 @@ from quantkit.formats.sensitivity import Sensitivity
 from quantkit.job.folder import PROVENANCE, claim
 from quantkit.job.plan import plan_model
 from quantkit.job.publish.folder import read_folder
-from quantkit.job.report import Material
+from quantkit.job.report.material import Material
 from quantkit.models.family import PRE
 from quantkit.models.tokenizer_metadata import read_tokenizer
 from quantkit.planning.recipe import Recipe
@@ -120,6 +120,7 @@ OWN = {  # reads only what this process, its package or the kernel wrote
     "formats/ledger.py",
     "formats/part_file.py",
     "calibration/corpus.py",
+    "evaluation/behaviour/tasks.py",
     "evaluation/oracles/llama.py",
     "job/publish/card.py",
     "container.py",
@@ -130,6 +131,7 @@ OWN = {  # reads only what this process, its package or the kernel wrote
     "machine.py",
     "remote/cache.py",
     "runtime/room.py",
+    "serving/extras.py",
 }
 
 

@@ -139,8 +139,8 @@ def test_run_computes_as_the_original(int4, copied):
 def test_start_commands_have_the_flags(int4, tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(HEAD + rule("*", "Q8_0"))
-    lines = hardware_report(int4, [str(recipe)], "llama.cpp", Machine(1 << 34), 512, 4).splitlines()
-    starts = [line for line in lines if "llama-server" in line]
+    report = hardware_report(int4, [str(recipe)], "llama.cpp", Machine(1 << 34), 512, 4)
+    starts = [" ".join(line.split()) for line in report.replace("\\\n", " ").splitlines() if "llama-server" in line]
     assert starts and all(line.endswith("--yarn-beta-fast 1 --yarn-beta-slow 1") for line in starts)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.behaviour.items import Item
+from quantkit.formats.byte_source import read_whole
 from quantkit.progress import clock, say, track
 from quantkit.runtime.generate import Engine, Sampling
 from quantkit.serving.logits import TokenRules
@@ -36,7 +37,7 @@ class Notes:
         self.found: dict[str, Any] = {}
         self.n_before = 0
         head, good = json.dumps({"of": dict(of)}, sort_keys=True), b""
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = read_whole(path, "record").splitlines(keepends=True) if path.exists() else []
         if lines and lines[0] == head.encode() + b"\n":
             for line in lines[1:]:
                 try:
