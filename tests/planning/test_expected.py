@@ -48,6 +48,16 @@ def test_the_machine_that_was_measured(plan, config, vram, layers, decode, promp
     assert found.decode < hardware.speed(plan, config, machine, placed).tokens_per_second
 
 
+def test_an_mtp_layer_is_not_read():
+    """It lies in the file, and neither a token of the main model nor its prompt passes it."""
+    config = family.from_hf(open_model("deepseek-v3.2").config)
+    machine, speeds = Machine(400 * 10**9, 24 * 10**9, 91e9, 4.136e12, 3e9, MEASURED), []
+    for mtp in (True, False):
+        plan = plan_model("deepseek-v3.2", "unsloth-1.58bit", mtp=mtp)
+        speeds.append(expected(plan, config, machine, hardware.place(plan, config, machine, 1024)))
+    assert speeds[0] == pytest.approx(speeds[1])
+
+
 def test_arithmetic_binds_where_bytes_do_not(plan, config):
     """Cores that are half as fast take nearly twice as long, whatever the memory gives; a GPU's bandwidth does not
     matter to experts on the CPU."""
