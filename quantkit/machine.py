@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of CUDA, of CUDA in Wind
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # torch, BLAS and MKL; tokenizers
 
 _told: int | None = None  # threads, by `use_threads`
+_setting = threading.Lock()  # by `one_thread_here`
 
 
 def ram() -> int:
@@ -85,6 +87,19 @@ def use_threads(n: int) -> None:
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(_told)))
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(_told)
+
+
+def one_thread_here() -> None:
+    """torch divides no product of the thread that calls this. What it sets is also what threads get that begin later:
+    for them it is put back, by a thread of its own, since a thread that sets it takes it."""
+    import torch
+
+    with _setting:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        others = threading.Thread(target=torch.set_num_threads, args=(before,))
+        others.start()
+        others.join()
 
 
 def bound_threads() -> None:

@@ -146,7 +146,7 @@ class Scheduler:
         self.free = list(range(engine.n_slots))
         self.clock = Clock()
         self.samplers = ThreadPoolExecutor(
-            min(SAMPLERS, machine.threads()), "quantkit-sampler", torch.set_num_threads, (1,)
+            min(SAMPLERS, machine.threads()), "quantkit-sampler", machine.one_thread_here
         )
         self.closed = False
         self.changed = threading.Condition()

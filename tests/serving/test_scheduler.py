@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from quantkit.machine import one_thread_here
 from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling
@@ -106,6 +109,20 @@ def test_tokens_come_within_a_piece(weights, monkeypatch):
         done(second, 3)
     assert len(within) >= 2 * engine.config.n_layer and set(within) == {1}
     assert [first.made, second.made] == [job.made for job in alone]
+
+
+def test_threads_that_choose_tokens_leave_others_theirs():
+    """An engine that is opened later computes in a thread that begins later."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4, initializer=one_thread_here) as pool:
+            found = list(pool.map(lambda _: time.sleep(0.01) or torch.get_num_threads(), range(16)))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+        assert set(found) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -105,9 +105,11 @@ class Ring:
                     matrices = ahead.popleft().result()
                     if self.on_gpu:
                         torch.cuda.current_stream().wait_event(self.copied[i % SLOTS])
-                    yield w.first + begin, matrices
-                    if self.on_gpu:
-                        self.used[i % SLOTS].record()
+                    try:
+                        yield w.first + begin, matrices
+                    finally:  # also of the last one that is asked for
+                        if self.on_gpu:
+                            self.used[i % SLOTS].record()
                     if i + SLOTS < len(plan):
                         ahead.append(move(i + SLOTS))
             finally:
