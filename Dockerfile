@@ -5,6 +5,7 @@
 #
 #   docker run --rm -v "$PWD:/work" quantkit make --recipe 1.58bit
 #   docker run --rm --gpus all -v "$PWD:/work" -v /models:/models:ro quantkit:cuda make /models/DeepSeek-R1 -o /work/r1
+#   docker run --rm -p 127.0.0.1:8000:8000 -e QUANTKIT_API_KEY -v "$PWD:/work" quantkit serve FILE --host 0.0.0.0
 FROM python:3.11-slim
 
 # Both compile on first use: experts in C for the processor, Triton's launchers for the GPU.
@@ -14,7 +15,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 ARG TORCH=cpu
 COPY . /src
 RUN pip install --no-cache-dir -c /src/.ci/constraints.txt --index-url "https://download.pytorch.org/whl/${TORCH}" torch \
-    && pip install --no-cache-dir -c /src/.ci/constraints.txt "/src[serve,plots,data]" \
+    && pip install --no-cache-dir -c /src/.ci/constraints.txt "/src[serve,grammar,plots,data]" \
     && rm -rf /src
 
 WORKDIR /work

@@ -178,16 +178,18 @@ class Door:
 @options.threads
 def serve(file: Path, door: Door, context: int, parallel: int, placement: Placement) -> None:
     """Serve a GGUF to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models; a page to chat on at /."""
+    with needs("serve"):
+        from quantkit.serving.gate import Gate
+
+    host, *names = door.host.split(",")
+    gate = Gate.of(host, names, door.api_key, door.cors.split(","))  # before anything heavy is loaded
+    with needs("serve"):
+        from quantkit.serving import http
+
     from quantkit.machine import chosen_device
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
 
-    with needs("serve"):
-        from quantkit.serving import http
-        from quantkit.serving.gate import Gate
-
-    host, *names = door.host.split(",")
-    gate = Gate.of(host, names, door.api_key, door.cors.split(","))
     show_placement()
     weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)

@@ -196,6 +196,7 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
 @click.argument("file", type=MODEL_FILE)
 @click.option(
     "--reference",
+    type=MODEL,
     default="tiny-r1",
     show_default=True,
     metavar="MODEL",

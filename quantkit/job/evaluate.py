@@ -61,12 +61,14 @@ def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dic
     _check_alike(path, reference, config.n_vocab, config.d, checkpoint)
     amount = Amount(how.amount.continuations, how.amount.n_tokens, min(how.amount.context, config.n_context))
     items = Tasks(file.metadata, tokenizer, config.bos, amount).items()
+    capacity = max(len(item.prompt) + item.n_tokens for item in items) + 1
+    _check_room(capacity, config.n_context, how.amount, out)
     whose = checkpoint.fingerprint() if checkpoint else GGUFFile.open(Path(reference)).fingerprint()
-    about = {"original": whose, "amount": asdict(amount)}
+    asked = hashlib.sha256(repr(items).encode()).hexdigest()  # another chat template or version asks something else
+    about = {"original": whose, "amount": asdict(amount), "asked": asked}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     theirs = Notes(out.with_name(f"evaluate-original-{name}.jsonl"), about)  # other files are compared with the same
     ours = Notes(out.with_suffix(".jsonl"), about | {"file": file.fingerprint()})
-    capacity = max(len(item.prompt) + item.n_tokens for item in items) + 1
     long = [item for item in items if item.kind in ("text", "chat", "code")]
     if _left(items, theirs):
         with _original(reference, checkpoint, how, capacity) as engine:
@@ -101,6 +103,18 @@ def _write(side: str, engine: Engine, items: Sequence[Item], notes: Notes, n_rea
             say(f"{side}: {len(items) - len(left):,} of {len(items):,} continuations are there already")
         announce(side, engine, left, n_read)
         write(side, engine, items, notes)
+
+
+def _check_room(capacity: int, n_context: int, amount: Amount, out: Path) -> None:
+    if capacity > n_context:
+        raise QuantkitError(
+            f"--tokens {amount.n_tokens} --context {amount.context}: a prompt and its continuation take {capacity:,} "
+            f"tokens, more than the {n_context:,} that the model was made for"
+        )
+    if out.suffix == ".jsonl":
+        raise QuantkitError(
+            f"--json {out}: continuations lie in the .jsonl beside the figures; name it {out.stem}.json"
+        )
 
 
 def _check_alike(path: Path, reference: str, n_vocab: int, d: int, checkpoint: Checkpoint | None) -> None:

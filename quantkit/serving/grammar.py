@@ -1,10 +1,14 @@
 """Answers that are JSON, by a schema if the request has one: which tokens may come next is llguidance's business.
 
-The library is an extra. It bounds its own work, by steps that it counts: a schema that needs more is refused, and an
-answer that comes to need more ends.
+The library is an extra. It bounds most of its work, by steps that it counts: a schema that needs more is refused, and
+an answer that comes to need more ends. What it does before it counts is tried in a process that can be ended
+(`serving/trial.py`).
 """
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +19,21 @@ import torch
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError, needs
+from quantkit.serving import trial
 from quantkit.serving.refusals import Refused
+from quantkit.serving.renderer import INHERITED
 
 LONGEST = 64 << 10  # characters of a schema
 MOST_STATES = 50_000  # of the lexer of one answer, about 2 kB each
 SPACE = r"[ \n\t]{0,40}"  # a small model that may write spaces without end, does
 ANY_OBJECT = {"type": "object"}
+TOO_HARD = (
+    "the schema takes more than a second, or too much memory, to be made ready; a smaller multipleOf, or fewer "
+    "patterns that hold at once, take less"
+)
 THOUGHT = "</think>"
+SECONDS = 3.0  # for trying a schema, on a busy machine
+TRIED = 256  # schemas that are remembered to be harmless
 TAIL = 24  # tokens at the end of an answer in which the end of its reasoning is looked for
 
 
@@ -98,6 +110,7 @@ class Grammars:
         self.tokenizer, self.n_vocab, self.ends = tokenizer, n_vocab, list(ends)
         self.lock = threading.Lock()
         self.vocabulary: Any = None
+        self.tried: dict[str, None] = {}  # the last one last
 
     def of(self, schema: Mapping[str, Any]) -> Any:
         """llguidance's matcher, of which each answer takes a copy. Refused for a schema that is none, that the library
@@ -110,6 +123,7 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > LONGEST:
             raise _refused(f"a schema of {len(text):,} characters is longer than {LONGEST:,}")
+        self._try(text)
         with self.lock:
             if self.vocabulary is None:
                 self.vocabulary = llguidance.LLTokenizer(
@@ -127,6 +141,39 @@ class Grammars:
             raise _refused(matcher.get_error().splitlines()[0][:300])
         return matcher
 
+    def _try(self, text: str) -> None:
+        with self.lock:
+            known = text in self.tried
+        if not known:
+            _try(text)
+        with self.lock:
+            self.tried.pop(text, None)
+            self.tried[text] = None
+            if len(self.tried) > TRIED:
+                del self.tried[next(iter(self.tried))]
+
     def constraint(self, matcher: Any, thinking: bool) -> Constraint:
         """For one answer."""
         return Constraint(matcher.deep_copy(), self.tokenizer, thinking)
+
+
+def _try(text: str) -> None:
+    """Refused for a schema that takes too long, or too much memory, to be made ready."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", trial.__file__],
+            input=json.dumps({"schema": text, "space": SPACE, "states": MOST_STATES}).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in INHERITED if name in os.environ},
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _refused(TOO_HARD) from None
+    except OSError as error:
+        raise Refused(503, f"the process that tries schemas does not start ({error.strerror})") from None
+    if done.returncode:
+        raise (
+            _refused(TOO_HARD) if done.returncode < 0 else Refused(503, "the process that tries schemas does not start")
+        )

@@ -31,7 +31,7 @@ from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_conn
 from quantkit.serving.desk import Desk, Settings
 from quantkit.serving.extras import Extras
 from quantkit.serving.gate import Gate
-from quantkit.serving.lanes import Lanes
+from quantkit.serving.lanes import SHORT, Lanes
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.markers import Prompt
 from quantkit.serving.metrics import ANSWERS
@@ -197,7 +197,7 @@ class Api(Desk):
             ready = Ready([self.ids(made.prompt)], [opening], self._rules(body), self._matcher(body))
             return replace(ready, thinking=bool(made.begun), parted=parted, tools=made.tools)
 
-        answers = self._start(request, body, await self.lanes.render(size, prepare), body.n_tokens())
+        answers = self._start(request, body, await self.lanes.render(weight(body, size), prepare), body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
 
     async def completion(self, request: Request) -> Response:
@@ -213,7 +213,7 @@ class Api(Desk):
                 openings = [self._echo(*each, rules.of_prompt) for each in zip(prompts, ids, strict=True)]
             return Ready(ids, openings, rules, self._matcher(body))
 
-        made, asked = await self.lanes.tokenize(size, prepare), body.max_tokens_given()
+        made, asked = await self.lanes.tokenize(weight(body, size), prepare), body.max_tokens_given()
         answers = self._start(request, body, made, body.n_tokens() if asked else COMPLETION_TOKENS)
         return await reply(request, body, answers, CompletionForm(), self.name)
 
@@ -228,6 +228,11 @@ class Api(Desk):
         for token in ids[unshown:]:
             pieces.add(token)
         return Opening(text, pieces.starts, unshown)
+
+
+def weight(body: Body, size: int) -> int:
+    """Bytes of a request, by which it gets its lane: short ones do not wait for a schema to be made ready."""
+    return size if body.schema_wanted() is None else max(size, SHORT + 1)
 
 
 def echoes(body: Body) -> bool:
@@ -281,7 +286,7 @@ def server(api: Api) -> Server:
         lifespan="on",
         server_header=False,
     )
-    log_seldom("uvicorn.error", "asyncio")
+    log_seldom("uvicorn.error", "asyncio", "quantkit.serving.scheduler")
     made = Server(config)
     made.lanes = api.lanes
     return made

@@ -26,6 +26,7 @@ PATHS = {
 SILENT = ("health", "metrics")  # asked every few seconds: counted, not logged
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds
 WAITING_LINES = 256
+LEFT = 499  # a status: the client went before it had an answer
 REFUSED_EVERY = 1.0  # seconds between two lines of refused requests
 
 
@@ -80,7 +81,7 @@ class Journal:
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            status, begin = 499, time.monotonic()
+            status, begin = LEFT, time.monotonic()
 
             async def sent(message: Message) -> None:
                 nonlocal status
@@ -90,6 +91,9 @@ class Journal:
 
             try:
                 await app(scope, receive, sent)
+            except Exception:  # whoever is further out answers
+                status = 500 if status == LEFT else status
+                raise
             finally:
                 self.note(PATHS.get(scope["path"], "other"), status, begin, scope.get(ANSWERS, ()))
 

@@ -308,4 +308,5 @@ class Scheduler:
             self.running.remove(job)
             self.prompts = [other for other in self.prompts if other is not job]
             self.free.append(job.slot)
+        job.constraint = None  # its states may take 100 MB, and a request may have many answers
         job.emit(None, why)

@@ -12,18 +12,12 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 OPENINGS = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<|tool_calls_section_begin|>", "<tool_call>")
 """With what calls begin; all that follows in an answer is calls."""
 
-_DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|\Z)", re.DOTALL)
-_KIMI = re.compile(
-    r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)(?:<\|tool_call_end\|>|\Z)", re.DOTALL
-)
-_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_BLOCK = re.compile(r"^\s*(\S+)\s*```(?:json)?\s*(.*?)\s*```\s*$", re.DOTALL)
+_NAME = re.compile(r"[\w.:-]{1,256}")
 
 MOST_CALLS = 128
 
@@ -35,14 +29,14 @@ def taught(template: str) -> bool:
 
 def calls(text: str) -> list[tuple[str, str]] | None:
     """(name, arguments as JSON) of each call in a text that begins with an opening; None if any of it is not a call
-    with an object as its arguments: then the whole is text."""
+    with an object as its arguments: then the whole is text. In time that grows as the text does, whatever it is."""
     found = []
     for name, arguments in _pairs(text):
         try:
-            whole = isinstance(json.loads(arguments), dict)
+            whole = isinstance(_loads(arguments), dict) and bool(arguments.encode())  # no half of a surrogate pair
         except (ValueError, RecursionError):
             whole = False
-        if not whole or not re.fullmatch(r"[\w.:-]{1,256}", name):
+        if not whole or not _NAME.fullmatch(name):
             return None
         found.append((name, arguments))
         if len(found) > MOST_CALLS:
@@ -51,30 +45,63 @@ def calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    for kind, rest in _DEEPSEEK.findall(text):
-        block = _BLOCK.match(rest) if kind.strip() == "function" else None
-        yield (block[1], block[2]) if block else (kind.strip(), rest.strip())
-    for name, arguments in _KIMI.findall(text):
+    for kind, rest, _ in _parts(text, "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"):
+        yield _block(rest) if kind.strip() == "function" else (kind.strip(), rest.strip())
+    for name, arguments, _ in _parts(text, "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"):
         yield name.strip().removeprefix("functions.").partition(":")[0], arguments.strip()
-    for inside in _TAGGED.findall(text):
-        yield _tagged(inside.strip())
+    for _, inside, ended in _parts(text, "<tool_call>", "", "</tool_call>"):
+        yield _tagged(inside.strip(), ended)
 
 
-def _tagged(inside: str) -> tuple[str, str]:
+def _parts(text: str, begin: str, middle: str, end: str) -> Iterator[tuple[str, str, bool]]:
+    """What stands before and after `middle`, from each `begin` to the `end` that follows, or that of the text; and
+    whether there was one."""
+    at = 0
+    while (at := text.find(begin, at)) >= 0 and (split := text.find(middle, at + len(begin))) >= 0:
+        stop = text.find(end, split + len(middle))
+        ended, stop = stop >= 0, stop if stop >= 0 else len(text)
+        yield text[at + len(begin) : split], text[split + len(middle) : stop], ended
+        at = stop + len(end) * ended
+
+
+def _block(text: str) -> tuple[str, str]:
+    """A name, then JSON in a block of Markdown."""
+    name, _, rest = text.partition("```")
+    inside, fence, after = rest.removeprefix("json").rpartition("```")
+    return (name.strip(), inside.strip()) if fence and not after.strip() else ("", "")
+
+
+def _tagged(inside: str, ended: bool) -> tuple[str, str]:
+    """ended: by its tag. As GLM writes it, a call that was cut short looks like one with fewer arguments."""
     if not inside.startswith("{"):
-        pairs = {key.strip(): _value(value.strip()) for key, value in _PAIR.findall(inside)}
-        return inside.partition("<arg_key>")[0].strip(), json.dumps(pairs, ensure_ascii=False)
+        name, begin, rest = inside.partition("<arg_key>")
+        pairs, rest = {}, begin + rest
+        for key, value, whole in _parts(rest, "<arg_key>", "</arg_key>", "</arg_value>"):
+            opened, tag, told = value.partition("<arg_value>")
+            if not whole or not tag or opened.strip():
+                return "", ""
+            pairs[key.strip()] = _value(told.strip())
+        return (name.strip(), json.dumps(pairs, ensure_ascii=False)) if ended else ("", "")
     try:
-        told = json.loads(inside)
+        told = _loads(inside)
+        given = told.get("arguments", told.get("parameters"))
+        return str(told.get("name", "")), given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     except (ValueError, RecursionError):
         return "", ""
-    given = told.get("arguments", told.get("parameters"))
-    return str(told.get("name", "")), given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def _value(text: str) -> Any:
     """GLM writes strings as they are, all else as JSON."""
     try:
-        return json.loads(text)
+        return _loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _loads(text: str) -> Any:
+    """JSON without Python's NaN and Infinity, which other programs cannot read. ValueError for what is none."""
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)

@@ -97,6 +97,14 @@ def said(text: str, role: str = "user") -> bytes:
     return json.dumps({"messages": [{"role": role, "content": text}], "max_tokens": 1}).encode()
 
 
+def formed(schema: object) -> bytes:
+    """A text that has to keep a schema."""
+    return json.dumps({"prompt": "x", "max_tokens": 8, "json_schema": schema}).encode()
+
+
+WORDS = "a1 <" * 100_000
+PATTERNS = {"allOf": [{"type": "string", "pattern": f".*{a}.*{b}.*"} for a in "abcdef" for b in "ghij"]}
+ECHO = {"prompt": [0] + [50] * 3000, "max_tokens": 0, "echo": True, "logprobs": 5}
 ATTACKS = [
     Attack("nothing", lambda _: time.sleep(0.1), 1),
     Attack("template that never ends", sends(CHAT, said("x")), 8, HANGS, (TEXT,)),
@@ -119,6 +127,12 @@ ATTACKS = [
     Attack("400,000 biases", sends(TEXT, b'{"prompt": "x", "logit_bias": {' + b'"1":1,' * 400_000 + b'"1":1}}'), 8),
     Attack("connections without a request", idle, 4),
     Attack("clients that hang up", hang_up, 3),
+    Attack("schema of a multiple of 9 digits", sends(TEXT, formed({"type": "integer", "multipleOf": 99_999_989})), 4),
+    Attack("schema of 24 patterns at once", sends(TEXT, formed(PATTERNS)), 4),
+    Attack("schema of 2,000 properties", sends(TEXT, formed({"properties": {f"p{i}": {} for i in range(2000)}})), 4),
+    Attack("log probabilities of 3,000 tokens", sends(TEXT, json.dumps(ECHO).encode()), 4),
+    Attack("text to be tokenized", sends("/tokenize", json.dumps({"content": WORDS, "with_pieces": True}).encode()), 8),
+    Attack("ids to be detokenized", sends("/detokenize", json.dumps({"tokens": [50] * 16_000}).encode()), 8),
     Attack("three prompts of 16,000 tokens", sends(TEXT, json.dumps(LONG).encode()), 3),
 ]
 

@@ -8,9 +8,11 @@ from click.testing import CliRunner
 from mutations import Model, on_matrix, zero
 
 from quantkit.__main__ import main
-from quantkit.evaluation.behaviour import judge, rates
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.behaviour import judge, rates, tasks
 from quantkit.evaluation.behaviour.items import Amount
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
+from quantkit.job import evaluate as evaluating
 from quantkit.runtime.sources.gguf import open_gguf
 
 AMOUNT = ("-n", "16", "--tokens", "40", "-c", "256", "--device", "cpu", "--parallel", "16")
@@ -100,6 +102,28 @@ def test_a_dropped_expert_is_named(path, folder, tmp_path):
 def test_another_model_is_refused(path, tmp_path):
     done = CliRunner().invoke(main, ["evaluate", str(path), "--reference", "deepseek-r1"])
     assert done.exit_code == 1 and "description without weights" in done.output
+
+
+def test_what_cannot_be_asked_is_refused_at_once(path, tmp_path):
+    done = CliRunner().invoke(main, ["evaluate", str(path), "--tokens", "200000"])
+    assert done.exit_code == 1 and "more than the 163,840 that the model was made for" in done.output
+    done = run(path, tmp_path / "x.jsonl")
+    assert done.exit_code == 1 and "name it x.json" in done.output
+
+
+def test_other_questions_are_not_answered_by_old_notes(path, tmp_path, monkeypatch):
+    """Another chat template, another version of quantkit: the original has to write again."""
+    asked = []
+
+    def notes(place, about):
+        asked.append((place.name, about))
+        raise QuantkitError("seen enough")
+
+    monkeypatch.setattr(evaluating, "Notes", notes)
+    for n_shots in (tasks.SHOTS, tasks.SHOTS, tasks.SHOTS + 1):
+        monkeypatch.setattr(tasks, "SHOTS", n_shots)
+        assert "seen enough" in run(path, tmp_path / "x.json").output
+    assert asked[0] == asked[1] and asked[0][0] != asked[2][0] and asked[0][1] != asked[2][1]
 
 
 def test_judges():

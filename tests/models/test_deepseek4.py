@@ -47,6 +47,14 @@ def test_reference_is_transformers_model(ratios, top_k):
     assert found < 1e-6
 
 
+def test_texts_shorter_than_an_entry():
+    """What comes later changes nothing: a text that ends before its first entry of 128 tokens, or of 4."""
+    small = made()
+    source = CheckpointSource(Checkpoint.open(small.folder))
+    for n in (100, 3):
+        assert divergence(small.logits[:, :n], streamed(source, small.tokens[:, :n])) < 1e-6
+
+
 def test_published_names_and_bits_are_read():
     small = made()
     checkpoint = Checkpoint.open(small.folder)

@@ -73,6 +73,15 @@ def test_arithmetic_binds_where_bytes_do_not(plan, config):
     assert expected(plan, config, machine, hardware.place(plan, config, machine, 1024)) is None
 
 
+def test_a_layer_that_drafts_is_not_waited_for():
+    """Programs do not load it, so it is nowhere, least of all on the CPU."""
+    config = family.from_hf(open_model("deepseek-v3.2").config)
+    machine = Machine(1000 * 10**9, 1000 * 10**9, 91e9, 4.136e12, 3e9, MEASURED)
+    with_it, without = (plan_model("deepseek-v3.2", "unsloth-1.58bit", mtp=mtp) for mtp in (True, False))
+    found = [expected(one, config, machine, hardware.place(one, config, machine, 1024)) for one in (with_it, without)]
+    assert found[0] == pytest.approx(found[1]) and len(with_it.tensors) > len(without.tensors)
+
+
 def test_machines_by_name():
     assert presets.gpu("NVIDIA RTX_4090") is presets.GPUS["4090"] and presets.gpu("a100").vram == 80 << 30
     assert presets.like("NVIDIA A100-SXM4-80GB") is presets.GPUS["a100"] and presets.like("TITAN V") is None

@@ -1,6 +1,8 @@
 """What clients get beside text: log probabilities of prompts, penalties, formats, calls of tools, reasoning apart."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,6 +195,20 @@ def test_reasoning_in_a_field_of_its_own(running, says):
         assert "".join(getattr(delta, field, None) or "" for delta in deltas) == wanted
 
 
+@pytest.mark.parametrize("hard", ["multiple", "patterns"])
+def test_a_schema_that_takes_gigabytes_is_refused(running, hard):
+    """And others are answered meanwhile."""
+    patterns = [{"type": "string", "pattern": f".*{a}.*{b}.*"} for a in "abcdef" for b in "ghij"]
+    schema = {"multiple": {"type": "integer", "multipleOf": 99_999_989}, "patterns": {"allOf": patterns}}[hard]
+    body = json.dumps({"messages": HELLO, "max_tokens": 1, "json_schema": schema}).encode()
+    with ThreadPoolExecutor(1) as pool:
+        asked, begin = pool.submit(running.post, body), time.monotonic()
+        chat(running, max_tokens=1)
+        assert not asked.done() and time.monotonic() - begin < 5
+        status, answer = asked.result()
+    assert status == 400 and "takes more than a second" in answer["error"]["message"], answer
+
+
 V31 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
 R1 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
 KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>functions.{}:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
@@ -224,7 +240,28 @@ def test_calls_as_glm_writes_them():
     )
     assert calls(f"{two}</tool_call><tool_call>g</tool_call>") == [("f", '{"a": 1, "b": "x y"}'), ("g", "{}")]
     assert calls("<tool_call>" + "[" * 100_000) is None and calls("<tool_call>") is None
+    assert calls(two) is None and calls("<tool_call>g") is None  # cut short: arguments, or the name, may be missing
+    assert calls(f"{two.removesuffix('</arg_value>')}</tool_call>") is None
     assert Spoken().add("<tool_call>") == {"content": "<tool_call>"}
+
+
+@pytest.mark.parametrize(
+    "begin", ["<｜tool▁call▁begin｜>", "<|tool_call_begin|>", "<tool_call>f<arg_key>", "<arg_key>"]
+)
+def test_calls_that_never_end_take_no_time(begin):
+    """A logit bias can make a model say that, and the event loop waits."""
+    begun = time.monotonic()
+    assert calls("<tool_call>f" + begin * 50_000) is None
+    told = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>" + " ``` \n" * 50_000
+    assert calls(told + "x") is None and time.monotonic() - begun < 3
+
+
+def test_arguments_that_no_client_can_read_are_text():
+    for value in ("NaN", "-Infinity", r'"\ud800"'):
+        assert calls(HERMES.format("f", f'{{"a": {value}}}')) is None, value
+        assert calls(V31.format("f", f'{{"a": {value}}}')) is None or value[0] == '"'
+    glm = "<tool_call>f<arg_key>a</arg_key><arg_value>NaN</arg_value></tool_call>"
+    assert calls(glm) == [("f", '{"a": "NaN"}')]
 
 
 def test_tools_where_the_template_describes_them(running, monkeypatch, says):
