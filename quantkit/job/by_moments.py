@@ -75,8 +75,8 @@ def quantize_file(checkpoint: Checkpoint, plan: Plan, imatrix: Path, out: Path, 
         return quantize_model(checkpoint, plan, imatrix, out, how, why="")  # said before
     source = check_quantize(checkpoint, plan, imatrix, how)
     fitted, output = output_of(checkpoint, plan, imatrix, out, how)
-    known = {"moments": check_moments(how.by_moments, source), "encoder": f"quantkit {how.effort}"}
-    with locked(out.parent):
+    with locked(out.parent), locked(how.by_moments, shared=True):  # nobody calibrates there meanwhile
+        known = {"moments": check_moments(how.by_moments, source), "encoder": f"quantkit {how.effort}"}
         output = replace(output, fingerprint={**output.fingerprint, **known})
         return quantize_by_moments(source, plan, fitted, how.by_moments, output, how.effort)
 

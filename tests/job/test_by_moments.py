@@ -1,6 +1,7 @@
 """`calibrate --moments`, then `quantize --moments`: the bytes that `make` chooses in one pass."""
 
 import errno
+import fcntl
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from quantkit.encoding import saved
 from quantkit.encoding.saved import MATRICES, ROWS, Keeper, Kept, experts_path, moments_path
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.oracles import hf
-from quantkit.formats import sealed
+from quantkit.formats import lock, sealed
 from quantkit.job.by_moments import quantize_file
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
@@ -151,6 +152,9 @@ def test_what_does_not_fit_is_refused_in_one_line(whole, source, tmp_path, monke
     folder = kept_in(tmp_path, source)
     with pytest.raises(QuantkitError, match="--encoder quantkit needs second moments: run `quantkit calibrate"):
         stage(whole, tmp_path, tmp_path / "o.gguf", encoder="quantkit", moments=None)
+    with open(folder / lock.NAME, "w") as other, pytest.raises(QuantkitError, match=r"moments: .* at work here"):
+        fcntl.flock(other, fcntl.LOCK_EX)  # as `calibrate --moments` has it
+        stage(whole, tmp_path, tmp_path / "o.gguf")
     path = experts_path(folder, 2)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
