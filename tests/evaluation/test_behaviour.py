@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.behaviour import judge, rates, tasks
 from quantkit.evaluation.behaviour.items import Amount
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
+from quantkit.evaluation.behaviour.writing import Notes
 from quantkit.job import evaluate as evaluating
 from quantkit.runtime.sources.gguf import open_gguf
 
@@ -115,7 +116,7 @@ def test_other_questions_are_not_answered_by_old_notes(path, tmp_path, monkeypat
     """Another chat template, another version of quantkit: the original has to write again."""
     asked = []
 
-    def notes(place, about):
+    def notes(place, about, **_):
         asked.append((place.name, about))
         raise QuantkitError("seen enough")
 
@@ -124,6 +125,15 @@ def test_other_questions_are_not_answered_by_old_notes(path, tmp_path, monkeypat
         monkeypatch.setattr(tasks, "SHOTS", n_shots)
         assert "seen enough" in run(path, tmp_path / "x.json").output
     assert asked[0] == asked[1] and asked[0][0] != asked[2][0] and asked[0][1] != asked[2][1]
+
+
+def test_two_evaluations_do_not_mix_their_notes(tmp_path):
+    first = Notes(tmp_path / "x.jsonl", {"file": 1}, alone=True)
+    first.add("a", tokens=[1])
+    with pytest.raises(QuantkitError, match="another evaluation writes it"):
+        Notes(tmp_path / "x.jsonl", {"file": 2}, alone=True)
+    first.file.close()
+    assert Notes(tmp_path / "x.jsonl", {"file": 1}, alone=True).found == {"a": {"tokens": [1]}}
 
 
 def test_judges():
