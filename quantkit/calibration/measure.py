@@ -98,7 +98,7 @@ def _pass(
     state = PassState(folder, keeper.job if keeper else job_of(source, chunks.tokens))
     if restart or (keeper and not keeper.whole(state.layers())):
         state.remove()
-    state.check_disk(n_tokens * source.config.d * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating on {n_tokens:,} tokens of {text.name}")
     with track("calibrate", Steps.total(source), "B") as advance:
         steps = Steps(advance, source, n_tokens)

@@ -78,7 +78,7 @@ def check_length(chunks: Chunks, choice: TextChoice, source: Source) -> None:
             f"expert's input; give more, such as {ADVICE}"
         )
     if (read := sum(spec.n_rows * spec.n_in for spec in family.specs(config))) > LARGE_WEIGHTS:
-        rate, hidden = GPU_RATE if source.device.type == "cuda" else CPU_RATE, 2 * found * config.d
+        rate, hidden = GPU_RATE if source.device.type == "cuda" else CPU_RATE, 2 * found * config.width
         saved = config.n_layer // EVERY if hidden > LARGE else config.n_layer
         seconds = max(read / DISK_RATE, 2 * found * active_weights(config) / rate) + saved * hidden / DISK_RATE
         say(

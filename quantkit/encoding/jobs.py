@@ -16,9 +16,11 @@ from quantkit.formats import fp4, int4
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.imatrix import fit
+from quantkit.formats.resume import existing_files
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
+from quantkit.models.gguf_checkpoint import GGUFCheckpoint
 from quantkit.planning.metadata import file_metadata
 from quantkit.planning.plan import Plan, PlannedTensor
 from quantkit.progress import Advance, say, track
@@ -115,8 +117,16 @@ def layer_plan(plan: Plan, layer: int | None) -> Plan:
     return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.layer == layer))
 
 
+def check_output(checkpoint: Checkpoint, path: Path) -> None:
+    """QuantkitError if a file of this name would take the place of the original, which may be a GGUF itself."""
+    original = {file.resolve() for file in checkpoint.file.files} if isinstance(checkpoint, GGUFCheckpoint) else set()
+    if same := [file for file in existing_files(path) if file.resolve() in original]:
+        raise QuantkitError(f"{same[0]} is the original, which this file would replace; choose another --output")
+
+
 def open_writer(checkpoint: Checkpoint, plan: Plan, output: Output) -> GGUFWriter:
     """The file with its header and offsets, no data yet; or what an interrupted run left of it."""
+    check_output(checkpoint, output.path)
     config = family.from_hf(checkpoint.config)
     checkpoint.validate(family.source_shapes(config))
     plan.check_model(family.specs(config, plan.mla))

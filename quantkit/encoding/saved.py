@@ -43,20 +43,23 @@ KEPT_ROLE = "ffn_gate_inp"  # fixed in the file, but its inputs are those of the
 
 @dataclass(frozen=True)
 class Kept:
-    """How much a pass of n_tokens, [n_chunk, t] in all, keeps of a model. dtype: of the pass."""
+    """How much a pass of n_tokens, [n_chunk, t] in all, keeps of a model. dtype: of the pass. n_chunk: an MTP layer has
+    no input for the last token of each; 0 where only sizes are estimated."""
 
     config: ModelConfig
     n_tokens: int
     dtype: torch.dtype
+    n_chunk: int = 0
 
     @property
     def form(self) -> str:
         """The smaller one for the routed experts."""
         return min((ROWS, MATRICES), key=lambda form: self._bytes(self.shapes(form)))
 
-    def shapes(self, form: str) -> sealed.Shapes:
+    def shapes(self, form: str, layer: int = 0) -> sealed.Shapes:
         """Of the file of a layer's routed experts."""
         c, n = self.config, self.n_tokens
+        n -= self.n_chunk if layer >= c.n_layer else 0
         counts = {"counts": (torch.int64, (c.n_expert,))}
         if form == ROWS:
             seen = n * c.n_used
@@ -68,23 +71,23 @@ class Kept:
     def of_layer(self, layer: int, form: str) -> int:
         """Bytes of one layer's files."""
         matrices = sum(4 * prod(shape) for shape in _moment_shapes(self.config, layer).values())
-        return matrices + (self._bytes(self.shapes(form)) if self.config.is_moe(layer) else 0)
+        return matrices + (self._bytes(self.shapes(form, layer)) if self.config.is_moe(layer) else 0)
 
     def total(self, form: str | None = None) -> int:
         """Bytes of all layers."""
-        return sum(self.of_layer(layer, form or self.form) for layer in range(self.config.n_layer))
+        return sum(self.of_layer(layer, form or self.form) for layer in range(self.config.n_block))
 
     @property
     def sums(self) -> int:
         """Entries of all moments that are formed while the pass goes on, each by all tokens."""
-        layers = range(self.config.n_layer)
+        layers = range(self.config.n_block)
         found = sum(prod(shape) for layer in layers for shape in _moment_shapes(self.config, layer).values())
         c = self.config
-        return found + (c.n_moe * c.n_used * (c.d**2 + c.n_ff_exp**2) if self.form == MATRICES else 0)
+        return found + ((c.n_moe + c.n_mtp) * c.n_used * (c.d**2 + c.n_ff_exp**2) if self.form == MATRICES else 0)
 
     def words(self) -> str:
         """For people, before it begins."""
-        layer = max(range(self.config.n_layer), key=lambda i: self.of_layer(i, self.form))
+        layer = max(range(self.config.n_block), key=lambda i: self.of_layer(i, self.form))
         said = f"{both_units(self.total())}, {both_units(self.of_layer(layer, self.form))} a layer"
         if not self.config.n_moe:
             return said
@@ -139,7 +142,7 @@ class Keeper:
                 f"--moments: not kept of {source.config.architecture} models; `quantkit make` needs none"
             )
         self.folder, self.config = folder, source.config
-        self.kept = Kept(source.config, tokens.numel(), source.dtype)
+        self.kept = Kept(source.config, tokens.numel(), source.dtype, len(tokens))
         self.form = self.kept.form
         self.job = f"{job_of(source, tokens)} {VERSION}"
         self.about = {"job": self.job, "of": of_tokens(source), "form": self.form}
@@ -181,7 +184,7 @@ class LayerKeeper(Accumulator):
         self.writing = ExitStack()
         self.wanted = _moment_shapes(keeper.config, layer)
         if keeper.config.is_moe(layer):
-            path, shapes = experts_path(keeper.folder, layer), keeper.kept.shapes(keeper.form)
+            path, shapes = experts_path(keeper.folder, layer), keeper.kept.shapes(keeper.form, layer)
             self.file = self.writing.enter_context(sealed.writing(path, shapes, keeper.about))
 
     def observe(self, role: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -192,8 +195,8 @@ class LayerKeeper(Accumulator):
         if role == KEPT_ROLE:
             if self.keeper.form == ROWS:
                 first = sum(map(len, self.weights))
-                self.file.write("inputs", x, first)
-                self.file.write("weights", weight, first)
+                self._put("inputs", x, first)
+                self._put("weights", weight, first)
             self.weights.append(weight)
 
     def observe_expert(self, visit: ExpertVisit) -> None:
@@ -201,32 +204,40 @@ class LayerKeeper(Accumulator):
         super().observe_expert(visit)
         n = len(visit.tokens)
         if self.keeper.form == ROWS:
-            self.file.write("tokens", visit.tokens, self.rows)
-            self.file.write("shares", visit.weight, self.rows)
+            self._put("tokens", visit.tokens, self.rows)
+            self._put("shares", visit.weight, self.rows)
             self.rows += n
         else:
             weight = torch.cat(self.weights)[visit.tokens] * visit.weight.float().square()
             inputs, hidden = second_moment(visit.x, weight), second_moment(visit.hidden, weight)
             for name, found in (("inputs", inputs), ("hidden", hidden)):
                 if found.matrix is not None:
-                    self.file.write(name, found.matrix[None], visit.expert)
+                    self._put(name, found.matrix[None], visit.expert)
                 else:
                     self._nothing(name, visit.expert)
-            self.file.write("effective", _bits([inputs.tokens, hidden.tokens])[None], visit.expert)
+            self._put("effective", _bits([inputs.tokens, hidden.tokens])[None], visit.expert)
         self.seen[visit.expert] = n
 
     def _nothing(self, name: str, expert: int) -> None:
         n_in = self.keeper.config.d if name == "inputs" else self.keeper.config.n_ff_exp
-        self.file.write(name, torch.zeros(1, n_in, n_in), expert)
+        self._put(name, torch.zeros(1, n_in, n_in), expert)
+
+    def _put(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
+        """Into the experts' file. QuantkitError naming it, which is then removed, if the disk does not take it."""
+        try:
+            self.file.write(name, rows, first)
+        except OSError:
+            with self.writing:
+                raise
 
     def finish(self) -> dict[str, Importance]:
         """As `Accumulator`, when everything is on disk."""
         if self.keeper.config.is_moe(self.layer):
-            self.file.write("counts", self.seen)
+            self._put("counts", self.seen)
             for expert in (self.seen == 0).nonzero().flatten().tolist() if self.keeper.form == MATRICES else ():
                 for name in ("inputs", "hidden"):
                     self._nothing(name, expert)
-                self.file.write("effective", _bits([0.0, 0.0])[None], expert)
+                self._put("effective", _bits([0.0, 0.0])[None], expert)
             self.writing.close()
         tensors: dict[str, torch.Tensor] = {}
         for role, moments in self.moments.items():

@@ -48,6 +48,7 @@ def check_same_model(source: Source, reference: Source) -> None:
         "bos",
         "eos",
         "more_ends",
+        "n_mtp",  # no part of what is compared
     ):  # a tied head is written once; GGUF derives the others elsewhere
         ours, theirs = ({k: v for k, v in d.items() if k != key} for d in (ours, theirs))
     for key, value in theirs.items():

@@ -41,7 +41,8 @@ SPLIT = "50GB"
 
 class PlanKeywords(TypedDict, total=False):
     """What decides types. recipe: a name, a TOML file or a plan.json. Budgets: size of the whole file; bpw; ram, vram
-    where it will run, with a KV cache of `context` tokens. sensitivity: a sensitivity.json."""
+    where it will run, with a KV cache of `context` tokens. sensitivity: a sensitivity.json. mtp: False for a file
+    without the layer that drafts the token after the next."""
 
     recipe: Place | None
     target: str | None
@@ -51,6 +52,7 @@ class PlanKeywords(TypedDict, total=False):
     vram: Size | None
     context: int
     sensitivity: Place | None
+    mtp: bool
 
 
 class MakeKeywords(PlanKeywords, total=False):
@@ -118,7 +120,7 @@ class Made:
 def plan(model: Place = "tiny-r1", **how: Unpack[PlanKeywords]) -> Plan:
     """A type for every tensor; needs no weights. QuantkitError for a budget that cannot be met."""
     _check(how, PlanKeywords)
-    return plan_model(str(model), how.get("recipe"), how.get("target"), _budget(how))
+    return plan_model(str(model), how.get("recipe"), how.get("target"), _budget(how), mtp=how.get("mtp", True))
 
 
 def make(model: Place = "tiny-r1", output: Place | None = None, **how: Unpack[MakeKeywords]) -> Made:
@@ -141,6 +143,7 @@ def make(model: Place = "tiny-r1", output: Place | None = None, **how: Unpack[Ma
         recover=how.get("recover", False),
         verify=how.get("verify", True),
         baseline=how.get("baseline", False),
+        mtp=how.get("mtp", True),
     )
     files, scores = making.make(str(model), _path(output), options)
     folder = files[0].parent

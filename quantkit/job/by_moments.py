@@ -41,7 +41,7 @@ def check_moments(folder: Path, source: CheckpointSource) -> str:
     if ranks.count() > 1:
         raise QuantkitError(f"{folder}: one process encodes by moments; run it without other ranks")
     jobs = set()
-    for layer in range(source.config.n_layer):
+    for layer in range(source.config.n_block):
         experts = [experts_path(folder, layer)] if source.config.is_moe(layer) else []
         for path in (moments_path(folder, layer), *experts):
             if not path.is_file():
@@ -98,7 +98,7 @@ def quantize_by_moments(
                     with fast_products():
                         _layer(encoder, layer, moments)
                     encoder.leave_to_ggml(layer, imatrix)
-                advance(n_bytes, f"layer {layer + 1} of {source.config.n_layer}", done)
+                advance(n_bytes, f"layer {layer + 1} of {source.config.n_block}", done)
         say("matrices encoded with " + ", ".join(f"{kind} moments: {n:,}" for kind, n in encoder.used_by_all().items()))
         encode_pending(source.checkpoint, plan, imatrix, out, GgmlEncoder())
     return out.files

@@ -23,8 +23,9 @@ from quantkit.calibration.gradients import TOKENS, GradientOptions, calibrate_gr
 from quantkit.calibration.measure import calibrate
 from quantkit.calibration.options import check_length
 from quantkit.calibration.state import PassState
-from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
+from quantkit.encoding.jobs import GgmlEncoder, Output, check_output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import EncoderOptions, FileEncoder, LayerOptions
+from quantkit.encoding.saved import KEPT_ROLE
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.formats.byte_source import read_whole
@@ -108,6 +109,7 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     if options.verify and not options.imatrix:
         check_disjoint(options.calibration.text, options.evaluation)
     order = Order.of(checkpoint, plan, options, device, folder or Path(f"{plan.model}-{plan.recipe}"))
+    check_output(checkpoint, order.out)
     if options.baseline:
         check_baseline(order.encoder, options.recover, options.verify)
     check_backward(order.work.config, options.recover, options.effort == "best" and order.encoder == "quantkit")
@@ -159,8 +161,8 @@ def baseline(order: Order, reference: ReferencePass | None) -> dict[str, Any]:
     folder, evaluation = order.folder, order.options.evaluation
     if (scores := scored_before(folder, evaluation, BASELINE)) is None:
         plan = Plan.from_json(read_whole(folder / PLAN, "plan"), str(folder / PLAN))
-        out = folder / BASELINE_FILES / order.out.name
-        scores = score_by_ggml(order.checkpoint, plan, order.imatrix, out, order.device, evaluation, reference)
+        out, imatrix = folder / BASELINE_FILES / order.out.name, order.options.imatrix or order.imatrix
+        scores = score_by_ggml(order.checkpoint, plan, imatrix, out, order.device, evaluation, reference)
         write_scores(folder, scores, evaluation, BASELINE)
     return scores
 
@@ -288,7 +290,8 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
         state.remove()
     state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
-    n_entries = sum(tensor.layer is not None and len(tensor.shape) > 1 for tensor in plan.tensors)
+    seen = (t for t in plan.tensors if t.layer is not None and (t.rule is not None or t.role == KEPT_ROLE))
+    n_entries = sum(len(tensor.shape) > 1 for tensor in seen)
     extra = imatrix_metadata(n_entries, len(chunks.tokens), text.name)
     output = Output(out, fingerprint(order, state), extra, options.split_max_bytes, options.restart, True, True)
     ours = EncoderOptions(options.effort, gradients=options.gradients) if order.encoder == "quantkit" else None

@@ -153,7 +153,7 @@ def as_stored(specs: Sequence[TensorSpec], source: Checkpoint | Geometry) -> lis
     def is_fp4(name: str) -> bool:
         return name in source.tensors and source.tensors[name].dtype == fp4.DTYPE
 
-    return [replace(spec, exact=fp4.COPY) if is_fp4(spec.sources[0]) else spec for spec in specs]
+    return [replace(spec, exact=fp4.COPY) if all(map(is_fp4, spec.sources)) else spec for spec in specs]
 
 
 def aimed(recipe: Recipe, target: str | None, config: ModelConfig) -> Recipe:

@@ -255,9 +255,10 @@ def score_by_ggml(
     passed: ReferencePass | None = None,
 ) -> dict[str, Any]:
     """What quantkit's encoder is compared with: the figures of a file of the same types by ggml, which is removed with
-    its folder afterwards. Resumes while it is encoded. passed: as in `verify_file`."""
+    its folder afterwards. Resumes; what is encoded already is not encoded again. passed: as in `verify_file`."""
     out.parent.mkdir(exist_ok=True)
-    files = quantize_model(checkpoint, plan, imatrix_path, out, QuantizeOptions(overwrite=True), why=BASELINE_WHY)
+    how = QuantizeOptions(overwrite=True, keep_ledger=True)  # by which a finished file is known again
+    files = quantize_model(checkpoint, plan, imatrix_path, out, how, why=BASELINE_WHY)
     scores = verify_file(files[0], checkpoint, device, VerifyOptions(evaluation, plan.target), passed=passed)
     shutil.rmtree(out.parent)
     return scores

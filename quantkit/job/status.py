@@ -15,7 +15,17 @@ from quantkit.formats import sealed
 from quantkit.formats.byte_source import read_text, read_whole
 from quantkit.formats.ledger import Coverage, ledger_path, ledger_paths, on_record
 from quantkit.formats.lock import at_work
-from quantkit.job.folder import BASE, CERTIFY, GRADIENTS, PLAN, PROVENANCE, REFERENCE, VERIFY, finished_files
+from quantkit.job.folder import (
+    BASE,
+    BASELINE_FILES,
+    CERTIFY,
+    GRADIENTS,
+    PLAN,
+    PROVENANCE,
+    REFERENCE,
+    VERIFY,
+    finished_files,
+)
 from quantkit.planning.plan import Plan
 from quantkit.progress import clock
 from quantkit.sizes import both_units
@@ -121,8 +131,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _parts(folder: Path, plan: Plan | None) -> Iterator[Part]:
-    """Of the folder, and of its base, from which recovery starts."""
-    for ledger in (*folder.glob("*.gguf.part.ledger"), *(folder / BASE).glob("*.gguf.part.ledger")):
+    """Of the folder, of its base, from which recovery starts, and of what the file is compared with."""
+    places = (folder, folder / BASE, folder / BASELINE_FILES)
+    for ledger in (found for place in places for found in place.glob("*.gguf.part.ledger")):
         path = ledger.with_name(ledger.name.removesuffix(".part.ledger"))
         coverage, seen = Coverage(), Counter[str]()
         for each in (ledger_path(path), *ledger_paths(path)):

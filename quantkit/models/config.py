@@ -16,6 +16,7 @@ SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 RATIOS = (0, 4, 128)  # of tokens to a compressed entry; 0: a layer has none
 MTP = "num_nextn_predict_layers"  # of config.json
 MAX_SIZE, MAX_LAYERS, MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 17  # the last of all layers; R1 has 15,616
+MAX_STREAMS = 1 << 10  # and iterations that mix them; V4 has 4 and 20
 
 
 def is_finite(value: Any) -> bool:
@@ -210,8 +211,12 @@ class ModelConfig:
             )
         if self.n_head % how.n_group:
             raise QuantkitError(f"{where}: {self.n_head} heads do not fall into {how.n_group} equal groups")
-        if not 0 <= self.n_hash <= self.n_layer:
+        if type(self.n_hash) is not int or not 0 <= self.n_hash <= self.n_layer:
             raise QuantkitError(f"{where}: {self.n_hash} hash layers of {self.n_layer}")
+        if self.streams:
+            counts = (self.streams.n, self.streams.iterations)
+            if not all(type(number) is int and 0 < number <= MAX_STREAMS for number in counts):
+                raise QuantkitError(f"{where}: {counts[0]} residual streams, {counts[1]} iterations: no such numbers")
         floats = [how.rope_base, *([self.limit] if self.limit is not None else ())]
         floats += [self.streams.eps] if self.streams else []
         if not all(is_finite(number) and number > 0 for number in floats):
@@ -255,6 +260,8 @@ class ModelConfig:
             raise QuantkitError(
                 f"{where}: {self.n_layer} layers of {self.n_expert} experts, or another size, are beyond any model"
             )
+        if type(self.n_mtp) is not int or self.n_mtp not in (0, 1):  # llama.cpp's most
+            raise QuantkitError(f"{where}: {self.n_mtp} layers that predict the token after the next, only 0 or 1")
         if min(sizes) < 1 or not 0 <= self.n_dense <= self.n_layer or self.n_shared < 0:
             raise QuantkitError(f"{where}: sizes must be positive and dense layers at most {self.n_layer}")
 

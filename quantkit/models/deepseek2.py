@@ -249,7 +249,7 @@ def _moe(c: ModelConfig, layer: int) -> list[TensorSpec]:
 
 def _mtp(c: ModelConfig, layer: int) -> list[TensorSpec]:
     """What an MTP layer has before and behind an ordinary one. Its embedding and output matrix are the model's own,
-    which llama.cpp takes where a file has no others (`open.check_mtp`)."""
+    which llama.cpp takes where a file has no others (`open.open_model` looks)."""
     vectors = (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head_norm", "shared_head.norm"))
     return [
         _spec("nextn.eh_proj", layer, (c.d, 2 * c.d), "eh_proj"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from quantkit.models.config import ModelConfig
-from quantkit.planning.hardware import Machine, Placement, speed
+from quantkit.planning.hardware import Machine, Placement, loaded, speed
 from quantkit.planning.plan import Plan, PlannedTensor
 
 LAYER, CPU_LAYER = 60e-6, 20e-6  # seconds a layer beside its products, on a GPU; on the CPU
@@ -72,7 +72,7 @@ def _used(
     plan: Plan, config: ModelConfig, machine: Machine, placed: Placement, share: float
 ) -> Iterator[tuple[PlannedTensor, bool, float]]:
     """Matrices, whether the GPU multiplies by them, and which part of each a token needs."""
-    for tensor in plan.tensors:
+    for tensor in loaded(plan):
         if tensor.is_routed:
             yield tensor, tensor.layer in placed.gpu_layers, share
         elif tensor.role != "token_embd" or config.tied:

@@ -221,6 +221,8 @@ def compressed(x: torch.Tensor, how: Entries, turns: Angles, eps: float) -> torc
     0 on. Of two widths the first are for the block that follows, the second for the tokens' own."""
     (n_seq, t, _), ratio, width = x.shape, how.ratio, len(how.norm)
     n = t // ratio
+    if not n:
+        return x.new_empty(n_seq, 0, width)
     rows = x[:, : n * ratio].flatten(0, 1)
     kv, gate = (linear(rows).float().view(n_seq, n, ratio, -1) for linear in (how.kv, how.gate))
     gate = gate + how.ape

@@ -92,11 +92,13 @@ def typical(p: torch.Tensor, share: float) -> torch.Tensor:
     """Of probabilities [n_vocab], the smallest set with that much in all whose surprise is nearest the entropy, scaled
     to 1; the others 0 (locally typical sampling, Meister et al., TACL 2023)."""
     surprise = -p.clamp_min(torch.finfo(p.dtype).tiny).log()
-    order = (surprise - (p * surprise).sum()).abs().argsort(stable=True)
-    kept = order[: int((p[order].cumsum(-1) < share).sum()) + 1]
+    entropy = (p * surprise).cumsum(-1)[-1]  # the same by any number of threads, which torch's own sums are not
+    order = (surprise - entropy).abs().argsort(stable=True)
+    total = p[order].cumsum(-1)
+    n = min(int((total < share).sum()) + 1, len(p))
     out = torch.zeros_like(p)
-    out[kept] = p[kept]
-    return out / out.sum()
+    out[order[:n]] = p[order[:n]] / total[n - 1]
+    return out
 
 
 def read(engine: Engine, prompt: list[int], begin: int = 0) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Matrices as quantized bytes on a device, multiplied there without ever being whole in another form for long."""
 
+from functools import cache
+
 import torch
 
 from quantkit.codecs.registry import codec
@@ -26,6 +28,12 @@ def _integers(x: Activations) -> Activations:
     return step_kernels.gated(x.x.float().contiguous(), None)
 
 
+@cache
+def _every(n_matrices: int, n: int, device: torch.device) -> torch.Tensor:
+    """All matrices in order, n times: shared by all layers, or 64 sequences of R1 take 130 MB. Graphs read it too."""
+    return torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n)
+
+
 class Packed:
     """n matrices [n_out, n_in] of a type that is `registry.in_groups`.
 
@@ -34,7 +42,6 @@ class Packed:
 
     def __init__(self, qtype: str, data: torch.Tensor, n_in: int, dtype: torch.dtype):
         self.qtype, self.data, self.n_in, self.dtype = qtype, data, n_in, dtype
-        self._order: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -74,9 +81,7 @@ class Packed:
         """x [n · n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
         n_matrices = len(self.data)
         n = len(x.x) // n_matrices
-        if n not in self._order:
-            self._order[n] = torch.arange(n_matrices, dtype=torch.int32, device=x.x.device).repeat(n)
-        return self._products(x, self._order[n]).view(n, n_matrices, -1)
+        return self._products(x, _every(n_matrices, n, x.x.device)).view(n, n_matrices, -1)
 
     def chosen(self, x: Activations, ids: torch.Tensor) -> torch.Tensor:
         """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]; zeros where ids is below 0."""

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quantkit.formats.gguf_folder import IMATRIX
 from quantkit.formats.imatrix import save_imatrix
 from quantkit.runtime.engines import heat
 from quantkit.runtime.engines.gpu import GpuEngine
-from quantkit.runtime.engines.gpu_load import IMATRIX
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.sources.gguf import open_gguf

@@ -70,6 +70,11 @@ def test_what_is_not_there_is_refused(made):
         _ = quantkit.quantise
 
 
+def test_a_plan_without_the_mtp_layer():
+    plans = [quantkit.plan("deepseek-v3.2", recipe="unsloth-1.58bit", mtp=mtp) for mtp in (True, False)]
+    assert [max(t.layer or 0 for t in plan.tensors) for plan in plans] == [61, 60]
+
+
 def test_every_public_name_is_documented():
     text = PAGE.read_text(encoding="utf-8")
     assert set(quantkit.__all__) <= set(dir(quantkit))

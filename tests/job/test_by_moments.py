@@ -1,5 +1,6 @@
 """`calibrate --moments`, then `quantize --moments`: the bytes that `make` chooses in one pass."""
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsa_models import V32, made
 
 from quantkit import machine
 from quantkit.calibration.corpus import TextChoice
@@ -16,6 +18,8 @@ from quantkit.calibration.options import Calibration
 from quantkit.encoding import saved
 from quantkit.encoding.saved import MATRICES, ROWS, Keeper, Kept, experts_path, moments_path
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.oracles import hf
+from quantkit.formats import sealed
 from quantkit.job.by_moments import quantize_file
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
@@ -62,10 +66,10 @@ def kept_in(folder: Path, source) -> Path:
     return folder / "moments"
 
 
-def stage(whole: Path, folder: Path, out: Path, **how: object) -> list[Path]:
+def stage(whole: Path, folder: Path, out: Path, model: Path | str = "tiny-r1", **how: object) -> list[Path]:
     plan = Plan.from_json((whole / "plan.json").read_bytes())
     options = replace(QuantizeOptions(moments=folder / "moments", device="cpu"), **how)
-    return quantize_file(open_weights("tiny-r1"), plan, folder / "imatrix.gguf", out, options)
+    return quantize_file(open_weights(model), plan, folder / "imatrix.gguf", out, options)
 
 
 @pytest.mark.parametrize("form", [ROWS, MATRICES])
@@ -80,6 +84,26 @@ def test_stage_by_stage_the_bytes_are_those_of_one_pass(form, whole, source, tmp
     assert (tmp_path / "imatrix.gguf").read_bytes() == (whole / "imatrix.gguf").read_bytes()
     (worse,) = stage(whole, tmp_path, tmp_path / "ggml.gguf", encoder="ggml")
     assert worse.stat().st_size == file.stat().st_size and worse.read_bytes() != file.read_bytes()
+
+
+@pytest.mark.skipif(not hf.available(), reason="needs transformers")
+def test_an_mtp_layer_sees_a_token_less_of_each_chunk(tmp_path):
+    """And its moments are counted, kept, asked for, and encoded by."""
+    model = made(V32, 1, mtp=1).folder
+    recipe = tmp_path / "few.toml"
+    recipe.write_text(RECIPE.replace("blk.0.attn_output.weight", "nextn.eh_proj").replace("blk.1.attn_v_b", "output"))
+    options = MakeOptions(recipe, calibration=Calibration(TEXT), encoder="quantkit", device="cpu", verify=False)
+    (made_once,), _ = make(model, tmp_path / "made", options)
+    source = source_of(open_weights(model), "cpu")
+    folder = kept_in(tmp_path, source)
+    kept = Kept(source.config, 1024, torch.float32, 1024 // TEXT.chunk)
+    assert kept.form == ROWS and experts_path(folder, 1).is_file()
+    assert sum(path.stat().st_size for path in folder.iterdir()) == pytest.approx(kept.total(), rel=0.01)
+    (file,) = stage(tmp_path / "made", tmp_path, tmp_path / "out.gguf", model)
+    assert file.read_bytes() == made_once.read_bytes()
+    moments_path(folder, 1).unlink()
+    with pytest.raises(QuantkitError, match=r"moments-001.safetensors: no such file; `quantkit calibrate --moments"):
+        stage(tmp_path / "made", tmp_path, tmp_path / "other.gguf", model)
 
 
 def test_a_stopped_pass_goes_on_and_a_missing_layer_begins_it_anew(source, tmp_path, monkeypatch, capsys):
@@ -106,6 +130,21 @@ def test_a_stopped_pass_goes_on_and_a_missing_layer_begins_it_anew(source, tmp_p
         assert found == (once := once or found)
         said = capsys.readouterr().err
         assert ("the pass begins anew" if lost else "went through 3 of 4 layers") in said
+
+
+def test_a_disk_that_is_full_is_said_with_the_file(source, tmp_path, monkeypatch):
+    whole_write = sealed.Writer.write
+
+    def write(self: sealed.Writer, name: str, rows: torch.Tensor, first: int = 0) -> None:
+        if name == "shares" and first and (tmp_path / "moments" / "experts-001.safetensors").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole_write(self, name, rows, first)
+
+    monkeypatch.setattr(sealed.Writer, "write", write)
+    with pytest.raises(QuantkitError, match=r"experts-002.safetensors: cannot write \(No space left on device\); run"):
+        kept_in(tmp_path, source)
+    names = {path.name for path in (tmp_path / "moments").iterdir()}
+    assert names == {*(f"moments-00{i}.safetensors" for i in (0, 1)), "experts-001.safetensors"}
 
 
 def test_what_does_not_fit_is_refused_in_one_line(whole, source, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
+from quantkit.job import stages
 from quantkit.job.certify import CertifyOptions, certify_file
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
@@ -25,6 +26,8 @@ from quantkit.job.report.compare import write_comparison
 from quantkit.job.report.figures import FIGURES
 from quantkit.job.report.material import Material
 from quantkit.job.report.page import verdict, write_report
+from quantkit.job.status import status
+from quantkit.models.open import open_weights
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import Plan
 
@@ -122,6 +125,23 @@ def test_the_baseline_is_measured_once_and_its_file_removed(folder, capsys):
     assert "baseline.json from an earlier run" in said and "verify.json from an earlier run" in said
     assert scores["baseline"] == other and scores["generation"]["samples"]  # which `verify` added
     assert times == {name: (folder / name).stat().st_mtime_ns for name in times}
+
+
+def test_a_baseline_that_was_stopped_while_it_was_judged_is_not_encoded_again(folder, tmp_path, monkeypatch):
+    plan = Plan.from_json((folder / "plan.json").read_bytes())
+    given = (plan, folder / "imatrix.gguf", tmp_path / "baseline" / "tiny-r1-small.gguf", "cpu", TextChoice())
+
+    def stopped(*_, **__):
+        raise QuantkitError("stopped")
+
+    monkeypatch.setattr(stages, "verify_file", stopped)
+    with pytest.raises(QuantkitError, match="stopped"):
+        stages.score_by_ggml(open_weights("tiny-r1"), *given)
+    assert any("(baseline/tiny-r1-small.gguf)" in line for line in status(tmp_path))
+    monkeypatch.setattr(stages.GgmlEncoder, "__call__", stopped)
+    monkeypatch.setattr(stages, "verify_file", lambda path, *_, **__: {"bytes": path.stat().st_size})
+    assert stages.score_by_ggml(open_weights("tiny-r1"), *given)["bytes"] > 4_000_000
+    assert not (tmp_path / "baseline").exists()
 
 
 @pytest.mark.parametrize(("given", "why"), [(["--encoder", "ggml"], "takes itself"), (["--no-verify"], "leave out")])

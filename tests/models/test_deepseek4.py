@@ -15,9 +15,10 @@ from quantkit.evaluation import configuration
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.job.make import order_of
 from quantkit.job.options import MakeOptions
-from quantkit.job.plan import plan_model
+from quantkit.job.plan import as_stored, plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model, open_weights
 from quantkit.planning import published
@@ -46,6 +47,14 @@ def test_reference_is_transformers_model(ratios, top_k):
     assert found < 1e-6
 
 
+def test_texts_shorter_than_an_entry():
+    """What comes later changes nothing: a text that ends before its first entry of 128 tokens, or of 4."""
+    small = made()
+    source = CheckpointSource(Checkpoint.open(small.folder))
+    for n in (100, 3):
+        assert divergence(small.logits[:, :n], streamed(source, small.tokens[:, :n])) < 1e-6
+
+
 def test_published_names_and_bits_are_read():
     small = made()
     checkpoint = Checkpoint.open(small.folder)
@@ -56,6 +65,17 @@ def test_published_names_and_bits_are_read():
             assert torch.equal(checkpoint.read_ids(name, 0, len(weight), 8), weight.int())
         else:
             assert torch.equal(checkpoint.read(name), weight)
+
+
+def test_a_stack_is_a_copy_only_if_all_of_it_is_fp4():
+    checkpoint = Checkpoint.open(made().folder)
+    specs = family.specs(family.from_hf(checkpoint.config))
+    stack = next(spec for spec in specs if spec.role == "ffn_up_exps")
+    assert as_stored([stack], checkpoint)[0].exact == "MXFP4"
+    last = checkpoint.entry(stack.sources[-1])
+    other = TensorEntry("BF16", last.shape, last.file, last.begin, last.end)
+    checkpoint.tensors = {**checkpoint.tensors, stack.sources[-1]: other}
+    assert as_stored([stack], checkpoint)[0].exact is None
 
 
 def test_transformers_reads_config_json_as_we_do():
@@ -79,6 +99,9 @@ def test_numbers_survive_a_file():
     assert again == c
     with pytest.raises(QuantkitError, match=r"deepseek4\.hyper_connection\.count is missing"):
         family.from_gguf({key: value for key, value in said.items() if "hyper_connection.count" not in key})
+    for key, value in (("count", 1 << 31), ("count", 0), ("count", "4"), ("sinkhorn_iterations", 1 << 31)):
+        with pytest.raises(QuantkitError, match=r"residual streams, .* iterations: no such numbers"):
+            family.from_gguf(said | {f"deepseek4.hyper_connection.{key}": value, "tokenizer.ggml.tokens": [""] * 768})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +113,7 @@ def test_numbers_survive_a_file():
         ("layer_types", ["sliding_attention"] * 3, "compress_ratios and layer_types do not say the same"),
         ("mlp_layer_types", ["moe", "hash_moe", "moe"], "mlp_layer_types is not of 3 layers, first hash_moe, then moe"),
         ("hc_mult", 2, "hc_mult 2 is not supported, only 4"),
+        ("hc_sinkhorn_iters", 10**9, "4 residual streams, 1000000000 iterations: no such numbers"),
         ("num_key_value_heads", 8, "num_key_value_heads 8 is not supported, only 1"),
         ("scoring_func", "sigmoid", "scoring_func 'sigmoid' is not supported, only 'sqrtsoftplus'"),
         ("o_groups", 3, "8 heads do not fall into 3 equal groups"),

@@ -13,6 +13,7 @@ from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
+from quantkit.evaluation.verify import check_same_model
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.plan import plan_model, predict_plan
 from quantkit.models import family
@@ -75,6 +76,10 @@ def test_glm_layers_with_an_indexer():
     said = {key: getattr(value, "value", value) for key, value in family.metadata(c, "split", "glm").items()}
     for metadata in (said, {key: value for key, value in said.items() if "types" not in key}):
         assert family.from_gguf(metadata).indexer == c.indexer
+    for n_mtp in (-1, 2, 10**9):  # of as many blocks more
+        hostile = {"glm-dsa.nextn_predict_layers": n_mtp, "glm-dsa.block_count": 78 + n_mtp}
+        with pytest.raises(QuantkitError, match=f"{n_mtp} layers that predict the token after the next, only 0 or 1"):
+            family.from_gguf(said | hostile)
     assert family.from_hf(bare).indexer.full == (True,) * 78
     assert family.from_hf(family.to_hf(c)).indexer == c.indexer
 
@@ -99,7 +104,10 @@ def test_every_key_of_transformers_classes_is_known(name):
 def test_an_mtp_layer_may_be_missing_or_unlike(tmp_path, capsys):
     """transformers saves none; DeepSeek's has copies of embedding and output matrix."""
     folder = Path(shutil.copytree(made(V32, mtp=1).folder, tmp_path / "model"))
-    assert family.from_hf(open_weights(folder).config).n_mtp == 1
+    whole, bare = open_weights(folder), open_weights(folder)
+    assert family.from_hf(whole.config).n_mtp == 1
+    bare.config = family.without_mtp(bare.config)
+    check_same_model(CheckpointSource(bare), CheckpointSource(whole))  # as `verify` compares a file of --no-mtp
     second = folder / "model-00002-of-00002.safetensors"
     weights, index = load_file(second), json.loads((folder / "model.safetensors.index.json").read_text())
     name = "model.layers.3.shared_head.head.weight"

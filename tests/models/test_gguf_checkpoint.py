@@ -9,6 +9,8 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.job.make import order_of
+from quantkit.job.options import MakeOptions
 from quantkit.job.plan import plan_model
 from quantkit.job.stages import QuantizeOptions, quantize_model
 from quantkit.models import family
@@ -64,6 +66,23 @@ def test_it_makes_the_same_file(plain, made, tmp_path):
     assert plan.digest() == plan_model("tiny-r1", "1.58bit").digest()
     (file,) = quantize_model(open_weights(str(path)), plan, made / "imatrix.gguf", tmp_path / "tiny-r1-1.58bit.gguf")
     assert file.read_bytes() == (made / "tiny-r1-1.58bit.gguf").read_bytes()
+
+
+def test_the_original_is_not_replaced(plain, made, tmp_path):
+    """A file of its name in its folder, or fewer splits of it."""
+    path = plain("F32")
+    splits, how = GGUFFile.open(path).files, QuantizeOptions(overwrite=True)
+    stats = [file.stat() for file in splits]
+    plan, out = plan_model(str(path), "1.58bit"), path.with_name("F32-llama.cpp.gguf")
+    with pytest.raises(
+        QuantkitError, match=r"F32-llama.cpp-00001-of-00003.gguf is the original, which this file would"
+    ):
+        quantize_model(open_weights(str(path)), plan, made / "imatrix.gguf", out, how)
+    assert len(splits) == 3 and [file.stat() for file in splits] == stats
+    link = tmp_path / "m-BF16.gguf"
+    link.symlink_to(made / "tiny-r1-1.58bit.gguf")
+    with pytest.raises(QuantkitError, match=r"m-BF16.gguf is the original, which this file would replace; choose"):
+        order_of(str(link), tmp_path, MakeOptions("BF16", device="cpu"))
 
 
 def test_a_quantized_source_is_said_and_a_broken_one_refused(plain, capsys):

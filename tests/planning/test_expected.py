@@ -7,7 +7,9 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.job.hardware import Named, machine_of
+from quantkit.job.plan import plan_model
 from quantkit.models import family
+from quantkit.models.open import open_model
 from quantkit.planning import hardware, presets
 from quantkit.planning.arithmetic import OF_IQ1_S, Arithmetic
 from quantkit.planning.assign import make_plan
@@ -46,6 +48,16 @@ def test_the_machine_that_was_measured(plan, config, vram, layers, decode, promp
     assert found.decode < hardware.speed(plan, config, machine, placed).tokens_per_second
 
 
+def test_an_mtp_layer_is_not_read():
+    """It lies in the file, and neither a token of the main model nor its prompt passes it."""
+    config = family.from_hf(open_model("deepseek-v3.2").config)
+    machine, speeds = Machine(400 * 10**9, 24 * 10**9, 91e9, 4.136e12, 3e9, MEASURED), []
+    for mtp in (True, False):
+        plan = plan_model("deepseek-v3.2", "unsloth-1.58bit", mtp=mtp)
+        speeds.append(expected(plan, config, machine, hardware.place(plan, config, machine, 1024)))
+    assert speeds[0] == pytest.approx(speeds[1])
+
+
 def test_arithmetic_binds_where_bytes_do_not(plan, config):
     """Cores that are half as fast take nearly twice as long, whatever the memory gives; a GPU's bandwidth does not
     matter to experts on the CPU."""
@@ -59,6 +71,15 @@ def test_arithmetic_binds_where_bytes_do_not(plan, config):
     assert decode(100, 9e9) < decode(100, 91e9)
     machine = Machine(100 * 10**9, 5 * 10**9)
     assert expected(plan, config, machine, hardware.place(plan, config, machine, 1024)) is None
+
+
+def test_a_layer_that_drafts_is_not_waited_for():
+    """Programs do not load it, so it is nowhere, least of all on the CPU."""
+    config = family.from_hf(open_model("deepseek-v3.2").config)
+    machine = Machine(1000 * 10**9, 1000 * 10**9, 91e9, 4.136e12, 3e9, MEASURED)
+    with_it, without = (plan_model("deepseek-v3.2", "unsloth-1.58bit", mtp=mtp) for mtp in (True, False))
+    found = [expected(one, config, machine, hardware.place(one, config, machine, 1024)) for one in (with_it, without)]
+    assert found[0] == pytest.approx(found[1]) and len(with_it.tensors) > len(without.tensors)
 
 
 def test_machines_by_name():

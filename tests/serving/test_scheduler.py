@@ -111,7 +111,7 @@ def test_tokens_come_within_a_piece(weights, monkeypatch):
 @pytest.fixture
 def url(weights) -> Iterator[str]:
     engine = open_engine(weights, 9, 512)
-    api = http.Api("tiny", weights.file.metadata, weights.tokenizer(), engine, http.Limits(), Gate())
+    api = http.Api("tiny", weights.file.metadata, weights.tokenizer(), engine, http.Settings(), Gate())
     listener = http.bind("127.0.0.1", 0)
     server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -58,7 +58,7 @@ WARM_TOKENS = 1024  # of the prompt that an engine begins with
 KEPT_STEPS = 12  # captured (sequences, cache positions)
 
 
-class Pause(NamedTuple):
+class Wait(NamedTuple):
     """Where a step waits for the CPU. `send` a layer: x and routes are ready; `receive` it: its experts' output is
     needed next; `end`."""
 
@@ -94,7 +94,7 @@ class GpuEngine:
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.prompts.chunk = largest_chunk(c, self._room())
-        self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Pause]]] = {}
+        self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Wait]]] = {}
         if self.on_gpu:
             self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             with self.hot.still():
@@ -258,12 +258,12 @@ class GpuEngine:
         key = (n, min(seen, self.rows))
         if self.on_gpu and key in self.steps:
             self.steps[key] = step = self.steps.pop(key)
-            for graph, pause in step:
+            for graph, wait in step:
                 graph.replay()
-                self._hand_over(pause, n)
+                self._hand_over(wait, n)
         else:
-            for pause in self._pieces(*key):
-                self._hand_over(pause, n)
+            for wait in self._pieces(*key):
+                self._hand_over(wait, n)
             if self.on_gpu:
                 self._capture(key)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
@@ -281,27 +281,29 @@ class GpuEngine:
             while going:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self.graph_memory, capture_error_mode="thread_local")
-                pause = next(pieces)
-                graph.capture_end()
-                step.append((graph, pause))
-                going = pause.what != "end"
+                try:
+                    wait = next(pieces)
+                finally:  # or, after an error, no later step could be captured, nor the GPU waited for
+                    graph.capture_end()
+                step.append((graph, wait))
+                going = wait.what != "end"
         torch.cuda.synchronize()
         self.steps[key] = step
 
-    def _hand_over(self, pause: Pause, n: int) -> None:
+    def _hand_over(self, wait: Wait, n: int) -> None:
         """What the CPU does after a piece of a step."""
-        experts = self.layers[pause.layer].on_cpu
-        if pause.what == "send":
+        experts = self.layers[wait.layer].on_cpu
+        if wait.what == "send":
             self.buffers.send(n)
             assert experts is not None
             experts.wake()
-        elif pause.what == "receive":
+        elif wait.what == "receive":
             assert experts is not None
             x, weight, ids = self.buffers.received(n)
-            self.hot.note(pause.layer, ids)
+            self.hot.note(wait.layer, ids)
             self.buffers.answer(experts(x, ids, weight))
 
-    def _pieces(self, n: int, n_kv: int) -> Iterator[Pause]:
+    def _pieces(self, n: int, n_kv: int) -> Iterator[Wait]:
         """One token of n sequences, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
         buffers, between, where = self.buffers, self.between, self._where(n)
         h, nothing = buffers.h[:n], (None, None)
@@ -317,20 +319,20 @@ class GpuEngine:
                 if layer.resident is None:
                     for to, value in zip(buffers.to_send(buffers.sent, n), (x.x, weight, ids), strict=True):
                         to.copy_(value)
-                    yield Pause("send", i)
+                    yield Wait("send", i)
                 else:
                     shares = chosen(x, layer.resident, between, ids), weight
                 if layer.hot is not None and frames is not None:  # while the CPU computes the others
                     shares = chosen(x, layer.hot.matrices, between, frames), weight
             output = None if layer.feed is None else feed(x, layer.feed, between)
             if layer.router is not None and layer.resident is None:
-                yield Pause("receive", i)
+                yield Wait("receive", i)
                 added = output, buffers.got[:n]
             else:
                 added = output, None
         _, x = between.norm(h, self.output_norm, added, shares)
         buffers.logits[:n] = self.head(x)
-        yield Pause("end", -1)
+        yield Wait("end", -1)
 
     def _where(self, n: int) -> Where:
         cells, positions, slots = self.buffers.at[: 3 * n].view(3, n)

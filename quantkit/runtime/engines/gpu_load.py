@@ -10,6 +10,7 @@ import torch
 
 from quantkit.codecs import registry
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_folder import IMATRIX
 from quantkit.formats.imatrix import expert_counts
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.gpu_layers import GpuLayer
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from quantkit.runtime.engines.gpu_layers import Query
 
 log = logging.getLogger(__name__)
-
-
-IMATRIX = "imatrix.gguf"  # beside the file, as `make` leaves it
 
 
 class Loading:

@@ -82,14 +82,14 @@ def kept_experts(wanted: GpuLayers, able: Able, shares: np.ndarray | None) -> np
         here = np.zeros((n, able.n_expert), bool)
         here[: resident_layers(wanted, (able.sizes * able.n_expert).tolist(), able.room)] = True
         return here
-    room = able.room
+    room = None if able.room is None else max(0, able.room)
     if wanted == "auto":
-        room = max(0, room or 0)
+        room = room or 0
     else:
         if room is not None and wanted * total > room:
             raise QuantkitError(
-                f"--gpu-layers {wanted:.0%}: {gb(int(wanted * total))} of experts, but "
-                f"{gb(max(0, room))} of GPU memory are free: at most {max(0, room) / total:.0%}"
+                f"--gpu-layers {wanted:.0%}: {gb(int(wanted * total))} of experts, but {gb(room)} of GPU memory are "
+                f"free: at most {room / total:.0%}"
             )
         room = round(wanted * total)
     return heat.best(shares, able.sizes, able.n_expert, room, able.visits)

@@ -87,11 +87,6 @@ class Ring:
             self.stream = torch.cuda.Stream(device)
             self.copied, self.used = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
 
-    @property
-    def n_bytes(self) -> int:
-        """On the device."""
-        return sum(buffer.nbytes for buffer in self.there)
-
     def chunks(
         self, wanted: Sequence[Wanted], n_threads: int | None = None
     ) -> Generator[tuple[int, list[Part]], None, None]:

@@ -15,7 +15,7 @@ from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Sampling, generate, piece_at, sample
+from quantkit.runtime.generate import Sampling, generate, piece_at, sample, typical
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
@@ -271,3 +271,16 @@ def test_sampling_keeps_only_what_it_should():
     generator = torch.Generator().manual_seed(0)
     drawn = {sample(flat, Sampling(1.0, 1.0, typical_p=0.5), generator) for _ in range(50)}
     assert drawn == {0} and {sample(flat, Sampling(1.0, 1.0), generator) for _ in range(200)} == set(range(5))
+
+
+def test_typical_tokens_do_not_depend_on_threads():
+    """Several choose where many sequences are decoded, each with one thread of torch's; few are left to all of them."""
+    p = torch.randn(129280, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(typical(p, 0.9))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found) and found[0].sum() == pytest.approx(1, abs=1e-3)

@@ -178,6 +178,8 @@ def test_what_is_asked_for_must_fit():
     with pytest.raises(QuantkitError, match=r"--gpu-layers 3: .* are free: at most 2"):
         kept_experts(3, able, None)
     assert not kept_experts("auto", Able(able.sizes, 8, None, able.visits), None).any()
+    none = able.visits[:0]  # no layer that the GPU can multiply, and no memory left
+    assert kept_experts(0.5, Able(np.zeros(0, np.int64), 8, -5, none), None).shape == (0, 8)
 
 
 def test_heat_forgets():
