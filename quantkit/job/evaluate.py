@@ -68,7 +68,7 @@ def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dic
     about = {"original": whose, "amount": asdict(amount), "asked": asked}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     theirs = Notes(out.with_name(f"evaluate-original-{name}.jsonl"), about)  # other files are compared with the same
-    ours = Notes(out.with_suffix(".jsonl"), about | {"file": file.fingerprint()})
+    ours = Notes(out.with_suffix(".jsonl"), about | {"file": file.fingerprint()}, alone=True)
     long = [item for item in items if item.kind in ("text", "chat", "code")]
     if _left(items, theirs):
         with _original(reference, checkpoint, how, capacity) as engine:

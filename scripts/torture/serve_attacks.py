@@ -130,7 +130,7 @@ ATTACKS = [
     Attack("schema of a multiple of 9 digits", sends(TEXT, formed({"type": "integer", "multipleOf": 99_999_989})), 4),
     Attack("schema of 24 patterns at once", sends(TEXT, formed(PATTERNS)), 4),
     Attack("schema of 2,000 properties", sends(TEXT, formed({"properties": {f"p{i}": {} for i in range(2000)}})), 4),
-    Attack("log probabilities of 3,000 tokens", sends(TEXT, json.dumps(ECHO).encode()), 4),
+    Attack("log probabilities of 3,000 tokens", sends(TEXT, json.dumps(ECHO).encode()), 3),
     Attack("text to be tokenized", sends("/tokenize", json.dumps({"content": WORDS, "with_pieces": True}).encode()), 8),
     Attack("ids to be detokenized", sends("/detokenize", json.dumps({"tokens": [50] * 16_000}).encode()), 8),
     Attack("three prompts of 16,000 tokens", sends(TEXT, json.dumps(LONG).encode()), 3),

@@ -10,8 +10,10 @@ from mutations import Model, on_matrix, zero
 from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.behaviour import judge, rates, tasks
-from quantkit.evaluation.behaviour.items import Amount
+from quantkit.evaluation.behaviour.compare import words
+from quantkit.evaluation.behaviour.items import Amount, Item
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
+from quantkit.evaluation.behaviour.writing import Notes
 from quantkit.job import evaluate as evaluating
 from quantkit.runtime.sources.gguf import open_gguf
 
@@ -115,7 +117,7 @@ def test_other_questions_are_not_answered_by_old_notes(path, tmp_path, monkeypat
     """Another chat template, another version of quantkit: the original has to write again."""
     asked = []
 
-    def notes(place, about):
+    def notes(place, about, **_):
         asked.append((place.name, about))
         raise QuantkitError("seen enough")
 
@@ -124,6 +126,28 @@ def test_other_questions_are_not_answered_by_old_notes(path, tmp_path, monkeypat
         monkeypatch.setattr(tasks, "SHOTS", n_shots)
         assert "seen enough" in run(path, tmp_path / "x.json").output
     assert asked[0] == asked[1] and asked[0][0] != asked[2][0] and asked[0][1] != asked[2][1]
+
+
+def test_the_interval_is_of_what_is_lost(tmp_path):
+    """Also where short continuations lose more than long ones."""
+    items = [Item(f"text/{i}", "text", "greedy", (0,), 400, tasks.GREEDY) for i in range(20)]
+    theirs, ours = Notes(tmp_path / "theirs", {}), Notes(tmp_path / "ours", {})
+    for i, item in enumerate(items):
+        n, lost = (10, 2.0 + i % 3 / 10) if i % 2 else (400, 0.1 + i % 3 / 100)
+        theirs.add(item.key, tokens=[1] * n, ended=True, nll=float(n))
+        ours.add(f"nll/{item.key}", nll=n * (1 + lost))
+    found = words(items, theirs, ours)
+    assert found["lost"] == pytest.approx(0.159, abs=0.01)
+    assert found["lost_ci95"][0] < found["lost"] < found["lost_ci95"][1] < 0.3
+
+
+def test_two_evaluations_do_not_mix_their_notes(tmp_path):
+    first = Notes(tmp_path / "x.jsonl", {"file": 1}, alone=True)
+    first.add("a", tokens=[1])
+    with pytest.raises(QuantkitError, match="another evaluation writes it"):
+        Notes(tmp_path / "x.jsonl", {"file": 2}, alone=True)
+    first.file.close()
+    assert Notes(tmp_path / "x.jsonl", {"file": 1}, alone=True).found == {"a": {"tokens": [1]}}
 
 
 def test_judges():

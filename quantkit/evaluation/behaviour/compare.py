@@ -70,12 +70,15 @@ def words(items: Sequence[Item], theirs: Notes, ours: Notes) -> dict[str, Any]:
         return {}
     n = sum(row[2] for row in rows)
     nll, reference = (sum(row[i] for row in rows) / n for i in (0, 1))
-    interval = paired([(a - b) / k for a, b, k in rows])
+    lost = nll - reference
+    # of a ratio of sums, linearized: what counts is how far each continuation is from losing as much a token as all do
+    spread = [lost + (a - b - lost * k) * len(rows) / n for a, b, k in rows]
+    interval = paired(spread) if math.isfinite(lost) else None
     return {
         "tokens": n,
         "nll": nll,
         "nll_reference": reference,
-        "lost": nll - reference,
+        "lost": lost,
         "lost_ci95": list(interval) if interval else None,
     }
 

@@ -1,5 +1,6 @@
 """Continuations written by an engine, many at once, each noted as soon as it is there: a stopped run goes on."""
 
+import fcntl
 import json
 import queue
 import time
@@ -30,10 +31,18 @@ class Written:
 
 
 class Notes:
-    """Lines of JSON: first what they are of, then one for each continuation or score. A torn last line is dropped."""
+    """Lines of JSON: first what they are of, then one for each continuation or score. A torn last line is dropped.
+    alone: QuantkitError while another process has them, which may be of another file."""
 
-    def __init__(self, path: Path, of: Mapping[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, of: Mapping[str, Any], alone: bool = False):
+        self.path, self.file = path, path.open("ab")
+        if alone:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise QuantkitError(f"{path}: another evaluation writes it; give this one another --json") from None
+            except OSError:  # a file system without locks
+                say(f"warning: {path}: cannot be locked: let no other evaluation write it")
         self.found: dict[str, Any] = {}
         self.n_before = 0
         head, good = json.dumps({"of": dict(of)}, sort_keys=True), b""
@@ -52,7 +61,6 @@ class Notes:
         elif lines:
             say(f"{path}: of another file, original or amount; begun anew")
         path.write_bytes(head.encode() + b"\n" + good)
-        self.file = path.open("ab")
 
     def add(self, key: str, **row: Any) -> None:
         """On disk when this returns, but for a power cut."""
