@@ -77,7 +77,7 @@ class Meter:
         """In its unit."""
         if self.unit == "B":
             return f"{amount / 1e9:,.2f} GB" if amount >= 1e8 else f"{amount / 1e6:,.2f} MB"
-        return f"{amount:,.3g} {self.unit}"
+        return f"{amount:,.0f} {self.unit}" if amount >= 1000 else f"{amount:.3g} {self.unit}"
 
     def eta_text(self) -> str:
         """`ETA 0:12:03`."""

@@ -41,6 +41,7 @@ def test_what_an_earlier_run_did_says_nothing_of_the_speed(now):
     meter = Meter(100, "layers", done=60, before=50)
     now[0] += 20
     assert meter.rate == 0.5 and meter.left == 80 and meter.share == 0.6
+    assert Meter(9, "tokens").text(4630.5) == "4,630 tokens" and Meter(9, "tokens").text(0.0696) == "0.0696 tokens"
     assert Meter(0, "layers").share == 1 and Meter(5, "layers").left is None and clock(None) == "?"
 
 

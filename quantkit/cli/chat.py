@@ -244,10 +244,11 @@ def chat_on_terminal(talk: "Conversation", n_tokens: int) -> None:
             try:
                 typed = lines.message()
             except KeyboardInterrupt:
+                click.echo(err=True)  # leaves the line of the prompt
                 if warned:
                     raise
                 warned = True
-                click.echo("\n(Ctrl-C again, Ctrl-D or /exit ends)", err=True)
+                click.echo("(Ctrl-C again, Ctrl-D or /exit ends)", err=True)
                 continue
             warned = False
             if typed is None or typed.strip() == "/exit":

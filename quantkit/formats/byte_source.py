@@ -169,5 +169,7 @@ def read_text(path: Path, kind: Kind) -> str:
 def read_text_file(path: Path, kind: Kind = "config") -> bytes:
     """A small file of a model folder, as `read_whole`."""
     if not os.path.lexists(path):
-        raise QuantkitError(f"{path}: no such file (is {path.parent} a model folder?)")
+        models = sorted(one for one in path.parent.glob("*.gguf") if not one.name.startswith("imatrix"))
+        hint = f"for the model in {models[0]} give that file" if models else f"is {path.parent} a model folder?"
+        raise QuantkitError(f"{path}: no such file ({hint})")
     return read_whole(path, kind)

@@ -5,14 +5,13 @@ from textwrap import wrap
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.formats.geometry import Geometry
 from quantkit.formats.model_folder import open_source
 from quantkit.models import family
 from quantkit.models.capabilities import CAPABILITIES
 from quantkit.planning import published
 
 WORDS = {"cpu": "run, CPU", "gpu": "run, GPU", "llama_cpp": "llama.cpp", "ktransformers": "KTransformers"}
-WIDTH = 100
+WIDTH = 80
 
 
 def describe() -> str:
@@ -21,16 +20,19 @@ def describe() -> str:
     for architecture in family.BY_ARCHITECTURE:
         known = CAPABILITIES[architecture]
         names = ", ".join(family.CONFIG_FILES[architecture].HF_ARCHITECTURES)
-        lines += [f"{architecture}: {known.title} ({names})"]
+        lines += wrap(f"{architecture}: {known.title} ({names})", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         for field in fields(known)[1:]:
             text = getattr(known, field.name)
             indent = " " * 18
             lines += wrap(f"  {WORDS.get(field.name, field.name):<14}  {text}", WIDTH, subsequent_indent=indent)
         lines.append("")
-    lines += ["Models that `plan` and `inspect` know by name (none but tiny-r1 has weights here):", ""]
-    lines += [
-        f"{'name':<18} {'family':<12} {'layers':>6} {'hidden':>6} {'experts':>7} {'weights':>18}  damage of its like"
-    ]
+    lines += wrap(
+        "Models that `plan` and `inspect` know by name (none but tiny-r1 has weights here), and the damage by which a "
+        "budget chooses their types: what was published of their like, or the prior:",
+        WIDTH,
+    )
+    lines.append("")
+    lines += [f"{'name':<17} {'family':<10} {'layers':>6} {'hidden':>6} {'experts':>7} {'weights':>17}  damage"]
     refused = []
     for name in bundle.model_names():
         try:
@@ -48,8 +50,7 @@ def _row(name: str) -> str:
     specs = family.specs(config)
     found = published.recognise(specs)
     what = "published" if found else "prior"
-    mark = "" if isinstance(source, Geometry) else " (with weights)"
     return (
-        f"{name:<18} {config.architecture:<12} {config.n_layer:>6} {config.d:>6,} {config.n_expert:>7} "
-        f"{sum(spec.n_weights for spec in specs):>18,}  {what}{mark}"
+        f"{name:<17} {config.architecture:<10} {config.n_layer:>6} {config.d:>6,} {config.n_expert:>7} "
+        f"{sum(spec.n_weights for spec in specs):>17,}  {what}"
     )

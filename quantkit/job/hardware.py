@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantkit import bundle, machine
-from quantkit.job.plan import files_of, load_or_plan
+from quantkit import machine
+from quantkit.job.plan import by_size, files_of, load_or_plan
 from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
@@ -13,7 +13,6 @@ from quantkit.planning import hardware_table, presets, targets
 from quantkit.planning.arithmetic import Arithmetic, cores
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
-from quantkit.planning.recipe import Recipe
 
 SPLIT_BYTES = 50 * 10**9  # the default of --split-max-size
 
@@ -83,9 +82,7 @@ def hardware_report(
     threads: int | None = None,
 ) -> str:
     """The view of `quantkit hardware` for plan.json files or recipes (none: the bundled ones by size)."""
-    known = {name: Recipe.load(name) for name in bundle.recipe_names()}
-    by_size = [name for name, one in known.items() if one.published and not one.is_open]
-    plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or by_size]
+    plans = [load_or_plan(model, name, target, BudgetOptions()) for name in recipes or by_size()]
     source = open_model(model)
     config = family.from_hf(source.config)
     rows = []

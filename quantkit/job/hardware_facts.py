@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantkit import bundle
 from quantkit.errors import QuantkitError
-from quantkit.job.plan import files_of, load_or_plan
+from quantkit.job.plan import by_size, files_of, load_or_plan
 from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
@@ -15,7 +14,6 @@ from quantkit.planning import hardware, targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.expected import expected
 from quantkit.planning.hardware import Machine
-from quantkit.planning.recipe import Recipe
 
 
 def facts(
@@ -30,11 +28,10 @@ def facts(
     """`machine`, `context`, and for each plan (none given: the bundled ones by size) its file's bytes, `placement`,
     bytes of one token by where they lie with the bound on tokens a second (`token`), tokens a second that are
     `expected`, and start `commands`; `refused` says why a plan fits nowhere. Bytes and bytes a second."""
-    by_size = [name for name in bundle.recipe_names() if Recipe.load(name).published]
     source = open_model(model)
     config = family.from_hf(source.config)
     plans: list[dict[str, Any]] = []
-    for name in recipes or by_size:
+    for name in recipes or by_size():
         plan = load_or_plan(model, name, target, BudgetOptions())
         files = files_of(source, plan, None if targets.get(plan.target).single_file else split_max_bytes)
         about: dict[str, Any] = {"recipe": plan.recipe, "target": plan.target}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats import fp4
 from quantkit.formats.byte_source import read_whole
@@ -254,6 +255,12 @@ def file_bytes(source: Checkpoint | Geometry, plan: Plan, split_max_bytes: int |
 def plan_file_bytes(model: ModelRef | Path | str, plan: Plan) -> int:
     """Bytes of one unsplit file."""
     return file_bytes(open_model(model), plan, None)
+
+
+def by_size() -> list[str]:
+    """The bundled recipes that stand for a size: what several are shown of if none is asked for."""
+    known = {name: Recipe.load(name) for name in bundle.recipe_names()}
+    return [name for name, one in known.items() if one.published and not one.is_open]
 
 
 def load_or_plan(model: ModelRef | Path | str, recipe: str, target: str | None, budget: BudgetOptions) -> Plan:

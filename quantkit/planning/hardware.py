@@ -212,8 +212,16 @@ def commands(
             f"ollama create {plan.model}-{plan.recipe} -f Modelfile",
             f"ollama run {plan.model}-{plan.recipe}",
         ]
-    out["quantkit"] = [f"quantkit run {file} --chat -p 'Hello'" + ("" if machine.vram else " --device cpu")]
+    out["quantkit"] = [f"quantkit run {file} -c {context}{_limits(placed, machine)} --chat -p 'Hello'"]
     return out
+
+
+def _limits(placed: Placement, machine: Machine) -> str:
+    """Options of `quantkit run`. --ram counts the file alone: without a GPU the cache and buffers are beside it."""
+    if not placed.disk:
+        return "" if machine.vram else " --device cpu"
+    for_file = machine.ram - (0 if machine.vram else placed.kv_cache + WORKSPACE)
+    return f" --ram {for_file // 10**6}MB" + ("" if machine.vram else " --device cpu")
 
 
 def up_to(n: int) -> str:

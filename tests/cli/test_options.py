@@ -109,11 +109,19 @@ def test_tokens_may_be_thousands():
             ["hardware", "tiny-r1", "--recipe", "Q4_K_M", "--ram", "1GB", "--vram", "0", "--bandwidth", "ram=10"],
             {"machine", "context", "plans"},
         ),
+        (["hardware", "tiny-r1", "--ram", "1GB", "--vram", "0", "--bandwidth", "ram=10"], {"machine", "plans"}),
     ],
 )
 def test_programs_read_json(arguments, keys):
     done = CliRunner().invoke(main, [*arguments, "--json"])
     assert done.exit_code == 0 and keys <= json.loads(done.stdout).keys()
+
+
+def test_a_folder_with_a_gguf_is_told_apart_from_a_checkpoint(tmp_path):
+    for name in ("imatrix.gguf", "r1-00002-of-00002.gguf", "r1-00001-of-00002.gguf"):
+        (tmp_path / name).touch()
+    done = CliRunner().invoke(main, ["plan", str(tmp_path)])
+    assert done.exit_code == 1 and f"for the model in {tmp_path}/r1-00001-of-00002.gguf give that file" in done.stderr
 
 
 def test_a_refused_job_leaves_nothing(tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from mutations import Model, on_matrix, zero
+from rich.console import Console
 
 from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.behaviour import judge, rates, tasks
-from quantkit.evaluation.behaviour.compare import words
+from quantkit.evaluation.behaviour.compare import table, words
 from quantkit.evaluation.behaviour.items import Amount, Item
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
 from quantkit.evaluation.behaviour.writing import Notes
@@ -193,3 +194,13 @@ def test_tasks_are_the_same_each_time(path):
     needle = next(item for item in items(512) if item.kind == "needle")
     assert needle.lead.count(needle.wanted) == 1 and needle.lead.endswith("The number of the lighthouse is")
     assert {len(prompts()[kind]) for kind in ("text", "chat", "code")} == {24, 12, 10}
+
+
+def test_the_table_fits_a_terminal():
+    certain = {"rate": 100.0, "ci95": [90.36, 100.0], "rate_reference": 97.5, "ci95_reference": [87.12, 99.56]}
+    row = {"what": "repeats its 16-grams", "mode": "sampled", "n": 500, "worse": False, **certain}
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table({"rates": [row]}))
+    lines = shown.get().splitlines()
+    assert max(map(len, map(str.rstrip, lines))) <= 80 and "90.4–100.0" in lines[-1]

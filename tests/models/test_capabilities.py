@@ -4,6 +4,7 @@ import pytest
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
+from quantkit.job.families import describe
 from quantkit.models import family
 from quantkit.models.capabilities import CAPABILITIES, UNSUPPORTED
 
@@ -33,3 +34,8 @@ def test_bundled_models_of_known_families_are_whole():
     for name in bundle.model_names():
         source = open_model(name)
         source.validate(family.source_shapes(family.from_hf(source.config)))
+
+
+def test_the_page_fits_a_terminal():
+    page = describe()
+    assert max(map(len, page.splitlines())) <= 80 and all(name in page for name in bundle.model_names())

@@ -132,6 +132,10 @@ def test_commands_name_the_layers(plan, config):
     assert hardware.commands(plan, alone, Machine(256 * GIB), 4096, "x.gguf", "R1", 8)["llama.cpp"][0].endswith(
         "-ngl 0"
     )
+    short = Machine(60 * GIB, 14 * GIB)
+    placed = hardware.place(plan, config, short, 4096)
+    (run,) = hardware.commands(plan, placed, short, 4096, "x.gguf", "R1", 8)["quantkit"]
+    assert placed.disk and run.startswith("quantkit run x.gguf -c 4096 --ram 64424MB")
     ollama = plan_model("deepseek-r1", "1.58bit", "ollama")
     assert any(
         "Modelfile" in line for line in hardware.commands(ollama, placed, machine, 4096, "x.gguf", "R1", 8)["ollama"]

@@ -101,16 +101,16 @@ def findings(found: Sequence[Rate], nll: dict[str, Any], weights: Sequence[str])
 
 
 def table(result: dict[str, Any]) -> Table:
-    """For a person."""
-    made = Table("failure", "", "continuations", "file", "95 %", "original", "95 %", box=None)
+    """For a person, within 80 columns. n: continuations."""
+    made = Table("failure", "", "n", "file", "95 %", "original", "95 %", box=None)
     for row in result["rates"]:
         made.add_row(
             row["what"] + (" !" if row["worse"] else ""),
             row["mode"],
             f"{row['n']:,}",
-            f"{row['rate']:g} %",
-            "{:g} to {:g}".format(*row["ci95"]),
-            f"{row['rate_reference']:g} %",
-            "{:g} to {:g}".format(*row["ci95_reference"]),
+            f"{row['rate']:.1f} %",
+            "{:.1f}–{:.1f}".format(*row["ci95"]),
+            f"{row['rate_reference']:.1f} %",
+            "{:.1f}–{:.1f}".format(*row["ci95_reference"]),
         )
     return made
