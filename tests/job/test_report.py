@@ -25,6 +25,7 @@ from quantkit.job.plan import plan_model
 from quantkit.job.report.compare import write_comparison
 from quantkit.job.report.figures import FIGURES
 from quantkit.job.report.material import Material
+from quantkit.job.report.page import page as render
 from quantkit.job.report.page import verdict, write_report
 from quantkit.job.status import status
 from quantkit.models.open import open_weights
@@ -176,6 +177,14 @@ def test_the_verdict_comes_first(folder, page):
     assert verdict(m) == "Do not use this file for ollama: it failed certification (weights)."
     m.certificates, m.scores = [], m.scores | {"configuration": {"status": "fail"}}
     assert verdict(m).startswith("Do not trust these scores")
+
+
+def test_a_file_by_ggml_is_not_sent_to_a_baseline(folder):
+    """`make --baseline` refuses what has nothing to compare."""
+    m = Material.load(folder)
+    m.baseline, m.provenance = None, m.provenance | {"encoder": "ggml"}
+    shown = render(m, {})
+    assert "by ggml&#39;s encoder itself" in shown and "make</code> with --baseline" not in shown
 
 
 def test_nothing_is_loaded_from_elsewhere(page):

@@ -36,6 +36,7 @@ MISSING = {
     "samples": "None: run `quantkit verify {file} --reference {model} --prompts 8`.",
     "certificate": "Not certified: run `quantkit certify {file} --reference {model}`.",
 }
+BY_GGML = "This file is by ggml's encoder itself."
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -70,7 +71,8 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
             tiles=_tiles(m),
             commands=commands(m),
             figures=figures,
-            missing={name: text.format(**known) for name, text in MISSING.items()},
+            missing={name: text.format(**known) for name, text in MISSING.items()}
+            | ({"baseline": BY_GGML} if m.provenance.get("encoder") == "ggml" else {}),
             notes=_notes(m),
             baseline=_baseline(m),
             domains=_domains(m),
