@@ -3,9 +3,9 @@
 #   CPU   docker build -t quantkit .
 #   CUDA  docker build -t quantkit:cuda --build-arg TORCH=cu128 .     (the host: a driver and nvidia-container-toolkit)
 #
-#   docker run --rm -v "$PWD:/work" quantkit make --recipe 1.58bit
-#   docker run --rm --gpus all -v "$PWD:/work" -v /models:/models:ro quantkit:cuda make /models/DeepSeek-R1 -o /work/r1
-#   docker run --rm -p 127.0.0.1:8000:8000 -e QUANTKIT_API_KEY -v "$PWD:/work" quantkit serve FILE --host 0.0.0.0
+#   docker run --rm -v "$PWD:/files" quantkit make --recipe 1.58bit
+#   docker run --rm --gpus all -v "$PWD:/files" -v /models:/models:ro quantkit:cuda make /models/DeepSeek-R1 -o /files/r1
+#   docker run --rm -p 127.0.0.1:8000:8000 -e QUANTKIT_API_KEY -v "$PWD:/files" quantkit serve FILE --host 0.0.0.0
 FROM python:3.11-slim
 
 # Both compile on first use: experts in C for the processor, Triton's launchers for the GPU.
@@ -18,8 +18,8 @@ RUN pip install --no-cache-dir -c /src/.ci/constraints.txt --index-url "https://
     && pip install --no-cache-dir -c /src/.ci/constraints.txt "/src[serve,grammar,plots,data]" \
     && rm -rf /src
 
-WORKDIR /work
-ENV HOME=/work
+WORKDIR /files
+ENV HOME=/files
 EXPOSE 8000
 ENTRYPOINT ["quantkit"]
 CMD ["--help"]

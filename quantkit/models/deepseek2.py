@@ -86,7 +86,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         n_context=key("context_length"),
         rms_eps=key("attention.layer_norm_rms_epsilon"),
         rope_base=key("rope.freq_base", 10000.0),
-        yarn=_yarn_from_gguf(metadata),
+        yarn=yarn_from_gguf(metadata),
         bos=metadata.get("tokenizer.ggml.bos_token_id", 0),
         eos=metadata.get("tokenizer.ggml.eos_token_id", 1),
         more_ends=tuple(metadata[key] for key in ENDS if key in metadata),
@@ -104,7 +104,8 @@ def required(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any
     return value
 
 
-def _yarn_from_gguf(metadata: Mapping[str, Any]) -> Yarn | None:
+def yarn_from_gguf(metadata: Mapping[str, Any]) -> Yarn | None:
+    """The rotation's scaling; None if there is none."""
     prefix = f"{metadata['general.architecture']}.rope.scaling."
     if metadata.get(prefix + "type") != "yarn":
         return None
@@ -115,6 +116,18 @@ def _yarn_from_gguf(metadata: Mapping[str, Any]) -> Yarn | None:
         beta_slow=metadata.get(prefix + "yarn_beta_slow", 1.0),
         mscale_all_dim=10.0 * metadata.get(prefix + "yarn_log_multiplier", 0.0),
     )
+
+
+def expert_keys(c: ModelConfig) -> dict[str, Any]:
+    """How many experts there are, how wide, and how their outputs are weighed: what every family writes."""
+    return {
+        "expert_count": U32(c.n_expert),
+        "expert_used_count": U32(c.n_used),
+        "expert_shared_count": U32(c.n_shared),
+        "expert_feed_forward_length": U32(c.n_ff_exp),
+        "expert_weights_scale": F32(c.weights_scale),
+        "expert_weights_norm": c.norm_weights,
+    }
 
 
 def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
@@ -133,12 +146,7 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
         "attention.value_length": U32(c.kv_lora if split else c.v_head),
         "leading_dense_block_count": U32(c.n_dense),
         "vocab_size": U32(c.n_vocab),
-        "expert_count": U32(c.n_expert),
-        "expert_used_count": U32(c.n_used),
-        "expert_shared_count": U32(c.n_shared),
-        "expert_feed_forward_length": U32(c.n_ff_exp),
-        "expert_weights_scale": F32(c.weights_scale),
-        "expert_weights_norm": c.norm_weights,
+        **expert_keys(c),
         "expert_gating_func": U32(GATING[c.scoring]),
         "expert_group_count": U32(c.n_group),
         "expert_group_used_count": U32(c.n_group_used),

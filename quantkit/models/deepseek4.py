@@ -7,7 +7,7 @@ token. Its checkpoints have names of their own, and one GGUF layout.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,11 +112,9 @@ def _limit(said: Any, n_layer: int) -> float:
 
 
 def _yarn(metadata: Mapping[str, Any]) -> Yarn | None:
-    prefix = f"{ARCHITECTURE}.rope.scaling."
-    if metadata.get(prefix + "type") != "yarn":
-        return None
-    betas = (metadata.get(f"{prefix}yarn_beta_{end}", default) for end, default in (("fast", 32.0), ("slow", 1.0)))
-    return Yarn(metadata[prefix + "factor"], metadata[prefix + "original_context_length"], *betas)
+    """As V2's, but that this architecture has no multiplier."""
+    found = deepseek2.yarn_from_gguf(metadata)
+    return None if found is None else replace(found, mscale_all_dim=Yarn.mscale_all_dim)
 
 
 def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
@@ -146,12 +144,7 @@ def metadata(c: ModelConfig, mla: Mla) -> dict[str, Any]:
         "hyper_connection.epsilon": F32(c.streams.eps),
         "hash_layer_count": U32(c.n_hash),
         "vocab_size": U32(c.n_vocab),
-        "expert_count": U32(c.n_expert),
-        "expert_used_count": U32(c.n_used),
-        "expert_shared_count": U32(c.n_shared),
-        "expert_feed_forward_length": U32(c.n_ff_exp),
-        "expert_weights_scale": F32(c.weights_scale),
-        "expert_weights_norm": c.norm_weights,
+        **deepseek2.expert_keys(c),
         "expert_gating_func": U32(GATING),
         "swiglu_clamp_exp": [float(c.limit)] * c.n_layer,
         "swiglu_clamp_shexp": [float(c.limit)] * c.n_layer,

@@ -20,20 +20,14 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from encoder_harness import Variant, calibrate, encode_tensor
-from encoder_proxy import final, load
-from recovery import MICRO, Free, Tuning, Weights, _move, judge, read
-from starve import cut_texts
+from encoder_proxy import final
+from recovery import MICRO, Bench, Free, Tuning, Weights, _move
 
 from quantkit.codecs.bits import negative
 from quantkit.codecs.registry import FORMATS, codec
-from quantkit.encoding.api import SUPPORTED
 from quantkit.encoding.hessian import blocks, damp
 from quantkit.encoding.outputs import LayerOutputs
 from quantkit.formats.gradients import DOWN, INNER
-from quantkit.machine import chosen_device
-from quantkit.models.open import open_weights
-from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.tensors import ROUTED_ROLES
 
@@ -315,39 +309,24 @@ def main(
     scored: int,
 ) -> None:
     """Print a line for each variant; the last figure is of 32 chunks of the text that it was tuned on."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    device = torch.device(chosen_device())
-    config, w = load(model)
-    w = {name: t.to(device) for name, t in w.items()}
-    q, types = read(base, device)
-    source = CheckpointSource(open_weights(str(model)), device.type, torch.float32)
-    tokens, judged = cut_texts(source, texts, total, scored)
-    tokens = tokens.to(device)
-    judged = {name: ids.to(device) for name, ids in judged.items()} | {"tuned on": tokens[:32]}
-    stats = calibrate(config, w, tokens)
-
-    def show(label: str, made: Weights, seconds: float) -> None:
-        figures = "  ".join(f"{name} {judge(config, w, made, ids):.4f}" for name, ids in judged.items())
-        print(f"{label:60}  {figures}  {seconds:.0f} s", flush=True)
-
-    show("base", q, 0)
+    bench = Bench(model, base, texts, total, scored)
+    bench.judged["tuned on"] = bench.tokens[:32]
+    bench.show("base", bench.q, 0)
     for text in variants:
         (moving, how), started = Moving.of(text), time.perf_counter()
-        free = Free(q, w, types, how)
-        codes = Codes(stacks(base, config, stats, folder, derived, device), free, moving, how.steps)
-        made = tune(config, free, codes, w, tokens, how)
+        free = Free(bench.q, bench.w, bench.types, how)
+        codes = Codes(stacks(base, bench.config, bench.stats, folder, derived, bench.device), free, moving, how.steps)
+        made = tune(bench.config, free, codes, bench.w, bench.tokens, how)
         if codes.log:
             print(
                 "moved, predicted, gained:",
                 *(f"{n} {a:.5f} {b:.5f}," for n, a, b in codes.log[:: 1 + len(codes.log) // 8]),
             )
         groups = sum(stack.s.numel() for stack in codes.found.values())
-        show(f"{text} loose, {codes.moved / groups:.4f} moves a group", made, time.perf_counter() - started)
-        with torch.no_grad():
-            for name, kind in free.kind.items():
-                if kind == "shift" and types[name] in SUPPORTED:
-                    made[name] = encode_tensor(stats, name, made[name], types[name], Variant())
-        show(text, made, time.perf_counter() - started)
+        label = f"{text} loose, {codes.moved / groups:.4f} moves a group"
+        bench.show(label, made, time.perf_counter() - started)
+        bench.encode_again(free, made)
+        bench.show(text, made, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,34 @@ def read(path: Path, device: torch.device) -> tuple[Weights, dict[str, str]]:
     return out, types
 
 
+class Bench:
+    """What all variants begin with: the original's weights w, the file's q and its types, calibration tokens and their
+    statistics, and the texts by which they are judged."""
+
+    def __init__(self, model: Path, base: Path, texts: tuple[Path, ...], total: int, scored: int):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.device = torch.device(chosen_device())
+        self.config, w = load(model)
+        self.w = {name: t.to(self.device) for name, t in w.items()}
+        self.q, self.types = read(base, self.device)
+        source = CheckpointSource(open_weights(str(model)), self.device.type, torch.float32)
+        tokens, judged = cut_texts(source, texts, total, scored)
+        self.tokens = tokens.to(self.device)
+        self.judged = {name: ids.to(self.device) for name, ids in judged.items()}
+        self.stats = calibrate(self.config, self.w, self.tokens)
+
+    def show(self, label: str, made: Weights, seconds: float) -> None:
+        figures = (f"{name} {judge(self.config, self.w, made, ids):.4f}" for name, ids in self.judged.items())
+        print(f"{label:60}  {'  '.join(figures)}  {seconds:.0f} s", flush=True)
+
+    @torch.no_grad()
+    def encode_again(self, free: Free, made: Weights) -> None:
+        """Matrices that moved, in place, if their type is one of ours."""
+        for name, kind in free.kind.items():
+            if kind == "shift" and self.types[name] in SUPPORTED:
+                made[name] = encode_tensor(self.stats, name, made[name], self.types[name], Variant())
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.argument("base", type=click.Path(exists=True, path_type=Path))
@@ -207,33 +235,15 @@ def read(path: Path, device: torch.device) -> tuple[Weights, dict[str, str]]:
 @click.option("--scored", default=107, show_default=True, help="Chunks of each other text.")
 def main(model: Path, base: Path, texts: tuple[Path, ...], variants: tuple[str, ...], total: int, scored: int) -> None:
     """Print a line for each variant."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    device = torch.device(chosen_device())
-    config, w = load(model)
-    w = {name: t.to(device) for name, t in w.items()}
-    q, types = read(base, device)
-    source = CheckpointSource(open_weights(str(model)), device.type, torch.float32)
-    tokens, judged = cut_texts(source, texts, total, scored)
-    tokens = tokens.to(device)
-    judged = {name: ids.to(device) for name, ids in judged.items()}
-    stats = calibrate(config, w, tokens)
-
-    def show(label: str, made: Weights, seconds: float) -> None:
-        figures = "  ".join(f"{name} {judge(config, w, made, ids):.4f}" for name, ids in judged.items())
-        print(f"{label:60}  {figures}  {seconds:.0f} s", flush=True)
-
-    show("base", q, 0)
+    bench = Bench(model, base, texts, total, scored)
+    bench.show("base", bench.q, 0)
     for text in variants:
         how, started = Tuning.of(text), time.perf_counter()
-        free = Free(q, w, types, how)
-        made = tune(config, free, w, tokens, how)
-        spent = time.perf_counter() - started
-        show(text + " loose", made, spent)
-        with torch.no_grad():
-            for name, kind in free.kind.items():
-                if kind == "shift" and types[name] in SUPPORTED:
-                    made[name] = encode_tensor(stats, name, made[name], types[name], Variant())
-        show(text, made, time.perf_counter() - started)
+        free = Free(bench.q, bench.w, bench.types, how)
+        made = tune(bench.config, free, bench.w, bench.tokens, how)
+        bench.show(text + " loose", made, time.perf_counter() - started)
+        bench.encode_again(free, made)
+        bench.show(text, made, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

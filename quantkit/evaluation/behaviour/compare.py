@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -24,13 +25,15 @@ from quantkit.evaluation.generation import loop_period
 Judge = Callable[[Item, Written, str], bool]
 """Item, what was written, its text -> whether that is a failure."""
 
+
+def _repeats(n: int, item: Item, made: Written, text: str) -> bool:
+    return repeated(made.tokens, n) > MOST_REPEATED
+
+
 LONG = ("text", "chat")
 FAILURES: dict[str, tuple[tuple[str, ...], Judge]] = {
     "ends in a loop": (LONG, lambda item, made, text: loop_period(made.tokens) > 0),
-    **{
-        f"repeats its {n}-grams": (LONG, lambda item, made, text, n=n: repeated(made.tokens, n) > MOST_REPEATED)  # type: ignore[misc]
-        for n in GRAMS
-    },
+    **{f"repeats its {n}-grams": (LONG, partial(_repeats, n)) for n in GRAMS},
     "does not end": (LONG, lambda item, made, text: not made.ended),
     "thinks without end": (("chat",), lambda item, made, text: thinks_without_end(text, item.begun)),
     "code does not parse": (("code",), lambda item, made, text: not parses(item.lead, text, not made.ended)),
