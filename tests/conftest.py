@@ -1,10 +1,16 @@
 """The bundled model, and one file made of it that several tests look at."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported, and for child processes: threads of one worker spin where another computes.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n_workers)))
+
 import torch
 
 if not torch.cuda.is_available():
@@ -28,14 +34,20 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text."""
-    folder = tmp_path_factory.mktemp("made")
+    """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text. Made by one worker of
+    pytest-xdist for all: read it, or work on a copy."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if n_workers else base) / "made"
     options = MakeOptions(
         calibration=Calibration(TextChoice(n_tokens=8192)),
         evaluation=TextChoice(n_tokens=4096),
         encoder="ggml",
     )
-    make("tiny-r1", folder, options)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".done").exists():
+            make("tiny-r1", folder, options)
+            folder.with_suffix(".done").touch()
     return folder
 
 
