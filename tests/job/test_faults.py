@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from patience import wait_for
 
 from quantkit import machine
 from quantkit.__main__ import main
@@ -154,9 +154,7 @@ def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    until = time.monotonic() + 100
-    while not list(tmp_path.glob("*.gguf.state/*.safetensors")) and time.monotonic() < until:
-        time.sleep(0.005)
+    wait_for(lambda: list(tmp_path.glob("*.gguf.state/*.safetensors")), 200)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130 and "interrupted; what is done is kept" in one_line(stderr)
