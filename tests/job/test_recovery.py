@@ -235,7 +235,7 @@ def in_step(value, name):
     return lambda values, layer, *_: layer == value and (values.folder / name).exists()
 
 
-PLACES = {
+PLACES = {  # each is in STOPS
     "original": (Spill, "put", spilled("original", "inputs-002"), False),
     "forward": (Spill, "put", spilled("step-001", "inputs-002"), True),
     "head": (Spill, "put", spilled("step-000", "gradient-004"), False),
@@ -254,15 +254,22 @@ def whole(base, source, chunks, tmp_path_factory):
     return recover(base, tmp_path_factory.mktemp("whole"), source, chunks, "job", SHORT)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_stopped_recovery_goes_on_to_the_same_bytes(base, source, chunks, whole, tmp_path, monkeypatch, place):
-    with monkeypatch.context() as patch:
-        stop(patch, *PLACES[place])
-        with pytest.raises(Stopped):
-            recover(base, tmp_path, source, chunks, "job", SHORT)
-    assert place == "published" or not list(tmp_path.glob("*.gguf"))
+STOPS = [  # in the order in which a run comes to them; from one to the next it goes on
+    ("original", "forward", "gradient saved, values not in place", "best", "copied"),
+    ("head", "moved, gradient not saved", "values in place", "encode", "published"),
+]
+
+
+@pytest.mark.parametrize("places", STOPS, ids=[places[0] for places in STOPS])
+def test_stopped_recovery_goes_on_to_the_same_bytes(base, source, chunks, whole, tmp_path, monkeypatch, capsys, places):
+    for place in places:
+        with monkeypatch.context() as patch:
+            stop(patch, *PLACES[place])
+            with pytest.raises(Stopped):
+                recover(base, tmp_path, source, chunks, "job", SHORT)
+        assert place == "published" or not list(tmp_path.glob("*.gguf"))
     files, gained = recover(base, tmp_path, source, chunks, "job", SHORT)
-    assert gained == whole[1]
+    assert gained == whole[1] and "begins anew" not in capsys.readouterr().err
     for ours, theirs in zip(files, whole[0], strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files)

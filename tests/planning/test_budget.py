@@ -32,8 +32,17 @@ def within(rules, n_bytes=None, gpu=None, n_layer=6, bpw=None):
     return plan_within(specs, recipe, "m", budget, Prior(specs), lambda plan: plan.data_bytes + 1000)
 
 
-@pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
-@pytest.mark.parametrize("size", ["131GiB", "140231438464", "158GiB", "182.69GiB", "212GiB", "400GiB"])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        *(("131GiB", target) for target in ("ktransformers", "llama.cpp", "ollama")),
+        ("140231438464", "llama.cpp"),
+        ("158GiB", "ktransformers"),
+        ("182.69GiB", "ollama"),
+        ("212GiB", "ktransformers"),
+        ("400GiB", "llama.cpp"),
+    ],
+)
 def test_r1_fills_its_budget_and_never_more(size, target):
     budget = BudgetOptions(size=parse_size(size, "--size"))
     with patience.within(5):
