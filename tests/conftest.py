@@ -1,8 +1,10 @@
 """The bundled model, and one file made of it that several tests look at."""
 
 import fcntl
+import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Before torch is imported, and for child processes: threads of one worker spin where another computes.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n_workers)))
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or a hundred child processes would compile the package, each anew
+    sys.dont_write_bytecode = False
 
 import torch
 
@@ -25,6 +29,35 @@ from quantkit.job.options import MakeOptions
 from quantkit.progress import say_once
 
 TINY = bundle.models_dir() / "tiny-r1"
+
+
+# The heaviest files, in this order, before all others, so that no worker is left with one of them at the end.
+FIRST = (
+    "job/test_recovery.py",
+    "job/test_faults.py",
+    "job/test_ranks.py",
+    "evaluation/oracles/test_llama.py",
+    "encoding/test_layer.py",
+    "job/test_report.py",
+    "job/test_make.py",
+    "calibration/test_sensitivity.py",
+    "job/test_by_moments.py",
+    "scripts/test_torture.py",
+    "evaluation/oracles/test_dsa_files.py",
+    "evaluation/test_verify.py",
+    "encoding/test_estimate.py",
+    "encoding/backends/test_triton_levels.py",
+    "encoding/backends/test_numba.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: no collection needs to look at them again
 
 
 @pytest.fixture(scope="session")
