@@ -254,7 +254,7 @@ def test_gradients_and_estimates_of_ranks_are_those_of_one(derived, tmp_path, n)
     together(n, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g")
     assert files_of(tmp_path / "g") == expected
     about = ["sensitivity", *asked[1:4], "--gradients", tmp_path / "g", "--tokens", 512, "--device", "cpu"]
-    about += ["--types", "Q2_K", "--other-types", "Q8_0", "-o"]
+    about += ["--types", "IQ4_NL", "--other-types", "Q8_0", "-o"]
     together(n, *about, tmp_path / "several")
     subprocess.run(
         list(map(str, [sys.executable, "-m", "quantkit", *about, tmp_path / "one"])), check=True, env=ONE_THREAD

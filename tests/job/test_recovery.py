@@ -235,7 +235,7 @@ def in_step(value, name):
     return lambda values, layer, *_: layer == value and (values.folder / name).exists()
 
 
-PLACES = {  # each is in STOPS
+PLACES = {
     "original": (Spill, "put", spilled("original", "inputs-002"), False),
     "forward": (Spill, "put", spilled("step-001", "inputs-002"), True),
     "head": (Spill, "put", spilled("step-000", "gradient-004"), False),
@@ -255,8 +255,8 @@ def whole(base, source, chunks, tmp_path_factory):
 
 
 STOPS = [  # in the order in which a run comes to them; from one to the next it goes on
-    ("original", "forward", "gradient saved, values not in place", "best", "copied"),
-    ("head", "moved, gradient not saved", "values in place", "encode", "published"),
+    ("original", "best", "moved, gradient not saved", "values in place", "copied"),
+    ("head", "forward", "gradient saved, values not in place", "encode", "published"),
 ]
 
 
