@@ -20,9 +20,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `make` does
 
+from warm_transformers import WarmTransformers
+
 from quantkit import bundle
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
+from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
@@ -82,6 +85,16 @@ def made(tmp_path_factory) -> Path:
             make("tiny-r1", folder, options)
             folder.with_suffix(".done").touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_transformers():
+    """tests/evaluation/test_configuration.py starts it as users do."""
+    warm = WarmTransformers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "run_module", warm)
+        yield
+    warm.close()
 
 
 @pytest.fixture
