@@ -229,6 +229,10 @@ def start_flags(target: str, c: ModelConfig) -> str:
     return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
 
 
+NO_REPACK = " --no-repack"
+"""Tells llama.cpp to multiply weights as they lie in the file."""
+
+
 def knows(target: str, c: ModelConfig) -> bool:
     """Whether the target's programs read such a model from a GGUF at all."""
     return runs_llama_cpp(target) or c.indexer is None

@@ -147,10 +147,11 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     if not path.is_file():
         return ["it is not certified; run `quantkit certify`"]
     found = _json(path)
-    if found.get("passed") is not True:
+    if any(check.get("status") == "fail" for check in found.get("checks", ())):
         return [f"{CERTIFY} says that a check failed"]
-    if found.get("engine_run") is False:
-        return [f"{CERTIFY} says {found.get('verdict')}: install what it names and run `quantkit certify` again"]
+    if found.get("passed") is not True or found.get("engine_run") is not True:
+        said = found.get("verdict") or "not that a program has run the file"
+        return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
     return [] if found.get("files") == sizes else [f"{CERTIFY} is of other files; run `quantkit certify` again"]
 
 

@@ -34,7 +34,7 @@ BASE = ("--repo", "user/t", "--base-model", "a/b")
 def certify(folder: Path) -> None:
     """The certificate of a file that passed, as `quantkit certify` writes it."""
     files = {path.name: path.stat().st_size for path in folder.glob("tiny-r1-*.gguf")}
-    (folder / "certify.json").write_text(json.dumps({"passed": True, "files": files}))
+    (folder / "certify.json").write_text(json.dumps({"passed": True, "engine_run": True, "files": files}))
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +212,9 @@ def test_pull_request_private_and_dry_run(hub, token, made_local):
 
 BROKEN = [
     ("certify.json", None, "quantkit certify"),
-    ("certify.json", b'{"passed": false}', "a check failed"),
-    ("certify.json", b'{"passed": true, "files": {"x.gguf": 1}}', "of other files"),
+    ("certify.json", b'{"passed": false, "checks": [{"status": "fail"}]}', "a check failed"),
+    ("certify.json", b'{"passed": true}', "not that a program has run the file"),
+    ("certify.json", b'{"passed": true, "engine_run": true, "files": {"x.gguf": 1}}', "of other files"),
     ("verify.json", None, "verify.json is missing"),
     ("imatrix.gguf", None, "imatrix.gguf is missing"),
     ("tiny-r1-2.51bit.gguf.part", b"", "unfinished"),
