@@ -1,8 +1,9 @@
 /* Intel AMX on a CPU without it, so that llama.cpp's AMX code can be run and judged anywhere.
  *
- *     gcc -O3 -march=native -shared -fPIC amx_emulator.c -o amx_emulator.so -ldl
+ *     gcc -O3 -march=native -shared -fPIC scripts/research/amx_emulator.c -o amx_emulator.so -ldl
  *     LD_PRELOAD=$PWD/amx_emulator.so llama-perplexity -m FILE.gguf ...
- *     gcc -O3 -march=native -DSELF_TEST -mamx-tile -mamx-int8 -mamx-bf16 amx_emulator.c -o test -ldl && ./test
+ *
+ * Its own test: gcc -O2 -DSELF_TEST -mamx-tile -mamx-int8 -mamx-bf16 scripts/research/amx_emulator.c -o test && ./test
  *
  * A CPU without AMX raises SIGILL at each of its instructions; the handler here decodes it (all are VEX coded), computes
  * it on tiles that every thread has of its own, and goes on behind it. Linux's question for permission to use tiles
@@ -280,25 +281,29 @@ static int judge(const char *name) {
     return wrong;
 }
 
+static uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits >> 16;
+}
+
 static int bfloat(void) {                                                 /* small integers: every sum is exact */
     float sums[M][N] = {{0}}, got[M][N];
     uint16_t a[M][K / 2], b[K / 4][N * 2];
     for (int m = 0; m < M; m++)
         for (int k = 0; k < K / 2; k++) {
             float value = next() % 64 - 32;
-            a[m][k] = *(uint32_t *)&value >> 16;
+            a[m][k] = to_bf16(value);
         }
     for (int k = 0; k < K / 4; k++)
         for (int n = 0; n < N * 2; n++) {
             float value = next() % 64 - 32;
-            b[k][n] = *(uint32_t *)&value >> 16;
+            b[k][n] = to_bf16(value);
         }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++)
-            for (int k = 0; k < K / 2; k++) {
-                uint32_t left = a[m][k] << 16, right = b[k / 2][2 * n + k % 2] << 16;
-                sums[m][n] += *(float *)&left * *(float *)&right;
-            }
+            for (int k = 0; k < K / 2; k++)
+                sums[m][n] += of_bf16((uint8_t *)&a[m][k]) * of_bf16((uint8_t *)&b[k / 2][2 * n + k % 2]);
     _tile_zero(0);
     _tile_loadd(1, a, sizeof a[0]);
     _tile_loadd(2, b, sizeof b[0]);

@@ -121,6 +121,8 @@ def commands(m: Material) -> list[tuple[str, list[str]]]:
         ("quantkit", [f"quantkit run {file}", f"quantkit serve {file} --port 8000"]),
         ("llama.cpp", [f"llama-cli -m {file}{flags}", f"llama-server -m {file}{flags}"]),
     ]
+    if m.plan and targets.aborts_on_amx((t.name, t.qtype) for t in m.plan.tensors):
+        out[-1][1].append(f"llama-cli -m {file}{flags}{targets.NO_REPACK}  # on an Intel CPU with AMX, without a GPU")
     if target == "ktransformers":
         out.append(("KTransformers", [f"quantkit export-kt {file} --output kt", "kt/launch.sh chat"]))
     if target == "ollama":
