@@ -160,14 +160,16 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
 @pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
-        (found,) = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
+        found, *build = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
         assert (found.name, found.status) == ("oracle llama.cpp", "pass"), found.detail
+        assert found.engine and found.engine.version in found.detail and found.engine.cpu.startswith(("AVX", "NEON"))
+        assert {check.name.partition(" --")[0] for check in build} == {"oracle llama.cpp build"}
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
         model.metadata["deepseek2.context_length"] = U16(4096)
         path = model.write(tmp_path / "u16.gguf")
-        (found,) = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
+        found, *_ = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
         assert found.status == "fail" and "wrong type u16" in found.detail
 
 

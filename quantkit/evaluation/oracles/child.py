@@ -35,7 +35,7 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
 
 
 def run_program(words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str]) -> str:
-    """A program and its arguments -> what it wrote to stderr. OracleError if it does not end well, as `run_module`."""
+    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`."""
     try:
         child = subprocess.run(
             words,
@@ -53,4 +53,4 @@ def run_program(words: Sequence[str], name: str, timeout: float, settings: Mappi
     if child.returncode:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         raise OracleError(f"{name} ended with {how}:\n{child.stderr[-3000:]}")
-    return child.stderr
+    return child.stdout + child.stderr

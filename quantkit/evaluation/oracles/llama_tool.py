@@ -67,7 +67,9 @@ def score(where: Path, model: Path, text: str, n: int, *, flags: str, n_threads:
             {"GGML_NO_BACKTRACE": "1"},  # a debugger would be attached to what aborts
         )
         tokens, log_probs = _read(answer, n)
-    return Scored(tokens, log_probs, *_about(said))
+    return Scored(
+        tokens, log_probs, build_of(run_program([str(where), "--version"], PROGRAM, TIMEOUT, {})), cpu_of(said)
+    )
 
 
 def _read(path: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +88,18 @@ def _read(path: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, (packed[:, 4 : 4 + n_vocab] * scale[:, None] + least[:, None]).astype(np.float32)
 
 
-def _about(said: str) -> tuple[str, str]:
-    """Build and CPU variant, of what it prints."""
-    build = re.search(r"build(?:_info)?: +(.*?)(?: for | *$)", said, re.MULTILINE)
+def build_of(said: str) -> str:
+    """Of `--version`: `0.6.0-dev (build 11434, commit 0c1e570), GNU 12.2.0`."""
+    version, compiler = (
+        re.search(r"^version: (.+)$", said, re.MULTILINE),
+        re.search(r"^built with (.+?) for ", said, re.M),
+    )
+    return ", ".join(found[1] for found in (version, compiler) if found) or "of unknown build"
+
+
+def cpu_of(said: str) -> str:
+    """Of what a run prints: the variant that it loaded, if it has several, and the fastest kernels compiled in."""
     variant = re.search(r"loaded CPU backend from \S*libggml-cpu-(\w+)", said)
     info = re.search(r"system_info: .*", said)
     cpu = widest(info[0]) if info else "plain"
-    return build[1] if build else "of unknown build", f"{variant[1]}: {cpu}" if variant else cpu
+    return f"{variant[1]}: {cpu}" if variant else cpu

@@ -37,8 +37,8 @@ def judged(path: Path) -> list[Check]:
 def test_a_build_agrees_and_is_named(made):
     found = judged(made / "tiny-r1-1.58bit.gguf")
     assert found[0].status == "pass", found
-    assert found[0].engine and found[0].engine.version and found[0].engine.cpu != "plain"
-    assert not AMX or found[0].engine.flags == " --no-repack"
+    assert found[0].engine and found[0].engine.version != "of unknown build" and found[0].engine.cpu != "plain"
+    assert not AMX or found[0].engine.flags.split() == ["--no-repack"]
 
 
 @pytest.mark.skipif(not AMX, reason="this CPU has no AMX (amx_int8 in /proc/cpuinfo)")
@@ -64,20 +64,37 @@ def test_log_probabilities_are_read_as_llama_cpp_leaves_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "about"),
+    ("said", "cpu"),
     [
         (
-            "build: 11434 (0c1e570) with GNU 12.2.0 for Linux x86_64\n"
             "load_backend: loaded CPU backend from /x/libggml-cpu-sapphirerapids.so\n"
             "system_info: n_threads = 1 / 2 | CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1 |\n",
-            ("11434 (0c1e570) with GNU 12.2.0", "sapphirerapids: AMX_INT8"),
+            "sapphirerapids: AMX_INT8",
         ),
-        ("system_info: n_threads = 1 | CPU : SSE3 = 1 | AVX = 1 | AVX2 = 0 |", ("of unknown build", "AVX")),
-        ("", ("of unknown build", "plain")),
+        ("0.0.1 I system_info: n_threads = 1 | CPU : SSE3 = 1 | AVX = 1 | AVX2 = 0 |", "AVX"),
+        ("", "plain"),
     ],
 )
-def test_build_and_variant_are_read_of_what_it_prints(said, about):
-    assert llama_tool._about(said) == about
+def test_the_variant_is_read_of_what_it_prints(said, cpu):
+    assert llama_tool.cpu_of(said) == cpu
+
+
+@pytest.mark.parametrize(
+    ("said", "build"),
+    [
+        (
+            "version: 0.6.0-dev (build 11434, commit 0c1e570)\nbuilt with GNU 12.2.0 for Linux x86_64\n",
+            "0.6.0-dev (build 11434, commit 0c1e570), GNU 12.2.0",
+        ),
+        (
+            "version: 4430 (ecebbd29)\nbuilt with cc (GCC) 14.2.1 for x86_64-pc-linux-gnu",
+            "4430 (ecebbd29), cc (GCC) 14.2.1",
+        ),
+        ("", "of unknown build"),
+    ],
+)
+def test_the_build_is_read_of_its_version(said, build):
+    assert llama_tool.build_of(said) == build
 
 
 def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
