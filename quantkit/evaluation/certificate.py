@@ -41,12 +41,14 @@ class Check:
 
 @dataclass
 class Certificate:
-    """All checks of one file, in the order in which they ran. files: name -> bytes. weights: `WeightCheck.report`."""
+    """All checks of one file, in the order in which they ran. files: name -> bytes. crc32: name -> CRC-32, where every
+    byte was read. weights: `WeightCheck.report`."""
 
     target: str
     files: dict[str, int]
     checks: list[Check] = field(default_factory=list)
     weights: dict[str, Any] | None = None
+    crc32: dict[str, int] | None = None
 
     @property
     def passed(self) -> bool:
@@ -95,6 +97,7 @@ class Certificate:
             "engines": [asdict(engine) for engine in self.engines],
             "not_run": self.not_run,
             "files": self.files,
+            "crc32": self.crc32,
             "checks": [asdict(check) for check in self.checks],
         }
         return out | ({"weights": self.weights} if self.weights else {})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,7 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
     assert done.exit_code == 0 and "tokenizer" in done.stdout
     found = json.loads(out.read_text())
     assert found["passed"] is False and found["verdict"] == "nothing failed, engine not run"
+    assert found["crc32"] == {good.name: zlib.crc32(good.read_bytes())}
     model = Model(good)
     model.key("expert_gating_func", U32(1))
     broken = model.write(tmp_path / "broken.gguf")

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.job.publish.folder import read_folder
 from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
@@ -235,6 +237,17 @@ def test_refuses_what_is_incomplete(name, data, says, hub, token, made_local, tm
         (folder / name).write_bytes(data)
     assert says in refused("publish", folder, "--repo", "user/t", "--base-model", "a/b")
     assert "user/t" not in hub.models
+
+
+def test_a_certificate_of_bytes_that_were_made_again_is_refused(made_local, tmp_path):
+    """Of the same names and sizes, which follow from the plan."""
+    folder = Path(shutil.copytree(made_local, tmp_path / "copy"))
+    (path,) = folder.glob("tiny-r1-*00001*.gguf")
+    certificate = json.loads((folder / "certify.json").read_text())
+    for crc, problems in ((zlib.crc32(path.read_bytes()), ()), (1, ("certify.json is of other files",))):
+        (folder / "certify.json").write_text(json.dumps(certificate | {"crc32": {path.name: crc}}))
+        found = read_folder(folder).problems
+        assert len(found) == len(problems) and all(map(str.startswith, found, problems)), found
 
 
 def with_metadata(path: Path, **changes) -> None:
