@@ -84,7 +84,7 @@ def _by_rule(
     if target == targets.LLAMA_CPP.name and (
         caveat := targets.aborts_on_amx((t.name, t.qtype) for t in file.tensors.values())
     ):
-        yield Check("target", "warn", caveat)
+        yield Check("start", "warn", caveat)
     yield _check("types", structure.types(file, target), f"{target} computes all of them, by its table")
     folder = vocabulary.folder_of(reference)
     compared = "consistent" if folder is None else "the original's vocabulary, merges and ids"

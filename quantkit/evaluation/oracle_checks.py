@@ -85,18 +85,16 @@ def sample(path: Path, device: str) -> Sample:
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
     build for this machine."""
-    build = llama_tool.program()
-    if not llama.available():
-        yield Check("oracle llama.cpp", "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
-    if not build:
-        yield Check(NATIVE, "skip", why_no_build())
-    if not build and not llama.available():
-        return
-    ours = sample(path, device)
-    if llama.available():
+    build, package = llama_tool.program(), llama.available()
+    ours = sample(path, device) if build or package else None
+    if ours and package:
         yield from installed(file, ours)
-    if build:
+    else:
+        yield Check("oracle llama.cpp", "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
+    if ours and build:
         yield from built(build, file, ours)
+    else:
+        yield Check(NATIVE, "skip", why_no_build())
 
 
 def why_no_build() -> str:

@@ -165,7 +165,7 @@ class TestLlamaCpp:
         found, *build = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
         assert (found.name, found.status) == ("oracle llama.cpp", "pass"), found.detail
         assert found.engine and found.engine.version in found.detail and found.engine.cpu.startswith(("AVX", "NEON"))
-        assert {check.name.partition(" --")[0] for check in build} == {"oracle llama.cpp build"}
+        assert {check.name.partition(" --")[0] for check in build} == {oracle_checks.NATIVE}
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
