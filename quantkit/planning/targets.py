@@ -235,14 +235,18 @@ AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
 """Types that llama.cpp lays out anew for AMX where a CPU has it and no GPU does (b11434, ggml-cpu/amx/amx.cpp)."""
 
 
+HEADS = ("attn_k_b", "attn_v_b", "attn_output_a")  # multiplied by head, or V4's by group
+
+
 def aborts_on_amx(types: Iterable[tuple[str, str]]) -> str:
     """Why llama.cpp does not start with tensors of these names and types on a CPU with AMX, "" if it does.
 
-    It takes the heads of k_b and v_b for one matrix each when it loads them, finds no kernel for a product by head
-    when it builds its graph, and ends (docs/results/amx.md). `NO_REPACK` helps, and so does any other type for them.
+    It lays matrices out for AMX when it loads them, finds no kernel for a product by head or group when it builds its
+    graph, and ends (docs/results/amx.md). `NO_REPACK` helps, and so does any other type for them.
     """
-    found = {f"{split_name(name)[0]} is {qtype}" for name, qtype in types if qtype in AMX}
-    heads = sorted(each for each in found if each.startswith(("attn_k_b ", "attn_v_b ")))
+    heads = sorted(
+        {f"{role} is {qtype}" for name, qtype in types if qtype in AMX and (role := split_name(name)[0]) in HEADS}
+    )
     if not heads:
         return ""
     return (
