@@ -202,7 +202,7 @@ def commands(
             "--trust-remote-code"
         ]
         made = "kt" if folder == "." else f"{folder}-kt"
-        out["KTransformers 0.2.3 to 0.3.x"] = [
+        out["KTransformers 0.2.3 to 0.3.2"] = [
             f"quantkit export-kt {file} --output {made} --threads {threads}",
             f"{made}/launch.sh chat",
         ]

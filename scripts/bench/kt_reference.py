@@ -1,0 +1,99 @@
+"""What `kt_legacy.py` compares KTransformers with: tokens and logits of a file by quantkit, and a file of all types.
+
+    python scripts/bench/kt_reference.py model FILE.gguf REF.pt --text TEXT   # FILE: what `export-kt` was given
+    python scripts/bench/kt_reference.py types FOLDER                         # gguf/types.gguf and types.pt in it
+
+`model`: greedy tokens by the engine of `quantkit run`, and float32 logits from the decoded weights, layer by layer.
+`types`: experts of random weights, a layer for each type, encoded by ggml and decoded by the gguf package.
+"""
+
+from pathlib import Path
+
+import click
+import gguf
+import numpy as np
+import torch
+
+from quantkit.evaluation.divergence import HeadLogits
+from quantkit.ggml.quants import quantize
+from quantkit.models.tokenizer import tokenize
+from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.generate import Sampling, generate
+from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.stream import final_hidden
+
+PROMPTS = ("It was a dark and stormy", "def area(r):\n", "Let f be continuous on [a, b]. Then", "学而时习之")
+TYPES = (
+    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
+    "IQ4_NL IQ4_XS"
+).split()
+PLAIN = {"F32": np.float32, "F16": np.float16}
+N_EXPERT, N_USED, D, N_FF = 8, 4, 512, 256
+ROWS = 32
+PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def main() -> None:
+    """What KTransformers is compared with."""
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--text", type=PATH, required=True, help="Scored token by token.")
+@click.option("--scored", default=160, show_default=True, help="Tokens of it.")
+@click.option("--tokens", default=32, show_default=True, help="Greedy tokens after each prompt.")
+@click.option("--device", default="cpu", show_default=True)
+@torch.inference_mode()
+def model(file: Path, out: Path, text: Path, scored: int, tokens: int, device: str) -> None:
+    """Greedy tokens after four prompts, logits over a text."""
+    source = open_source(file, device)
+    config, tokenizer = source.config, source.tokenizer()
+    prompts = [[config.bos, *tokenize(tokenizer, prompt)] for prompt in PROMPTS]
+    engine = open_engine(source.weights, 1, max(map(len, prompts)) + tokens)
+    found = [list(generate(engine, prompt, tokens, Sampling(temperature=0))) for prompt in prompts]
+    read = [config.bos, *tokenize(tokenizer, text.read_text(encoding="utf-8")[: 8 * scored])][:scored]
+    head = HeadLogits(source, final_hidden(source, torch.tensor([read], device=device))[0])
+    logits = head.slab(0, config.n_vocab)(slice(None)).cpu()
+    held = {"texts": list(PROMPTS), "prompts": prompts, "tokens": found, "scored": read, "logits": logits}
+    torch.save(held, out)
+    click.echo(f"{out}: {len(prompts)} × {tokens} tokens, {len(read)} rows of logits")
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+def types(folder: Path) -> None:
+    """Layer n holds experts of type n."""
+    (folder / "gguf").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(folder / "gguf" / "types.gguf", "deepseek2")
+    decoded = {}
+    for layer, qtype in enumerate(TYPES):
+        for part, shape in (("gate", (N_FF, D)), ("up", (N_FF, D)), ("down", (D, N_FF))):
+            name, n_in = f"blk.{layer}.ffn_{part}_exps.weight", shape[1]
+            rows = generator.standard_normal((N_EXPERT * shape[0], n_in), np.float32) / np.float32(n_in**0.5)
+            if qtype in PLAIN:
+                data = rows.astype(PLAIN[qtype])
+                writer.add_tensor(name, data.reshape(N_EXPERT, *shape))
+            else:
+                data = quantize(qtype, rows, np.ones(n_in, np.float32))
+                kind = gguf.GGMLQuantizationType[qtype]
+                writer.add_tensor(name, data.reshape(N_EXPERT, shape[0], -1), raw_dtype=kind)
+            decoded[name] = torch.from_numpy(
+                gguf.dequantize(data, gguf.GGMLQuantizationType[qtype]).reshape(N_EXPERT, *shape).astype(np.float32)
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    x = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    chosen = torch.stack(
+        [torch.randperm(N_EXPERT, generator=torch.Generator().manual_seed(i))[:N_USED] for i in range(ROWS)]
+    )
+    weight = torch.rand(ROWS, N_USED, generator=torch.Generator().manual_seed(1))
+    torch.save({"types": TYPES, "decoded": decoded, "x": x, "expert": chosen, "weight": weight}, folder / "types.pt")
+
+
+if __name__ == "__main__":
+    main()
