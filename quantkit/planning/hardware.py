@@ -203,8 +203,8 @@ def commands(
         ]
         made = "kt" if folder == "." else f"{folder}-kt"
         out["KTransformers 0.2.3 to 0.3.2"] = [
-            f"quantkit export-kt {file} --output {made} --threads {threads}",
-            f"{made}/launch.sh chat",
+            f"quantkit export-kt {file} --output {made}",
+            f"{made}/launch.sh chat --cpu_infer {threads}",
         ]
     if plan.target == "ollama":
         out["ollama"] = [

@@ -45,6 +45,14 @@ def stand_ins() -> None:
         return zeros(*size, **options)
 
     torch.zeros = unpinned  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda device=None: (0, 0)  # type: ignore[assignment]  # asked at import
+
+
+def threads() -> None:
+    """Of its experts, before they are imported; by itself it takes three less than there are cores, which may be none."""
+    from ktransformers.server.config.config import Config
+
+    Config().cpu_infer = torch.get_num_threads() + 1
 
 
 # Types.
@@ -68,6 +76,7 @@ def check_type(folder: Path, layer: int) -> None:
     """Dequantizer and experts of one layer; what is known is printed before the next step can end the process."""
     if not torch.cuda.is_available():
         stand_ins()
+    threads()
     from ktransformers.operators.experts import KExpertsCPU
 
     try:
@@ -186,9 +195,8 @@ def check_model(folder: Path, reference: dict[str, Any], cpu: bool, marlin: bool
         rules = Path(tempfile.mkdtemp()) / "cpu.yaml"
         rules.write_text(text)
     import ktransformers
-    from ktransformers.server.config.config import Config
 
-    Config().cpu_infer = torch.get_num_threads() + 1
+    threads()
     torch.set_grad_enabled(False)
     model, tokenizer, config = load(folder, rules, device)
     if marlin:
