@@ -49,7 +49,7 @@ def stand_ins() -> None:
 
 
 def threads() -> None:
-    """Of its experts, before they are imported; by itself it takes three less than there are cores, which may be none."""
+    """Of its experts, before they are imported: its default, three less than there are cores, may be none."""
     from ktransformers.server.config.config import Config
 
     Config().cpu_infer = torch.get_num_threads() + 1
@@ -84,12 +84,13 @@ def check_type(folder: Path, layer: int) -> None:
     except ImportError:
         from ktransformers.util.custom_gguf import GGUFLoader
     reference = torch.load(folder / "types.pt")
-    loader = GGUFLoader(str(folder / "gguf"))
+    qtype, loader = reference["types"][layer], GGUFLoader(str(folder / "gguf"))
     result: dict[str, str] = {}
     names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
     gate, up, down = (reference["decoded"][name] for name in names)
     try:
-        found = loader.load_gguf_tensor(names[0], device="cpu", target_dtype=torch.float32).float()
+        exact = torch.bfloat16 if qtype == "BF16" else torch.float32  # it takes BF16 for what it always gives
+        found = loader.load_gguf_tensor(names[0], device="cpu", target_dtype=exact).float()
         result["dequantizer"] = f"{float((found - gate).abs().max()):.2g}"
     except Exception as error:
         result["dequantizer"] = f"{type(error).__name__}: {error}"
@@ -165,13 +166,10 @@ def step(model: Any, tokens: list[int], start: int, held: Any, device: str) -> t
 
 def greedy(model: Any, config: Any, prompt: list[int], n: int) -> list[int]:
     """Without CUDA: the whole prompt at once, then token by token."""
-    held, tokens = cache(model, config, len(prompt) + n), []
-    logits = step(model, prompt, 0, held, "cpu")
-    for i in range(n):
-        tokens.append(int(logits.argmax()))
-        if tokens[-1] == config.eos_token_id:
-            break
-        logits = step(model, tokens[-1:], len(prompt) + i, held, "cpu")
+    held = cache(model, config, len(prompt) + n)
+    tokens = [int(step(model, prompt, 0, held, "cpu").argmax())]
+    while len(tokens) < n and tokens[-1] != config.eos_token_id:
+        tokens.append(int(step(model, tokens[-1:], len(prompt) + len(tokens) - 1, held, "cpu").argmax()))
     return tokens
 
 
@@ -202,7 +200,8 @@ def check_model(folder: Path, reference: dict[str, Any], cpu: bool, marlin: bool
     if marlin:
         round_to_marlin(model)
     equal = 0
-    for text, prompt, want in zip(reference["texts"], reference["prompts"], reference["tokens"], strict=True):
+    for n, (text, prompt) in enumerate(zip(reference["texts"], reference["prompts"], strict=True)):
+        want, exact = reference["tokens"][n], reference["exact"][n]
         ids = tokenizer.encode(text)
         if cpu:
             found = greedy(model, config, prompt, len(want))
@@ -212,11 +211,13 @@ def check_model(folder: Path, reference: dict[str, Any], cpu: bool, marlin: bool
             found = prefill_and_generate(
                 model, tokenizer, torch.tensor([prompt], device=device), len(want), chunk_size=1
             )
-        same = next(
-            (i for i, (a, b) in enumerate(zip(found, want, strict=False)) if a != b), min(len(found), len(want))
-        )
-        equal += found == want[: len(found)]
-        print(f"PROMPT {text!r}: ids {'equal' if ids == prompt else ids}; {same} of {len(want)} tokens equal: {found}")
+        same = next((i for i, (a, b) in enumerate(zip(found, want, strict=False)) if a != b), len(found))
+        equal += same == len(found)
+        said = "all" if same == len(found) else f"the first {same}"
+        if same < len(found):  # how near a tie was it, to quantkit's decoded weights?
+            p = exact[same].softmax(-1)
+            said += f" (then {p[found[same]]:.3f} or {p[want[same]]:.3f} probable)"
+        print(f"PROMPT {text!r}: ids {'equal' if ids == prompt else ids}; {said} of {len(want)} tokens equal: {found}")
     held = cache(model, config, len(reference["scored"]) + 1)
     logits = torch.stack([step(model, [t], i, held, device) for i, t in enumerate(reference["scored"])])
     kld, top = agreement(reference["logits"], logits)

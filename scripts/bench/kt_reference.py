@@ -3,7 +3,7 @@
     python scripts/bench/kt_reference.py model FILE.gguf REF.pt --text TEXT   # FILE: what `export-kt` was given
     python scripts/bench/kt_reference.py types FOLDER                         # gguf/types.gguf and types.pt in it
 
-`model`: greedy tokens by the engine of `quantkit run`, and float32 logits from the decoded weights, layer by layer.
+`model`: greedy tokens by the engine of `quantkit run`; float32 logits of them and of TEXT from the decoded weights.
 `types`: experts of random weights, a layer for each type, encoded by ggml and decoded by the gguf package.
 """
 
@@ -19,7 +19,7 @@ from quantkit.ggml.quants import quantize
 from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
-from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
 
 PROMPTS = ("It was a dark and stormy", "def area(r):\n", "Let f be continuous on [a, b]. Then", "学而时习之")
@@ -53,12 +53,18 @@ def model(file: Path, out: Path, text: Path, scored: int, tokens: int, device: s
     prompts = [[config.bos, *tokenize(tokenizer, prompt)] for prompt in PROMPTS]
     engine = open_engine(source.weights, 1, max(map(len, prompts)) + tokens)
     found = [list(generate(engine, prompt, tokens, Sampling(temperature=0))) for prompt in prompts]
+    exact = [_logits(source, prompt + new)[len(prompt) - 1 : -1] for prompt, new in zip(prompts, found, strict=True)]
     read = [config.bos, *tokenize(tokenizer, text.read_text(encoding="utf-8")[: 8 * scored])][:scored]
-    head = HeadLogits(source, final_hidden(source, torch.tensor([read], device=device))[0])
-    logits = head.slab(0, config.n_vocab)(slice(None)).cpu()
-    held = {"texts": list(PROMPTS), "prompts": prompts, "tokens": found, "scored": read, "logits": logits}
+    held = {"texts": list(PROMPTS), "prompts": prompts, "tokens": found, "exact": exact, "scored": read}
+    held["logits"] = _logits(source, read)
     torch.save(held, out)
     click.echo(f"{out}: {len(prompts)} × {tokens} tokens, {len(read)} rows of logits")
+
+
+def _logits(source: GGUFSource, tokens: list[int]) -> torch.Tensor:
+    """float32 [n, n_vocab] from the decoded weights."""
+    head = HeadLogits(source, final_hidden(source, torch.tensor([tokens], device=source.device))[0])
+    return head.slab(0, source.config.n_vocab)(slice(None)).cpu()
 
 
 @main.command()
