@@ -10,8 +10,8 @@ KTransformers' own `prefill_and_generate`, in pieces of one token: longer ones n
 
 --cpu puts every module on the CPU. What it stands in for, and is therefore not tested by it: the CUDA operators
 (KTransformersOps, vLLMMarlin: imports only), pinned memory, Marlin's product (KLinearTorch, with --marlin on weights
-that KTransformers' own code has rounded to 4 bits), flash-attn where 0.2.3 insists on importing it, and the loop of
-`prefill_and_generate`, which refuses to run.
+that KTransformers' own code has rounded to 4 bits), flash-attn and a compute capability where 0.2.3 insists on
+them, and the loop of `prefill_and_generate`, which refuses to run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def stand_ins() -> None:
         sys.modules[name] = modules.ModuleType(name)
     import ktransformers
 
-    if ktransformers.__version__ == "0.2.3":  # later ones ask whether it is there
+    if ktransformers.__version__ == "0.2.3":  # later ones ask whether they are there
         stub: Any = modules.ModuleType("flash_attn")
         stub.flash_attn_func = stub.flash_attn_with_kvcache = None
         stub.__spec__ = ModuleSpec("flash_attn", None)
@@ -46,6 +46,10 @@ def stand_ins() -> None:
 
     torch.zeros = unpinned  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda device=None: (0, 0)  # type: ignore[assignment]  # asked at import
+    if ktransformers.__version__ == "0.2.3":
+        import ktransformers.util.utils
+
+        ktransformers.util.utils.get_compute_capability = lambda device=None: 0  # None, and compared with 8
 
 
 def threads() -> None:

@@ -2,12 +2,15 @@
 
     python scripts/bench/kt_reference.py model FILE.gguf REF.pt --text TEXT   # FILE: what `export-kt` was given
     python scripts/bench/kt_reference.py types FOLDER                         # gguf/types.gguf and types.pt in it
+    python scripts/bench/kt_reference.py kernel FOLDER [--variant avx2]       # the same, by an installed kt-kernel
 
 `model`: greedy tokens by the engine of `quantkit run`; float32 logits of them and of TEXT from the decoded weights.
 `types`: experts of random weights, a layer for each type, encoded by ggml and decoded by the gguf package.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import click
 import gguf
@@ -15,7 +18,10 @@ import numpy as np
 import torch
 
 from quantkit.evaluation.divergence import HeadLogits
+from quantkit.evaluation.oracles import kt
+from quantkit.evaluation.oracles.child import OracleError
 from quantkit.ggml.quants import quantize
+from quantkit.models.config import ModelConfig
 from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
@@ -99,6 +105,32 @@ def types(folder: Path) -> None:
     )
     weight = torch.rand(ROWS, N_USED, generator=torch.Generator().manual_seed(1))
     torch.save({"types": TYPES, "decoded": decoded, "x": x, "expert": chosen, "weight": weight}, folder / "types.pt")
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--variant", "variants", multiple=True, default=("avx512_bf16", "avx2"), help="Of the wheel's.")
+def kernel(folder: Path, variants: tuple[str, ...]) -> None:
+    """Relative error of kt-kernel's experts for each type."""
+    held = torch.load(folder / "types.pt")
+    config = cast(ModelConfig, SimpleNamespace(n_expert=N_EXPERT, n_used=N_USED, d=D, n_ff_exp=N_FF))
+    x, expert, weight = held["x"].float(), held["expert"], held["weight"]
+    click.echo(f"| type | {' | '.join(variants)} |\n|---|{'---|' * len(variants)}")
+    for layer, qtype in enumerate(held["types"]):
+        gate, up, down = (held["decoded"][f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        want = torch.zeros(ROWS, D)
+        for row in range(ROWS):
+            for e, w in zip(expert[row], weight[row], strict=True):
+                want[row] += w * (down[e] @ (torch.nn.functional.silu(gate[e] @ x[row]) * (up[e] @ x[row])))
+        cells = []
+        for variant in variants:
+            try:
+                found = kt.experts(folder / "gguf", layer, config, x, expert, weight, variant)
+                error = float((found - want).norm() / want.norm())
+                cells.append("zeros" if not found.any() else f"{error:.2%}")
+            except OracleError as failure:
+                cells.append(str(failure).splitlines()[0][:60])
+        click.echo(f"| {qtype} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
