@@ -66,7 +66,7 @@ def _by_rule(
 ) -> Iterator[Check]:
     """known: the numbers that the file must have; where: whose they are."""
     whole = f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"
-    yield _check("files", structure.files(file, target), whole)
+    yield _check("files", structure.files(file), whole)
     if warning := structure.beside(file, target):
         yield Check("folder", "warn", warning)
     compared = f"as in {where}" if known else "consistent; not compared with the original (--reference)"

@@ -8,7 +8,8 @@ Random weights magnify every rounding, so that these are not quantized. The othe
 tokens of calibration, as llama-quantize would: programs are asked here, not encoders.
 
 Beside FILE.gguf lie FILE.kld, log-probabilities of its decoded weights in float32 as llama-perplexity's
---kl-divergence-base takes them, and FILE.json, what these weights continue four prompts with, greedily.
+--kl-divergence-base takes them; FILE.json, what these weights continue four prompts with, greedily; and
+FILE.greedy.kld, the same for --kl-divergence-base.
 """
 
 import json
@@ -38,7 +39,7 @@ from assemble import assemble
 
 TINY_R1 = bundle.models_dir() / "tiny-r1"
 CHUNK, CHUNKS = 512, 4
-PROMPT, NEW = 64, 48  # tokens
+PROMPT, NEW = 64, 63  # tokens; the second half of both together, which llama-perplexity scores, is what is new
 DYNAMIC_RANGE = 24.0  # nats below the most probable token, in a .kld file
 PLAIN = """name = "F32"
 description = "every matrix as the original has it"
@@ -152,9 +153,10 @@ def _answer(case: Case, work: Path) -> None:
     hidden = final_hidden(source, tokens).flatten(0, 1)
     logits = torch.cat(list(head_tiles(source, source.head(), hidden))).view(CHUNKS, CHUNK, -1)
     write_base(work / f"{case.name}.kld", tokens.numpy(), logits.numpy())
-    prompts = tokens[:, :PROMPT].tolist()
-    answers = [greedy(source, prompt) for prompt in prompts]
-    said = [{"prompt": p, "tokens": t, "margins": m} for p, (t, m) in zip(prompts, answers, strict=True)]
+    answers = [greedy(source, prompt) for prompt in tokens[:, :PROMPT].tolist()]
+    rows = np.stack([[*prompt, *said] for prompt, said, _, _ in answers])
+    write_base(work / f"{case.name}.greedy.kld", rows, np.stack([logits for *_, logits in answers]))
+    said = [{"prompt": prompt, "tokens": new, "margins": margins} for prompt, new, margins, _ in answers]
     (work / f"{case.name}.json").write_text(json.dumps(said))
 
 
@@ -185,16 +187,19 @@ def read_base(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return tokens, scale * packed[..., 4 : 4 + n_vocab] + least
 
 
-def greedy(source: GGUFSource, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """NEW tokens after the prompt, and by how many nats each was likelier than the second best."""
-    engine = TorchEngine(source, 1, len(prompt) + NEW)
-    logits, tokens, margins = read(engine, prompt), [], []
-    for _ in range(NEW):
+def greedy(source: GGUFSource, prompt: list[int]) -> tuple[list[int], list[int], list[float], np.ndarray]:
+    """The prompt, NEW tokens after it, by how many nats each was likelier than the second best, and float32 logits
+    [PROMPT + NEW, n_vocab], zeros where none is scored."""
+    engine, tokens, margins = TorchEngine(source, 1, len(prompt) + NEW), [], []
+    rows = np.zeros((len(prompt) + NEW, source.config.n_vocab), np.float32)
+    logits = read(engine, prompt)
+    for at in range(len(prompt) - 1, len(rows) - 1):
+        rows[at] = logits.numpy()
         best = logits.topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(round(float(best.values[0] - best.values[1]), 4))
         logits = engine.decode([0], tokens[-1:])[0]
-    return tokens, margins
+    return prompt, tokens, margins, rows
 
 
 if __name__ == "__main__":

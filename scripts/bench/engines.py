@@ -5,10 +5,11 @@
     python scripts/bench/engines.py WORK --bin "llama.cpp b11434 CUDA=build/bin" --gpu
 
 Files of every target with exact answers are made in WORK first (scripts/bench/engine_files.py), 1,020 tokens scored and
-4 × 48 greedy ones each. A folder of programs is asked by its llama-perplexity, which computes KLD from the
-log-probabilities that we wrote, and its llama-server (without one the tokens stay open); a package by the oracle of
-`quantkit certify`. `quantkit run`'s own engine is asked the same. Every file with default flags, then every flag on
-four of them.
+4 × 63 greedy ones each. A folder of programs is asked by its llama-perplexity, which computes KLD from the
+log-probabilities that we wrote, and by its llama-server, what it writes; without one, and of ik_llama.cpp, whose
+server tells no ids, llama-perplexity says how many of the exact weights' choices it makes too. A package is asked by
+the oracle of `quantkit certify`, and `quantkit run`'s own engine as well. Every file with default flags, then every
+flag on four of them.
 
 WORK/engines.json keeps what was found, so that a stopped run goes on, and further engines add their columns; --again
 asks those that are named once more. Prints the tables of docs/results/engines.md.
@@ -27,18 +28,19 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from engine_files import CASES, Case, prepare, read_base
+from engine_files import CASES, NEW, Case, prepare, read_base
 
 from quantkit import machine
 from quantkit.evaluation.oracles import llama
 from quantkit.evaluation.oracles.child import OracleError
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import open_gguf
@@ -49,11 +51,21 @@ WITH_OPTIONS = tuple(
     for model, recipe in (("tiny-r1", "1.58bit"), ("wide-one-group", "F32"))
     for target in ("llama.cpp", "llama.cpp/combined")
 )
+FIGURES = (r"Mean\s+KLD:\s*(\S+)", r"Same top p:\s*(\S+)")
 TRIES = 20  # of llama-perplexity, which may end before its logging thread has written the last lines
-STOCK = ("-fa on", "-fa off", "-fa on -ctk q8_0 -ctv q8_0", "-fa off -ctk q8_0", "--no-repack", "-lm none", "-np 4")
+STOCK = (
+    "-fa on",
+    "-fa off",
+    "-fa on -ctk q8_0 -ctv q8_0",
+    "-fa off -ctk q8_0",
+    "--no-repack",
+    "-lm none",
+    "-np 4",
+    "as ollama",
+)
 IK = (
     *("-mla 0", "-mla 1", "-mla 2", "-fa off", "-mla 1 -fa off", "-no-fmoe", "-ger", "-rtr", "--no-mmap"),
-    *("-ctk q8_0 -ctv q8_0", "-mla 1 -ctk q8_0", "-np 4"),
+    *("-ctk q8_0 -ctv q8_0", "-mla 1 -ctk q8_0"),
 )
 STOCK_GPU = ("-ngl 0", "-ot exps=CPU", "-nkvo", "-sm none", "-sm layer", "-sm row", "-sm tensor")
 IK_GPU = ("-ngl 0", "-ot exps=CPU", "-nkvo", "-sm none", "-sm layer", "-sm graph")
@@ -65,6 +77,12 @@ PACKAGE: Mapping[str, Mapping[str, Any]] = {
     "token by token": {"step": 1},
 }
 SEQUENCES = "-np 4"
+OLLAMA = "as ollama"
+OLLAMA_FLAGS = (
+    "--no-webui --offline --log-verbosity 4 --no-log-prefix --no-log-timestamps --no-jinja --chat-template chatml "
+    "--flash-attn auto -b 512 -ub 512"
+)
+"""How ollama (fb30760, 21 August 2026) starts llama-server, after a copy by llama-quantize."""
 Said = list[list[int]]
 """Tokens of an engine after each prompt."""
 
@@ -82,6 +100,7 @@ class Found:
     kld: float | None = None
     top: float | None = None
     same: list[tuple[int, float]] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
     refused: str = ""
 
 
@@ -120,27 +139,50 @@ class Programs:
         self.paths = os.environ | {"LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
         self.ik = "-mla" in self._run(["llama-perplexity", "--help"])
         gpu_options = IK_GPU if self.ik else STOCK_GPU
-        self.options = ("", *(IK if self.ik else STOCK), *(gpu_options if gpu else ()))
+        as_ollama = () if self.ik or not (self.folder / "llama-quantize").exists() else (OLLAMA,)
+        self.options = ("", *(IK if self.ik else STOCK), *as_ollama, *(gpu_options if gpu else ()))
 
     def ask(self, asked: Asked, flags: str) -> Found:
         """With these flags."""
         found = Found()
-        if not (self.ik and flags == SEQUENCES):  # its llama-perplexity takes one sequence at a time
-            found.kld, found.top = self._divergence(asked, flags)
-        if (self.folder / "llama-server").exists():
+        if flags == OLLAMA:
+            asked, flags = self._as_ollama_keeps(asked), OLLAMA_FLAGS
+        else:
+            said = self._perplexity(asked, asked.base, "512", flags)
+            found.kld, found.top = (float(re.findall(p, said)[-1]) for p in FIGURES)
+        if self.ik or not (self.folder / "llama-server").exists():
+            found.choices = self._choices(asked, flags)
+        else:
             with self._server(asked, flags) as complete, ThreadPoolExecutor(4 if flags == SEQUENCES else 1) as pool:
                 found.same = asked.compared(list(pool.map(complete, asked.prompts)))
         return found
 
-    def _divergence(self, asked: Asked, flags: str) -> tuple[float, float]:
+    def _perplexity(self, asked: Asked, base: Path, context: str, flags: str) -> str:
         batch = ["-b", "2048"] if flags == SEQUENCES else ["-b", "512", *flags.split()]
-        command = ["llama-perplexity", "-m", str(asked.file), "--kl-divergence", "--kl-divergence-base"]
+        command = ["llama-perplexity", "-m", str(asked.file), "--kl-divergence", "--kl-divergence-base", str(base)]
         for left in reversed(range(TRIES)):
-            said = self._run([*command, str(asked.base), "-c", "512", *batch, *self._common()], ends=not left)
-            kld, top = (re.findall(p, said) for p in (r"Mean\s+KLD:\s*(\S+)", r"Same top p:\s*(\S+)"))
-            if kld and top:
-                return float(kld[-1]), float(top[-1])
+            said = self._run([*command, "-c", context, *batch, *self._common()], ends=not left)
+            if all(re.search(pattern, said) for pattern in FIGURES):
+                return said
         raise Refused(f"llama-perplexity said no figures: {_reason(said)}")
+
+    def _choices(self, asked: Asked, flags: str) -> list[int]:
+        """Its lines, one a chunk, end with the share of equal top tokens up to there."""
+        n = len(asked.exact[0])
+        said = self._perplexity(asked, asked.base.with_suffix(".greedy.kld"), str(len(asked.prompts[0]) + n), flags)
+        shares = [float(share) for share in re.findall(r"^ +\d+ .* (\S+) ± +\S+ %$", said, re.MULTILINE)]
+        sums = [round(share / 100 * n * (i + 1)) for i, share in enumerate(shares[: len(asked.prompts)])]
+        return [own - before for before, own in zip([0, *sums], sums, strict=False)]
+
+    def _as_ollama_keeps(self, asked: Asked) -> Asked:
+        """What `ollama create` makes of a file: a copy by llama-quantize, which must hold the same tensors."""
+        copy = asked.base.with_suffix(".copy.gguf")
+        self._run(["llama-quantize", "--allow-requantize", str(asked.file), str(copy), "COPY"], ends=True)
+        theirs, ours = GGUFFile.open(copy), GGUFFile.open(asked.file)
+        for name, tensor in ours.tensors.items():
+            if theirs.tensors[name].qtype != tensor.qtype or not np.array_equal(theirs.data(name), ours.data(name)):
+                raise Refused(f"llama-quantize COPY changes {name}")
+        return replace(asked, file=copy)
 
     def _common(self) -> list[str]:
         return ["-t", str(machine.threads()), *self.always]
@@ -171,9 +213,10 @@ class Programs:
         where = f"http://127.0.0.1:{port}"
 
         def complete(prompt: Sequence[int]) -> list[int]:
-            body = {"prompt": list(prompt), "n_predict": len(asked.exact[0]), "n_probs": 1, "temperature": 0}
-            answer = _post(f"{where}/completion", body | {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1})
-            return [token["id"] for token in answer["completion_probabilities"]]
+            body = {"prompt": list(prompt), "n_predict": len(asked.exact[0]), "return_tokens": True, "temperature": 0}
+            return _post(f"{where}/completion", body | {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1})[
+                "tokens"
+            ]
 
         try:
             for _ in range(TIMEOUT):
@@ -283,7 +326,7 @@ def _ended(code: int) -> str:
 def _worst(said: str) -> str:
     """The line of a log that says best what went wrong; empty if there is none."""
     lines = [re.sub(r"^[\d.]+ [EWID] ", "", line).strip() for line in said.splitlines()]
-    for pattern in ("GGML_ASSERT|incompatible|requires|unknown|invalid", "error", "abort|fail"):
+    for pattern in ("GGML_ASSERT|incompatible|requires|unknown|invalid|does not support", "error", "abort|fail"):
         for line in lines:
             if re.search(pattern, line, re.IGNORECASE):
                 return line
@@ -319,6 +362,8 @@ def cell(found: Mapping[str, Any] | None) -> str:
         first, widest = min((at for at, _ in left), default=0), max((margin for _, margin in left), default=0)
         equal = f"{len(found['same']) - len(left)} of {len(found['same'])}"
         parts.append(equal + (f", from {first}, {widest:.2f}" if left else ""))
+    if found["choices"]:
+        parts.append(f"chooses {', '.join(map(str, found['choices']))} of {NEW}")
     return "; ".join(parts)
 
 
