@@ -57,7 +57,7 @@ STOCK = (
     "-fa on",
     "-fa off",
     "-fa on -ctk q8_0 -ctv q8_0",
-    "-fa off -ctk q8_0",
+    "-ctk q8_0",
     "--no-repack",
     "-lm none",
     "-np 4",
