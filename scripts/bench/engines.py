@@ -137,7 +137,8 @@ class Programs:
     def __init__(self, name: str, folder: Path, gpu: bool) -> None:
         self.name, self.folder, self.always = name, folder.resolve(), ["-ngl", "99"] if gpu else []
         self.paths = os.environ | {"LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-        self.ik = "-mla" in self._run(["llama-perplexity", "--help"])
+        said = subprocess.run([self.folder / "llama-perplexity", "--help"], capture_output=True, env=self.paths)
+        self.ik = b"--mla-use" in said.stdout + said.stderr
         gpu_options = IK_GPU if self.ik else STOCK_GPU
         as_ollama = () if self.ik or not (self.folder / "llama-quantize").exists() else (OLLAMA,)
         self.options = ("", *(IK if self.ik else STOCK), *as_ollama, *(gpu_options if gpu else ()))
@@ -326,7 +327,7 @@ def _ended(code: int) -> str:
 def _worst(said: str) -> str:
     """The line of a log that says best what went wrong; empty if there is none."""
     lines = [re.sub(r"^[\d.]+ [EWID] ", "", line).strip() for line in said.splitlines()]
-    for pattern in ("GGML_ASSERT|incompatible|requires|unknown|invalid|does not support", "error", "abort|fail"):
+    for pattern in ("GGML_ASSERT|incompatible|requires|does not support", "unknown model|invalid", "error", "fail"):
         for line in lines:
             if re.search(pattern, line, re.IGNORECASE):
                 return line
@@ -334,7 +335,7 @@ def _worst(said: str) -> str:
 
 
 def _reason(said: str) -> str:
-    return _worst(said) or next((line for line in reversed(said.splitlines()) if line.strip(" =")), "nothing was said")
+    return _worst(said) or "it said nothing of it"
 
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -356,7 +357,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
         return "–"
     if found["refused"]:
         return "**refused**"
-    parts = [f"{found['kld']:.5f}, {found['top']:.1f} %"] if found["kld"] is not None else []
+    parts = [f"{abs(found['kld']):.5f}, {found['top']:.1f} %"] if found["kld"] is not None else []
     if found["same"]:
         left = [(at, margin) for at, margin in found["same"] if margin]
         first, widest = min((at for at, _ in left), default=0), max((margin for _, margin in left), default=0)
@@ -368,7 +369,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 
 def tables(results: Results) -> str:
-    """As Markdown: files by engines with default flags, flags by files of each engine, and every refusal."""
+    """As Markdown: files by engines with default flags, flags by files of each engine, and what was refused."""
     engines, out = list(results), []
     out += [f"| file | {' | '.join(engines)} |", "|---|" + "---|" * len(engines)]
     for case in CASES:
@@ -380,14 +381,18 @@ def tables(results: Results) -> str:
             out += ["", f"| {engine} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
             for flags, found in results[engine].items():
                 out.append(f"| {flags or 'default'} | {' | '.join(cell(found.get(name)) for name in names)} |")
-    refused = (
-        f"- {engine}, {name}{f', {flags}' if flags else ''}: {found['refused']}"
-        for engine in engines
-        for flags, files in results[engine].items()
-        for name, found in files.items()
-        if found["refused"]
-    )
-    return "\n".join([*out, "", *refused])
+    return "\n".join([*out, "", *refusals(results)])
+
+
+def refusals(results: Results) -> Iterator[str]:
+    """A line for every engine and reason; files that are refused without flags are not named with them again."""
+    for engine, by_flags in results.items():
+        said: dict[str, list[str]] = {}
+        for flags, files in by_flags.items():
+            for name, found in files.items():
+                if found["refused"] and not (flags and by_flags[""][name]["refused"]):
+                    said.setdefault(found["refused"], []).append(f"{name} {flags}".strip())
+        yield from (f"- {engine}: {reason} ({', '.join(names)})" for reason, names in said.items())
 
 
 @click.command(help=__doc__.split("\n\n")[0])
