@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from mutations import MUTATIONS, Model
 
 from quantkit import bundle
 from quantkit.__main__ import main
-from quantkit.evaluation import oracle_checks
+from quantkit.evaluation import oracle_checks, structure
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt, llama
@@ -31,7 +32,7 @@ def failures(made: Certificate) -> dict[str, str]:
 
 def test_a_good_file_passes(good, tiny):
     made = certify(good, "ktransformers", tiny, oracle=False)
-    assert made.passed and not failures(made)
+    assert not made.failed() and not failures(made)
     assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
     assert made.files == {good.name: good.stat().st_size}
     json.dumps(made.to_dict(), allow_nan=False)
@@ -42,6 +43,19 @@ def test_a_template_in_a_file_of_its_own_is_missed_too(good, model_copy):
     (model_copy / "chat_template.jinja").write_text("{{ messages }}")
     found = failures(certify(good, "llama.cpp", Checkpoint.open(model_copy), oracle=False, values=False))
     assert found["tokenizer"] == "tokenizer.chat_template is not the original one"
+
+
+def test_what_ktransformers_would_read_too(good, tmp_path):
+    """Its loader walks down from the folder, and takes the last of two tensors of one name."""
+    (tmp_path / good.name).symlink_to(good)
+    file = GGUFFile.open(tmp_path / good.name)
+    assert structure.beside(file, "ktransformers") is None
+    (tmp_path / "Q8_0" / "old").mkdir(parents=True)
+    for n in range(4):
+        (tmp_path / "Q8_0" / "old" / f"{n}.gguf").touch()
+    warning = structure.beside(file, "ktransformers")
+    assert warning and warning.endswith("Q8_0/old/0.gguf, Q8_0/old/1.gguf, Q8_0/old/2.gguf and 1 more too")
+    assert structure.beside(file, "llama.cpp") is None
 
 
 def test_writing_a_file_again_changes_nothing(good, tmp_path, tiny):
@@ -79,7 +93,7 @@ def cut(path: Path, share: float) -> None:
 def test_damaged_files_are_named(damage, says, good, tmp_path, tiny):
     first = Model(good).write(tmp_path / "broken.gguf", split_max_bytes=1_600_000)
     files = sorted(tmp_path.glob("*.gguf"))
-    assert certify(first, "llama.cpp", tiny, oracle=False, values=False).passed
+    assert not certify(first, "llama.cpp", tiny, oracle=False, values=False).failed()
     damage(files)
     found = failures(certify(files[0], "llama.cpp", tiny, oracle=False))
     assert says in found["files"]
@@ -148,7 +162,9 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
     arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-oracle"]
     done = CliRunner().invoke(main, [*arguments, "--json", str(out)])
     assert done.exit_code == 0 and "tokenizer" in done.stdout
-    assert json.loads(out.read_text())["passed"] is True
+    found = json.loads(out.read_text())
+    assert found["passed"] is False and found["verdict"] == "nothing failed, engine not run"
+    assert found["crc32"] == {good.name: zlib.crc32(good.read_bytes())}
     model = Model(good)
     model.key("expert_gating_func", U32(1))
     broken = model.write(tmp_path / "broken.gguf")
@@ -160,14 +176,16 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
 @pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
-        (found,) = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
+        found, *build = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
         assert (found.name, found.status) == ("oracle llama.cpp", "pass"), found.detail
+        assert found.engine and found.engine.version in found.detail and found.engine.cpu.startswith(("AVX", "NEON"))
+        assert {check.name.partition(" --")[0] for check in build} == {oracle_checks.NATIVE}
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
         model.metadata["deepseek2.context_length"] = U16(4096)
         path = model.write(tmp_path / "u16.gguf")
-        (found,) = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
+        found, *_ = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
         assert found.status == "fail" and "wrong type u16" in found.detail
 
 
