@@ -240,6 +240,8 @@ def start_flags(target: str, c: ModelConfig) -> str:
 
 NO_REPACK = " --no-repack"
 """Tells llama.cpp to multiply weights as they lie in the file."""
+AS_OLLAMA = "LLAMA_ARG_REPACK=0"
+"""The same in the environment of ollama, which builds llama-server with all of llama.cpp's variants since June 2026."""
 AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
 """Types that llama.cpp lays out anew for AMX where a CPU has it and no GPU does (b11434, ggml-cpu/amx/amx.cpp)."""
 

@@ -113,6 +113,7 @@ def test_splits_are_for_new_versions_of_ollama(good, tmp_path):
     first = Model(good).write(tmp_path / "parts.gguf", split_max_bytes=1_600_000)
     found = {check.name: check for check in certify(first, "ollama", oracle=False, values=False).checks}
     assert found["folder"].status == "warn" and found["folder"].detail.startswith("3 splits: ")
+    assert "`LLAMA_ARG_REPACK=0 ollama serve`" in found["start"].detail
 
 
 @pytest.mark.parametrize(
