@@ -133,7 +133,7 @@ static inline vec loaded(const uint64_t *table, const uint16_t *at) {
 
 typedef struct {
     const uint64_t *table;
-    const uint16_t *words;  // the same in registers, if there are only 256 or 512
+    const uint16_t *words;  // the same for registers, or null
     int n_words;
 } codebook;
 
@@ -203,6 +203,7 @@ static inline vec placed(vec at, int n_words) { return IN_REGISTERS(n_words) ? a
 static inline __attribute__((always_inline)) void dot_planes(
     const uint8_t *row, int bytes, int64_t n_blocks, const act_row *y, int m, float *out, codebook book,
     vec (*index)(const uint8_t *), planes (*decode)(const uint8_t *, vec), vec (*product)(const planes *, act_row, int64_t)) {
+    const int ahead = book.words || CHUNK == 1 ? AHEAD : 2 * AHEAD;  // indices are read a chunk before the rest
     floats sum[MOST_ROWS];
     for (int i = 0; i < m; i++) sum[i] = zeros();
     for (int64_t begin = 0, end; begin < n_blocks; begin = end) {
@@ -213,7 +214,7 @@ static inline __attribute__((always_inline)) void dot_planes(
             for (int64_t b = begin; b < end; b++) store(at + 32 * (b - begin), index(row + bytes * (b - begin)));
 #endif
         for (int64_t b = begin; b < end; b++, row += bytes) {
-            for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + AHEAD + c, _MM_HINT_T0);
+            for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + ahead + c, _MM_HINT_T0);
             vec v;
 #if defined(__AVX512F__)
             if (book.words) v = in_registers(&book, index(row));
@@ -234,8 +235,12 @@ static inline __attribute__((always_inline)) void dot_planes(
 #define PLANES(name, bytes, product, table, words, n)                                                \
     static void dot_##name(const uint8_t *row, int64_t n_blocks, const act_row *y, int m, float *out) { \
         const codebook book = {table + 1, IN_REGISTERS(n) ? words : 0, n};                           \
-        if (m == 1) dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product);     \
-        else dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);            \
+        switch (m) {                                                                                 \
+            case 1: dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product); return; \
+            case 2: dot_planes(row, bytes, n_blocks, y, 2, out, book, name##_at, name, product); return; \
+            case 4: dot_planes(row, bytes, n_blocks, y, 4, out, book, name##_at, name, product); return; \
+            default: dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);    \
+        }                                                                                            \
     }
 
 // Without signs: n has the 4 bits (IQ1_S: sign, 3 bits of scale) or 3 bits (IQ1_M) that its scale is made of on top of every word.
