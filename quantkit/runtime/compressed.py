@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.compressed_cache import Blocks, CompressedCache, turning
+from quantkit.runtime.compressed_cache import Blocks, CompressedCache
 from quantkit.runtime.forms import QUERY_TILE, SCORE_ELEMENTS
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router, See, rms_norm, token_weight
-from quantkit.runtime.rope import angles
+from quantkit.runtime.rope import angles, turning
 from quantkit.runtime.rotation import Angles, rotate_last, unit_rms
 from quantkit.runtime.streams import Mixing, mix, taken_up
 from quantkit.runtime.swiglu import swiglu
@@ -196,7 +196,7 @@ def attention(
     if cache is None:
         far = angles(turning(c, layer.entries is not None), torch.arange(t, device=h.device))
     else:
-        far = cache.turns.upto(begin + t)
+        far = cache.upto(begin + t)
     turns = Angles(far.cos[begin : begin + t], far.sin[begin : begin + t])
     x = rms_norm(h, layer.attn_norm, c.rms_eps).reshape(-1, d).to(layer.dtype)
     q_a, q_norm, q_b = layer.q

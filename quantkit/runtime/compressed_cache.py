@@ -5,37 +5,15 @@ made of: the rows of the block that is not whole, and of the block before where 
 the window are kept so that a sequence can be taken back to an earlier token.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 
 OVERLAPPING = 4  # the ratio whose entries reach into the block before
-
-
-def turning(config: ModelConfig, compresses: bool) -> ModelConfig:
-    """The numbers that a layer's rotary embedding has: YaRN and another θ where it compresses, neither elsewhere."""
-    assert config.compression
-    if not compresses:
-        return replace(config, yarn=None)
-    return replace(config, rope_base=config.compression.rope_base)
-
-
-class Turns:
-    """Angles of positions from 0 on, of all layers that compress or of all others, as far as they were asked for."""
-
-    def __init__(self, config: ModelConfig, compresses: bool, device: torch.device):
-        self.config, self.device = turning(config, compresses), device
-        self.known = angles(self.config, torch.arange(0, device=device))
-
-    def upto(self, n: int) -> Angles:
-        """Of at least n positions."""
-        if n > len(self.known.cos):
-            self.known = angles(self.config, torch.arange(2 * n, device=self.device))
-        return self.known
 
 
 @dataclass
@@ -83,26 +61,32 @@ class Blocks:
 @dataclass
 class CompressedCache:
     """Of one layer and one sequence: keys [1, capacity, width] of the first `length` positions; blocks: of a layer that
-    compresses; index: of one whose indexer chooses among the entries, where a context can have more than its top-k."""
+    compresses; index: of one whose indexer chooses among the entries, where a context can have more than its top-k.
+    upto: angles of at least so many positions from 0 on."""
 
     keys: torch.Tensor
-    turns: Turns
+    upto: Callable[[int], Angles]
     blocks: Blocks | None = None
     index: Blocks | None = None
     length: int = 0
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, layer: int, capacity: int, turns: Turns, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        layer: int,
+        capacity: int,
+        upto: Callable[[int], Angles],
+        like: torch.Tensor,
     ) -> "CompressedCache":
-        """Of a layer, for up to so many tokens. turns: of layers of its kind."""
+        """Of a layer, for up to so many tokens. like: of its device and dtype."""
         assert config.compression and config.indexer
         ratio = config.compression.ratios[layer]
 
         def room(n: int, width: int) -> torch.Tensor:
-            return torch.zeros((1, n, width), device=turns.device, dtype=dtype)
+            return like.new_zeros((1, n, width))
 
-        made = cls(room(capacity, config.qk_head), turns)
+        made = cls(room(capacity, config.qk_head), upto)
         if ratio:
             n = capacity // ratio
             made.blocks = Blocks(ratio, room(n, config.qk_head))

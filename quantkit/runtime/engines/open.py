@@ -6,7 +6,8 @@ from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
-from quantkit.runtime.engines.streams import engine_in_torch
+from quantkit.runtime.engines.streams import StreamsEngine
+from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
@@ -45,13 +46,13 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
         raise QuantkitError(f"--gpu-layers {asked}: needs a GPU and --device cuda")
     if compressed:
         say(f"{weights.config.architecture} is computed layer by layer in torch, slower than by llama.cpp")
-    elif indexer is not None and sparse:
+        return StreamsEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
+    if indexer is not None and sparse:
         say(
             f"contexts beyond {indexer.top_k:,} tokens need sparse attention: computed layer by layer in torch, slower "
             f"than the graph that --context {indexer.top_k} takes"
         )
-    if compressed or sparse:
-        return engine_in_torch(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
+        return TorchEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
     tiled = GGUFSource(weights, Tiled(weights, product_dtype()))
     by_layers = ByLayers(tiled, GGUFSource(weights, Quantized(weights)))
     return GraphEngine(weights, n_slots, capacity, by_layers)

@@ -11,11 +11,11 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.runtime.compressed import CompressedLayer, attention
-from quantkit.runtime.compressed_cache import OVERLAPPING, CompressedCache, Turns
-from quantkit.runtime.engines.torch import PROMPT_TOKENS, TorchEngine
-from quantkit.runtime.generate import ROWS_TOLD, Each
+from quantkit.runtime.compressed_cache import OVERLAPPING, CompressedCache
+from quantkit.runtime.generate import PROMPT_TOKENS, ROWS_TOLD, Each
 from quantkit.runtime.layers import feed_forward, rms_norm
 from quantkit.runtime.pauses import pause
+from quantkit.runtime.rope import Turns
 from quantkit.runtime.stream import Source, embedded, head_logits
 from quantkit.runtime.streams import mix, taken_up
 
@@ -73,10 +73,10 @@ class StreamsEngine:
     def _slot(self, slot: int) -> _Kept:
         kept = self.slots[slot]
         if kept is None:
-            c, dtype = self.config, self.source.dtype
+            c, like = self.config, torch.empty(0, device=self.source.device, dtype=self.source.dtype)
             assert c.compression
-            turns = [self.turns[ratio > 0] for ratio in c.compression.ratios]
-            made = [CompressedCache.empty(c, i, self.capacity, turns[i], dtype) for i in range(c.n_layer)]
+            upto = [self.turns[ratio > 0].upto for ratio in c.compression.ratios]
+            made = [CompressedCache.empty(c, i, self.capacity, upto[i], like) for i in range(c.n_layer)]
             kept = self.slots[slot] = _Kept(made)
         return kept
 
@@ -119,9 +119,3 @@ class StreamsEngine:
         mixed = mix(h, layer.ffn_mixing, c)
         x = rms_norm(mixed.x, layer.ffn_norm, c.rms_eps).to(self.source.dtype)
         return taken_up(h, feed_forward(x, layer, c, tokens=tokens), mixed)
-
-
-def engine_in_torch(source: Source, n_slots: int, capacity: int) -> TorchEngine | StreamsEngine:
-    """The engine that computes any source of this kind, on any device."""
-    kind = TorchEngine if source.config.compression is None else StreamsEngine
-    return kind(source, n_slots, capacity)

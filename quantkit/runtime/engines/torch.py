@@ -3,15 +3,13 @@
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import ROWS_TOLD, Each
+from quantkit.runtime.generate import PROMPT_TOKENS, ROWS_TOLD, Each
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm, with_mla
 from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
-
-PROMPT_TOKENS = 512  # of one prompt computed at once
 
 
 class TorchEngine:

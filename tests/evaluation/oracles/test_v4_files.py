@@ -124,22 +124,9 @@ def test_made_at_two_bits(tmp_path):
         kld("2-bit file: what `run` computes with, from our layers", ours[0, T - N :], by_engine(path, small.tokens))
         < 0.05
     )
-    scores = tmp_path / "scores.json"
-    quantkit(
-        "verify",
-        path,
-        "--reference",
-        small.folder,
-        "--tokens",
-        512,
-        "--runtime-tokens",
-        512,
-        "--prompts",
-        1,
-        "--output",
-        scores,
-    )
-    found = json.loads(scores.read_text())
+    options = ("--tokens", 512, "--runtime-tokens", 512, "--prompts", 1, "--device", "cpu")
+    quantkit("verify", path, "--reference", small.folder, *options)
+    found = json.loads((path.parent / "verify.json").read_text())
     print("as it runs:", found["runtime"])
     assert found["runtime"]["agreement"]["kld_mean"] < 0.05 and found["generation"]["prompts"] == 1
     quantkit("run", path, "-p", "It was", "-n", 4, "--context", 256)
