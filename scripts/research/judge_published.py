@@ -6,7 +6,7 @@ TABLES: as in fit_published.py. For each of the four models: the prior is fitted
 Unsloth's plan (llama.cpp, split), and both plans are judged by the fourth table as published: no smoothing, and cells
 below the baseline count as negative. What that table has not measured (attention, before V3.1-Terminus) is judged by
 the fit of all four. In brackets the same with a plan that saw the judging table, within the recipe's rules; and what no
-choice of any type for any tensor can be better than (the knapsack's linear relaxation).
+choice of any type for any tensor can be better than (the knapsack's linear relaxation, cells below the baseline as 0).
 
 --where prints what share of the damage of Unsloth's plan lies in which tensors.
 """
@@ -146,7 +146,9 @@ def main(tables: Path, recipe: str, flat: float, places: bool) -> None:
             ours, least = spend(theirs, seen, recipe), spend(theirs, raw_positive(truth), recipe)
             assert max(ours.data_bytes, least.data_bytes) <= theirs.data_bytes
             whole = total(theirs, truth)
-            cells.append((total(ours, truth) / whole, total(least, truth) / whole, bound(theirs, truth) / whole))
+            positive = raw_positive(truth)  # else what noise calls a gain would be taken, in the worst types there are
+            possible = bound(theirs, positive) / total(theirs, positive)
+            cells.append((total(ours, truth) / whole, total(least, truth) / whole, possible))
             if places:
                 click.echo(f"{name} by {judge}: {where(theirs, truth)}")
         row = "".join(f"{f'{ratio:.3f} ({best:.3f}, {no:.3f})':>22}" for ratio, best, no in cells)
