@@ -32,6 +32,7 @@ _TORCH_TYPES = {
     torch.int64: int(gguf.GGMLQuantizationType.I64),
 }
 _compute_lock = threading.Lock()  # one graph at a time may use the pool
+KEPT_ROWS = 16  # of a product whose graph is kept: of 512, those of all matrices of V4-Flash hold 14 GB
 
 
 class Graph:
@@ -188,14 +189,14 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         n = x.shape[0]
-        if n not in self.graphs:
-            if n > 1:  # prompts come in every length: keep the decode graph and the newest other one
-                self.graphs = {k: v for k, v in self.graphs.items() if k == 1}
-            self.graphs[n] = self._graph(n)
-        graph, x_data, y_data = self.graphs[n]
+        graph, x_data, y_data = self.graphs.get(n) or self._graph(n)
+        if 1 < n <= KEPT_ROWS:  # the graph of decoding and the newest other one
+            self.graphs = {k: v for k, v in self.graphs.items() if k == 1}
+        if n <= KEPT_ROWS:
+            self.graphs[n] = graph, x_data, y_data
         x_data.copy_(x)
         graph.run()
-        return y_data.clone()
+        return y_data.clone() if n <= KEPT_ROWS else y_data
 
 
 Quantized = tuple[str, np.ndarray]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.ggml.graph import Experts, Graph
+from quantkit.ggml.graph import KEPT_ROWS, Experts, Graph, Linear
 from quantkit.ggml.library import library
 from quantkit.ggml.quants import dequantize, quantize
 
@@ -61,3 +61,17 @@ def test_products_of_interleaved_rows(qtype, n_out):
     apart, _ = product(inputs[:, None], repack=True)
     alone = [product(x[None, None], repack=True)[0][0] for x in inputs]
     assert torch.equal(apart, torch.stack(alone))
+
+
+def test_a_long_prompt_leaves_no_memory_behind():
+    """Of every matrix it would be some MB, whose layers R1 has 61 times."""
+    data = quantize("Q8_0", rows(), np.ones(512, np.float32))
+    product, weight = Linear("Q8_0", data, 512, 12, 1), torch.from_numpy(dequantize("Q8_0", data, 512))
+    found = {}
+    for n in (1, KEPT_ROWS, KEPT_ROWS + 1, 2, 300):
+        x = torch.randn(n, 512)
+        found[n] = x, product(x)
+        assert set(product.graphs) <= {1, 2, KEPT_ROWS}
+    assert set(product.graphs) == {1, 2}
+    for x, y in found.values():  # nobody's result is overwritten by the next
+        assert (y - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.ggml.graph import Graph
+from quantkit.ggml.graph import KEPT_ROWS, Graph
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Stacks, suits
 
@@ -65,11 +65,11 @@ class GgmlExperts:
                 return torch.zeros(x.shape)
             expert, weight = _packed_left(expert, weight)
         n, k = expert.shape
-        if (n, k) not in self.products:
-            if n > 1:  # decoding and the newest other number of tokens
-                self.products = {key: v for key, v in self.products.items() if key[0] == 1}
-            self.products[n, k] = self._product(n, k)
-        product = self.products[n, k]
+        product = self.products.get((n, k)) or self._product(n, k)
+        if 1 < n <= KEPT_ROWS:  # decoding and the newest other number of tokens
+            self.products = {key: v for key, v in self.products.items() if key[0] == 1}
+        if n <= KEPT_ROWS:
+            self.products[n, k] = product
         product.x[:, 0] = x
         product.ids.copy_(expert)
         product.weight[:, :, 0] = weight
