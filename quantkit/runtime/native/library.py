@@ -7,6 +7,7 @@ futex.
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
@@ -167,9 +168,17 @@ def _tables() -> list[np.ndarray]:
     return [np.ascontiguousarray(grid).astype(np.uint8) for grid in grids]
 
 
-@cache
+_loading = threading.Lock()  # tables are written then, which all products of the process read
+
+
 def native() -> Native | None:
     """The compiled products, or None where ggml computes: which, and why, is said once."""
+    with _loading:
+        return _native()
+
+
+@cache
+def _native() -> Native | None:
     try:
         if os.environ.get(SWITCH) == "off":
             raise Unavailable(f"{SWITCH} is off")
