@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from quantkit import progress
 from quantkit.container import cache_folder
-from quantkit.ggml.library import processor_flags
 
 SOURCES = Path(__file__).parent
 MAIN = "experts.c"
@@ -26,6 +25,11 @@ NATIVE = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
 FLAGS = ("-std=gnu11", "-O3", NATIVE, "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 GATHER = "-DGATHER=1"  # codebooks in memory are looked up by the processor's own instruction
 REGISTERS = "-DREGISTERS=1024"  # codebooks of up to so many entries are permuted in registers
+CPUINFO = Path("/proc/cpuinfo")
+NAMING = {
+    *("vendor_id", "cpu family", "model", "model name", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),  # of ARM
+}
 SLOWED = Path("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling")
 LIBRARIES = ("-lm", "-lpthread")
 SECONDS = 60  # that a compiler may take; it takes one or two
@@ -60,13 +64,24 @@ def compiled() -> Compiled:
 def flags() -> tuple[str, ...]:
     """FLAGS, and which lookups are fast: Intel's processors gather well, unless their microcode hides what is gathered;
     AMD's permute well."""
-    try:
-        text, slowed = Path("/proc/cpuinfo").read_text(), SLOWED.read_text()
-    except OSError:
-        return FLAGS
-    if "AuthenticAMD" in text:
+    processor = _processor()
+    if "AuthenticAMD" in processor:
         return (*FLAGS, REGISTERS)
-    return (*FLAGS, GATHER) if "GenuineIntel" in text and slowed.startswith("Not affected") else FLAGS
+    fast = "GenuineIntel" in processor and _text(SLOWED).startswith("Not affected")
+    return (*FLAGS, GATHER) if fast else FLAGS
+
+
+def _processor() -> str:
+    """Which processor it is and what it can do, in Linux's words; "" if it says nothing."""
+    lines = _text(CPUINFO).partition("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.partition(":")[0].strip() in NAMING)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _compiler() -> tuple[str, str]:
@@ -82,7 +97,7 @@ def _compiler() -> tuple[str, str]:
 
 def _depends_on(compiler: str, version: str) -> list[str]:
     sources = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".c", ".h")]
-    return [*sources, compiler, version, *flags(), platform.machine(), *sorted(processor_flags())]
+    return [*sources, compiler, version, *flags(), platform.machine(), _processor()]
 
 
 def _whole(path: Path) -> bool:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +185,14 @@ def test_two_threads_may_ask_at_once():
 
 
 @needs_native
+def test_it_is_loaded_once_however_many_ask_first(monkeypatch):
+    """Loading writes tables that another thread's products may be reading."""
+    monkeypatch.setattr(library, "_native", cache(library._native.__wrapped__))
+    with ThreadPoolExecutor(4) as pool:
+        assert len({id(lib) for lib in pool.map(lambda _: native(), range(4))}) == 1
+
+
+@needs_native
 def test_an_expert_that_is_none_is_an_error():
     stacks, c = layer(("Q2_K",) * 3)
     x, ids, weight = inputs(c, 1)
@@ -235,6 +245,48 @@ def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, capsys):
     assert sorted(found.suffix for found in path.parent.iterdir()) == [".sha256", ".so"]
 
 
+AMD = "vendor_id\t: AuthenticAMD\nmodel\t\t: 2\ncpu MHz\t\t: 2596.1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\n"
+INTEL, ARM = AMD.replace("AuthenticAMD", "GenuineIntel"), "CPU part\t: 0xd4f\nFeatures\t: fp asimd\n"
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, slowed, added",
+    [
+        (AMD, "Not affected\n", [compiler.REGISTERS]),
+        (AMD, None, [compiler.REGISTERS]),  # an older Linux
+        (INTEL, "Not affected\n", [compiler.GATHER]),
+        (INTEL, "Mitigation: Microcode\n", []),
+        (INTEL, None, []),
+        (ARM, None, []),
+    ],
+)
+def test_lookups_are_by_the_processor(cpuinfo, slowed, added, tmp_path, monkeypatch):
+    for name, text in (("CPUINFO", cpuinfo), ("SLOWED", slowed)):
+        monkeypatch.setattr(compiler, name, tmp_path / name)
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    assert compiler.flags() == (*compiler.FLAGS, *added)
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, other, same",
+    [
+        (AMD, AMD.replace("2596.1", "3000.0"), True),
+        (AMD, AMD.replace("fpu avx2", "fpu"), False),
+        (AMD, AMD.replace(": 2\n", ": 17\n"), False),  # a feature may have no name in an older Linux
+        (ARM, ARM.replace("asimd", "asimd sve"), False),
+    ],
+)
+def test_what_is_kept_is_of_this_processor(cpuinfo, other, same, tmp_path, monkeypatch):
+    """Also where several machines have one home."""
+    monkeypatch.setattr(compiler, "CPUINFO", tmp_path / "cpuinfo")
+    found = []
+    for text in (cpuinfo, other):
+        compiler.CPUINFO.write_text(text)
+        found.append(compiler._depends_on("cc", "1.0"))
+    assert (found[0] == found[1]) == same
+
+
 BROKEN = "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit\necho 'x.c:1: error: no' >&2\nexit 1\n"
 
 
@@ -246,8 +298,7 @@ def test_without_a_compiler_ggml_computes_and_it_is_said(script, said, tmp_path,
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path / "cache")
-    kept = native
-    monkeypatch.setattr("quantkit.runtime.experts.native.native", kept.__wrapped__)
+    monkeypatch.setattr("quantkit.runtime.experts.native.native", library._native.__wrapped__)
     stacks, c = layer(("Q2_K",) * 3)
     experts = cpu_experts(stacks, c, 1)
     assert isinstance(experts, GgmlExperts) and experts(*inputs(c, 1)).isfinite().all()
@@ -257,5 +308,5 @@ def test_without_a_compiler_ggml_computes_and_it_is_said(script, said, tmp_path,
 
 def test_it_can_be_switched_off(monkeypatch, capsys):
     monkeypatch.setenv(library.SWITCH, "off")
-    assert native.__wrapped__() is None
+    assert library._native.__wrapped__() is None
     assert "QUANTKIT_NATIVE is off" in capsys.readouterr().err
