@@ -57,14 +57,24 @@ def model(file: Path, out: Path, text: Path, scored: int, tokens: int, device: s
     source = open_source(file, device)
     config, tokenizer = source.config, source.tokenizer()
     prompts = [[config.bos, *tokenize(tokenizer, prompt)] for prompt in PROMPTS]
-    engine = open_engine(source.weights, 1, max(map(len, prompts)) + tokens)
+    read = [config.bos, *tokenize(tokenizer, text.read_text(encoding="utf-8")[: 8 * scored])][:scored]
+    engine = open_engine(source.weights, 1, max(len(read), *map(len, prompts)) + tokens)
     found = [list(generate(engine, prompt, tokens, Sampling(temperature=0))) for prompt in prompts]
     exact = [_logits(source, prompt + new)[len(prompt) - 1 : -1] for prompt, new in zip(prompts, found, strict=True)]
-    read = [config.bos, *tokenize(tokenizer, text.read_text(encoding="utf-8")[: 8 * scored])][:scored]
     held = {"texts": list(PROMPTS), "prompts": prompts, "tokens": found, "exact": exact, "scored": read}
     held["logits"] = _logits(source, read)
     torch.save(held, out)
-    click.echo(f"{out}: {len(prompts)} × {tokens} tokens, {len(read)} rows of logits")
+    p = held["logits"].double().log_softmax(-1)
+    q = (
+        torch.stack([engine.prefill(0, [token], at).cpu().clone() for at, token in enumerate(read)])
+        .double()
+        .log_softmax(-1)
+    )
+    kld, top = (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).double().mean()
+    click.echo(
+        f"{out}: {len(prompts)} × {tokens} tokens; the engine over {len(read)} of them: KLD mean {kld.mean():.5f}, "
+        f"median {kld.median():.5f}, worst {kld.max():.3f}, same top {top:.1%}"
+    )
 
 
 def _logits(source: GGUFSource, tokens: list[int]) -> torch.Tensor:
