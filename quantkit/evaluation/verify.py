@@ -16,7 +16,7 @@ from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import mla_of
 from quantkit.planning import targets
-from quantkit.progress import track
+from quantkit.progress import say_once, track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
@@ -40,8 +40,18 @@ def sizes(file: GGUFFile) -> dict[str, Any]:
 
 
 def check_same_model(source: Source, reference: Source) -> None:
-    """Both must be the same architecture in every number that decides what a layer computes."""
+    """Both must be the same architecture in every number that decides what a layer computes.
+
+    But for groups of experts: until October 2025 no converter wrote them, and llama.cpp computes such a file without;
+    so it is computed here, which a line says.
+    """
     ours, theirs = vars(source.config), vars(reference.config)
+    if (source.config.n_group, source.config.n_group_used) == (1, 1) and reference.config.n_group > 1:
+        say_once(
+            f"warning: {source.name} does not say that experts are chosen from {reference.config.n_group_used} of "
+            f"{reference.config.n_group} groups, as in files of older converters: computed as llama.cpp does, from all"
+        )
+        theirs = theirs | {"n_group": 1, "n_group_used": 1}
     for key in (
         "has_bias",
         "tied",
@@ -70,11 +80,12 @@ class Verification:
 
     figures: what verify.json holds: sizes, the figures of Divergence.summary with 95 % intervals, the same by domain,
     errors by layer, and what was compared. heads: logits of the original and of the file at the scored tokens, for a
-    comparison with other ways of computing them (`runtime_mode`).
+    comparison with other ways of computing them (`runtime_mode`). found: token by token, for one with other files.
     """
 
     figures: dict[str, Any]
     heads: tuple[HeadLogits, HeadLogits]
+    found: Divergence
 
 
 def verify(
@@ -100,9 +111,7 @@ def verify(
     started, t = time.perf_counter(), chunks.tokens.shape[1]
     theirs, ours, layers = _scored_states(source, reference, chunks, score, ram, known)
     heads = HeadLogits(reference, theirs), HeadLogits(source, ours)
-    n_vocab, per_chunk = reference.config.n_vocab, t - 1 - first_scored(t, score)
-    with track("head", n_vocab / 1e3, "ktokens of vocabulary") as advance:
-        found = diverge(*heads, scored_targets(chunks.targets, score), n_vocab, lambda k: advance(k / 1e3))
+    found = _met(*heads, chunks, score)
     about = {
         "file": source.name,
         "reference": reference.name,
@@ -111,13 +120,40 @@ def verify(
         "score": score,
     }
     more = {
-        "domains": by_domain(found, chunks.domains, per_chunk),
         "layers": [asdict(layer) for layer in layers],
         "bad_layers": bad_layers(layers),
-        "kld_histogram": found.histogram(),
         "seconds": time.perf_counter() - started,
     }
-    return Verification(about | sizes(source.file) | found.summary(per_chunk) | more, heads)
+    return Verification(about | sizes(source.file) | scores(found, chunks, score) | more, heads, found)
+
+
+def scores(found: Divergence, chunks: Chunks, score: Score = "half") -> dict[str, Any]:
+    """The figures of `Divergence.summary` with intervals over chunks, the same by domain, and the histogram."""
+    per_chunk = scored_of_chunk(chunks, score)
+    domains = by_domain(found, chunks.domains, per_chunk)
+    return found.summary(per_chunk) | {"domains": domains, "kld_histogram": found.histogram()}
+
+
+def scored_of_chunk(chunks: Chunks, score: Score = "half") -> int:
+    """Tokens of a chunk that are scored."""
+    t = chunks.tokens.shape[1]
+    return t - 1 - first_scored(t, score)
+
+
+def likelihood(source: Source, chunks: Chunks, score: Score = "half", ram: int | None = None) -> Divergence:
+    """A model by itself: negative log-likelihoods of the scored tokens of every chunk; its divergence is none."""
+    n_tokens = chunks.tokens.numel()
+    dtype = checked_dtype(source, n_tokens, ram)
+    with track("likelihood", source.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
+        states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
+    head = HeadLogits(source, scored(states, score))
+    return _met(head, head, chunks, score)
+
+
+def _met(reference: HeadLogits, model: HeadLogits, chunks: Chunks, score: Score) -> Divergence:
+    n_vocab = model.source.config.n_vocab
+    with track("head", n_vocab / 1e3, "ktokens of vocabulary") as advance:
+        return diverge(reference, model, scored_targets(chunks.targets, score), n_vocab, lambda k: advance(k / 1e3))
 
 
 def _scored_states(

@@ -1,0 +1,202 @@
+"""What `compare` found, as text that is Markdown and reads on a terminal of 80 columns; and its one figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import needs
+from quantkit.formats.gguf_reader import model_file_name
+from quantkit.formats.whole_file import make_folders, write_json, write_text, write_whole
+from quantkit.job.report.parts import Point, Table, markdown, verdict
+from quantkit.planning.plan import PlannedTensor
+from quantkit.planning.table import by_class, differing_lines
+from quantkit.sizes import both_units
+
+if TYPE_CHECKING:
+    from quantkit.job.compare import Opened
+
+RESULT, PAGE, FIGURE = "compare.json", "compare.md", "compare.png"
+WIDTH, AT_ONCE = 80, 4  # columns; files whose classes stand beside each other
+NAME = 22  # characters of a file's name in the figure
+UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
+
+
+def letters(n: int) -> list[str]:
+    """A, B, C …, and after Z AA."""
+    every = [*ascii_uppercase, *(a + b for a in ascii_uppercase for b in ascii_uppercase)]
+    return every[:n]
+
+
+def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
+    """Everything, as Markdown. found: `compare.tables` or `compare.scored_tables` of these files."""
+    names, facts = letters(len(files)), found["files"]
+    named = [(name, one.tensors) for name, one in zip(names, files, strict=True)]
+    parts = [
+        *("\n".join(_about(name, one)) for name, one in zip(names, facts, strict=True)),
+        markdown(_sizes(names, facts)),
+        *_scores(names, found),
+        *_classes(named),
+        "\n".join(["Types by class, those with the most bytes first:", "", "```", *_types(named), "```"]),
+    ]
+    if rows := differing_lines(named, WIDTH - 2):
+        parts.append("\n".join(["Where types differ, by layer:", "", "```", *rows, "```"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(name: str, one: Mapping[str, Any]) -> list[str]:
+    """A file's name, and what is to be known of it."""
+    rest = [f"{one['files']} splits"] if one["files"] > 1 else []
+    lines = [f"- **{name}** {one['file']}" + "".join(f", {each}" for each in rest)]
+    programs: dict[str, list[str]] = {}
+    for qtype, program in one["foreign_types"].items():
+        programs.setdefault(program, []).append(qtype)
+    notes = list(one["notes"])
+    notes += [f"{', '.join(types)}: types of {program}, not decoded here" for program, types in programs.items()]
+    if one["not_computed"] and not programs:
+        notes.append(f"not computed: {one['not_computed']}")
+    for note in notes:
+        lines += wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+    return lines
+
+
+def _sizes(names: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (
+            name,
+            f"{one['bytes']:,}",
+            both_units(one["bytes"]),
+            f"{one['bpw']:.3f}",
+            f"{one['bpw_routed']:.3f}",
+            one["mla"] or "–",
+        )
+        for name, one in zip(names, facts, strict=True)
+    ]
+    return Table(("", "bytes", "", "bpw", "experts", "kv_b"), rows)
+
+
+def _scores(names: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+    """What was measured, and what each file has more than the best of them on the same tokens."""
+    scored = [i for i, one in enumerate(found["files"]) if one["scores"]]
+    if not scored:
+        return []
+    scores = {i: found["files"][i]["scores"] for i in scored}
+    kind = "kld_mean" if found["reference"] else "ppl"
+    best = min(scored, key=lambda i: scores[i][kind])
+    head = ("", *(("mean KLD (95 %)", "same top-1 (95 %)") if found["reference"] else ()), "perplexity (95 %)")
+    rows = [(names[i], *_cells(scores[i])) for i in scored]
+    tokens = f"{scores[best]['tokens']:,} tokens of {found['text']}, {found['chunks']} chunks"
+    against = f"KLD in nats a token from {found['reference']}; " if found["reference"] else ""
+    parts = ["\n".join(wrap(f"{against}{tokens}:", WIDTH)), markdown(Table(head, rows))]
+    if others := [row for row in found["differences"] if best in (row["of"], row["from"])]:
+        parts += [f"More than {names[best]}, the nearest, on the same tokens (95 %, paired):"]
+        parts += [markdown(Table(_difference_head(others[0]), [_difference(names, row, best) for row in others]))]
+    if len(shown := points(found)) > 1:
+        parts.append("\n".join(wrap(verdict(shown), WIDTH)))
+    return parts
+
+
+def _cells(scores: Mapping[str, Any]) -> list[str]:
+    spans = scores["ci95"]
+
+    def cell(key: str, form: str, short: str) -> str:
+        span = spans[key]
+        return f"{scores[key]:{form}}" + (f" ({span[0]:{short}}–{span[1]:{short}})" if span else "")
+
+    kld = [cell("kld_mean", ".5f", ".4f"), cell("top1_agreement", ".2f", ".1f")] if "kld_mean" in scores else []
+    return [*kld, cell("ppl", ".4f", ".2f")]
+
+
+def _difference_head(row: Mapping[str, Any]) -> tuple[str, ...]:
+    shown = {"kld": "KLD", "top1": "top-1, points", "nll": "log perplexity"}
+    return "", *(label for key, label in shown.items() if key in row)
+
+
+def _difference(names: Sequence[str], row: Mapping[str, Any], best: int) -> list[str]:
+    """A row of what the other one of a pair has more than the best."""
+    other, sign = (row["of"], 1) if row["from"] == best else (row["from"], -1)
+    cells = [names[other]]
+    for key, form in (("kld", "+.4f"), ("top1", "+.2f"), ("nll", "+.4f")):
+        if key not in row:
+            continue
+        by, span = sign * row[key]["by"], row[key]["ci95"]
+        ends = sorted(sign * end for end in span) if span else []
+        cells.append(f"{by:{form}}" + (f" ({ends[0]:{form}} {ends[1]:{form}})" if ends else ""))
+    return cells
+
+
+def _classes(named: Sequence[tuple[str, Sequence[PlannedTensor]]]) -> list[str]:
+    """Bytes and bpw of each class, a few files at a time."""
+    largest = max(sum(t.n_bytes for t in tensors) for _, tensors in named)
+    unit, size = UNITS[0] if largest >= UNITS[0][1] else UNITS[1]
+    parts = [f"Size of each class in {unit}, and bits per weight:"]
+    for start in range(0, len(named), AT_ONCE):
+        few = named[start : start + AT_ONCE]
+        rows = []
+        for group, cells in (*by_class(few), ("total", [list(tensors) for _, tensors in few])):
+            shown = (_size(tensors, size) for tensors in cells)
+            rows.append((group, *shown))
+        parts.append(markdown(Table(("class", *(name for name, _ in few)), rows)))
+    return parts
+
+
+def _size(tensors: Sequence[PlannedTensor], unit: int) -> str:
+    n_bytes, weights = sum(t.n_bytes for t in tensors), sum(t.n_weights for t in tensors)
+    return f"{n_bytes / unit:,.2f} {8 * n_bytes / weights:6.3f}" if weights else "–"
+
+
+def _types(named: Sequence[tuple[str, Sequence[PlannedTensor]]]) -> list[str]:
+    lines = []
+    for group, cells in by_class(named):
+        every = [_by_bytes(tensors) for tensors in cells]
+        same = len(set(every)) == 1
+        rows = list(zip(dict(named), every, strict=True))
+        rows = [("all", every[0])] if same and len(named) > 1 else rows
+        for i, (name, types) in enumerate(rows):
+            first = f"{group if i == 0 else '':<13} {name:<3} "
+            lines += wrap(types, WIDTH - 2, initial_indent=first, subsequent_indent=" " * 20)
+    return lines
+
+
+def _by_bytes(tensors: Sequence[PlannedTensor]) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.qtype] = sizes.get(tensor.qtype, 0) + tensor.n_bytes
+    return " ".join(sorted(sizes, key=lambda qtype: -sizes[qtype])) or "–"
+
+
+def points(found: Mapping[str, Any]) -> list[Point]:
+    """The files that were scored against an original, by name as far as a figure has room for it."""
+    rows = zip(letters(len(found["files"])), found["files"], strict=True)
+    return [
+        (f"{name} {_short(one['file'])}", one["bytes"], one["scores"]["kld_mean"])
+        for name, one in rows
+        if one["scores"] and "kld_mean" in one["scores"]
+    ]
+
+
+def _short(file: str) -> str:
+    name = model_file_name(Path(file))
+    return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+
+
+def write(found: Mapping[str, Any], page: str, folder: Path) -> list[Path]:
+    """compare.json, compare.md and, of two or more files that were scored against an original, compare.png: bytes
+    against KLD with 95 % intervals. Returns their paths. QuantkitError if something cannot be written."""
+    every = [folder / name for name in (RESULT, PAGE)]
+    make_folders(folder)
+    shown = points(found)
+    if len(shown) > 1:
+        with needs("plots"):
+            from quantkit.job.report.figures import COLOURS, front, png, style
+        spans = [one["scores"]["ci95"]["kld_mean"] for one in found["files"] if one["scores"]]
+        with style():
+            drawn = front(shown, [COLOURS[i % len(COLOURS)] for i in range(len(shown))], spans)
+            assert drawn
+            write_whole(folder / FIGURE, png(drawn))
+        every.append(folder / FIGURE)
+        page += f"\n![bytes against KLD]({FIGURE})\n"
+    write_json(every[0], found)
+    write_text(every[1], page)
+    return every
