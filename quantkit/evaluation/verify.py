@@ -42,15 +42,11 @@ def sizes(file: GGUFFile) -> dict[str, Any]:
 def check_same_model(source: Source, reference: Source) -> None:
     """Both must be the same architecture in every number that decides what a layer computes.
 
-    But for groups of experts: until October 2025 no converter wrote them, and llama.cpp computes such a file without;
-    so it is computed here, which a line says.
+    But for groups of experts, of which a line says that they are not there (`ungrouped`).
     """
     ours, theirs = vars(source.config), vars(reference.config)
-    if (source.config.n_group, source.config.n_group_used) == (1, 1) and reference.config.n_group > 1:
-        say_once(
-            f"warning: {source.name} does not say that experts are chosen from {reference.config.n_group_used} of "
-            f"{reference.config.n_group} groups, as in files of older converters: computed as llama.cpp does, from all"
-        )
+    if why := ungrouped(source, reference):
+        say_once(f"warning: {source.name}: {why}")
         theirs = theirs | {"n_group": 1, "n_group_used": 1}
     for key in (
         "has_bias",
@@ -64,6 +60,18 @@ def check_same_model(source: Source, reference: Source) -> None:
     for key, value in theirs.items():
         if not _alike(ours[key], value) and key != "yarn":
             raise QuantkitError(f"{source.name}: {key} is {ours[key]}, but {reference.name} has {value}")
+
+
+def ungrouped(source: Source, reference: Source) -> str | None:
+    """What is to be said of a file without groups of experts whose original has them: older converters did not write
+    them, and llama.cpp chooses from all experts then; so does what computes the file here. None of any other."""
+    ours, theirs = source.config, reference.config
+    if (ours.n_group, ours.n_group_used) != (1, 1) or theirs.n_group == 1:
+        return None
+    return (
+        f"does not say that experts are chosen from {theirs.n_group_used} of {theirs.n_group} groups, like files of "
+        "older converters: computed as llama.cpp does, from all of them"
+    )
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
@@ -194,6 +202,7 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
 
 def check_target(file: GGUFFile, target: str) -> None:
     """Refuse types and layouts that the target cannot compute."""
-    targets.check_mla(mla_of(file.tensors), target)
+    targets.check_mla(mla_of(file.as_stored), target)
+    targets.check_forms(target, file.as_stored)
     for tensor in file.tensors.values():
         targets.check(target, tensor.name, tensor.shape, tensor.qtype)

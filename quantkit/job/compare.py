@@ -30,6 +30,7 @@ from quantkit.evaluation.verify import (
     scored_of_chunk,
     scores,
     sizes,
+    ungrouped,
     verify,
 )
 from quantkit.formats import sealed
@@ -94,7 +95,7 @@ class Opened:
             "path": str(self.path),
             "files": len(self.file.files),
             "architecture": self.file.metadata.get("general.architecture"),
-            **sizes(self.file),
+            **sizes(self.file.seen(apart(self.file.tensors))),
             "data_bytes": sum(tensor.n_bytes for tensor in self.tensors),
             "mla": " and ".join(sorted(layouts_of(self.file.tensors))) or None,
             "notes": list(self.notes),
@@ -171,6 +172,7 @@ def _admitted(one: Opened, facts: dict[str, Any], original: Source | None, text:
         if original:
             check_same_model(source, original)
             check_cut_alike(source, original, text, one.path)
+            facts["notes"] += filter(None, [ungrouped(source, original)])
     except QuantkitError as error:
         facts["not_computed"] = str(error).removeprefix(f"{one.path}: ").removeprefix(f"{one.path.name}: ")
         say(f"{one.path.name} is not computed: {facts['not_computed']}")

@@ -2,8 +2,8 @@
 
 What other programs write into files of these architectures, and how it is read here:
 
-- `ffn_gate_up_exps` (n_expert, 2 n_ff, d), of llama.cpp's converter since 2026 (`create_tensor_gate_up_exps`) and of
-  ik_llama.cpp: the first half of each expert's rows is gate, the other up. Two tensors with a `stride`.
+- `ffn_gate_up_exps` (n_expert, 2 n_ff, d), of llama.cpp's converter if it is asked to fuse them: the first half of
+  each expert's rows is gate, the other up (llama-graph.cpp, build_moe_ffn). Two tensors with a `stride`.
 - attn_kv_b beside attn_k_b and attn_v_b, these without a dimension for heads, of ik_llama.cpp's converter: attn_kv_b is
   left out, as it holds the same weights.
 - Layers behind the last, which draft the token after the next (MTP): their own embedding and output matrix are left

@@ -109,12 +109,14 @@ def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
 
 
 def differing_lines(named: Named, width: int) -> list[str]:
-    """`differing` as text: a role, and under it a line of each name, wrapped to so many columns."""
+    """`differing` as text: a role, and under it the types of each, the names of those that are alike together, wrapped
+    to so many columns."""
     lines = []
     for role, cells in differing(named):
         lines.append(role)
-        for (name, _), types in zip(named, cells, strict=True):
-            lines += wrap(f"{name} {types}", width, initial_indent="  ", subsequent_indent="      ")
+        for types in dict.fromkeys(cells):
+            alike = " ".join(name for (name, _), own in zip(named, cells, strict=True) if own == types)
+            lines += wrap(f"{alike} {types or '–'}", width, initial_indent="  ", subsequent_indent="      ")
     return lines
 
 

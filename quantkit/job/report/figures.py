@@ -14,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from quantkit.calibration.coverage import coverage
@@ -109,6 +110,12 @@ def front(
     axes.set_ylim(0, 1.2 * max(kld for _, _, kld in points))
     axes.ticklabel_format(style="plain", useOffset=False)
     return figure
+
+
+def legend(figure: Figure, names: Sequence[str], colours: Sequence[str]) -> None:
+    """Below the axes: what stands for what."""
+    handles = [Line2D([], [], color=c, marker="o", linewidth=0, label=n) for n, c in zip(names, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 
 def position(m: Material) -> Figure | None:
