@@ -11,12 +11,12 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import Divergence, HeadLogits, Score, diverge, first_scored, scored, scored_targets
-from quantkit.evaluation.side_by_side import LayerError, SideBySide, bad_layers, room_of
+from quantkit.evaluation.side_by_side import LayerError, NotFinite, SideBySide, bad_layers, room_of
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import mla_of
 from quantkit.planning import targets
-from quantkit.progress import say_once, track
+from quantkit.progress import Advance, say_once, track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
@@ -153,9 +153,17 @@ def likelihood(source: Source, chunks: Chunks, score: Score = "half", ram: int |
     n_tokens = chunks.tokens.numel()
     dtype = checked_dtype(source, n_tokens, ram)
     with track("likelihood", source.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
-        states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
-    head = HeadLogits(source, scored(states, score))
+        head = HeadLogits(source, _alone(source, chunks, score, dtype, advance))
     return _met(head, head, chunks, score)
+
+
+def _alone(source: Source, chunks: Chunks, score: Score, dtype: torch.dtype, advance: Advance) -> torch.Tensor:
+    """`scored` states of a model that goes through the layers by itself. NotFinite if they are no numbers."""
+    n_tokens = chunks.tokens.numel()
+    states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
+    if not bool(states.isfinite().all()):
+        raise NotFinite(source.name, "a layer")
+    return scored(states, score)
 
 
 def _met(reference: HeadLogits, model: HeadLogits, chunks: Chunks, score: Score) -> Divergence:
@@ -172,8 +180,7 @@ def _scored_states(
     dtype = checked_dtype(reference, n_tokens, ram)
     with track("verify", n_streams * reference.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
         if known is not None:
-            states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
-            return known, scored(states, score), []
+            return known, _alone(source, chunks, score, dtype, advance), []
         both = SideBySide(reference, source, chunks.tokens, dtype)
         theirs, ours = both.run(advance)
         return scored(theirs, score), scored(ours, score), both.errors

@@ -23,6 +23,7 @@ from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import Divergence, difference
 from quantkit.evaluation.reference import ReferencePass
+from quantkit.evaluation.side_by_side import NotFinite
 from quantkit.evaluation.verify import (
     check_same_model,
     checked_dtype,
@@ -125,16 +126,18 @@ def tables(files: Sequence[Opened]) -> dict[str, Any]:
 def scored_tables(files: Sequence[Opened], reference: Checkpoint | None, how: CompareOptions) -> dict[str, Any]:
     """`tables` with the scores of every file that is computed here: perplexity, and with a reference the divergence
     from it; and `differences`, what each has more than another on the same tokens. A file that is not computed says
-    why. QuantkitError if none is, or if the original is no model for them."""
+    why; without a reference that is one of another model than the first."""
     found = tables(files)
     text = how.text.corpus("evaluation")
     original = source_of(reference, how.device) if reference else None
-    computed = [
-        (i, one) for i, one in enumerate(files) if _admitted(one, found["files"][i], original, text, how.device)
-    ]
-    if not computed:
+    leader: Source | None = original
+    computed = []
+    for i, one in enumerate(files):
+        if source := _admitted(one, found["files"][i], leader, text, how.device):
+            computed.append((i, one))
+            leader = leader or source
+    if not computed or leader is None:
         return found
-    leader: Source = original or open_source(computed[0][1].path, how.device)
     chunks = cut(text, leader, how.text)
     about = {"reference": original.name if original else None, "text": text.name, "text_sha256": text.digest}
     shape = {"chunks": len(chunks.tokens), "chunk_length": chunks.tokens.shape[1], "score": "half"}
@@ -142,7 +145,11 @@ def scored_tables(files: Sequence[Opened], reference: Checkpoint | None, how: Co
     theirs = _Theirs(original, chunks, how) if original else None
     results: dict[int, Divergence] = {}
     for number, (i, one) in enumerate(computed):
-        results[i] = _scored(one, theirs, chunks, how, f"{number + 1} of {len(computed)}")
+        try:
+            results[i] = _scored(one, theirs, chunks, how, f"{number + 1} of {len(computed)}")
+        except NotFinite as error:
+            _not_computed(one, found["files"][i], error)
+            continue
         found["files"][i]["scores"] = _figures(results[i], chunks, original is not None)
     measured = ("kld", "top1", "nll") if original else ("nll",)
     for a, b in combinations(results, 2):
@@ -165,19 +172,25 @@ def _own(figures: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"nll": math.log(kept["ppl"]), "ci95": {"ppl": figures["ci95"]["ppl"]}}
 
 
-def _admitted(one: Opened, facts: dict[str, Any], original: Source | None, text: Corpus, device: str) -> bool:
-    """Whether the file can be computed; if not, its facts say why."""
+def _admitted(
+    one: Opened, facts: dict[str, Any], leader: Source | None, text: Corpus, device: str
+) -> GGUFSource | None:
+    """The file, if it can be computed and is of the leader's model; if not, its facts say why."""
     try:
         source = open_source(one.path, device)
-        if original:
-            check_same_model(source, original)
-            check_cut_alike(source, original, text, one.path)
-            facts["notes"] += filter(None, [ungrouped(source, original)])
+        if leader:
+            check_same_model(source, leader)
+            check_cut_alike(source, leader, text, one.path)
+            facts["notes"] += filter(None, [ungrouped(source, leader)])
     except QuantkitError as error:
-        facts["not_computed"] = str(error).removeprefix(f"{one.path}: ").removeprefix(f"{one.path.name}: ")
-        say(f"{one.path.name} is not computed: {facts['not_computed']}")
-        return False
-    return True
+        _not_computed(one, facts, error)
+        return None
+    return source
+
+
+def _not_computed(one: Opened, facts: dict[str, Any], error: QuantkitError) -> None:
+    facts["not_computed"] = str(error).removeprefix(f"{one.path}: ").removeprefix(f"{one.path.name}: ")
+    say(f"{one.path.name} is not computed: {facts['not_computed']}")
 
 
 class _Theirs:

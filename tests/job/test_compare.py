@@ -253,6 +253,35 @@ def test_types_of_others_are_named_and_counted(files, tmp_path):
     assert "IQ1_S_R4, IQ2_KS, IQ3_KT: types of ik_llama.cpp, not decoded here" in page.replace("\n    ", " ")
 
 
+def test_a_file_of_no_numbers_does_not_stop_the_others(files, tmp_path):
+    model = Model(files["ours"])
+    model.change("blk.1.ffn_norm.weight", lambda t: t.with_values(t.values() * float("nan")))
+    bad = model.write(tmp_path / "nan.gguf")
+    options = ("--reference", "tiny-r1", "--tokens", TOKENS, "-o", tmp_path / "out", "--json")
+    broken, ours = json.loads(compare(bad, files["ours"], *options))["files"]
+    assert ours["scores"] and broken["scores"] is None
+    assert broken["not_computed"].startswith("a layer computes numbers that are not finite")
+
+
+def test_files_without_groups_of_experts_are_computed_as_llama_cpp_does(files, tmp_path, tiny):
+    """As older converters leave them; a line says so. Another difference is still refused."""
+    found = []
+    for key in ("expert_group_count", "expert_used_count"):
+        model = Model(files["ours"])
+        if key == "expert_used_count":
+            model.key(key, U32(1))
+        else:
+            for each in ("expert_group_count", "expert_group_used_count"):
+                model.key(each)
+        found.append(model.write(tmp_path / f"{key}.gguf"))
+    options = ("--reference", "tiny-r1", "--tokens", TOKENS, "-o", tmp_path / "out", "--json")
+    ungrouped, refused = json.loads(compare(*found, *options))["files"]
+    assert "computed as llama.cpp does, from all of them" in ungrouped["notes"][0] and ungrouped["scores"]
+    alone = verify_file(found[0], tiny, "cpu", VerifyOptions(TextChoice(n_tokens=TOKENS)))
+    assert ungrouped["scores"]["kld_mean"] == alone["kld_mean"]
+    assert refused["scores"] is None and "n_used is 1" in refused["not_computed"]
+
+
 def test_only_what_is_known_is_forgiven(files, tmp_path):
     """A tensor of no such model is refused as before; a file named twice, too."""
     model = Model(files["fused"])

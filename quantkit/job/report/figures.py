@@ -114,8 +114,11 @@ def front(
 
 def legend(figure: Figure, names: Sequence[str], colours: Sequence[str]) -> None:
     """Below the axes: what stands for what."""
+    columns = 2
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * -(-len(names) // columns))
     handles = [Line2D([], [], color=c, marker="o", linewidth=0, label=n) for n, c in zip(names, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def position(m: Material) -> Figure | None:

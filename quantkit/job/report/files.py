@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RESULT, PAGE, FIGURE = "compare.json", "compare.md", "compare.png"
 WIDTH, AT_ONCE = 80, 3  # columns; files whose classes stand beside each other
 NAME = 22  # characters of a file's name in the figure
-NEAR = 0.04  # of the largest, within which letters would lie on each other
+NEAR = 0.02  # of the largest, within which letters would lie on each other
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 
 
@@ -215,7 +215,7 @@ def _marks(shown: Sequence[Point]) -> list[Point]:
         near = (i for i, p in enumerate(marks) if p[0] and abs(p[1] - n_bytes) < NEAR * wide)
         first = next((i for i in near if abs(marks[i][2] - kld) < NEAR * high), None)
         if first is not None:
-            marks[first] = (f"{marks[first][0]} {letter}", *marks[first][1:])
+            marks[first] = (marks[first][0] + letter, *marks[first][1:])
         marks.append((letter if first is None else "", n_bytes, kld))
     return marks
 
