@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -39,11 +38,10 @@ def test_a_wrong_value_is_refused_before_torch_is_loaded(call, says, tmp_path):
         "try:\n main()\nfinally:\n sys.exit('torch was loaded') if 'torch' in sys.modules else None"
     )
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    began = time.monotonic()
     env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", program, *call], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode in (1, 2) and says in done.stderr, done.stderr
-    assert "torch was loaded" not in done.stderr and time.monotonic() - began < 10
+    assert "torch was loaded" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
