@@ -119,7 +119,7 @@ def _difference(names: Sequence[str], row: Mapping[str, Any], best: int) -> list
     """A row of what the other one of a pair has more than the best."""
     other, sign = (row["of"], 1) if row["from"] == best else (row["from"], -1)
     cells = [names[other]]
-    for key, form in (("kld", "+.4f"), ("top1", "+.2f"), ("nll", "+.3f")):
+    for key, form in (("kld", "+.4f"), ("top1", "+.1f"), ("nll", "+.3f")):
         if key not in row:
             continue
         by, span = sign * row[key]["by"], row[key]["ci95"]
