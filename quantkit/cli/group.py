@@ -15,7 +15,7 @@ from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
-RESUMING = ("make", "calibrate", "quantize", "evaluate", "publish")
+RESUMING = ("make", "calibrate", "quantize", "evaluate", "compare", "publish")
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it
 
 
@@ -23,7 +23,7 @@ SECTIONS = {
     "From checkpoint to file": ("make", "status"),
     "The stages of make, each by itself": (
         *("families", "inspect", "hardware", "recipes", "plan", "calibrate", "sensitivity", "quantize"),
-        *("verify", "certify", "evaluate", "report"),
+        *("verify", "certify", "evaluate", "compare", "report"),
     ),
     "With a finished file": ("run", "serve", "export-kt", "publish"),
 }

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared
-from quantkit.cli.values import FILE, FOLDER, MODEL, MODEL_FILE, OUT, Place
+from quantkit.cli.values import FILE, FOLDER, MODEL, MODEL_FILE, OUT, OUT_FOLDER, Place
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
+    from quantkit.calibration.corpus import TextChoice
     from quantkit.job.certify import CertifyOptions
     from quantkit.job.evaluate import EvaluateOptions
     from quantkit.job.publish.upload import Destination
@@ -249,6 +250,55 @@ def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | Non
         streams.show(f"worse: {line}")
     streams.show(f"{'worse than' if found['findings'] else 'no worse than'} the original ({out})")
     sys.exit(1 if found["findings"] else 0)
+
+
+@click.command()
+@click.argument("files", type=MODEL_FILE, nargs=-1, required=True, metavar="FILE...")
+@click.option("--reference", type=MODEL, default=None, metavar="MODEL", help="The original; default: types and bytes.")
+@options.text(32768, "evaluation")
+@options.memory
+@click.option(
+    "--output",
+    "-o",
+    type=OUT_FOLDER,
+    default=None,
+    help="Folder for compare.json, compare.md, compare.png and what is done already. Default, with scores: compare.",
+)
+@options.as_json
+@options.device
+@options.threads
+def compare(
+    files: tuple[Path, ...],
+    reference: str | None,
+    text: "TextChoice",
+    memory: int | None,
+    output: Path | None,
+    as_json: bool,
+    device: str | None,
+) -> None:
+    """Files of anybody side by side: types, bytes, and with --reference KL divergence, top-1 and perplexity on the same
+    tokens, as `verify` measures them. Without it --data gives perplexities alone. Resumes."""
+    from quantkit.formats.lock import locked
+    from quantkit.job import compare as comparing
+    from quantkit.job.report import files as report_files
+    from quantkit.machine import chosen_device
+    from quantkit.models.open import open_weights
+
+    found, opened = {}, comparing.opened(files)
+    if reference is None and not text.data:
+        found = comparing.tables(opened)
+    else:
+        output = output or Path("compare")
+        how = comparing.CompareOptions(text, output, chosen_device(device), memory)
+        original = open_weights(reference) if reference else None
+        with locked(output):
+            found = comparing.scored_tables(opened, original, how)
+    page = report_files.text(found, opened)
+    made = report_files.write(found, page, output) if output else []
+    if as_json:
+        streams.show_json(found)
+    else:
+        streams.show("\n".join([page, *map(str, made)]).rstrip())
 
 
 @click.command("export-kt")

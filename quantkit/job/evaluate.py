@@ -54,10 +54,9 @@ class EvaluateOptions:
 def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dict[str, Any]:
     """evaluate.json's content, written to `out`; continuations lie beside it, so that a stopped run goes on.
     QuantkitError if the two are not one model, or the original cannot generate here."""
-    file = GGUFFile.open(path)
     checkpoint = None if is_gguf(reference) else open_weights(reference)
     weights = open_gguf(path, how.device, ram=how.ram)
-    config, tokenizer = weights.config, weights.tokenizer()
+    file, config, tokenizer = weights.file, weights.config, weights.tokenizer()
     _check_alike(path, reference, config.n_vocab, config.d, checkpoint)
     amount = Amount(how.amount.continuations, how.amount.n_tokens, min(how.amount.context, config.n_context))
     items = Tasks(file.metadata, tokenizer, config.bos, amount).items()

@@ -10,7 +10,7 @@ import torch
 
 from quantkit import ranks
 from quantkit.calibration import sensitivity
-from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.calibration.corpus import Corpus, TextChoice, cut
 from quantkit.calibration.options import sized
 from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
@@ -36,6 +36,7 @@ from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.stream import Source
 from quantkit.tensors import Importance
 
 WORSE = (
@@ -222,9 +223,7 @@ def verify_file(
     original, quantized = source_of(reference, device), open_source(path, device)
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
-    sample = text.documents[0].text[:4096]
-    if tokenize(original.tokenizer(), sample) != tokenize(quantized.tokenizer(), sample):
-        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
+    check_cut_alike(quantized, original, text, path)
     independent = configuration.check(reference.config) if how.configuration else None
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
@@ -240,6 +239,13 @@ def verify_file(
         make_folders(out.parent)
         write_json(out, result)
     return result
+
+
+def check_cut_alike(source: Source, other: Source, text: Corpus, path: Path) -> None:
+    """QuantkitError, naming the file of the first, unless both make the same tokens of the text's beginning."""
+    sample = text.documents[0].text[:4096]
+    if tokenize(other.tokenizer(), sample) != tokenize(source.tokenizer(), sample):
+        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {other.name}'s")
 
 
 def score_by_ggml(

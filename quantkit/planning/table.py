@@ -42,14 +42,6 @@ def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
 
 def facts(plan: Plan, file_bytes: int, kld: float, source: str) -> dict[str, Any]:
     """`render` and `outlook` for programs. Of every class of tensors its bytes, bpw, and roles: type -> layers."""
-    classes: dict[str, Any] = {}
-    for group in CLASSES:
-        if mine := [tensor for tensor in plan.tensors if tensor.group == group]:
-            roles: dict[str, dict[str, list[int]]] = {}
-            for tensor in mine:
-                at = roles.setdefault(tensor.role, {}).setdefault(tensor.qtype, [])
-                at += [] if tensor.layer is None else [tensor.layer]
-            classes[group] = {"bytes": sum(tensor.n_bytes for tensor in mine), "bpw": bpw(mine), "roles": roles}
     return {
         "model": plan.model,
         "recipe": plan.recipe,
@@ -64,8 +56,41 @@ def facts(plan: Plan, file_bytes: int, kld: float, source: str) -> dict[str, Any
         "predicted_kld": kld,
         "predicted_by": source,
         "outlook": asdict(plan.outlook) if plan.outlook else None,
-        "classes": classes,
+        "classes": classes(plan.tensors),
     }
+
+
+def classes(tensors: Sequence[PlannedTensor]) -> dict[str, dict[str, Any]]:
+    """Of every class of tensors its bytes, bpw, and roles: type -> layers."""
+    found: dict[str, Any] = {}
+    for group, (mine,) in by_class([("", tensors)]):
+        roles: dict[str, dict[str, list[int]]] = {}
+        for tensor in mine:
+            at = roles.setdefault(tensor.role, {}).setdefault(tensor.qtype, [])
+            at += [] if tensor.layer is None else [tensor.layer]
+        found[group] = {"bytes": sum(tensor.n_bytes for tensor in mine), "bpw": bpw(mine), "roles": roles}
+    return found
+
+
+Named = Sequence[tuple[str, Sequence[PlannedTensor]]]
+"""Plans or files that are compared: name, tensors."""
+
+
+def by_class(named: Named) -> list[tuple[str, list[list[PlannedTensor]]]]:
+    """Classes of tensors, with those of each plan or file; classes that none has are left out."""
+    rows = [(group, [[t for t in tensors if t.group == group] for _, tensors in named]) for group in CLASSES]
+    return [(group, cells) for group, cells in rows if any(cells)]
+
+
+def differing(named: Named) -> list[tuple[str, list[str]]]:
+    """Roles whose types are not the same in all, with the types by layer of each: as `layer_ranges`, empty where there
+    is no such tensor."""
+    rows = []
+    for role in dict.fromkeys(t.role for _, tensors in named for t in tensors):
+        cells = [layer_ranges(t for t in tensors if t.role == role) for _, tensors in named]
+        if len(set(cells)) > 1:
+            rows.append((role, cells))
+    return rows
 
 
 def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
@@ -74,23 +99,25 @@ def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
     head = f"{'':<16} {'A: ' + a.recipe:>24} {'B: ' + b.recipe:>24} {'B - A':>12}"
     second = f"{'class':<16}" + f" {unit:>14} {'bpw':>9}" * 2 + f" {unit:>12}"
     lines = [f"{a.model} · A {a.target}, mla {a.mla} · B {b.target}, mla {b.mla}", "", head, second, "─" * len(second)]
-    for group in (*CLASSES, "total"):
-        pair = [[t for t in plan.tensors if group in (t.group, "total")] for plan in (a, b)]
+    named: Named = [("A", a.tensors), ("B", b.tensors)]
+    for group, pair in (*by_class(named), ("total", [list(tensors) for _, tensors in named])):
         sizes = [sum(t.n_bytes for t in tensors) for tensors in pair]
-        if any(sizes):
-            cells = "".join(f" {n / size:>14.3f} {bpw(t):>9.3f}" for n, t in zip(sizes, pair, strict=True))
-            lines.append(f"{group:<16}{cells} {(sizes[1] - sizes[0]) / size:>+12.3f}")
+        cells = "".join(f" {n / size:>14.3f} {bpw(t):>9.3f}" for n, t in zip(sizes, pair, strict=True))
+        lines.append(f"{group:<16}{cells} {(sizes[1] - sizes[0]) / size:>+12.3f}")
     lines += [f"{'predicted KLD':<16} {kld_a:>24.4f} {kld_b:>24.4f} {kld_b - kld_a:>+12.4f}", ""]
-    roles = dict.fromkeys(t.role for plan in (a, b) for t in plan.tensors)
-    for role in roles:
-        one, two = (layer_ranges(t for t in plan.tensors if t.role == role) for plan in (a, b))
-        if one != two:
-            lines += [
-                role,
-                *wrap(f"A {one}", 96, initial_indent="  ", subsequent_indent="      "),
-                *wrap(f"B {two}", 96, initial_indent="  ", subsequent_indent="      "),
-            ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *differing_lines(named, 96)])
+
+
+def differing_lines(named: Named, width: int) -> list[str]:
+    """`differing` as text: a role, and under it the types of each, the names of those that are alike together, wrapped
+    to so many columns."""
+    lines = []
+    for role, cells in differing(named):
+        lines.append(role)
+        for types in dict.fromkeys(cells):
+            alike = " ".join(name for (name, _), own in zip(named, cells, strict=True) if own == types)
+            lines += wrap(f"{alike} {types or '–'}", width, initial_indent="  ", subsequent_indent="      ")
+    return lines
 
 
 def layer_ranges(tensors: Iterable[PlannedTensor]) -> str:

@@ -19,8 +19,9 @@ from quantkit.models.open import ModelRef
 # --baseline`: how much better than ggml's encoder, a report says first; --no-mtp of `make` and `plan`, as llama.cpp's
 # converter has it; our encoder in stages (`calibrate --moments`, and of `quantize --moments --encoder --effort
 # --device`); `--json` of `inspect`, `plan` and `hardware`; `serve --alias`, `--cors`, `--reasoning-content`: what
-# clients cannot be told otherwise; `evaluate`: how much is written, and where both run.
-MOST, MOST_OF_ALL = 23, 141
+# clients cannot be told otherwise; `evaluate`: how much is written, and where both run; the 8 of `compare`: which
+# original, which text and how much of it, memory, where results lie, --json, and --device and --threads as of `verify`.
+MOST, MOST_OF_ALL = 23, 149
 
 
 def test_no_command_has_more_options_than_a_person_reads():
