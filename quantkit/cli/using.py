@@ -11,7 +11,7 @@ from rich.console import Console
 
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared
-from quantkit.cli.values import FILE, FOLDER, MODEL, MODEL_FILE, OUT, Place
+from quantkit.cli.values import FOLDER, IMATRIX, MODEL, MODEL_FILE, OUT, WEIGHTS, Place
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 
 @click.command()
 @click.argument("file", type=MODEL_FILE)
-@click.option("--reference", type=MODEL, default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
+@click.option("--reference", type=WEIGHTS, default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
 @Shared(
     (
         options.text(32768, "evaluation"),
@@ -145,7 +145,7 @@ def _certify_options(**given: Any) -> "CertifyOptions":
             metavar="MODEL",
             help="The original; without it weights are not compared.",
         ),
-        click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance."),
+        click.option("--imatrix", type=IMATRIX, default=None, help="Also weigh errors by importance."),
         click.option(
             "--oracle/--no-oracle", default=True, help="Also run the file in the target's program, if installed."
         ),
@@ -177,6 +177,14 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     sys.exit(0 if made.passed else 1)
 
 
+def _evaluation_output(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Refuses, before torch is loaded, a name that something else will have."""
+    from quantkit.job.asked import check_evaluation_output
+
+    check_evaluation_output(value)
+    return value
+
+
 def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any) -> "EvaluateOptions":
     """rest: `parallel` and `placement`."""
     from quantkit.evaluation.behaviour.items import Amount
@@ -196,7 +204,7 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
 @click.argument("file", type=MODEL_FILE)
 @click.option(
     "--reference",
-    type=MODEL,
+    type=WEIGHTS,
     default="tiny-r1",
     show_default=True,
     metavar="MODEL",
@@ -226,7 +234,14 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
     "how",
     _evaluate_options,
 )
-@click.option("--json", "out", type=OUT, default=None, help="Default: evaluate.json beside FILE.")
+@click.option(
+    "--json",
+    "out",
+    type=OUT,
+    default=None,
+    callback=_evaluation_output,
+    help="Default: evaluate.json beside FILE; evaluate-FILE.json if that is of another.",
+)
 @options.threads
 def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | None) -> None:
     """Does it loop, end its reasoning, write code, add, find a needle? What FILE writes, beside what its original
@@ -277,6 +292,9 @@ def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marli
 def report(folders: tuple[Path, ...]) -> None:
     """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs. Of several folders
     one page that compares them: compare.html here."""
+    from quantkit.job.asked import check_reportable
+
+    check_reportable(folders)
     with needs("plots"):
         from quantkit.formats.lock import locked
         from quantkit.job.report.compare import write_comparison
@@ -296,7 +314,15 @@ def _target(**given: Any) -> "Destination":
     return Destination(**given)
 
 
+def _check_publishable(folder: Path, repo: str) -> None:
+    """QuantkitError for a folder or a repository that cannot be one."""
+    from quantkit.job.asked import check_publishable
+
+    check_publishable(folder, repo)
+
+
 @click.command()
+@options.checked(_check_publishable)
 @click.argument("folder", type=FOLDER)
 @Shared(
     (

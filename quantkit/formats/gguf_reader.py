@@ -119,15 +119,6 @@ class GGUFFile:
             raise QuantkitError(f"{self.path}: no tensor {name!r}") from None
 
 
-def is_gguf(path: Path | str) -> bool:
-    """Whether it is a file that begins as GGUF does, whatever its name."""
-    try:
-        with os.fdopen(open_regular(Path(path)), "rb") as file:
-            return file.read(4) == b"GGUF"
-    except (QuantkitError, OSError):
-        return False
-
-
 def model_file_name(path: Path) -> str:
     """Its name without suffix, and without the number of a split."""
     split = SPLIT_NAME.fullmatch(path.name)

@@ -21,8 +21,10 @@ from quantkit.evaluation.behaviour.tasks import Tasks
 from quantkit.evaluation.behaviour.writing import Notes, announce, score, write
 from quantkit.evaluation.weights import ALIKE, SAMPLE_ROWS, WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_reader import GGUFFile, is_gguf
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.model_names import is_gguf
 from quantkit.formats.whole_file import write_json
+from quantkit.job.asked import check_evaluation_output
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
@@ -111,10 +113,7 @@ def _check_room(capacity: int, n_context: int, amount: Amount, out: Path) -> Non
             f"--tokens {amount.n_tokens} --context {amount.context}: a prompt and its continuation take {capacity:,} "
             f"tokens, more than the {n_context:,} that the model was made for"
         )
-    if out.suffix == ".jsonl":
-        raise QuantkitError(
-            f"--json {out}: continuations lie in the .jsonl beside the figures; name it {out.stem}.json"
-        )
+    check_evaluation_output(out)
 
 
 def _check_alike(path: Path, reference: str, n_vocab: int, d: int, checkpoint: Checkpoint | None) -> None:

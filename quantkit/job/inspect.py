@@ -10,8 +10,9 @@ from typing import Any
 from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_reader import GGUFFile, is_gguf
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.int4 import PACKED
+from quantkit.formats.model_names import is_gguf
 from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
