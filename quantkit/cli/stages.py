@@ -87,6 +87,7 @@ def calibrate(
     from quantkit.calibration.options import sized
     from quantkit.encoding.saved import Keeper
     from quantkit.formats.lock import locked
+    from quantkit.job.by_moments import tie
     from quantkit.job.forecast import forecast_calibration
     from quantkit.job.stages import source_of
     from quantkit.machine import chosen_device
@@ -104,6 +105,8 @@ def calibrate(
             text = dataclasses.replace(calibration.text, n_tokens=besides.gradient_tokens)
             calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
         measure.calibrate(source, calibration, output, restart, partial(Keeper, moments) if moments else None)
+        if moments:
+            tie(moments, output)
     streams.show(str(output))
 
 

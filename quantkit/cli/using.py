@@ -249,8 +249,9 @@ def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | Non
     from quantkit.evaluation.behaviour.compare import table
     from quantkit.formats.lock import locked
     from quantkit.job.evaluate import evaluate as evaluate_file
+    from quantkit.job.evaluate import place_of_evaluation
 
-    out = out or file.with_name("evaluate.json")
+    out = out or place_of_evaluation(file)
     with locked(out.parent, shared=True):
         found = evaluate_file(file, reference, how, out)
     Console(width=110).print(table(found))

@@ -31,6 +31,7 @@ class GGUFFile:
         maps: Mapping[Path, mmap.mmap],
     ) -> None:
         self.path, self.files, self.metadata, self.tensors, self._maps = path, files, metadata, tensors, maps
+        self._times = {file: os.stat(file).st_mtime_ns for file in files}
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -78,6 +79,12 @@ class GGUFFile:
         for path, mapped in self._maps.items():
             if mapped.size() < len(mapped):
                 raise QuantkitError(f"{path}: was cut short while it was in use; put it back and start again")
+
+    def check_unchanged(self, name: str) -> None:
+        """QuantkitError if the file of this tensor was written to since it was opened. Takes microseconds."""
+        path = self._tensor(name).file
+        if os.stat(path).st_mtime_ns != self._times[path]:
+            raise QuantkitError(f"{path}: was changed since it was opened; let it be, and start again")
 
     def let_go(self) -> None:
         """Give back the mapped pages that were read so far; they are mapped again if they are read again."""

@@ -185,6 +185,7 @@ def test_the_page_in_a_browser(running, chromium, width, scheme):
     view.press("#key", "Tab")
     expect(view).to_have_title("R1")
     view.evaluate(GROWS)
+    view.fill("#temperature", "0")
     view.fill("#text", "<b>Tell</b> me about the sea.")
     view.press("#text", "Enter")
     expect(view.locator("#speed")).to_contain_text("tok/s", timeout=30_000)
