@@ -1,24 +1,66 @@
 """The bundled model, and one file made of it that several tests look at."""
 
+import fcntl
+import gc
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+
+if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported, and for child processes: threads of one worker spin where another computes.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n_workers)))
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or a hundred child processes would compile the package, each anew
+    sys.dont_write_bytecode = False
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which `make` does
 
+from warm_transformers import WarmTransformers
+
 from quantkit import bundle
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
+from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.progress import say_once
 
 TINY = bundle.models_dir() / "tiny-r1"
+
+
+# The heaviest files, in this order, before all others, so that no worker is left with one of them at the end.
+FIRST = (
+    "job/test_recovery.py",
+    "job/test_faults.py",
+    "job/test_ranks.py",
+    "evaluation/oracles/test_llama.py",
+    "encoding/test_layer.py",
+    "job/test_report.py",
+    "job/test_make.py",
+    "calibration/test_sensitivity.py",
+    "job/test_by_moments.py",
+    "scripts/test_torture.py",
+    "evaluation/oracles/test_dsa_files.py",
+    "evaluation/test_verify.py",
+    "encoding/test_estimate.py",
+    "encoding/backends/test_triton_levels.py",
+    "encoding/backends/test_numba.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: no collection needs to look at them again
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +70,31 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text."""
-    folder = tmp_path_factory.mktemp("made")
+    """The folder that `make --recipe 1.58bit --encoder ggml` leaves, with little text. Made by one worker of
+    pytest-xdist for all: read it, or work on a copy."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if n_workers else base) / "made"
     options = MakeOptions(
         calibration=Calibration(TextChoice(n_tokens=8192)),
         evaluation=TextChoice(n_tokens=4096),
         encoder="ggml",
     )
-    make("tiny-r1", folder, options)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".done").exists():
+            make("tiny-r1", folder, options)
+            folder.with_suffix(".done").touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_transformers():
+    """tests/evaluation/test_configuration.py starts it as users do."""
+    warm = WarmTransformers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "run_module", warm)
+        yield
+    warm.close()
 
 
 @pytest.fixture

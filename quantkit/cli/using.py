@@ -174,7 +174,7 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
         made, out = certify_file(file, chosen_device(device), out, how)
     Console().print(made.table())
     streams.show(f"{made.target}: {made.verdict} ({out})")
-    sys.exit(0 if made.passed else 1)
+    sys.exit(1 if made.failed() else 0)
 
 
 def _evaluation_output(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:

@@ -15,47 +15,76 @@ COLOURS: dict[Status, str] = {"pass": "green", "fail": "red", "warn": "yellow", 
 
 
 @dataclass(frozen=True)
+class Engine:
+    """The program that has computed the file, or experts of it. version: of its package or build; cpu: the variant or
+    the instruction sets of its kernels; flags: how it was started, each with a space before it, "" for its defaults."""
+
+    program: str
+    version: str
+    cpu: str
+    flags: str = ""
+
+    def __str__(self) -> str:
+        """`llama.cpp (xllamacpp 2026.10.11549, AVX2)`."""
+        return f"{self.program} ({self.version}, {self.cpu}{self.flags and ','}{self.flags})"
+
+
+@dataclass(frozen=True)
 class Check:
-    """One outcome. detail: why, in a line."""
+    """One outcome. detail: why, in a line. engine: of a check that ran the file in another program."""
 
     name: str
     status: Status
     detail: str
+    engine: Engine | None = None
 
 
 @dataclass
 class Certificate:
-    """All checks of one file, in the order in which they ran. files: name -> bytes. weights: `WeightCheck.report`."""
+    """All checks of one file, in the order in which they ran. files: name -> bytes. crc32: name -> CRC-32, where every
+    byte was read. weights: `WeightCheck.report`."""
 
     target: str
     files: dict[str, int]
     checks: list[Check] = field(default_factory=list)
     weights: dict[str, Any] | None = None
+    crc32: dict[str, int] | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and nothing failed."""
-        return bool(self.checks) and not self.failed()
+        """Whether nothing failed, and a program that computes what the target does has run the file."""
+        return self.engine_run and not self.failed()
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Programs that have run the file, or experts of it, and computed what its weights say."""
+        return list(dict.fromkeys(c.engine for c in self.checks if c.engine and c.status == "pass"))
 
     @property
     def engine_run(self) -> bool:
-        """Whether a program that computes what the target does has run the file, or experts of it."""
-        return any(check.name.startswith(ORACLE) and check.status == "pass" for check in self.checks)
+        """Whether there is one. `transformers` is none: it reads the original's config.json, and no file."""
+        return bool(self.engines)
+
+    @property
+    def not_run(self) -> list[str]:
+        """Checks that were left out."""
+        return [check.name for check in self.checks if check.status == "skip"]
 
     @property
     def verdict(self) -> str:
-        """In words: `passed` is said only if a program has run the file."""
+        """In words: `passed in` stands before the programs that have run the file, and before nothing else."""
         failed = [check.name for check in self.checks if check.status == "fail"]
         if failed or not self.checks:
             return f"failed: {', '.join(failed)}"
         if not self.engine_run:
-            return "passed, engine not run"
-        left = [c.name for c in self.checks if c.name.startswith(ORACLE) and c.status == "skip"]
-        return "passed" + (f", {left[0].removeprefix(ORACLE)} itself not run" if left else "")
+            others = [check.engine for check in self.checks if check.engine]
+            return f"not passed: {others[0]} computes another model" if others else "nothing failed, engine not run"
+        left = f"; not run: {', '.join(name.removeprefix(ORACLE) for name in self.not_run)}" if self.not_run else ""
+        return f"passed in {', '.join(map(str, self.engines))}{left}"
 
     def failed(self, but: str | None = None) -> bool:
-        """Whether any check failed, `but` not counted."""
-        return any(check.status == "fail" and check.name != but for check in self.checks)
+        """Whether any check failed, or there was none; `but` not counted."""
+        return not self.checks or any(check.status == "fail" and check.name != but for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         """What certify.json holds."""
@@ -65,7 +94,10 @@ class Certificate:
             "verdict": self.verdict,
             "target": self.target,
             "quantkit": __version__,
+            "engines": [asdict(engine) for engine in self.engines],
+            "not_run": self.not_run,
             "files": self.files,
+            "crc32": self.crc32,
             "checks": [asdict(check) for check in self.checks],
         }
         return out | ({"weights": self.weights} if self.weights else {})

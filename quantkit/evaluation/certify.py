@@ -1,7 +1,8 @@
 """`quantkit certify`: is this file right for that target?
 
 Structure and metadata are judged by rule, weights by comparison with the original, and what computes the file by
-running it. Every check ends in pass, fail, warn or skip, with its reason; the certificate has passed if nothing failed.
+running it. Every check ends in pass, fail, warn or skip, with its reason; the certificate has passed if
+nothing failed and a program has run the file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.planning import targets
 from quantkit.tensors import Imatrix
 
+UNCOMPARED = "weights and tokenizer were not compared with the original"
 SHOWN = 6  # problems spelled out for each check
 
 
@@ -47,13 +49,17 @@ def certify(
     known, where = structure.known_config(file, reference)
     made.checks += _by_rule(file, target, reference, known, where)
     config = structure.own_config(file)
-    if values and config:
-        checkpoint = reference if isinstance(reference, Checkpoint) else None
+    checkpoint = reference if isinstance(reference, Checkpoint) else None
+    if config and values:
         made.checks.append(_by_value(made, WeightCheck(file, known or config, checkpoint, imatrix, device)))
+    elif config:
+        made.checks.append(Check("weights", "skip", "not asked for (--no-values)"))
+    if checkpoint is None:
+        made.checks.append(Check("original", "skip", f"{UNCOMPARED}: --reference MODEL, with weights"))
     if made.failed(but="types"):
         made.checks.append(Check("oracle", "skip", "the file has failed already"))
     elif not oracle:
-        made.checks.append(Check("oracle", "skip", "not asked for"))
+        made.checks.append(Check("oracle", "skip", "not asked for (--no-oracle)"))
     else:
         made.checks += _by_running(path, file, target, device)
     if reference is not None and oracle:
@@ -75,6 +81,10 @@ def _by_rule(
     config = known or structure.own_config(file)
     for caveat in targets.caveats(target, config) if config else ():
         yield Check("target", "warn", caveat)
+    if target == targets.LLAMA_CPP.name and (
+        caveat := targets.aborts_on_amx((t.name, t.qtype) for t in file.tensors.values())
+    ):
+        yield Check("start", "warn", caveat)
     yield _check("types", structure.types(file, target), f"{target} computes all of them, by its table")
     folder = vocabulary.folder_of(reference)
     compared = "consistent" if folder is None else "the original's vocabulary, merges and ids"

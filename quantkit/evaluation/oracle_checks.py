@@ -7,17 +7,18 @@ its answer is wrong.
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from quantkit.evaluation.certificate import Check, Status
+from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
-from quantkit.evaluation.oracles import kt, llama
+from quantkit.evaluation.oracles import kt, llama, llama_tool
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.ggml.library import processor_flags
+from quantkit.machine import threads
 from quantkit.models.config import ModelConfig
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning import targets
@@ -26,7 +27,12 @@ from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
 
-TOKENS = 192
+NATIVE = "oracle llama.cpp build"
+ITSELF = {
+    "ollama": "Ollama was not run; it computes with ggml, as llama.cpp does",
+    "ktransformers": "KTransformers was not run; kt-kernel computed experts of one layer for each combination of types",
+}
+TOKENS, REPEATED = 192, 4
 # llama.cpp rounds activations to 8 bits and differs from itself by 0.007 nats on a four-layer 1-bit model; a wrong
 # rope, gating or layout costs whole nats.
 MOST_KLD = 0.05
@@ -47,54 +53,130 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
         yield from kt_kernel(path, file)
     else:
         yield from llama_cpp(path, file, device)
-    if target == "ollama":
-        yield Check("oracle ollama", "skip", "Ollama itself was not run; it computes with ggml, as llama.cpp does")
+    if why := ITSELF.get(target):
+        yield Check(f"oracle {target} itself", "skip", why)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of TEXT and what our runtime makes of them. ids: of the text, without BOS; tokens: int64 [1, TOKENS], with
+    it; hidden: float32 [TOKENS, d], after the last layer."""
+
+    source: GGUFSource
+    ids: list[int]
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+
+    def logits(self, first: int = 0) -> HeadLogits:
+        """After tokens `first` to the last but one."""
+        return HeadLogits(self.source, self.hidden[first:-1])
+
+
+@torch.inference_mode()
+def sample(path: Path, device: str) -> Sample:
+    """One pass of TOKENS tokens through the file, decoded."""
+    source = open_source(path, device)
+    ids = tokenize(source.tokenizer(), TEXT * REPEATED)
+    tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
+    return Sample(source, ids, tokens, final_hidden(source, tokens)[0])
 
 
 @torch.inference_mode()
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
-    """Tokens and logits of stock llama.cpp, against ours from the decoded weights; with the flags that the model needs,
-    and then also without them, to show what they are worth."""
+    """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
+    build for this machine."""
+    build, package = llama_tool.program(), llama.available()
+    ours = sample(path, device) if build or package else None
+    if ours and package:
+        yield from installed(file, ours)
+    else:
+        yield Check("oracle llama.cpp", "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
+    if ours and build:
+        yield from built(build, file, ours)
+    else:
+        yield Check(NATIVE, "skip", why_no_build())
+
+
+def why_no_build() -> str:
+    """What a native build would compute otherwise, and how to have one."""
+    amx = (
+        "this CPU has AMX, which a build uses and a wheel does not" if "amx_int8" in processor_flags() else "none found"
+    )
+    return (
+        f"{amx}: build llama.cpp (cmake -B build && cmake --build build --target {llama_tool.PROGRAM}) and set "
+        f"{llama_tool.FOLDER} to build/bin"
+    )
+
+
+def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
+    """The package's library, with the flags that the model needs, and then also without them, to show what they are
+    worth."""
     name = "oracle llama.cpp"
-    if not llama.available():
-        yield Check(name, "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")
-        return
-    source = open_source(path, device)
-    ids = tokenize(source.tokenizer(), TEXT * 4)
-    tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
-    flags = targets.start_flags("llama.cpp", source.config)
-    betas = (source.config.yarn.beta_fast, source.config.yarn.beta_slow) if flags and source.config.yarn else None
+    config = ours.source.config
+    flags = targets.start_flags("llama.cpp", config)
+    betas = (config.yarn.beta_fast, config.yarn.beta_slow) if flags and config.yarn else None
     try:
-        theirs = llama.tokenize(file.files[0], [TEXT * 4])[0]
-        logits = llama.logits(file.files[0], tokens.numpy(), yarn_betas=betas)
-        plain = llama.logits(file.files[0], tokens.numpy()) if flags else None
+        theirs = llama.tokenize(file.files[0], [TEXT * REPEATED])[0]
+        logits = llama.logits(file.files[0], ours.tokens.numpy(), yarn_betas=betas)
+        plain = llama.logits(file.files[0], ours.tokens.numpy()) if flags else None
+        engine = Engine("llama.cpp", llama.version(), llama_tool.widest(llama.system_info()), flags)
     except OracleError as error:
         yield Check(name, "fail", error.reason())
         return
-    if theirs != ids:
+    if theirs != ours.ids:
         yield Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
         return
-    ours = HeadLogits(source, final_hidden(source, tokens)[0, :-1])
-    found = _compared(name + flags, ours, logits, tokens, MOST_KLD)
-    misrouted = targets.routes_wrongly("llama.cpp", source.config)
+    found = compared(name + flags, engine, ours, torch.from_numpy(logits)[0, :-1])
+    misrouted = targets.routes_wrongly("llama.cpp", config)
     yield replace(found, status="warn") if misrouted and found.status == "fail" else found
     if plain is not None:
-        without = _compared(name, ours, plain, tokens, math.inf)
-        yield Check(name, "warn", f"without{flags}: {without.detail}")
+        without = compared(name, replace(engine, flags=""), ours, torch.from_numpy(plain)[0, :-1], math.inf)
+        yield replace(without, status="warn", detail=f"without{flags}: {without.detail}")
 
 
-def _compared(name: str, ours: HeadLogits, theirs: np.ndarray, tokens: torch.Tensor, most: float) -> Check:
-    """theirs: logits [1, TOKENS, n_vocab]. most: KLD that passes."""
-    logits = torch.from_numpy(theirs)[0]
-    if not torch.isfinite(logits).all():
-        return Check(name, "fail", "llama.cpp computes logits that are not finite")
-    found = diverge(ours, HeldLogits(logits[:-1]), tokens[0, 1:], logits.shape[-1]).summary()
+def built(program: Path, file: GGUFFile, ours: Sample) -> Iterator[Check]:
+    """llama-perplexity of a build: with its defaults and, where these fail, with --no-repack, which then is a flag that
+    this file needs on this CPU."""
+    flags = targets.start_flags("llama.cpp", ours.source.config)
+    first = _by_build(program, file, ours, flags)
+    if first.status != "fail":
+        yield first
+        return
+    again = _by_build(program, file, ours, flags + targets.NO_REPACK)
+    if again.status == "fail":
+        yield first
+        return
+    yield again
+    yield replace(first, status="warn", detail=f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail}")
+
+
+def _by_build(program: Path, file: GGUFFile, ours: Sample, flags: str) -> Check:
+    config, name = ours.source.config, NATIVE + flags
+    try:
+        found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
+    except OracleError as error:
+        return Check(name, "fail", error.reason())
+    engine = Engine("llama.cpp", found.build, found.cpu, flags)
+    if found.tokens.tolist() != ours.tokens[0].tolist():
+        return Check(name, "fail", "it cuts the sample text into other tokens than we do", engine)
+    check = compared(name, engine, ours, torch.from_numpy(found.log_probs))
+    misrouted = targets.routes_wrongly("llama.cpp", config)
+    return replace(check, status="warn") if misrouted and check.status == "fail" else check
+
+
+def compared(name: str, engine: Engine, ours: Sample, theirs: torch.Tensor, most: float = MOST_KLD) -> Check:
+    """theirs: logits or log-probabilities [n, n_vocab] after the last n tokens but one. most: KLD that passes."""
+    if not torch.isfinite(theirs).all():
+        return Check(name, "fail", "llama.cpp computes logits that are not finite", engine)
+    first = TOKENS - 1 - len(theirs)
+    following = ours.tokens[0, first + 1 :]
+    found = diverge(ours.logits(first), HeldLogits(theirs), following, theirs.shape[-1]).summary()
     kld, top = found["kld_mean"], found["top1_agreement"]
     what = (
-        f"{llama.version()}: {TOKENS} tokens, KLD {kld:.4f} from our decoded weights, same top {top:.0f} %, "
-        f"PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
+        f"{engine.version}, {engine.cpu}: {len(theirs)} tokens, KLD {kld:.4f} from our decoded weights, same top "
+        f"{top:.0f} %, PPL {found['ppl']:.2f} (ours {found['ppl_reference']:.2f})"
     )
-    return Check(name, "pass" if kld < most else "fail", what)
+    return Check(name, "pass" if kld < most else "fail", what, engine)
 
 
 def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterator[Check]:
@@ -125,7 +207,8 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             said = "silent zeros" if not got.any() else f"relative error {error:.3f} from decoded weights"
             # Written so that an answer that is not a number fails.
             status: Status = "pass" if error <= MOST_ERROR else "fail"
-            yield Check(f"oracle kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}")
+            engine = Engine("kt-kernel", kt.version(), variant)
+            yield Check(f"oracle kt-kernel {kinds}", status, f"layer {layer}, {variant} variant: {said}", engine)
 
 
 def combinations(file: GGUFFile, config: ModelConfig) -> dict[int, str]:

@@ -59,10 +59,16 @@ def difference(files: Sequence[Path], identity: Mapping[str, Any]) -> str | None
             return f"{file.name} is not one of its files"
         if size != entry.get("bytes"):
             return f"{file.name} has {size:,} bytes, not {entry.get('bytes'):,}"
-    for file, crc in zip(files, _checksums(files), strict=True):
+    for file, crc in zip(files, checksums(files), strict=True):
         if crc != entries[file.name].get("crc32"):
             return f"the bytes of {file.name} were changed"
     return None
+
+
+def recorded(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files that were made in this folder, by name, as noted then; empty if nothing is on record."""
+    known = _read(folder / CHECKSUMS)
+    return {name: entry.get("crc32", -1) for name, entry in known[1].items()} if known else {}
 
 
 def check_notes(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -157,11 +163,12 @@ def _write(note: Path, identity: Mapping[str, Any], entries: Mapping[str, dict[s
 
 
 def _entries(files: Sequence[Path]) -> dict[str, dict[str, int]]:
-    sums = _checksums(files)
+    sums = checksums(files)
     return {file.name: {"bytes": file.stat().st_size, "crc32": crc} for file, crc in zip(files, sums, strict=True)}
 
 
-def _checksums(files: Sequence[Path]) -> list[int]:
+def checksums(files: Sequence[Path]) -> list[int]:
+    """CRC-32 of each file; reads them."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(_crc, files))
 

@@ -16,6 +16,7 @@ OF_IQ1_S = {
 GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}
 GPU_PACE = 132 * 1.98  # multiprocessors × GHz of an H200
 ASSUMED_CORES, ASSUMED_CORE = 16, IQ1_S_ZEN5 / 2  # half of a fast core's IQ1_S weights/s
+AMX = 8.0  # `Arithmetic.matrix` of CPUs that have it
 TOGETHER = 0.85  # of the rates of cores alone, all of them at once
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import Mla, ModelConfig
-from quantkit.planning.arithmetic import Arithmetic
+from quantkit.planning import targets
+from quantkit.planning.arithmetic import AMX, Arithmetic
 from quantkit.planning.plan import Plan, PlannedTensor
 from quantkit.tensors import mtp_layers
 
@@ -187,7 +188,8 @@ def commands(
     first_on_gpu = placed.gpu_layers[0] if placed.gpu_layers else (max(placed.cpu_layers, default=-1) + 1)
     base = f"llama-server -m {file} -c {context} -t {threads}"
     if not machine.vram:
-        llama = [f"{base} -ngl 0"]
+        amx = machine.arithmetic.matrix >= AMX and targets.aborts_on_amx((t.name, t.qtype) for t in plan.tensors)
+        llama = [f"{base} -ngl 0{targets.NO_REPACK if amx else ''}"]
     elif not placed.cpu_layers:
         llama = [f"{base} -ngl 99"]
     else:

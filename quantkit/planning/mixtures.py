@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from quantkit.errors import QuantkitError
 from quantkit.models.config import Mla, ModelConfig
 from quantkit.planning.recipe import Recipe, Rule
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import TensorSpec, mtp_layers
 
 SOURCE = "llama-quantize b11434"
 BASE: Mapping[str, str] = {
@@ -191,9 +191,9 @@ def types(name: str, config: ModelConfig, specs: Sequence[TensorSpec]) -> dict[s
     if name not in BASE:
         raise QuantkitError(f"no preset {name!r}; known: {' '.join(BASE)}")
     tied = all(spec.role != "output" for spec in specs)
-    found, downs = {}, 0
+    found, downs, of = {}, 0, config.n_layer + len(mtp_layers(specs))
     for spec in sorted((s for s in specs if not s.fixed), key=lambda s: (-1 if s.layer is None else s.layer, s.name)):
-        at = Place(spec.layer or 0, config.n_layer, downs, max(1, config.n_expert), tied)
+        at = Place(spec.layer or 0, of, downs, max(1, config.n_expert), tied)
         choose = None if BASE[name] in PLAIN else CHOICES.get(spec.role)
         found[spec.name] = (choose(name, at) if choose else None) or BASE[name]
         downs += spec.role.startswith("ffn_down")

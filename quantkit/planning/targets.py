@@ -3,7 +3,7 @@
 Every refusal carries its reason and every table its source. Types quantkit does not encode are in no table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -227,6 +227,32 @@ def start_flags(target: str, c: ModelConfig) -> str:
     if not runs_llama_cpp(target) or not c.yarn or (c.yarn.beta_fast, c.yarn.beta_slow) == YARN_BETAS:
         return ""
     return f" --yarn-beta-fast {c.yarn.beta_fast:g} --yarn-beta-slow {c.yarn.beta_slow:g}"
+
+
+NO_REPACK = " --no-repack"
+"""Tells llama.cpp to multiply weights as they lie in the file."""
+AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
+"""Types that llama.cpp lays out anew for AMX where a CPU has it and no GPU does (b11434, ggml-cpu/amx/amx.cpp)."""
+
+
+HEADS = ("attn_k_b", "attn_v_b", "attn_output_a")  # multiplied by head, or V4's by group
+
+
+def aborts_on_amx(types: Iterable[tuple[str, str]]) -> str:
+    """Why llama.cpp does not start with tensors of these names and types on a CPU with AMX, "" if it does.
+
+    It lays matrices out for AMX when it loads them, finds no kernel for a product by head or group when it builds its
+    graph, and ends (docs/results/amx.md). `NO_REPACK` helps, and so does any other type for them.
+    """
+    heads = sorted(
+        {f"{role} is {qtype}" for name, qtype in types if qtype in AMX and (role := split_name(name)[0]) in HEADS}
+    )
+    if not heads:
+        return ""
+    return (
+        f"on an Intel CPU with AMX (Xeon of the 4th generation and later), without a GPU, start it with{NO_REPACK}: "
+        f"{', '.join(heads)}, and llama.cpp b11434 ends with GGML_ASSERT(*cur_backend_id != -1) otherwise"
+    )
 
 
 def knows(target: str, c: ModelConfig) -> bool:

@@ -2,8 +2,9 @@
 
     python scripts/research/mixtures.py LLAMA_BIN deepseek-r1 deepseek-v2-lite kimi-k2 tiny-r1
 
---snapshot FILE writes digests of what the program said (tests/planning/snapshots/llama-quantize.json has R1's and
-V2-Lite's). LLAMA_BIN: folder of llama.cpp's programs. For each model, by its geometry, and both layouts of kv_b a
+--snapshot FILE writes digests of what the program said (tests/planning/snapshots/llama-quantize.json has R1's,
+V2-Lite's and V3.2's), of the tensors that a recipe has a choice in: `indexer.proj` stays F32 here, which llama-quantize
+makes smaller. LLAMA_BIN: folder of llama.cpp's programs. For each model, by its geometry, and both layouts of kv_b a
 sparse BF16 GGUF is written that has its header and no data, and `llama-quantize --dry-run` says what it would give each
 tensor.
 """
@@ -83,8 +84,9 @@ def main(binaries: Path, models: tuple[str, ...], snapshot: Path | None) -> None
                 for name in mixtures.BASE:
                     plan = make_plan(specs, mixtures.recipe(name, config, specs, MLA[mla]))
                     found = theirs(binaries / "llama-quantize", file, imatrix, name)
-                    said.setdefault(f"{model} {mla}", {})[name] = digest(found)
                     ours = {t.name: t.qtype for t in plan.tensors if len(t.shape) > 1 and t.rule}
+                    chosen = {key: qtype for key, qtype in found.items() if key in ours}
+                    said.setdefault(f"{model} {mla}", {})[name] = digest(chosen)
                     different = {key: (ours[key], found.get(key)) for key in ours if found.get(key) != ours[key]}
                     wrong += len(different)
                     agree = f"{len(ours) - len(different)} of {len(ours)} agree"

@@ -126,20 +126,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def trial(encoder: str, kills: int, tokens: int, seed: int, scratch: Path) -> tuple[Counter, int, int]:
+def trial(encoder: str, asked: argparse.Namespace, scratch: Path) -> tuple[Counter, int, int]:
     """Kills by stage, runs that came to their end, and most jobs lost by one kill."""
-    rng, log = random.Random(f"{seed} {encoder}"), scratch / "log"
+    rng, log = random.Random(f"{asked.seed} {encoder}"), scratch / "log"
 
     def arguments(folder: Path) -> list[str]:
-        options = f"--encoder {encoder} --tokens {tokens} --eval-tokens 512 --device cpu --threads {THREADS}"
-        return ["make", "tiny-r1", "-o", str(folder), *options.split()]
+        options = f"--recipe {asked.recipe} --encoder {encoder} --tokens {asked.tokens} --eval-tokens 512 --device cpu"
+        return ["make", "tiny-r1", "-o", str(folder), *options.split(), "--threads", str(THREADS)]
 
     began = time.monotonic()
     code = finish(start(arguments(scratch / f"calm-{encoder}"), log))
     assert code == 0, (code, log.with_suffix(".err").read_text())
     span, expected = time.monotonic() - began, contents(scratch / f"calm-{encoder}")
     stages, ends, most = Counter(), 0, 0
-    while sum(stages.values()) < kills:
+    while sum(stages.values()) < asked.kills:
         folder, here = scratch / f"{encoder}-{ends}", 0
         while True:
             pid = start(arguments(folder), log)
@@ -152,6 +152,9 @@ def trial(encoder: str, kills: int, tokens: int, seed: int, scratch: Path) -> tu
             gone = lost(folder, log)
             assert gone <= THREADS, f"{gone} jobs of {THREADS} threads were lost"
             most = max(most, gone)
+            early = contents(folder) if folder.exists() else {}
+            wrong = [name for name in early if name.endswith(".gguf") and early[name] != expected.get(name)]
+            assert not wrong, f"{wrong} have their final names and are not finished"
         assert code == 0, f"a resumed run failed: {log.with_suffix('.err').read_text()}"
         found = contents(folder)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
@@ -166,12 +169,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=25, help="of each encoder")
     parser.add_argument("--encoder", choices=ENCODERS, action="append")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--recipe", default="1.58bit")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     for encoder in options.encoder or ENCODERS:
         with tempfile.TemporaryDirectory() as scratch:
             began = time.monotonic()
-            stages, ends, most = trial(encoder, options.kills, options.tokens, options.seed, Path(scratch))
+            stages, ends, most = trial(encoder, options, Path(scratch))
             where = ", ".join(f"{count} {name}" for name, count in stages.most_common())
             print(
                 f"{encoder}: {sum(stages.values())} kills ({where}), {ends} runs ended with the same bytes, "

@@ -187,14 +187,15 @@ def main() -> int:
     verdicts, told = {(c, m): Verdicts() for c in commands for m in modes}, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         stage, calm = Stage(Path(scratch)), {}
-        for name in commands:
+        cases = range(options.first, options.first + options.cases)
+        for name in dict.fromkeys(commands[case % len(commands)] for case in cases):
             folder = stage.folder()
             log, words = folder.parent / "log", stage.words(BY_NAME[name].command, folder)
             code, said = finish(start(words, folder.parent / "err", Points(folder, log=log).install))
             assert code == 0, (name, said)
             points = [json.loads(line)[0] for line in log.read_text().splitlines()]
             calm[name] = results(folder), [i for i, kind in enumerate(points) if kind in WATCHED[2:] or i % 8 == 0]
-        for case in range(options.first, options.first + options.cases):
+        for case in cases:
             if time.monotonic() - began > options.seconds:
                 break
             rng = random.Random(f"{options.seed} {case}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from quantkit.__main__ import main
 from quantkit.cli.values import MODEL_FILE
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.certificate import Certificate, Check
+from quantkit.evaluation.certificate import Certificate, Check, Engine
 from quantkit.formats.gguf_folder import model_in
 from quantkit.job.publish.folder import read_folder
 
@@ -33,24 +34,40 @@ def test_a_certificate_for_each_target(made, tmp_path):
     shutil.copytree(made, folder)
     for arguments in ([], ["--target", "ollama"]):
         done = CliRunner().invoke(main, ["certify", str(folder), "--no-oracle", "--no-values", *arguments])
-        assert done.exit_code == 0 and "passed, engine not run" in done.stdout, done.output
+        assert done.exit_code == 0 and "nothing failed, engine not run" in done.stdout, done.output
     own, other = (json.loads((folder / name).read_text()) for name in ("certify.json", "certify-ollama.json"))
     assert (own["target"], other["target"]) == ("ktransformers", "ollama")
-    assert own["passed"] and not own["engine_run"]
+    assert not own["passed"] and not own["engine_run"] and not own["engines"]
+    assert own["not_run"] == ["weights", "original", "oracle"]
     problems = read_folder(folder).problems
-    assert any("certify.json says passed, engine not run" in problem for problem in problems), problems
+    assert any("certify.json says nothing failed, engine not run" in problem for problem in problems), problems
+
+
+WHEEL = Engine("llama.cpp", "xllamacpp 1", "AVX2")
+BUILD = Engine("llama.cpp", "11434 (0c1e570)", "AMX_INT8", " --no-repack")
+RUN = Check("oracle llama.cpp", "pass", "", WHEEL)
 
 
 @pytest.mark.parametrize(
     ("checks", "verdict"),
     [
-        ([("types", "pass"), ("oracle llama.cpp", "pass")], "passed"),
-        ([("types", "pass"), ("oracle", "skip")], "passed, engine not run"),
-        ([("oracle llama.cpp", "pass"), ("oracle ollama", "skip")], "passed, ollama itself not run"),
-        ([("types", "fail"), ("oracle llama.cpp", "pass")], "failed: types"),
+        ([Check("types", "pass", ""), RUN], "passed in llama.cpp (xllamacpp 1, AVX2)"),
+        ([RUN, Check("oracle ollama itself", "skip", "")], f"passed in {WHEEL}; not run: ollama itself"),
+        (
+            [RUN, Check("b", "pass", "", BUILD), Check("weights", "skip", "")],
+            f"passed in {WHEEL}, {BUILD}; not run: weights",
+        ),
+        ([Check("types", "pass", ""), Check("oracle", "skip", "")], "nothing failed, engine not run"),
+        (
+            [Check("oracle transformers", "pass", ""), Check("oracle llama.cpp", "skip", "")],
+            "nothing failed, engine not run",
+        ),
+        ([replace(RUN, status="warn")], f"not passed: {WHEEL} computes another model"),
+        ([Check("types", "fail", ""), RUN], "failed: types"),
         ([], "failed: "),
     ],
 )
 def test_passed_is_said_of_what_a_program_has_run(checks, verdict):
-    made = Certificate("ollama", {}, [Check(name, status, "") for name, status in checks])
+    made = Certificate("ollama", {}, checks)
     assert made.verdict == verdict and made.to_dict()["verdict"] == verdict
+    assert made.passed == verdict.startswith("passed")

@@ -17,7 +17,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gradients import LayerGradients, StreamGradients, path_of, tokens_in
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
-TYPES = Candidates(("IQ4_NL",), ("IQ4_NL", "Q8_0"))  # of ggml's encoder in both: what differs is not the encoder
+TYPES = Candidates(("IQ4_NL",), ("IQ4_NL",))  # of ggml's encoder in both: what differs is not the encoder
 
 
 @pytest.fixture(scope="module")

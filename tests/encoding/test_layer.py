@@ -149,10 +149,12 @@ def test_gradients_that_nobody_would_use_are_refused(how, tmp_path):
 def test_best_goes_backward_first(tmp_path, monkeypatch, capfd):
     """And encodes two-sided with what it finds, which is gone when the file is there."""
     monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["normal"], tries=1, passes=0, refit=False))
+    monkeypatch.setattr(TwoSided, "passes_over", lambda *_: 0)
+    monkeypatch.setattr(TwoSided, "blocks", lambda *_: 64)
     few_types("IQ2_XXS", tmp_path)
     options = MakeOptions(
         recipe=tmp_path / "few.toml",
-        calibration=Calibration(TextChoice(n_tokens=1024)),
+        calibration=Calibration(TextChoice(n_tokens=512)),
         encoder="quantkit",
         effort="best",
         verify=False,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def failures(made: Certificate) -> dict[str, str]:
 
 def test_a_good_file_passes(good, tiny):
     made = certify(good, "ktransformers", tiny, oracle=False)
-    assert made.passed and not failures(made)
+    assert not made.failed() and not failures(made)
     assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
     assert made.files == {good.name: good.stat().st_size}
     json.dumps(made.to_dict(), allow_nan=False)
@@ -79,7 +80,7 @@ def cut(path: Path, share: float) -> None:
 def test_damaged_files_are_named(damage, says, good, tmp_path, tiny):
     first = Model(good).write(tmp_path / "broken.gguf", split_max_bytes=1_600_000)
     files = sorted(tmp_path.glob("*.gguf"))
-    assert certify(first, "llama.cpp", tiny, oracle=False, values=False).passed
+    assert not certify(first, "llama.cpp", tiny, oracle=False, values=False).failed()
     damage(files)
     found = failures(certify(files[0], "llama.cpp", tiny, oracle=False))
     assert says in found["files"]
@@ -147,7 +148,9 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
     arguments = ["certify", str(good), "--target", "ktransformers", "--reference", "tiny-r1", "--no-oracle"]
     done = CliRunner().invoke(main, [*arguments, "--json", str(out)])
     assert done.exit_code == 0 and "tokenizer" in done.stdout
-    assert json.loads(out.read_text())["passed"] is True
+    found = json.loads(out.read_text())
+    assert found["passed"] is False and found["verdict"] == "nothing failed, engine not run"
+    assert found["crc32"] == {good.name: zlib.crc32(good.read_bytes())}
     model = Model(good)
     model.key("expert_gating_func", U32(1))
     broken = model.write(tmp_path / "broken.gguf")
@@ -159,14 +162,16 @@ def test_cli_exit_code_table_and_json(good, tmp_path):
 @pytest.mark.skipif(not llama.available(), reason=f"needs {llama.WHEEL}")
 class TestLlamaCpp:
     def test_loads_and_agrees(self, good):
-        (found,) = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
+        found, *build = oracle_checks.llama_cpp(good, GGUFFile.open(good), "cpu")
         assert (found.name, found.status) == ("oracle llama.cpp", "pass"), found.detail
+        assert found.engine and found.engine.version in found.detail and found.engine.cpu.startswith(("AVX", "NEON"))
+        assert {check.name.partition(" --")[0] for check in build} == {oracle_checks.NATIVE}
 
     def test_refusal_is_the_reason(self, good, tmp_path):
         model = Model(good)
         model.metadata["deepseek2.context_length"] = U16(4096)
         path = model.write(tmp_path / "u16.gguf")
-        (found,) = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
+        found, *_ = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
         assert found.status == "fail" and "wrong type u16" in found.detail
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from quantkit import bundle
 from quantkit.evaluation import configuration
-from quantkit.evaluation.oracles import hf
+from quantkit.evaluation.oracles import child, hf
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
 
@@ -16,7 +16,8 @@ def config_of(name: str) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
+    monkeypatch.setattr(hf, "run_module", child.run_module)
     configuration._check.cache_clear()
     yield
     configuration._check.cache_clear()

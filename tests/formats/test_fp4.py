@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from safetensors.torch import save_file
 
 from quantkit.errors import QuantkitError
@@ -35,6 +34,8 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> P
 
 
 def independent(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8  # seconds, with transformers
+
     octets, exponents = tensors[f"{NAME}.weight"].view(torch.uint8), tensors[f"{NAME}.scale"].view(torch.uint8)
     values = unpack_fp4_from_uint8(octets, ROWS, COLUMNS, torch.float32)
     return values * torch.from_numpy(np.exp2(exponents.numpy().astype(np.float64) - 127)).float().repeat_interleave(

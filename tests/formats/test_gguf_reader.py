@@ -4,12 +4,12 @@ import os
 import random
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from patience import within
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
@@ -100,11 +100,9 @@ def test_good_file(save):
     ],
 )
 def test_hostile_file(save, data, words):
-    started = time.monotonic()
-    with pytest.raises(QuantkitError, match=r"m\.gguf") as caught:
+    with within(2), pytest.raises(QuantkitError, match=r"m\.gguf") as caught:
         GGUFFile.open(save(data))
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert time.monotonic() - started < 2
 
 
 def test_every_truncation_is_noticed(save):
@@ -182,9 +180,8 @@ def test_whole_vocabulary_is_quick_and_gguf_py_agrees(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    started = time.monotonic()
-    found = GGUFFile.open(tmp_path / "v.gguf")
-    assert time.monotonic() - started < 1
+    with within(1):
+        found = GGUFFile.open(tmp_path / "v.gguf")
     assert found.metadata["tokenizer.ggml.tokens"] == tokens
     assert found.metadata["tokenizer.ggml.token_type"] == [1] * len(tokens)
     assert (found.metadata["f64"], found.metadata["no"], found.metadata["i8"]) == (0.1, False, -3)

@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from kimi_checkpoint import INT4
 from safetensors.torch import save_file
 
@@ -19,6 +18,13 @@ NAME, PREFIX = "model.layers.1.mlp.experts.0.up_proj.weight", "language_model."
 ROWS, COLUMNS = 24, 96
 
 
+def packing():
+    """compressed-tensors' own; it takes seconds to import, with transformers."""
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    return helpers
+
+
 def made(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [ROWS, COLUMNS], all 16 of them, and scales BF16 [ROWS, COLUMNS / 32]."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,7 +34,7 @@ def made(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stored(codes: torch.Tensor, scale: torch.Tensor, name: str = NAME) -> dict[str, torch.Tensor]:
     return {
-        f"{name}_packed": pack_to_int32(codes, 4),
+        f"{name}_packed": packing().pack_to_int32(codes, 4),
         f"{name}_scale": scale,
         f"{name}_shape": torch.tensor(codes.shape, dtype=torch.int32),
     }
@@ -55,7 +61,7 @@ def test_reads_what_compressed_tensors_packs(tmp_path):
     codes, scale = made()
     tensors = stored(codes, scale)
     assert torch.equal(int4.unpack(tensors[f"{NAME}_packed"]), codes)
-    assert torch.equal(unpack_from_int32(tensors[f"{NAME}_packed"], 4, codes.shape), codes)
+    assert torch.equal(packing().unpack_from_int32(tensors[f"{NAME}_packed"], 4, codes.shape), codes)
     checkpoint = Checkpoint.open(write(tmp_path / "m", tensors))
     assert checkpoint.require(NAME, (ROWS, COLUMNS)).dtype == "INT4"
     expected = plainly(tensors[f"{NAME}_packed"], scale.float())
@@ -87,7 +93,7 @@ def test_copies_into_q4_0_are_the_same_numbers(tmp_path):
 def test_groups_of_64_become_two_blocks(tmp_path):
     codes = torch.randint(-8, 8, (4, 128), dtype=torch.int8)
     scale = torch.tensor([[0.5, 0.25]] * 4).bfloat16()
-    packed = int4.as_q4_0(pack_to_int32(codes, 4), scale, "x", print)
+    packed = int4.as_q4_0(packing().pack_to_int32(codes, 4), scale, "x", print)
     decoded = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_0)
     assert np.array_equal(decoded, (codes.float() * scale.float().repeat_interleave(64, 1)).numpy())
 
@@ -110,7 +116,7 @@ def test_scales_that_f16_does_not_hold_are_said_or_refused(tmp_path, capsys):
     assert not off.any()
     scale[3, 1] = 1e6
     with pytest.raises(QuantkitError, match=r"_scale': scale 9\.994e\+05 is beyond F16"):
-        int4.as_q4_0(pack_to_int32(codes, 4), scale, f"tensor '{NAME}_scale'", print)
+        int4.as_q4_0(packing().pack_to_int32(codes, 4), scale, f"tensor '{NAME}_scale'", print)
 
 
 def test_a_text_model_under_a_prefix(tmp_path, capsys):

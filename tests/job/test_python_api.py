@@ -52,7 +52,7 @@ def test_generation_is_the_command_lines(page):
 
 def test_importing_is_quick_and_light():
     program = (
-        "import sys, time; began = time.perf_counter(); import quantkit; spent = time.perf_counter() - began\n"
+        "import sys, time; began = time.process_time(); import quantkit; spent = time.process_time() - began\n"
         "heavy = {'torch', 'numpy', 'click', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\nassert quantkit.make.__doc__ and 'torch' in sys.modules\nprint(spent)"
     )

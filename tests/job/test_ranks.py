@@ -27,14 +27,17 @@ from quantkit.runtime.watch import Watcher
 
 TOKENS = 512
 OURS = MakeOptions(
+    recipe="2.51bit",  # of types without tables: ggml builds those of IQ1_S for ten seconds in every process
     calibration=Calibration(TextChoice(n_tokens=TOKENS)),
     encoder="quantkit",
     effort="fast",
     device="cpu",
     verify=False,
 )
-NAME = "tiny-r1-1.58bit.gguf"
+NAME = "tiny-r1-2.51bit.gguf"
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "bench"
+# As the launcher gives each rank: the last bits of products depend on how many threads share them.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def launch(n: int, *arguments: object) -> subprocess.Popen:
@@ -42,10 +45,13 @@ def launch(n: int, *arguments: object) -> subprocess.Popen:
     return launch_script(n, "-m", "quantkit", *arguments)
 
 
-def launch_script(n: int, *arguments: object) -> subprocess.Popen:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch_script(n: int, *arguments: object) -> subprocess.Popen:
     launcher = [
         sys.executable,
         "-m",
@@ -58,18 +64,34 @@ def launch_script(n: int, *arguments: object) -> subprocess.Popen:
         "--dynamo_backend",
         "no",
         "--main_process_port",
-        port,
+        free_port(),
     ]
     command = [*launcher, "--num_processes", n, *arguments]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def launch_make(n: int, folder: Path, *more: object) -> subprocess.Popen:
-    return launch(n, "make", "tiny-r1", "-o", folder, "--tokens", TOKENS, "--device", "cpu", "--no-verify", *more)
+def together(n: int, *arguments: object) -> None:
+    """n ranks to their end, without a launcher, which takes longer to start than they do."""
+    around = ONE_THREAD | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
+    command = list(map(str, [sys.executable, "-m", "quantkit", *arguments]))
+    started = []
+    for rank in map(str, range(n)):
+        env = around | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(n)}
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    said = [process.communicate(timeout=300) for process in started]  # a pipe holds all that one says
+    assert [process.returncode for process in started] == [0] * n, said
+    assert [bool(stdout) for stdout, _ in said] == [True] + [False] * (n - 1)
+
+
+def make_words(folder: Path, *more: object) -> list[object]:
+    return ["make", "tiny-r1", "-o", folder, "--tokens", TOKENS, "--device", "cpu", "--no-verify", *more]
+
+
+BY_US = ("--recipe", "2.51bit", "--encoder", "quantkit", "--effort", "fast")
 
 
 def ours(n: int, folder: Path) -> subprocess.Popen:
-    return launch_make(n, folder, "--encoder", "quantkit", "--effort", "fast")
+    return launch(n, *make_words(folder, *BY_US))
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -107,10 +129,10 @@ def calm(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.large), 4])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.large), 3, pytest.param(4, marks=pytest.mark.large)])
 def test_one_pass_has_the_bytes_of_one_process(calm, tmp_path, n):
-    code, stderr = end(ours(n, tmp_path))
-    assert code == 0, stderr
+    """3: shares of experts that differ."""
+    together(n, *make_words(tmp_path, *BY_US))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in calm.iterdir()}
     for name in (NAME, "imatrix.gguf", "plan.json"):
         assert (tmp_path / name).read_bytes() == (calm / name).read_bytes(), name
@@ -119,10 +141,11 @@ def test_one_pass_has_the_bytes_of_one_process(calm, tmp_path, n):
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.large)])
 def test_ggml_has_the_bytes_of_one_process(tmp_path, n):
     """Jobs shared out, in split files, of types that are quick to encode."""
-    options = dataclasses.replace(OURS, encoder="ggml", budget=BudgetOptions(bpw=6), split_max_bytes=4_000_000)
+    options = dataclasses.replace(
+        OURS, recipe=None, encoder="ggml", budget=BudgetOptions(bpw=6), split_max_bytes=4_000_000
+    )
     make("tiny-r1", tmp_path / "one", options)
-    code, stderr = end(launch_make(n, tmp_path / "n", "--encoder", "ggml", "--size", "6bpw", "--split-max-size", "4M"))
-    assert code == 0, stderr
+    together(n, *make_words(tmp_path / "n", "--encoder", "ggml", "--size", "6bpw", "--split-max-size", "4M"))
     names = {path.name for path in (tmp_path / "one").glob("*.gguf")}
     assert len(names) >= 4 and names == {path.name for path in (tmp_path / "n").glob("*.gguf")}
     for name in names:
@@ -150,7 +173,7 @@ def test_ggml_in_one_pass_and_verification(made, tmp_path, n):
     )
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0 and "same top-1" in stdout, stderr
-    for name in (NAME, "imatrix.gguf"):
+    for name in ("tiny-r1-1.58bit.gguf", "imatrix.gguf"):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
     mine, theirs = (json.loads((folder / "verify.json").read_text()) for folder in (tmp_path, made))
     assert mine["kld_mean"] == pytest.approx(theirs["kld_mean"], rel=1e-5)
@@ -172,7 +195,7 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_pat
     os.kill(started[victim], signal.SIGKILL)
     code, stderr = end(process)
     assert code != 0 and len(complaints(stderr)) == 1, stderr
-    assert "run the same command again" in complaints(stderr)[0]
+    assert "same command" in complaints(stderr)[0]  # the loss, or the launcher's signal, whichever comes first
     assert gone(started.values())
     assert not (tmp_path / NAME).exists()
     recorded = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("*.ledger*"))
@@ -183,10 +206,6 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_pat
         assert end(ours(again, tmp_path))[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in calm.iterdir()}
     assert (tmp_path / NAME).read_bytes() == (calm / NAME).read_bytes()
-
-
-# As the launcher gives each rank: the last bits of products depend on how many threads share them.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +240,7 @@ def test_gradients_have_the_bytes_of_one_process_though_ranks_were_killed(derive
         time.sleep(0.002)
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
     code, stderr = end(process)
-    assert code != 0 and "run the same command again" in stderr
+    assert code != 0 and len(complaints(stderr)) == 1 and "same command" in complaints(stderr)[0], stderr
     done = {path.name: path.read_bytes() for path in (tmp_path / "g").glob("*.safetensors")}
     assert len(done) >= 2 and done.items() <= expected.items()
     derive(asked, tmp_path)
@@ -232,12 +251,11 @@ def test_gradients_have_the_bytes_of_one_process_though_ranks_were_killed(derive
 def test_gradients_and_estimates_of_ranks_are_those_of_one(derived, tmp_path, n):
     """Each layer's file is written by all of them; then a sample of experts is encoded."""
     asked, expected = derived
-    code, stderr = end(launch(n, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g"))
-    assert code == 0, stderr
+    together(n, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g")
     assert files_of(tmp_path / "g") == expected
-    about = ["sensitivity", *asked[1:4], "--gradients", tmp_path / "g", "--tokens", 1024, "--device", "cpu"]
-    about += ["--types", "Q2_K", "--other-types", "Q4_K,Q8_0", "-o"]
-    assert end(launch(n, *about, tmp_path / "several"))[0] == 0
+    about = ["sensitivity", *asked[1:4], "--gradients", tmp_path / "g", "--tokens", 512, "--device", "cpu"]
+    about += ["--types", "IQ4_NL", "--other-types", "Q8_0", "-o"]
+    together(n, *about, tmp_path / "several")
     subprocess.run(
         list(map(str, [sys.executable, "-m", "quantkit", *about, tmp_path / "one"])), check=True, env=ONE_THREAD
     )
@@ -246,7 +264,7 @@ def test_gradients_and_estimates_of_ranks_are_those_of_one(derived, tmp_path, n)
 
 
 def test_what_all_ranks_refuse_is_said_once(tmp_path):
-    code, stderr = end(launch_make(2, tmp_path / "out", "--recipe", "9bit"))
+    code, stderr = end(launch(2, *make_words(tmp_path / "out", "--recipe", "9bit")))
     assert code != 0 and len(complaints(stderr)) == 1 and "9bit" in complaints(stderr)[0]
     assert not (tmp_path / "out").exists()
 
@@ -280,10 +298,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
         "--device",
         "cpu",
         "--no-verify",
-        "--encoder",
-        "quantkit",
-        "--effort",
-        "fast",
+        *BY_US,
     )
     code, stderr = end(process)
     assert code != 0 and complaints(stderr) == ["quantkit: rank 1: this expert is damaged"], stderr

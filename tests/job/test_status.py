@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from patience import wait_for
 
 from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
@@ -84,23 +84,22 @@ def test_a_finished_job_is_not_measured_again(made, tmp_path, capsys, monkeypatc
 def test_status_reads_a_job_at_work_and_a_stopped_one(tmp_path):
     """A real run, looked at and then interrupted; the next one says where it goes on."""
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "quantkit", "make", "-o", str(folder), "--tokens", "8192", "--no-verify"]
+    asked = ["make", "-o", str(folder), "--recipe", "2.51bit", "--tokens", "4096", "--no-verify", "--device", "cpu"]
+    command = [sys.executable, "-m", "quantkit", *asked]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "tiny-r1-1.58bit.gguf.state" / "layer-1.safetensors").exists():
-        time.sleep(0.02)
+    wait_for((folder / "tiny-r1-2.51bit.gguf.state" / "layer-1.safetensors").exists, 200)
     said = "\n".join(status(folder))
     assert f"process {run.pid} on " in said and "is at work" in said
     run.send_signal(2)
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=200)
     if run.returncode == 0:
         pytest.skip("it was done before it could be stopped")
     assert run.returncode == 130 and "what is done is kept, and the same command goes on" in stderr
     said = "\n".join(status(folder))
     assert "stopped, last write" in said and re.search(r"pass +[1-4] of 4 layers done", said)
-    assert re.search(r"file +\d+% of 4\.0 MB, 3\.9 MiB, \d+ of 70 tensors", said)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and re.search(r"went through [1-4] of 4 layers; going on", done.stderr)
+    assert re.search(r"file +\d+% of 5\.\d MB, \d\.\d MiB, \d+ of 70 tensors", said)
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0 and re.search(r"went through [1-4] of 4 layers; going on", done.stderr)
 
 
 def test_status_of_no_job_is_refused(tmp_path):

@@ -1,8 +1,7 @@
 """Budgets on R1's real shapes and on small ones: never above, nearly all of it used, rules obeyed."""
 
-import time
-
 import numpy as np
+import patience
 import pytest
 import r1_shapes
 
@@ -33,14 +32,22 @@ def within(rules, n_bytes=None, gpu=None, n_layer=6, bpw=None):
     return plan_within(specs, recipe, "m", budget, Prior(specs), lambda plan: plan.data_bytes + 1000)
 
 
-@pytest.mark.parametrize("target", ["ktransformers", "llama.cpp", "ollama"])
-@pytest.mark.parametrize("size", ["131GiB", "140231438464", "158GiB", "182.69GiB", "212GiB", "400GiB"])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        *(("131GiB", target) for target in ("ktransformers", "llama.cpp", "ollama")),
+        ("140231438464", "llama.cpp"),
+        ("158GiB", "ktransformers"),
+        ("182.69GiB", "ollama"),
+        ("212GiB", "ktransformers"),
+        ("400GiB", "llama.cpp"),
+    ],
+)
 def test_r1_fills_its_budget_and_never_more(size, target):
-    begin = time.monotonic()
     budget = BudgetOptions(size=parse_size(size, "--size"))
-    plan = plan_model("deepseek-r1", None, target, budget)
-    used = plan_file_bytes("deepseek-r1", plan)
-    assert time.monotonic() - begin < 5
+    with patience.within(5):
+        plan = plan_model("deepseek-r1", None, target, budget)
+        used = plan_file_bytes("deepseek-r1", plan)
     assert len(plan.tensors) == 1086
     assert 0.999 * budget.size < used <= budget.size
     assert plan.outlook.gap < 0.003

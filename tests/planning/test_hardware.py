@@ -11,7 +11,8 @@ from quantkit.job.hardware import hardware_report
 from quantkit.job.plan import plan_model
 from quantkit.models import family
 from quantkit.models.open import open_model
-from quantkit.planning import bitmap, hardware, hardware_table, table
+from quantkit.planning import bitmap, hardware, hardware_table, presets, table
+from quantkit.planning.arithmetic import Arithmetic
 from quantkit.planning.assign import make_plan
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
@@ -132,6 +133,9 @@ def test_commands_name_the_layers(plan, config):
     assert hardware.commands(plan, alone, Machine(256 * GIB), 4096, "x.gguf", "R1", 8)["llama.cpp"][0].endswith(
         "-ngl 0"
     )
+    xeon = Machine(256 * GIB, arithmetic=Arithmetic(matrix=presets.cpu("xeon-4").matrix))
+    (start,) = hardware.commands(plan, alone, xeon, 4096, "x.gguf", "R1", 8)["llama.cpp"]
+    assert start.endswith("-ngl 0 --no-repack")
     short = Machine(60 * GIB, 14 * GIB)
     placed = hardware.place(plan, config, short, 4096)
     (run,) = hardware.commands(plan, placed, short, 4096, "x.gguf", "R1", 8)["quantkit"]

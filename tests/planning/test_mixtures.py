@@ -19,7 +19,8 @@ SAID = json.loads((Path(__file__).parent / "snapshots" / "llama-quantize.json").
 
 @pytest.mark.parametrize("model", SAID)
 def test_types_are_those_of_llama_quantize(model):
-    """b11434's --dry-run on the model's shapes, tensor by tensor: R1's 61 layers, V2-Lite's short rows."""
+    """b11434's --dry-run on the model's shapes, tensor by tensor: R1's 61 layers, V2-Lite's short rows, V3.2's MTP
+    layer, which counts where types go by eighths of the layers."""
     name, mla = model.split()
     config = family.from_hf(open_model(name).config)
     specs = family.specs(config, mla)

@@ -87,3 +87,18 @@ def test_suggestions_fit_the_rows():
     assert targets.suggest("ktransformers", "attn_k_b", 128) == ("Q8_0", "F16", "BF16", "F32")
     short = "MXFP4", "IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"
     assert targets.suggest("llama.cpp", "attn_k_b", 128) == short
+
+
+@pytest.mark.parametrize(
+    ("types", "says"),
+    [
+        ({"blk.0.attn_k_b.weight": "Q8_0", "blk.1.attn_v_b.weight": "Q6_K"}, "attn_k_b is Q8_0, attn_v_b is Q6_K, and"),
+        ({"blk.0.attn_k_b.weight": "BF16", "blk.1.attn_v_b.weight": "Q5_1", "output.weight": "Q6_K"}, ""),
+        ({"blk.0.attn_kv_b.weight": "Q8_0", "blk.1.ffn_gate_exps.weight": "Q4_K"}, ""),
+        ({"blk.0.attn_output_a.weight": "Q4_K"}, "attn_output_a is Q4_K"),
+    ],
+)
+def test_what_amx_takes_and_cannot_multiply_is_named(types, says):
+    """Measured: docs/results/amx.md."""
+    found = targets.aborts_on_amx(types.items())
+    assert says in found and bool(found) == bool(says)

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from loopback_hub import Blob, Hub
+from patience import within
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
@@ -127,27 +128,28 @@ def test_an_endless_body_ends_with_the_range(env, hasty):
 )
 def test_what_brings_nothing_is_given_up(env, hasty, answer):
     with Server(answer) as server:
-        began = time.monotonic()
-        with pytest.raises(QuantkitError, match=r"user/x at http") as error:
+        with within(10 * STALL), pytest.raises(QuantkitError, match=r"user/x at http") as error:
             fetch(server.url)
-        assert time.monotonic() - began < 10 * STALL and len(str(error.value)) < 500
+        assert len(str(error.value)) < 500
         assert server.asked <= 2
 
 
-def test_slow_is_not_dripping(env, hasty):
+def test_slow_is_not_dripping(env, hasty, monkeypatch):
     """Above the least rate a transfer may take as long as it likes."""
+    patience = 2 * STALL  # a busy machine may let the server wait, too
+    monkeypatch.setattr(answers, "STALL", patience)
 
     def slow(handler) -> None:
         head(handler, **{"Content-Length": str(SIZE)})
         for _ in range(10):
             handler.wfile.write(bytes(SIZE // 10))
             handler.wfile.flush()
-            time.sleep(STALL / 4)
+            time.sleep(patience / 4)
 
     with Server(slow) as server:
         began = time.monotonic()
         assert fetch(server.url) == bytes(SIZE) and server.asked == 1
-        assert time.monotonic() - began > 2 * STALL
+        assert time.monotonic() - began > 2 * patience
 
 
 @pytest.mark.parametrize("answer", [lambda h: endless(h, 200), lambda h: drip(h, 200), drip_head])

@@ -12,7 +12,7 @@ from quantkit.formats.checkpoint import INDEX, Checkpoint
 
 
 def test_mutated_input_is_refused_or_read(tmp_path):
-    counts, findings, _ = fuzz.fuzz(tmp_path, 3000, seed=5, seconds=10, memory=2 << 30)
+    counts, findings, _ = fuzz.fuzz(tmp_path, 2000, seed=5, seconds=10, memory=2 << 30)
     assert not findings, list(findings)
     assert len(counts) == 19
     for name, tally in counts.items():

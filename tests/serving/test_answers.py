@@ -1,11 +1,11 @@
 """What clients get beside text: log probabilities of prompts, penalties, formats, calls of tools, reasoning apart."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from patience import within
 from server import Running
 
 from quantkit.runtime.engines.open import open_engine
@@ -202,9 +202,10 @@ def test_a_schema_that_takes_gigabytes_is_refused(running, hard):
     schema = {"multiple": {"type": "integer", "multipleOf": 99_999_989}, "patterns": {"allOf": patterns}}[hard]
     body = json.dumps({"messages": HELLO, "max_tokens": 1, "json_schema": schema}).encode()
     with ThreadPoolExecutor(1) as pool:
-        asked, begin = pool.submit(running.post, body), time.monotonic()
-        chat(running, max_tokens=1)
-        assert not asked.done() and time.monotonic() - begin < 5
+        asked = pool.submit(running.post, body)
+        with within(5):
+            chat(running, max_tokens=1)
+        assert not asked.done()
         status, answer = asked.result()
     assert status == 400 and "takes more than a second" in answer["error"]["message"], answer
 
@@ -250,10 +251,10 @@ def test_calls_as_glm_writes_them():
 )
 def test_calls_that_never_end_take_no_time(begin):
     """A logit bias can make a model say that, and the event loop waits."""
-    begun = time.monotonic()
-    assert calls("<tool_call>f" + begin * 50_000) is None
     told = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>" + " ``` \n" * 50_000
-    assert calls(told + "x") is None and time.monotonic() - begun < 3
+    with within(3):
+        assert calls("<tool_call>f" + begin * 50_000) is None
+        assert calls(told + "x") is None
 
 
 def test_arguments_that_no_client_can_read_are_text():

@@ -17,6 +17,7 @@ from http.client import HTTPConnection, RemoteDisconnected
 import openai
 import pytest
 from mutations import Model
+from patience import wait_for, within
 from server import CONTEXT, KEY, Running
 
 from quantkit.runtime.engines.open import open_engine
@@ -543,12 +544,10 @@ def test_a_template_that_hangs_hangs_nobody(weights, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         hanging = [pool.submit(refused) for _ in range(8)]
         time.sleep(0.3)
-        begin = time.monotonic()
-        assert server.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
-        assert time.monotonic() - begin < 2
-        begin = time.monotonic()
-        server.stop()
-        assert time.monotonic() - begin < 3
+        with within(2):
+            assert server.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
+        with within(3):
+            server.stop()
         assert all(each.result() for each in hanging)
 
 
@@ -574,9 +573,8 @@ def test_an_oversized_request_stops_nobody(running, body):
     path = "/v1/completions" if b"prompt" in body[:20] else "/v1/chat/completions"
     with ThreadPoolExecutor(4) as pool:
         large = [pool.submit(running.post, body, path) for _ in range(4)]
-        begin = time.monotonic()
-        assert running.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
-        assert time.monotonic() - begin < 2
+        with within(2):
+            assert running.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
         assert {each.result()[0] for each in large} == {400}
 
 
@@ -642,9 +640,7 @@ def test_client_that_hangs_up_ends_its_job(running, monkeypatch, stream):
         answer = connection.getresponse()
         assert answer.readline().startswith(b"data: {")
         answer.close()
-    deadline = time.monotonic() + 20
-    while not running.api.scheduler.running and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_for(lambda: running.api.scheduler.running)
     job = running.api.scheduler.running[0]
     connection.close()
     running.wait_idle()
@@ -676,7 +672,7 @@ def half_a_header(port: int) -> socket.socket:
 
 
 def test_a_header_that_does_not_come_is_not_waited_for(running, monkeypatch):
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
     slow, kept = half_a_header(running.port), HTTPConnection("127.0.0.1", running.port, timeout=20)
     for _ in range(2):  # a whole request, and half of a second one on the same connection
         kept.request("GET", "/health")
@@ -706,9 +702,8 @@ def test_those_who_send_nothing_keep_nobody_out(weights, caplog):
                     'Content-Length: 100\r\n\r\n{"prompt'.encode()
                 )
             idle.append(connection)
-        begin = time.monotonic()
-        assert server.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
-        assert time.monotonic() - begin < 2
+        with within(2):
+            assert server.post(b'{"prompt": [0, 50], "max_tokens": 1}', path="/v1/completions")[0] == 200
         assert answer.result()[0] == 200
     assert len(server.server.server_state.connections) <= 20
     for connection in idle:

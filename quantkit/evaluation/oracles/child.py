@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import quantkit
@@ -30,15 +30,21 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
     name: of the oracle, for messages. timeout: in seconds. settings: added to the environment.
     """
     places = [str(Path(quantkit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(places)} | dict(settings or {})
+    run_program([sys.executable, "-m", module, request], name, timeout, settings)
+
+
+def run_program(words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str]) -> str:
+    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`."""
     try:
         child = subprocess.run(
-            [sys.executable, "-m", module, request],
+            words,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=timeout,
             check=False,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | dict(settings or {}),
+            env=os.environ | dict(settings),
         )
     except subprocess.TimeoutExpired:
         raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
@@ -47,3 +53,4 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
     if child.returncode:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         raise OracleError(f"{name} ended with {how}:\n{child.stderr[-3000:]}")
+    return child.stdout + child.stderr

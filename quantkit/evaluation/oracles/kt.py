@@ -4,6 +4,7 @@ Run as a module, this file is the child. A GPU is not needed: the wrapper class 
 C++ module is then called on ordinary memory.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,11 @@ TIMEOUT = 300
 def available() -> bool:
     """Whether kt-kernel is installed."""
     return importlib.util.find_spec("kt_kernel") is not None
+
+
+def version() -> str:
+    """Of the installed package."""
+    return importlib.metadata.version("kt-kernel")
 
 
 def experts(

@@ -40,6 +40,11 @@ def version() -> str:
     return f"{name} {importlib.metadata.version(name)}"
 
 
+def system_info() -> str:
+    """What its kernels were compiled for: `CPU : SSE3 = 1 | AVX2 = 1 | ...`."""
+    return _ask({})["system_info"]
+
+
 def logits(
     model: Path,
     tokens: np.ndarray,
@@ -213,6 +218,7 @@ _CONTEXT_DEFAULTS = {
 
 _SIGNATURES = {
     "llama_backend_init": (None, []),
+    "llama_print_system_info": (c_char_p, []),
     "llama_model_default_params": (_ModelParams, []),
     "llama_context_default_params": (_ContextParams, []),
     "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
@@ -332,10 +338,14 @@ def _tokenize(lib: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve(path: Path) -> None:
-    """Request: model, answer (a path), and either tokens and logits (paths) with options, or texts."""
+    """Request: model, answer (a path), and either tokens and logits (paths) with options, or texts; without a
+    model it is asked about itself."""
     request = json.loads(path.read_text(encoding="utf-8"))
     lib = _library()
-    answer = _tokenize(lib, request) if "texts" in request else _logits(lib, request)
+    if "model" not in request:
+        answer = {"system_info": lib.llama_print_system_info().decode()}
+    else:
+        answer = _tokenize(lib, request) if "texts" in request else _logits(lib, request)
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
+from quantkit.job.finished import recorded
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
 from quantkit.planning.plan import Plan
@@ -161,11 +162,15 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     if not path.is_file():
         return ["it is not certified; run `quantkit certify`"]
     found = _json(path)
-    if found.get("passed") is not True:
+    if any(check.get("status") == "fail" for check in found.get("checks", ())):
         return [f"{CERTIFY} says that a check failed"]
-    if found.get("engine_run") is False:
-        return [f"{CERTIFY} says {found.get('verdict')}: install what it names and run `quantkit certify` again"]
-    return [] if found.get("files") == sizes else [f"{CERTIFY} is of other files; run `quantkit certify` again"]
+    if found.get("passed") is not True or found.get("engine_run") is not True:
+        said = found.get("verdict") or "not that a program has run the file"
+        return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
+    made, seen = recorded(path.parent), found.get("crc32") or {}
+    if found.get("files") != sizes or any(made.get(name, crc) != crc for name, crc in seen.items()):
+        return [f"{CERTIFY} is of other files; run `quantkit certify` again"]
+    return []
 
 
 def _bytes(path: Path) -> bytes:

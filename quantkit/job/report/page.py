@@ -36,6 +36,7 @@ MISSING = {
     "samples": "None: run `quantkit verify {file} --reference {model} --prompts 8`.",
     "certificate": "Not certified: run `quantkit certify {file} --reference {model}`.",
 }
+UNKNOWN = "it holds no verdict"
 BY_GGML = "This file is by ggml's encoder itself."
 
 
@@ -90,8 +91,7 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
 def verdict(m: Material) -> str:
     """One sentence."""
     s, certificate = m.scores, m.certificate
-    if certificate and not certificate.get("passed"):
-        failed = ", ".join(c.get("name", "") for c in certificate.get("checks", ()) if c.get("status") == "fail")
+    if failed := ", ".join(c.get("name", "") for c in certificate.get("checks", ()) if c.get("status") == "fail"):
         return f"Do not use this file for {certificate.get('target')}: it failed certification ({failed})."
     if (s.get("configuration") or {}).get("status") == "fail":
         return "Do not trust these scores: transformers reads the original's config.json as another model."
@@ -106,8 +106,8 @@ def verdict(m: Material) -> str:
         parts.append(f"{m.ratio:.2f} of what ggml's encoder leaves in the same bytes")
     if s.get("bad_layers"):
         parts.append(f"layer {', '.join(map(str, s['bad_layers']))} stands out")
-    words = str(certificate.get("verdict") or "passed")
-    parts.append(f"certified for {certificate['target']}: {words}" if certificate else "not certified yet")
+    words = f"certificate for {certificate.get('target')}: {certificate.get('verdict') or UNKNOWN}"
+    parts.append(words if certificate else "not certified yet")
     return "; ".join(parts) + "."
 
 
@@ -121,6 +121,8 @@ def commands(m: Material) -> list[tuple[str, list[str]]]:
         ("quantkit", [f"quantkit run {file}", f"quantkit serve {file} --port 8000"]),
         ("llama.cpp", [f"llama-cli -m {file}{flags}", f"llama-server -m {file}{flags}"]),
     ]
+    if m.plan and targets.aborts_on_amx((t.name, t.qtype) for t in m.plan.tensors):
+        out[-1][1].append(f"llama-cli -m {file}{flags}{targets.NO_REPACK}  # on an Intel CPU with AMX, without a GPU")
     if target == "ktransformers":
         out.append(("KTransformers", [f"quantkit export-kt {file} --output kt", "kt/launch.sh chat"]))
     if target == "ollama":
@@ -151,10 +153,10 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
     if m.ratio is not None and m.baseline:
         out.append(("of ggml's KLD", f"{m.ratio:.2f}", f"{m.baseline['kld_mean']:.4f} in the same bytes"))
     if m.certificate:
-        words = m.certificate.get("verdict") or ("passed" if m.certificate.get("passed") else "failed")
-        head, _, rest = words.partition(",")
-        shown = "FAILED" if head.startswith("failed") else head
-        out.append(("certificate", shown, f"{m.certificate.get('target')}, {rest.strip() or 'run in its program'}"))
+        words = str(m.certificate.get("verdict") or UNKNOWN)
+        head = words.partition(":" if words.startswith(("failed", "not passed")) else " in ")[0].partition(",")[0]
+        shown = head.upper() if head == "failed" else head
+        out.append(("certificate", shown, f"{m.certificate.get('target')}: {words}"))
     return out
 
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
+from quantkit.job.publish.folder import read_folder
 from quantkit.job.stages import VerifyOptions, verify_file
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
@@ -34,7 +36,7 @@ BASE = ("--repo", "user/t", "--base-model", "a/b")
 def certify(folder: Path) -> None:
     """The certificate of a file that passed, as `quantkit certify` writes it."""
     files = {path.name: path.stat().st_size for path in folder.glob("tiny-r1-*.gguf")}
-    (folder / "certify.json").write_text(json.dumps({"passed": True, "files": files}))
+    (folder / "certify.json").write_text(json.dumps({"passed": True, "engine_run": True, "files": files}))
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +214,9 @@ def test_pull_request_private_and_dry_run(hub, token, made_local):
 
 BROKEN = [
     ("certify.json", None, "quantkit certify"),
-    ("certify.json", b'{"passed": false}', "a check failed"),
-    ("certify.json", b'{"passed": true, "files": {"x.gguf": 1}}', "of other files"),
+    ("certify.json", b'{"passed": false, "checks": [{"status": "fail"}]}', "a check failed"),
+    ("certify.json", b'{"passed": true}', "not that a program has run the file"),
+    ("certify.json", b'{"passed": true, "engine_run": true, "files": {"x.gguf": 1}}', "of other files"),
     ("verify.json", None, "verify.json is missing"),
     ("imatrix.gguf", None, "imatrix.gguf is missing"),
     ("tiny-r1-2.51bit.gguf.part", b"", "unfinished"),
@@ -234,6 +237,17 @@ def test_refuses_what_is_incomplete(name, data, says, hub, token, made_local, tm
         (folder / name).write_bytes(data)
     assert says in refused("publish", folder, "--repo", "user/t", "--base-model", "a/b")
     assert "user/t" not in hub.models
+
+
+def test_a_certificate_of_bytes_that_were_made_again_is_refused(made_local, tmp_path):
+    """Of the same names and sizes, which follow from the plan."""
+    folder = Path(shutil.copytree(made_local, tmp_path / "copy"))
+    (path,) = folder.glob("tiny-r1-*00001*.gguf")
+    certificate = json.loads((folder / "certify.json").read_text())
+    for crc, problems in ((zlib.crc32(path.read_bytes()), ()), (1, ("certify.json is of other files",))):
+        (folder / "certify.json").write_text(json.dumps(certificate | {"crc32": {path.name: crc}}))
+        found = read_folder(folder).problems
+        assert len(found) == len(problems) and all(map(str.startswith, found, problems)), found
 
 
 def with_metadata(path: Path, **changes) -> None:

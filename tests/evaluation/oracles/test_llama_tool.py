@@ -1,0 +1,124 @@
+"""llama-perplexity as an oracle: of a build for this machine where there is one, which on a CPU with AMX multiplies by
+other kernels than a wheel's library. Elsewhere `scripts/research/amx_emulator.c` can stand in for the CPU, with a build
+for AMX (docs/results/amx.md):
+
+    QUANTKIT_LLAMA_BIN=llama.cpp/build/bin LD_PRELOAD=$PWD/amx_emulator.so \
+        pytest -n 0 tests/evaluation/oracles/test_llama_tool.py
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantkit.evaluation import oracle_checks
+from quantkit.evaluation.certificate import Check
+from quantkit.evaluation.oracles import llama_tool
+from quantkit.evaluation.oracles.child import OracleError
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.ggml.library import processor_flags
+
+EMULATOR = Path(__file__).parents[3] / "scripts" / "research" / "amx_emulator.c"
+AMX = "amx_int8" in processor_flags() or "amx_emulator" in os.environ.get("LD_PRELOAD", "")
+
+
+def judged(path: Path) -> list[Check]:
+    """What a native build makes of a file, its default flags first."""
+    program = llama_tool.program()
+    if program is None:
+        pytest.skip(f"no {llama_tool.PROGRAM}: set {llama_tool.FOLDER} to the folder of a native build of llama.cpp")
+    return list(oracle_checks.built(program, GGUFFile.open(path), oracle_checks.sample(path, "cpu")))
+
+
+def test_a_build_agrees_and_is_named(made):
+    found = judged(made / "tiny-r1-1.58bit.gguf")
+    assert found[0].status == "pass", found
+    assert found[0].engine and found[0].engine.version != "of unknown build" and found[0].engine.cpu != "plain"
+    assert not AMX or found[0].engine.flags.split() == ["--no-repack"]
+
+
+@pytest.mark.skipif(not AMX, reason="this CPU has no AMX (amx_int8 in /proc/cpuinfo)")
+def test_heads_that_amx_takes_need_a_flag(made):
+    """attn_k_b as Q8_0: llama.cpp (b11434) aborts, unless it multiplies the weights as they lie in the file."""
+    right, died = judged(made / "tiny-r1-1.58bit.gguf")
+    assert (right.status, right.name) == ("pass", "oracle llama.cpp build --no-repack")
+    assert died.status == "warn" and "GGML_ASSERT(*cur_backend_id != -1)" in died.detail
+
+
+def test_log_probabilities_are_read_as_llama_cpp_leaves_them(tmp_path):
+    """n_vocab 3, 6 tokens, after tokens 3 and 4: the first two numbers of a row are a float32 scale and the least."""
+    rows = [(0.5, -4.0, (0, 2, 7)), (0.25, -1.0, (1, 0, 4))]
+    path = tmp_path / "logits"
+    packed = b"".join(struct.pack("<ff3HH", scale, least, *steps, 0) for scale, least, steps in rows)
+    path.write_bytes(b"_logits_" + struct.pack("<9i", 6, 3, 1, 0, 5, 4, 3, 2, 1) + packed)
+    tokens, log_probs = llama_tool._read(path, 6)
+    assert tokens.tolist() == [0, 5, 4, 3, 2, 1]
+    np.testing.assert_allclose(log_probs, [[-4.0, -3.0, -0.5], [-0.75, -1.0, 0.0]])
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(OracleError, match="left no log-probabilities of 6 tokens"):
+        llama_tool._read(path, 6)
+
+
+@pytest.mark.parametrize(
+    ("said", "cpu"),
+    [
+        (
+            "load_backend: loaded CPU backend from /x/libggml-cpu-sapphirerapids.so\n"
+            "system_info: n_threads = 1 / 2 | CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1 |\n",
+            "sapphirerapids: AMX_INT8",
+        ),
+        ("0.0.1 I system_info: n_threads = 1 | CPU : SSE3 = 1 | AVX = 1 | AVX2 = 0 |", "AVX"),
+        ("", "plain"),
+    ],
+)
+def test_the_variant_is_read_of_what_it_prints(said, cpu):
+    assert llama_tool.cpu_of(said) == cpu
+
+
+@pytest.mark.parametrize(
+    ("said", "build"),
+    [
+        (
+            "version: 0.6.0-dev (build 11434, commit 0c1e570)\nbuilt with GNU 12.2.0 for Linux x86_64\n",
+            "0.6.0-dev (build 11434, commit 0c1e570), GNU 12.2.0",
+        ),
+        (
+            "version: 4430 (ecebbd29)\nbuilt with cc (GCC) 14.2.1 for x86_64-pc-linux-gnu",
+            "4430 (ecebbd29), cc (GCC) 14.2.1",
+        ),
+        ("", "of unknown build"),
+    ],
+)
+def test_the_build_is_read_of_its_version(said, build):
+    assert llama_tool.build_of(said) == build
+
+
+def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
+    """With --no-repack too; a program of that name that does nothing is no llama.cpp either."""
+    program = tmp_path / llama_tool.PROGRAM
+    program.write_text("#!/bin/sh\necho 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$\n")
+    program.chmod(0o755)
+    monkeypatch.setenv(llama_tool.FOLDER, str(tmp_path))
+    (found,) = judged(made / "tiny-r1-1.58bit.gguf")
+    assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
+    assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
+    program.write_text("#!/bin/sh\n")
+    assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
+
+
+def test_the_emulator_multiplies_as_a_loop_does(tmp_path):
+    """Its own test, of all five kinds of products, on tiles that are not full."""
+    compiler, out = shutil.which("gcc"), tmp_path / "test"
+    if not compiler or "avx2" not in processor_flags():
+        pytest.skip("needs gcc and an x86-64 CPU")
+    words = [compiler, "-O2", "-DSELF_TEST", "-mamx-tile", "-mamx-int8", "-mamx-bf16", str(EMULATOR), "-o", str(out)]
+    if (built := subprocess.run([*words, "-ldl"], capture_output=True, text=True, check=False)).returncode:
+        if "unrecognized" in built.stderr:
+            pytest.skip("this gcc knows no AMX")
+        pytest.fail(built.stderr)
+    done = subprocess.run([out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("equal") == 5, done.stdout
