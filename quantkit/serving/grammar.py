@@ -28,6 +28,7 @@ from quantkit.serving.renderer import INHERITED
 LONGEST = 64 << 10  # characters of a schema
 MOST_STATES = 50_000  # of the lexer of one answer, about 2 kB each
 SPACE = r"[ \n\t]{0,40}"  # a small model that may write spaces without end, does
+CALL_SPACE = r"[ \n\t]{0,12}"  # in arguments of calls
 ANY_OBJECT = {"type": "object"}
 TOO_HARD = (
     "the schema takes more than a second, or too much memory, to be made ready; a smaller multipleOf, or fewer "
@@ -131,7 +132,7 @@ class Grammars:
         try:
             if sum(map(len, schemas)) > LONGEST:
                 raise _refused(f"parameters of {sum(map(len, schemas)):,} characters are longer than {LONGEST:,}")
-            text = lark(asked, Writer(self.tokenizer.token_to_id, SPACE))
+            text = lark(asked, Writer(self.tokenizer.token_to_id, CALL_SPACE))
             return self._matcher(schemas, lambda made: made.grammar_from_lark(text))
         except Refused as error:
             what = error.detail.removeprefix(PREFIX)

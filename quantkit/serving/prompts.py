@@ -67,7 +67,8 @@ def _required(template: ChatTemplate, body: ChatBody, told: bool) -> Wanted | No
             "unsupported_parameter",
             param="tool_choice",
         )
-    return wanted(body.tools, body.tool_required(), body.parallel_tool_calls, template.text(True))
+    name = body.tool_required()
+    return wanted(body.tools, name, body.parallel_tool_calls and name is None, template.text(True))
 
 
 def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:

@@ -160,7 +160,7 @@ def test_an_answer_keeps_its_schema(running):
     assert told["finish_reason"] == "stop" and json.loads(told["message"]["content"])["name"] in ("sea", "ship")
     assert "think>" not in json.dumps(told["message"])
     contradicted = {"prompt": "x", "logit_bias": [[i, False] for i in range(768)], "json_schema": SCHEMA}
-    assert running.post(json.dumps(contradicted).encode(), "/v1/completions")[0] == 500
+    assert running.post(json.dumps(contradicted).encode(), "/v1/completions")[0] == 400
 
 
 def test_without_the_library_one_line_says_so(running, monkeypatch):
