@@ -37,8 +37,8 @@ def wanted(tools: Sequence[Mapping[str, Any]], name: str | None, several: bool, 
         if not isinstance(function, Mapping) or not isinstance(called, str) or not called:
             raise Refused(400, "tools: each needs function.name where a call is required", param="tools")
         schema = function.get("parameters") or {"type": "object"}
-        if not isinstance(schema, Mapping):
-            raise Refused(400, f"tools: the parameters of {called} are no schema", param="tools")
+        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+            raise Refused(400, f"tools: the parameters of {called} are no schema of an object", param="tools")
         found[called] = schema
     if name is not None:
         if name not in found:
