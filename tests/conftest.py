@@ -1,7 +1,6 @@
 """The bundled model, and one file made of it that several tests look at."""
 
 import fcntl
-import gc
 import os
 import shutil
 import sys
@@ -57,10 +56,6 @@ FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # modules stay: no collection needs to look at them again
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt, llama, llama_tool
-from quantkit.evaluation.oracles.child import OracleError
+from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
 from quantkit.machine import threads
@@ -28,6 +28,7 @@ from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import final_hidden
 
 NATIVE = "oracle llama.cpp build"
+ILLEGAL = "dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older (docs/results/amx.md)"
 ITSELF = {
     "ollama": "Ollama was not run; it computes with ggml, as llama.cpp does",
     "ktransformers": "KTransformers was not run; kt-kernel computed experts of one layer for each combination of types",
@@ -154,6 +155,8 @@ def _by_build(program: Path, file: GGUFFile, ours: Sample, flags: str) -> Check:
     config, name = ours.source.config, NATIVE + flags
     try:
         found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
+    except IllegalInstruction:
+        return Check(name, "fail", ILLEGAL)
     except OracleError as error:
         return Check(name, "fail", error.reason())
     engine = Engine("llama.cpp", found.build, found.cpu, flags)

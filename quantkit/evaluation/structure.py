@@ -4,6 +4,7 @@ Anyone may have written the file: a value of the wrong kind may raise TypeError,
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from quantkit.tensors import NEXTN
 
 MOST_EXPERTS = 1 << 16
 LONG_CONTEXT, WITHOUT_YARN = 32768, "glm-dsa."  # beyond this every DeepSeek model needs YaRN, and GLM-5 has none
+NAMED = 3  # files that a warning names
 
 REQUIRED = (
     "block_count",
@@ -119,9 +121,13 @@ def beside(file: GGUFFile, target: str) -> str | None:
     """What lies in the same folder and would disturb the target."""
     if target != "ktransformers":
         return None
-    others = {p.name for p in file.path.parent.iterdir() if p.suffix in (".gguf", ".safetensors")}
-    others -= {part.name for part in file.files}
-    return f"KTransformers reads everything in the folder, {', '.join(sorted(others))} too" if others else None
+    folder, parts = file.path.parent, {part.name for part in file.files}
+    found = (Path(root, name).relative_to(folder) for root, _, names in os.walk(folder) for name in names)
+    others = sorted(str(p) for p in found if p.suffix in (".gguf", ".safetensors") and str(p) not in parts)
+    if not others:
+        return None
+    more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    return f"KTransformers reads everything in and below the folder, {', '.join(others[:NAMED])}{more} too"
 
 
 def layout(file: GGUFFile) -> Mla:

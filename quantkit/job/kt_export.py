@@ -65,20 +65,24 @@ if [ "$mode" = sglang ]; then
         --kt-method LLAMAFILE --kt-weight-path "$here/gguf" --kt-cpuinfer {threads} \\
         --kt-threadpool-count 1 --kt-num-gpu-experts 0 "$@"
 fi
+case $mode in chat|serve) ;; *) echo "launch.sh: $mode is not chat, serve or sglang" >&2; exit 2 ;; esac
+version=$(python -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version=none
+case $version in
+0.2.3*) backend= ;;
+0.2.[4-9]*|0.3|0.3[+.]*) backend="--backend_type ktransformers" ;; # 0.2.4's default, balance_serve, has other rules
+*) echo "launch.sh: needs ktransformers 0.2.3 to 0.3.2, not $version (or launch.sh sglang)" >&2; exit 1 ;;
+esac
 set -- --model_path "$here/model" --gguf_path "$here/gguf" --optimize_config_path "$here/optimize.yaml" \\
     --cpu_infer {threads} "$@"
-case $mode in
-chat) exec python -m ktransformers.local_chat "$@" ;;
-serve) exec ktransformers --host 127.0.0.1 --port 10002 "$@" ;;
-*) echo "launch.sh: $mode is not chat, serve or sglang" >&2; exit 2 ;;
-esac
+[ $mode = serve ] || exec python -m ktransformers.local_chat "$@"
+exec ktransformers --host 127.0.0.1 --port 10002 $backend "$@"
 """
 
 README_TEXT = """# {name} in KTransformers
 
 | version | command | reads |
 |---|---|---|
-| ktransformers 0.2.3 to 0.3.x | `./launch.sh chat` or `./launch.sh serve` | this folder, and nothing else |
+| ktransformers 0.2.3 to 0.3.2 | `./launch.sh chat` or `./launch.sh serve` | this folder, and nothing else |
 | kt-kernel with sglang | `./launch.sh sglang CHECKPOINT` | routed experts here, all else in CHECKPOINT (the original) |
 
 Further options are handed on (`--max_new_tokens 1000`, ...).

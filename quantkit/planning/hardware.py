@@ -204,9 +204,9 @@ def commands(
             "--trust-remote-code"
         ]
         made = "kt" if folder == "." else f"{folder}-kt"
-        out["KTransformers 0.2.3 to 0.3.x"] = [
-            f"quantkit export-kt {file} --output {made} --threads {threads}",
-            f"{made}/launch.sh chat",
+        out["KTransformers 0.2.3 to 0.3.2"] = [
+            f"quantkit export-kt {file} --output {made}",
+            f"{made}/launch.sh chat --cpu_infer {threads}",
         ]
     if plan.target == "ollama":
         out["ollama"] = [

@@ -62,7 +62,7 @@ TABLES: Mapping[TensorClass, Allowed] = {
 
 MEASURED = "kt-kernel 0.7.2 wheel, LLAMAFILE backend, run on AVX-512 and AMX machines against files quantized by ggml"
 NO_KERNEL = "kt-kernel 0.7.2 aborts when it is the gate's type and silently returns zeros when it is up's or down's"
-LEGACY = "type table of legacy ktransformers 0.2.3 to 0.3.x, which reads these tensors from the GGUF"
+LEGACY = "type table of legacy ktransformers 0.2.3 to 0.3.2, which reads these tensors from the GGUF"
 
 KTRANSFORMERS = Target(
     name="ktransformers",

@@ -11,7 +11,7 @@ from mutations import MUTATIONS, Model
 
 from quantkit import bundle
 from quantkit.__main__ import main
-from quantkit.evaluation import oracle_checks
+from quantkit.evaluation import oracle_checks, structure
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt, llama
@@ -43,6 +43,19 @@ def test_a_template_in_a_file_of_its_own_is_missed_too(good, model_copy):
     (model_copy / "chat_template.jinja").write_text("{{ messages }}")
     found = failures(certify(good, "llama.cpp", Checkpoint.open(model_copy), oracle=False, values=False))
     assert found["tokenizer"] == "tokenizer.chat_template is not the original one"
+
+
+def test_what_ktransformers_would_read_too(good, tmp_path):
+    """Its loader walks down from the folder, and takes the last of two tensors of one name."""
+    (tmp_path / good.name).symlink_to(good)
+    file = GGUFFile.open(tmp_path / good.name)
+    assert structure.beside(file, "ktransformers") is None
+    (tmp_path / "Q8_0" / "old").mkdir(parents=True)
+    for n in range(4):
+        (tmp_path / "Q8_0" / "old" / f"{n}.gguf").touch()
+    warning = structure.beside(file, "ktransformers")
+    assert warning and warning.endswith("Q8_0/old/0.gguf, Q8_0/old/1.gguf, Q8_0/old/2.gguf and 1 more too")
+    assert structure.beside(file, "llama.cpp") is None
 
 
 def test_writing_a_file_again_changes_nothing(good, tmp_path, tiny):

@@ -120,7 +120,7 @@ def test_full_disk(tmp_path, calm, stage, limit, says):
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = subprocess.run(run, capture_output=True, text=True, preexec_fn=small_disk, timeout=200)
+    done = subprocess.run(run, capture_output=True, text=True, preexec_fn=small_disk, timeout=400)
     assert done.returncode == 1 and says in one_line(done.stderr)
     assert not (tmp_path / NAME).exists() and not (tmp_path / "imatrix.gguf").exists()
     make("tiny-r1", tmp_path, SMALL)
@@ -156,7 +156,7 @@ def test_signals_end_with_one_line_and_the_run_goes_on(tmp_path, calm, number):
     )
     wait_for(lambda: list(tmp_path.glob("*.gguf.state/*.safetensors")), 200)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=400)
     assert process.returncode == 130 and "interrupted; what is done is kept" in one_line(stderr)
     assert not (tmp_path / NAME).exists()
     make("tiny-r1", tmp_path, SMALL)

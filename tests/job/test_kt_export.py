@@ -189,11 +189,13 @@ def test_configuration_is_the_original(exported, chunks):
     assert settings["bos_token"] == wanted["bos_token"]["content"]
 
 
-def launched(folder: Path, bin_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """launch.sh with programs on the PATH that print their arguments, one a line."""
+def launched(folder: Path, bin_dir: Path, *arguments: str, version: str = "0.2.3") -> subprocess.CompletedProcess:
+    """launch.sh with programs on the PATH that print their arguments, one a line; asked for it, Python says `version`
+    of ktransformers."""
     bin_dir.mkdir(exist_ok=True)
     for name in ("python", "ktransformers"):
-        (bin_dir / name).write_text('#!/bin/sh\necho "${0##*/}"\nprintf "%s\\n" "$@"\n')
+        asked = f'[ "$1" != -c ] || {{ echo "{version}"; exit; }}\n'
+        (bin_dir / name).write_text(f'#!/bin/sh\n{asked}echo "${{0##*/}}"\nprintf "%s\\n" "$@"\n')
         (bin_dir / name).chmod(0o755)
     return subprocess.run(
         [folder / "launch.sh", *arguments],
@@ -220,6 +222,13 @@ def test_launch(exported, tmp_path):
     assert chat == ["python", "-m", "ktransformers.local_chat", *common, "--max_new_tokens", "7"]
     served = launched(exported, tmp_path / "bin", "serve").stdout.splitlines()
     assert served == ["ktransformers", "--host", "127.0.0.1", "--port", "10002", *common]
+    for version in ("0.2.4.post1+cu121torch23fancy", "0.3", "0.3.1"):  # the tag v0.3.2 calls itself 0.3.1
+        served = launched(exported, tmp_path / "bin", "serve", version=version).stdout.splitlines()
+        assert served == [
+            "ktransformers",
+            *"--host 127.0.0.1 --port 10002 --backend_type ktransformers".split(),
+            *common,
+        ]
     sglang = launched(exported, tmp_path / "bin", "sglang", "/models/R 1", "--tp", "2").stdout.splitlines()
     assert sglang[:3] == ["python", "-m", "sglang.launch_server"]
     options = dict(zip(sglang[3::2], sglang[4::2], strict=False)) | {"--tp": sglang[-1]}
@@ -230,6 +239,10 @@ def test_launch(exported, tmp_path):
         refused = launched(exported, tmp_path / "bin", *wrong)
         assert refused.returncode == 2
         assert not refused.stdout
+    for version in ("0.2.1.post1", "0.4.1", "0.7.2"):
+        refused = launched(exported, tmp_path / "bin", "chat", version=version)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"0.2.3 to 0.3.2, not {version}" in refused.stderr
 
 
 def test_command(quantized, tmp_path):

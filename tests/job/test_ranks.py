@@ -95,7 +95,7 @@ def ours(n: int, folder: Path) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=400)
     assert process.returncode or len(stdout.splitlines()) == len({*stdout.splitlines()}) > 0  # rank 0 alone prints
     return process.returncode, stderr
 
@@ -114,8 +114,8 @@ def processes_of(launcher: int) -> dict[int, int]:
 
 
 def gone(pids: Iterable[int]) -> bool:
-    """Whether they end within seconds: who inherits the dead may bury them a little later."""
-    until = time.monotonic() + 10
+    """Whether they end soon: who inherits the dead may bury them a little later."""
+    until = time.monotonic() + 60
     while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.05)
     return not left
@@ -186,7 +186,7 @@ def test_ggml_in_one_pass_and_verification(made, tmp_path, n):
 def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(calm, tmp_path, n, victim, again):
     process = ours(n, tmp_path)
     ledgers = [tmp_path / f"{NAME}.part.ledger", tmp_path / f"{NAME}.part.ledger.1"]
-    until = time.monotonic() + 150
+    until = time.monotonic() + 400
     while not all(path.exists() and path.read_bytes().count(b"\n") > 4 for path in ledgers):
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.005)
@@ -234,7 +234,7 @@ def test_gradients_have_the_bytes_of_one_process_though_ranks_were_killed(derive
     """Two ranks, stopped in the middle of the way back; then one goes on."""
     asked, expected = derived
     process = launch(2, *asked, "-o", tmp_path / "imatrix.gguf", "--gradients", tmp_path / "g")
-    until = time.monotonic() + 150
+    until = time.monotonic() + 400
     while not (tmp_path / "g" / "gradients-002.safetensors").exists():
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.002)
@@ -416,7 +416,7 @@ def test_a_rank_that_is_killed_on_a_gpu_does_not_leave_the_other_waiting(tmp_pat
         "--device",
         "cuda",
     )
-    until = time.monotonic() + 150
+    until = time.monotonic() + 400
     while not (tmp_path / "synthetic.gguf.part.ledger.1").exists():
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.005)

@@ -367,7 +367,7 @@ def test_two_ranks_make_the_bytes_of_one(base, whole, tmp_path):
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    assert [process.wait(timeout=400) for process in started] == [0, 0]
     for theirs in whole[0]:
         assert (tmp_path / "out" / theirs.name).read_bytes() == theirs.read_bytes()
 

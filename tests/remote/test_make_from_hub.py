@@ -152,7 +152,7 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypa
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "out") == from_folder
     total, _ = downloaded(hub)

@@ -4,49 +4,59 @@
 
 typedef void (*dot_function)(const uint8_t *, int64_t, const act_row *, int, float *);
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__BMI2__)
-#include "dot_avx512.h"
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "codebooks.h"
+#include "kquants.h"
+#define OWN 2
+#if VNNI
 #define KERNELS "AVX-512 VNNI"
 #else
 #define KERNELS "AVX-512"
 #endif
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "codebooks.h"
+#define OWN 1
+#if VNNI
+#define KERNELS "AVX2 VNNI (k-quants: ggml's products)"
+#else
+#define KERNELS "AVX2 (k-quants: ggml's products)"
+#endif
+#else  // ggml's products, made for this processor, are called by our threads
+#define OWN 0
+#define KERNELS "our threads and ggml's products"
+#endif
 
 static dot_function own_dot(int type) {  // enum ggml_type
     switch (type) {
-        case 10: return dot_q2_k;
-        case 11: return dot_q3_k;
-        case 12: return dot_q4_k;
-        case 13: return dot_q5_k;
-        case 14: return dot_q6_k;
+#if OWN > 0
         case 16: return dot_iq2_xxs;
         case 17: return dot_iq2_xs;
         case 19: return dot_iq1_s;
         case 22: return dot_iq2_s;
         case 29: return dot_iq1_m;
+#endif
+#if OWN > 1
+        case 10: return dot_q2_k;
+        case 11: return dot_q3_k;
+        case 12: return dot_q4_k;
+        case 13: return dot_q5_k;
+        case 14: return dot_q6_k;
+#endif
         default: return 0;
     }
 }
-#else  // ggml's products, made for this processor, are called by our threads
-#define KERNELS "our threads and ggml's products"
-static dot_function own_dot(int type) {
-    (void)type;
-    return 0;
-}
-#endif
 
 const char *qk_kernels(void) { return KERNELS; }
 
 int qk_has(int type) { return own_dot(type) != 0; }
 
-// A table: 0 iq1, 1 iq2_xxs, 2 iq2_xs, 3 iq2_s.
-void qk_table(int kind, const void *from) {
-    switch (kind) {
-        case 0: memcpy(grids.iq1, from, sizeof grids.iq1); break;
-        case 1: memcpy(grids.iq2_xxs, from, sizeof grids.iq2_xxs); break;
-        case 2: memcpy(grids.iq2_xs, from, sizeof grids.iq2_xs); break;
-        case 3: memcpy(grids.iq2_s, from, sizeof grids.iq2_s); break;
-    }
+// A codebook, its entries as eight bytes: 0 iq1 (0, 1, 2), 1 iq2_xxs, 2 iq2_xs, 3 iq2_s.
+void qk_codebook(int kind, const uint8_t *from) {
+#if OWN > 0
+    set_codebook(kind, from);
+#else
+    (void)kind, (void)from;
+#endif
 }
 
 int64_t qk_act_bytes(int64_t n) { return (int64_t)act_bytes(n); }

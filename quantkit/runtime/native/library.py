@@ -22,7 +22,8 @@ from quantkit.runtime.native.compiler import Compiled, Unavailable, compiled
 
 SUPERBLOCK = 256
 SWITCH = "QUANTKIT_NATIVE"  # an environment variable; off: ggml computes
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
+CODEBOOKS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")  # by AVX2 too
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *CODEBOOKS)
 TOLERANCE = 1e-6  # of the sum of magnitudes: sums in another order
 HALVES = {  # bytes with the exponent of a block's d and dmin
     "Q2_K": (81, 83),
@@ -31,7 +32,7 @@ HALVES = {  # bytes with the exponent of a block's d and dmin
     "Q5_K": (1, 3),
     "Q6_K": (209,),
     "IQ1_M": (55,),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S"), (1,)),
+    **dict.fromkeys(CODEBOOKS[:-1], (1,)),
 }
 
 
@@ -60,7 +61,7 @@ class Layer(Structure):
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qk_kernels": (c_char_p, []),
     "qk_has": (c_int, [c_int]),
-    "qk_table": (None, [c_int, c_void_p]),
+    "qk_codebook": (None, [c_int, c_void_p]),
     "qk_act_bytes": (c_int64, [c_int64]),
     "qk_quantize": (None, [c_void_p, c_void_p, c_int64]),
     "qk_product": (None, [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int, c_void_p]),
@@ -85,7 +86,7 @@ class Native:
             setattr(self, name, function)
         self.compute_node = ctypes.cast(lib.qk_compute_node, c_void_p).value
         for kind, table in enumerate(_tables()):
-            self.qk_table(kind, table.ctypes.data)
+            self.qk_codebook(kind, table.ctypes.data)
         self.types = {qtype for qtype in TYPES if self.qk_has(type_id(qtype)) and self._agrees(qtype)}
 
     if TYPE_CHECKING:
@@ -154,8 +155,8 @@ def aligned(n_bytes: int) -> np.ndarray:
 
 
 def _tables() -> list[np.ndarray]:
-    """The grids of rows.h as bytes."""
-    grids = [8 * (ggml_grid("IQ1_S") + 1), *(ggml_grid(qtype) for qtype in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))]
+    """The grids as codebooks.h takes them."""
+    grids = [ggml_grid("IQ1_S") + 1, *(ggml_grid(qtype) for qtype in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))]
     return [np.ascontiguousarray(grid).astype(np.uint8) for grid in grids]
 
 

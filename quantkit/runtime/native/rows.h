@@ -1,7 +1,8 @@
 // What the products share: rows of activations in 8 bits, and tables of the grids.
 //
 // A row of n (a multiple of 256) is quantized as ggml's q8_K: 256 numbers under one float d, and sums of 16 neighbours,
-// which offsets of weights are multiplied by. Unlike ggml's blocks the 8-bit numbers lie together, on lines of the cache.
+// which offsets of weights are multiplied by. Unlike ggml's blocks the 8-bit numbers lie together, on lines of the cache; and
+// once more in planes, for codebooks: of 256 numbers the first of each four, then the second ones, and so on.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -14,29 +15,36 @@
 #define MOST_ROWS 16  // of activations that a row of weights is multiplied by while its weights are decoded
 
 typedef struct {
-    const int8_t *q;      // [n]
-    const int16_t *sums;  // [n / 16]
-    const float *d;       // [n / 256]
+    int8_t *q, *planes;    // [n]
+    int32_t *high, *less;  // [n / 16]: minus the sum, shifted left by 16 bits; -64 times the sum
+    int16_t *sums;         // [n / 16]
+    float *d;              // [n / 256]
 } act_row;
 
-static inline size_t act_bytes(int64_t n) { return (size_t)(n + n / 8 + n / 64 + 63) / 64 * 64; }
+static inline size_t act_bytes(int64_t n) { return (size_t)(2 * n + n / 2 + n / 8 + n / 64 + 63) / 64 * 64; }
 
 static inline act_row act_at(const uint8_t *base, int64_t n) {
-    return (act_row){(const int8_t *)base, (const int16_t *)(base + n), (const float *)(base + n + n / 8)};
+    int8_t *q = (int8_t *)base, *after = q + 2 * n;
+    return (act_row){q, q + n, (int32_t *)after, (int32_t *)(after + n / 4), (int16_t *)(after + n / 2), (float *)(after + n / 2 + n / 8)};
 }
 
 // 256 numbers of a row that starts at `base`: as ggml's quantize_row_q8_K_ref, to the bit.
 static void quantize_superblock(const float *x, uint8_t *base, int64_t n, int64_t block) {
-    int8_t *q = (int8_t *)base + SUPERBLOCK * block;
-    int16_t *sums = (int16_t *)(base + n) + SUPERBLOCK / 16 * block;
-    float *d = (float *)(base + n + n / 8) + block;
+    const act_row row = act_at(base, n);
+    int8_t *q = row.q + SUPERBLOCK * block, *planes = row.planes + SUPERBLOCK * block;
+    int16_t *sums = row.sums + SUPERBLOCK / 16 * block;
+    int32_t *high = row.high + SUPERBLOCK / 16 * block, *less = row.less + SUPERBLOCK / 16 * block;
+    float *d = row.d + block;
     int32_t bits[SUPERBLOCK], most = 0, first = SUPERBLOCK;
     memcpy(bits, x, sizeof bits);
     for (int i = 0; i < SUPERBLOCK; i++) bits[i] &= 0x7fffffff;  // magnitudes, which compare as integers do
     for (int i = 0; i < SUPERBLOCK; i++) most = bits[i] > most ? bits[i] : most;
     if (!most) {
         memset(q, 0, SUPERBLOCK);
+        memset(planes, 0, SUPERBLOCK);
         memset(sums, 0, SUPERBLOCK / 8);
+        memset(high, 0, SUPERBLOCK / 4);
+        memset(less, 0, SUPERBLOCK / 4);
         *d = 0;
         return;
     }
@@ -56,7 +64,11 @@ static void quantize_superblock(const float *x, uint8_t *base, int64_t n, int64_
         int sum = 0;
         for (int i = 16 * g; i < 16 * g + 16; i++) sum += q[i];
         sums[g] = (int16_t)sum;
+        high[g] = -sum * 65536;
+        less[g] = -64 * sum;
     }
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < SUPERBLOCK / 4; i++) planes[SUPERBLOCK / 4 * k + i] = q[4 * i + k];
     *d = 1 / inverse;
 }
 
@@ -91,14 +103,6 @@ static inline uint64_t u64(const uint8_t *p) {
     memcpy(&v, p, 8);
     return v;
 }
-
-// Entries of the grids as bytes, eight together; given by `qk_table`.
-static struct {
-    _Alignas(64) uint64_t iq1[2048];  // 8 (v + 1): 0, 8 or 16
-    _Alignas(64) uint64_t iq2_xxs[256];
-    _Alignas(64) uint64_t iq2_xs[512];
-    _Alignas(64) uint64_t iq2_s[1024];
-} grids;
 
 // Scales and minima of Q4_K and Q5_K, 6 bits each: eight bytes of scales, then eight of minima.
 static inline void six_bits(const uint8_t *s, uint64_t *scales, uint64_t *minima) {

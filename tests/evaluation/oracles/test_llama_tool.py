@@ -106,6 +106,8 @@ def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
     (found,) = judged(made / "tiny-r1-1.58bit.gguf")
     assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
+    program.write_text("#!/bin/sh\nkill -ILL $$\n")
+    assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
 

@@ -18,32 +18,41 @@ from quantkit.runtime.experts.cpu import GgmlExperts, cpu_experts
 from quantkit.runtime.experts.native import NativeExperts
 from quantkit.runtime.native import compiler, library
 from quantkit.runtime.native.compiler import Compiled, compiled
-from quantkit.runtime.native.library import TYPES, Native, ggml_product, native
+from quantkit.runtime.native.library import CODEBOOKS, TYPES, Native, ggml_product, native
 
 WIDTH = 1024
-SMALLER = ("-march=cascadelake", "-march=skylake-avx512")  # without VBMI; without VNNI
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+OTHERS = {  # what other processors would have, and what this one needs to run it
+    "gathered": (["-march=native", compiler.GATHER], AVX512),
+    "no VBMI": (["-march=cascadelake"], AVX512 | {"avx512_vnni"}),
+    "no VNNI": (["-march=skylake-avx512"], AVX512),
+    "AVX2": (["-march=haswell"], {"avx2", "fma", "f16c"}),
+    "AVX2 with VNNI": (["-march=haswell", "-mavxvnni"], {"avx2", "fma", "f16c", "avx_vnni"}),
+}
 
 needs_native = pytest.mark.skipif(native() is None, reason="no C compiler here")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Native]:
-    """The library as this machine has it, and as older ones would."""
+    """The library as this machine has it, and as others would."""
     found = {"native": native()}
-    for flag in SMALLER if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= processor_flags() else ():
-        path = tmp_path_factory.mktemp("older") / "experts.so"
-        flags = [flag if value == compiler.NATIVE else value for value in compiler.FLAGS]
+    for name, (flags, needed) in OTHERS.items():
+        if not needed <= processor_flags():
+            continue
+        path = tmp_path_factory.mktemp("other") / "experts.so"
+        flags = [*(flag for flag in compiler.FLAGS if flag != compiler.NATIVE), *flags]
         command = [compiler._compiler()[0], *flags, "-o", path, compiler.SOURCES / compiler.MAIN, *compiler.LIBRARIES]
         subprocess.run(command, check=True)
-        found[flag] = Native(Compiled(path, "a test"))
+        found[name] = Native(Compiled(path, "a test"))
     return found
 
 
 @needs_native
-def test_a_machine_has_all_types_or_none(built):
+def test_a_machine_has_all_types_codebooks_or_none(built):
     for name, lib in built.items():
-        assert lib.types == (set(TYPES) if "AVX-512" in str(lib) else set())
-        assert "AVX-512" in str(lib) or name == "native"
+        assert lib.types == set(TYPES if "AVX-512" in str(lib) else CODEBOOKS if "AVX2" in str(lib) else ())
+        assert name == "native" or ("AVX2" in name) == ("AVX2" in str(lib))
 
 
 @needs_native
