@@ -86,6 +86,10 @@ Point = tuple[str, float, float]
 """Name, bytes, mean KLD."""
 
 
+NEAR = 0.2, 0.06  # of the largest size and divergence: there names of points would lie on each other
+LINE = 11  # points from one name to the next
+
+
 def front(points: Sequence[Point], colours: Sequence[str], span: Sequence[float] | None = None) -> Figure | None:
     """Divergence over size, and the front of those that no other beats in both. span: 95 % interval of the first."""
     if len(points) < 2:
@@ -96,9 +100,14 @@ def front(points: Sequence[Point], colours: Sequence[str], span: Sequence[float]
     best = [p for i, p in enumerate(by_size) if all(p[1] < q[1] for q in by_size[:i])]
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color=GREY, linewidth=1, zorder=1)
-    for (name, size, kld), colour in zip(points, colours, strict=True):
+    largest = max(size for _, size, _ in points), max(kld for _, _, kld in points)
+    for i, ((name, size, kld), colour) in enumerate(zip(points, colours, strict=True)):
         axes.scatter(size / unit, kld, color=colour, s=26, zorder=2)
-        axes.annotate(name, (size / unit, kld), (5, 4), textcoords="offset points", fontsize=8.5, color=colour)
+        near = sum(
+            abs(size - s) < NEAR[0] * largest[0] and abs(kld - k) < NEAR[1] * largest[1] for _, s, k in points[:i]
+        )  # their names stand there already
+        place = 5, 4 - LINE * near
+        axes.annotate(name, (size / unit, kld), place, textcoords="offset points", fontsize=8.5, color=colour)
     if span:
         _, size, kld = points[0]
         axes.errorbar(size / unit, kld, yerr=[[kld - span[0]], [span[1] - kld]], color=colours[0], capsize=3, zorder=3)
