@@ -79,7 +79,8 @@ def _model_lines(c: ModelConfig) -> list[str]:
         f"attention   {c.n_head} heads, {q}, {kv}",
         *([f"indexer     {scorer}"] if scorer else []),
         f"experts     {c.n_expert} routed + {c.n_shared} shared, top-{c.n_used}, {c.scoring}, "
-        f"{c.n_group_used} of {c.n_group} groups, FFN {c.n_ff_exp} (dense {c.n_ff})",
+        f"{c.n_group_used} of {c.n_group} groups",
+        f"FFN         {c.n_ff_exp} of an expert, {c.n_ff} dense",
     ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
 from quantkit.sizes import both_units
 
-TYPES_WIDTH = 35  # the table has 79 columns
+WIDTH = 79
+TYPES_WIDTH = 35
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 DECIMAL = {"GiB": ("GB", 10**9), "MiB": ("MB", 10**6)}
 Unit = tuple[str, int]
@@ -46,7 +47,7 @@ def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
             f"budget      {plan.outlook.limit}",
             f"solver      {plan.outlook.solver}, at most {plan.outlook.gap:.3%} above the least possible",
         ]
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in wrap(line, WIDTH, subsequent_indent=" " * len("whole file  ")))
 
 
 def facts(plan: Plan, file_bytes: int, kld: float, source: str) -> dict[str, Any]:
