@@ -124,8 +124,8 @@ def main(ctx: click.Context) -> None:
     """Dynamic low-bit GGUF files of DeepSeek-R1 and its family.
 
     \b
-    quantkit make --recipe 1.58bit                # the bundled tiny-r1, in a minute or two
-    quantkit plan deepseek-r1 --size 150GB        # sizes and types; needs no weights
+    quantkit make --recipe 1.58bit            # the bundled tiny-r1: a minute or two
+    quantkit plan deepseek-r1 --size 150GB    # sizes and types; needs no weights
     quantkit make deepseek-ai/DeepSeek-R1 --recipe 1.58bit -o r1 --dry-run
     quantkit run tiny-r1-1.58bit -p "It was a dark and stormy"
     """

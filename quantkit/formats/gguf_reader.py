@@ -32,6 +32,7 @@ class GGUFFile:
     ) -> None:
         self.path, self.files, self.metadata, self.tensors, self._maps = path, files, metadata, tensors, maps
         self.as_stored: Mapping[str, GGUFTensor] = tensors
+        self._times = {file: os.stat(file).st_mtime_ns for file in files}
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -99,6 +100,12 @@ class GGUFFile:
             if mapped.size() < len(mapped):
                 raise QuantkitError(f"{path}: was cut short while it was in use; put it back and start again")
 
+    def check_unchanged(self, name: str) -> None:
+        """QuantkitError if the file of this tensor was written to since it was opened. Takes microseconds."""
+        path = self._tensor(name).file
+        if os.stat(path).st_mtime_ns != self._times[path]:
+            raise QuantkitError(f"{path}: was changed since it was opened; let it be, and start again")
+
     def let_go(self) -> None:
         """Give back the mapped pages that were read so far; they are mapped again if they are read again."""
         for file in self._maps.values():
@@ -137,15 +144,6 @@ class GGUFFile:
             return self.tensors[name]
         except KeyError:
             raise QuantkitError(f"{self.path}: no tensor {name!r}") from None
-
-
-def is_gguf(path: Path | str) -> bool:
-    """Whether it is a file that begins as GGUF does, whatever its name."""
-    try:
-        with os.fdopen(open_regular(Path(path)), "rb") as file:
-            return file.read(4) == b"GGUF"
-    except (QuantkitError, OSError):
-        return False
 
 
 def model_file_name(path: Path) -> str:

@@ -27,6 +27,7 @@ from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import make_folders, write_json, write_text
+from quantkit.job.asked import check_moments
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
 from quantkit.models.open import see_like
@@ -72,11 +73,7 @@ class QuantizeOptions:
     @property
     def by_moments(self) -> Path | None:
         """The folder to encode by with quantkit's encoder; None: with ggml's. QuantkitError if it is not given."""
-        if self.encoder == "quantkit" and self.moments is None:
-            raise QuantkitError(
-                "--encoder quantkit needs second moments: run `quantkit calibrate MODEL --moments DIR`, give --moments "
-                "DIR here; or `quantkit make`, which measures and encodes in one visit of each layer"
-            )
+        check_moments(self.encoder, self.moments)
         return None if self.encoder == "ggml" else self.moments
 
     @property

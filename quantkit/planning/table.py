@@ -1,4 +1,4 @@
-"""A plan as a table that reads in 100 columns: bytes, GiB (MiB if small) and bpw per class, types by layer."""
+"""A plan as a table of 79 columns: GB and GiB (MB and MiB if small) and bpw per class, types by layer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -9,21 +9,31 @@ from typing import Any
 from quantkit.planning.plan import CLASSES, Plan, PlannedTensor, bpw
 from quantkit.sizes import both_units
 
-TYPES_WIDTH = 30  # the table has 79 columns
+WIDTH = 79
+TYPES_WIDTH = 35
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
+DECIMAL = {"GiB": ("GB", 10**9), "MiB": ("MB", 10**6)}
+Unit = tuple[str, int]
 
 
 def render(plan: Plan) -> str:
     """The whole table as plain text."""
     title = " · ".join(filter(None, (plan.model, f"recipe {plan.recipe}", f"target {plan.target}", f"mla {plan.mla}")))
     unit = UNITS[0] if plan.n_bytes >= UNITS[0][1] else UNITS[1]
-    lines = [f"{title} · {len(plan.tensors):,} tensors", "", _row("class", "types", "bytes", unit[0], "bpw"), _rule()]
+    lines = [
+        f"{title} · {len(plan.tensors):,} tensors",
+        "",
+        _row("class", "types", DECIMAL[unit[0]][0], unit[0], "bpw"),
+        _rule(),
+    ]
     for group in CLASSES:
         tensors = [tensor for tensor in plan.tensors if tensor.group == group]
         if tensors:
-            lines += _class_rows(group, tensors, unit[1])
-    lines += [_rule(), *_rows("total", [""], plan.tensors, unit[1])]
-    return "\n".join([*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw", ""])
+            lines += _class_rows(group, tensors, unit)
+    lines += [_rule(), *_rows("total", [""], plan.tensors, unit)]
+    return "\n".join(
+        [*lines, f"routed experts {plan.routed_bpw:.3f} bpw, the whole {plan.bpw:.3f} bpw: {plan.n_bytes:,} bytes", ""]
+    )
 
 
 def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
@@ -37,7 +47,7 @@ def outlook(plan: Plan, file_bytes: int, kld: float, source: str) -> str:
             f"budget      {plan.outlook.limit}",
             f"solver      {plan.outlook.solver}, at most {plan.outlook.gap:.3%} above the least possible",
         ]
-    return "\n".join(lines)
+    return "\n".join(part for line in lines for part in wrap(line, WIDTH, subsequent_indent=" " * len("whole file  ")))
 
 
 def facts(plan: Plan, file_bytes: int, kld: float, source: str) -> dict[str, Any]:
@@ -104,6 +114,7 @@ def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
         sizes = [sum(t.n_bytes for t in tensors) for tensors in pair]
         cells = "".join(f" {n / size:>14.3f} {bpw(t):>9.3f}" for n, t in zip(sizes, pair, strict=True))
         lines.append(f"{group:<16}{cells} {(sizes[1] - sizes[0]) / size:>+12.3f}")
+    lines.append(f"{'':<16} {both_units(a.n_bytes):>24} {both_units(b.n_bytes):>24}")
     lines += [f"{'predicted KLD':<16} {kld_a:>24.4f} {kld_b:>24.4f} {kld_b - kld_a:>+12.4f}", ""]
     return "\n".join([*lines, *differing_lines(named, 96)])
 
@@ -141,7 +152,7 @@ def _ranges(layers: Sequence[int]) -> str:
     return ",".join(pieces)
 
 
-def _class_rows(group: str, tensors: list[PlannedTensor], unit: int) -> list[str]:
+def _class_rows(group: str, tensors: list[PlannedTensor], unit: Unit) -> list[str]:
     """One line per distinct assignment; roles that share one stand together."""
     assigned: dict[str, list[str]] = {}
     for role in dict.fromkeys(tensor.role for tensor in tensors):
@@ -154,15 +165,16 @@ def _class_rows(group: str, tensors: list[PlannedTensor], unit: int) -> list[str
     return _rows(group, wrapped, tensors, unit)
 
 
-def _rows(group: str, texts: list[str], tensors: Sequence[PlannedTensor], unit: int) -> list[str]:
+def _rows(group: str, texts: list[str], tensors: Sequence[PlannedTensor], unit: Unit) -> list[str]:
     n_bytes = sum(tensor.n_bytes for tensor in tensors)
-    first = _row(group, texts[0], f"{n_bytes:,}", f"{n_bytes / unit:.2f}", f"{bpw(tensors):.3f}")
+    decimal = n_bytes / DECIMAL[unit[0]][1]
+    first = _row(group, texts[0], f"{decimal:,.3f}", f"{n_bytes / unit[1]:,.3f}", f"{bpw(tensors):.3f}")
     return [first, *(_row("", text, "", "", "") for text in texts[1:])]
 
 
-def _row(group: str, types: str, n_bytes: str, size: str, bits: str) -> str:
-    return f"{group:<13} {types:<{TYPES_WIDTH}} {n_bytes:>16} {size:>9} {bits:>7}".rstrip()
+def _row(group: str, types: str, decimal: str, binary: str, bits: str) -> str:
+    return f"{group:<13} {types:<{TYPES_WIDTH}} {decimal:>10} {binary:>10} {bits:>7}".rstrip()
 
 
 def _rule() -> str:
-    return "─" * (13 + TYPES_WIDTH + 16 + 9 + 7 + 4)
+    return "─" * (13 + TYPES_WIDTH + 10 + 10 + 7 + 4)

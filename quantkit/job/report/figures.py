@@ -85,6 +85,10 @@ def whole_numbers(axes: Axes) -> None:
     locator.set_params(integer=True)
 
 
+NEAR = 0.2, 0.06  # of the largest size and divergence: there names of points would lie on each other
+LINE = 11  # points from one name to the next
+
+
 def front(
     points: Sequence[Point], colours: Sequence[str], spans: Sequence[Sequence[float] | None] = ()
 ) -> Figure | None:
@@ -98,9 +102,14 @@ def front(
     best = [p for i, p in enumerate(by_size) if all(p[1] < q[1] for q in by_size[:i])]
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color=GREY, linewidth=1, zorder=1)
-    for (name, size, kld), colour in zip(points, colours, strict=True):
+    largest = max(size for _, size, _ in points), max(kld for _, _, kld in points)
+    for i, ((name, size, kld), colour) in enumerate(zip(points, colours, strict=True)):
         axes.scatter(size / unit, kld, color=colour, s=26, zorder=2)
-        axes.annotate(name, (size / unit, kld), (5, 4), textcoords="offset points", fontsize=8.5, color=colour)
+        near = sum(
+            abs(size - s) < NEAR[0] * largest[0] and abs(kld - k) < NEAR[1] * largest[1] for _, s, k in points[:i]
+        )  # their names stand there already
+        place = 5, 4 - LINE * near
+        axes.annotate(name, (size / unit, kld), place, textcoords="offset points", fontsize=8.5, color=colour)
     for (_, size, kld), colour, span in zip(points, colours, spans, strict=False):
         if span:
             error = [[kld - span[0]], [span[1] - kld]]
