@@ -25,7 +25,7 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 OTHERS = {  # what other processors would have, and what this one needs to run it
     "gathered": (["-march=native", compiler.GATHER], AVX512),
     "no VBMI": (["-march=cascadelake"], AVX512 | {"avx512_vnni"}),
-    "no VNNI": (["-march=skylake-avx512"], AVX512),
+    "no VNNI, permuted": (["-march=skylake-avx512", compiler.REGISTERS], AVX512),
     "AVX2": (["-march=haswell"], {"avx2", "fma", "f16c"}),
     "AVX2 with VNNI": (["-march=haswell", "-mavxvnni"], {"avx2", "fma", "f16c", "avx_vnni"}),
 }
