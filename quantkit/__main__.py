@@ -17,6 +17,7 @@ for command in (
     using.verify,
     using.certify,
     using.evaluate,
+    using.compare,
     using.export_kt,
     using.report,
     running.run,

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared
-from quantkit.cli.values import FILE, FOLDER, MODEL, MODEL_FILE, OUT, Place
+from quantkit.cli.values import FOLDER, IMATRIX, MODEL, MODEL_FILE, OUT, OUT_FOLDER, WEIGHTS, Place
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
+    from quantkit.calibration.corpus import TextChoice
     from quantkit.job.certify import CertifyOptions
     from quantkit.job.evaluate import EvaluateOptions
     from quantkit.job.publish.upload import Destination
@@ -55,7 +56,7 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
 
 @click.command()
 @click.argument("file", type=MODEL_FILE)
-@click.option("--reference", type=MODEL, default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
+@click.option("--reference", type=WEIGHTS, default="tiny-r1", show_default=True, metavar="MODEL", help="The original.")
 @Shared(
     (
         options.text(32768, "evaluation"),
@@ -145,7 +146,7 @@ def _certify_options(**given: Any) -> "CertifyOptions":
             metavar="MODEL",
             help="The original; without it weights are not compared.",
         ),
-        click.option("--imatrix", type=FILE, default=None, help="Also weigh errors by importance."),
+        click.option("--imatrix", type=IMATRIX, default=None, help="Also weigh errors by importance."),
         click.option(
             "--oracle/--no-oracle", default=True, help="Also run the file in the target's program, if installed."
         ),
@@ -177,6 +178,14 @@ def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | N
     sys.exit(1 if made.failed() else 0)
 
 
+def _evaluation_output(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Refuses, before torch is loaded, a name that something else will have."""
+    from quantkit.job.asked import check_evaluation_output
+
+    check_evaluation_output(value)
+    return value
+
+
 def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any) -> "EvaluateOptions":
     """rest: `parallel` and `placement`."""
     from quantkit.evaluation.behaviour.items import Amount
@@ -196,7 +205,7 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
 @click.argument("file", type=MODEL_FILE)
 @click.option(
     "--reference",
-    type=MODEL,
+    type=WEIGHTS,
     default="tiny-r1",
     show_default=True,
     metavar="MODEL",
@@ -226,7 +235,14 @@ def _evaluate_options(continuations: int, tokens: int, context: int, **rest: Any
     "how",
     _evaluate_options,
 )
-@click.option("--json", "out", type=OUT, default=None, help="Default: evaluate.json beside FILE.")
+@click.option(
+    "--json",
+    "out",
+    type=OUT,
+    default=None,
+    callback=_evaluation_output,
+    help="Default: evaluate.json beside FILE; evaluate-FILE.json if that is of another.",
+)
 @options.threads
 def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | None) -> None:
     """Does it loop, end its reasoning, write code, add, find a needle? What FILE writes, beside what its original
@@ -234,8 +250,9 @@ def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | Non
     from quantkit.evaluation.behaviour.compare import table
     from quantkit.formats.lock import locked
     from quantkit.job.evaluate import evaluate as evaluate_file
+    from quantkit.job.evaluate import place_of_evaluation
 
-    out = out or file.with_name("evaluate.json")
+    out = out or place_of_evaluation(file)
     with locked(out.parent, shared=True):
         found = evaluate_file(file, reference, how, out)
     Console(width=110).print(table(found))
@@ -249,6 +266,55 @@ def evaluate(file: Path, reference: str, how: "EvaluateOptions", out: Path | Non
         streams.show(f"worse: {line}")
     streams.show(f"{'worse than' if found['findings'] else 'no worse than'} the original ({out})")
     sys.exit(1 if found["findings"] else 0)
+
+
+@click.command()
+@click.argument("files", type=MODEL_FILE, nargs=-1, required=True, metavar="FILE...")
+@click.option("--reference", type=MODEL, default=None, metavar="MODEL", help="The original; default: types and bytes.")
+@options.text(32768, "evaluation")
+@options.memory
+@click.option(
+    "--output",
+    "-o",
+    type=OUT_FOLDER,
+    default=None,
+    help="Folder for compare.json, compare.md, compare.png and what is done already. Default, with scores: compare.",
+)
+@options.as_json
+@options.device
+@options.threads
+def compare(
+    files: tuple[Path, ...],
+    reference: str | None,
+    text: "TextChoice",
+    memory: int | None,
+    output: Path | None,
+    as_json: bool,
+    device: str | None,
+) -> None:
+    """Files of anybody side by side: types, bytes, and with --reference KL divergence, top-1 and perplexity on the same
+    tokens, as `verify` measures them. Without it --data gives perplexities alone. Resumes."""
+    from quantkit.formats.lock import locked
+    from quantkit.job import compare as comparing
+    from quantkit.job.report import files as report_files
+    from quantkit.machine import chosen_device
+    from quantkit.models.open import open_weights
+
+    found, opened = {}, comparing.opened(files)
+    if reference is None and not text.data:
+        found = comparing.tables(opened)
+    else:
+        output = output or Path("compare")
+        how = comparing.CompareOptions(text, output, chosen_device(device), memory)
+        original = open_weights(reference) if reference else None
+        with locked(output):
+            found = comparing.scored_tables(opened, original, how)
+    page = report_files.text(found, opened)
+    made = report_files.write(found, page, output) if output else []
+    if as_json:
+        streams.show_json(found)
+    else:
+        streams.show("\n".join([page, *map(str, made)]).rstrip())
 
 
 @click.command("export-kt")
@@ -277,6 +343,9 @@ def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marli
 def report(folders: tuple[Path, ...]) -> None:
     """One page about the FOLDER that `make` left, without outside requests, and its figures as PNGs. Of several folders
     one page that compares them: compare.html here."""
+    from quantkit.job.asked import check_reportable
+
+    check_reportable(folders)
     with needs("plots"):
         from quantkit.formats.lock import locked
         from quantkit.job.report.compare import write_comparison
@@ -296,7 +365,15 @@ def _target(**given: Any) -> "Destination":
     return Destination(**given)
 
 
+def _check_publishable(folder: Path, repo: str) -> None:
+    """QuantkitError for a folder or a repository that cannot be one."""
+    from quantkit.job.asked import check_publishable
+
+    check_publishable(folder, repo)
+
+
 @click.command()
+@options.checked(_check_publishable)
 @click.argument("folder", type=FOLDER)
 @Shared(
     (

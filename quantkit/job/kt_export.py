@@ -128,6 +128,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
 def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
+    targets.check_forms("ktransformers", file.as_stored)
     for tensor in file.tensors.values():
         targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
     if not targets.knows("ktransformers", c):
