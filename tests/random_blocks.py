@@ -8,13 +8,16 @@ from quantkit.ggml.quants import dequantize
 from quantkit.runtime.activations import Activations
 
 
-def random_blocks(qtype: str, shape: tuple[int, ...], n_in: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random bytes, every field in its whole range but for numbers that are not finite: uint8 [*shape, row_bytes] and
-    what ggml decodes them to."""
+def random_blocks(
+    qtype: str, shape: tuple[int, ...], n_in: int, most: float = np.inf
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random bytes, every field in its whole range but for numbers that are not finite, or beyond `most` (whose sums
+    might not be): uint8 [*shape, row_bytes] and what ggml decodes them to."""
     sizes = qtypes.stored(qtype)
     generator = np.random.default_rng(3)
     data = generator.integers(0, 256, (int(np.prod(shape)) * n_in // sizes.block_size, sizes.type_size), np.uint8)
-    data[~np.isfinite(dequantize(qtype, data, sizes.block_size)).all(1)] = 0
+    decoded = dequantize(qtype, data, sizes.block_size)
+    data[~(np.isfinite(decoded) & (np.abs(decoded) <= most)).all(1)] = 0
     data = data.reshape(*shape, -1)
     values = dequantize(qtype, data.reshape(-1, data.shape[-1]), n_in).reshape(*shape, n_in)
     return torch.from_numpy(data), torch.from_numpy(values)

@@ -22,7 +22,7 @@ SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 CODE = [path for folder in ("quantkit", "scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 PLACEHOLDER = "scripts/bench/NAME.py"
 MOST_WORDS = 900
-OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
+OPTION = re.compile(r"(?<![\w=-])--?[a-zA-Z][\w-]*")
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^    (.+)$", re.MULTILINE)
 

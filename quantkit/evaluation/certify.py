@@ -72,7 +72,7 @@ def _by_rule(
 ) -> Iterator[Check]:
     """known: the numbers that the file must have; where: whose they are."""
     whole = f"{len(file.files)} file(s), {len(file.tensors)} tensors, nothing truncated"
-    yield _check("files", structure.files(file, target), whole)
+    yield _check("files", structure.files(file), whole)
     if warning := structure.beside(file, target):
         yield Check("folder", "warn", warning)
     compared = f"as in {where}" if known else "consistent; not compared with the original (--reference)"
@@ -81,10 +81,11 @@ def _by_rule(
     config = known or structure.own_config(file)
     for caveat in targets.caveats(target, config) if config else ():
         yield Check("target", "warn", caveat)
-    if target == targets.LLAMA_CPP.name and (
+    if targets.runs_llama_cpp(target) and (
         caveat := targets.aborts_on_amx((t.name, t.qtype) for t in file.tensors.values())
     ):
-        yield Check("start", "warn", caveat)
+        told = f"; that is `{targets.AS_OLLAMA} ollama serve`" if target == targets.OLLAMA.name else ""
+        yield Check("start", "warn", caveat + told)
     yield _check("types", structure.types(file, target), f"{target} computes all of them, by its table")
     folder = vocabulary.folder_of(reference)
     compared = "consistent" if folder is None else "the original's vocabulary, merges and ids"

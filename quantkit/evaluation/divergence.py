@@ -9,6 +9,7 @@ stay (the maximum and sum of exponentials of both sides, and the reference-weigh
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -63,6 +64,13 @@ class HeadLogits:
     def __init__(self, source: Head, hidden: torch.Tensor) -> None:
         self.source, self.hidden, self.n, self.device = source, source.merge(hidden), len(hidden), hidden.device
         self.norm = source.output_norm()
+
+    def part(self, rows: slice) -> "HeadLogits":
+        """Those of some of the hidden states."""
+        made = copy(self)
+        made.hidden = self.hidden[rows]
+        made.n = len(made.hidden)
+        return made
 
     def slab(self, start: int, stop: int) -> Slab:
         """Reads rows start:stop of the output matrix now; they stay as long as what is returned."""

@@ -15,6 +15,7 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.evaluation.divergence import VOCAB_SLAB, HeadLogits
 from quantkit.progress import track
+from quantkit.runtime.engines.streams import StreamsEngine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine, Opener, Sampling, generate
 from quantkit.runtime.stream import Source, final_hidden
@@ -136,7 +137,7 @@ def _sample(reference: Source, prompt: list[int], greedy: list[int], chosen: lis
     tokenizer, c = reference.tokenizer(), reference.config
     small = _is_small(reference)
     if small:
-        theirs = _write(TorchEngine(reference, 1, len(prompt) + len(greedy) + 1), prompt, len(greedy), GREEDY)
+        theirs = _write(_engine(reference, len(prompt) + len(greedy) + 1), prompt, len(greedy), GREEDY)
     else:
         parted = next((i for i, (a, b) in enumerate(zip(greedy, chosen, strict=True)) if a != b), len(greedy))
         theirs = chosen[: parted + 1]
@@ -144,6 +145,11 @@ def _sample(reference: Source, prompt: list[int], greedy: list[int], chosen: lis
     ends = {c.bos, c.eos}
     decoded = {key: tokenizer.decode([t for t in ids if t not in ends]) for key, ids in texts.items()}
     return {"domain": domain, **decoded, "original_whole": small}
+
+
+def _engine(reference: Source, capacity: int) -> Engine:
+    """For one text of the original."""
+    return (TorchEngine if reference.config.compression is None else StreamsEngine)(reference, 1, capacity)
 
 
 def _is_small(reference: Source) -> bool:
@@ -154,7 +160,7 @@ def _is_small(reference: Source) -> bool:
 def _loops_of_original(reference: Source, prompts: torch.Tensor, n_long: int) -> list[int | None]:
     if not _is_small(reference):
         return [None] * len(prompts)
-    engine = TorchEngine(reference, 1, prompts.shape[1] + n_long + 1)
+    engine = _engine(reference, prompts.shape[1] + n_long + 1)
     return [
         loop_period(_write(engine, prompt.tolist(), n_long, Sampling(seed=seed))) for seed, prompt in enumerate(prompts)
     ]

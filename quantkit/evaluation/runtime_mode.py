@@ -41,7 +41,7 @@ def runtime_mode(
         for i in range(n_chunk):
             logits = HeldLogits(stepped(engine, chunks.tokens[i].tolist(), prompt, advance))
             rows = slice(i * logits.n, (i + 1) * logits.n)
-            theirs, ours = (HeadLogits(head.source, head.hidden[rows]) for head in heads)
+            theirs, ours = (head.part(rows) for head in heads)
             targets = scored_targets(chunks.targets[i : i + 1], score)
             pairs: dict[str, tuple[Logits, Logits]] = {
                 "original": (theirs, logits),

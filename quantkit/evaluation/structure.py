@@ -106,10 +106,8 @@ def _bundled_config(folder: Path) -> dict[str, Any]:
     return TextModel.of(load_object(read_text_file(folder / CONFIG), where), where).config
 
 
-def files(file: GGUFFile, target: str) -> Iterator[str]:
+def files(file: GGUFFile) -> Iterator[str]:
     """Splits and headers were checked when the file was opened."""
-    if targets.get(target).single_file and len(file.files) > 1:
-        yield f"{len(file.files)} splits, but {target} takes a single file"
     for part in file.files:
         end = max((t.offset + t.n_bytes for t in file.tensors.values() if t.file == part), default=0)
         tail = part.stat().st_size - end
@@ -118,7 +116,12 @@ def files(file: GGUFFile, target: str) -> Iterator[str]:
 
 
 def beside(file: GGUFFile, target: str) -> str | None:
-    """What lies in the same folder and would disturb the target."""
+    """What lies in the same folder and would disturb the target, or not be found by all of its versions."""
+    if targets.get(target).single_file and len(file.files) > 1:
+        return (
+            f"{len(file.files)} splits: {target} takes them since June 2026 (FROM their folder); older versions load a "
+            "single file, as llama-gguf-split --merge makes one"
+        )
     if target != "ktransformers":
         return None
     folder, parts = file.path.parent, {part.name for part in file.files}

@@ -1,6 +1,7 @@
 """Products with quantized matrices on the CPU, as ggml graphs over memory that we own."""
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32
@@ -209,13 +210,23 @@ Quantized = tuple[str, np.ndarray]
 class Experts:
     """Routed experts of one layer, computed from their quantized bytes by ggml's mul_mat_id.
 
-    stacks: gate and up, n_ff rows of d weights for each expert, and down, d rows of n_ff.
+    stacks: gate and up, n_ff rows of d weights for each expert, and down, d rows of n_ff. limit: gate is at most
+    this, up between it and its negative; None: neither.
     """
 
-    def __init__(self, stacks: Sequence[Quantized], d: int, n_ff: int, n_expert: int, n_used: int, n_threads: int):
+    def __init__(
+        self,
+        stacks: Sequence[Quantized],
+        d: int,
+        n_ff: int,
+        n_expert: int,
+        n_used: int,
+        n_threads: int,
+        limit: float | None = None,
+    ):
         self.stacks = stacks
         self.d, self.n_ff, self.n_expert, self.n_used = d, n_ff, n_expert, n_used
-        self.n_threads = n_threads
+        self.n_threads, self.limit = n_threads, limit
         self.graphs: dict[int, tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def _graph(self, n: int) -> tuple[Graph, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -231,6 +242,9 @@ class Experts:
 
         g, _ = product(gate, self.d, self.n_ff, x)
         u, _ = product(up, self.d, self.n_ff, x)
+        if self.limit is not None:
+            g = lib.ggml_clamp(graph.context, g, -math.inf, self.limit)
+            u = lib.ggml_clamp(graph.context, u, -self.limit, self.limit)
         hidden = lib.ggml_swiglu_split(graph.context, g, u)
         graph.result(hidden, (n, self.n_used, self.n_ff))
         y, y_data = product(down, self.n_ff, self.d, hidden)

@@ -140,6 +140,7 @@ _SIGNATURES: Mapping[str, Mapping[str, tuple[Any, list[Any]]]] = {
         "ggml_mul_mat": (TensorP, [c_void_p, TensorP, TensorP]),
         "ggml_mul_mat_id": (TensorP, [c_void_p, TensorP, TensorP, TensorP]),
         "ggml_swiglu_split": (TensorP, [c_void_p, TensorP, TensorP]),
+        "ggml_clamp": (TensorP, [c_void_p, TensorP, c_float, c_float]),
         "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
         "ggml_graph_overhead_custom": (c_size_t, [c_size_t, c_bool]),
         "ggml_backend_cpu_buffer_type": (c_void_p, []),

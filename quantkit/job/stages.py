@@ -34,7 +34,6 @@ from quantkit.models.tokenizer import tokenize
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
-from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
 from quantkit.runtime.stream import Source
@@ -222,8 +221,6 @@ def verify_file(
     runtime: opens the file as a person runs it, for what `how` asks of that.
     """
     original, quantized = source_of(reference, device), open_source(path, device)
-    if runtime is not None:
-        only_forward(quantized.config, "--runtime-tokens and --prompts")
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
     check_cut_alike(quantized, original, text, path)

@@ -36,7 +36,7 @@ class Allowed:
 @dataclass(frozen=True)
 class Target:
     """mla: layouts of kv_b that it reads; expert_multiple: must divide hidden size and expert FFN size;
-    single_file: it cannot load split files."""
+    single_file: not every version of it loads split files."""
 
     name: str
     allowed: Mapping[TensorClass, Allowed]
@@ -107,7 +107,7 @@ LLAMA_CPP = Target(
 OLLAMA = Target(
     name="ollama",
     allowed={
-        c: Allowed(types=ALL, source="Ollama computes with ggml, and does not re-encode imported files")
+        c: Allowed(types=ALL, source="Ollama runs llama.cpp's llama-server, and copies imported files as they are")
         for c in (EXPERTS, K_B, OTHER)
     }
     | dict(TABLES),
@@ -206,12 +206,21 @@ def caveats(target: str, c: ModelConfig) -> list[str]:
             "scores here are of the right routing"
         )
     if flags := start_flags(target, c):
-        how = "it has no setting for them" if target == "ollama" else f"run it with{flags}"
+        how = f"run it with{flags}"
+        if target == "ollama":
+            how = f"start it as `{environment(flags)} ollama serve` (older than June 2026 it has no setting for them)"
         found.append(
             f"{target} reads no yarn_beta_fast and _slow in deepseek2 files and takes 32 and 1: {how}, else it attends "
             "wrongly (KLD 0.06 on a random model)"
         )
     return found
+
+
+def environment(flags: str) -> str:
+    """Flags of llama-server with their values, as variables that it reads: `LLAMA_ARG_YARN_BETA_FAST=1`. ollama hands
+    its own environment on to it (9db4bdb, 29 May 2026, has it in place of engines of its own)."""
+    pairs = (flag.split() for flag in flags.strip().removeprefix("--").split(" --"))
+    return " ".join(f"LLAMA_ARG_{name.upper().replace('-', '_')}={value}" for name, value in pairs)
 
 
 def routes_wrongly(target: str, c: ModelConfig) -> bool:
@@ -231,6 +240,8 @@ def start_flags(target: str, c: ModelConfig) -> str:
 
 NO_REPACK = " --no-repack"
 """Tells llama.cpp to multiply weights as they lie in the file."""
+AS_OLLAMA = "LLAMA_ARG_REPACK=0"
+"""The same in the environment of ollama, which builds llama-server with all of llama.cpp's variants since June 2026."""
 AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
 """Types that llama.cpp lays out anew for AMX where a CPU has it and no GPU does (b11434, ggml-cpu/amx/amx.cpp)."""
 

@@ -2,20 +2,21 @@
 
 A head's key is its value, one for all heads. Besides the window a layer sees one entry for every 4 or 128 tokens so
 far: a mean of theirs, weighed number by number. Of the entries of 4 tokens an indexer chooses the best, if there are
-more than its top-k. Whole chunks from their first token on; nothing is kept for tokens that come later.
+more than its top-k. Whole chunks from their first token on; or, with a cache, tokens after those that it holds.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.compressed_cache import Blocks, CompressedCache
 from quantkit.runtime.forms import QUERY_TILE, SCORE_ELEMENTS
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router, See, rms_norm, token_weight
-from quantkit.runtime.rope import angles
+from quantkit.runtime.rope import angles, turning
 from quantkit.runtime.rotation import Angles, rotate_last, unit_rms
 from quantkit.runtime.streams import Mixing, mix, taken_up
 from quantkit.runtime.swiglu import swiglu
@@ -62,15 +63,16 @@ class LimitedFeed(Feed):
 
 @dataclass
 class CompressedLayer:
-    """The weights of one layer, as callables and small tensors. output_a [groups, lora, n_head width / groups]; sinks
-    float32 [n_head]. entries: of layers that compress; chooser: of those that choose among them."""
+    """The weights of one layer, as callables and small tensors. output_a: [m, groups, n_head width / groups] ->
+    [m, groups lora]; sinks float32 [n_head]. dtype: of what is multiplied. entries: of layers that compress; chooser:
+    of those that choose among them."""
 
     attn_norm: torch.Tensor
     q: tuple[Linear, torch.Tensor, Linear]
     kv: Linear
     kv_norm: torch.Tensor
     sinks: torch.Tensor
-    output_a: torch.Tensor
+    output_a: Linear
     output_b: Linear
     ffn_norm: torch.Tensor
     feed: Feed | None
@@ -78,6 +80,7 @@ class CompressedLayer:
     experts: LayerExperts | None
     attn_mixing: Mixing
     ffn_mixing: Mixing
+    dtype: torch.dtype
     entries: Entries | None = None
     chooser: Chooser | None = None
 
@@ -112,12 +115,14 @@ Layer = LayerWeights | CompressedLayer
 
 @dataclass(frozen=True)
 class Parts:
-    """Where a layer's weights come from, by role (`attn_q_a`): matrices to multiply by, whole ones in the compute
-    dtype, float32 vectors. Routed experts and the router come as they are made elsewhere."""
+    """Where a layer's weights come from, by role (`attn_q_a`): matrices to multiply by in the compute dtype, those of
+    which so many groups of rows have inputs of their own, float32 vectors. Routed experts and the router come as they
+    are made elsewhere."""
 
     linear: Callable[[str], Linear]
-    matrix: Callable[[str], torch.Tensor]
+    grouped: Callable[[str, int], Linear]
     vector: Callable[[str], torch.Tensor]
+    dtype: torch.dtype
 
 
 def built(config: ModelConfig, layer: int, parts: Parts, router: Router, experts: LayerExperts) -> CompressedLayer:
@@ -147,7 +152,7 @@ def built(config: ModelConfig, layer: int, parts: Parts, router: Router, experts
         kv=linear("attn_kv"),
         kv_norm=vector("attn_kv_a_norm"),
         sinks=vector("attn_sinks"),
-        output_a=parts.matrix("attn_output_a").view(how.n_group, how.lora, -1),
+        output_a=parts.grouped("attn_output_a", how.n_group),
         output_b=linear("attn_output_b"),
         ffn_norm=vector("ffn_norm"),
         feed=feed,
@@ -155,9 +160,17 @@ def built(config: ModelConfig, layer: int, parts: Parts, router: Router, experts
         experts=experts,
         attn_mixing=mixing("attn"),
         ffn_mixing=mixing("ffn"),
+        dtype=parts.dtype,
         entries=entries("attn_compressor") if how.ratios[layer] else None,
         chooser=chooser,
     )
+
+
+def by_groups(matrix: torch.Tensor, n: int) -> Linear:
+    """Products of a matrix [n_out, n_in] whose n equal groups of rows have inputs of their own: x [m, n, n_in] ->
+    [m, n_out]."""
+    groups = matrix.view(n, -1, matrix.shape[-1])
+    return lambda x: torch.einsum("ngi,goi->ngo", x, groups).flatten(1)
 
 
 def _see(watcher: Watcher, weight: torch.Tensor, role: str, x: torch.Tensor) -> None:
@@ -170,11 +183,22 @@ def _see(watcher: Watcher, weight: torch.Tensor, role: str, x: torch.Tensor) -> 
 # Attention
 
 
-def attention(h: torch.Tensor, layer: CompressedLayer, config: ModelConfig, see: See | None = None) -> torch.Tensor:
-    """Output of the attention for h [n_seq, t, d], tokens from position 0 on."""
+def attention(
+    h: torch.Tensor,
+    layer: CompressedLayer,
+    config: ModelConfig,
+    see: See | None = None,
+    cache: CompressedCache | None = None,
+) -> torch.Tensor:
+    """Output of the attention for h [n_seq, t, d]: tokens from position 0 on, or of one sequence after the cache's."""
     (n_seq, t, d), c = h.shape, config
-    turns = angles(_turning(c, layer), torch.arange(t, device=h.device))
-    x = rms_norm(h, layer.attn_norm, c.rms_eps).reshape(-1, d).to(layer.output_a.dtype)
+    begin = cache.length if cache else 0
+    if cache is None:
+        far = angles(turning(c, layer.entries is not None), torch.arange(t, device=h.device))
+    else:
+        far = cache.upto(begin + t)
+    turns = Angles(far.cos[begin : begin + t], far.sin[begin : begin + t])
+    x = rms_norm(h, layer.attn_norm, c.rms_eps).reshape(-1, d).to(layer.dtype)
     q_a, q_norm, q_b = layer.q
     low = rms_norm(q_a(x), q_norm, c.rms_eps)
     q = unit_rms(q_b(low).view(n_seq, t, c.n_head, c.qk_head), c.rms_eps)
@@ -183,27 +207,23 @@ def attention(h: torch.Tensor, layer: CompressedLayer, config: ModelConfig, see:
     kv = rotate_last(kv, turns.cos, turns.sin)
     if see:
         _tell(see, layer, x, low)
+    if cache is not None:
+        kv = cache.append(kv)
     found, mask = None, None
     if layer.entries is not None:
-        found = compressed(x.view(n_seq, t, d), layer.entries, turns, c.rms_eps)
-        if layer.chooser is not None:
-            mask = chosen(x.view(n_seq, t, d), low, layer.chooser, turns, c)
+        found = compressed(x.view(n_seq, t, d), layer.entries, far, c.rms_eps, cache.blocks if cache else None)
+        if layer.chooser is not None and (cache is None or cache.index is not None):
+            index = cache.index if cache else None
+            mask = chosen(x.view(n_seq, t, d), low, layer.chooser, (far, begin), c, index)
     mixed = _attended(q, kv, found, mask, layer, c)
     mixed = rotate_last(mixed, turns.cos[:, None], -turns.sin[:, None])
-    grouped = mixed.reshape(n_seq * t, len(layer.output_a), -1)
-    values = torch.einsum("ngi,goi->ngo", grouped, layer.output_a).flatten(1)
+    assert c.compression
+    grouped = mixed.reshape(n_seq * t, c.compression.n_group, -1)
+    values = layer.output_a(grouped)
     if see:
         see("attn_output_a", grouped)
         see("attn_output_b", values)
     return layer.output_b(values).view(n_seq, t, d)
-
-
-def _turning(config: ModelConfig, layer: CompressedLayer) -> ModelConfig:
-    """The numbers that this layer's rotary embedding has: YaRN and another θ where it compresses, neither elsewhere."""
-    assert config.compression
-    if layer.entries is None:
-        return replace(config, yarn=None)
-    return replace(config, rope_base=config.compression.rope_base)
 
 
 def _tell(see: See, layer: CompressedLayer, x: torch.Tensor, low: torch.Tensor) -> None:
@@ -216,36 +236,66 @@ def _tell(see: See, layer: CompressedLayer, x: torch.Tensor, low: torch.Tensor) 
         see(role, low)
 
 
-def compressed(x: torch.Tensor, how: Entries, turns: Angles, eps: float) -> torch.Tensor:
+def compressed(x: torch.Tensor, how: Entries, turns: Angles, eps: float, kept: Blocks | None = None) -> torch.Tensor:
     """Entries of all whole blocks of tokens, [n_seq, t // ratio, width], of normed inputs x [n_seq, t, d] from position
-    0 on. Of two widths the first are for the block that follows, the second for the tokens' own."""
+    0 on; or, of one sequence, those `kept` and those that x brings after them. turns: of all positions so far. Of two
+    widths the first are for the block that follows, the second for the tokens' own."""
     (n_seq, t, _), ratio, width = x.shape, how.ratio, len(how.norm)
     n = t // ratio
-    if not n:
+    if kept is None and not n:
         return x.new_empty(n_seq, 0, width)
-    rows = x[:, : n * ratio].flatten(0, 1)
-    kv, gate = (linear(rows).float().view(n_seq, n, ratio, -1) for linear in (how.kv, how.gate))
+    rows = x.flatten(0, 1) if kept else x[:, : n * ratio].flatten(0, 1)
+    kv, gate = (linear(rows).float().view(n_seq, len(rows) // n_seq, -1) for linear in (how.kv, how.gate))
+    first = lead = 0
+    if kept is not None:
+        first = kept.n
+        kv, gate, lead = kept.take(kv, gate)
+        if not kv.shape[1]:  # no block has become whole
+            return kept.entries[:, :first]
+        n = kv.shape[1] // ratio - lead
+    kv, gate = (value.view(n_seq, lead + n, ratio, -1) for value in (kv, gate))
     gate = gate + how.ape
     if kv.shape[-1] > width:
-        kv = torch.cat((F.pad(kv[:, :-1, :, :width], (0, 0, 0, 0, 1, 0)), kv[..., width:]), dim=2)
-        before = F.pad(gate[:, :-1, :, :width], (0, 0, 0, 0, 1, 0), value=float("-inf"))
-        gate = torch.cat((before, gate[..., width:]), dim=2)
+        kv = torch.cat((_block_before(kv, lead, width, 0.0), kv[:, lead:, :, width:]), dim=2)
+        gate = torch.cat((_block_before(gate, lead, width, float("-inf")), gate[:, lead:, :, width:]), dim=2)
     entries = rms_norm((kv * gate.softmax(2)).sum(2), how.norm, eps)
-    at = slice(0, n * ratio, ratio)
-    return rotate_last(entries, turns.cos[at], turns.sin[at]).to(x.dtype)
+    at = slice(first * ratio, (first + n) * ratio, ratio)
+    entries = rotate_last(entries, turns.cos[at], turns.sin[at]).to(x.dtype)
+    return entries if kept is None else kept.add(entries)
+
+
+def _block_before(rows: torch.Tensor, lead: int, width: int, none: float) -> torch.Tensor:
+    """What each block gets of the one before, of rows [n_seq, lead + n, ratio, 2 width] -> [n_seq, n, ratio, width];
+    the first of a text gets `none`."""
+    if lead:
+        return rows[:, :-1, :, :width]
+    return F.pad(rows[:, :-1, :, :width], (0, 0, 0, 0, 1, 0), value=none)
 
 
 @torch.no_grad()
-def chosen(x: torch.Tensor, low: torch.Tensor, how: Chooser, turns: Angles, config: ModelConfig) -> torch.Tensor | None:
+def chosen(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    how: Chooser,
+    place: tuple[Angles, int],
+    config: ModelConfig,
+    kept: Blocks | None = None,
+) -> torch.Tensor | None:
     """Which entries each token attends to, bool [n_seq, t, n]; None for all before it. x [n_seq, t, d]: normed inputs;
-    low [n_seq t, q_lora]: what queries come from."""
+    low [n_seq t, q_lora]: what queries come from. place: angles of all positions so far, and where x begins. kept: the
+    indexer's own entries of what is before."""
     (n_seq, t, d), n_head, width = x.shape, len(how.proj), len(how.entries.norm)
-    n = t // how.entries.ratio
+    far, first = place
+    n = (first + t) // how.entries.ratio
+    if kept is None and n <= how.top_k:
+        return None
+    entries = compressed(x, how.entries, far, config.rms_eps, kept)
     if n <= how.top_k:
         return None
+    turns = Angles(far.cos[first : first + t], far.sin[first : first + t])
     query = rotate_last(how.q_b(low).float().view(n_seq, t, n_head, width), turns.cos[:, None], turns.sin[:, None])
     share = (x.reshape(-1, d).float() @ how.proj.T).view(n_seq, t, 1, n_head) * (n_head * width) ** -0.5
-    by_key = compressed(x, how.entries, turns, config.rms_eps).float().transpose(1, 2)
+    by_key = entries.float().transpose(1, 2)
     mask = torch.zeros(n_seq, t, n, dtype=torch.bool, device=x.device)
     block = torch.arange(n, device=x.device)
     step = max(1, SCORE_ELEMENTS // (n_seq * n_head * n))
@@ -253,7 +303,8 @@ def chosen(x: torch.Tensor, low: torch.Tensor, how: Chooser, turns: Angles, conf
         end = min(begin + step, t)
         scores = (query[:, begin:end].flatten(1, 2) @ by_key).relu_().view(n_seq, end - begin, -1, n)
         scores = (share[:, begin:end] @ scores)[:, :, 0]
-        later = block >= (torch.arange(begin + 1, end + 1, device=x.device) // how.entries.ratio)[:, None]
+        seen = torch.arange(first + begin + 1, first + end + 1, device=x.device) // how.entries.ratio
+        later = block >= seen[:, None]
         best = scores.masked_fill_(later, float("-inf")).topk(how.top_k, dim=-1).indices
         mask[:, begin:end].scatter_(-1, best, True).logical_and_(~later)
     return mask
@@ -268,21 +319,23 @@ def _attended(
     config: ModelConfig,
 ) -> torch.Tensor:
     """Softmax over the window, the entries before it and a sink that takes its share and gives nothing; in tiles of
-    queries. q [s, t, h, w], kv [s, t, w], entries [s, n, w], mask bool [s, t, n] -> [s, t, h, w]."""
+    queries. q [s, t, h, w], kv [s, m, w], of whose positions the queries' are the last, entries [s, n, w], mask bool
+    [s, t, n] -> [s, t, h, w]."""
     assert config.compression
     (n_seq, t, n_head, _), window = q.shape, config.compression.window
-    n = 0 if entries is None else entries.shape[1]
+    n, before = 0 if entries is None else entries.shape[1], kv.shape[1] - t
     out = torch.empty_like(q)
     step = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (n_seq * n_head * (window + QUERY_TILE + n))))
     sinks = layer.sinks.view(1, 1, n_head, 1)
     for begin in range(0, t, step):
-        end, first = min(begin + step, t), max(0, begin - window + 1)
-        keys = kv[:, first:end]
-        position = torch.arange(begin, end, device=q.device)[:, None]
-        column = torch.arange(first, end, device=q.device)
+        end = min(begin + step, t)
+        first, last = max(0, before + begin - window + 1), before + end
+        keys = kv[:, first:last]
+        position = torch.arange(before + begin, last, device=q.device)[:, None]
+        column = torch.arange(first, last, device=q.device)
         hidden = ((column > position) | (column <= position - window))[None]
         if entries is not None and layer.entries is not None:
-            whole = end // layer.entries.ratio
+            whole = last // layer.entries.ratio
             keys = torch.cat((keys, entries[:, :whole]), dim=1)
             later = (torch.arange(whole, device=q.device) >= (position + 1) // layer.entries.ratio)[None]
             later = later if mask is None else later | ~mask[:, begin:end, :whole]

@@ -9,6 +9,7 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
 
+PROMPT_TOKENS = 512  # of one prompt that engines in torch compute at once
 ROWS_TOLD = 64  # of a prompt whose logits are there at once: 33 MB with R1's vocabulary
 HEAD = 1024  # most probable tokens that are sorted at first
 LEAST_PIECE, LEAST_REACH = 64, 512  # tokens, positions: shorter pieces are no faster

@@ -137,11 +137,11 @@ def with_mla(layer: FeedForward) -> LayerWeights:
 
 
 def only_forward(config: ModelConfig, what: str) -> None:
-    """QuantkitError if the model's layers are only computed forward, on whole texts, and `what` is more than that."""
+    """QuantkitError if the model's layers are only computed forward, and `what` is more than that."""
     if config.compression is not None:
         raise QuantkitError(
             f"{what}: not with {config.architecture}, whose compressed attention and residual streams are computed "
-            "here on whole texts and forward only"
+            "here forward only"
         )
 
 

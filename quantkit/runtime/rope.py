@@ -1,6 +1,7 @@
 """By what rotary embedding turns at each position: YaRN frequencies."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -28,6 +29,28 @@ def _correction_range(config: ModelConfig, yarn: Yarn) -> tuple[int, int]:
         )
 
     return max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), config.qk_rope - 1)
+
+
+def turning(config: ModelConfig, compresses: bool) -> ModelConfig:
+    """The numbers that a layer's rotary embedding has: YaRN and another θ where it compresses, neither elsewhere."""
+    assert config.compression
+    if not compresses:
+        return replace(config, yarn=None)
+    return replace(config, rope_base=config.compression.rope_base)
+
+
+class Turns:
+    """Angles of positions from 0 on, of all layers that compress or of all others, as far as they were asked for."""
+
+    def __init__(self, config: ModelConfig, compresses: bool, device: torch.device):
+        self.config, self.device = turning(config, compresses), device
+        self.known = angles(self.config, torch.arange(0, device=device))
+
+    def upto(self, n: int) -> Angles:
+        """Of at least n positions."""
+        if n > len(self.known.cos):
+            self.known = angles(self.config, torch.arange(2 * n, device=self.device))
+        return self.known
 
 
 def angles(config: ModelConfig, positions: torch.Tensor) -> Angles:

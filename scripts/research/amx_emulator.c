@@ -206,7 +206,6 @@ static int compute(const Instruction *i) {
 }
 
 static void trapped(int signal_number, siginfo_t *info, void *context) {
-    (void)info;
     greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
     Instruction found;
     int outcome = decode((const uint8_t *)regs[REG_RIP], regs, &found);
@@ -217,6 +216,7 @@ static void trapped(int signal_number, siginfo_t *info, void *context) {
         return;
     }
     signal(signal_number, SIG_DFL);                                       /* met again on return, and fatal */
+    if (info->si_code <= 0) raise(signal_number);                         /* sent by a process: not met again */
     if (outcome == PROTECTION) {
         signal(SIGSEGV, SIG_DFL);
         raise(SIGSEGV);

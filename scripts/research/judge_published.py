@@ -5,7 +5,10 @@
 TABLES: as in fit_published.py. For each of the four models: the prior is fitted on the other three, spends the bytes of
 Unsloth's plan (llama.cpp, split), and both plans are judged by the fourth table as published: no smoothing, and cells
 below the baseline count as negative. What that table has not measured (attention, before V3.1-Terminus) is judged by
-the fit of all four. In brackets the same with a plan that saw the judging table: what is possible at all.
+the fit of all four. In brackets the same with a plan that saw the judging table, within the recipe's rules; and what no
+choice of any type for any tensor can be better than (the knapsack's linear relaxation, cells below the baseline as 0).
+
+--where prints what share of the damage of Unsloth's plan lies in which tensors.
 """
 
 from dataclasses import dataclass
@@ -16,14 +19,25 @@ import click
 import numpy as np
 from fit_published import FLAT, KNOWN, Damages, experts, fit, knots, read_table
 
+from quantkit.codecs import types as qtypes
+from quantkit.formats.gguf_spec import pad
 from quantkit.models import family
 from quantkit.models.open import open_model
+from quantkit.planning.allocate import Item, Limits, Option, allocate
 from quantkit.planning.assign import make_plan, plan_within
 from quantkit.planning.plan import Plan
 from quantkit.planning.prior import ERROR
 from quantkit.planning.recipe import Budget, Recipe
-from quantkit.tensors import TensorSpec
+from quantkit.tensors import ROUTED_ROLES, TensorSpec
 
+PLACES = {
+    "attention": (),
+    "routed experts": ROUTED_ROLES,
+    "shared experts": ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
+    "dense layers": ("ffn_gate", "ffn_up", "ffn_down"),
+    "embedding and output": ("token_embd", "output"),
+}
+"""Where a tensor is -> roles; all others are attention's, or have no damage."""
 RECIPES = ("1.58bit", "1.73bit", "2.22bit", "2.51bit")
 
 
@@ -89,12 +103,34 @@ def spend(plan: Plan, damage: Table, recipe: str) -> Plan:
     return plan_within(specs(), Recipe.load(recipe).aimed("llama.cpp"), "r1", budget, damage, lambda p: p.data_bytes)
 
 
+def bound(theirs: Plan, truth: Table) -> float:
+    """Damage that every choice of types for all tensors has at least, in the bytes of a plan."""
+    items = []
+    for spec in specs():
+        names = [spec.fixed] if spec.fixed else [name for name in ERROR if qtypes.fits(name, spec.n_in)]
+        sizes = {name: pad(spec.n_rows * qtypes.row_bytes(name, spec.n_in)) for name in names}
+        items.append(Item(spec.name, tuple(Option(name, size, truth.of(spec, name)) for name, size in sizes.items())))
+    return allocate(items, Limits(theirs.data_bytes)).bound
+
+
+def where(theirs: Plan, truth: Table) -> str:
+    """Shares of a plan's damage, and of its bytes."""
+    whole, shares = total(theirs, truth), dict.fromkeys(PLACES, (0.0, 0.0))
+    for spec in specs():
+        place = next((p for p in PLACES if spec.role in PLACES[p]), "attention")
+        tensor, (damage, size) = theirs.by_name[spec.name], shares[place]
+        own = truth.of(spec, tensor.qtype) / whole
+        shares[place] = damage + own, size + tensor.n_bytes / theirs.data_bytes
+    return ", ".join(f"{place} {damage:.1%} in {size:.1%} of the bytes" for place, (damage, size) in shares.items())
+
+
 @click.command()
 @click.argument("tables", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--recipe", default="published", show_default=True, help="The open recipe that spends the bytes.")
 @click.option("--flat", default=FLAT, show_default=True, help="How far profiles are drawn towards flat ones.")
-def main(tables: Path, recipe: str, flat: float) -> None:
-    """Print a row for each of Unsloth's files, a column for each judge: ratio, and the least possible one."""
+@click.option("--where", "places", is_flag=True, help="Say where the damage of Unsloth's plans lies.")
+def main(tables: Path, recipe: str, flat: float, places: bool) -> None:
+    """Print a row for each of Unsloth's files, a column for each judge: ratio, the least one, and the bound of all."""
     known = KNOWN[0]
     n_layer = known.geometry[0]
     read = {name: read_table(tables / f"{name}.csv", n_layer) for name in (*known.tables, "DeepSeek-V3.1-Terminus.ppl")}
@@ -109,8 +145,13 @@ def main(tables: Path, recipe: str, flat: float) -> None:
             truth = raw(table, everything)
             ours, least = spend(theirs, seen, recipe), spend(theirs, raw_positive(truth), recipe)
             assert max(ours.data_bytes, least.data_bytes) <= theirs.data_bytes
-            cells.append(tuple(total(plan, truth) / total(theirs, truth) for plan in (ours, least)))
-        row = "".join(f"{f'{ratio:.3f} ({best:.3f})':>22}" for ratio, best in cells)
+            whole = total(theirs, truth)
+            positive = raw_positive(truth)  # else what noise calls a gain would be taken, in the worst types there are
+            possible = bound(theirs, positive) / total(theirs, positive)
+            cells.append((total(ours, truth) / whole, total(least, truth) / whole, possible))
+            if places:
+                click.echo(f"{name} by {judge}: {where(theirs, truth)}")
+        row = "".join(f"{f'{ratio:.3f} ({best:.3f}, {no:.3f})':>22}" for ratio, best, no in cells)
         click.echo(f"{name:<9}{theirs.data_bytes:>16,}{row}")
 
 

@@ -131,6 +131,22 @@ def swap_merges(model: Model) -> None:
     model.metadata["tokenizer.ggml.merges"] = merges
 
 
+def looping(model: Model) -> None:
+    """All tokens look alike to it, so that each is followed by the same."""
+    same = model.tensors["token_embd.weight"].values()
+    same[:] = same[50]
+    model.change("token_embd.weight", lambda tensor: tensor.with_values(same))
+
+
+def dropped_experts(model: Model) -> None:
+    """One expert gives zeros, another one is never chosen."""
+    model.change("blk.2.ffn_down_exps.weight", on_matrix(3, zero))
+    bias = model.tensors["blk.1.exp_probs_b.bias"]
+    values = bias.values()
+    values[5] = -100
+    model.change("blk.1.exp_probs_b.bias", lambda tensor: tensor.with_values(values))
+
+
 def combined_too(model: Model) -> None:
     """Both MLA layouts in one file."""
     shape = model.tensors["blk.0.attn_k_b.weight"].shape
@@ -289,6 +305,8 @@ MUTATIONS: dict[str, tuple[Callable[[Model], Any], str, str]] = {
         "tokenizer",
         "tokenizer.ggml.tokens[5]",
     ),
+    "a file that loops": (looping, "weights", "token_embd.weight: "),
+    "dropped experts": (dropped_experts, "weights", "blk.2.ffn_down_exps.weight expert 3: all zeros"),
 }
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
-from mutations import Model, on_matrix, zero
+from mutations import Model, dropped_experts, looping
 from rich.console import Console
 
 from quantkit.__main__ import main
@@ -78,26 +78,12 @@ def broken(path, folder, tmp_path, change) -> str:
 
 
 def test_a_file_that_loops_is_named(path, folder, tmp_path):
-    """All tokens look alike to it, so that each is followed by the same."""
-
-    def change(model: Model) -> None:
-        same = model.tensors["token_embd.weight"].values()
-        same[:] = same[50]
-        model.change("token_embd.weight", lambda tensor: tensor.with_values(same))
-
-    said = broken(path, folder, tmp_path, change)
+    said = broken(path, folder, tmp_path, looping)
     assert "worse: ends in a loop: " in said and " greedy continuations [" in said, said
 
 
 def test_a_dropped_expert_is_named(path, folder, tmp_path):
-    def change(model: Model) -> None:
-        model.change("blk.2.ffn_down_exps.weight", on_matrix(3, zero))
-        bias = model.tensors["blk.1.exp_probs_b.bias"]
-        values = bias.values()
-        values[5] = -100
-        model.change("blk.1.exp_probs_b.bias", lambda tensor: tensor.with_values(values))
-
-    said = broken(path, folder, tmp_path, change)
+    said = broken(path, folder, tmp_path, dropped_experts)
     assert "worse: blk.2.ffn_down_exps.weight expert 3: all zeros: the expert is dropped" in said
     assert "worse: blk.1.exp_probs_b.bias expert 5: biased against by 1" in said
 

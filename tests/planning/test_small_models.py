@@ -115,6 +115,8 @@ def test_what_llama_cpp_computes_wrongly_is_said(lite, capsys):
     assert targets.caveats("llama.cpp", greedy) == []
     kimi = replace(greedy, yarn=Yarn(32, 4096, beta_fast=1.0, mscale_all_dim=1.0))
     assert "--yarn-beta-fast 1 " in targets.caveats("llama.cpp", kimi)[0]
+    set_by = "LLAMA_ARG_YARN_BETA_FAST=1 LLAMA_ARG_YARN_BETA_SLOW=1 ollama serve"
+    assert set_by in targets.caveats("ollama", kimi)[0]
 
 
 def test_what_llama_cpp_cannot_load_is_refused_before_work(lite):

@@ -25,7 +25,7 @@ import numpy as np
 from quantkit.evaluation.oracles.child import OracleError, run_module
 
 WHEEL = "xllamacpp==2026.10.11549"
-CACHE_TYPES = {"f32": 0, "f16": 1}
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 TIMEOUT = 3600  # R1 from a slow disk
 
 

@@ -6,9 +6,9 @@ from quantkit.runtime.engines.by_layers import ByLayers
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
+from quantkit.runtime.engines.streams import StreamsEngine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine
-from quantkit.runtime.layers import only_forward
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.tiled import Tiled, product_dtype
@@ -18,16 +18,22 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     """An engine for n_slots sequences of at most `capacity` tokens (bounded by what the model was made for): on the CPU
     one ggml graph; on a GPU CUDA graphs and, for experts that are not there, the CPU.
 
-    Contexts in which an indexer chooses what is attended to are torch's: the graph and the GPU attend to everything.
+    Contexts in which an indexer chooses what is attended to are torch's, and DeepSeek-V4: the graph and the GPU attend
+    to everything.
 
     QuantkitError if layers are wanted on a GPU that is not used, or do not fit there, or if it cannot compute contexts
     of that length.
     """
     # What a family has no graph or no GPU engine for is refused here, and nowhere else.
-    only_forward(weights.config, "generating text here (llama.cpp runs the file)")
     capacity = min(capacity, weights.config.n_context)
     indexer = weights.config.indexer
     sparse = indexer is not None and capacity > indexer.top_k
+    compressed = weights.config.compression is not None
+    if compressed and weights.device.type == "cuda":
+        raise QuantkitError(
+            f"{weights.name}: {weights.config.architecture} is computed on the CPU only here: give --device cpu "
+            "(llama.cpp runs the file on a GPU)"
+        )
     if indexer is not None and sparse and weights.device.type == "cuda":
         raise QuantkitError(
             f"a context of {capacity:,} tokens needs sparse attention beyond {indexer.top_k:,}, which is computed "
@@ -38,6 +44,9 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     if gpu_layers not in ("auto", 0):
         asked = f"{gpu_layers:.0%}" if isinstance(gpu_layers, float) else gpu_layers
         raise QuantkitError(f"--gpu-layers {asked}: needs a GPU and --device cuda")
+    if compressed:
+        say(f"{weights.config.architecture} is computed layer by layer in torch, slower than by llama.cpp")
+        return StreamsEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
     if indexer is not None and sparse:
         say(
             f"contexts beyond {indexer.top_k:,} tokens need sparse attention: computed layer by layer in torch, slower "

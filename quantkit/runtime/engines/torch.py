@@ -1,17 +1,15 @@
-"""The engine that computes any source on any device: its layers one after the other, in torch."""
+"""The engine that computes any source with MLA on any device: its layers one after the other, in torch."""
 
 import torch
 
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import ROWS_TOLD, Each
+from quantkit.runtime.generate import PROMPT_TOKENS, ROWS_TOLD, Each
 from quantkit.runtime.indexer import Selection
-from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, only_forward, rms_norm, with_mla
+from quantkit.runtime.layers import KVCache, LayerWeights, attention, feed_forward, rms_norm, with_mla
 from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.rotation import Angles
 from quantkit.runtime.stream import Source
-
-PROMPT_TOKENS = 512  # of one prompt computed at once
 
 
 class TorchEngine:
@@ -21,7 +19,6 @@ class TorchEngine:
     piece = PROMPT_TOKENS
 
     def __init__(self, source: Source, n_slots: int, capacity: int):
-        only_forward(source.config, "generating text")
         self.source, self.config, self.n_slots, self.capacity = source, source.config, n_slots, capacity
         self.layers: list[LayerWeights] = [with_mla(source.layer(layer)) for layer in range(source.config.n_layer)]
         self.norm, self.output = source.head()

@@ -1,5 +1,6 @@
 """Routed experts on the CPU, from their quantized bytes."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -90,7 +91,10 @@ class GgmlExperts:
             graph.weights(qtype, data, n_in, n_out, c.n_expert)
             for (qtype, data), (n_in, n_out) in zip(self.stacks, sizes, strict=True)
         )
-        hidden = op("swiglu_split", op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids))
+        opened, passed = op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids)
+        if c.limit is not None:  # as `swiglu` has it
+            opened, passed = op("clamp", opened, -math.inf, c.limit), op("clamp", passed, -c.limit, c.limit)
+        hidden = op("swiglu_split", opened, passed)
         y = op("mul", op("mul_mat_id", down, hidden, ids), weight)  # [d, n_used, n]
         row = 4 * c.d
         token = row * k

@@ -1,6 +1,7 @@
 """Routed experts on the CPU by this package's compiled products: few tokens, near the speed of memory."""
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +61,7 @@ class NativeLayer:
         self.lib, self.stacks, c = lib, stacks, config  # whose memory is read
         sizes = [(c.d, c.n_ff_exp), (c.d, c.n_ff_exp), (c.n_ff_exp, c.d)]
         matrices = [self._matrix(*stack, *size) for stack, size in zip(stacks, sizes, strict=True)]
-        self.struct = Layer(*matrices, c.n_expert, c.n_used)
+        self.struct = Layer(*matrices, c.n_expert, c.n_used, math.inf if c.limit is None else c.limit)
 
     def _matrix(self, qtype: str, data: np.ndarray, n_in: int, n_out: int) -> Matrix:
         if not data.flags.c_contiguous or data.shape[-2] != n_out:

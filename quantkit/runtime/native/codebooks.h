@@ -9,10 +9,10 @@
 #pragma once
 #include "wide.h"
 
-// Entries as words: code k of an entry, of (k & 4) / 4 its byte, of k & 3 its place there. In memory one of eight bytes.
+// Entries as words, in memory eight bytes apart. Plane p has weights PLANE[p] and PLANE[p] + 2 of each entry, in its two bytes.
 static struct {
     _Alignas(64) uint64_t iq1[1 + 2048], iq2_xxs[1 + 256], iq2_xs[1 + 512], iq2_s[1 + 1024];
-    _Alignas(64) uint16_t iq2_xxs_words[256], iq2_xs_words[512];
+    _Alignas(64) uint16_t iq2_xxs_words[256], iq2_xs_words[512], iq2_s_words[1024];
 } codes;
 
 typedef struct {
@@ -49,7 +49,7 @@ static void set_tables(void) {
         patterns.three_bits[j] = (uint16_t)(0x200 >> 3 * (j % 4));
         patterns.nibbles[j] = j % 2 ? 0x20 : 0x200;
         patterns.threes[j] = (uint16_t)(0x2000 >> 3 * (j / 2 % 4));
-        patterns.two_bits[j] = (uint16_t)(0x200 >> 2 * (j % 4));
+        patterns.two_bits[j] = (uint16_t)(0x100 >> 2 * (j % 4));
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
         patterns.sevens[2 * j] = (uint8_t)(32 + 7 * (j % 4));
 #else
@@ -76,7 +76,7 @@ static void set_codes(uint64_t *table, uint16_t *words, const uint8_t *from, int
         uint16_t code = 0;
         for (int k = 0; k < 8; k++)
             for (int c = 1; c < 3; c++)
-                if (from[8 * i + k] == levels[c]) code |= (uint16_t)(c << (k / 4 * 8 + k % 4 * 2));
+                if (from[8 * i + k] == levels[c]) code |= (uint16_t)(c << (k % 2 * 2 + k / 4 * 4 + k / 2 % 2 * 8));
         table[1 + i] = code;
         if (words) words[i] = code;
     }
@@ -90,7 +90,7 @@ static void set_codebook(int kind, const uint8_t *from) {
         case 0: set_codes(codes.iq1, 0, from, 2048, iq1); break;
         case 1: set_codes(codes.iq2_xxs, codes.iq2_xxs_words, from, 256, iq2); break;
         case 2: set_codes(codes.iq2_xs, codes.iq2_xs_words, from, 512, iq2); break;
-        case 3: set_codes(codes.iq2_s, 0, from, 1024, iq2); break;
+        case 3: set_codes(codes.iq2_s, codes.iq2_s_words, from, 1024, iq2); break;
     }
 }
 
@@ -114,9 +114,9 @@ static inline vec gathered(const uint64_t *table, vec at) {
 #define CHUNK 1
 #else  // a table's words are eight bytes apart: four loads, each two bytes further back, are ored into four entries
 static inline uint64_t four_words(const uint64_t *table, const uint16_t *at) {
-    const uint8_t *t = (const uint8_t *)table, *two = (const uint8_t *)at;
-    const size_t a = u32(two), b = u32(two + 4);  // a load for two of them
-    return u64(t + 4 * (a & 0xffff)) | u64(t + 4 * (a >> 16) - 2) | u64(t + 4 * (b & 0xffff) - 4) | u64(t + 4 * (b >> 16) - 6);
+    const uint8_t *t = (const uint8_t *)table;
+    const size_t a = at[0], b = at[1], c = at[2], d = at[3];
+    return u64(t + 4 * a) | u64(t + 4 * b - 2) | u64(t + 4 * c - 4) | u64(t + 4 * d - 6);
 }
 
 static inline vec loaded(const uint64_t *table, const uint16_t *at) {
@@ -133,7 +133,7 @@ static inline vec loaded(const uint64_t *table, const uint16_t *at) {
 
 typedef struct {
     const uint64_t *table;
-    const uint16_t *words;  // the same in registers, if there are only 256 or 512
+    const uint16_t *words;  // the same for registers, or null
     int n_words;
 } codebook;
 
@@ -153,11 +153,24 @@ static inline __m512i of_512(const uint16_t *words, __m512i at) {
     const __mmask32 bit8 = _mm512_test_epi16_mask(at, _mm512_set1_epi16(256));
     return _mm512_mask_blend_epi16(bit8, of_256(words, at), of_256(words + 256, at));
 }
-static inline vec for_small(vec at) { return at; }
-#define REGISTERS(words, n) words, n
+
+static inline __m512i of_1024(const uint16_t *words, __m512i at) {
+    const __mmask32 bit9 = _mm512_test_epi16_mask(at, _mm512_set1_epi16(512));
+    return _mm512_mask_blend_epi16(bit9, of_512(words, at), of_512(words + 512, at));
+}
+
+static inline vec in_registers(const codebook *book, vec at) {
+    return book->n_words == 256 ? of_256(book->words, at) : book->n_words == 512 ? of_512(book->words, at) : of_1024(book->words, at);
+}
+#endif
+
+#if !defined(REGISTERS)
+#define REGISTERS 512  // the largest codebook that is looked up in them
+#endif
+#if defined(__AVX512F__)
+#define IN_REGISTERS(n) ((n) <= REGISTERS)
 #else
-static inline vec for_small(vec at) { return add16(at, at); }
-#define REGISTERS(words, n) 0, 0
+#define IN_REGISTERS(n) ((n) < 0)
 #endif
 
 // Sums of 16 weights each, by their scales.
@@ -183,11 +196,14 @@ static inline vec with_signs(const planes *t, act_row y, int64_t b) {  // of lev
     return multiply32(sum, t->scale);
 }
 
+static inline vec placed(vec at, int n_words) { return IN_REGISTERS(n_words) ? at : add16(at, at); }
+
 // row: packed weights of n_blocks superblocks of `bytes`; index: of one's entries; decode: a superblock, given its entries;
 // m rows of activations; out: m products.
 static inline __attribute__((always_inline)) void dot_planes(
     const uint8_t *row, int bytes, int64_t n_blocks, const act_row *y, int m, float *out, codebook book,
     vec (*index)(const uint8_t *), planes (*decode)(const uint8_t *, vec), vec (*product)(const planes *, act_row, int64_t)) {
+    const int ahead = book.words || CHUNK == 1 ? AHEAD : 2 * AHEAD;  // indices are read a chunk before the rest
     floats sum[MOST_ROWS];
     for (int i = 0; i < m; i++) sum[i] = zeros();
     for (int64_t begin = 0, end; begin < n_blocks; begin = end) {
@@ -198,10 +214,10 @@ static inline __attribute__((always_inline)) void dot_planes(
             for (int64_t b = begin; b < end; b++) store(at + 32 * (b - begin), index(row + bytes * (b - begin)));
 #endif
         for (int64_t b = begin; b < end; b++, row += bytes) {
-            for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + AHEAD + c, _MM_HINT_T0);
+            for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + ahead + c, _MM_HINT_T0);
             vec v;
 #if defined(__AVX512F__)
-            if (book.words) v = book.n_words == 256 ? of_256(book.words, index(row)) : of_512(book.words, index(row));
+            if (book.words) v = in_registers(&book, index(row));
             else
 #endif
 #if CHUNK > 1
@@ -218,9 +234,13 @@ static inline __attribute__((always_inline)) void dot_planes(
 
 #define PLANES(name, bytes, product, table, words, n)                                                \
     static void dot_##name(const uint8_t *row, int64_t n_blocks, const act_row *y, int m, float *out) { \
-        const codebook book = {table + 1, REGISTERS(words, n)};                                      \
-        if (m == 1) dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product);     \
-        else dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);            \
+        const codebook book = {table + 1, IN_REGISTERS(n) ? words : 0, n};                           \
+        switch (m) {                                                                                 \
+            case 1: dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product); return; \
+            case 2: dot_planes(row, bytes, n_blocks, y, 2, out, book, name##_at, name, product); return; \
+            case 4: dot_planes(row, bytes, n_blocks, y, 4, out, book, name##_at, name, product); return; \
+            default: dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);    \
+        }                                                                                            \
     }
 
 // Without signs: n has the 4 bits (IQ1_S: sign, 3 bits of scale) or 3 bits (IQ1_M) that its scale is made of on top of every word.
@@ -254,7 +274,7 @@ static inline planes iq1_s(const uint8_t *b, vec v) {
     t.d = 0.125f * half(u16(b));
     return t;
 }
-PLANES(iq1_s, 50, without_signs, codes.iq1, 0, 0)
+PLANES(iq1_s, 50, without_signs, codes.iq1, 0, 2048)
 
 static inline vec iq1_m_high(const uint8_t *b) {  // bits 9 to 11: of the index; bit 12: sign of the offset
     return multiply16(shuffle(load16(b + 32), load(patterns.byte_of_2)), load(patterns.nibbles));
@@ -277,17 +297,19 @@ static inline planes iq1_m(const uint8_t *b, vec v) {
     t.d = 0.125f * half((uint16_t)((s >> 12 & 0xf) | (s >> 24 & 0xf0) | (s >> 36 & 0xf00) | (s >> 48 & 0xf000)));
     return t;
 }
-PLANES(iq1_m, 56, without_signs, codes.iq1, 0, 0)
+PLANES(iq1_m, 56, without_signs, codes.iq1, 0, 2048)
 
 // With signs: those of entry j in the lower byte of word j.
 
 static inline void signed_levels(planes *t, vec v, vec signs) {
-    const vec s = or(signs, left16(signs, 4)), levels = load16(patterns.levels);  // four of each byte's weights
-    const vec two_bits = EACH(epi8, 3), third = EACH(epi8, 4);
-    t->w[0] = shuffle(levels, and_or(left16(s, 2), third, and(v, two_bits)));
-    t->w[1] = shuffle(levels, and_or(left16(s, 1), third, and(right16(v, 2), two_bits)));
-    t->w[2] = shuffle(levels, and_or(s, third, and(right16(v, 4), two_bits)));
-    t->w[3] = shuffle(levels, and_or(right16(s, 1), third, and(right16(v, 6), two_bits)));
+    const vec s = or(signs, left16(signs, 6)), levels = load16(patterns.levels);  // of each byte's weights: bits 0, 1, 4, 5
+    const vec codes2 = EACH(epi8, 0x33), third = EACH(epi8, 0x44);
+    const vec even = and_or(left16(s, 2), third, and(v, codes2));
+    const vec odd = and_or(left16(s, 1), third, and(right16(v, 2), codes2));
+    t->w[0] = shuffle(levels, even);
+    t->w[1] = shuffle(levels, odd);
+    t->w[2] = shuffle(levels, right16(even, 4));
+    t->w[3] = shuffle(levels, right16(odd, 4));
 }
 
 static inline vec eighth(vec seven) {  // seven signs, and the eighth, which makes their number even
@@ -300,7 +322,7 @@ static inline vec nibble_scales(const uint8_t *b) {  // 2 n + 1 of 16 nibbles
     return and_or(add32(n, n), EACH(epi32, 30), EACH(epi32, 1));
 }
 
-static inline vec iq2_xxs_at(const uint8_t *b) { return for_small(shuffle(load(b + 2), load(patterns.first_four))); }
+static inline vec iq2_xxs_at(const uint8_t *b) { return placed(shuffle(load(b + 2), load(patterns.first_four)), 256); }
 
 static inline planes iq2_xxs(const uint8_t *b, vec v) {
     planes t;
@@ -319,7 +341,7 @@ static inline planes iq2_xxs(const uint8_t *b, vec v) {
 }
 PLANES(iq2_xxs, 66, with_signs, codes.iq2_xxs, codes.iq2_xxs_words, 256)
 
-static inline vec iq2_xs_at(const uint8_t *b) { return for_small(and(load(b + 2), EACH(epi16, 511))); }
+static inline vec iq2_xs_at(const uint8_t *b) { return placed(and(load(b + 2), EACH(epi16, 511)), 512); }
 
 static inline planes iq2_xs(const uint8_t *b, vec v) {
     planes t;
@@ -332,7 +354,7 @@ PLANES(iq2_xs, 74, with_signs, codes.iq2_xs, codes.iq2_xs_words, 512)
 
 static inline vec iq2_s_at(const uint8_t *b) {
     const vec low = load_words(b + 2), qh = shuffle(each64(u64(b + 66)), load(patterns.byte_of_4));
-    return and_or(multiply16(qh, load(patterns.two_bits)), EACH(epi16, 0x0600), add16(low, low));
+    return placed(and_or(multiply16(qh, load(patterns.two_bits)), EACH(epi16, 0x0300), low), 1024);
 }
 
 static inline planes iq2_s(const uint8_t *b, vec v) {
@@ -342,4 +364,4 @@ static inline planes iq2_s(const uint8_t *b, vec v) {
     t.d = 0.125f * half(u16(b));
     return t;
 }
-PLANES(iq2_s, 82, with_signs, codes.iq2_s, 0, 0)
+PLANES(iq2_s, 82, with_signs, codes.iq2_s, codes.iq2_s_words, 1024)

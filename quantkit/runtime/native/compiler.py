@@ -25,6 +25,7 @@ NATIVE = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
 # Sums are as written, so that a token has the same bits whatever runs beside it.
 FLAGS = ("-std=gnu11", "-O3", NATIVE, "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 GATHER = "-DGATHER=1"  # codebooks in memory are looked up by the processor's own instruction
+REGISTERS = "-DREGISTERS=1024"  # codebooks of up to so many entries are permuted in registers
 SLOWED = Path("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling")
 LIBRARIES = ("-lm", "-lpthread")
 SECONDS = 60  # that a compiler may take; it takes one or two
@@ -57,13 +58,15 @@ def compiled() -> Compiled:
 
 
 def flags() -> tuple[str, ...]:
-    """FLAGS, and GATHER where that instruction is fast: Intel's, unless its microcode hides what is gathered. (AMD's is
-    slower than loads.)"""
+    """FLAGS, and which lookups are fast: Intel's processors gather well, unless their microcode hides what is gathered;
+    AMD's permute well."""
     try:
-        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-        return (*FLAGS, GATHER) if intel and SLOWED.read_text().startswith("Not affected") else FLAGS
+        text, slowed = Path("/proc/cpuinfo").read_text(), SLOWED.read_text()
     except OSError:
         return FLAGS
+    if "AuthenticAMD" in text:
+        return (*FLAGS, REGISTERS)
+    return (*FLAGS, GATHER) if "GenuineIntel" in text and slowed.startswith("Not affected") else FLAGS
 
 
 def _compiler() -> tuple[str, str]:

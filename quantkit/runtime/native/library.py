@@ -8,7 +8,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,14 @@ class Matrix(Structure):
 class Layer(Structure):
     """`layer` of step.h: the three stacks of a layer's routed experts."""
 
-    _fields_ = (("gate", Matrix), ("up", Matrix), ("down", Matrix), ("n_expert", c_int64), ("n_used", c_int64))
+    _fields_ = (
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("n_expert", c_int64),
+        ("n_used", c_int64),
+        ("limit", c_float),
+    )
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

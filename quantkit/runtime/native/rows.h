@@ -2,7 +2,7 @@
 //
 // A row of n (a multiple of 256) is quantized as ggml's q8_K: 256 numbers under one float d, and sums of 16 neighbours,
 // which offsets of weights are multiplied by. Unlike ggml's blocks the 8-bit numbers lie together, on lines of the cache; and
-// once more in planes, for codebooks: of 256 numbers the first of each four, then the second ones, and so on.
+// once more in four planes of 64, for codebooks.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +13,8 @@
 
 #define SUPERBLOCK 256
 #define MOST_ROWS 16  // of activations that a row of weights is multiplied by while its weights are decoded
+
+static const int PLANE[] = {0, 1, 4, 5};  // a plane has of each eight numbers this one and the one after the next
 
 typedef struct {
     int8_t *q, *planes;    // [n]
@@ -67,8 +69,12 @@ static void quantize_superblock(const float *x, uint8_t *base, int64_t n, int64_
         high[g] = -sum * 65536;
         less[g] = -64 * sum;
     }
-    for (int k = 0; k < 4; k++)
-        for (int i = 0; i < SUPERBLOCK / 4; i++) planes[SUPERBLOCK / 4 * k + i] = q[4 * i + k];
+    for (int p = 0; p < 4; p++)
+        for (int i = 0; i < SUPERBLOCK / 8; i++) {
+            const int8_t *two = q + 8 * i + PLANE[p];
+            planes[SUPERBLOCK / 4 * p + 2 * i] = two[0];
+            planes[SUPERBLOCK / 4 * p + 2 * i + 1] = two[2];
+        }
     *d = 1 / inverse;
 }
 

@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
     matrix gate, up, down;
     int64_t n_expert, n_used;
+    float limit;  // gate is at most this, up between it and its negative; INFINITY: neither
 } layer;
 
 enum { QUANTIZE, HIDDEN, OUTPUT, PHASES };
@@ -162,7 +163,10 @@ static void hidden_rows(work *w, int64_t piece) {
         for (int r = 0; r < HIDDEN_ROWS; r++) product(&l->up, up_dot, up + l->up.row_bytes * r, y_up, acts_up, m, b[r]);
         for (int i = 0; i < m; i++) {
             float *hidden = w->hidden + n_ff * (begin + i) + r0;
-            for (int r = 0; r < HIDDEN_ROWS; r++) hidden[r] = a[r][i] / (1 + expf(-a[r][i])) * b[r][i];
+            for (int r = 0; r < HIDDEN_ROWS; r++) {
+                const float to = l->limit, x = a[r][i] > to ? to : a[r][i];
+                hidden[r] = x / (1 + expf(-x)) * (b[r][i] > to ? to : b[r][i] < -to ? -to : b[r][i]);
+            }
         }
     }
     const int64_t block = r0 / SUPERBLOCK;

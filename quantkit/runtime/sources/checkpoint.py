@@ -9,7 +9,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models import family
 from quantkit.models.tokenizer import check_ids
 from quantkit.models.tokenizer_metadata import read_tokenizer
-from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built
+from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built, by_groups
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerWeights, Linear, Router
@@ -90,11 +90,11 @@ class CheckpointSource:
         c, names = self.config, family.sources(self.config)[layer]
 
         def linear(role: str) -> Linear:
-            weight = matrix(role)
+            weight = self._matrix(names[role][0])
             return lambda x: x @ weight.T
 
-        def matrix(role: str) -> torch.Tensor:
-            return self._matrix(names[role][0])
+        def grouped(role: str, n: int) -> Linear:
+            return by_groups(self._matrix(names[role][0]), n)
 
         def vector(role: str) -> torch.Tensor:
             return self._vector(names[role][0])
@@ -106,7 +106,7 @@ class CheckpointSource:
         else:
             router = Router(vector("ffn_gate_inp"), vector("exp_probs_b"))
         experts = StreamedExperts(lambda e: self.expert(layer, e), c.n_expert, turns, c.limit)
-        return built(c, layer, Parts(linear, matrix, vector), router, experts)
+        return built(c, layer, Parts(linear, grouped, vector, self.dtype), router, experts)
 
     def expert(self, layer: int, expert: int) -> Projections:
         """The three matrices of a routed expert."""

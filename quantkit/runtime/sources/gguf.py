@@ -18,7 +18,7 @@ from quantkit.models.config import ModelConfig, mla_of
 from quantkit.models.other_layouts import as_ours
 from quantkit.models.tokenizer import check_ids, tokenizer_of_gguf
 from quantkit.progress import say, say_once
-from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built
+from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built, by_groups
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.indexer import IndexerWeights
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router
@@ -133,6 +133,10 @@ class Products(Protocol):
     def linear(self, name: str) -> Linear:
         """Multiplies rows by a matrix: x [n, n_in] -> [n, n_out]."""
 
+    def grouped(self, name: str, n: int) -> Linear:
+        """Multiplies by a matrix whose n equal groups of rows have inputs of their own: x [m, n, n_in] ->
+        [m, n_out]."""
+
     def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """The routed experts of a layer. turns: how ranks share those that are streamed."""
 
@@ -187,8 +191,9 @@ class GGUFSource:
         p, products = f"blk.{layer}.", self.products
         parts = Parts(
             lambda role: products.linear(f"{p}{role}.weight"),
-            lambda role: products.matrix(f"{p}{role}.weight"),
+            lambda role, n: products.grouped(f"{p}{role}.weight", n),
             lambda role: products.vector(f"{p}{role}.weight"),
+            products.dtype,
         )
         return built(self.config, layer, parts, self._router(p), products.experts(layer, turns))
 
@@ -286,6 +291,10 @@ class Dequantized:
         """As `Products`."""
         weight = self.matrix(name)
         return lambda x: x @ weight.T
+
+    def grouped(self, name: str, n: int) -> Linear:
+        """As `Products`."""
+        return by_groups(self.matrix(name), n)
 
     def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""

@@ -1,5 +1,6 @@
 """Matrices of a GGUF multiplied from their quantized bytes, by ggml on the CPU: how a person runs the file."""
 
+import numpy as np
 import torch
 
 from quantkit.ggml import graph
@@ -28,9 +29,17 @@ class Quantized:
 
     def linear(self, name: str) -> Linear:
         """As `Products`, at most BATCH rows at a time."""
-        tensor = self.weights.file.tensors[name]
-        n_out, n_in = tensor.shape
-        product = graph.Linear(tensor.qtype, self.weights.file.data(name), n_in, n_out, self.weights.workers.n)
+        return self._product(name, self.weights.file.data(name))
+
+    def grouped(self, name: str, n: int) -> Linear:
+        """As `Products`, group by group."""
+        products = [self._product(name, rows) for rows in np.split(self.weights.file.data(name), n)]
+        return lambda x: torch.cat([own(x[:, i]) for i, own in enumerate(products)], dim=1)
+
+    def _product(self, name: str, rows: np.ndarray) -> Linear:
+        """By rows of a tensor."""
+        tensor, n_out = self.weights.file.tensors[name], len(rows)
+        product = graph.Linear(tensor.qtype, rows, tensor.shape[-1], n_out, self.weights.workers.n)
 
         def batched(x: torch.Tensor) -> torch.Tensor:
             return product(x) if len(x) <= BATCH else torch.cat([product(part) for part in x.split(BATCH)])

@@ -10,7 +10,6 @@ from math import prod
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from quantkit.ggml import graph
 from quantkit.runtime.ahead import read_ahead
@@ -18,6 +17,7 @@ from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
 from quantkit.runtime.layers import LayerExperts, Linear, unwatched
 from quantkit.runtime.pauses import pause, wanted
 from quantkit.runtime.sources.gguf import GGUFWeights
+from quantkit.runtime.swiglu import swiglu
 
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
@@ -52,6 +52,11 @@ class Tiled:
     def linear(self, name: str) -> Linear:
         """As `Products`."""
         return lambda x: self.product(x, name, self.weights.file.data(name))
+
+    def grouped(self, name: str, n: int) -> Linear:
+        """As `Products`, group by group."""
+        groups = np.split(self.weights.file.data(name), n)
+        return lambda x: torch.cat([self.product(x[:, i], name, rows) for i, rows in enumerate(groups)], dim=1)
 
     def experts(self, layer: int, turns: Turns = ALONE) -> LayerExperts:
         """As `Products`."""
@@ -127,7 +132,7 @@ class PromptExperts:
     def _quantized(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """By ggml, with as many experts a row as `expert` has."""
         c, n_used = self.config, expert.shape[1]
-        products = graph.Experts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n)
+        products = graph.Experts(self.stacks, c.d, c.n_ff_exp, c.n_expert, n_used, self.weights.workers.n, c.limit)
         rows, parts = self.weights.at_once(BATCH, n_used), []
         for part in zip(*(v.split(rows) for v in (x.float(), expert, weight)), strict=True):
             self.need(part[1].flatten().tolist())
@@ -154,4 +159,4 @@ class PromptExperts:
             return self.tiled.product(x, name, self.weights.data(name)[e], worker)
 
         gate, up, down = self.names
-        return product(down, F.silu(product(gate, x)) * product(up, x))
+        return product(down, swiglu(product(gate, x), product(up, x), self.config.limit))

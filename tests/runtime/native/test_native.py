@@ -25,7 +25,7 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 OTHERS = {  # what other processors would have, and what this one needs to run it
     "gathered": (["-march=native", compiler.GATHER], AVX512),
     "no VBMI": (["-march=cascadelake"], AVX512 | {"avx512_vnni"}),
-    "no VNNI": (["-march=skylake-avx512"], AVX512),
+    "no VNNI, permuted": (["-march=skylake-avx512", compiler.REGISTERS], AVX512),
     "AVX2": (["-march=haswell"], {"avx2", "fma", "f16c"}),
     "AVX2 with VNNI": (["-march=haswell", "-mavxvnni"], {"avx2", "fma", "f16c", "avx_vnni"}),
 }
@@ -96,7 +96,7 @@ def layer(qtypes: tuple[str, str, str], d: int = 512, n_ff: int = 256, n_expert:
         else:  # of 32 weights, d first
             blocks.reshape(-1, width // 8)[:, 1] = 0x20
         stacks.append((qtype, blocks.reshape(n_expert, n_out, -1)))
-    return stacks, SimpleNamespace(d=d, n_ff_exp=n_ff, n_expert=n_expert, n_used=n_used)
+    return stacks, SimpleNamespace(d=d, n_ff_exp=n_ff, n_expert=n_expert, n_used=n_used, limit=None)
 
 
 def inputs(c, n: int, seed: int = 0):
@@ -122,6 +122,17 @@ def test_experts_are_ggmls(qtypes, threads):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
         for i in range(min(n, 5)):
             assert torch.equal(ours(*(value[i : i + 1] for value in given))[0], found[i])
+
+
+@needs_native
+def test_both_cut_gate_and_up_off():
+    """As DeepSeek-V4 does, where nearly all are beyond the limit."""
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    given, whole = inputs(c, 5), GgmlExperts(stacks, c, 2)(*inputs(c, 5)).clone()
+    c.limit = 0.01
+    found, expected = cpu_experts(stacks, c, 2)(*given), GgmlExperts(stacks, c, 2)(*given)
+    assert expected.abs().max() < 0.1 * whole.abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 @needs_native
