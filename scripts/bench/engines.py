@@ -38,6 +38,7 @@ import torch
 from engine_files import CASES, NEW, Case, prepare, read_base
 
 from quantkit import machine
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.oracles import llama
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
@@ -162,7 +163,7 @@ class Programs:
         batch = ["-b", "2048"] if flags == SEQUENCES else ["-b", "512", *flags.split()]
         command = ["llama-perplexity", "-m", str(asked.file), "--kl-divergence", "--kl-divergence-base", str(base)]
         for left in reversed(range(TRIES)):
-            said = self._run([*command, "-c", context, *batch, *self._common()], ends=not left)
+            said = self._run([*command, "-c", context, *self._common(), *batch], ends=not left)
             if all(re.search(pattern, said) for pattern in FIGURES):
                 return said
         raise Refused(f"llama-perplexity said no figures: {_reason(said)}")
@@ -206,8 +207,8 @@ class Programs:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         n = 4 if flags == SEQUENCES else 1
-        own = ["-c", str(512 * n), "-np", str(n), *(flags.split() if flags != SEQUENCES else ())]
-        command = [str(self.folder / "llama-server"), "-m", str(asked.file), "--port", str(port), *own, *self._common()]
+        own = ["-c", str(512 * n), "-np", str(n), *self._common(), *(flags.split() if flags != SEQUENCES else ())]
+        command = [str(self.folder / "llama-server"), "-m", str(asked.file), "--port", str(port), *own]
         log = asked.base.with_suffix(".log")
         with log.open("wb") as out:
             child = subprocess.Popen(command, stdout=out, stderr=out, env=self.paths)
@@ -346,7 +347,7 @@ def question(engine: Programs | Package | Ours, asked: Asked, flags: str) -> Fou
     """A refusal is an answer."""
     try:
         return engine.ask(asked, flags)
-    except Refused as why:
+    except (Refused, QuantkitError) as why:
         return Found(refused=str(why))
 
 

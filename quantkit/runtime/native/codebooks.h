@@ -199,7 +199,7 @@ static inline vec with_signs(const planes *t, act_row y, int64_t b) {  // of lev
 static inline vec placed(vec at, int n_words) { return IN_REGISTERS(n_words) ? at : add16(at, at); }
 
 // row: packed weights of n_blocks superblocks of `bytes`; index: of one's entries; decode: a superblock, given its entries;
-// m rows of activations; out: m products.
+// m rows of activations, whose sums stay in registers where m is a constant; out: m products.
 static inline __attribute__((always_inline)) void dot_planes(
     const uint8_t *row, int bytes, int64_t n_blocks, const act_row *y, int m, float *out, codebook book,
     vec (*index)(const uint8_t *), planes (*decode)(const uint8_t *, vec), vec (*product)(const planes *, act_row, int64_t)) {
@@ -238,6 +238,7 @@ static inline __attribute__((always_inline)) void dot_planes(
         switch (m) {                                                                                 \
             case 1: dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product); return; \
             case 2: dot_planes(row, bytes, n_blocks, y, 2, out, book, name##_at, name, product); return; \
+            case 3: dot_planes(row, bytes, n_blocks, y, 3, out, book, name##_at, name, product); return; \
             case 4: dot_planes(row, bytes, n_blocks, y, 4, out, book, name##_at, name, product); return; \
             default: dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);    \
         }                                                                                            \
