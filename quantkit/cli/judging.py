@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +81,12 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     from quantkit.job import finished, stages
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
-    from quantkit.runtime.engines.open import open_engine
+    from quantkit.runtime.engines.open import opener
     from quantkit.runtime.sources.gguf import open_gguf
 
     device = chosen_device(device)
     original = open_weights(reference)
-    runtime = partial(open_engine, open_gguf(file, device), 1) if how.runtime_tokens or how.prompts else None
+    runtime = opener(open_gguf(file, device)) if how.runtime_tokens or how.prompts else None
     out = out or finished.place_of_scores(file)
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, runtime=runtime)

@@ -7,7 +7,7 @@ QuantkitErrors. Sizes are bytes, or text like "150GB".
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -27,7 +27,7 @@ from quantkit.models.open import open_weights
 from quantkit.planning import targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
-from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.open import open_engine, opener
 from quantkit.runtime.generate import Engine, Sampling
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving.chat import Conversation
@@ -168,7 +168,7 @@ def verify(
         configuration=True,
     )
     device = machine.chosen_device(how.get("device"))
-    run = partial(open_engine, open_gguf(path, device), 1) if options.runtime_tokens or options.prompts else None
+    run = opener(open_gguf(path, device)) if options.runtime_tokens or options.prompts else None
     with locked(out.parent, shared=True) if out else nullcontext():
         return stages.verify_file(path, open_weights(str(reference)), device, options, out, runtime=run)
 

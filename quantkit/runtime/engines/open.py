@@ -1,5 +1,7 @@
 """The engine for a file on a device."""
 
+from functools import partial
+
 from quantkit.errors import QuantkitError
 from quantkit.progress import say
 from quantkit.runtime.engines.by_layers import ByLayers
@@ -8,7 +10,7 @@ from quantkit.runtime.engines.gpu_memory import GpuLayers
 from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.streams import StreamsEngine
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Engine
+from quantkit.runtime.generate import Engine, Opener
 from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights
 from quantkit.runtime.sources.quantized import Quantized
 from quantkit.runtime.sources.tiled import Tiled, product_dtype
@@ -24,16 +26,11 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     QuantkitError if layers are wanted on a GPU that is not used, or do not fit there, or if it cannot compute contexts
     of that length.
     """
-    # What a family has no graph or no GPU engine for is refused here, and nowhere else.
+    # What a family has no graph or no GPU engine for is refused in this file, and nowhere else.
     capacity = min(capacity, weights.config.n_context)
     indexer = weights.config.indexer
     sparse = indexer is not None and capacity > indexer.top_k
-    compressed = weights.config.compression is not None
-    if compressed and weights.device.type == "cuda":
-        raise QuantkitError(
-            f"{weights.name}: {weights.config.architecture} is computed on the CPU only here: give --device cpu "
-            "(llama.cpp runs the file on a GPU)"
-        )
+    _check_device(weights)
     if indexer is not None and sparse and weights.device.type == "cuda":
         raise QuantkitError(
             f"a context of {capacity:,} tokens needs sparse attention beyond {indexer.top_k:,}, which is computed "
@@ -44,7 +41,7 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     if gpu_layers not in ("auto", 0):
         asked = f"{gpu_layers:.0%}" if isinstance(gpu_layers, float) else gpu_layers
         raise QuantkitError(f"--gpu-layers {asked}: needs a GPU and --device cuda")
-    if compressed:
+    if weights.config.compression is not None:
         say(f"{weights.config.architecture} is computed layer by layer in torch, slower than by llama.cpp")
         return StreamsEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
     if indexer is not None and sparse:
@@ -56,3 +53,17 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     tiled = GGUFSource(weights, Tiled(weights, product_dtype()))
     by_layers = ByLayers(tiled, GGUFSource(weights, Quantized(weights)))
     return GraphEngine(weights, n_slots, capacity, by_layers)
+
+
+def opener(weights: GGUFWeights) -> Opener:
+    """`open_engine` of one sequence, for the end of a long job; what it would refuse at any length is refused now."""
+    _check_device(weights)
+    return partial(open_engine, weights, 1)
+
+
+def _check_device(weights: GGUFWeights) -> None:
+    if weights.config.compression is not None and weights.device.type == "cuda":
+        raise QuantkitError(
+            f"{weights.name}: {weights.config.architecture} is computed on the CPU only here: give --device cpu "
+            "(llama.cpp runs the file on a GPU)"
+        )

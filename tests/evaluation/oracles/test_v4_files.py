@@ -13,7 +13,7 @@ from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf, llama
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.runtime.engines.open import open_engine
+from quantkit.runtime.engines.open import open_engine, opener
 from quantkit.runtime.sources.gguf import GGUFSource, open_gguf, open_source
 from quantkit.runtime.sources.tiled import Tiled
 from quantkit.runtime.stream import final_hidden, head_logits
@@ -84,8 +84,10 @@ def test_file_of_floats(imatrix, tmp_path):
     run = by_engine(path, small.tokens)
     assert kld("what `run` computes with, from our layers", ours[0, T - N :], run) < 1e-6
     assert kld("what `run` computes with, from llama.cpp", theirs[0, T - N :], run) < 1e-4
-    with pytest.raises(QuantkitError, match=r"deepseek4 is computed on the CPU only here: give --device cpu"):
-        open_engine(open_gguf(path, "cuda", n_threads=1), 1, 64)
+    on_gpu = open_gguf(path, "cuda", n_threads=1)
+    for call in (lambda: open_engine(on_gpu, 1, 64), lambda: opener(on_gpu)):
+        with pytest.raises(QuantkitError, match=r"deepseek4 is computed on the CPU only here: give --device cpu"):
+            call()
 
 
 def test_lossless_copies_of_experts(imatrix, tmp_path):
