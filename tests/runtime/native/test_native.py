@@ -1,8 +1,11 @@
 """The compiled products against ggml's, and how they are compiled, kept and shared out."""
 
+import ctypes
+import mmap
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -85,6 +88,37 @@ def test_products_are_ggmls(qtype, built):
             np.testing.assert_array_equal(lib.product(qtype, rows, x[i : i + 1])[:, 0], found[:, i])
         for m in (2, 3, 4):  # which have loops of their own
             np.testing.assert_array_equal(lib.product(qtype, rows, x[:m]), found[:, :m])
+
+
+@pytest.fixture(scope="module")
+def before_a_wall() -> Callable[[np.ndarray], np.ndarray]:
+    """Copies bytes to where memory ends: whoever reads on behind them dies."""
+    size, page = 1 << 20, mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + page)
+    place = np.frombuffer(memory, np.uint8)
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(place.ctypes.data + size), ctypes.c_size_t(page), 0)
+
+    def put(data: np.ndarray) -> np.ndarray:
+        place[size - data.size : size] = data.reshape(-1)
+        return place[size - data.size : size].reshape(data.shape)
+
+    return put
+
+
+@needs_native
+@pytest.mark.parametrize("qtype", TYPES)
+def test_rows_end_where_memory_does(qtype, built, before_a_wall):
+    """At any address, of one superblock and of more than indices are written ahead for."""
+    for n_in in (256, 256 * 65):
+        rows = before_a_wall(random_blocks(qtype, (5,), n_in)[0].numpy())
+        x = np.random.default_rng(1).standard_normal((5, n_in), np.float32)
+        expected = ggml_product(qtype, rows.copy(), x)
+        magnitudes = np.abs(dequantize(qtype, rows.copy(), n_in)) @ np.abs(x).T
+        for name, lib in built.items():
+            if qtype in lib.types:
+                for m in range(1, 6):
+                    found = lib.product(qtype, rows, x[:m])
+                    assert (np.abs(found - expected[:, :m]) <= 1e-6 * magnitudes[:, :m]).all(), (name, n_in, m)
 
 
 def layer(qtypes: tuple[str, str, str], d: int = 512, n_ff: int = 256, n_expert: int = 8, n_used: int = 3):
