@@ -2,9 +2,9 @@
 
     python scripts/bench/instructions.py [--march sapphirerapids] [--define GATHER=1]
 
-Counted in the innermost loops of the compiled library, without what writes indices ahead. With llvm-mca on PATH and
---march also the cycles that it predicts of a core alone, and the least that its busiest unit allows (two hyperthreads
-together).
+Counted in the innermost loops of the library as it is compiled for this machine, or for another one and with what is
+defined, without what writes indices ahead. With llvm-mca on PATH and --march also the cycles that it predicts of a core
+alone, and the least that its busiest unit allows (two hyperthreads together).
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--march", default="native")
     parser.add_argument("--define", action="append", default=[], help="GATHER=1, REGISTERS=1024: see compiler.py")
     args = parser.parse_args()
-    flags = [f"-march={args.march}" if flag == compiler.NATIVE else flag for flag in compiler.FLAGS]
+    flags = list(compiler.flags())
+    if args.march != "native":
+        flags = [f"-march={args.march}" if flag == compiler.NATIVE else flag for flag in compiler.FLAGS]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "experts.so"
         files = ["-o", str(library), str(compiler.SOURCES / compiler.MAIN), *compiler.LIBRARIES]
