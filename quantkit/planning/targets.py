@@ -242,7 +242,7 @@ NO_REPACK = " --no-repack"
 """Tells llama.cpp to multiply weights as they lie in the file."""
 AS_OLLAMA = "LLAMA_ARG_REPACK=0"
 """The same in the environment of ollama, which builds llama-server with all of llama.cpp's variants since June 2026."""
-AMX = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
+AMX_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "F16")
 """Types that llama.cpp lays out anew for AMX where a CPU has it and no GPU does (b11434, ggml-cpu/amx/amx.cpp)."""
 
 
@@ -256,7 +256,7 @@ def aborts_on_amx(types: Iterable[tuple[str, str]]) -> str:
     graph, and ends (docs/results/amx.md). `NO_REPACK` helps, and so does any other type for them.
     """
     heads = sorted(
-        {f"{role} is {qtype}" for name, qtype in types if qtype in AMX and (role := split_name(name)[0]) in HEADS}
+        {f"{role} is {qtype}" for name, qtype in types if qtype in AMX_TYPES and (role := split_name(name)[0]) in HEADS}
     )
     if not heads:
         return ""
