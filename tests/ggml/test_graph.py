@@ -7,18 +7,22 @@ import torch
 from quantkit.ggml.graph import KEPT_ROWS, Experts, Graph, Linear
 from quantkit.ggml.library import library
 from quantkit.ggml.quants import dequantize, quantize
+from quantkit.runtime.swiglu import swiglu
 
 
 def rows(n: int = 12, n_in: int = 512) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((n, n_in)).astype(np.float32)
 
 
-@pytest.mark.parametrize("qtype", ["F32", "BF16", "Q8_0", "Q6_K", "IQ2_XXS", "IQ1_S"])
-def test_products(qtype):
+@pytest.mark.parametrize(
+    "qtype, limit",
+    [*((qtype, None) for qtype in ("F32", "BF16", "Q8_0", "Q6_K", "IQ2_XXS", "IQ1_S")), ("Q8_0", 0.5)],
+)
+def test_products(qtype, limit):
     n_expert, n_ff, d = 6, 256, 512
     gate, up = (quantize(qtype, rows(n_expert * n_ff, d), np.ones(d, np.float32)) for _ in range(2))
     down = quantize(qtype, rows(n_expert * d, n_ff) / 16, np.ones(n_ff, np.float32))
-    experts = Experts([(qtype, w) for w in (gate, up, down)], d, n_ff, n_expert, 2, 2)
+    experts = Experts([(qtype, w) for w in (gate, up, down)], d, n_ff, n_expert, 2, 2, limit)
     g, u, w = (
         torch.from_numpy(dequantize(qtype, data, n)).view(n_expert, -1, n)
         for data, n in ((gate, d), (up, d), (down, n_ff))
@@ -26,8 +30,7 @@ def test_products(qtype):
     for n in (1, 2, 33, 1):
         x, share = torch.randn(n, d) / 16, torch.rand(n, 2)
         expert = torch.stack([torch.randperm(n_expert)[:2] for _ in range(n)])
-        hidden = torch.nn.functional.silu(torch.einsum("nd,nkfd->nkf", x, g[expert]))
-        hidden = hidden * torch.einsum("nd,nkfd->nkf", x, u[expert])
+        hidden = swiglu(torch.einsum("nd,nkfd->nkf", x, g[expert]), torch.einsum("nd,nkfd->nkf", x, u[expert]), limit)
         expected = torch.einsum("nkf,nkdf,nk->nd", hidden, w[expert], share)
         assert (experts(x, expert, share) - expected).norm() < 0.03 * expected.norm()
 
