@@ -127,7 +127,9 @@ def commands(m: Material) -> list[tuple[str, list[str]]]:
         out.append(("KTransformers", [f"quantkit export-kt {file} --output kt", "kt/launch.sh chat"]))
     if target == "ollama":
         name = shlex.quote(f"{m.plan.model}-{m.plan.recipe}".lower() if m.plan else "model")
-        out.append(("ollama", [f"printf 'FROM ./%s\\n' {file} > Modelfile", f"ollama create {name} -f Modelfile"]))
+        serve = [f"{targets.environment(flags)} ollama serve"] if flags else []
+        made = [f"printf 'FROM ./%s\\n' {file} > Modelfile", f"ollama create {name} -f Modelfile"]
+        out.append(("ollama", serve + made))
     return out
 
 
