@@ -20,12 +20,16 @@ def parse_size(text: str, option: str) -> int:
 
 
 def gib(n_bytes: int) -> str:
-    """Bytes for a table: GiB, or MiB if small."""
+    """Bytes for a table: GiB, or MiB or KiB if small."""
+    if n_bytes < 1 << 17:
+        return f"{n_bytes / 1024:.1f} KiB"
     return f"{n_bytes / (1 << 30):.1f} GiB" if n_bytes >= 1 << 27 else f"{n_bytes / (1 << 20):.1f} MiB"
 
 
 def gb(n_bytes: float) -> str:
-    """Bytes for a sentence: GB, or MB if small."""
+    """Bytes for a sentence: GB, or MB or kB if small."""
+    if n_bytes < 1 << 17:
+        return f"{n_bytes / 1e3:.1f} kB"
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1 << 27 else f"{n_bytes / 1e6:.1f} MB"
 
 

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
 
 from quantkit import bundle
+from quantkit.calibration.sources import Domain, parse
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.models.tokenizer import check_ids, tokenize
@@ -28,14 +29,11 @@ from quantkit.progress import say
 from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
-Domain = Literal["prose", "code", "math", "chinese", "dialogue", "text"]
 
 EVALUATION_SHARE = 0.1
 WIDE_TOKENS, WIDE_CHARACTERS = 1 << 19, 16384
 QUERY = re.compile(r"(?<=\S)\?[^\s'\"]*=[^\s'\"]*")  # of an address; signatures stand there
 BOM = "\ufeff"  # a mark of some editors before a text, and not of it
-DATASET = re.compile(r"(?P<place>[^:]+(?::[^:{}\s]*:[^:{}\s]*)?)(?::(?P<column>.+))?", re.DOTALL)
-TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".parquet")
 DIALOGUE = "<｜User｜>{question}<｜Assistant｜><think>\n{thought}\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
 
 ARCHIVE, INSIDE = "dataset_build-0.1.11-py3-none-any.whl", PurePosixPath("dataset_build/data")
@@ -166,51 +164,17 @@ def load(sources: Sequence[str], limit: int = 1 << 26) -> Corpus:
     """
     documents: list[Document] = []
     for given in sources:
-        domain, source, column = _parse(given)
+        source = parse(given)
         first = len(documents)
-        path = Path(source)
-        if path.exists():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES] if path.is_dir() else [path]
-            if not found:
-                raise QuantkitError(f"{path}: no {' '.join(TEXT_SUFFIXES)} file in this folder")
-            for file in found:
-                documents += _read_file(file, column, limit)
-        elif source.count("/") <= 1 and not source.startswith((".", "/")) and path.suffix not in TEXT_SUFFIXES:
-            documents += _from_hub(source, column, limit)
-        else:
-            raise QuantkitError(f"--data {source}: no such file or folder")
-        documents[first:] = [Document(domain, document.text) for document in documents[first:]]
+        for file in source.files():
+            documents += _read_file(file, source.column, limit)
+        if not source.is_here:
+            documents += _from_hub(source.place, source.column, limit)
+        documents[first:] = [Document(source.domain, document.text) for document in documents[first:]]
     if not any(document.text.strip() for document in documents):
         raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
-    names = [source for _, source, _ in map(_parse, sources)]
-    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in names), tuple(documents))
-
-
-def _parse(given: str) -> tuple[Domain, str, str]:
-    """`math=FILE:column` -> domain, place, column or template. A name that exists as it stands has no column in it."""
-    domain, source = _domain(given)
-    ends = [len(source), *(i for i in range(len(source) - 1, 0, -1) if source[i] == ":")]
-    end = next((i for i in ends if _exists(source[:i])), None)
-    if end is not None:
-        place, column = source[:end], source[end + 1 :]
-    else:
-        found = DATASET.fullmatch(source)
-        place, column = (found["place"], found["column"] or "") if found else (source, "")
-    return domain, place, column.replace("\\n", "\n") or "text"
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # a template may be too long for a name
-        return False
-
-
-def _domain(source: str) -> tuple[Domain, str]:
-    """`math=FILE` -> math, FILE. A name that is no domain belongs to the path."""
-    before, equals, after = source.partition("=")
-    known = {name: name for name in get_args(Domain)}
-    return (known[before], after) if equals and after and before in known else ("text", source)
+    places = [source.place for source in map(parse, sources)]
+    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in places), tuple(documents))
 
 
 def _read_file(path: Path, column: str, limit: int) -> list[Document]:

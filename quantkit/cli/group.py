@@ -15,7 +15,7 @@ from quantkit.container import writable_caches
 from quantkit.errors import QuantkitError, out_of_memory, printable
 
 TOGETHER = ("make", "calibrate", "sensitivity", "quantize")  # what ranks do together; all else rank 0 does alone
-RESUMING = ("make", "calibrate", "quantize", "evaluate", "publish")
+RESUMING = ("make", "calibrate", "quantize", "evaluate", "compare", "publish")
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it
 
 
@@ -23,7 +23,7 @@ SECTIONS = {
     "From checkpoint to file": ("make", "status"),
     "The stages of make, each by itself": (
         *("families", "inspect", "hardware", "recipes", "plan", "calibrate", "sensitivity", "quantize"),
-        *("verify", "certify", "evaluate", "report"),
+        *("verify", "certify", "evaluate", "compare", "report"),
     ),
     "With a finished file": ("run", "serve", "export-kt", "publish"),
 }
@@ -124,8 +124,8 @@ def main(ctx: click.Context) -> None:
     """Dynamic low-bit GGUF files of DeepSeek-R1 and its family.
 
     \b
-    quantkit make --recipe 1.58bit                # the bundled tiny-r1, in a minute or two
-    quantkit plan deepseek-r1 --size 150GB        # sizes and types; needs no weights
+    quantkit make --recipe 1.58bit            # the bundled tiny-r1: a minute or two
+    quantkit plan deepseek-r1 --size 150GB    # sizes and types; needs no weights
     quantkit make deepseek-ai/DeepSeek-R1 --recipe 1.58bit -o r1 --dry-run
     quantkit run tiny-r1-1.58bit -p "It was a dark and stormy"
     """

@@ -7,7 +7,7 @@ import click
 
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared, Types
-from quantkit.cli.values import FOLDER, MODEL, OUT, OUT_FOLDER, SIZE
+from quantkit.cli.values import FOLDER, MODEL, OUT, OUT_FOLDER, SIZE, WEIGHTS
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -26,8 +26,18 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
     return MakeOptions(**vars(types), split_max_bytes=split_max_bytes or None, **rest)
 
 
+def _check_make(encoder: str, imatrix: Path | None, recover: bool, verify: bool, baseline: bool) -> None:
+    """QuantkitError for options that exclude each other."""
+    from quantkit.job.asked import check_baseline, check_encoder
+
+    check_encoder(encoder, imatrix)
+    if baseline:
+        check_baseline("ggml" if imatrix else encoder, recover, verify)
+
+
 @click.command()
-@click.argument("model", type=MODEL, default="tiny-r1")
+@options.checked(_check_make)
+@click.argument("model", type=WEIGHTS, default="tiny-r1")
 @click.option(
     "--output", "-o", type=OUT_FOLDER, default=None, help="Folder for the results. Default: MODEL-RECIPE here."
 )
@@ -77,7 +87,14 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
 @click.argument("model", type=MODEL, default="tiny-r1")
 @options.types_and_machine
 @options.mtp
-@click.option("--compare", nargs=2, default=None, metavar="A B", help="Show two plans: recipes or plan.json files.")
+@click.option(
+    "--compare",
+    nargs=2,
+    default=None,
+    metavar="A B",
+    callback=options.check_recipes,
+    help="Show two plans: recipes or plan.json files.",
+)
 @click.option(
     "--output",
     "-o",
@@ -97,14 +114,17 @@ def plan(
 ) -> None:
     """Choose a type for every tensor, by rules or within a budget, and show sizes. Needs no weights: try
     `quantkit plan deepseek-r1 --size 150GB`. MODEL's default is tiny-r1."""
+    from quantkit.job.asked import PICTURES, check_plan_outputs
+
+    target, budget = types.target, types.budget
+    if compare and (outputs or as_json):
+        raise QuantkitError("--compare shows two plans and writes none: leave -o and --json out")
+    check_plan_outputs(outputs)
     from quantkit.formats.lock import locked
     from quantkit.formats.whole_file import make_folders, write_text
     from quantkit.job.plan import basis, load_or_plan, plan_file_bytes, plan_model, predict_plan
     from quantkit.planning import table
 
-    target, budget = types.target, types.budget
-    if compare and (outputs or as_json):
-        raise QuantkitError("--compare shows two plans and writes none: leave -o and --json out")
     if compare:
         a, b = (load_or_plan(model, name, target, budget) for name in compare)
         streams.show(table.compare(a, b, *(predict_plan(model, one, budget.measured) for one in (a, b))))
@@ -116,7 +136,7 @@ def plan(
             return
         make_folders(output.parent)
         with locked(output.parent, shared=True):
-            if output.suffix not in (".png", ".svg"):
+            if output.suffix not in PICTURES:
                 write_text(output, chosen.to_json())
                 continue
             with needs("plots"):
@@ -163,7 +183,7 @@ def _machine(bandwidths: tuple[str, ...], **sizes: Any) -> "Machine":
     "recipes",
     multiple=True,
     metavar="NAME|FILE",
-    callback=options.check_recipes,
+    callback=options.check_closed,
     shell_complete=options.recipe_completion,
     help="Recipe or plan.json; may be repeated. Default: the bundled ones with fixed types.",
 )
@@ -211,6 +231,9 @@ def hardware(
 @click.argument("folder", type=FOLDER)
 def status(folder: Path) -> None:
     """How far the job is that works in FOLDER, or was stopped there: layers, bytes, time left, scores."""
+    from quantkit.job.asked import check_job
+
+    check_job(folder)
     from quantkit.job.status import status
 
     streams.show("\n".join(status(folder)))

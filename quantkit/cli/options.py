@@ -1,6 +1,7 @@
 """Options that several commands share, what their values mean, and how they are handed on: as one noun each."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from quantkit import bundle, machine
-from quantkit.cli.values import FILE, SIZE, TOKENS, FileSize, GpuLayers, OneOf, SizeOrBits
+from quantkit.cli.values import FILE, IMATRIX, SIZE, TOKENS, FileSize, GpuLayers, OneOf, SizeOrBits
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
@@ -51,6 +52,22 @@ class Shared:
         return wrapped
 
 
+def checked(check: Callable[..., None]) -> Decorator:
+    """A decorator above all options of a command: `check` sees those values that it has parameters for before anything
+    is made of them, which may take torch."""
+    wanted = inspect.signature(check).parameters
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def guarded(**values: Any) -> Any:
+            check(**{name: values[name] for name in wanted})
+            return command(**values)
+
+        return guarded
+
+    return decorate
+
+
 def _arguments(option: Decorator | Shared) -> tuple[str, ...]:
     if isinstance(option, Shared):
         return option.arguments
@@ -72,19 +89,36 @@ def _device(_: click.Context, __: click.Parameter, value: str | None) -> str | N
 
 def _recipe(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Refuses, before torch is loaded, a recipe that is not there or has errors."""
-    if value is not None and not value.endswith(".json"):
-        from quantkit.planning import mixtures
-        from quantkit.planning.recipe import Recipe
+    if value is not None:
+        from quantkit.job.asked import check_recipe
 
-        if mixtures.known(value) is None:
-            Recipe.load(os.path.expanduser(value))
+        check_recipe(os.path.expanduser(value))
     return value
 
 
 def check_recipes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """The same of several."""
-    for value in values:
+    for value in values or ():
         _recipe(ctx, param, value)
+    return values
+
+
+def check_closed(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The same of several that get no budget."""
+    from quantkit.job.asked import check_types
+    from quantkit.planning.budget import NO_BUDGET
+
+    for value in check_recipes(ctx, param, values):
+        check_types("", os.path.expanduser(value), NO_BUDGET)
+    return values
+
+
+def _check_data(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses, before torch is loaded, a text that is not there."""
+    from quantkit.calibration.sources import parse
+
+    for value in values:
+        parse(os.path.expanduser(value)).files()
     return values
 
 
@@ -124,12 +158,20 @@ def _budget(
 ) -> "BudgetOptions":
     from quantkit.planning.budget import BudgetOptions
 
+    if measured:
+        from quantkit.formats.sensitivity import Sensitivity
+
+        Sensitivity.load(measured)
     size = size or FileSize()
     return BudgetOptions(size=size.size, bpw=size.bpw, ram=ram, vram=vram, context=context, measured=measured)
 
 
 def _types(recipe: str | None, target: str | None, budget: "BudgetOptions") -> Types:
-    return Types(os.path.expanduser(recipe) if recipe else recipe, target, budget)
+    from quantkit.job.asked import check_types
+
+    recipe = os.path.expanduser(recipe) if recipe else recipe
+    check_types(click.get_current_context().params["model"], recipe, budget)
+    return Types(recipe, target, budget)
 
 
 def _text(data: tuple[str, ...], tokens: int | None) -> "TextChoice":
@@ -153,6 +195,7 @@ def _text_options(n_tokens: int | None, what: str, prefix: str = "", default: st
         click.option(
             f"--{prefix}data",
             multiple=True,
+            callback=_check_data,
             metavar="TEXT",
             help=f"{what.capitalize()} text: file, folder or dataset id, with the column after a colon (FILE:body, "
             '"FILE:{question} {answer}"); may be repeated. Default: the bundled mix.',
@@ -179,7 +222,7 @@ calibration = Shared(
     "calibration",
     _calibration,
 )
-imatrix = click.option("--imatrix", type=FILE, default=None, help="Use this importance instead of calibrating.")
+imatrix = click.option("--imatrix", type=IMATRIX, default=None, help="Use this importance instead of calibrating.")
 
 device = click.option(
     "--device",

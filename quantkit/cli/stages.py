@@ -10,11 +10,24 @@ import click
 
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared
-from quantkit.cli.values import FILE, FOLDER, MODEL, OUT, OUT_FOLDER, TOKENS, OneOf
+from quantkit.cli.values import (
+    FOLDER,
+    IMATRIX,
+    IMATRIX_OR_GRADIENTS,
+    OUT,
+    OUT_FOLDER,
+    PLAN,
+    TOKENS,
+    WEIGHTS,
+    OneOf,
+)
+from quantkit.codecs import types as qtypes
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.calibration.options import Calibration
     from quantkit.job.stages import QuantizeOptions, SensitivityOptions
+    from quantkit.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class Besides:
 
 
 @click.command()
-@click.argument("model", type=MODEL, default="tiny-r1")
+@click.argument("model", type=WEIGHTS, default="tiny-r1")
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
 @options.calibration
 @Shared(
@@ -74,6 +87,7 @@ def calibrate(
     from quantkit.calibration.options import sized
     from quantkit.encoding.saved import Keeper
     from quantkit.formats.lock import locked
+    from quantkit.job.by_moments import tie
     from quantkit.job.forecast import forecast_calibration
     from quantkit.job.stages import source_of
     from quantkit.machine import chosen_device
@@ -91,7 +105,17 @@ def calibrate(
             text = dataclasses.replace(calibration.text, n_tokens=besides.gradient_tokens)
             calibrate_gradients(source, GradientOptions(text, memory=calibration.memory), gradients, restart)
         measure.calibrate(source, calibration, output, restart, partial(Keeper, moments) if moments else None)
+        if moments:
+            tie(moments, output)
     streams.show(str(output))
+
+
+def _check_types(types: str | None, other_types: str | None) -> None:
+    """QuantkitError for a type that is none."""
+    for option, given in (("--types", types), ("--other-types", other_types)):
+        for name in given.split(",") if given else ():
+            if name not in qtypes.QTYPES:
+                raise QuantkitError(f"{option} {name}: unknown; choose {', '.join(qtypes.QTYPES)}")
 
 
 def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any) -> "SensitivityOptions":
@@ -104,12 +128,13 @@ def _sensitivity_options(types: str | None, other_types: str | None, **rest: Any
 
 
 @click.command()
-@click.argument("model", type=MODEL, default="tiny-r1")
+@options.checked(_check_types)
+@click.argument("model", type=WEIGHTS, default="tiny-r1")
 @click.option(
     "--imatrix",
     "--gradients",
     "basis",
-    type=click.Path(exists=True, path_type=Path),
+    type=IMATRIX_OR_GRADIENTS,
     required=True,
     help="An imatrix, to measure types as ggml encodes them; or a folder of `calibrate --gradients`, to estimate them "
     "for quantkit's encoder.",
@@ -171,10 +196,18 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
     return QuantizeOptions(split_max_bytes=split_max_bytes or None, **rest)
 
 
+def _check_moments(encoder: str, moments: Path | None) -> None:
+    """QuantkitError for an encoder without what it needs."""
+    from quantkit.job.asked import check_moments
+
+    check_moments(encoder, moments)
+
+
 @click.command()
-@click.argument("model", type=MODEL)
-@click.option("--plan", "plan_file", type=FILE, required=True, help="plan.json of `quantkit plan`.")
-@click.option("--imatrix", type=FILE, required=True)
+@options.checked(_check_moments)
+@click.argument("model", type=WEIGHTS)
+@click.option("--plan", "chosen", type=PLAN, required=True, help="plan.json of `quantkit plan`.")
+@click.option("--imatrix", type=IMATRIX, required=True)
 @click.option("--output", "-o", type=OUT, required=True)
 @Shared(
     (
@@ -201,17 +234,14 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
     _quantize_options,
 )
 @options.threads
-def quantize(model: str, plan_file: Path, imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
+def quantize(model: str, chosen: "Plan", imatrix: Path, output: Path, how: "QuantizeOptions") -> None:
     """Encode every tensor as planned and write the GGUF file(s): with ggml, or by --moments with quantkit's encoder, as
     `make`. Resumes where an earlier run stopped."""
-    from quantkit.formats.byte_source import read_whole
     from quantkit.job.by_moments import check_quantize, quantize_file
     from quantkit.job.forecast import forecast_quantize
     from quantkit.models.open import open_weights
-    from quantkit.planning.plan import Plan
     from quantkit.progress import say
 
-    chosen = Plan.from_json(read_whole(plan_file, "plan"), str(plan_file))
     checkpoint = open_weights(model)
     for line in forecast_quantize(check_quantize(checkpoint, chosen, imatrix, how), chosen, output, how):
         say(line)

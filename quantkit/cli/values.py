@@ -11,6 +11,7 @@ from click.shell_completion import CompletionItem
 
 from quantkit import bundle, sizes
 from quantkit.errors import QuantkitError
+from quantkit.formats import model_names
 from quantkit.formats.gguf_folder import model_in
 
 
@@ -28,12 +29,44 @@ class ModelFile(Place):
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """QuantkitError for a folder of none or of several."""
+        """QuantkitError for a folder of none or of several, and for a file that is no GGUF."""
         path = Path(super().convert(value, param, ctx))
-        return model_in(path) if path.is_dir() else path
+        found = model_in(path) if path.is_dir() else path
+        model_names.check_gguf(found)
+        return found
+
+
+class ImatrixFile(Place):
+    """An imatrix. folders: a folder of gradients may stand in its place."""
+
+    def __init__(self, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """QuantkitError for a file that is no GGUF, and for a folder without gradients."""
+        path = Path(super().convert(value, param, ctx))
+        if path.is_file():
+            model_names.check_imatrix(path)
+        elif not any(path.glob("gradients-*.safetensors")):
+            raise QuantkitError(f"{path} holds no gradients (gradients-000.safetensors and so on)")
+        return path
+
+
+class PlanFile(Place):
+    """A plan.json, read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Plan. QuantkitError for a file that is none."""
+        from quantkit.formats.byte_source import read_whole
+        from quantkit.planning.plan import Plan
+
+        path = Path(super().convert(value, param, ctx))
+        return Plan.from_json(read_whole(path, "plan"), str(path))
 
 
 MODEL_FILE = ModelFile(exists=True, path_type=Path)
+IMATRIX, IMATRIX_OR_GRADIENTS = ImatrixFile(), ImatrixFile(folders=True)
+PLAN = PlanFile(exists=True, dir_okay=False, path_type=Path)
 FILE = Place(exists=True, dir_okay=False, path_type=Path)
 FOLDER = Place(exists=True, file_okay=False, path_type=Path)
 OUT = Place(dir_okay=False, path_type=Path)
@@ -42,15 +75,20 @@ LONGEST_CONTEXT = 10**8
 
 
 class ModelName(click.ParamType):
-    """A folder, a file, a bundled name, or what may be a model on a Hub; whether it is one, `open_model` finds."""
+    """A folder, a file, a bundled name, or what may be a model on a Hub; whether it is one, `open_model` finds.
+    weights: a description without them will not do."""
 
     name = "model"
 
+    def __init__(self, weights: bool = False) -> None:
+        self.weights = weights
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """QuantkitError, before anything heavy is loaded, for what is none of these."""
+        """QuantkitError for what is none of these."""
         name = os.path.expanduser(str(value))
-        if "/" not in name and name not in bundle.model_names() and not os.path.exists(name):
-            raise QuantkitError(bundle.no_model(name))
+        model_names.check_model(name)
+        if self.weights and (folder := model_names.folder_of(name)) and model_names.is_description(folder):
+            raise QuantkitError(model_names.no_weights(value))
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -160,5 +198,5 @@ def name_of(param: click.Parameter | None) -> str:
     return max(param.opts, key=len) if param else ""
 
 
-SIZE, TOKENS, MODEL = Size(), Tokens(), ModelName()
+SIZE, TOKENS, MODEL, WEIGHTS = Size(), Tokens(), ModelName(), ModelName(weights=True)
 SEED = click.IntRange(-(2**63), 2**63 - 1)  # what torch's generators take

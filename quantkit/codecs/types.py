@@ -8,6 +8,7 @@ from functools import cache
 
 import gguf
 
+from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
 
 
@@ -19,6 +20,7 @@ class QType:
     error: relative root mean square error of ggml's encoder (unit importance) on 64 rows of 2048 normal weights.
     damage: of a model in it, as a multiple of Q4_K's (scripts/research/fit_prior.py); 0: nothing can be seen.
     gamma: factor on the scales of routed experts that undoes how least squares shrinks what it rounds coarsely.
+    row_meta: bytes of a row beside its blocks, which only types of others have.
     """
 
     name: str
@@ -28,6 +30,7 @@ class QType:
     error: float = 0.0
     damage: float = 0.0
     gamma: float = 1.0
+    row_meta: int = 0
 
     @property
     def bpw(self) -> float:
@@ -42,7 +45,7 @@ class QType:
         """Bytes of a row of n_in weights; QuantkitError if it does not divide into blocks."""
         if not self.fits(n_in):
             raise QuantkitError(f"a row of {n_in} weights does not divide into {self.name} blocks of {self.block_size}")
-        return n_in // self.block_size * self.type_size
+        return self.row_meta + n_in // self.block_size * self.type_size
 
 
 def _qtype(name: str, importance: bool = False, error: float = 0.0, damage: float = 0.0, gamma: float = 1.0) -> QType:
@@ -93,10 +96,14 @@ def get(name: str) -> QType:
 
 @cache
 def stored(name: str) -> QType:
-    """Any type that a GGUF file may hold, those that quantkit only reads included; QuantkitError for other names."""
-    if name not in gguf.GGMLQuantizationType.__members__:
+    """Any type that a GGUF file may hold, those that quantkit only reads or only counts included; QuantkitError for
+    other names."""
+    if name in gguf.GGMLQuantizationType.__members__:
+        return QTYPES.get(name) or _qtype(name)
+    if name not in FOREIGN:
         raise QuantkitError(f"unknown ggml type {name}")
-    return QTYPES.get(name) or _qtype(name)
+    found = FOREIGN[name]
+    return QType(name, found.block_size, found.type_size, row_meta=found.row_meta)
 
 
 def needs_importance(name: str) -> bool:

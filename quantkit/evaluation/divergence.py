@@ -187,19 +187,16 @@ class Divergence:
         return out | {"ci95": self._intervals(per_chunk)}
 
     def _intervals(self, per_chunk: int) -> dict[str, list[float] | None]:
-        def interval(values: torch.Tensor, shape: Callable[[float], float]) -> list[float] | None:
-            means = values.double().view(-1, per_chunk).mean(1)
-            if len(means) < 2:
-                return None
-            half = student.quantile(len(means) - 1, 0.975) * float(means.std()) / math.sqrt(len(means))
-            return [shape(float(means.mean()) - half), shape(float(means.mean()) + half)]
+        def shaped(values: torch.Tensor, shape: Callable[[float], float]) -> list[float] | None:
+            found = interval(values, per_chunk)
+            return found and [shape(end) for end in found]
 
         return {
-            "ppl": interval(self.nll, math.exp),
-            "ppl_ratio": interval(self.nll - self.nll_reference, math.exp),
-            "kld_mean": interval(self.kld, lambda x: max(0.0, x)),
-            "rms_dp": interval(self.delta_p.square(), lambda x: 100 * math.sqrt(max(0.0, x))),
-            "top1_agreement": interval(self.same_top, lambda x: 100 * min(1.0, max(0.0, x))),
+            "ppl": shaped(self.nll, math.exp),
+            "ppl_ratio": shaped(self.nll - self.nll_reference, math.exp),
+            "kld_mean": shaped(self.kld, lambda x: max(0.0, x)),
+            "rms_dp": shaped(self.delta_p.square(), lambda x: 100 * math.sqrt(max(0.0, x))),
+            "top1_agreement": shaped(self.same_top, lambda x: 100 * min(1.0, max(0.0, x))),
         }
 
     def histogram(self) -> dict[str, list[Any]]:
@@ -208,6 +205,28 @@ class Divergence:
         edges = np.arange(first, last + step / 2, step)
         logs = np.clip(np.log10(np.maximum(self.kld.numpy(), 1e-30)), first, last)
         return {"edges": [round(float(edge), 6) for edge in edges], "counts": np.histogram(logs, edges)[0].tolist()}
+
+
+def interval(values: torch.Tensor, per_chunk: int) -> list[float] | None:
+    """The 95 % interval of the mean of values [n] of scored tokens, by the means of their chunks (Student's t); None of
+    a single chunk."""
+    means = values.double().view(-1, per_chunk).mean(1)
+    if len(means) < 2:
+        return None
+    half = student.quantile(len(means) - 1, 0.975) * float(means.std()) / math.sqrt(len(means))
+    return [float(means.mean()) - half, float(means.mean()) + half]
+
+
+def difference(a: Divergence, b: Divergence, per_chunk: int) -> dict[str, dict[str, Any]]:
+    """What b has more than a, of two models on the same tokens: `by`, and `ci95` over chunks, paired, which is narrower
+    than that of either. kld: nats a token; top1: points of a hundred; nll: nats a token, the logarithm of the ratio of
+    perplexities."""
+    pairs = {
+        "kld": b.kld - a.kld,
+        "top1": 100 * (b.same_top.double() - a.same_top.double()),
+        "nll": b.nll - a.nll,
+    }
+    return {key: {"by": float(v.double().mean()), "ci95": interval(v, per_chunk)} for key, v in pairs.items()}
 
 
 def _std(values: torch.Tensor) -> float:

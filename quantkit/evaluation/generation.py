@@ -172,7 +172,8 @@ def summary(found: Sequence[Continuation]) -> str:
     originals = [c.loop_original for c in found if c.loop_original is not None]
     theirs = f" (the original: {sum(map(bool, originals))})" if originals else ""
     return (
-        f"{len(found)} prompts: greedy text is the original's for {matched:g} tokens (median), {agreed:.1f} % of "
+        f"{len(found)} prompt{'s' if len(found) > 1 else ''}: greedy text is the original's for {matched:g} tokens "
+        f"(median), {agreed:.1f} % of "
         f"its tokens are the original's choice; {sum(map(bool, (c.loop for c in found)))} long texts end in a "
         f"loop{theirs}"
     )

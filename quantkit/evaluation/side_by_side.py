@@ -16,6 +16,13 @@ OUTLIER, OUTLIER_LEAST = 2.5, 0.05  # a layer stands out: so many times the medi
 MOST_OWN = 0.95  # an update that is as wrong as none at all
 
 
+class NotFinite(QuantkitError):
+    """A file whose numbers are none."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"{name}: {where} computes numbers that are not finite; `quantkit certify` names the tensor")
+
+
 @dataclass(frozen=True)
 class LayerError:
     """How far one layer is from the original's.
@@ -46,8 +53,8 @@ class SideBySide:
         self.errors: list[LayerError] = []
 
     def run(self, advance: Callable[[float], object]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [n_chunk, t, d] of the reference and of the source. QuantkitError naming a layer that computes
-        numbers that are not finite. advance: told thousands of tokens, of both, a layer."""
+        """Hidden states [n_chunk, t, d] of the reference and of the source. NotFinite naming a layer that computes
+        numbers that are none. advance: told thousands of tokens, of both, a layer."""
         n, k = len(self.tokens), self.n_probe
         theirs = embedded(self.reference, self.tokens).to(self.reference.device, self.dtype)
         ours = embedded(self.source, self.tokens).to(self.source.device, self.dtype)
@@ -63,10 +70,7 @@ class SideBySide:
             error = relative_error(theirs, ours[:n])
             own = relative_error(theirs[:k] - before, ours[n:].to(before.device) - before)
             if not (math.isfinite(error) and math.isfinite(own)):
-                raise QuantkitError(
-                    f"{self.source.name}: layer {step.layer} computes numbers that are not finite; "
-                    "`quantkit certify` names the tensor"
-                )
+                raise NotFinite(self.source.name, f"layer {step.layer}")
             self.errors.append(LayerError(step.layer, error, own))
             ours[n:] = theirs[:k]
             before.copy_(theirs[:k])

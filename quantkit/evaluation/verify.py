@@ -11,12 +11,12 @@ import torch
 from quantkit.calibration.corpus import Chunks
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import Divergence, HeadLogits, Score, diverge, first_scored, scored, scored_targets
-from quantkit.evaluation.side_by_side import LayerError, SideBySide, bad_layers, room_of
+from quantkit.evaluation.side_by_side import LayerError, NotFinite, SideBySide, bad_layers, room_of
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import mla_of
 from quantkit.planning import targets
-from quantkit.progress import track
+from quantkit.progress import Advance, say_once, track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
@@ -40,8 +40,14 @@ def sizes(file: GGUFFile) -> dict[str, Any]:
 
 
 def check_same_model(source: Source, reference: Source) -> None:
-    """Both must be the same architecture in every number that decides what a layer computes."""
+    """Both must be the same architecture in every number that decides what a layer computes.
+
+    But for groups of experts, of which a line says that they are not there (`ungrouped`).
+    """
     ours, theirs = vars(source.config), vars(reference.config)
+    if why := ungrouped(source, reference):
+        say_once(f"warning: {source.name}: {why}")
+        theirs = theirs | {"n_group": 1, "n_group_used": 1}
     for key in (
         "has_bias",
         "tied",
@@ -54,6 +60,18 @@ def check_same_model(source: Source, reference: Source) -> None:
     for key, value in theirs.items():
         if not _alike(ours[key], value) and key != "yarn":
             raise QuantkitError(f"{source.name}: {key} is {ours[key]}, but {reference.name} has {value}")
+
+
+def ungrouped(source: Source, reference: Source) -> str | None:
+    """What is to be said of a file without groups of experts whose original has them: older converters did not write
+    them, and llama.cpp chooses from all experts then; so does what computes the file here. None of any other."""
+    ours, theirs = source.config, reference.config
+    if (ours.n_group, ours.n_group_used) != (1, 1) or theirs.n_group == 1:
+        return None
+    return (
+        f"does not say that experts are chosen from {theirs.n_group_used} of {theirs.n_group} groups, like files of "
+        "older converters: computed as llama.cpp does, from all of them"
+    )
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
@@ -70,11 +88,12 @@ class Verification:
 
     figures: what verify.json holds: sizes, the figures of Divergence.summary with 95 % intervals, the same by domain,
     errors by layer, and what was compared. heads: logits of the original and of the file at the scored tokens, for a
-    comparison with other ways of computing them (`runtime_mode`).
+    comparison with other ways of computing them (`runtime_mode`). found: token by token, for one with other files.
     """
 
     figures: dict[str, Any]
     heads: tuple[HeadLogits, HeadLogits]
+    found: Divergence
 
 
 def verify(
@@ -100,9 +119,7 @@ def verify(
     started, t = time.perf_counter(), chunks.tokens.shape[1]
     theirs, ours, layers = _scored_states(source, reference, chunks, score, ram, known)
     heads = HeadLogits(reference, theirs), HeadLogits(source, ours)
-    n_vocab, per_chunk = reference.config.n_vocab, t - 1 - first_scored(t, score)
-    with track("head", n_vocab / 1e3, "ktokens of vocabulary") as advance:
-        found = diverge(*heads, scored_targets(chunks.targets, score), n_vocab, lambda k: advance(k / 1e3))
+    found = _met(*heads, chunks, score)
     about = {
         "file": source.name,
         "reference": reference.name,
@@ -111,13 +128,48 @@ def verify(
         "score": score,
     }
     more = {
-        "domains": by_domain(found, chunks.domains, per_chunk),
         "layers": [asdict(layer) for layer in layers],
         "bad_layers": bad_layers(layers),
-        "kld_histogram": found.histogram(),
         "seconds": time.perf_counter() - started,
     }
-    return Verification(about | sizes(source.file) | found.summary(per_chunk) | more, heads)
+    return Verification(about | sizes(source.file) | scores(found, chunks, score) | more, heads, found)
+
+
+def scores(found: Divergence, chunks: Chunks, score: Score = "half") -> dict[str, Any]:
+    """The figures of `Divergence.summary` with intervals over chunks, the same by domain, and the histogram."""
+    per_chunk = scored_of_chunk(chunks, score)
+    domains = by_domain(found, chunks.domains, per_chunk)
+    return found.summary(per_chunk) | {"domains": domains, "kld_histogram": found.histogram()}
+
+
+def scored_of_chunk(chunks: Chunks, score: Score = "half") -> int:
+    """Tokens of a chunk that are scored."""
+    t = chunks.tokens.shape[1]
+    return t - 1 - first_scored(t, score)
+
+
+def likelihood(source: Source, chunks: Chunks, score: Score = "half", ram: int | None = None) -> Divergence:
+    """A model by itself: negative log-likelihoods of the scored tokens of every chunk; its divergence is none."""
+    n_tokens = chunks.tokens.numel()
+    dtype = checked_dtype(source, n_tokens, ram)
+    with track("likelihood", source.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
+        head = HeadLogits(source, _alone(source, chunks, score, dtype, advance))
+    return _met(head, head, chunks, score)
+
+
+def _alone(source: Source, chunks: Chunks, score: Score, dtype: torch.dtype, advance: Advance) -> torch.Tensor:
+    """`scored` states of a model that goes through the layers by itself. NotFinite if they are no numbers."""
+    n_tokens = chunks.tokens.numel()
+    states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
+    if not bool(states.isfinite().all()):
+        raise NotFinite(source.name, "a layer")
+    return scored(states, score)
+
+
+def _met(reference: HeadLogits, model: HeadLogits, chunks: Chunks, score: Score) -> Divergence:
+    n_vocab = model.source.config.n_vocab
+    with track("head", n_vocab / 1e3, "ktokens of vocabulary") as advance:
+        return diverge(reference, model, scored_targets(chunks.targets, score), n_vocab, lambda k: advance(k / 1e3))
 
 
 def _scored_states(
@@ -128,8 +180,7 @@ def _scored_states(
     dtype = checked_dtype(reference, n_tokens, ram)
     with track("verify", n_streams * reference.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
         if known is not None:
-            states = final_hidden(source, chunks.tokens, lambda _: advance(n_tokens / 1e3), room_of(source, dtype))
-            return known, scored(states, score), []
+            return known, _alone(source, chunks, score, dtype, advance), []
         both = SideBySide(reference, source, chunks.tokens, dtype)
         theirs, ours = both.run(advance)
         return scored(theirs, score), scored(ours, score), both.errors
@@ -158,6 +209,7 @@ def checked_dtype(reference: Source, n_tokens: int, ram: int | None) -> torch.dt
 
 def check_target(file: GGUFFile, target: str) -> None:
     """Refuse types and layouts that the target cannot compute."""
-    targets.check_mla(mla_of(file.tensors), target)
+    targets.check_mla(mla_of(file.as_stored), target)
+    targets.check_forms(target, file.as_stored)
     for tensor in file.tensors.values():
         targets.check(target, tensor.name, tensor.shape, tensor.qtype)

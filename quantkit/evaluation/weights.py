@@ -150,7 +150,7 @@ class WeightCheck:
     def decoded(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, n_in] of the file."""
         tensor = self.file.tensors[spec.name]
-        data = self.file.data(spec.name).reshape(-1, tensor.row_bytes)[start:stop]
+        data = self.file.rows(spec.name, start, stop)
         if tensor.qtype == spec.fixed == qtypes.TABLE.name:
             return torch.from_numpy(np.ascontiguousarray(data).view(np.int32).astype(np.float32)).to(self.device)
         return torch.from_numpy(dequantize(tensor.qtype, data, spec.n_in)).to(self.device)
@@ -167,8 +167,7 @@ class WeightCheck:
         ours = self.decoded(spec, start, stop)
         out = _Sums(n_bad=int((~torch.isfinite(ours)).sum()), square=_square(ours))
         if self.checkpoint is None:
-            raw = self.file.data(spec.name).reshape(-1, self.file.tensors[spec.name].row_bytes)[start:stop]
-            out.identity = hash(raw.tobytes())
+            out.identity = hash(self.file.rows(spec.name, start, stop).tobytes())
             return out
         theirs = self.original(spec, start, stop)
         difference = ours - theirs

@@ -9,12 +9,12 @@ from typing import NoReturn, Self
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text_file
+from quantkit.formats.model_names import TENSORS
 from quantkit.formats.safetensors_header import check_shape, load_object
 from quantkit.formats.tensor_entry import ITEM_SIZE, TensorEntry
 from quantkit.formats.tensor_table import CONFIG, TensorTable
 from quantkit.progress import say_once
 
-TENSORS = "tensors.json"
 MAX_TENSORS = 1_000_000  # ten times R1; a pattern must not fill the memory
 BRACES = re.compile(r"\{([^{}]*)\}")
 

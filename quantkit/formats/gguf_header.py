@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from quantkit.codecs.foreign import BY_NUMBER
 from quantkit.codecs.types import stored
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_spec import ALIGNMENT, pad
@@ -24,6 +25,7 @@ MAX_KEYS = 1 << 16
 MAX_ARRAY = 1 << 24  # elements; a vocabulary is 1 << 17
 MAX_STRING = 1 << 26  # bytes
 MAX_WEIGHTS = 1 << 62
+KNOWN = frozenset(map(int, GGMLQuantizationType))
 
 SCALAR_DTYPE = {
     GGUFValueType.UINT8: "<u1",
@@ -45,7 +47,8 @@ class GGUFTensor:
     """One tensor of a GGUF file.
 
     shape: slowest dimension first (numpy's order; ggml's `ne` reversed). qtype: ggml's name, `IQ1_S`.
-    offset: first byte, from the start of `file`. n_bytes: without padding.
+    offset: first byte, from the start of `file`. n_bytes: without padding. stride: bytes from one of its matrices to
+    the next, if others lie between them (`models.other_layouts`); None: they follow each other.
     """
 
     name: str
@@ -54,6 +57,7 @@ class GGUFTensor:
     offset: int
     n_bytes: int
     file: Path
+    stride: int | None = None
 
     @property
     def role(self) -> str:
@@ -204,14 +208,13 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     number, offset = cursor.number("<I"), cursor.number("<Q")
     if 0 in ne or max(ne) > MAX_WEIGHTS or prod(ne) > MAX_WEIGHTS:
         raise cursor.error(f"tensor {name!r} has impossible dimensions {ne}")
-    try:
-        qtype = GGMLQuantizationType(number)
-    except ValueError:
-        raise cursor.error(f"tensor {name!r} has unknown type {number}") from None
-    sizes = stored(qtype.name)
+    qtype = BY_NUMBER.get(number) if number not in KNOWN else GGMLQuantizationType(number).name
+    if qtype is None:
+        raise cursor.error(f"tensor {name!r} has unknown type {number}")
+    sizes = stored(qtype)
     if not sizes.fits(ne[0]):
-        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype.name} blocks of {sizes.block_size}")
-    return name, tuple(reversed(ne)), qtype.name, offset
+        raise cursor.error(f"tensor {name!r}: rows of {ne[0]} are not whole {qtype} blocks of {sizes.block_size}")
+    return name, tuple(reversed(ne)), qtype, offset
 
 
 def _place(

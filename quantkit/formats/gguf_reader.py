@@ -19,7 +19,7 @@ class GGUFFile:
     """A GGUF model, read-only, its splits merged.
 
     path: as it was opened. files: all files, in split order. metadata: of the first file. tensors: name -> GGUFTensor,
-    in file order.
+    in file order; of a file of others as ours would have them, and as_stored as they are (`seen`).
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class GGUFFile:
         maps: Mapping[Path, mmap.mmap],
     ) -> None:
         self.path, self.files, self.metadata, self.tensors, self._maps = path, files, metadata, tensors, maps
+        self.as_stored: Mapping[str, GGUFTensor] = tensors
+        self._times = {file: os.stat(file).st_mtime_ns for file in files}
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -50,11 +52,29 @@ class GGUFFile:
         tensors = _merge(files, headers)
         return cls(path, files, headers[files[0]].metadata, tensors, maps)
 
+    def seen(self, tensors: Mapping[str, GGUFTensor]) -> Self:
+        """The same file, whose bytes are seen as these tensors."""
+        found = type(self)(self.path, self.files, self.metadata, dict(tensors), self._maps)
+        found.as_stored = self.as_stored
+        return found
+
     def data(self, name: str) -> np.ndarray:
-        """uint8 [*shape[:-1], row_bytes]: a view of the mapped file, never a copy."""
+        """uint8 [*shape[:-1], row_bytes]: a view of the mapped file, never a copy; contiguous but for a `stride`."""
         tensor = self._tensor(name)
+        if tensor.stride is not None:
+            strides, shape = (tensor.stride, tensor.row_bytes, 1), (*tensor.shape[:-1], tensor.row_bytes)
+            return np.ndarray(shape, np.uint8, self._maps[tensor.file], tensor.offset, strides)
         flat = np.frombuffer(self._maps[tensor.file], np.uint8, tensor.n_bytes, tensor.offset)
         return flat.reshape(*tensor.shape[:-1], tensor.row_bytes)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """uint8 [stop - start, row_bytes], a view: rows of a tensor, those of all its matrices counted on. They must
+        lie within one matrix where the tensor has a `stride`."""
+        data = self.data(name)
+        if data.flags.c_contiguous:
+            return data.reshape(-1, data.shape[-1])[start:stop]
+        matrix, first = divmod(start, data.shape[1])
+        return data[matrix, first : first + stop - start]
 
     def matrix(self, name: str, index: int) -> np.ndarray:
         """uint8 [n_out, row_bytes]: one matrix (expert or head) of a 3-D tensor."""
@@ -68,7 +88,8 @@ class GGUFFile:
         does with what it has cached nearby, unless they are advised differently."""
         tensor = self._tensor(name)
         begin = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.offset + tensor.n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.n_bytes if tensor.stride is None else tensor.shape[0] * tensor.stride
+        end = min(len(self._maps[tensor.file]), tensor.offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             self._maps[tensor.file].madvise(mmap.MADV_RANDOM, begin, end - begin)
 
@@ -78,6 +99,12 @@ class GGUFFile:
         for path, mapped in self._maps.items():
             if mapped.size() < len(mapped):
                 raise QuantkitError(f"{path}: was cut short while it was in use; put it back and start again")
+
+    def check_unchanged(self, name: str) -> None:
+        """QuantkitError if the file of this tensor was written to since it was opened. Takes microseconds."""
+        path = self._tensor(name).file
+        if os.stat(path).st_mtime_ns != self._times[path]:
+            raise QuantkitError(f"{path}: was changed since it was opened; let it be, and start again")
 
     def let_go(self) -> None:
         """Give back the mapped pages that were read so far; they are mapped again if they are read again."""
@@ -89,7 +116,7 @@ class GGUFFile:
         unless it shall keep them, the system holds the pages it was read from. May be called from several threads."""
         tensor = self._tensor(name)
         size = tensor.n_bytes // tensor.shape[0]
-        offset, rest = tensor.offset + index * size, out.reshape(-1).data
+        offset, rest = tensor.offset + index * (tensor.stride or size), out.reshape(-1).data
         fd = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while rest:
@@ -117,15 +144,6 @@ class GGUFFile:
             return self.tensors[name]
         except KeyError:
             raise QuantkitError(f"{self.path}: no tensor {name!r}") from None
-
-
-def is_gguf(path: Path | str) -> bool:
-    """Whether it is a file that begins as GGUF does, whatever its name."""
-    try:
-        with os.fdopen(open_regular(Path(path)), "rb") as file:
-            return file.read(4) == b"GGUF"
-    except (QuantkitError, OSError):
-        return False
 
 
 def model_file_name(path: Path) -> str:

@@ -6,7 +6,6 @@ have one count for all heads, to [1, n_heads * n_in]: `fit` gives it its shape b
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.byte_source import open_regular
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_layout import layout
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import U32, Value
+from quantkit.formats.model_names import check_imatrix
 from quantkit.formats.part_file import FileLayout, make_folder
 from quantkit.formats.whole_file import replacing
 from quantkit.tensors import Imatrix, Importance
@@ -77,7 +76,7 @@ def load_imatrix(path: Path | str) -> tuple[dict[str, Importance], ImatrixInfo]:
     legacy format, missing keys, sums without counts, negative or non-finite values.
     """
     path = Path(path)
-    _refuse_legacy(path)
+    check_imatrix(path)
     file = GGUFFile.open(path)
     if file.metadata.get("general.type") != "imatrix":
         raise QuantkitError(f"{path}: a GGUF file, but not an imatrix")
@@ -141,16 +140,6 @@ def _write(file: FileLayout, arrays: Mapping[str, np.ndarray]) -> None:
             out.truncate(file.size)
     except OSError as error:
         raise QuantkitError(f"{file.path}: cannot write ({error.strerror})") from None
-
-
-def _refuse_legacy(path: Path) -> None:
-    with os.fdopen(open_regular(path), "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise QuantkitError(
-            f"{path}: not a GGUF imatrix; one of the old .dat format can be converted: "
-            "llama-imatrix --in-file OLD.dat -o NEW.gguf"
-        )
 
 
 def _entry(file: GGUFFile, name: str) -> Importance:

@@ -26,7 +26,7 @@ from quantkit.formats.byte_source import checksum, open_regular
 from quantkit.formats.safetensors_header import encode_header
 from quantkit.formats.whole_file import rename
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 WRITE_BYTES = 64 << 20
 NONE = "0" * 8
 MARK = b'{"__metadata__": {"crc32": "'

@@ -83,11 +83,16 @@ class Graph:
     def weights(
         self, qtype: str, data: np.ndarray, n_in: int, n_out: int, n_matrices: int = 1, repack: bool = False
     ) -> TensorP:
-        """A quantized matrix (or a stack of them) over existing bytes, usually a memory map of the file. repack:
-        if ggml has faster products for this type with rows interleaved, then over a copy of that form."""
+        """A quantized matrix (or a stack of them, between which other bytes may lie) over existing bytes, usually a
+        memory map of the file. repack: if ggml has faster products for this type with rows interleaved, then over a
+        copy of that form."""
         tensor = self.lib.ggml_new_tensor_3d(self.context, type_id(qtype), n_in, n_out, n_matrices)
-        if data.nbytes != self.lib.ggml_nbytes(tensor) or not data.flags.c_contiguous:
+        apart = n_matrices > 1 and data.ndim == 3 and not data.flags.c_contiguous
+        whole = data[0].flags.c_contiguous if apart else data.flags.c_contiguous
+        if data.nbytes != self.lib.ggml_nbytes(tensor) or not whole:
             raise ValueError(f"{data.nbytes} bytes for {n_matrices}x{n_out}x{n_in} {qtype}")
+        if apart:
+            tensor.contents.nb[2], tensor.contents.nb[3] = data.strides[0], n_matrices * data.strides[0]
         if not (repack and self._repacked(tensor, data)):
             tensor.contents.data = data.ctypes.data
             self.keep.append(data)

@@ -17,22 +17,27 @@ from quantkit.encoding.moments import Moments
 from quantkit.encoding.saved import ROWS, experts_path, floats, moments_path, of_tokens
 from quantkit.errors import QuantkitError
 from quantkit.formats import sealed
+from quantkit.formats.byte_source import read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_writer import GGUFWriter
-from quantkit.formats.imatrix import load_imatrix
+from quantkit.formats.imatrix import imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
+from quantkit.formats.safetensors_header import load_object
+from quantkit.formats.whole_file import write_json
 from quantkit.job.stages import QuantizeOptions, output_of, quantize_model, source_of
 from quantkit.machine import chosen_device
 from quantkit.models import family
 from quantkit.models.open import see_like
 from quantkit.planning.plan import Plan
-from quantkit.progress import say, track
+from quantkit.progress import say, say_once, track
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import inner
 from quantkit.runtime.products import fast_products, rounded_up
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.watch import ExpertVisit, Projections
 from quantkit.tensors import Imatrix
+
+NOTE = "moments.json"  # beside the moments: what was measured with them
 
 
 def check_moments(folder: Path, source: CheckpointSource) -> str:
@@ -62,10 +67,27 @@ def check_quantize(checkpoint: Checkpoint, plan: Plan, imatrix: Path, how: Quant
     see_like(checkpoint, plan.by_name)
     source = source_of(checkpoint, chosen_device(how.device) if how.by_moments else "cpu")
     plan.check_model(family.specs(source.config, plan.mla))
-    fit_importance(plan, load_imatrix(imatrix)[0])
+    loaded = load_imatrix(imatrix)[0]
+    fit_importance(plan, loaded)
     if how.by_moments:
         check_moments(how.by_moments, source)
+        if why := _untied(how.by_moments, imatrix_digest(loaded)):
+            say_once(f"warning: {imatrix}: {why}; what ggml encodes, and what the file says of its text, goes by it")
     return source
+
+
+def tie(moments: Path, imatrix: Path) -> None:
+    """Note which importance was measured in the pass that left the moments."""
+    write_json(moments / NOTE, {"imatrix_sha256": imatrix_digest(load_imatrix(imatrix)[0])})
+
+
+def _untied(moments: Path, digest: str) -> str | None:
+    """Why an imatrix may be of another text than the moments; None if one pass measured both."""
+    try:
+        noted = load_object(read_text(moments / NOTE, "record").encode(), str(moments / NOTE))
+    except QuantkitError:
+        return f"{moments} does not say which imatrix was measured with it"
+    return None if noted.get("imatrix_sha256") == digest else f"not the one that was measured with {moments}"
 
 
 def quantize_file(checkpoint: Checkpoint, plan: Plan, imatrix: Path, out: Path, how: QuantizeOptions) -> list[Path]:

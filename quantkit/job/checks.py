@@ -44,14 +44,6 @@ def check_disjoint(calibration: TextChoice, evaluation: TextChoice) -> None:
         )
 
 
-def check_baseline(encoder: str, recover: bool, verify: bool) -> None:
-    """Refuse --baseline where there is nothing to compare, or nothing to compare by."""
-    if encoder == "ggml" and not recover:
-        raise QuantkitError("--baseline compares with ggml's encoder, which this run takes itself: leave it out")
-    if not verify:
-        raise QuantkitError("--baseline compares scores: leave out --no-verify")
-
-
 def check_backward(config: ModelConfig, recover: bool, best: bool) -> None:
     """Refuse what needs a backward pass of a model that has none here. best: whether our encoder works so hard."""
     for asked, what in ((recover, "--recover"), (best, "--effort best")):

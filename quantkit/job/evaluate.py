@@ -21,8 +21,11 @@ from quantkit.evaluation.behaviour.tasks import Tasks
 from quantkit.evaluation.behaviour.writing import Notes, announce, score, write
 from quantkit.evaluation.weights import ALIKE, SAMPLE_ROWS, WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.gguf_reader import GGUFFile, is_gguf
+from quantkit.formats.gguf_reader import GGUFFile
+from quantkit.formats.model_names import is_gguf
 from quantkit.formats.whole_file import write_json
+from quantkit.job.asked import check_evaluation_output
+from quantkit.job.finished import place_of
 from quantkit.models import family
 from quantkit.models.open import open_weights
 from quantkit.planning.assign import make_plan
@@ -33,6 +36,8 @@ from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.tensors import TensorSpec
 
 LARGEST = 8 << 30  # bytes of an original as float32, up to which it is written as a file and generates here
+EVALUATE = "evaluate.json"
+MOST_OF_HEAD = 1 << 16  # bytes of the line that says what continuations are of
 LOWER = 0.3  # of scores between 0 and 1, by which a bias keeps an expert from being chosen
 EXACT = (
     'name = "f32"\ndescription = "the original"\ntarget = "llama.cpp"\nmla = "split"\n'
@@ -54,10 +59,9 @@ class EvaluateOptions:
 def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dict[str, Any]:
     """evaluate.json's content, written to `out`; continuations lie beside it, so that a stopped run goes on.
     QuantkitError if the two are not one model, or the original cannot generate here."""
-    file = GGUFFile.open(path)
     checkpoint = None if is_gguf(reference) else open_weights(reference)
     weights = open_gguf(path, how.device, ram=how.ram)
-    config, tokenizer = weights.config, weights.tokenizer()
+    file, config, tokenizer = weights.file, weights.config, weights.tokenizer()
     _check_alike(path, reference, config.n_vocab, config.d, checkpoint)
     amount = Amount(how.amount.continuations, how.amount.n_tokens, min(how.amount.context, config.n_context))
     items = Tasks(file.metadata, tokenizer, config.bos, amount).items()
@@ -93,6 +97,16 @@ def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dic
     return result
 
 
+def place_of_evaluation(file: Path) -> Path:
+    """evaluate.json beside a model; evaluate-NAME.json if that, or what a stopped run left of it, is of another."""
+    place = place_of(EVALUATE, file)
+    if place.name == EVALUATE and not place.exists() and (left := place.with_suffix(".jsonl")).exists():
+        with left.open("rb") as notes:
+            if f'"file": "{GGUFFile.open(file).fingerprint()}"'.encode() not in notes.readline(MOST_OF_HEAD):
+                return place.with_name(f"{place.stem}-{file.stem}.json")
+    return place
+
+
 def _left(items: Sequence[Item], notes: Notes) -> list[Item]:
     return [item for item in items if item.key not in notes.found]
 
@@ -111,10 +125,7 @@ def _check_room(capacity: int, n_context: int, amount: Amount, out: Path) -> Non
             f"--tokens {amount.n_tokens} --context {amount.context}: a prompt and its continuation take {capacity:,} "
             f"tokens, more than the {n_context:,} that the model was made for"
         )
-    if out.suffix == ".jsonl":
-        raise QuantkitError(
-            f"--json {out}: continuations lie in the .jsonl beside the figures; name it {out.stem}.json"
-        )
+    check_evaluation_output(out)
 
 
 def _check_alike(path: Path, reference: str, n_vocab: int, d: int, checkpoint: Checkpoint | None) -> None:

@@ -102,16 +102,21 @@ def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice, n
 
 
 def place_of_scores(file: Path) -> Path | None:
-    """verify.json beside a model; verify-NAME.json if that is of another. None, once said, where nothing can be
-    written."""
+    """Where `verify` keeps what it finds: see `place_of`. None, once said, where nothing can be written."""
     if not os.access(file.absolute().parent, os.W_OK):
         say(f"{file.absolute().parent} cannot be written: the figures are shown, not kept (--json FILE)")
         return None
+    return place_of(VERIFY, file)
+
+
+def place_of(name: str, file: Path) -> Path:
+    """verify.json, say, beside a model; verify-NAME.json if that is of another."""
     try:
-        there = load_object(read_text(file.with_name(VERIFY), "record").encode(), VERIFY).get("file")
+        there = load_object(read_text(file.with_name(name), "record").encode(), name).get("file")
     except QuantkitError:
         there = None
-    return file.with_name(VERIFY if there in (None, file.name) else f"verify-{file.stem}.json")
+    own = f"{Path(name).stem}-{file.stem}.json"
+    return file.with_name(name if there in (None, file.name) else own)
 
 
 def keep_scores(out: Path, scores: dict[str, Any], text: TextChoice, reference: str) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit import machine
+from quantkit.codecs import types as qtypes
+from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
 from quantkit.encoding.saved import Kept
 from quantkit.formats.int4 import PACKED
@@ -27,6 +29,9 @@ from quantkit.sizes import both_units
 if TYPE_CHECKING:
     from quantkit.job.options import Order
     from quantkit.job.stages import QuantizeOptions
+
+
+LOW = 4.0  # bits per weight, below which quantkit's encoder was measured to halve the KLD
 
 
 def forecast(order: "Order", source: CheckpointSource, n_bytes: int) -> list[str]:
@@ -106,11 +111,12 @@ def encoder_reason(order: "Order", work: Work) -> str:
     """Which encoder packs the blocks, and why; what the better one would take, if it is not that."""
     options = order.options
     if options.imatrix:
-        return "ggml, for --imatrix holds no second moments: about twice the KLD of quantkit's in the same bytes"
+        return f"ggml, for --imatrix holds no second moments{_worse(order)}"
     if options.encoder != "auto":
         effort = f", effort {options.effort}" if order.encoder == "quantkit" else ""
-        worse = ", as llama-quantize: about twice the KLD of quantkit's in the same bytes"
-        return f"{order.encoder}{effort}, as asked" + (worse if order.encoder == "ggml" else "")
+        return f"{order.encoder}{effort}, as asked" + (
+            f", as llama-quantize{_worse(order)}" if order.encoder == "ggml" else ""
+        )
     if order.encoder == "quantkit":
         ours, ggml = (rounded(work.seconds_to_encode(encoder, options.effort)) for encoder in ("quantkit", "ggml"))
         why = "on a GPU" if order.device != "cpu" else f"a small model, {work.n_weights / 1e6:,.0f} M weights"
@@ -119,6 +125,21 @@ def encoder_reason(order: "Order", work: Work) -> str:
         return f"quantkit, effort {options.effort}: {why}"
     ours, ggml = (rounded(work.seconds_to_encode(encoder, options.effort)) for encoder in ("quantkit", "ggml"))
     return f"ggml, a large model on a CPU: encodes in about {ggml}, with about twice the KLD; --encoder quantkit {ours}"
+
+
+def _worse(order: "Order") -> str:
+    """What ggml's encoder costs in the types of this plan: measured of low-bit ones (docs/results/encoders.md)."""
+    weights = {name: 0 for name in ("all", "ours", "low")}
+    for tensor in order.plan.tensors:
+        if len(tensor.shape) > 1 and tensor.rule is not None:
+            weights["all"] += tensor.n_weights
+            weights["ours"] += tensor.n_weights * (tensor.qtype in FORMATS)
+            weights["low"] += tensor.n_weights * ((tensor.qtype in FORMATS) and qtypes.get(tensor.qtype).bpw < LOW)
+    if not weights["ours"]:
+        return "; quantkit too leaves these types to it"
+    if 2 * weights["low"] < weights["all"]:
+        return ": a larger KLD than quantkit's in the same bytes"
+    return ": about twice the KLD of quantkit's in the same bytes"
 
 
 def bytes_read(source: CheckpointSource) -> int:

@@ -10,7 +10,7 @@ from quantkit.job.plan import by_size, files_of, load_or_plan
 from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
-from quantkit.planning import hardware, targets
+from quantkit.planning import elsewhere, hardware, targets
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.expected import expected
 from quantkit.planning.hardware import Machine
@@ -27,7 +27,8 @@ def facts(
 ) -> dict[str, Any]:
     """`machine`, `context`, and for each plan (none given: the bundled ones by size) its file's bytes, `placement`,
     bytes of one token by where they lie with the bound on tokens a second (`token`), tokens a second that are
-    `expected`, and start `commands`; `refused` says why a plan fits nowhere. Bytes and bytes a second."""
+    `expected`, and start `commands`; `refused` says why a plan fits nowhere. `published`: what others measured. Bytes
+    and bytes a second."""
     source = open_model(model)
     config = family.from_hf(source.config)
     plans: list[dict[str, Any]] = []
@@ -51,4 +52,5 @@ def facts(
             "expected": guess._asdict() if guess else None,
             "commands": hardware.for_model(found, config),
         }
-    return {"model": str(model), "machine": asdict(machine), "context": context, "plans": plans}
+    about_it = {"model": str(model), "machine": asdict(machine), "context": context, "plans": plans}
+    return about_it | {"published": [asdict(speed) for speed in elsewhere.speeds(config)]}

@@ -10,8 +10,9 @@ from typing import Any
 from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_reader import GGUFFile, is_gguf
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.int4 import PACKED
+from quantkit.formats.model_names import is_gguf
 from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
@@ -78,7 +79,8 @@ def _model_lines(c: ModelConfig) -> list[str]:
         f"attention   {c.n_head} heads, {q}, {kv}",
         *([f"indexer     {scorer}"] if scorer else []),
         f"experts     {c.n_expert} routed + {c.n_shared} shared, top-{c.n_used}, {c.scoring}, "
-        f"{c.n_group_used} of {c.n_group} groups, FFN {c.n_ff_exp} (dense {c.n_ff})",
+        f"{c.n_group_used} of {c.n_group} groups",
+        f"FFN         {c.n_ff_exp} of an expert, {c.n_ff} dense",
     ]
 
 

@@ -35,7 +35,8 @@ from quantkit.formats.imatrix import save_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
-from quantkit.job.checks import check_backward, check_baseline, check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.asked import check_baseline
+from quantkit.job.checks import check_backward, check_disjoint, check_possible, check_ranks, is_large
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,

@@ -22,6 +22,7 @@ from quantkit.formats import gradients
 from quantkit.formats.byte_source import open_regular, read_text
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_encode import encode_metadata
+from quantkit.job.asked import check_encoder
 from quantkit.job.folder import IMATRIX, PROVENANCE
 from quantkit.job.work import SMALL_WEIGHTS, Work
 from quantkit.machine import free_vram
@@ -80,11 +81,8 @@ class MakeOptions:
             raise QuantkitError(f"--encoder {self.encoder}: unknown; choose {', '.join(ENCODERS)}")
         if self.gradients and (self.encoder == "ggml" or self.effort == "fast" or self.imatrix):
             raise QuantkitError("ggml's encoder, effort fast and an imatrix have no use for gradients (leave them out)")
+        check_encoder(self.encoder, self.imatrix)
         if self.imatrix:
-            if self.encoder == "quantkit":
-                raise QuantkitError(
-                    "--imatrix holds no second moments: quantkit's encoders need the text (leave it out)"
-                )
             return "ggml"
         if self.encoder != "auto":
             return self.encoder

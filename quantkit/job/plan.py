@@ -97,7 +97,7 @@ def plan_model(
         more = f" and {len(fell) - 1} more" if len(fell) > 1 else ""
         say_once(f"types whose blocks do not divide the rows fall back as in llama-quantize: {fell[0]}{more}")
     if plan.outlook:
-        say_once(f"types of {plan.model} by {plan.outlook.damage}, within {plan.outlook.limit}")
+        say_once(f"types of {plan.model} by {plan.outlook.damage}")  # once, however many plans are shown
     return plan
 
 

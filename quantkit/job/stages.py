@@ -10,7 +10,7 @@ import torch
 
 from quantkit import ranks
 from quantkit.calibration import sensitivity
-from quantkit.calibration.corpus import TextChoice, cut
+from quantkit.calibration.corpus import Corpus, TextChoice, cut
 from quantkit.calibration.options import sized
 from quantkit.calibration.variants import DEFAULT, EVERY, Candidates
 from quantkit.encoding.estimate import estimate
@@ -27,6 +27,7 @@ from quantkit.formats.imatrix import fit, imatrix_digest, load_imatrix
 from quantkit.formats.lock import locked
 from quantkit.formats.sensitivity import Sensitivity, Tier
 from quantkit.formats.whole_file import make_folders, write_json, write_text
+from quantkit.job.asked import check_moments
 from quantkit.job.folder import IMATRIX, SENSITIVITY
 from quantkit.models import family
 from quantkit.models.open import see_like
@@ -36,6 +37,7 @@ from quantkit.progress import say, track
 from quantkit.runtime.generate import Opener
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.sources.gguf import open_source
+from quantkit.runtime.stream import Source
 from quantkit.tensors import Importance
 
 WORSE = (
@@ -71,11 +73,7 @@ class QuantizeOptions:
     @property
     def by_moments(self) -> Path | None:
         """The folder to encode by with quantkit's encoder; None: with ggml's. QuantkitError if it is not given."""
-        if self.encoder == "quantkit" and self.moments is None:
-            raise QuantkitError(
-                "--encoder quantkit needs second moments: run `quantkit calibrate MODEL --moments DIR`, give --moments "
-                "DIR here; or `quantkit make`, which measures and encodes in one visit of each layer"
-            )
+        check_moments(self.encoder, self.moments)
         return None if self.encoder == "ggml" else self.moments
 
     @property
@@ -222,9 +220,7 @@ def verify_file(
     original, quantized = source_of(reference, device), open_source(path, device)
     text = how.text.corpus("evaluation")
     chunks = cut(text, original, how.text)
-    sample = text.documents[0].text[:4096]
-    if tokenize(original.tokenizer(), sample) != tokenize(quantized.tokenizer(), sample):
-        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {original.name}'s")
+    check_cut_alike(quantized, original, text, path)
     independent = configuration.check(reference.config) if how.configuration else None
     known = passed.scored() if passed else None
     made = verify(quantized, original, chunks, how.target, score=how.score, ram=how.ram, known=known)
@@ -240,6 +236,13 @@ def verify_file(
         make_folders(out.parent)
         write_json(out, result)
     return result
+
+
+def check_cut_alike(source: Source, other: Source, text: Corpus, path: Path) -> None:
+    """QuantkitError, naming the file of the first, unless both make the same tokens of the text's beginning."""
+    sample = text.documents[0].text[:4096]
+    if tokenize(other.tokenizer(), sample) != tokenize(source.tokenizer(), sample):
+        raise QuantkitError(f"{path}: its tokenizer cuts text differently from {other.name}'s")
 
 
 def score_by_ggml(

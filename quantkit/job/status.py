@@ -15,6 +15,7 @@ from quantkit.formats import sealed
 from quantkit.formats.byte_source import read_text, read_whole
 from quantkit.formats.ledger import Coverage, ledger_path, ledger_paths, on_record
 from quantkit.formats.lock import at_work
+from quantkit.job.asked import NO_JOB
 from quantkit.job.folder import (
     BASE,
     BASELINE_FILES,
@@ -61,7 +62,7 @@ def status(folder: Path) -> list[str]:
     name = f"{plan.model}-{plan.recipe}.gguf" if plan else ""
     files = finished_files(folder / name) if name else []
     if not (record or parts or states or files):
-        raise QuantkitError(f"{folder}: no job is at work here, and none was stopped: nothing of one lies here")
+        raise QuantkitError(NO_JOB.format(folder))
     worker = at_work(folder)
     lines = [f"job         {record['command']}"] if record.get("command") else []
     lines.append(f"now         {_now(folder, worker, bool(parts or states), bool(files))}")

@@ -57,8 +57,10 @@ class Work:
 
 def rounded(seconds: float) -> str:
     """`40 seconds`, `12 minutes`, `3.5 hours`, `4 days`."""
+    if seconds < 1.5:
+        return "1 second"
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return f"{round(seconds)} seconds"
     if seconds < 5400:
         return f"{seconds / 60:.0f} minutes"
     hours = timedelta(seconds=seconds) / timedelta(hours=1)

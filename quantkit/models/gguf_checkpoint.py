@@ -21,6 +21,7 @@ from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.ggml.quants import dequantize
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
+from quantkit.models.other_layouts import as_ours
 from quantkit.progress import say_once
 from quantkit.tensors import TensorSpec
 
@@ -45,8 +46,11 @@ class GGUFCheckpoint(Checkpoint):
     def of(cls, path: Path) -> Self:
         """QuantkitError, naming file and tensor, for a family that is not known or a tensor that is missing or of
         another shape. Says in a line if the file is itself quantized."""
-        file = GGUFFile.open(path)
-        config = replace(family.from_gguf(file.metadata), tied="output.weight" not in file.tensors)
+        seen = as_ours(GGUFFile.open(path))
+        file = seen.file
+        for note in seen.notes:
+            say_once(f"{path.name}: {note}")
+        config = replace(seen.config, tied="output.weight" not in file.tensors)
         if config.compression is not None:
             raise QuantkitError(
                 f"{path}: a GGUF of {config.architecture} is no original yet: name the checkpoint's folder"
@@ -83,6 +87,7 @@ class GGUFCheckpoint(Checkpoint):
             raise QuantkitError(f"{self.path}: tensor {name!r} has {shape[0]} rows, {start}:{stop} were asked for")
         self.file.check_whole()
         names, matrix = self._of[name]
+        self.file.check_unchanged(names[0])
         if len(names) == 2:
             values = self._kv_b(names, start, stop)
         else:

@@ -12,8 +12,8 @@ from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
-from quantkit.formats.gguf_reader import is_gguf
 from quantkit.formats.model_folder import open_source
+from quantkit.formats.model_names import REPO_ID, is_gguf, no_weights
 from quantkit.models import family
 from quantkit.models.config import MTP
 from quantkit.models.gguf_checkpoint import GGUFCheckpoint
@@ -43,11 +43,8 @@ class ModelRef:
         cache = CACHE_BYTES if size is None else parse_size(size, f"${CACHE_SIZE}")
         text = os.path.expanduser(text)  # a shell leaves the ~ of --reference=~/model
         name, at, revision = text.rpartition("@")
-        if at:
-            from quantkit.remote import repo  # a third of a second, for models that are not here only
-
-            if repo.REPO_ID.fullmatch(text):
-                return cls(name, revision, cache)
+        if at and REPO_ID.fullmatch(text):
+            return cls(name, revision, cache)
         return cls(text, None, cache)
 
     def __str__(self) -> str:
@@ -113,7 +110,7 @@ def open_weights(model: ModelRef | Path | str) -> Checkpoint:
     a bare description is refused. Its config has the BOS and EOS of its tokenizer."""
     found = open_model(model)
     if isinstance(found, Geometry):
-        raise QuantkitError(f"{model} is a description without weights: it can be inspected and planned, not quantized")
+        raise QuantkitError(no_weights(model))
     config = family.from_hf(found.config)
     found.validate(family.source_shapes(config))
     if config.compression and found.config.get(MTP):

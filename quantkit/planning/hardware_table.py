@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
-from quantkit.planning import hardware
+from quantkit.planning import elsewhere, hardware
 from quantkit.planning.arithmetic import cpu_line
 from quantkit.planning.expected import PROMPT, expected
 from quantkit.planning.hardware import Machine, Placement
@@ -58,7 +58,7 @@ def report(
         for program, commands in started.items():
             lines += [f"  {program}"]
             lines += [part for command in commands for part in folded(command)]
-    return "\n".join([*lines, "", *_offload(plans, config, context)])
+    return "\n".join([*lines, "", *_offload(plans, config, context), *elsewhere.lines(config)])
 
 
 def folded(command: str) -> Iterator[str]:

@@ -319,3 +319,10 @@ def check_mla(mla: Mla, target: str) -> None:
     """Refuse a layout that the target does not read."""
     if mla not in get(target).mla:
         raise QuantkitError(f"{target} does not read the {mla} MLA layout; use {' or '.join(get(target).mla)}")
+
+
+def check_forms(target: str, names: Iterable[str]) -> None:
+    """Refuse tensors, by their names in the file, of a form that the target does not read: gate and up in one."""
+    fused = next((name for name in names if ".ffn_gate_up_exps." in name), None)
+    if fused and target == KTRANSFORMERS.name:
+        raise QuantkitError(f"{fused}: {target} reads gate and up of experts only as two tensors; convert them so")

@@ -15,6 +15,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import MOST, FolderSource, Kind, read_text, read_whole
 from quantkit.formats.checkpoint import INDEX, SHARD, Checkpoint, Needed, own_shards
+from quantkit.formats.model_names import PART, REPO_ID
 from quantkit.remote.cache import Store, failed, home_of, keep, matches
 from quantkit.remote.client import RangeReader, Repo, model_info, with_retry
 from quantkit.remote.source import HubSource
@@ -32,8 +33,6 @@ SMALL_FILES = (
     "tiktoken.model",
 )
 MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
-PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-REPO_ID = re.compile(rf"({PART}/{PART})(?:@([^\s@]+))?")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ Events = asyncio.Queue[tuple[int | None, str | None]]
 
 
 Made = TypeVar("Made")
+FAILED = {"error": 500, "cancelled": 503, "refused": 400}
+"""Ends that are no answer -> status."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Answer:
     def close(self) -> None:
         """End the job, if it has not ended."""
         self.scheduler.cancel(self.job)
+
+
+def ended(answer: Answer, why: str) -> str:
+    """What a client is told of an answer that failed."""
+    return f"generation ended: {answer.job.refusal or why}"
 
 
 def unnumbered(call: dict[str, Any]) -> dict[str, Any]:
@@ -254,8 +261,9 @@ async def events(answers: Sequence[Answer], form: Form, head: dict[str, Any], co
             yield event(answer, first)
     async with contextlib.aclosing(together(answers)) as parts:
         async for answer, part in parts:
-            if part.finish in ("error", "cancelled"):
-                error = {"message": f"generation ended: {part.finish}", "type": "server_error", "code": None}
+            if part.finish in FAILED:
+                kind = "server_error" if FAILED[part.finish] >= 500 else "invalid_request_error"
+                error = {"message": ended(answer, part.finish), "type": kind, "code": None}
                 yield f"data: {json.dumps({'error': error})}\n\n"
                 return
             if part.text or part.chances:
@@ -319,6 +327,6 @@ async def whole(request: Request, answers: Sequence[Answer]) -> list[str]:
     if texts not in done:
         raise ClientDisconnect
     for answer in answers:
-        if answer.finish in ("error", "cancelled"):
-            raise Refused(500 if answer.finish == "error" else 503, f"generation ended: {answer.finish}")
+        if answer.finish in FAILED:
+            raise Refused(FAILED[answer.finish], ended(answer, answer.finish))
     return texts.result()

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,21 @@ from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError, needs
 from quantkit.serving import trial
+from quantkit.serving.forced import Wanted, Writer, lark
+from quantkit.serving.logits import Unanswerable
 from quantkit.serving.refusals import Refused
 from quantkit.serving.renderer import INHERITED
 
 LONGEST = 64 << 10  # characters of a schema
 MOST_STATES = 50_000  # of the lexer of one answer, about 2 kB each
 SPACE = r"[ \n\t]{0,40}"  # a small model that may write spaces without end, does
+CALL_SPACE = r"[ \n\t]{0,12}"  # in arguments of calls
 ANY_OBJECT = {"type": "object"}
 TOO_HARD = (
     "the schema takes more than a second, or too much memory, to be made ready; a smaller multipleOf, or fewer "
     "patterns that hold at once, take less"
 )
+PREFIX = "response_format: "
 THOUGHT = "</think>"
 SECONDS = 3.0  # for trying a schema, on a busy machine
 TRIED = 256  # schemas that are remembered to be harmless
@@ -61,7 +65,7 @@ def wanted(response_format: Mapping[str, Any], json_schema: Mapping[str, Any] | 
 
 
 def _refused(what: str) -> Refused:
-    return Refused(400, f"response_format: {what}", "invalid_value", param="response_format")
+    return Refused(400, f"{PREFIX}{what}", "invalid_value", param="response_format")
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Constraint:
         self.tail: list[int] = []
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 logits [n_vocab] in which tokens that cannot come next are -inf. QuantkitError if none can."""
+        """float32 logits [n_vocab] in which tokens that cannot come next are -inf. Unanswerable if none can."""
         if self.thinking:
             return logits
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
@@ -87,7 +91,7 @@ class Constraint:
             allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
         out = logits.cpu().masked_fill(~allowed, -torch.inf)
         if not bool(out.isfinite().any()):
-            raise QuantkitError("no token continues the answer: what else the request asks for contradicts its format")
+            raise Unanswerable("no token continues the answer: what else the request asks for contradicts its format")
         return out
 
     def take(self, token: int) -> None:
@@ -100,7 +104,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise QuantkitError(f"the answer's format: {self.matcher.get_error().splitlines()[0]}")
+            raise Unanswerable(f"the answer's format: {self.matcher.get_error().splitlines()[0]}")
 
 
 class Grammars:
@@ -115,15 +119,34 @@ class Grammars:
     def of(self, schema: Mapping[str, Any]) -> Any:
         """llguidance's matcher, of which each answer takes a copy. Refused for a schema that is none, that the library
         does not know, or that needs too much; and if the library is not installed."""
+        text = json.dumps(schema)
+        if len(text) > LONGEST:
+            raise _refused(f"a schema of {len(text):,} characters is longer than {LONGEST:,}")
+        return self._matcher(
+            [text], lambda made: made.grammar_from_json_schema(text, overrides={"whitespace_pattern": SPACE})
+        )
+
+    def of_calls(self, asked: Wanted) -> Any:
+        """The same for an answer that has to be calls of tools."""
+        schemas = [json.dumps(schema) for schema in asked.tools.values()]
+        try:
+            if sum(map(len, schemas)) > LONGEST:
+                raise _refused(f"parameters of {sum(map(len, schemas)):,} characters are longer than {LONGEST:,}")
+            text = lark(asked, Writer(self.tokenizer.token_to_id, CALL_SPACE))
+            return self._matcher(schemas, lambda made: made.grammar_from_lark(text))
+        except Refused as error:
+            what = error.detail.removeprefix(PREFIX)
+            raise Refused(error.status_code, f"tools: {what}", error.code, param="tools") from None
+
+    def _matcher(self, schemas: Sequence[str], grammar: Callable[[Any], str]) -> Any:
+        """schemas: what the grammar has of JSON, to be tried before it is made."""
         try:
             with needs("grammar"):
                 import llguidance
         except QuantkitError as error:
             raise _refused(str(error)) from None
-        text = json.dumps(schema)
-        if len(text) > LONGEST:
-            raise _refused(f"a schema of {len(text):,} characters is longer than {LONGEST:,}")
-        self._try(text)
+        for schema in schemas:
+            self._try(schema)
         with self.lock:
             if self.vocabulary is None:
                 self.vocabulary = llguidance.LLTokenizer(
@@ -131,8 +154,8 @@ class Grammars:
                 )
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": SPACE})
-            matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
+            made = grammar(llguidance.LLMatcher)
+            matcher = llguidance.LLMatcher(self.vocabulary, made, log_level=0, limits=limits)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # some find out here that they need too much
         except ValueError as error:

@@ -30,6 +30,7 @@ from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, O
 from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
 from quantkit.serving.desk import Desk, Settings
 from quantkit.serving.extras import Extras
+from quantkit.serving.forced import Wanted
 from quantkit.serving.gate import Gate
 from quantkit.serving.lanes import SHORT, Lanes
 from quantkit.serving.logits import TokenRules
@@ -39,7 +40,7 @@ from quantkit.serving.pieces import Pieces
 from quantkit.serving.prompts import chat_prompt
 from quantkit.serving.refusals import Refused, failure
 from quantkit.serving.renderer import Renderer, TooLong
-from quantkit.serving.requests import MAX_CHOICES, MAX_TOLD, Body, ChatBody, CompletionBody
+from quantkit.serving.requests import MAX_CHOICES, MAX_TOLD, MAX_TOLD_NEW, Body, ChatBody, CompletionBody
 from quantkit.serving.scheduler import Job, QueueFull
 from quantkit.serving.spoken import Spoken
 from quantkit.serving.template import ChatTemplate
@@ -132,7 +133,7 @@ class Api(Desk):
 
     def _start(self, request: Request, body: Body, made: "Ready", n_tokens: int | None) -> list[Answer]:
         """Jobs of a request, `n` for each prompt; all or none."""
-        self._check_amount(body, made)
+        most = self._check_amount(body, made, n_tokens)
         for prompt in made.prompts:
             self._check_length(prompt, n_tokens, body.min_tokens)
             self.check_ids("prompt", prompt)
@@ -141,7 +142,7 @@ class Api(Desk):
         try:
             for prompt, opening in zip(made.prompts, made.openings, strict=True):
                 for _ in range(body.n):
-                    length = self.engine.capacity - len(prompt) if n_tokens is None else n_tokens
+                    length = min(self.engine.capacity - len(prompt), most) if n_tokens is None else n_tokens
                     answers.append(self._submit(body, prompt, length, made, len(answers)))
                     answers[-1].opening, answers[-1].spoken = opening, Spoken(made.parted, made.tools)
         except QuantkitError as error:
@@ -152,7 +153,8 @@ class Api(Desk):
             raise Refused(503, str(error)) from None
         return answers
 
-    def _check_amount(self, body: Body, made: "Ready") -> None:
+    def _check_amount(self, body: Body, made: "Ready", n_tokens: int | None) -> int:
+        """The most new tokens of an answer whose log probabilities may be told; else no limit. Refused for more."""
         if len(made.prompts) * body.n > MAX_CHOICES:
             raise Refused(
                 400, f"n: {len(made.prompts)} prompts x {body.n} are more than {MAX_CHOICES} answers", param="n"
@@ -164,6 +166,17 @@ class Api(Desk):
                 f"logprobs: {told:,} log probabilities of the prompts are more than {MAX_TOLD:,}: send fewer at once",
                 param="logprobs",
             )
+        if made.rules.n_logprobs is None:
+            return self.engine.capacity
+        n_answers, each = len(made.prompts) * body.n, 1 + made.rules.n_logprobs
+        if n_answers * each * (n_tokens or 0) > MAX_TOLD_NEW:
+            raise Refused(
+                400,
+                f"logprobs: {n_answers} x {n_tokens} tokens with {each} log probabilities each are more than "
+                f"{MAX_TOLD_NEW:,}: ask for fewer",
+                param="logprobs",
+            )
+        return MAX_TOLD_NEW // (n_answers * each)
 
     def _submit(self, body: Body, prompt: list[int], n_tokens: int, made: "Ready", index: int) -> Answer:
         loop, events = asyncio.get_running_loop(), Events()
@@ -178,8 +191,10 @@ class Api(Desk):
         pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and not made.tools)
         return Answer(self.scheduler, job, events, pieces, index=index)
 
-    def _matcher(self, body: Body) -> Any:
+    def _matcher(self, body: Body, call: Wanted | None = None) -> Any:
         schema = body.schema_wanted()
+        if call is not None:
+            return self.grammars.of_calls(call)
         return None if schema is None else self.grammars.of(schema)
 
     async def chat(self, request: Request) -> Response:
@@ -194,7 +209,7 @@ class Api(Desk):
                 what = f"messages: {error}, and do not fit the context of {self.engine.capacity} tokens"
                 raise Refused(400, what, "context_length_exceeded", param="messages") from None
             opening, parted = Opening(made.begun), body.parts_reasoning(made.tools, self.settings.parted)
-            ready = Ready([self.ids(made.prompt)], [opening], self._rules(body), self._matcher(body))
+            ready = Ready([self.ids(made.prompt)], [opening], self._rules(body), self._matcher(body, made.call))
             return replace(ready, thinking=bool(made.begun), parted=parted, tools=made.tools)
 
         answers = self._start(request, body, await self.lanes.render(weight(body, size), prepare), body.n_tokens())
@@ -232,7 +247,8 @@ class Api(Desk):
 
 def weight(body: Body, size: int) -> int:
     """Bytes of a request, by which it gets its lane: short ones do not wait for a schema to be made ready."""
-    return size if body.schema_wanted() is None else max(size, SHORT + 1)
+    has_grammar = body.schema_wanted() is not None or (isinstance(body, ChatBody) and body.requires_call())
+    return max(size, SHORT + 1) if has_grammar else size
 
 
 def echoes(body: Body) -> bool:

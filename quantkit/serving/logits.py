@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from quantkit.errors import QuantkitError
+
+
+class Unanswerable(QuantkitError):
+    """What a request asks for leaves no token that could come next."""
+
 
 @dataclass(frozen=True)
 class Penalties:

@@ -5,6 +5,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.serving.fields import shown
+from quantkit.serving.forced import Wanted, wanted
 from quantkit.serving.markers import Markers, Prompt
 from quantkit.serving.refusals import Refused
 from quantkit.serving.renderer import TooLong
@@ -16,11 +17,12 @@ from quantkit.serving.tools import taught
 @dataclass(frozen=True)
 class Asking:
     """A chat as the model gets it. begun: what of the prompt already is the answer's beginning: `<think>`. tools: the
-    model was told of some."""
+    model was told of some. call: what it has to call."""
 
     prompt: Prompt
     begun: str
     tools: bool
+    call: Wanted | None = None
 
 
 def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> Asking:
@@ -35,6 +37,7 @@ def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> Ask
         told = body.tool_choice != "none" and _told_of_tools(template, body, messages, prompt.text, given)
         if told:
             prompt = template.prompt(messages, markers, tools=body.tools, **given)
+        call = _required(template, body, told)
     except TooLong:
         raise
     except QuantkitError as error:
@@ -49,7 +52,23 @@ def chat_prompt(template: ChatTemplate, markers: Markers, body: ChatBody) -> Ask
             "unsupported_parameter",
             param="thinking",
         )
-    return Asking(prompt, begun, told)
+    return Asking(prompt, begun, told, call)
+
+
+def _required(template: ChatTemplate, body: ChatBody, told: bool) -> Wanted | None:
+    """What has to be called. Refused if the model does not know how."""
+    if not body.requires_call():
+        return None
+    if not told:
+        raise Refused(
+            400,
+            f"tool_choice: {body.tool_required() or 'required'}: this file's chat template tells the model of no "
+            "tools, so it cannot know how to call one; leave it out",
+            "unsupported_parameter",
+            param="tool_choice",
+        )
+    name = body.tool_required()
+    return wanted(body.tools, name, body.parallel_tool_calls and name is None, template.text(True))
 
 
 def _given(body: ChatBody, names: set[str]) -> tuple[bool | None, dict[str, Any]]:
@@ -101,7 +120,7 @@ def _told_of_tools(
             "unsupported_parameter",
             param="tools",
         )
-    if not body.parallel_tool_calls:
+    if not body.parallel_tool_calls and not body.requires_call():  # then the grammar has one
         raise Refused(400, "parallel_tool_calls: false is not supported; leave it out", param="parallel_tool_calls")
     return True
 

@@ -9,18 +9,27 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from quantkit.runtime.generate import Sampling
 from quantkit.serving import grammar
 from quantkit.serving.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, screen, shown
 from quantkit.serving.logits import Penalties
+from quantkit.serving.parts import Known, Message, Thinking, ToolChoice, Word
 from quantkit.serving.refusals import Refused
 
 MAX_CHOICES = 128  # answers to one request: prompts times n
 MAX_BIASES = 1024
 MAX_TOLD = 1 << 18  # log probabilities of one request's prompts, alternatives included
-KINDS = {"str", "bool", "int", "float", "Thinking"}  # of a field that may be one of several: pydantic's names
+MAX_TOLD_NEW = 1 << 19  # of its answers: each takes about 120 bytes until it is written
+KINDS = {
+    "str",
+    "bool",
+    "int",
+    "float",
+    "Thinking",
+    "ToolChoice",
+}  # of a field that may be one of several: pydantic's names
 
 Parsed = TypeVar("Parsed", bound="Asked")
 
@@ -44,22 +53,10 @@ Float: TypeAlias = Annotated[float, BeforeValidator(_number)]
 Int: TypeAlias = Annotated[int, BeforeValidator(_number)]
 Bias: TypeAlias = Annotated[Float, Field(ge=-100, le=100)]
 Ids: TypeAlias = Annotated[list[Int], Field(min_length=1)]
-Word: TypeAlias = Annotated[str, Field(max_length=4096)]
 Length: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
 LengthOrNone: TypeAlias = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_no_limit)]
 Penalty: TypeAlias = Annotated[Float, Field(ge=-2, le=2)]
 Divisor: TypeAlias = Annotated[Float, Field(gt=0, le=100)]
-
-
-class Known(BaseModel):
-    """An object whose keys are all known; null means "not given"."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, value: Any) -> Any:
-        return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 class StreamOptions(Known):
@@ -71,7 +68,7 @@ class StreamOptions(Known):
     continuous_usage_stats: Literal[False] = False
 
 
-class Asked(Known):
+class Asked(Known, BaseModel):
     """A request's body. neutral: of other fields, the values that are accepted."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]]
@@ -79,7 +76,7 @@ class Asked(Known):
     model: str = ""
 
 
-class Body(Asked, ABC):
+class Body(Asked, BaseModel, ABC):
     """What both endpoints that answer understand."""
 
     stream: bool = False
@@ -170,56 +167,9 @@ class Body(Asked, ABC):
         """How many alternatives of each token the client wants to see; None: not even the token's own probability."""
 
 
-class Part(Known):
-    """A piece of a message; only text is understood. cache_control: Anthropic's, which clients leave in."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: Any = None
-
-
-class Message(Known):
-    """`developer` is what OpenAI's newer clients call `system`. Answers come back with fields that are empty."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: Literal[""] | None = None
-    annotations: Annotated[list, Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> "Message":
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"content: a message of role {self.role} needs one")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates take it; parts are joined by newlines, as llama-server and vLLM do."""
-        parts = self.content
-        text = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
-        rest = self.model_dump(
-            include={"name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}, exclude_none=True
-        )
-        if text is None and not self.tool_calls:
-            text = ""
-        return {"role": "system" if self.role == "developer" else self.role, "content": text, **rest}
-
-
-class Thinking(Known):
-    """DeepSeek's and Anthropic's form of the switch."""
-
-    type: Literal["enabled", "disabled", "auto"]
-
-
-class ChatBody(Body):
-    """Front ends send `tools` with every chat. R1's template has no place for them, so the model answers as without;
-    `serving/prompts.py` refuses them where a template has one."""
+class ChatBody(Body, BaseModel):
+    """Front ends send `tools` with every chat. R1's template has no place for them, so the model answers as without,
+    and a call cannot be required (`serving/prompts.py`)."""
 
     neutral = CHAT_NEUTRAL
 
@@ -228,7 +178,7 @@ class ChatBody(Body):
     logprobs: bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] = []
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     enable_thinking: bool | None = None
@@ -242,7 +192,22 @@ class ChatBody(Body):
     def _logprobs_first(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs {self.top_logprobs} needs logprobs true")
+        if self.requires_call() and not self.tools:
+            raise ValueError("tool_choice requires a call, and there are no tools")
+        if self.requires_call() and (self.schema_wanted() is not None or self.ignore_eos or self.min_tokens):
+            raise ValueError(
+                "tool_choice that requires a call says what the answer is: leave response_format, ignore_eos and "
+                "min_tokens out"
+            )
         return self
+
+    def requires_call(self) -> bool:
+        """Whether the answer has to be a call of a tool."""
+        return self.tool_choice not in ("auto", "none")
+
+    def tool_required(self) -> str | None:
+        """The tool that has to be called; None: any."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
 
     def lengths(self) -> tuple[str, ...]:
         """As `Body`."""

@@ -26,7 +26,7 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Sampling, piece_at, sample
 from quantkit.runtime.pauses import pause, pausing
 from quantkit.serving.grammar import Constraint
-from quantkit.serving.logits import Chance, TokenRules
+from quantkit.serving.logits import Chance, TokenRules, Unanswerable
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ MANY, SAMPLERS = 4, 8  # sequences from which on several threads choose their to
 
 Emit = Callable[[int | None, str | None], None]
 """Called in the scheduler's thread: (token, None) for each new token, then once (None, why it ended): `stop` (EOS),
-`length`, `cancelled` or `error`."""
+`length`, `cancelled`, `refused` (by what the request asks for; `Job.refusal` says why) or `error`."""
 
 
 class QueueFull(QuantkitError):
@@ -63,6 +63,7 @@ class Job:
     heard: list[Chance] = field(default_factory=list)
     ended: list[Chance] = field(default_factory=list)
     constraint: Constraint | None = None
+    refusal: str = ""
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property
@@ -84,6 +85,8 @@ class Job:
     def choose(self, logits: torch.Tensor, ends: Sequence[int]) -> int:
         """The next token, from float32 logits [n_vocab]."""
         allowed = self.rules.apply(logits, self.prompt, self.made, ends)
+        if allowed is not logits and not bool((allowed > -torch.inf).any()):
+            raise Unanswerable("no token is left: what the request bans is the whole vocabulary")
         if self.constraint is None:
             return sample(allowed, self.how, self.generator)
         token = sample(self.constraint.apply(allowed), self.how, self.generator)
@@ -202,6 +205,10 @@ class Scheduler:
         """An error ends those jobs; whatever it was, other requests must be served on."""
         try:
             yield
+        except Unanswerable as error:
+            for job in jobs:
+                job.refusal = str(error)
+                self._end(job, "refused")
         except Exception:
             log.exception("a step failed; its %d sequences end", len(jobs))
             for job in jobs:

@@ -7,6 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from quantkit.calibration import corpus
+from quantkit.calibration.sources import Source, parse
 from quantkit.errors import QuantkitError
 from quantkit.models.family import PRE
 from quantkit.models.tokenizer import tokenize
@@ -103,10 +104,10 @@ def test_a_name_that_has_a_colon_wins(tmp_path):
     ],
 )
 def test_a_column_stands_last(source, place, column):
-    assert corpus._parse(source) == ("text", place, column)
+    assert parse(source) == Source("text", place, column)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["missing.txt", "./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
 def test_missing_path_is_named(name):
     with pytest.raises(QuantkitError, match="no such file or folder"):
         corpus.load([name])

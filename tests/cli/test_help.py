@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from click.testing import CliRunner
 
 from quantkit import progress
@@ -18,31 +17,6 @@ def test_help_lists_every_command_once_in_the_order_of_use():
     text = CliRunner().invoke(main, ["--help"], terminal_width=80).output
     places = [text.index(f"\n  {name} ") for name in listed]
     assert places == sorted(places) and "--dry-run" in text
-
-
-@pytest.mark.parametrize(
-    ("call", "says"),
-    [
-        (["make", "--size", "3x"], "--size 3x: not a size"),
-        (["make", "--encoder", "best"], "--encoder best: unknown; choose auto, quantkit, ggml"),
-        (["make", "--device", "tpu"], "--device tpu"),
-        (["run", "."], ".: no finished GGUF file in this folder"),
-        (["run", __file__, "-c", "lots"], "--context lots: not a number of tokens"),
-        (["serve", __file__, "-ngl", "many"], "--gpu-layers many: write auto or a number"),
-        (["serve", __file__, "-ngl", "101%"], "--gpu-layers 101%: write auto or a number"),
-    ],
-)
-def test_a_wrong_value_is_refused_before_torch_is_loaded(call, says, tmp_path):
-    program = (
-        "import sys\nfrom quantkit.__main__ import main\n"
-        "try:\n main()\nfinally:\n sys.exit('torch was loaded') if 'torch' in sys.modules else None"
-    )
-    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", program, *call], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode in (1, 2) and says in done.stderr, done.stderr
-    assert "torch was loaded" not in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_recipes_are_listed_and_shown():

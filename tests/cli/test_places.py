@@ -17,9 +17,9 @@ from quantkit.job.publish.folder import read_folder
 
 def test_a_folder_is_its_model(tmp_path):
     for name in ("imatrix.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m.gguf.part"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"GGUF")
     assert MODEL_FILE.convert(str(tmp_path), None, None) == tmp_path / "m-00001-of-00002.gguf"
-    (tmp_path / "other.gguf").touch()
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(QuantkitError, match=r"2 models \(m-00001-of-00002.gguf, other.gguf\); name one"):
         model_in(tmp_path)
     for path in tmp_path.glob("*.gguf"):

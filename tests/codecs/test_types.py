@@ -1,8 +1,12 @@
 """Sizes and names."""
 
+from math import prod
+
+import gguf
 import pytest
 
 from quantkit.codecs import types as qtypes
+from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
 
 
@@ -33,3 +37,18 @@ def test_types_that_are_only_read():
     assert qtypes.stored("TQ1_0").row_bytes(512) == 108
     with pytest.raises(QuantkitError, match="unknown ggml type IQ9"):
         qtypes.stored("IQ9")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "mib"),
+    [("IQ1_S_R4", (384, 2048, 7168), 1009.50), ("IQ3_KT", (18432, 7168), 49.29), ("Q8_0_R8", (576, 7168), 4.18)],
+)
+def test_types_of_others_have_the_sizes_that_their_quantizer_prints(name, shape, mib):
+    """Of tensors of R1 and Kimi-K2 in published logs of ik_llama.cpp's llama-quantize."""
+    assert prod(shape[:-1]) * qtypes.stored(name).row_bytes(shape[-1]) / (1 << 20) == pytest.approx(mib, abs=0.005)
+
+
+def test_no_type_of_others_has_a_name_or_number_of_ours():
+    known = gguf.GGMLQuantizationType
+    foreign = {name: one.number for name, one in FOREIGN.items() if name not in known.__members__}
+    assert not set(foreign.values()) & set(map(int, known)) and len(set(foreign.values())) == len(foreign)

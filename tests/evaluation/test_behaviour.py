@@ -15,7 +15,9 @@ from quantkit.evaluation.behaviour.compare import table, words
 from quantkit.evaluation.behaviour.items import Amount, Item
 from quantkit.evaluation.behaviour.tasks import Tasks, prompts
 from quantkit.evaluation.behaviour.writing import Notes
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.job import evaluate as evaluating
+from quantkit.job.evaluate import place_of_evaluation
 from quantkit.runtime.sources.gguf import open_gguf
 
 AMOUNT = ("-n", "16", "--tokens", "40", "-c", "256", "--device", "cpu", "--parallel", "16")
@@ -135,6 +137,18 @@ def test_two_evaluations_do_not_mix_their_notes(tmp_path):
         Notes(tmp_path / "x.jsonl", {"file": 2}, alone=True)
     first.file.close()
     assert Notes(tmp_path / "x.jsonl", {"file": 1}, alone=True).found == {"a": {"tokens": [1]}}
+
+
+def test_a_second_files_figures_replace_none(path, tmp_path):
+    first, second = (shutil.copy(path, tmp_path / name) for name in ("first.gguf", "second.gguf"))
+    assert place_of_evaluation(first).name == place_of_evaluation(second).name == "evaluate.json"
+    of = {"of": {"amount": {}, "file": GGUFFile.open(first).fingerprint()}}
+    (tmp_path / "evaluate.jsonl").write_text(json.dumps(of, sort_keys=True) + "\n")  # of a run that was stopped
+    assert place_of_evaluation(first).name == "evaluate.json"
+    assert place_of_evaluation(second).name == "evaluate-second.json"
+    (tmp_path / "evaluate.json").write_text(json.dumps({"file": "second.gguf"}))
+    assert place_of_evaluation(second).name == "evaluate.json"
+    assert place_of_evaluation(first).name == "evaluate-first.json"
 
 
 def test_judges():

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import INDEX, Checkpoint
-from quantkit.formats.gguf_reader import GGUFFile, is_gguf, model_file_name
+from quantkit.formats.gguf_reader import GGUFFile, model_file_name
+from quantkit.formats.model_names import is_gguf
 from quantkit.formats.tensor_table import model_name
 from quantkit.models.open import open_model, open_weights
 

@@ -21,7 +21,7 @@ from quantkit.encoding.saved import MATRICES, ROWS, Keeper, Kept, experts_path, 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.oracles import hf
 from quantkit.formats import lock, sealed
-from quantkit.job.by_moments import quantize_file
+from quantkit.job.by_moments import check_quantize, quantize_file, tie
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.stages import QuantizeOptions, source_of
@@ -148,10 +148,20 @@ def test_a_disk_that_is_full_is_said_with_the_file(source, tmp_path, monkeypatch
     assert names == {*(f"moments-00{i}.safetensors" for i in (0, 1)), "experts-001.safetensors"}
 
 
-def test_what_does_not_fit_is_refused_in_one_line(whole, source, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused_in_one_line(whole, source, tmp_path, monkeypatch, capsys):
     folder = kept_in(tmp_path, source)
     with pytest.raises(QuantkitError, match="--encoder quantkit needs second moments: run `quantkit calibrate"):
         stage(whole, tmp_path, tmp_path / "o.gguf", encoder="quantkit", moments=None)
+    source_says = partial(check_quantize, open_weights("tiny-r1"), Plan.from_json((whole / "plan.json").read_bytes()))
+    how = QuantizeOptions(moments=folder, device="cpu")
+    source_says(tmp_path / "imatrix.gguf", how)
+    assert "does not say which imatrix was measured with it" in capsys.readouterr().err
+    tie(folder, tmp_path / "imatrix.gguf")
+    source_says(tmp_path / "imatrix.gguf", how)
+    assert "imatrix" not in capsys.readouterr().err
+    calibrate(source, Calibration(TextChoice(n_tokens=512)), tmp_path / "other.gguf")
+    source_says(tmp_path / "other.gguf", how)
+    assert "other.gguf: not the one that was measured with" in capsys.readouterr().err
     with open(folder / lock.NAME, "w") as other, pytest.raises(QuantkitError, match=r"moments: .* at work here"):
         fcntl.flock(other, fcntl.LOCK_EX)  # as `calibrate --moments` has it
         stage(whole, tmp_path, tmp_path / "o.gguf")

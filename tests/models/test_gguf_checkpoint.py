@@ -1,5 +1,7 @@
 """A GGUF file as the original: the checkpoint that it was converted from, to the bit."""
 
+import os
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -100,3 +102,19 @@ def test_a_quantized_source_is_said_and_a_broken_one_refused(plain, capsys):
         GGUFCheckpoint(file, family.from_gguf(file.metadata))
     with pytest.raises(QuantkitError, match="neither a GGUF nor the folder of a model"):
         open_model(__file__)
+
+
+def test_an_original_that_is_changed_is_noticed(plain, tmp_path):
+    """While it is read, and by the next run: it is another original then."""
+    path = Path(shutil.copy(plain("Q8_0", split=None), tmp_path / "original.gguf"))
+    found, name = open_weights(str(path)), "model.layers.1.mlp.experts.3.down_proj.weight"
+    found.read(name)
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(QuantkitError, match=r"original.gguf: was changed since it was opened"):
+        found.read(name)
+    assert open_weights(str(path)).fingerprint() != found.fingerprint()

@@ -160,7 +160,7 @@ def test_an_answer_keeps_its_schema(running):
     assert told["finish_reason"] == "stop" and json.loads(told["message"]["content"])["name"] in ("sea", "ship")
     assert "think>" not in json.dumps(told["message"])
     contradicted = {"prompt": "x", "logit_bias": [[i, False] for i in range(768)], "json_schema": SCHEMA}
-    assert running.post(json.dumps(contradicted).encode(), "/v1/completions")[0] == 500
+    assert running.post(json.dumps(contradicted).encode(), "/v1/completions")[0] == 400
 
 
 def test_without_the_library_one_line_says_so(running, monkeypatch):
@@ -285,6 +285,70 @@ def test_tools_where_the_template_describes_them(running, monkeypatch, says):
     assert chat(running, tools=tools, tool_choice="none")["message"]["content"] == told
     body = {"messages": HELLO, "tools": tools, "parallel_tool_calls": False}
     assert running.post(json.dumps(body).encode())[0] == 400
+
+
+FORMS = {
+    "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function ```json",
+    "v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>",
+    "kimi": "<|tool_calls_section_begin|>",
+    "glm": "<tool_call><arg_key>",
+    "hermes": "<tool_call>",
+}
+SEARCH = {
+    "type": "object",
+    "properties": {"words": {"enum": ["the sea", "a ship"]}, "n": {"type": "integer", "maximum": 9, "minimum": 0}},
+    "required": ["words", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_can_be_required(running, monkeypatch, form):
+    """tiny-r1 knows of no tools: whatever it would say, it has to call one, as the template teaches to."""
+    pytest.importorskip("llguidance")
+    describes = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[0].content }}"
+    template = f"{describes}{{% if false %}}{FORMS[form]}{{% endif %}}"
+    monkeypatch.setattr(running.api, "metadata", {**running.api.metadata, "tokenizer.chat_template": template})
+    tools = [{"type": "function", "function": {"name": "search", "parameters": SEARCH}}]
+    tools.append({"type": "function", "function": {"name": "now"}})
+    named = {"type": "function", "function": {"name": "search"}}
+    for how in ({"tool_choice": named}, {"tool_choice": "required", "parallel_tool_calls": False}):
+        choice = chat(running, tools=tools[: 1 + ("parallel_tool_calls" in how)], max_tokens=300, **how)
+        assert choice["finish_reason"] == "tool_calls", choice
+        (call,) = choice["message"]["tool_calls"]
+        told = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "search":
+            assert told["words"] in SEARCH["properties"]["words"]["enum"] and 0 <= told["n"] <= 9
+    for wrong, says in (
+        ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "no tool is called 'fly'"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": tools, "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}]} | how, "tools: "),
+    ):
+        status, answer = running.post(json.dumps({"messages": HELLO, **wrong}).encode())
+        assert status == 400 and says in answer["error"]["message"], answer
+
+
+def test_what_leaves_no_token_is_the_clients_fault(running, weights):
+    """400 with a line, not an error of the server."""
+    pytest.importorskip("llguidance")
+    texts = {token: weights.tokenizer().decode([token]) for token in range(weights.config.n_vocab)}
+    needed = [token for token, text in texts.items() if "{" in text or not text.strip()]
+    assert len(needed) <= 1024
+    body = {"prompt": "a", "response_format": {"type": "json_object"}, "logit_bias": [[t, False] for t in needed]}
+    for stream in (False, True):
+        status, _, data = running.ask("POST", "/v1/completions", json.dumps({**body, "stream": stream}).encode())
+        said = data.decode()
+        assert status == (200 if stream else 400) and "no token continues the answer" in said, said
+        assert "invalid_request_error" in said
+
+
+def test_log_probabilities_are_bounded(running):
+    status, answer = running.post(
+        json.dumps({"prompt": [0, 50], "n": 128, "logprobs": 20, "max_tokens": 500}).encode(), "/v1/completions"
+    )
+    assert status == 400 and "are more than 524,288" in answer["error"]["message"]
+    assert complete(running, prompt=[0, 50], n=2, logprobs=20, max_tokens=2)["usage"]["completion_tokens"] >= 2
 
 
 def test_a_prompt_that_is_only_read(running, weights):

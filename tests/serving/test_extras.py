@@ -149,28 +149,63 @@ def test_the_page_loads_nothing_from_elsewhere(running):
 
 
 def browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return os.environ.get("QUANTKIT_BROWSER") or next(filter(None, map(shutil.which, names)), None)
 
 
-def test_the_page_in_a_browser(running):
+GROWS = """window.seen = [];  // every length that the answer has had
+new MutationObserver(() => seen.push(document.querySelector('article.assistant:last-child')?.textContent.length ?? 0))
+    .observe(document.querySelector('#talk'), {subtree: true, childList: true, characterData: true})"""
+OUTSIDE = """[...document.querySelectorAll('header *, main *, form *, footer')].filter(e => {
+    const box = e.getBoundingClientRect(); return box.width && (box.right > innerWidth + 1 || box.left < -1); })
+    .map(e => e.tagName + '#' + e.id)"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     if not browser():
         pytest.skip("no Chromium or Chrome on this machine (or QUANTKIT_BROWSER)")
     with playwright.sync_playwright() as engine:
         window = engine.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
-        view, asked, errors = window.new_page(), [], []
-        view.on("request", lambda request: asked.append(request.url))
-        view.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        view.goto(f"http://127.0.0.1:{running.port}/")
-        view.fill("#key", KEY)
-        view.press("#key", "Tab")
-        view.wait_for_function("document.title == 'R1'")
-        view.fill("#text", "<b>Tell</b> me about the sea.")
-        view.press("#text", "Enter")
-        view.wait_for_function("document.querySelector('#speed').textContent.includes('tok/s')")
-        assert view.inner_text("article.user") == "<b>Tell</b> me about the sea."
-        assert view.locator("article.assistant details").count() == 1
-        assert all(url.startswith(f"http://127.0.0.1:{running.port}/") for url in asked)
-        assert [error for error in errors if "401" not in error] == []
+        yield window
         window.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(running, chromium, width, scheme):
+    """Somebody types, and reads the answer while it is made; nothing is cut off, and nothing comes from elsewhere."""
+    from playwright.sync_api import expect
+
+    context = chromium.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    view, asked, errors = context.new_page(), [], []
+    view.on("request", lambda request: asked.append(request.url))
+    view.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    view.on("pageerror", lambda error: errors.append(str(error)))
+    view.goto(f"http://127.0.0.1:{running.port}/")
+    view.fill("#key", KEY)
+    view.press("#key", "Tab")
+    expect(view).to_have_title("R1")
+    view.evaluate(GROWS)
+    view.fill("#temperature", "0")
+    view.fill("#text", "<b>Tell</b> me about the sea.")
+    view.press("#text", "Enter")
+    expect(view.locator("#speed")).to_contain_text("tok/s", timeout=30_000)
+    expect(view.locator("#send")).to_be_visible()
+    assert view.inner_text("article.user") == "<b>Tell</b> me about the sea."
+    assert view.locator("article.assistant details").count() == 1
+    assert len(set(view.evaluate("seen"))) > 5, "the answer came at once"
+    view.fill("#text", "And then?")
+    view.click("#send")
+    expect(view.locator("article.assistant")).to_have_count(2)
+    expect(view.locator("#send")).to_be_visible(timeout=30_000)
+    assert view.evaluate(OUTSIDE) == [] and view.evaluate("document.documentElement.scrollWidth") <= width
+    ink = view.evaluate("getComputedStyle(document.querySelector('article.user')).color")
+    assert (ink == "rgb(255, 255, 255)") == (scheme == "dark"), ink
+    assert all(url.startswith(f"http://127.0.0.1:{running.port}/") for url in asked)
+    assert [error for error in errors if "401" not in error] == []
+    if folder := os.environ.get("QUANTKIT_SCREENSHOTS"):
+        view.screenshot(path=os.path.join(folder, f"chat-{width}-{scheme}.png"))
+    view.click("#clear")
+    assert view.locator("article").count() == 0
+    context.close()

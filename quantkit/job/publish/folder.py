@@ -17,10 +17,12 @@ from quantkit.job.finished import recorded
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
 from quantkit.planning.plan import Plan
+from quantkit.progress import say
 
 REQUIRED = (PLAN, VERIFY, PROVENANCE)
 OPTIONAL = (RECIPE, CERTIFY, REPORT)
 CLEANED = (VERIFY, PROVENANCE, CERTIFY)  # published without where things lie here
+BUNDLED = "dataset-build evaluation ("  # what the name of the bundled text begins with
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -78,6 +80,9 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     if (folder / IMATRIX).is_file():
         # Not beside the model: KTransformers takes every .gguf of its folder for a part of it.
         files[f"imatrix/{name}.gguf"] = folder / IMATRIX
+    if kept := _texts_of_others(verify):
+        files.pop(f"{name}/{REPORT}", None)
+        say(f"{folder}: {kept} texts of --data that {VERIFY} holds are not published, nor {REPORT}, which shows them")
     cleaned = _checked(files, folder)
     for header in [file, *(GGUFFile.open(path) for path in files.values() if path.name == IMATRIX)]:
         refuse_in_header(header, folder)
@@ -95,10 +100,19 @@ def _checked(files: Mapping[str, Path], folder: Path) -> dict[str, bytes]:
         data = _bytes(path)
         if path.name in CLEANED:
             value = without_local(load_object(data, str(path)))
+            if path.name == VERIFY and _texts_of_others(value):
+                value["generation"].pop("samples")
             data = cleaned[stored] = json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
         refuse_secrets(path, data)
         refuse_local(path, data, folder)
     return cleaned
+
+
+def _texts_of_others(verify: Mapping[str, Any]) -> int:
+    """How many texts `verify --prompts` kept that are not the bundled ones: whose they are, nobody here knows."""
+    generation = verify.get("generation")
+    samples = generation.get("samples") if isinstance(generation, dict) else None
+    return 0 if not isinstance(samples, list) or str(verify.get("text")).startswith(BUNDLED) else len(samples)
 
 
 def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) -> list[str]:

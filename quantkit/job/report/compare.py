@@ -8,11 +8,7 @@ from matplotlib.figure import Figure
 from quantkit.errors import QuantkitError
 from quantkit.formats.whole_file import write_whole
 from quantkit.job.report.figures import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    RED,
+    COLOURS,
     axes_of,
     by_domain,
     front,
@@ -21,14 +17,13 @@ from quantkit.job.report.figures import (
     whole_numbers,
 )
 from quantkit.job.report.material import Material, comparable, names
-from quantkit.job.report.parts import Table, environment, words_for
+from quantkit.job.report.parts import Table, environment, verdict
 from quantkit.planning.assign import predict
-from quantkit.planning.plan import CLASSES, bpw
-from quantkit.planning.table import layer_ranges
+from quantkit.planning.plan import bpw
+from quantkit.planning.table import by_class, differing
 from quantkit.sizes import both_units
 
 COMPARED = "compare.html"
-COLOURS = (BLUE, ORANGE, RED, GREY, INK)
 Named = Sequence[tuple[str, Material]]
 
 
@@ -65,7 +60,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         .get_template("compare.html.jinja")
         .render(
             title=" · ".join(name for name, _ in every),
-            verdict=verdict(alike),
+            verdict=verdict([(name, m.scores["bytes"], m.scores["kld_mean"]) for name, m in alike]),
             files=_files(every),
             apart=apart,
             figures=figures,
@@ -75,28 +70,6 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     )
     write_whole(out / COMPARED, text.encode(errors="backslashreplace"))
     return out / COMPARED
-
-
-def verdict(alike: Named) -> str:
-    """One sentence: the nearest to the original, and what is beaten in both size and divergence."""
-    if len(alike) < 2:
-        return "Nothing here was measured alike, so nothing can be compared."
-    point = {name: (m.scores["bytes"], m.scores["kld_mean"]) for name, m in alike}
-    best = min(point, key=lambda name: point[name][1])
-    size, kld = point[best]
-    text = f"{best} is the nearest to the original ({words_for(kld)}, {kld:.3g} nats a token in {both_units(size)})"
-    beaten = [
-        (name, other)
-        for name, (n, k) in point.items()
-        for other, (n2, k2) in point.items()
-        if other != name and n2 <= n and k2 < k
-    ]
-    if beaten:
-        losers = dict(beaten)
-        text += "; " + ", ".join(f"{name} is beaten by {other} in no more bytes" for name, other in losers.items())
-    else:
-        text += "; each of the others is smaller"
-    return text + "."
 
 
 def _figures(alike: Named) -> dict[str, Figure | None]:
@@ -163,11 +136,11 @@ def _planned(every: Named) -> list[tuple[str, Material]]:
 
 
 def _classes(every: Named) -> Table | None:
-    planned, rows = _planned(every), []
-    for group in CLASSES:
-        cells = [[t for t in m.plan.tensors if t.group == group] for _, m in planned if m.plan]
-        if any(cells):
-            rows.append((group, *(f"{both_units(sum(t.n_bytes for t in c))} ({bpw(c):.3f} bpw)" for c in cells)))
+    planned = _planned(every)
+    rows = [
+        (group, *(f"{both_units(sum(t.n_bytes for t in c))} ({bpw(c):.3f} bpw)" for c in cells))
+        for group, cells in by_class([(name, m.plan.tensors) for name, m in planned if m.plan])
+    ]
     return Table(("class", *(name for name, _ in planned)), rows) if planned else None
 
 
@@ -175,11 +148,8 @@ def _types(every: Named) -> Table | None:
     planned = _planned(every)
     if len(planned) < 2:
         return None
-    rows = []
-    for role in dict.fromkeys(t.role for _, m in planned if m.plan for t in m.plan.tensors):
-        cells = [layer_ranges(t for t in m.plan.tensors if t.role == role) for _, m in planned if m.plan]
-        if len(set(cells)) > 1:
-            rows.append((role, *cells))
+    found = differing([(name, m.plan.tensors) for name, m in planned if m.plan])
+    rows = [(role, *cells) for role, cells in found]
     return Table(("tensors", *(name for name, _ in planned)), rows, numbers=False) if rows else None
 
 

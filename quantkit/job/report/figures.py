@@ -14,15 +14,18 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from quantkit.calibration.coverage import coverage
 from quantkit.job.report.material import Material
+from quantkit.job.report.parts import Point
 from quantkit.planning.bitmap import bit_map
 from quantkit.planning.plan import CLASSES
 from quantkit.tensors import ROUTED_ROLES, split_name
 
 INK, BLUE, RED, GREY, ORANGE, PAPER = "#1c2330", "#2f6690", "#c0322b", "#8793a0", "#b86a00", "#ffffff"
+COLOURS = (BLUE, ORANGE, RED, GREY, INK)  # of what is compared
 ON_PAGE = {INK: "ink", BLUE: "blue", RED: "bad", GREY: "grey", ORANGE: "orange", PAPER: "paper"}
 SIZE = (4.6, 2.8)  # inches: at a phone's 390 pixels the figure's 9-point text is 11 pixels high
 NARROW = 3.4  # inches, of a bit map on a phone
@@ -82,12 +85,15 @@ def whole_numbers(axes: Axes) -> None:
     locator.set_params(integer=True)
 
 
-Point = tuple[str, float, float]
-"""Name, bytes, mean KLD."""
+NEAR = 0.2, 0.06  # of the largest size and divergence: there names of points would lie on each other
+LINE = 11  # points from one name to the next
 
 
-def front(points: Sequence[Point], colours: Sequence[str], span: Sequence[float] | None = None) -> Figure | None:
-    """Divergence over size, and the front of those that no other beats in both. span: 95 % interval of the first."""
+def front(
+    points: Sequence[Point], colours: Sequence[str], spans: Sequence[Sequence[float] | None] = ()
+) -> Figure | None:
+    """Divergence over size, and the front of those that no other beats in both. spans: 95 % intervals of the first
+    ones."""
     if len(points) < 2:
         return None
     figure, axes = axes_of()
@@ -96,17 +102,32 @@ def front(points: Sequence[Point], colours: Sequence[str], span: Sequence[float]
     best = [p for i, p in enumerate(by_size) if all(p[1] < q[1] for q in by_size[:i])]
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color=GREY, linewidth=1, zorder=1)
-    for (name, size, kld), colour in zip(points, colours, strict=True):
+    largest = max(size for _, size, _ in points), max(kld for _, _, kld in points)
+    for i, ((name, size, kld), colour) in enumerate(zip(points, colours, strict=True)):
         axes.scatter(size / unit, kld, color=colour, s=26, zorder=2)
-        axes.annotate(name, (size / unit, kld), (5, 4), textcoords="offset points", fontsize=8.5, color=colour)
-    if span:
-        _, size, kld = points[0]
-        axes.errorbar(size / unit, kld, yerr=[[kld - span[0]], [span[1] - kld]], color=colours[0], capsize=3, zorder=3)
+        near = sum(
+            abs(size - s) < NEAR[0] * largest[0] and abs(kld - k) < NEAR[1] * largest[1] for _, s, k in points[:i]
+        )  # their names stand there already
+        place = 5, 4 - LINE * near
+        axes.annotate(name, (size / unit, kld), place, textcoords="offset points", fontsize=8.5, color=colour)
+    for (_, size, kld), colour, span in zip(points, colours, spans, strict=False):
+        if span:
+            error = [[kld - span[0]], [span[1] - kld]]
+            axes.errorbar(size / unit, kld, yerr=error, color=colour, capsize=3, zorder=3)
     axes.set(xlabel=f"file size in {name_of_unit}", ylabel="mean KLD in nats")
     axes.margins(0.3)
     axes.set_ylim(0, 1.2 * max(kld for _, _, kld in points))
     axes.ticklabel_format(style="plain", useOffset=False)
     return figure
+
+
+def legend(figure: Figure, names: Sequence[str], colours: Sequence[str]) -> None:
+    """Below the axes: what stands for what."""
+    columns = 2
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * -(-len(names) // columns))
+    handles = [Line2D([], [], color=c, marker="o", linewidth=0, label=n) for n, c in zip(names, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def position(m: Material) -> Figure | None:
@@ -119,7 +140,7 @@ def position(m: Material) -> Figure | None:
     if m.baseline:
         points.append(("ggml's encoder", m.baseline["bytes"], m.baseline["kld_mean"]))
         colours.append(ORANGE)
-    return front(points, colours, (m.scores.get("ci95") or {}).get("kld_mean"))
+    return front(points, colours, [(m.scores.get("ci95") or {}).get("kld_mean")])
 
 
 def layers(m: Material) -> Figure | None:

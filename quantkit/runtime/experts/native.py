@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import TensorP, type_id
 from quantkit.models.config import ModelConfig
+from quantkit.progress import say_once
 from quantkit.runtime.native.library import SUPERBLOCK, Layer, Matrix, Native, act_block, native, traits
 
 SPIN_NS = 1_000_000  # that idle threads look for work before they sleep: more than a GPU takes for the rest of a layer
@@ -74,8 +75,11 @@ class NativeLayer:
 
 def suits(stacks: Stacks, config: ModelConfig) -> Native | None:
     """The compiled products if they can multiply these stacks: rows are whole superblocks, and of types that ggml
-    multiplies by 8-bit activations."""
+    multiplies by 8-bit activations; matrices follow each other, else a line says that ggml multiplies them."""
     lib = native()
+    if not all(data.flags.c_contiguous for _, data in stacks):
+        say_once("gate and up of each expert lie together: ggml multiplies them, slower than quantkit does")
+        return None
     sizes = (config.d, config.n_ff_exp)
     known = all(traits(qtype)[1].from_float and traits(qtype)[0].vec_dot for qtype, _ in stacks)
     return lib if lib and known and not any(size % SUPERBLOCK for size in sizes) else None

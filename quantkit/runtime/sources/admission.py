@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.codecs import types as qtypes
+from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models.config import ModelConfig
@@ -44,6 +45,11 @@ def check_model(
         if tuple(found.shape) != spec.shape:
             raise QuantkitError(f"{where}: tensor {spec.name} has shape {tuple(found.shape)}, not {spec.shape}")
         if found.qtype not in (types := allowed(spec)):
+            if found.qtype in FOREIGN:
+                raise QuantkitError(
+                    f"{where}: tensor {spec.name} is {found.qtype}, a type of {FOREIGN[found.qtype].program} that "
+                    "cannot be decoded here; `quantkit compare` shows types and bytes"
+                )
             known = " ".join(name for name in (*qtypes.QTYPES, *READ_ONLY) if name in types)
             raise QuantkitError(
                 f"{where}: tensor {spec.name} is {found.qtype}, which is not computed; it may be {known}"

@@ -15,8 +15,9 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.quants import dequantize
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
+from quantkit.models.other_layouts import as_ours
 from quantkit.models.tokenizer import check_ids, tokenizer_of_gguf
-from quantkit.progress import say
+from quantkit.progress import say, say_once
 from quantkit.runtime.compressed import CompressedLayer, Layer, Parts, built, by_groups
 from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns, expert_names
 from quantkit.runtime.indexer import IndexerWeights
@@ -321,10 +322,13 @@ def open_gguf(
 ) -> GGUFWeights:
     """A file to be run on a device. ram: bytes that it may take in memory; None: as many as the system gives.
 
-    QuantkitError for whatever `admission.check_model` refuses, or if `ram` is too little.
+    Files of others are seen as ours (`models.other_layouts`), which is said. QuantkitError for whatever
+    `admission.check_model` refuses, or if `ram` is too little.
     """
-    file = GGUFFile.open(path)
-    config, device = family.from_gguf(file.metadata), torch.device(device)
+    seen = as_ours(GGUFFile.open(path))
+    file, config, device = seen.file, seen.config, torch.device(device)
+    for note in seen.notes:
+        say_once(f"{file.path.name}: {note}")
     specs = family.specs(config, mla_of(file.tensors))
     check_model(file.path.name, file.tensors, config, specs, file.metadata.get("tokenizer.ggml.tokens"))
     residency = None

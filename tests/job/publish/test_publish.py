@@ -306,6 +306,20 @@ def test_where_things_lie_here_is_not_published(hub, token, made_local, tmp_path
     assert {key: published[key] for key in ("checkpoint", "plan")} == {key: made[key] for key in ("checkpoint", "plan")}
 
 
+def test_texts_of_ones_own_are_not_published(hub, token, made_local, tmp_path):
+    """`verify --prompts --data notes.txt` keeps some of the notes: in verify.json, from where the report shows them."""
+    folder = shutil.copytree(made_local, tmp_path / "own")
+    scores = json.loads((folder / "verify.json").read_text())
+    scores |= {"text": "notes.txt", "generation": {"prompts": 1, "samples": [{"prompt": "Dear diary"}]}}
+    (folder / "verify.json").write_text(json.dumps(scores))
+    (folder / "report.html").write_text("<p>Dear diary")
+    said = quantkit("publish", folder, *BASE, "--name", "own")
+    assert "1 texts of --data that verify.json holds are not published, nor report.html" in said
+    there = hub.models["user/t"].commits[-1]
+    assert "own/report.html" not in there and b"diary" not in there["own/verify.json"].read(0, 1 << 20)
+    assert json.loads(there["own/verify.json"].read(0, 1 << 20))["generation"] == {"prompts": 1}
+
+
 def test_names_and_facts_of_others_are_no_commands(hub, token, made_local):
     """A repository that holds folders with shell in their names, and JSON with Markdown and wrong kinds in it."""
     facts = {"target": "`id`", "quantkit": "1\n```\nrm -rf ~\n", "mla": "split", "effort": ["x"], "calibration": 3}

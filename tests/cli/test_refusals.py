@@ -1,0 +1,120 @@
+"""Help, and what can be refused by its value alone: at once, before torch is loaded, in one line, leaving nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+NO_HELP: list[tuple[str, str]] = [
+    ("make --size 3x", "--size 3x: not a size"),
+    ("make --size much", "--size much: not a size"),
+    ("make --encoder best", "--encoder best: unknown; choose auto, quantkit, ggml"),
+    ("make --device tpu", "--device tpu"),
+    ("make --tokens x", "--tokens x: not a number of tokens"),
+    ("make --target vllm", "unknown target 'vllm'"),
+    ("make --target llama.cpp/x", "after the slash stands"),
+    ("make --data nofile", "--data nofile: no such file or folder (a dataset is user/name)"),
+    ("make --data user/notes.txt", "no such file or folder"),
+    ("make --eval-data empty", "file in this folder"),
+    ("make --recipe 9bit", "no recipe '9bit'"),
+    ("make --recipe none.json", "none.json: no such file"),
+    ("make --recipe list.json", "the plan is not an object"),
+    ("make --recipe auto", "--recipe auto leaves types to a budget"),
+    ("make --recipe 1.58bit --size 150GB", "--recipe 1.58bit: its rules fix every type"),
+    ("make --recipe Q4_K_M --size 150GB", "--recipe Q4_K_M: its rules fix every type"),
+    ("make --size 1GB --ram 1GB", "contradict each other"),
+    ("make --vram 24GB", "--vram needs --ram too"),
+    ("make --imatrix text.txt", "text.txt: not a GGUF imatrix"),
+    ("make --imatrix begins.gguf --encoder quantkit", "--imatrix holds no second moments"),
+    ("make --baseline --no-verify", "leave out --no-verify"),
+    ("make --baseline --encoder ggml", "--baseline compares with ggml's encoder"),
+    ("make no-such-model", "not one of the bundled models"),
+    ("make ./nothere", "not one of the bundled models"),
+    ("make a/b/c", "not one of the bundled models"),
+    ("make text.txt", "text.txt is a file, neither a GGUF nor"),
+    ("make lfs.gguf", "a Git LFS pointer"),
+    ("make empty", "empty/config.json: no such file (is empty a model folder?)"),
+    ("make deepseek-r1", "a description without weights"),
+    ("calibrate --data nofile", "--data nofile: no such file"),
+    ("calibrate deepseek-r1", "a description without weights"),
+    ("sensitivity --imatrix text.txt", "not a GGUF imatrix"),
+    ("sensitivity --gradients empty", "empty holds no gradients"),
+    ("sensitivity --imatrix begins.gguf --types IQ9", "--types IQ9: unknown"),
+    ("plan -o x.foo", "-o x.foo: name it .json"),
+    ("plan --compare 1.58bit 9bit", "no recipe '9bit'"),
+    ("plan --sensitivity text.txt", "text.txt: not a sensitivity file"),
+    ("hardware --recipe auto", "--recipe auto leaves types to a budget"),
+    ("hardware --gpu 9999", "--gpu 9999: not known"),
+    ("hardware --bandwidth disk=nofile", "--bandwidth disk=nofile"),
+    ("quantize tiny-r1 --plan list.json --imatrix begins.gguf -o x", "the plan is not an object"),
+    ("status empty", "no job is at work here"),
+    ("recipes Q4_K_M nomodel", "nomodel: no such folder"),
+    ("inspect text.txt", "text.txt is a file"),
+    ("verify text.txt", "text.txt: not a GGUF file"),
+    ("verify begins.gguf --reference deepseek-r1", "a description without weights"),
+    ("certify lfs.gguf", "lfs.gguf: is a Git LFS pointer"),
+    ("certify begins.gguf --imatrix text.txt", "not a GGUF imatrix"),
+    ("evaluate begins.gguf --json x.jsonl", "name it x.json"),
+    ("export-kt text.txt", "not a GGUF file"),
+    ("report empty", "neither verify.json nor plan.json"),
+    ("publish empty --repo user/name", "is empty a folder that `quantkit make` left?"),
+    ("run .", "2 models (begins.gguf, lfs.gguf)"),
+    ("run empty", "empty: no finished GGUF file in this folder"),
+    ("run text.txt", "text.txt: not a GGUF file"),
+    ("run begins.gguf -c lots", "--context lots: not a number of tokens"),
+    ("run begins.gguf -p x --system s", "--system is for chats"),
+    ("serve begins.gguf -ngl many", "--gpu-layers many: write auto or a number"),
+    ("serve begins.gguf -ngl 101%", "--gpu-layers 101%: write auto or a number"),
+    ("serve begins.gguf --host 0.0.0.0", "--host 0.0.0.0 lets other machines in"),
+    ("serve begins.gguf --cors chat", "--cors chat: write an origin"),
+]
+HELP = ["--help", "make --help", "run --help", "serve --help", "publish --help"]
+
+PROGRAM = """
+import json, sys
+from click.testing import CliRunner
+from quantkit.__main__ import main
+for call in json.load(sys.stdin):
+    done = CliRunner().invoke(main, call.split())
+    print(json.dumps([call, done.exit_code, done.stdout, done.stderr, 'torch' in sys.modules]), file=sys.__stdout__)
+    if 'torch' in sys.modules:
+        break
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("words\n" * 9)
+    (folder / "list.json").write_text("[]")
+    (folder / "begins.gguf").write_bytes(b"GGUF")
+    (folder / "lfs.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(place):
+    """All of the calls in one process that has loaded nothing before: call -> exit code, stdout, stderr."""
+    calls = [*HELP, *(call for call, _ in NO_HELP)]
+    command = [sys.executable, "-c", PROGRAM]
+    before = sorted(place.rglob("*"))
+    done = subprocess.run(command, input=json.dumps(calls), capture_output=True, text=True, cwd=place)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(calls) and not found[-1][-1], f"torch was loaded, or it failed: {found[-1:]} {done.stderr}"
+    assert sorted(place.rglob("*")) == before
+    return {call: rest for call, *rest in found}
+
+
+@pytest.mark.parametrize(("call", "says"), NO_HELP, ids=[call for call, _ in NO_HELP])
+def test_a_wrong_value_is_refused_before_torch_is_loaded(answers, call, says):
+    code, stdout, stderr, _ = answers[call]
+    assert (code, stdout) == (1, "") and says in stderr and stderr.startswith("quantkit: "), stderr
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("call", HELP)
+def test_help_answers_at_once(answers, call):
+    code, stdout, _, _ = answers[call]
+    assert code == 0 and stdout.startswith("Usage: ")
