@@ -234,6 +234,7 @@ BROKEN = [
     ("certify.json", b'{"passed": false, "checks": [{"status": "fail"}]}', "a check failed"),
     ("certify.json", b'{"passed": true}', "not that a program has run the file"),
     ("certify.json", b'{"passed": true, "engine_run": true, "files": {"x.gguf": 1}}', "of other files"),
+    ("certify.json", b'{"passed": true, "checks": ["x"]}', "certify.json is damaged: checks is no list of objects"),
     ("verify.json", None, "verify.json is missing"),
     ("imatrix.gguf", None, "imatrix.gguf is missing"),
     ("tiny-r1-2.51bit.gguf.part", b"", "unfinished"),
