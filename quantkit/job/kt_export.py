@@ -57,19 +57,20 @@ class DeepseekV3Config(PretrainedConfig):
 LAUNCH_TEXT = """#!/bin/sh
 # usage: launch.sh chat|serve [options], or launch.sh sglang CHECKPOINT [options]
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+python=$(command -v python || command -v python3) || {{ echo "launch.sh: no python on the PATH" >&2; exit 1; }}
 mode=${{1:-chat}}
 [ $# -eq 0 ] || shift
 if [ "$mode" = sglang ]; then
     [ $# -gt 0 ] || {{ echo "launch.sh sglang CHECKPOINT: the rest comes from the original" >&2; exit 2; }}
     checkpoint=$1
     shift
-    exec python -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
+    exec "$python" -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
         --kt-method LLAMAFILE --kt-weight-path "$here/gguf" --kt-cpuinfer {threads} \\
         --kt-threadpool-count 1 --kt-num-gpu-experts 0 "$@"
 fi
 case $mode in chat|serve) ;; *) echo "launch.sh: $mode is not chat, serve or sglang" >&2; exit 2 ;; esac
-version=$(python -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version=none
+version=$("$python" -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version="none ($python)"
 case $version in
 0.2.3*) backend= ;;
 0.2.[4-9]*|0.3|0.3[+.]*) backend="--backend_type ktransformers" ;; # 0.2.4's default, balance_serve, has other rules
@@ -77,7 +78,7 @@ case $version in
 esac
 set -- --model_path "$here/model" --gguf_path "$here/gguf" --optimize_config_path "$here/optimize.yaml" \\
     --cpu_infer {threads} "$@"
-[ $mode = serve ] || exec python -m ktransformers.local_chat "$@"
+[ $mode = serve ] || exec "$python" -m ktransformers.local_chat "$@"
 exec ktransformers --host 127.0.0.1 --port 10002 $backend "$@"
 """
 

@@ -48,6 +48,8 @@ def run_program(words: Sequence[str], name: str, timeout: float, settings: Mappi
         )
     except subprocess.TimeoutExpired:
         raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
+    except OSError as error:  # of another architecture, without its interpreter
+        raise OracleError(f"{name} cannot be executed: {error.strerror}") from None
     if child.returncode == -signal.SIGILL:
         raise IllegalInstruction(f"this CPU does not run {name}")
     if child.returncode:

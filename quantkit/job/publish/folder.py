@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.certificate import failures
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
@@ -162,13 +163,14 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     if not path.is_file():
         return ["it is not certified; run `quantkit certify`"]
     found = _json(path)
-    if any(check.get("status") == "fail" for check in found.get("checks", ())):
+    if failures(found):
         return [f"{CERTIFY} says that a check failed"]
     if found.get("passed") is not True or found.get("engine_run") is not True:
         said = found.get("verdict") or "not that a program has run the file"
         return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
     made, seen = recorded(path.parent), found.get("crc32") or {}
-    if found.get("files") != sizes or any(made.get(name, crc) != crc for name, crc in seen.items()):
+    changed = not isinstance(seen, dict) or any(made.get(name, crc) != crc for name, crc in seen.items())
+    if found.get("files") != sizes or changed:
         return [f"{CERTIFY} is of other files; run `quantkit certify` again"]
     return []
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import struct
 import threading
 import zlib
 from dataclasses import replace
@@ -128,6 +129,22 @@ def test_what_llama_cpp_computes_wrongly_stands_in_the_card(hub, token, made_loc
     assert f"\n**{lines[0]}.**\n" in quantkit("publish", folder, *BASE, "--dry-run")
 
 
+def test_the_card_starts_programs_as_the_model_needs_it(hub, token, made_local, tmp_path):
+    """Kimi-K2's YaRN, of which llama.cpp reads nothing in the file."""
+    folder = Path(shutil.copytree(made_local, tmp_path / "out"))
+    (first,) = folder.glob("tiny-r1-*00001*.gguf")
+    said = quantkit("publish", folder, *BASE, "--dry-run")
+    assert f"llama-cli -m published/2.51bit/{first.name} -p" in said and "LLAMA_ARG_YARN" not in said
+    assert "echo 'FROM ./published/2.51bit' > Modelfile" in said  # of several files
+    usual, kimis = (b"yarn_beta_fast" + struct.pack("<If", 6, beta) for beta in (32, 1))
+    data = first.read_bytes()
+    assert usual in data
+    first.write_bytes(data.replace(usual, kimis))
+    said = quantkit("publish", folder, *BASE, "--dry-run")
+    assert f"llama-cli -m published/2.51bit/{first.name} --yarn-beta-fast 1 --yarn-beta-slow 1 -p" in said
+    assert "LLAMA_ARG_YARN_BETA_FAST=1 LLAMA_ARG_YARN_BETA_SLOW=1 ollama serve &" in said
+
+
 def test_several_quants_one_card(hub, token, made_local):
     base = ["--repo", "user/t", "--base-model", "a/b"]
     quantkit("publish", made_local, *base)
@@ -217,6 +234,7 @@ BROKEN = [
     ("certify.json", b'{"passed": false, "checks": [{"status": "fail"}]}', "a check failed"),
     ("certify.json", b'{"passed": true}', "not that a program has run the file"),
     ("certify.json", b'{"passed": true, "engine_run": true, "files": {"x.gguf": 1}}', "of other files"),
+    ("certify.json", b'{"passed": true, "checks": ["x"]}', "certify.json is damaged: checks is no list of objects"),
     ("verify.json", None, "verify.json is missing"),
     ("imatrix.gguf", None, "imatrix.gguf is missing"),
     ("tiny-r1-2.51bit.gguf.part", b"", "unfinished"),
