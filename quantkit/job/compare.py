@@ -20,7 +20,7 @@ import torch
 from quantkit import __version__
 from quantkit.calibration.corpus import Chunks, Corpus, TextChoice, cut
 from quantkit.codecs.foreign import FOREIGN
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, printable
 from quantkit.evaluation.divergence import Divergence, difference
 from quantkit.evaluation.reference import ReferencePass
 from quantkit.evaluation.side_by_side import NotFinite
@@ -244,7 +244,7 @@ def _scored(one: Opened, theirs: _Theirs | None, chunks: Chunks, how: CompareOpt
     else:
         found = likelihood(source, chunks, ram=how.ram)
     kept = {name: getattr(found, name) for name in names}
-    sealed.write(note, {**kept, "same_top": found.same_top.int()}, {"file": one.path.name})
+    sealed.write(note, {**kept, "same_top": found.same_top.int()}, {"file": printable(one.path.name)})
     return found
 
 
