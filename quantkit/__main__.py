@@ -1,6 +1,6 @@
 """`quantkit`, and `python -m quantkit`."""
 
-from quantkit.cli import making, running, stages, using
+from quantkit.cli import judging, making, running, stages, using
 from quantkit.cli.group import main
 
 for command in (
@@ -14,10 +14,10 @@ for command in (
     making.recipes,
     using.inspect,
     using.families,
-    using.verify,
-    using.certify,
-    using.evaluate,
-    using.compare,
+    judging.verify,
+    judging.certify,
+    judging.evaluate,
+    judging.compare,
     using.export_kt,
     using.report,
     running.run,

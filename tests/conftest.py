@@ -39,6 +39,7 @@ FIRST = (
     "job/test_faults.py",
     "job/test_ranks.py",
     "evaluation/oracles/test_llama.py",
+    "runtime/test_kernels.py",
     "encoding/test_layer.py",
     "job/test_report.py",
     "job/test_make.py",

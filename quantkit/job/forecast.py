@@ -10,7 +10,7 @@ import torch
 
 from quantkit import machine
 from quantkit.codecs import types as qtypes
-from quantkit.codecs.registry import in_groups
+from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
 from quantkit.encoding.saved import Kept
 from quantkit.formats.int4 import PACKED
@@ -133,8 +133,8 @@ def _worse(order: "Order") -> str:
     for tensor in order.plan.tensors:
         if len(tensor.shape) > 1 and tensor.rule is not None:
             weights["all"] += tensor.n_weights
-            weights["ours"] += tensor.n_weights * in_groups(tensor.qtype)
-            weights["low"] += tensor.n_weights * (in_groups(tensor.qtype) and qtypes.get(tensor.qtype).bpw < LOW)
+            weights["ours"] += tensor.n_weights * (tensor.qtype in FORMATS)
+            weights["low"] += tensor.n_weights * ((tensor.qtype in FORMATS) and qtypes.get(tensor.qtype).bpw < LOW)
     if not weights["ours"]:
         return "; quantkit too leaves these types to it"
     if 2 * weights["low"] < weights["all"]:

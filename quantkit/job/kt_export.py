@@ -6,6 +6,7 @@ util/custom_gguf.py and custom_loader.py (types, and which files are read).
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,9 @@ from quantkit.formats.whole_file import rename_folder
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
+from quantkit.progress import say
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
+from quantkit.sizes import both_units
 
 GGUF, MODEL, RULES, LAUNCH, README = "gguf", "model", "optimize.yaml", "launch.sh", "README.md"
 SIDECAR = "attn_kv_b.gguf"
@@ -122,7 +125,20 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
             shutil.rmtree(work, ignore_errors=True)
             raise
     rename_folder(work, output)
+    if linear == "marlin":
+        say(_of_marlin(source))
     return output
+
+
+def _of_marlin(source: GGUFWeights) -> str:
+    """What its 4 bits save and cost: it goes by none of the types that the file has."""
+    kept = [t for t in source.file.tensors.values() if len(t.shape) == 2 and t.name != "token_embd.weight"]
+    weights = sum(math.prod(t.shape) for t in kept if not t.name.endswith("ffn_gate_inp.weight"))
+    return (
+        "KTransformers rounds attention, shared experts and output to 4 bits when it loads them (Marlin), whatever "
+        f"their types: {both_units(int(weights * 0.53))} of GPU memory; --linear torch keeps BF16, "
+        f"{both_units(2 * weights)}, and on tiny-r1 spares 0.09 nats of KLD"
+    )
 
 
 def check(source: GGUFWeights) -> None:

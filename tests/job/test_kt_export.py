@@ -248,7 +248,9 @@ def test_launch(exported, tmp_path):
 def test_command(quantized, tmp_path):
     path = quantized("1.58bit", "ktransformers", "combined")
     result = CliRunner().invoke(main, ["export-kt", str(path), "-o", str(tmp_path / "out"), "--gpus", "2"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "to 4 bits when it loads them (Marlin)" in result.output
+    exact = CliRunner().invoke(main, ["export-kt", str(path), "-o", str(tmp_path / "exact"), "--linear", "torch"])
+    assert exact.exit_code == 0 and "Marlin" not in exact.output
     assert [p.name for p in (tmp_path / "out" / "gguf").iterdir()] == [path.name]  # kv_b is in the file already
     assert "layers 2 to 3 on cuda:1" in (tmp_path / "out" / "README.md").read_text()
     again = CliRunner().invoke(main, ["export-kt", str(path), "-o", str(tmp_path / "out")])

@@ -41,6 +41,8 @@ def test_a_dry_run_says_all_and_writes_nothing(tmp_path):
     [
         ({}, "quantkit, effort normal: a small model, 12 M weights"),
         ({"encoder": "ggml"}, "about twice the KLD"),
+        ({"encoder": "ggml", "recipe": "Q4_K_M"}, "a larger KLD than quantkit's"),
+        ({"encoder": "ggml", "recipe": "Q8_0"}, "quantkit too leaves these types to it"),
         ({"encoder": "quantkit", "effort": "fast"}, "quantkit, effort fast, as asked"),
         ({"imatrix": "imatrix.gguf"}, "ggml, for --imatrix holds no second moments: about twice the KLD"),
     ],

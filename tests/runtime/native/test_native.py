@@ -81,6 +81,8 @@ def test_products_are_ggmls(qtype, built):
         assert (np.abs(found - expected) <= 1e-6 * magnitudes).all(), name
         for i in (0, 4, 15):  # a column has the same bits whatever is beside it
             np.testing.assert_array_equal(lib.product(qtype, rows, x[i : i + 1])[:, 0], found[:, i])
+        for m in (2, 3, 4):  # which have loops of their own
+            np.testing.assert_array_equal(lib.product(qtype, rows, x[:m]), found[:, :m])
 
 
 def layer(qtypes: tuple[str, str, str], d: int = 512, n_ff: int = 256, n_expert: int = 8, n_used: int = 3):
