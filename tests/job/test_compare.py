@@ -280,14 +280,18 @@ def test_any_name_may_be_compared(files, tmp_path, monkeypatch, capsys):
         tmp_path / "b" / "m.gguf",
         Path(os.fsdecode(bytes(tmp_path) + b"/$x\xff$^.gguf")),
     ]
-    for path, name in zip(paths, ("ours", "combined", "ours"), strict=True):
+    other = Model(files["ours"])
+    other.change("blk.0.attn_output.weight", lambda t: t.with_values(t.values() * 0.5))
+    for path, name in zip(paths, (files["ours"], other.write(tmp_path / "other.gguf"), files["ours"]), strict=True):
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(files[name].read_bytes())
+        path.write_bytes(name.read_bytes())
+        os.utime(path, ns=(0, 10**18))
     out = tmp_path / "out"
     arguments = (*paths, "--reference", "tiny-r1", "--tokens", TOKENS, "-o", out)
     page = compare(*arguments)
     assert f"- **A** {paths[0]}" in page and f"- **B** {paths[1]}" in page and "- **C** $x" in page
-    assert json.loads((out / "compare.json").read_text())["files"][2]["file"].startswith("$x")
+    ours, other, again = json.loads((out / "compare.json").read_text())["files"]
+    assert again["file"].startswith("$x") and again["scores"] == ours["scores"] != other["scores"]
     (out / "compare.json").unlink()
     monkeypatch.delitem(sys.modules, "quantkit.job.report.figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
