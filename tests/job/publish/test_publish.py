@@ -311,14 +311,23 @@ def test_texts_of_ones_own_are_not_published(hub, token, made_local, tmp_path):
     """`verify --prompts --data notes.txt` keeps some of the notes: in verify.json, from where the report shows them."""
     folder = shutil.copytree(made_local, tmp_path / "own")
     scores = json.loads((folder / "verify.json").read_text())
-    scores |= {"text": "notes.txt", "generation": {"prompts": 1, "samples": [{"prompt": "Dear diary"}]}}
-    (folder / "verify.json").write_text(json.dumps(scores))
-    (folder / "report.html").write_text("<p>Dear diary")
+    sample = {"domain": "prose", "prompt": "Dear diary", "file": "a", "original": "b", "original_whole": True}
+    told = {"prompts": 1, "summary": "", "samples": [sample]}
+    own = scores | {"text": "notes.txt", "text_sha256": "0" * 64, "generation": told}
+    (folder / "verify.json").write_text(json.dumps(own))
+    quantkit("report", folder)
+    assert "Dear diary" in (folder / "report.html").read_text()
     said = quantkit("publish", folder, *BASE, "--name", "own")
     assert "1 texts of --data that verify.json holds are not published, nor report.html" in said
     there = hub.models["user/t"].commits[-1]
     assert "own/report.html" not in there and b"diary" not in there["own/verify.json"].read(0, 1 << 20)
-    assert json.loads(there["own/verify.json"].read(0, 1 << 20))["generation"] == {"prompts": 1}
+    assert "samples" not in json.loads(there["own/verify.json"].read(0, 1 << 20))["generation"]
+    (folder / "verify.json").write_text(json.dumps(scores))  # verified again, by the bundled text
+    assert "shows texts of an earlier verify.json" in quantkit("publish", folder, *BASE, "--name", "own")
+    assert "own/report.html" not in hub.models["user/t"].commits[-1]
+    quantkit("report", folder)
+    quantkit("publish", folder, *BASE, "--name", "own")
+    assert b"diary" not in hub.models["user/t"].commits[-1]["own/report.html"].read(0, 1 << 24)
 
 
 def test_names_and_facts_of_others_are_no_commands(hub, token, made_local):
