@@ -5,6 +5,7 @@ its answer is wrong.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt, llama, llama_tool
-from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError
+from quantkit.evaluation.oracles.child import IllegalInstruction, NotStarted, OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
 from quantkit.machine import threads
@@ -100,6 +101,8 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
 
 def why_no_build() -> str:
     """What a native build would compute otherwise, and how to have one."""
+    if folder := os.environ.get(llama_tool.FOLDER):
+        return f"{llama_tool.FOLDER}={folder}: no {llama_tool.PROGRAM} there, or it may not be executed"
     amx = (
         "this CPU has AMX, which a build uses and a wheel does not" if "amx_int8" in processor_flags() else "none found"
     )
@@ -157,6 +160,8 @@ def _by_build(program: Path, file: GGUFFile, ours: Sample, flags: str) -> Check:
         found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
     except IllegalInstruction:
         return Check(name, "fail", ILLEGAL)
+    except NotStarted as error:
+        return Check(NATIVE, "skip", error.reason())
     except OracleError as error:
         return Check(name, "fail", error.reason())
     engine = Engine("llama.cpp", found.build, found.cpu, flags)

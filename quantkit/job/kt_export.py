@@ -55,20 +55,22 @@ class DeepseekV3Config(PretrainedConfig):
 """
 
 LAUNCH_TEXT = """#!/bin/sh
-# usage: launch.sh chat|serve [options], or launch.sh sglang CHECKPOINT [options]
+usage="launch.sh chat|serve [options], or launch.sh sglang CHECKPOINT [options]"
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 mode=${{1:-chat}}
 [ $# -eq 0 ] || shift
+case $mode in -h|--help|help) echo "usage: $usage"; exit ;; esac
 if [ "$mode" = sglang ]; then
     [ $# -gt 0 ] || {{ echo "launch.sh sglang CHECKPOINT: the rest comes from the original" >&2; exit 2; }}
     checkpoint=$1
     shift
+    python -c 'import sglang' 2>/dev/null || {{ echo "launch.sh: needs sglang and kt-kernel" >&2; exit 1; }}
     exec python -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
         --kt-method LLAMAFILE --kt-weight-path "$here/gguf" --kt-cpuinfer {threads} \\
         --kt-threadpool-count 1 --kt-num-gpu-experts 0 "$@"
 fi
-case $mode in chat|serve) ;; *) echo "launch.sh: $mode is not chat, serve or sglang" >&2; exit 2 ;; esac
+case $mode in chat|serve) ;; *) echo "launch.sh: $mode is unknown: $usage" >&2; exit 2 ;; esac
 version=$(python -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version=none
 case $version in
 0.2.3*) backend= ;;

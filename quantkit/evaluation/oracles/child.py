@@ -9,6 +9,8 @@ from pathlib import Path
 
 import quantkit
 
+NOT_STARTED = (126, 127)  # exit codes of shells and of the dynamic loader
+
 
 class OracleError(RuntimeError):
     """An oracle could not answer; the message says why: a line, then what it printed."""
@@ -24,6 +26,10 @@ class IllegalInstruction(OracleError):
     """This CPU lacks an instruction that the oracle was compiled with."""
 
 
+class NotStarted(OracleError):
+    """The program could not begin, as where its libraries are not found: it says nothing of a file."""
+
+
 def run_module(module: str, request: str, name: str, timeout: float, settings: Mapping[str, str] | None = None) -> None:
     """`python -m module request`, which leaves its answer where the request says. OracleError if it does not end well.
 
@@ -34,8 +40,13 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
     run_program([sys.executable, "-m", module, request], name, timeout, settings)
 
 
-def run_program(words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str]) -> str:
-    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`."""
+def run_program(
+    words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str], folder: Path | None = None
+) -> str:
+    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`.
+
+    folder: where it runs, for some programs leave logs there.
+    """
     try:
         child = subprocess.run(
             words,
@@ -45,11 +56,14 @@ def run_program(words: Sequence[str], name: str, timeout: float, settings: Mappi
             timeout=timeout,
             check=False,
             env=os.environ | dict(settings),
+            cwd=folder,
         )
     except subprocess.TimeoutExpired:
         raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
     if child.returncode == -signal.SIGILL:
         raise IllegalInstruction(f"this CPU does not run {name}")
+    if child.returncode in NOT_STARTED:
+        raise NotStarted(f"{name} does not start:\n{child.stderr[-3000:]}")
     if child.returncode:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         raise OracleError(f"{name} ended with {how}:\n{child.stderr[-3000:]}")

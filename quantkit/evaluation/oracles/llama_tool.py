@@ -54,22 +54,24 @@ def score(where: Path, model: Path, text: str, n: int, *, flags: str, n_threads:
     OracleError if it dies, IllegalInstruction if it was built for another CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "text.txt", Path(folder) / "logits"
+        work = Path(folder)
+        given, answer = work / "text.txt", work / "logits"
         given.write_text(text, encoding="utf-8")
         said = run_program(
             [
-                *[str(where), "-m", str(model), "-f", str(given), "--kl-divergence-base", str(answer)],
-                *["-c", str(n), "-b", str(n), "--chunks", "1", "-t", str(n_threads), "-ngl", "0", "-dev", "none"],
+                *[str(where.resolve()), "-m", str(model.resolve()), "-f", str(given)],
+                *["--kl-divergence-base", str(answer), "-c", str(n), "-b", str(n), "--chunks", "1"],
+                *["-t", str(n_threads), "-ngl", "0", "-dev", "none"],
                 *flags.split(),
             ],
             PROGRAM,
             TIMEOUT,
             {"GGML_NO_BACKTRACE": "1"},  # a debugger would be attached to what aborts
+            work,  # ik_llama.cpp's and older ones leave a llama.log
         )
         tokens, log_probs = _read(answer, n)
-    return Scored(
-        tokens, log_probs, build_of(run_program([str(where), "--version"], PROGRAM, TIMEOUT, {})), cpu_of(said)
-    )
+        version = run_program([str(where.resolve()), "--version"], PROGRAM, TIMEOUT, {}, work)
+    return Scored(tokens, log_probs, build_of(version), cpu_of(said))
 
 
 def _read(path: Path, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
     names, facts = letters(len(files)), found["files"]
     named = [(name, one.tensors) for name, one in zip(names, files, strict=True)]
     parts = [
-        "\n".join(line for name, one in zip(names, facts, strict=True) for line in _about(name, one)),
+        "\n".join(line for name, one in zip(names, _told_apart(facts), strict=True) for line in _about(name, one)),
         markdown(_sizes(names, facts)),
         *_scores(names, found),
         *_classes(named),
@@ -45,6 +45,12 @@ def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
     if rows := differing_lines([(name, _main(tensors)) for name, tensors in named], WIDTH - 2):
         parts.append("\n".join(["Where types differ, by layer:", "", "```", *rows, "```"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _told_apart(facts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Files of one name, as two folders of `make` hold them, by their paths."""
+    every = [one["file"] for one in facts]
+    return [dict(one) | {"file": one["path"]} if every.count(one["file"]) > 1 else one for one in facts]
 
 
 def _about(name: str, one: Mapping[str, Any]) -> list[str]:

@@ -98,16 +98,22 @@ def test_the_build_is_read_of_its_version(said, build):
 
 
 def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
-    """With --no-repack too; a program of that name that does nothing is no llama.cpp either."""
+    """With --no-repack too; a program of that name that does nothing is no llama.cpp either. It is found by a relative
+    path, and leaves no log in the caller's folder."""
     program = tmp_path / llama_tool.PROGRAM
-    program.write_text("#!/bin/sh\necho 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$\n")
+    program.write_text("#!/bin/sh\n> llama.log; echo 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$\n")
     program.chmod(0o755)
-    monkeypatch.setenv(llama_tool.FOLDER, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(llama_tool.FOLDER, ".")
     (found,) = judged(made / "tiny-r1-1.58bit.gguf")
     assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
+    assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
     program.write_text("#!/bin/sh\nkill -ILL $$\n")
     assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
+    program.write_text('#!/bin/sh\necho "error while loading shared libraries: x.so" >&2; exit 127\n')
+    (found,) = judged(made / "tiny-r1-1.58bit.gguf")
+    assert found.status == "skip" and found.detail.startswith("llama-perplexity does not start: error while loading")
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
 
