@@ -93,7 +93,7 @@ README_TEXT = """# {name} in KTransformers
 Further options are handed on (`--max_new_tokens 1000`, ...).
 
 - `gguf/`: links to the model's files. KTransformers reads every `.gguf` below it{sidecar}
-- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on {threads} CPU threads.
+- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on the CPU ({threads} threads).
   {linear}
 - `model/`: configuration and tokenizer, from the GGUF's metadata. No `.safetensors` may lie in `gguf/`.
 """
@@ -146,11 +146,11 @@ def _of_marlin(source: GGUFWeights) -> str:
 def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
+    if not targets.knows("ktransformers", c):
+        raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
     targets.check_forms("ktransformers", file.as_stored)
     for tensor in file.tensors.values():
         targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
-    if not targets.knows("ktransformers", c):
-        raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "
