@@ -93,8 +93,8 @@ README_TEXT = """# {name} in KTransformers
 Further options are handed on (`--max_new_tokens 1000`, ...).
 
 - `gguf/`: links to the model's files. KTransformers reads every `.gguf` below it{sidecar}
-- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on the CPU ({threads} threads).
-  {linear}
+- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on the
+  CPU (threads: {threads}). {linear}
 - `model/`: configuration and tokenizer, from the GGUF's metadata. No `.safetensors` may lie in `gguf/`.
 """
 
