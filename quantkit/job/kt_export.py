@@ -65,7 +65,7 @@ if [ "$mode" = sglang ]; then
     [ $# -gt 0 ] || {{ echo "launch.sh sglang CHECKPOINT: the rest comes from the original" >&2; exit 2; }}
     checkpoint=$1
     shift
-    python -c 'import sglang' 2>/dev/null || {{ echo "launch.sh: needs sglang and kt-kernel" >&2; exit 1; }}
+    python -c 'import sglang' >/dev/null 2>&1 || {{ echo "launch.sh: needs sglang and kt-kernel" >&2; exit 1; }}
     exec python -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
         --kt-method LLAMAFILE --kt-weight-path "$here/gguf" --kt-cpuinfer {threads} \\
         --kt-threadpool-count 1 --kt-num-gpu-experts 0 "$@"
