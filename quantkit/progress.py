@@ -209,7 +209,8 @@ def say(text: str, plain: bool = False) -> None:
     if _level == "quiet" and not text.startswith(WARNING):
         return
     text = shown(text)
-    if console.is_terminal and len(text) > console.width and (label := LABEL.match(text)):
+    label = LABEL.match(text)
+    if label and console.is_terminal and len(text) > console.width and "\n" not in text:  # no table
         text = fill(text, console.width, subsequent_indent=" " * label.end(), break_on_hyphens=False)
     console.print(text, markup=False, soft_wrap=True)
 

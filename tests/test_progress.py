@@ -74,10 +74,12 @@ def test_labelled_lines_keep_their_column_on_a_terminal_only(monkeypatch):
         console = Console(file=written[terminal], force_terminal=terminal, width=80, color_system=None)
         monkeypatch.setattr(progress, "console", console)
         progress.say(text)
+        progress.say("\n".join(["layer   fewest", *["    1      810"] * 6]))  # a table, which is longer, stays one
         progress.say("warning: pip install " + "x" * 80)  # may be copied: the terminal itself breaks it
     logged, shown = (written[terminal].getvalue().splitlines() for terminal in (False, True))
     assert logged[0] == text and shown[-1] == logged[-1]
-    assert [line[:12].strip() for line in shown[:-1]] == ["moments", ""] and max(map(len, shown[:-1])) <= 80
+    assert [line[:12].strip() for line in shown[:2]] == ["moments", ""] and max(map(len, shown[:-1])) <= 80
+    assert shown[2:] == logged[1:]
 
 
 def test_a_terminal_of_80_columns_has_room_for_the_bar(now, monkeypatch):

@@ -73,7 +73,7 @@ def _model_lines(c: ModelConfig) -> list[str]:
     kv = f"kv_lora {c.kv_lora}, nope {c.qk_nope} + rope {c.qk_rope}, v {c.v_head}"
     if c.compression:
         kv = f"one key of {c.qk_nope} + rope {c.qk_rope}, window {c.compression.window}"
-        by = ", ".join(f"{c.compression.ratios.count(ratio)} layers by {ratio}" for ratio in (4, 128))
+        by = ", ".join(f"{c.compression.ratios.count(ratio)} of the layers by {ratio}" for ratio in (4, 128))
     return [
         f"layers      {c.n_layer} ({c.n_dense} dense, {c.n_moe} MoE), hidden {c.d}, vocabulary {c.n_vocab:,}",
         f"attention   {c.n_head} heads, {q}, {kv}",
