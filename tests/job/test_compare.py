@@ -180,6 +180,14 @@ def test_differences_are_paired(compared, files):
     assert all(same[key] == {"by": 0.0, "ci95": [0.0, 0.0]} for key in ("kld", "top1", "nll"))
 
 
+def test_files_of_one_name_are_told_apart(files, tmp_path):
+    """As the folders of two runs of `make` hold them."""
+    other = Model(files["ours"]).write(tmp_path / files["ours"].name)
+    shown = compare(other, files["fused"], files["ours"])
+    assert f"- **A** {other}" in shown and f"- **C** {files['ours']}" in shown
+    assert f"- **B** {files['fused'].name}" in shown
+
+
 def test_it_goes_on_where_it_stopped(compared, files, capsys):
     """What lies in the folder is taken, what is damaged there is measured again: the result is the same."""
     result, out = compared

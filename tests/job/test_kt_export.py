@@ -236,6 +236,8 @@ def test_launch(exported, tmp_path):
     assert options["--model"] == "/models/R 1"
     assert sglang[sglang.index("--kt-weight-path") + 1] == f"{folder}/gguf"
     assert sglang[-2:] == ["--tp", "2"]
+    asked = launched(exported, tmp_path / "bin", "--help")
+    assert asked.returncode == 0 and asked.stdout.startswith("usage: launch.sh chat|serve")
     for wrong in (("sglang",), ("fly",)):
         refused = launched(exported, tmp_path / "bin", *wrong)
         assert refused.returncode == 2

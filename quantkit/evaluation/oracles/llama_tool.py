@@ -78,17 +78,20 @@ def score(where: Build, model: Path, text: str, n: int, *, flags: str, n_threads
     OracleError if it dies, IllegalInstruction if it was built for another CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "text.txt", Path(folder) / "logits"
+        work = Path(folder)
+        given, answer = work / "text.txt", work / "logits"
         given.write_text(text, encoding="utf-8")
         said = run_program(
             [
-                *[str(where.path), "-m", str(model), "-f", str(given), "--kl-divergence-base", str(answer)],
-                *["-c", str(n), "-b", str(n), "--chunks", "1", "-t", str(n_threads), "-ngl", "0", "-dev", "none"],
+                *[str(where.path.resolve()), "-m", str(model.resolve()), "-f", str(given)],
+                *["--kl-divergence-base", str(answer), "-c", str(n), "-b", str(n), "--chunks", "1"],
+                *["-t", str(n_threads), "-ngl", "0", "-dev", "none"],
                 *flags.split(),
             ],
             PROGRAM,
             TIMEOUT,
             {"GGML_NO_BACKTRACE": "1"},  # a debugger would be attached to what aborts
+            work,  # ik_llama.cpp's and older ones leave a llama.log
         )
         tokens, log_probs = _read(answer, n)
     return Scored(tokens, log_probs, cpu_of(said))

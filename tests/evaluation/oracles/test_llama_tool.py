@@ -114,11 +114,17 @@ def pretended(folder: Path, monkeypatch, does: str) -> Path:
 
 
 def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
-    """With --no-repack too; a program of that name that does nothing is no llama.cpp either."""
-    program = pretended(tmp_path, monkeypatch, "echo 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$")
+    """With --no-repack too; a program of that name that does nothing is no llama.cpp either. It is found by a relative
+    path, and leaves no log in the caller's folder."""
+    program = pretended(
+        tmp_path, monkeypatch, "> llama.log; echo 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(llama_tool.FOLDER, ".")
     (found,) = judged(made / "tiny-r1-1.58bit.gguf")
     assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
+    assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
     program.write_text(STARTS + "kill -ILL $$\n")
     assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
     program.write_text("#!/bin/sh\n")
