@@ -4,6 +4,7 @@ Both show how far it is, at what rate, the time gone, and the time left: by what
 what an earlier run did says nothing of the speed.
 """
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from textwrap import fill
 from typing import Literal, Protocol
 
 from rich.console import Console
@@ -25,6 +27,8 @@ LINE_EVERY = 30.0  # seconds between two lines of a log, at least
 INSIDE_EVERY = 300.0  # while one layer goes on, once its first line has told when all will be done
 SHORT = 1.0  # seconds of which nobody is told
 WARNING = "warning: "
+LABEL = re.compile(r"[A-Za-z]+ {2,}(?=\S)")
+"""Of `reads       11.7 MB of ...`: what follows it keeps to its column on a terminal."""
 
 Level = Literal["quiet", "normal", "verbose"]
 _level: Level = "normal"
@@ -204,7 +208,11 @@ def say(text: str, plain: bool = False) -> None:
     plain: how it goes."""
     if _level == "quiet" and not text.startswith(WARNING):
         return
-    console.print(shown(text), markup=False, soft_wrap=True)
+    text = shown(text)
+    label = LABEL.match(text)
+    if label and console.is_terminal and len(text) > console.width and "\n" not in text:  # no table
+        text = fill(text, console.width, subsequent_indent=" " * label.end(), break_on_hyphens=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 @cache

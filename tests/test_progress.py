@@ -1,6 +1,9 @@
 """A log has a line where a layer ends, now and then; ETA and rate are of this run alone."""
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from quantkit import progress
 from quantkit.progress import Meter, clock, track
@@ -61,6 +64,22 @@ def test_levels(now, capsys):
         ]
     finally:
         progress.set_level("normal")
+
+
+def test_labelled_lines_keep_their_column_on_a_terminal_only(monkeypatch):
+    text = f"moments     24.4 MB, {'experts as rows, ' * 5}in mom"
+    written = {}
+    for terminal in (False, True):
+        written[terminal] = StringIO()
+        console = Console(file=written[terminal], force_terminal=terminal, width=80, color_system=None)
+        monkeypatch.setattr(progress, "console", console)
+        progress.say(text)
+        progress.say("\n".join(["layer   fewest", *["    1      810"] * 6]))  # a table, which is longer, stays one
+        progress.say("warning: pip install " + "x" * 80)  # may be copied: the terminal itself breaks it
+    logged, shown = (written[terminal].getvalue().splitlines() for terminal in (False, True))
+    assert logged[0] == text and shown[-1] == logged[-1]
+    assert [line[:12].strip() for line in shown[:2]] == ["moments", ""] and max(map(len, shown[:-1])) <= 80
+    assert shown[2:] == logged[1:]
 
 
 def test_a_terminal_of_80_columns_has_room_for_the_bar(now, monkeypatch):

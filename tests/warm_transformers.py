@@ -12,7 +12,7 @@ import quantkit
 from quantkit.evaluation.oracles.child import run_module
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 answers = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -22,6 +22,7 @@ for line in sys.stdin:
     path = Path(line.strip())
     getattr(transformers, json.loads(path.read_text())["config"]["architectures"][0], None)
     if not (pid := os.fork()):
+        signal.alarm(120)  # a fork that hangs is no answer
         try:
             hf._serve(path)
         finally:

@@ -196,15 +196,16 @@ def _quantize_options(split_max_bytes: int, **rest: Any) -> "QuantizeOptions":
     return QuantizeOptions(split_max_bytes=split_max_bytes or None, **rest)
 
 
-def _check_moments(encoder: str, moments: Path | None) -> None:
-    """QuantkitError for an encoder without what it needs."""
-    from quantkit.job.asked import check_moments
+def _check_quantize(encoder: str, moments: Path | None, output: Path, overwrite: bool, restart: bool) -> None:
+    """QuantkitError for an encoder without what it needs, and for a name that is taken."""
+    from quantkit.job.asked import check_moments, check_new_model
 
     check_moments(encoder, moments)
+    check_new_model(output, overwrite, restart)
 
 
 @click.command()
-@options.checked(_check_moments)
+@options.checked(_check_quantize)
 @click.argument("model", type=WEIGHTS)
 @click.option("--plan", "chosen", type=PLAN, required=True, help="plan.json of `quantkit plan`.")
 @click.option("--imatrix", type=IMATRIX, required=True)

@@ -1,5 +1,6 @@
 """Commands for finished files: look into them, hand them on."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,15 @@ def families() -> None:
     streams.show(describe())
 
 
+def _check_export(output: Path | None) -> None:
+    """QuantkitError for a folder that is there."""
+    from quantkit.job.asked import check_new_folder
+
+    check_new_folder(output)
+
+
 @click.command("export-kt")
+@options.checked(_check_export)
 @click.argument("file", type=MODEL_FILE)
 @click.option("--output", "-o", default=None, type=Place(path_type=Path), help="Folder. Default: NAME-kt beside it.")
 @click.option("--gpus", default=1, show_default=True, type=click.IntRange(1), help="Share the layers out over N GPUs.")
@@ -53,7 +62,7 @@ def export_kt(file: Path, output: Path | None, gpus: int, linear: Literal["marli
 
     output = output or kt_export.default_output(file)
     made = kt_export.export(file, output, gpus=gpus, linear=linear)
-    streams.show(f"{made}\nstart it with {made / kt_export.LAUNCH} chat")
+    streams.show(f"{made}\nstart it with {shlex.quote(str(made / kt_export.LAUNCH))} chat")
 
 
 @click.command()

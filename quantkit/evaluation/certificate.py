@@ -1,5 +1,6 @@
 """What certify.json holds: every check of a file for a target, with its outcome and the reason."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantkit import __version__
-from quantkit.errors import printable
+from quantkit.errors import QuantkitError, printable
 
 Status = Literal["pass", "fail", "warn", "skip"]
 ORACLE = "oracle "  # before the name of a program, in the name of a check
@@ -108,3 +109,11 @@ class Certificate:
         for check in self.checks:
             table.add_row(check.name, f"[{COLOURS[check.status]}]{check.status}[/]", escape(printable(check.detail)))
         return table
+
+
+def failures(known: Mapping[str, Any]) -> list[str]:
+    """Names of the checks that failed, of a certify.json that was read; QuantkitError if it holds no list of checks."""
+    checks = known.get("checks", [])
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        raise QuantkitError("certify.json is damaged: checks is no list of objects; run `quantkit certify` again")
+    return [str(check.get("name", "")) for check in checks if check.get("status") == "fail"]

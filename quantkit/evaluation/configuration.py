@@ -99,14 +99,14 @@ def _small_v4(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _check(text: str) -> Check:
     config = json.loads(text)
     if not hf.available():
-        return Check(NAME, "warn", "unchecked: config.json was read by quantkit alone; pip install transformers")
+        return Check(NAME, "warn", "unchecked: only quantkit has read it; pip install transformers")
     tokens = torch.randint(1, config["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         try:
             theirs = hf.random_model(config, folder, tokens.numpy())
         except OracleError as error:
-            return Check(NAME, "warn", f"unchecked: config.json was read by quantkit alone: {error.reason()}")
+            return Check(NAME, "warn", f"unchecked: only quantkit has read it: {error.reason()}")
         (folder / CONFIG).write_text(text, encoding="utf-8")
         with Checkpoint.open(folder) as checkpoint:
             ours = _logits(CheckpointSource(checkpoint), tokens)

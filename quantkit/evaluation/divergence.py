@@ -26,6 +26,7 @@ Slab = Callable[[slice], torch.Tensor]
 
 VOCAB_SLAB = 8192  # rows of the output matrix held at once: 235 MB of R1's as float32
 TILE_ELEMENTS = 1 << 22  # logits of one tile: 16 MB as float32, a few times that with temporaries
+MOST_NATS = 300.0  # a token, of which a perplexity is told
 LOG_KLD = (-7.0, 1.5, 0.25)  # histogram of log10 KLD: first edge, last edge, step
 
 
@@ -166,13 +167,13 @@ class Divergence:
         """
         nll, reference, kld = (value.double() for value in (self.nll, self.nll_reference, self.kld))
         n = len(kld)
-        ppl, error = math.exp(nll.mean()), 1 / math.sqrt(max(1, n - 1))
+        ppl, error = _exp(float(nll.mean())), 1 / math.sqrt(max(1, n - 1))
         out = {
             "tokens": n,
             "ppl": ppl,
             "ppl_error": ppl * _std(nll) * error,
-            "ppl_reference": math.exp(reference.mean()),
-            "ppl_ratio": math.exp((nll - reference).mean()),
+            "ppl_reference": _exp(float(reference.mean())),
+            "ppl_ratio": _exp(float((nll - reference).mean())),
             "kld_mean": float(kld.mean()),
             "kld_mean_error": _std(kld) * error,
             "kld_median": float(kld.median()),
@@ -192,8 +193,8 @@ class Divergence:
             return found and [shape(end) for end in found]
 
         return {
-            "ppl": shaped(self.nll, math.exp),
-            "ppl_ratio": shaped(self.nll - self.nll_reference, math.exp),
+            "ppl": shaped(self.nll, _exp),
+            "ppl_ratio": shaped(self.nll - self.nll_reference, _exp),
             "kld_mean": shaped(self.kld, lambda x: max(0.0, x)),
             "rms_dp": shaped(self.delta_p.square(), lambda x: 100 * math.sqrt(max(0.0, x))),
             "top1_agreement": shaped(self.same_top, lambda x: 100 * min(1.0, max(0.0, x))),
@@ -227,6 +228,11 @@ def difference(a: Divergence, b: Divergence, per_chunk: int) -> dict[str, dict[s
         "nll": b.nll - a.nll,
     }
     return {key: {"by": float(v.double().mean()), "ci95": interval(v, per_chunk)} for key, v in pairs.items()}
+
+
+def _exp(nats: float) -> float:
+    """A perplexity, which a broken file may have beyond all numbers: told up to 10^130."""
+    return math.exp(min(nats, MOST_NATS))
 
 
 def _std(values: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt, llama, llama_tool
@@ -29,8 +30,9 @@ from quantkit.runtime.stream import final_hidden
 
 NATIVE = "oracle llama.cpp build"
 ILLEGAL = "dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older (docs/results/amx.md)"
+OTHER_TOKENS = "it cuts the sample text into other tokens than we do"
 ITSELF = {
-    "ollama": "Ollama was not run; it computes with ggml, as llama.cpp does",
+    "ollama": "Ollama was not run; since June 2026 it starts llama.cpp's llama-server, before that engines of its own",
     "ktransformers": "KTransformers was not run; kt-kernel computed experts of one layer for each combination of types",
 }
 TOKENS, REPEATED = 192, 4
@@ -61,7 +63,8 @@ def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]
 @dataclass(frozen=True)
 class Sample:
     """Tokens of TEXT and what our runtime makes of them. ids: of the text, without BOS; tokens: int64 [1, TOKENS], with
-    it; hidden: float32 [TOKENS, d], after the last layer."""
+    it where the file says so (GLM-5's do not), as llama.cpp begins a text; hidden: float32 [TOKENS, d], after the last
+    layer."""
 
     source: GGUFSource
     ids: list[int]
@@ -78,7 +81,8 @@ def sample(path: Path, device: str) -> Sample:
     """One pass of TOKENS tokens through the file, decoded."""
     source = open_source(path, device)
     ids = tokenize(source.tokenizer(), TEXT * REPEATED)
-    tokens = torch.tensor([[source.config.bos, *ids][:TOKENS]])
+    begin = [source.config.bos] if source.file.metadata.get("tokenizer.ggml.add_bos_token", False) else []
+    tokens = torch.tensor([[*begin, *ids][:TOKENS]])
     return Sample(source, ids, tokens, final_hidden(source, tokens)[0])
 
 
@@ -86,7 +90,11 @@ def sample(path: Path, device: str) -> Sample:
 def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
     build for this machine."""
-    build, package = llama_tool.program(), llama.available()
+    try:
+        build, why = llama_tool.program(), why_no_build()
+    except QuantkitError as error:
+        build, why = None, str(error)
+    package = llama.available()
     ours = sample(path, device) if build or package else None
     if ours and package:
         yield from installed(file, ours)
@@ -95,7 +103,7 @@ def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
     if ours and build:
         yield from built(build, file, ours)
     else:
-        yield Check(NATIVE, "skip", why_no_build())
+        yield Check(NATIVE, "skip", why)
 
 
 def why_no_build() -> str:
@@ -135,12 +143,12 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
         yield replace(without, status="warn", detail=f"without{flags}: {without.detail}")
 
 
-def built(program: Path, file: GGUFFile, ours: Sample) -> Iterator[Check]:
+def built(program: llama_tool.Build, file: GGUFFile, ours: Sample) -> Iterator[Check]:
     """llama-perplexity of a build: with its defaults and, where these fail, with --no-repack, which then is a flag that
     this file needs on this CPU."""
     flags = targets.start_flags("llama.cpp", ours.source.config)
     first = _by_build(program, file, ours, flags)
-    if first.status != "fail":
+    if first.status != "fail" or first.detail == OTHER_TOKENS:
         yield first
         return
     again = _by_build(program, file, ours, flags + targets.NO_REPACK)
@@ -151,7 +159,7 @@ def built(program: Path, file: GGUFFile, ours: Sample) -> Iterator[Check]:
     yield replace(first, status="warn", detail=f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail}")
 
 
-def _by_build(program: Path, file: GGUFFile, ours: Sample, flags: str) -> Check:
+def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: str) -> Check:
     config, name = ours.source.config, NATIVE + flags
     try:
         found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
@@ -159,9 +167,9 @@ def _by_build(program: Path, file: GGUFFile, ours: Sample, flags: str) -> Check:
         return Check(name, "fail", ILLEGAL)
     except OracleError as error:
         return Check(name, "fail", error.reason())
-    engine = Engine("llama.cpp", found.build, found.cpu, flags)
+    engine = Engine("llama.cpp", program.version, found.cpu, flags)
     if found.tokens.tolist() != ours.tokens[0].tolist():
-        return Check(name, "fail", "it cuts the sample text into other tokens than we do", engine)
+        return Check(name, "fail", OTHER_TOKENS, engine)
     check = compared(name, engine, ours, torch.from_numpy(found.log_probs))
     misrouted = targets.routes_wrongly("llama.cpp", config)
     return replace(check, status="warn") if misrouted and check.status == "fail" else check

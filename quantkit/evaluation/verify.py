@@ -120,6 +120,7 @@ def verify(
     theirs, ours, layers = _scored_states(source, reference, chunks, score, ram, known)
     heads = HeadLogits(reference, theirs), HeadLogits(source, ours)
     found = _met(*heads, chunks, score)
+    _check_finite(found, reference, source)
     about = {
         "file": source.name,
         "reference": reference.name,
@@ -154,7 +155,9 @@ def likelihood(source: Source, chunks: Chunks, score: Score = "half", ram: int |
     dtype = checked_dtype(source, n_tokens, ram)
     with track("likelihood", source.config.n_layer * n_tokens / 1e3, "ktoken-layers") as advance:
         head = HeadLogits(source, _alone(source, chunks, score, dtype, advance))
-    return _met(head, head, chunks, score)
+    found = _met(head, head, chunks, score)
+    _check_finite(found, source, source)
+    return found
 
 
 def _alone(source: Source, chunks: Chunks, score: Score, dtype: torch.dtype, advance: Advance) -> torch.Tensor:
@@ -170,6 +173,13 @@ def _met(reference: HeadLogits, model: HeadLogits, chunks: Chunks, score: Score)
     n_vocab = model.source.config.n_vocab
     with track("head", n_vocab / 1e3, "ktokens of vocabulary") as advance:
         return diverge(reference, model, scored_targets(chunks.targets, score), n_vocab, lambda k: advance(k / 1e3))
+
+
+def _check_finite(found: Divergence, reference: Source, source: Source) -> None:
+    """NotFinite of the side whose logits are no numbers: its states are some."""
+    for side, values in ((reference, [found.nll_reference]), (source, [found.nll, found.kld])):
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise NotFinite(side.name, "the output matrix")
 
 
 def _scored_states(

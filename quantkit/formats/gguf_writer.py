@@ -96,7 +96,7 @@ class GGUFWriter:
             complete = finished is not None and all_written(tensors, map(slice_of, finished))
             # Final names beside a complete ledger are from a run that was cut off while it renamed: its own files.
             if not overwrite and not complete and (existing := existing_files(path)):
-                raise QuantkitError(f"{existing[0]} exists already; choose to overwrite it, or another name")
+                raise QuantkitError(f"{existing[0]} exists already; --overwrite replaces it, or choose another name")
             if finished is None:
                 parts = fresh_parts(path, layouts, ledger, identity)
             else:

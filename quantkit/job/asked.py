@@ -1,5 +1,6 @@
 """What options say by themselves: refused before a model is opened, and before torch is loaded."""
 
+import glob
 import json
 import re
 from collections.abc import Mapping
@@ -88,6 +89,19 @@ def check_moments(encoder: str, folder: Path | None) -> None:
         )
     if folder and not any(folder.glob("moments-*.safetensors")):
         raise QuantkitError(f"{folder} holds no moments; `quantkit calibrate --moments {folder}` makes them")
+
+
+def check_new_model(out: Path, overwrite: bool, restart: bool) -> None:
+    """QuantkitError if a finished file has the name, unless a run that is to go on was cut off behind it."""
+    going_on = not restart and any(out.parent.glob(f"{glob.escape(out.name)}.part.ledger*"))
+    if out.exists() and not overwrite and not going_on:
+        raise QuantkitError(f"{out} exists already; --overwrite replaces it, or choose another name")
+
+
+def check_new_folder(out: Path | None) -> None:
+    """QuantkitError for a folder that is there already. None: its name follows from the file's."""
+    if out and out.exists():
+        raise QuantkitError(f"{out} exists already; remove it or choose another --output")
 
 
 def check_evaluation_output(out: Path | None) -> None:

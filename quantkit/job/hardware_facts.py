@@ -44,17 +44,13 @@ def facts(
             about["refused"] = str(error)
             continue
         file, n = str(files[0].path), threads or threads_here()
-        flags = targets.start_flags("llama.cpp", config)
         guess = expected(plan, config, machine, where)
         found = hardware.commands(plan, where, machine, context, file, str(model), n)
         about |= {
             "placement": asdict(where),
             "token": asdict(hardware.speed(plan, config, machine, where)),
             "expected": guess._asdict() if guess else None,
-            "commands": {
-                program: [line + (flags if program == "llama.cpp" else "") for line in lines]
-                for program, lines in found.items()
-            },
+            "commands": hardware.for_model(found, config),
         }
     about_it = {"model": str(model), "machine": asdict(machine), "context": context, "plans": plans}
     return about_it | {"published": [asdict(speed) for speed in elsewhere.speeds(config)]}

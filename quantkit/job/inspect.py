@@ -72,11 +72,12 @@ def _model_lines(c: ModelConfig) -> list[str]:
     scorer = index and f"{index.n_head} heads of {index.width}, top {index.top_k:,}, in {sum(index.full)} layers"
     kv = f"kv_lora {c.kv_lora}, nope {c.qk_nope} + rope {c.qk_rope}, v {c.v_head}"
     if c.compression:
-        by = ", ".join(f"{c.compression.ratios.count(ratio)} by {ratio}" for ratio in (4, 128))
-        kv = f"one key of {c.qk_nope} + rope {c.qk_rope}, window {c.compression.window}; layers that compress: {by}"
+        kv = f"one key of {c.qk_nope} + rope {c.qk_rope}, window {c.compression.window}"
+        by = ", ".join(f"{c.compression.ratios.count(ratio)} of the layers by {ratio}" for ratio in (4, 128))
     return [
         f"layers      {c.n_layer} ({c.n_dense} dense, {c.n_moe} MoE), hidden {c.d}, vocabulary {c.n_vocab:,}",
         f"attention   {c.n_head} heads, {q}, {kv}",
+        *([f"compressed  {by}"] if c.compression else []),
         *([f"indexer     {scorer}"] if scorer else []),
         f"experts     {c.n_expert} routed + {c.n_shared} shared, top-{c.n_used}, {c.scoring}, "
         f"{c.n_group_used} of {c.n_group} groups",

@@ -55,21 +55,24 @@ class DeepseekV3Config(PretrainedConfig):
 """
 
 LAUNCH_TEXT = """#!/bin/sh
-# usage: launch.sh chat|serve [options], or launch.sh sglang CHECKPOINT [options]
+usage="launch.sh chat|serve [options], or launch.sh sglang CHECKPOINT [options]"
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+python=$(command -v python || command -v python3) || {{ echo "launch.sh: no python on the PATH" >&2; exit 1; }}
 mode=${{1:-chat}}
 [ $# -eq 0 ] || shift
+case $mode in -h|--help|help) echo "usage: $usage"; exit ;; esac
 if [ "$mode" = sglang ]; then
     [ $# -gt 0 ] || {{ echo "launch.sh sglang CHECKPOINT: the rest comes from the original" >&2; exit 2; }}
     checkpoint=$1
     shift
-    exec python -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
+    "$python" -c 'import sglang' >/dev/null 2>&1 || {{ echo "launch.sh: needs sglang and kt-kernel" >&2; exit 1; }}
+    exec "$python" -m sglang.launch_server --host 127.0.0.1 --model "$checkpoint" --trust-remote-code \\
         --kt-method LLAMAFILE --kt-weight-path "$here/gguf" --kt-cpuinfer {threads} \\
         --kt-threadpool-count 1 --kt-num-gpu-experts 0 "$@"
 fi
-case $mode in chat|serve) ;; *) echo "launch.sh: $mode is not chat, serve or sglang" >&2; exit 2 ;; esac
-version=$(python -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version=none
+case $mode in chat|serve) ;; *) echo "launch.sh: $mode is unknown: $usage" >&2; exit 2 ;; esac
+version=$("$python" -c 'import ktransformers; print(ktransformers.__version__)' 2>/dev/null) || version="none ($python)"
 case $version in
 0.2.3*) backend= ;;
 0.2.[4-9]*|0.3|0.3[+.]*) backend="--backend_type ktransformers" ;; # 0.2.4's default, balance_serve, has other rules
@@ -77,7 +80,7 @@ case $version in
 esac
 set -- --model_path "$here/model" --gguf_path "$here/gguf" --optimize_config_path "$here/optimize.yaml" \\
     --cpu_infer {threads} "$@"
-[ $mode = serve ] || exec python -m ktransformers.local_chat "$@"
+[ $mode = serve ] || exec "$python" -m ktransformers.local_chat "$@"
 exec ktransformers --host 127.0.0.1 --port 10002 $backend "$@"
 """
 
@@ -91,8 +94,8 @@ README_TEXT = """# {name} in KTransformers
 Further options are handed on (`--max_new_tokens 1000`, ...).
 
 - `gguf/`: links to the model's files. KTransformers reads every `.gguf` below it{sidecar}
-- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on {threads} CPU threads.
-  {linear}
+- `optimize.yaml`: which class computes which module, and where: {devices}; routed experts on the
+  CPU (threads: {threads}). {linear}
 - `model/`: configuration and tokenizer, from the GGUF's metadata. No `.safetensors` may lie in `gguf/`.
 """
 
@@ -144,11 +147,11 @@ def _of_marlin(source: GGUFWeights) -> str:
 def check(source: GGUFWeights) -> None:
     """QuantkitError for the first thing in the file that KTransformers does not compute."""
     file, c = source.file, source.config
+    if not targets.knows("ktransformers", c):
+        raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
     targets.check_forms("ktransformers", file.as_stored)
     for tensor in file.tensors.values():
         targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
-    if not targets.knows("ktransformers", c):
-        raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "

@@ -87,7 +87,8 @@ class GGUFCheckpoint(Checkpoint):
             raise QuantkitError(f"{self.path}: tensor {name!r} has {shape[0]} rows, {start}:{stop} were asked for")
         self.file.check_whole()
         names, matrix = self._of[name]
-        self.file.check_unchanged(names[0])
+        for each in names:  # which may lie in different splits
+            self.file.check_unchanged(each)
         if len(names) == 2:
             values = self._kv_b(names, start, stop)
         else:

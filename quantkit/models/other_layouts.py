@@ -66,10 +66,12 @@ def as_ours(file: "GGUFFile") -> Seen:
 
 
 def apart(tensors: Mapping[str, GGUFTensor]) -> Tensors:
-    """Tensors with gate and up of experts that lie together as two each, at their place."""
+    """Tensors with gate and up of experts that lie together as two each, at their place; not where the file has one of
+    the two as well."""
     out: Tensors = {}
     for name, tensor in tensors.items():
-        if split_name(name)[0] != FUSED or len(tensor.shape) != 3 or tensor.shape[1] % 2:
+        taken = any(name.replace(FUSED, role) in tensors for role in ROUTED_ROLES[:2])
+        if split_name(name)[0] != FUSED or len(tensor.shape) != 3 or tensor.shape[1] % 2 or taken:
             out[name] = tensor
             continue
         n_expert, rows, n_in = tensor.shape

@@ -218,6 +218,18 @@ def commands(
     return out
 
 
+def for_model(commands: Mapping[str, list[str]], config: ModelConfig) -> dict[str, list[str]]:
+    """Those commands with what llama.cpp must be told of the model, which ollama is told by its environment; without
+    quantkit's of a DeepSeek-V4, which it computes slower than llama.cpp."""
+    flags, out = targets.start_flags("llama.cpp", config), dict(commands)
+    out["llama.cpp"] = [line + flags for line in out["llama.cpp"]]
+    if flags and "ollama" in out:
+        out["ollama"] = [f"{targets.environment(flags)} ollama serve", *out["ollama"]]
+    if config.compression is not None:
+        del out["quantkit"]
+    return out
+
+
 def _limits(placed: Placement, machine: Machine) -> str:
     """Options of `quantkit run`. --ram counts the file alone: without a GPU the cache and buffers are beside it."""
     if not placed.disk:

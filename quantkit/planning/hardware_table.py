@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
-from quantkit.planning import elsewhere, hardware, targets
+from quantkit.planning import elsewhere, hardware
 from quantkit.planning.arithmetic import cpu_line
 from quantkit.planning.expected import PROMPT, expected
 from quantkit.planning.hardware import Machine, Placement
@@ -51,15 +51,13 @@ def report(
     lines += ["", *_legend(plans[0][0], config, context)]
     for plan, n_bytes, file, where in sorted(placed, key=lambda one: one[-1].disk > 0):
         lines += ["", f"To start {plan.recipe} ({both_units(n_bytes)}):"]
-        started = hardware.commands(plan, where, machine, context, file, original, threads)
-        if config.compression is not None:  # `run` refuses the file
-            del started["quantkit"]
-        flags = {"llama.cpp": targets.start_flags("llama.cpp", config)}
+        found = hardware.commands(plan, where, machine, context, file, original, threads)
+        started = hardware.for_model(found, config)
         if len([line for line in lines if line.startswith("To start")]) > 1:
             started = {"llama.cpp": started["llama.cpp"][:1]}
         for program, commands in started.items():
             lines += [f"  {program}"]
-            lines += [part for command in commands for part in folded(command + flags.get(program, ""))]
+            lines += [part for command in commands for part in folded(command)]
     return "\n".join([*lines, "", *_offload(plans, config, context), *elsewhere.lines(config)])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.serving.refusals import Refused
+from quantkit.serving.tools import NAME
 
 MOST = 32  # tools of which a call may be required at once
 BETWEEN = r"/[ \n]{0,4}/"  # what may stand between calls, and before the first
@@ -34,10 +35,11 @@ def wanted(tools: Sequence[Mapping[str, Any]], name: str | None, several: bool, 
     for tool in tools:
         function = tool.get("function")
         called = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(called, str) or not called:
-            raise Refused(400, "tools: each needs function.name where a call is required", param="tools")
+        if not isinstance(function, Mapping) or not isinstance(called, str) or not NAME.fullmatch(called):
+            what = "function.name, of letters, digits, dots and dashes,"
+            raise Refused(400, f"tools: each needs a {what} where a call is required", param="tools")
         schema = function.get("parameters") or {"type": "object"}
-        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object" or not _arguments(schema):
             raise Refused(400, f"tools: the parameters of {called} are no schema of an object", param="tools")
         found[called] = schema
     if name is not None:
@@ -49,6 +51,17 @@ def wanted(tools: Sequence[Mapping[str, Any]], name: str | None, several: bool, 
             400, f"tool_choice: a call of {len(found)} tools is required, {MOST} are the most", param="tool_choice"
         )
     return Wanted(found, several, template)
+
+
+def _arguments(schema: Mapping[str, Any]) -> bool:
+    """Whether what it says of arguments is in the form of a schema: one of each, and names of those needed."""
+    told, needed = schema.get("properties", {}), schema.get("required", [])
+    return (
+        isinstance(told, Mapping)
+        and all(isinstance(each, Mapping | bool) for each in told.values())
+        and isinstance(needed, list)
+        and all(isinstance(name, str) for name in needed)
+    )
 
 
 @dataclass(frozen=True)
@@ -97,14 +110,16 @@ class Writer:
         begin, end = map(self.mark, ("<tool_call>", "</tool_call>"))
         tags = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
         key, key_end, value, value_end = map(self.mark, tags)
-        properties, needed = schema.get("properties") or {}, schema.get("required") or ()
-        whole, lines = f"call{i}: {begin} {text(name)}", []
-        for j, (called, told) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
+        needed, whole, lines = schema.get("required", []), f"call{i}: {begin} {text(name)}", []
+        for j, (called, given) in enumerate(schema.get("properties", {}).items()):
+            told = given if isinstance(given, Mapping) else {}  # true: any JSON
+            if given is False:  # none
+                continue
             one = f'"\\n" {key} {text(called)} {key_end} "\\n" {value} value{i}_{j} {value_end}'
             whole += f" {one}" if called in needed else f" ({one})?"
-            is_text = isinstance(told, Mapping) and told.get("type") == "string" and "enum" not in told
-            more = {"$defs": schema["$defs"]} if "$defs" in schema else {}
-            lines.append(f"value{i}_{j}: " + ("/[^<]*/" if is_text else self.json({**dict(told), **more})))
+            is_text = told.get("type") == "string" and "enum" not in told
+            more = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+            lines.append(f"value{i}_{j}: " + ("/[^<]*/" if is_text else self.json({**told, **more})))
         return [f'{whole} "\\n"? {end}', *lines]
 
 

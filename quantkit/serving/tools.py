@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 OPENINGS = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<|tool_calls_section_begin|>", "<tool_call>")
 """With what calls begin; all that follows in an answer is calls."""
 
-_NAME = re.compile(r"[\w.:-]{1,256}")
+NAME = re.compile(r"[\w.:-]{1,256}")  # of what can be called
 
 MOST_CALLS = 128
 
@@ -36,7 +36,7 @@ def calls(text: str) -> list[tuple[str, str]] | None:
             whole = isinstance(_loads(arguments), dict) and bool(arguments.encode())  # no half of a surrogate pair
         except (ValueError, RecursionError):
             whole = False
-        if not whole or not _NAME.fullmatch(name):
+        if not whole or not NAME.fullmatch(name):
             return None
         found.append((name, arguments))
         if len(found) > MOST_CALLS:

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from quantkit.errors import QuantkitError
+from quantkit.job.asked import check_new_model
+
 NO_HELP: list[tuple[str, str]] = [
     ("make --size 3x", "--size 3x: not a size"),
     ("make --size much", "--size much: not a size"),
@@ -57,6 +60,7 @@ NO_HELP: list[tuple[str, str]] = [
     ("certify begins.gguf --imatrix text.txt", "not a GGUF imatrix"),
     ("evaluate begins.gguf --json x.jsonl", "name it x.json"),
     ("export-kt text.txt", "not a GGUF file"),
+    ("export-kt begins.gguf -o empty", "empty exists already; remove it"),
     ("report empty", "neither verify.json nor plan.json"),
     ("publish empty --repo user/name", "is empty a folder that `quantkit make` left?"),
     ("run .", "2 models (begins.gguf, lfs.gguf)"),
@@ -118,3 +122,16 @@ def test_a_wrong_value_is_refused_before_torch_is_loaded(answers, call, says):
 def test_help_answers_at_once(answers, call):
     code, stdout, _, _ = answers[call]
     assert code == 0 and stdout.startswith("Usage: ")
+
+
+def test_a_taken_name_is_refused_but_not_to_a_run_that_goes_on(tmp_path):
+    model = tmp_path / "a[1].gguf"
+    check_new_model(model, overwrite=False, restart=False)
+    model.touch()
+    check_new_model(model, overwrite=True, restart=False)
+    with pytest.raises(QuantkitError, match=r"exists already; --overwrite replaces it"):
+        check_new_model(model, overwrite=False, restart=False)
+    (tmp_path / f"{model.name}.part.ledger").touch()  # it was killed while it renamed
+    check_new_model(model, overwrite=False, restart=False)
+    with pytest.raises(QuantkitError, match="exists already"):
+        check_new_model(model, overwrite=False, restart=True)

@@ -159,7 +159,7 @@ def test_verify_says_that_nobody_was_asked(good, tiny, monkeypatch):
     monkeypatch.setattr(hf, "available", lambda: False)
     found = verify_file(good, tiny, "cpu", VerifyOptions(TextChoice(n_tokens=1024), configuration=True))
     assert found["configuration"]["status"] == "warn"
-    assert "config.json unchecked: config.json was read by quantkit alone" in short_table(found, good)
+    assert "config.json unchecked: only quantkit has read it" in short_table(found, good)
 
 
 def test_too_little_memory_is_refused_before_work(good, tiny):

@@ -2,7 +2,10 @@
 digit; types that nothing here decodes are named; R1's headers take seconds."""
 
 import json
+import math
+import os
 import struct
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -19,7 +22,7 @@ from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import U32
-from quantkit.job.compare import opened, tables
+from quantkit.job.compare import Opened, opened, tables
 from quantkit.job.plan import files_of, plan_model
 from quantkit.job.report.files import text
 from quantkit.job.stages import VerifyOptions, verify_file
@@ -177,6 +180,14 @@ def test_differences_are_paired(compared, files):
     assert all(same[key] == {"by": 0.0, "ci95": [0.0, 0.0]} for key in ("kld", "top1", "nll"))
 
 
+def test_files_of_one_name_are_told_apart(files, tmp_path):
+    """As the folders of two runs of `make` hold them."""
+    other = Model(files["ours"]).write(tmp_path / files["ours"].name)
+    shown = compare(other, files["fused"], files["ours"])
+    assert f"- **A** {other}" in shown and f"- **C** {files['ours']}" in shown
+    assert f"- **B** {files['fused'].name}" in shown
+
+
 def test_it_goes_on_where_it_stopped(compared, files, capsys):
     """What lies in the folder is taken, what is damaged there is measured again: the result is the same."""
     result, out = compared
@@ -256,11 +267,45 @@ def test_types_of_others_are_named_and_counted(files, tmp_path):
 def test_a_file_of_no_numbers_does_not_stop_the_others(files, tmp_path):
     model = Model(files["ours"])
     model.change("blk.1.ffn_norm.weight", lambda t: t.with_values(t.values() * float("nan")))
-    bad = model.write(tmp_path / "nan.gguf")
+    bad = [model.write(tmp_path / "nan.gguf")]
+    for name, factor in (("head", float("nan")), ("huge", 1e6)):
+        model = Model(files["ours"])
+        model.change("output.weight", lambda t: t.with_values(t.values() * factor, "F32"))  # noqa: B023
+        bad.append(model.write(tmp_path / f"{name}.gguf"))
     options = ("--reference", "tiny-r1", "--tokens", TOKENS, "-o", tmp_path / "out", "--json")
-    broken, ours = json.loads(compare(bad, files["ours"], *options))["files"]
-    assert ours["scores"] and broken["scores"] is None
-    assert broken["not_computed"].startswith("a layer computes numbers that are not finite")
+    found = json.loads(compare(*bad, files["ours"], *options), parse_constant=pytest.fail)
+    layer, head, huge, ours = found["files"]
+    assert ours["scores"] and layer["scores"] is None and head["scores"] is None
+    assert layer["not_computed"].startswith("a layer computes numbers that are not finite")
+    assert head["not_computed"].startswith("the output matrix computes numbers that are not finite")
+    assert huge["scores"]["ppl"] == math.exp(300) and huge["scores"]["kld_mean"] > 1e4
+
+
+def test_any_name_may_be_compared(files, tmp_path, monkeypatch, capsys):
+    """Equal names are told apart by their paths, others only shown; what draws the figure need not be there."""
+    paths = [
+        tmp_path / "a" / "m.gguf",
+        tmp_path / "b" / "m.gguf",
+        Path(os.fsdecode(bytes(tmp_path) + b"/$x\xff$^.gguf")),
+    ]
+    other = Model(files["ours"])
+    other.change("blk.0.attn_output.weight", lambda t: t.with_values(t.values() * 0.5))
+    for path, name in zip(paths, (files["ours"], other.write(tmp_path / "other.gguf"), files["ours"]), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(name.read_bytes())
+        os.utime(path, ns=(0, 10**18))
+    out = tmp_path / "out"
+    arguments = (*paths, "--reference", "tiny-r1", "--tokens", TOKENS, "-o", out)
+    page = compare(*arguments)
+    assert f"- **A** {paths[0]}" in page and f"- **B** {paths[1]}" in page and "- **C** $x" in page
+    ours, other, again = json.loads((out / "compare.json").read_text())["files"]
+    assert again["file"].startswith("$x") and again["scores"] == ours["scores"] != other["scores"]
+    (out / "compare.json").unlink()
+    monkeypatch.delitem(sys.modules, "quantkit.job.report.figures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main(["compare", *map(str, arguments)], standalone_mode=False)
+    assert "no compare.png: this needs matplotlib: pip install" in capsys.readouterr().err
+    assert (out / "compare.json").is_file() and "compare.png" not in (out / "compare.md").read_text()
 
 
 def test_files_without_groups_of_experts_are_computed_as_llama_cpp_does(files, tmp_path, tiny):
@@ -289,6 +334,12 @@ def test_only_what_is_known_is_forgiven(files, tmp_path):
     path = model.write(tmp_path / "strange.gguf")
     with pytest.raises(QuantkitError, match=r"strange.gguf: tensor blk.2.ffn_gate_exps.weight is missing"):
         open_gguf(path)
+    model = Model(files["ours"])
+    gates = {name: t for name, t in model.tensors.items() if "ffn_gate_exps" in name}
+    fused(model)
+    model.tensors |= gates
+    twice = Opened.of(model.write(tmp_path / "twice.gguf"))
+    assert sum(t.n_bytes for t in twice.tensors) == sum(t.n_bytes for t in twice.file.tensors.values())
     with pytest.raises(QuantkitError, match="is named twice"):
         opened([files["shards"], files["shards"].with_name("shards-00002-of-00003.gguf")])
 

@@ -5,6 +5,7 @@ How rules were compared with KTransformers' own code is told in docs/results/ora
 
 import json
 import re
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -235,6 +236,8 @@ def test_launch(exported, tmp_path):
     assert options["--model"] == "/models/R 1"
     assert sglang[sglang.index("--kt-weight-path") + 1] == f"{folder}/gguf"
     assert sglang[-2:] == ["--tp", "2"]
+    asked = launched(exported, tmp_path / "bin", "--help")
+    assert asked.returncode == 0 and asked.stdout.startswith("usage: launch.sh chat|serve")
     for wrong in (("sglang",), ("fly",)):
         refused = launched(exported, tmp_path / "bin", *wrong)
         assert refused.returncode == 2
@@ -243,6 +246,26 @@ def test_launch(exported, tmp_path):
         refused = launched(exported, tmp_path / "bin", "chat", version=version)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert f"0.2.3 to 0.3.2, not {version}" in refused.stderr
+
+
+def test_launch_from_elsewhere(exported, tmp_path):
+    """By a relative path that CDPATH would lead elsewhere, in a folder with a space, where there is python3 only."""
+    for parent in ("a b", "c"):
+        (tmp_path / parent / "kt").mkdir(parents=True)
+    own = tmp_path / "a b" / "kt" / "launch.sh"
+    own.write_text((exported / "launch.sh").read_text())
+    own.chmod(0o755)
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" != -c ] || { echo 0.3; exit; }\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    for name in ("sh", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = {"PATH": str(tmp_path), "CDPATH": str(tmp_path / "c")}
+    call = {"cwd": tmp_path / "a b", "env": env, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(["kt/launch.sh"], **call)
+    assert done.returncode == 0 and f"{own.parent}/gguf" in done.stdout.splitlines(), done
+    (tmp_path / "python3").unlink()
+    done = subprocess.run(["kt/launch.sh"], **call)
+    assert (done.returncode, done.stderr) == (1, "launch.sh: no python on the PATH\n")
 
 
 def test_command(quantized, tmp_path):

@@ -25,8 +25,8 @@ from quantkit.job.plan import plan_model
 from quantkit.job.report.compare import write_comparison
 from quantkit.job.report.figures import FIGURES
 from quantkit.job.report.material import Material
+from quantkit.job.report.page import _tiles, verdict, write_report
 from quantkit.job.report.page import page as render
-from quantkit.job.report.page import verdict, write_report
 from quantkit.job.status import status
 from quantkit.models.open import open_weights
 from quantkit.planning.bitmap import bit_map
@@ -175,6 +175,8 @@ def test_the_verdict_comes_first(folder, page):
     failed = {"passed": False, "target": "ollama", "checks": [{"name": "weights", "status": "fail"}]}
     m.certificates.insert(0, failed)
     assert verdict(m) == "Do not use this file for ollama: it failed certification (weights)."
+    m.certificates[0] = {"passed": True, "engine_run": False, "verdict": "passed, engine not run", "target": "ollama"}
+    assert _tiles(m)[-1] == ("certificate", "engine not run", "ollama: passed, engine not run")  # of an older version
     m.certificates, m.scores = [], m.scores | {"configuration": {"status": "fail"}}
     assert verdict(m).startswith("Do not trust these scores")
 

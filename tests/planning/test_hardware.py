@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -136,6 +137,10 @@ def test_commands_name_the_layers(plan, config):
     xeon = Machine(256 * GIB, arithmetic=Arithmetic(matrix=presets.cpu("xeon-4").matrix))
     (start,) = hardware.commands(plan, alone, xeon, 4096, "x.gguf", "R1", 8)["llama.cpp"]
     assert start.endswith("-ngl 0 --no-repack")
+    kimi = replace(config, yarn=replace(config.yarn, beta_fast=1.0))
+    told = hardware.for_model({"llama.cpp": ["llama-server"], "ollama": ["ollama run"], "quantkit": []}, kimi)
+    assert told["llama.cpp"] == ["llama-server --yarn-beta-fast 1 --yarn-beta-slow 1"]
+    assert told["ollama"] == ["LLAMA_ARG_YARN_BETA_FAST=1 LLAMA_ARG_YARN_BETA_SLOW=1 ollama serve", "ollama run"]
     short = Machine(60 * GIB, 14 * GIB)
     placed = hardware.place(plan, config, short, 4096)
     (run,) = hardware.commands(plan, placed, short, 4096, "x.gguf", "R1", 8)["quantkit"]

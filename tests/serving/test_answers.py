@@ -323,7 +323,13 @@ def test_a_call_can_be_required(running, monkeypatch, form):
         ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "no tool is called 'fly'"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tools": tools, "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}]} | how, "tools: "),
+        *(
+            ({"tools": [{"type": "function", "function": {"name": name, "parameters": wrong}}]} | how, "tools: ")
+            for name, wrong in (
+                *(("f", {"type": "x"}), ("f", {"properties": {"a": [1]}}), ("f", {"properties": [], "required": 5})),
+                ("no name", {}),  # the answer would be read as text
+            )
+        ),
     ):
         status, answer = running.post(json.dumps({"messages": HELLO, **wrong}).encode())
         assert status == 400 and says in answer["error"]["message"], answer

@@ -34,8 +34,13 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
     run_program([sys.executable, "-m", module, request], name, timeout, settings)
 
 
-def run_program(words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str]) -> str:
-    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`."""
+def run_program(
+    words: Sequence[str], name: str, timeout: float, settings: Mapping[str, str], folder: Path | None = None
+) -> str:
+    """A program and its arguments -> what it wrote. OracleError if it does not end well, as `run_module`.
+
+    folder: where it runs, for some programs leave logs there.
+    """
     try:
         child = subprocess.run(
             words,
@@ -45,9 +50,12 @@ def run_program(words: Sequence[str], name: str, timeout: float, settings: Mappi
             timeout=timeout,
             check=False,
             env=os.environ | dict(settings),
+            cwd=folder,
         )
     except subprocess.TimeoutExpired:
         raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
+    except OSError as error:  # of another architecture, without its interpreter
+        raise OracleError(f"{name} cannot be executed: {error.strerror}") from None
     if child.returncode == -signal.SIGILL:
         raise IllegalInstruction(f"this CPU does not run {name}")
     if child.returncode:

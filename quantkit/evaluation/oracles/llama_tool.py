@@ -15,31 +15,55 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.oracles.child import OracleError, run_program
 
 FOLDER = "QUANTKIT_LLAMA_BIN"  # an environment variable: where a build's programs lie
 PROGRAM = "llama-perplexity"
-TIMEOUT = 3600
+TIMEOUT, STARTS = 3600, 60  # s to answer; to say what it is
+IK = "--mla-use"  # an option of ik_llama.cpp's program of the same name
 MAGIC = b"_logits_"
 WIDEST = ("AMX_INT8", "AVX512_BF16", "AVX512_VNNI", "AVX512", "AVX_VNNI", "AVX2", "AVX", "SVE", "DOTPROD", "NEON")
 """What llama.cpp says that its CPU kernels were compiled for, the fastest first."""
 
 
 @dataclass(frozen=True)
+class Build:
+    """A llama-perplexity that starts. version: number, commit and compiler."""
+
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True)
 class Scored:
     """tokens: int64 [n]. log_probs: float32 [n - 1 - n // 2, n_vocab], after tokens n // 2 to n - 2; those under e^-16
-    of the likeliest are raised to it. build: its number, commit and compiler. cpu: variant of its kernels."""
+    of the likeliest are raised to it. cpu: variant of its kernels."""
 
     tokens: np.ndarray
     log_probs: np.ndarray
-    build: str
     cpu: str
 
 
-def program() -> Path | None:
-    """llama-perplexity of the folder in QUANTKIT_LLAMA_BIN, else of PATH; None if there is none."""
-    found = shutil.which(PROGRAM, path=os.environ.get(FOLDER))
-    return Path(found) if found else None
+def program() -> Build | None:
+    """llama-perplexity of the folder in QUANTKIT_LLAMA_BIN, else of PATH; None if PATH has none.
+
+    QuantkitError if that folder has none, or if what is found does not start or is not llama.cpp's: a fault of the
+    program, of which no file can be accused.
+    """
+    folder = os.environ.get(FOLDER)
+    found = shutil.which(PROGRAM, path=folder or None)
+    if not found:
+        if folder:
+            raise QuantkitError(f"{FOLDER}={folder}: no {PROGRAM} there that can be executed")
+        return None
+    try:
+        said, options = (run_program([found, word], PROGRAM, STARTS, {}) for word in ("--version", "--help"))
+    except OracleError as error:
+        raise QuantkitError(f"{found} does not start: {error.reason()}") from None
+    if IK in options:
+        raise QuantkitError(f"{found} is ik_llama.cpp's, which computes otherwise; set {FOLDER} to one of llama.cpp")
+    return Build(Path(found), build_of(said))
 
 
 def widest(system_info: str) -> str:
@@ -48,28 +72,29 @@ def widest(system_info: str) -> str:
     return next((name for name in WIDEST if name in has), "plain")
 
 
-def score(where: Path, model: Path, text: str, n: int, *, flags: str, n_threads: int) -> Scored:
+def score(where: Build, model: Path, text: str, n: int, *, flags: str, n_threads: int) -> Scored:
     """The first n tokens of a text that has twice as many, by the CPU alone. flags: as on its command line.
 
     OracleError if it dies, IllegalInstruction if it was built for another CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "text.txt", Path(folder) / "logits"
+        work = Path(folder)
+        given, answer = work / "text.txt", work / "logits"
         given.write_text(text, encoding="utf-8")
         said = run_program(
             [
-                *[str(where), "-m", str(model), "-f", str(given), "--kl-divergence-base", str(answer)],
-                *["-c", str(n), "-b", str(n), "--chunks", "1", "-t", str(n_threads), "-ngl", "0", "-dev", "none"],
+                *[str(where.path.resolve()), "-m", str(model.resolve()), "-f", str(given)],
+                *["--kl-divergence-base", str(answer), "-c", str(n), "-b", str(n), "--chunks", "1"],
+                *["-t", str(n_threads), "-ngl", "0", "-dev", "none"],
                 *flags.split(),
             ],
             PROGRAM,
             TIMEOUT,
             {"GGML_NO_BACKTRACE": "1"},  # a debugger would be attached to what aborts
+            work,  # ik_llama.cpp's and older ones leave a llama.log
         )
         tokens, log_probs = _read(answer, n)
-    return Scored(
-        tokens, log_probs, build_of(run_program([str(where), "--version"], PROGRAM, TIMEOUT, {})), cpu_of(said)
-    )
+    return Scored(tokens, log_probs, cpu_of(said))
 
 
 def _read(path: Path, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from quantkit import __version__
 from quantkit.errors import needs
 from quantkit.planning.plan import CLASSES, Plan
+from quantkit.planning.targets import environment as environment_of
 
 TAGS = {"ktransformers": ["ktransformers"], "llama.cpp": ["llama.cpp"], "ollama": ["ollama"]}
 
@@ -37,8 +38,11 @@ class Row:
         return sorted(path for path in mine if path.isprintable() and path.count("/") == 1)
 
 
-def render_card(repo: str, model: str, base: str, license_name: str | None, rows: Sequence[Row]) -> str:
-    """Markdown with its YAML head. rows: all quantizations of the repository, smallest first."""
+def render_card(
+    repo: str, model: str, base: str, license_name: str | None, rows: Sequence[Row], flags: str = ""
+) -> str:
+    """Markdown with its YAML head. rows: all quantizations of the repository, smallest first. flags: what llama.cpp
+    must be told of the model, as `targets.start_flags`."""
     targets = sorted({row.provenance.get("target", "") for row in rows})
     tags = ["gguf", *dict.fromkeys(tag for target in ("llama.cpp", *targets) for tag in TAGS.get(target, ()))]
     head = ModelCardData(
@@ -56,9 +60,9 @@ def render_card(repo: str, model: str, base: str, license_name: str | None, rows
     environment.filters["gb"] = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
     environment.filters |= {"sh": shlex.quote, "code": code, "text": plain, "url": quote}
     template = environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
-    return template.render(
-        head=head.to_yaml(), repo=repo, model=model, base=base, rows=rows, version=__version__, targets=targets
-    )
+    known = {"repo": repo, "model": model, "base": base, "rows": rows, "version": __version__, "targets": targets}
+    start = {"flags": flags, "environment": environment_of(flags) if flags else ""}
+    return template.render(head=head.to_yaml(), **known, **start)
 
 
 def code(value: object) -> str:

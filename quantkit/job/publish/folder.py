@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.certificate import failures
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
@@ -23,6 +24,7 @@ REQUIRED = (PLAN, VERIFY, PROVENANCE)
 OPTIONAL = (RECIPE, CERTIFY, REPORT)
 CLEANED = (VERIFY, PROVENANCE, CERTIFY)  # published without where things lie here
 BUNDLED = "dataset-build evaluation ("  # what the name of the bundled text begins with
+TEXTS = b'<div class="pair">'  # in a report: a continuation beside the original's
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -83,6 +85,9 @@ def read_folder(folder: Path, name: str | None = None) -> Quant:
     if kept := _texts_of_others(verify):
         files.pop(f"{name}/{REPORT}", None)
         say(f"{folder}: {kept} texts of --data that {VERIFY} holds are not published, nor {REPORT}, which shows them")
+    elif (folder / REPORT).is_file() and _shows_other_texts(_bytes(folder / REPORT), verify):
+        del files[f"{name}/{REPORT}"]
+        say(f"{folder}: {REPORT} shows texts of an earlier {VERIFY} and is not published; run `quantkit report` again")
     cleaned = _checked(files, folder)
     for header in [file, *(GGUFFile.open(path) for path in files.values() if path.name == IMATRIX)]:
         refuse_in_header(header, folder)
@@ -113,6 +118,11 @@ def _texts_of_others(verify: Mapping[str, Any]) -> int:
     generation = verify.get("generation")
     samples = generation.get("samples") if isinstance(generation, dict) else None
     return 0 if not isinstance(samples, list) or str(verify.get("text")).startswith(BUNDLED) else len(samples)
+
+
+def _shows_other_texts(page: bytes, verify: Mapping[str, Any]) -> bool:
+    """Whether a report has continuations, and is not of the text of this verify.json."""
+    return TEXTS in page and str(verify.get("text_sha256", TEXTS)).encode() not in page
 
 
 def reproduce(provenance: Mapping[str, Any], base: str, name: str, repo: str) -> list[str]:
@@ -162,13 +172,14 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
     if not path.is_file():
         return ["it is not certified; run `quantkit certify`"]
     found = _json(path)
-    if any(check.get("status") == "fail" for check in found.get("checks", ())):
+    if failures(found):
         return [f"{CERTIFY} says that a check failed"]
     if found.get("passed") is not True or found.get("engine_run") is not True:
         said = found.get("verdict") or "not that a program has run the file"
         return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
     made, seen = recorded(path.parent), found.get("crc32") or {}
-    if found.get("files") != sizes or any(made.get(name, crc) != crc for name, crc in seen.items()):
+    changed = not isinstance(seen, dict) or any(made.get(name, crc) != crc for name, crc in seen.items())
+    if found.get("files") != sizes or changed:
         return [f"{CERTIFY} is of other files; run `quantkit certify` again"]
     return []
 

@@ -15,12 +15,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import MOST, read_whole
+from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
 from quantkit.job.folder import PLAN, PROVENANCE, VERIFY
 from quantkit.job.publish.card import Row, layer_plot, render_card
 from quantkit.job.publish.folder import NAME, Quant, reproduce
 from quantkit.job.publish.others import figures, made
 from quantkit.job.publish.secrets import refuse_secrets
+from quantkit.models import family
+from quantkit.planning.targets import start_flags
 from quantkit.progress import say
 from quantkit.remote.client import Repo, with_retry
 
@@ -111,7 +114,8 @@ class Uploader:
 
     def card(self, present: Present) -> str:
         """README.md as it will be: of this quantization and those that are there. QuantkitError if it holds a token."""
-        text = render_card(self.to.repo, self.quant.plan.model, str(self.base), self.license, self.rows(present))
+        flags = start_flags("llama.cpp", family.from_gguf(GGUFFile.open(self.quant.gguf[0]).metadata))
+        text = render_card(self.to.repo, self.quant.plan.model, str(self.base), self.license, self.rows(present), flags)
         ModelCard(text)  # parses the head
         refuse_secrets(CARD, text.encode())
         return text

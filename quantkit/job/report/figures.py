@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from quantkit.calibration.coverage import coverage
+from quantkit.errors import printable
 from quantkit.job.report.material import Material
 from quantkit.job.report.parts import Point
 from quantkit.planning.bitmap import bit_map
@@ -126,8 +127,15 @@ def legend(figure: Figure, names: Sequence[str], colours: Sequence[str]) -> None
     columns = 2
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * -(-len(names) // columns))
-    handles = [Line2D([], [], color=c, marker="o", linewidth=0, label=n) for n, c in zip(names, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=c, marker="o", linewidth=0, label=_as_text(n)) for n, c in zip(names, colours, strict=True)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _as_text(name: str) -> str:
+    """A file's name, of which matplotlib makes no formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def position(m: Material) -> Figure | None:

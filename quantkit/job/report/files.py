@@ -1,17 +1,18 @@
 """What `compare` found, as text that is Markdown and reads on a terminal of 80 columns; and its one figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import needs
+from quantkit.errors import QuantkitError, needs
 from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.whole_file import make_folders, write_json, write_text, write_whole
 from quantkit.job.report.parts import Point, Table, markdown, verdict
 from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.table import Named, by_class, differing_lines
+from quantkit.progress import say
 from quantkit.sizes import both_units
 from quantkit.tensors import mtp_layers
 
@@ -35,8 +36,9 @@ def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
     """Everything, as Markdown. found: `compare.tables` or `compare.scored_tables` of these files."""
     names, facts = letters(len(files)), found["files"]
     named = [(name, one.tensors) for name, one in zip(names, files, strict=True)]
+    shared = {one["file"] for i, one in enumerate(facts) if any(one["file"] == other["file"] for other in facts[:i])}
     parts = [
-        "\n".join(line for name, one in zip(names, facts, strict=True) for line in _about(name, one)),
+        "\n".join(line for name, one in zip(names, facts, strict=True) for line in _about(name, one, shared)),
         markdown(_sizes(names, facts)),
         *_scores(names, found),
         *_classes(named),
@@ -47,10 +49,10 @@ def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _about(name: str, one: Mapping[str, Any]) -> list[str]:
-    """A file's name, and what is to be known of it."""
+def _about(name: str, one: Mapping[str, Any], shared: Collection[str]) -> list[str]:
+    """A file's name, or its path if another one has that name, and what is to be known of it."""
     rest = [f"{one['files']} splits"] if one["files"] > 1 else []
-    lines = [f"- **{name}** {one['file']}" + "".join(f", {each}" for each in rest)]
+    lines = [f"- **{name}** {one['path' if one['file'] in shared else 'file']}" + "".join(f", {each}" for each in rest)]
     programs: dict[str, list[str]] = {}
     for qtype, program in one["foreign_types"].items():
         programs.setdefault(program, []).append(qtype)
@@ -225,19 +227,27 @@ def write(found: Mapping[str, Any], page: str, folder: Path) -> list[Path]:
     against KLD with 95 % intervals. Returns their paths. QuantkitError if something cannot be written."""
     every = [folder / name for name in (RESULT, PAGE)]
     make_folders(folder)
-    shown = points(found)
-    if len(shown) > 1:
-        with needs("plots"):
-            from quantkit.job.report.figures import COLOURS, front, legend, png, style
-        spans = [one["scores"]["ci95"]["kld_mean"] for one in found["files"] if one["scores"]]
-        with style():
-            colours = [COLOURS[i % len(COLOURS)] for i in range(len(shown))]
-            drawn = front(_marks(shown), colours, spans)
-            assert drawn
-            legend(drawn, [name for name, *_ in shown], colours)
-            write_whole(folder / FIGURE, png(drawn))
-        every.append(folder / FIGURE)
-        page += f"\n![bytes against KLD]({FIGURE})\n"
-    write_json(every[0], found)
+    write_json(every[0], found)  # before anything that may be missing: it took hours
+    if len(shown := points(found)) > 1:
+        if figure := _drawn(shown, [one["scores"]["ci95"]["kld_mean"] for one in found["files"] if one["scores"]]):
+            write_whole(folder / FIGURE, figure)
+            every.append(folder / FIGURE)
+            page += f"\n![bytes against KLD]({FIGURE})\n"
     write_text(every[1], page)
     return every
+
+
+def _drawn(shown: Sequence[Point], spans: Sequence[Any]) -> bytes | None:
+    """The figure as a PNG. None, said in a line, if what draws it is not installed."""
+    try:
+        with needs("plots"):
+            from quantkit.job.report.figures import COLOURS, front, legend, png, style
+    except QuantkitError as error:
+        say(f"no {FIGURE}: {error}")
+        return None
+    with style():
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(shown))]
+        drawn = front(_marks(shown), colours, spans)
+        assert drawn
+        legend(drawn, [name for name, *_ in shown], colours)
+        return png(drawn)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from quantkit import __version__
 from quantkit.calibration.coverage import coverage
+from quantkit.evaluation.certificate import failures
 from quantkit.formats.imatrix import imatrix_digest
 from quantkit.formats.whole_file import write_whole
 from quantkit.job.folder import IMATRIX, PLAN, REPORT
@@ -91,7 +92,7 @@ def page(m: Material, figures: Mapping[str, Markup]) -> str:
 def verdict(m: Material) -> str:
     """One sentence."""
     s, certificate = m.scores, m.certificate
-    if failed := ", ".join(c.get("name", "") for c in certificate.get("checks", ()) if c.get("status") == "fail"):
+    if failed := ", ".join(failures(certificate)):
         return f"Do not use this file for {certificate.get('target')}: it failed certification ({failed})."
     if (s.get("configuration") or {}).get("status") == "fail":
         return "Do not trust these scores: transformers reads the original's config.json as another model."
@@ -127,7 +128,9 @@ def commands(m: Material) -> list[tuple[str, list[str]]]:
         out.append(("KTransformers", [f"quantkit export-kt {file} --output kt", "kt/launch.sh chat"]))
     if target == "ollama":
         name = shlex.quote(f"{m.plan.model}-{m.plan.recipe}".lower() if m.plan else "model")
-        out.append(("ollama", [f"printf 'FROM ./%s\\n' {file} > Modelfile", f"ollama create {name} -f Modelfile"]))
+        serve = [f"{targets.environment(flags)} ollama serve"] if flags else []
+        made = [f"printf 'FROM ./%s\\n' {file} > Modelfile", f"ollama create {name} -f Modelfile"]
+        out.append(("ollama", serve + made))
     return out
 
 
@@ -156,6 +159,8 @@ def _tiles(m: Material) -> list[tuple[str, str, str]]:
         words = str(m.certificate.get("verdict") or UNKNOWN)
         head = words.partition(":" if words.startswith(("failed", "not passed")) else " in ")[0].partition(",")[0]
         shown = head.upper() if head == "failed" else head
+        if head == "passed" and m.certificate.get("engine_run") is not True:  # as versions before this one said it
+            shown = "engine not run"
         out.append(("certificate", shown, f"{m.certificate.get('target')}: {words}"))
     return out
 

@@ -7,6 +7,7 @@ for AMX (docs/results/amx.md):
 """
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutations import Model
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Check
-from quantkit.evaluation.oracles import llama_tool
+from quantkit.evaluation.oracles import llama, llama_tool
 from quantkit.evaluation.oracles.child import OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
+from quantkit.job.certify import CertifyOptions, certify_file
 
 EMULATOR = Path(__file__).parents[3] / "scripts" / "research" / "amx_emulator.c"
 AMX = "amx_int8" in processor_flags() or "amx_emulator" in os.environ.get("LD_PRELOAD", "")
@@ -97,19 +101,72 @@ def test_the_build_is_read_of_its_version(said, build):
     assert llama_tool.build_of(said) == build
 
 
-def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
-    """With --no-repack too; a program of that name that does nothing is no llama.cpp either."""
-    program = tmp_path / llama_tool.PROGRAM
-    program.write_text("#!/bin/sh\necho 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$\n")
+STARTS = "#!/bin/sh\n[ $# -gt 1 ] || exit 0\n"
+
+
+def pretended(folder: Path, monkeypatch, does: str) -> Path:
+    """A llama-perplexity that starts, and then does this with a model."""
+    program = folder / llama_tool.PROGRAM
+    program.write_text(f"{STARTS}{does}\n")
     program.chmod(0o755)
-    monkeypatch.setenv(llama_tool.FOLDER, str(tmp_path))
+    monkeypatch.setenv(llama_tool.FOLDER, str(folder))
+    return program
+
+
+def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
+    """With --no-repack too; a program of that name that does nothing is no llama.cpp either. It is found by a relative
+    path, and leaves no log in the caller's folder."""
+    program = pretended(
+        tmp_path, monkeypatch, "> llama.log; echo 'x.cpp:1: GGML_ASSERT(right) failed' >&2; kill -ABRT $$"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(llama_tool.FOLDER, ".")
     (found,) = judged(made / "tiny-r1-1.58bit.gguf")
     assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
-    program.write_text("#!/bin/sh\nkill -ILL $$\n")
+    assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
+    program.write_text(STARTS + "kill -ILL $$\n")
     assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        (None, "no llama-perplexity there that can be executed"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xff\x7f" + bytes(100), "cannot be executed: Exec format error"),
+        (
+            b"#!/bin/sh\necho 'error while loading shared libraries: libllama.so' >&2; exit 127\n",
+            "exit code 127: error while",
+        ),
+        (b"#!/bin/sh\necho '-mla,  --mla-use'\n", "is ik_llama.cpp's"),
+    ],
+    ids=["none", "another machine's", "without its library", "a fork's"],
+)
+def test_no_file_is_blamed_for_a_program_that_is_none(program, says, made, tmp_path, monkeypatch):
+    """Who named it is told at once; one on PATH is left out, and said to be."""
+    monkeypatch.setattr(llama, "available", lambda: False)
+    monkeypatch.setenv(llama_tool.FOLDER, str(tmp_path))
+    file = made / "tiny-r1-1.58bit.gguf"
+    if program:
+        (tmp_path / llama_tool.PROGRAM).write_bytes(program)
+        (tmp_path / llama_tool.PROGRAM).chmod(0o755)
+    with pytest.raises(QuantkitError, match=re.escape(says)):
+        certify_file(file, "cpu", tmp_path / "certify.json", CertifyOptions("llama.cpp"))
+    assert not (tmp_path / "certify.json").exists()
+    *_, build = oracle_checks.llama_cpp(file, GGUFFile.open(file), "cpu")
+    assert (build.name, build.status) == (oracle_checks.NATIVE, "skip") and says in build.detail
+
+
+def test_texts_begin_as_the_file_says(made, tmp_path):
+    """GLM-5's files say without BOS: llama-perplexity asks for none."""
+    model = Model(made / "tiny-r1-1.58bit.gguf")
+    model.metadata["tokenizer.ggml.add_bos_token"] = False
+    path = model.write(tmp_path / "without.gguf")
+    ours = oracle_checks.sample(path, "cpu")
+    assert ours.tokens[0].tolist() == ours.ids[: oracle_checks.TOKENS]
+    assert judged(path)[0].status == "pass"
 
 
 def test_the_emulator_multiplies_as_a_loop_does(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import struct
 import threading
 import zlib
 from dataclasses import replace
@@ -128,6 +129,22 @@ def test_what_llama_cpp_computes_wrongly_stands_in_the_card(hub, token, made_loc
     assert f"\n**{lines[0]}.**\n" in quantkit("publish", folder, *BASE, "--dry-run")
 
 
+def test_the_card_starts_programs_as_the_model_needs_it(hub, token, made_local, tmp_path):
+    """Kimi-K2's YaRN, of which llama.cpp reads nothing in the file."""
+    folder = Path(shutil.copytree(made_local, tmp_path / "out"))
+    (first,) = folder.glob("tiny-r1-*00001*.gguf")
+    said = quantkit("publish", folder, *BASE, "--dry-run")
+    assert f"llama-cli -m published/2.51bit/{first.name} -p" in said and "LLAMA_ARG_YARN" not in said
+    assert "echo 'FROM ./published/2.51bit' > Modelfile" in said  # of several files
+    usual, kimis = (b"yarn_beta_fast" + struct.pack("<If", 6, beta) for beta in (32, 1))
+    data = first.read_bytes()
+    assert usual in data
+    first.write_bytes(data.replace(usual, kimis))
+    said = quantkit("publish", folder, *BASE, "--dry-run")
+    assert f"llama-cli -m published/2.51bit/{first.name} --yarn-beta-fast 1 --yarn-beta-slow 1 -p" in said
+    assert "LLAMA_ARG_YARN_BETA_FAST=1 LLAMA_ARG_YARN_BETA_SLOW=1 ollama serve &" in said
+
+
 def test_several_quants_one_card(hub, token, made_local):
     base = ["--repo", "user/t", "--base-model", "a/b"]
     quantkit("publish", made_local, *base)
@@ -217,6 +234,7 @@ BROKEN = [
     ("certify.json", b'{"passed": false, "checks": [{"status": "fail"}]}', "a check failed"),
     ("certify.json", b'{"passed": true}', "not that a program has run the file"),
     ("certify.json", b'{"passed": true, "engine_run": true, "files": {"x.gguf": 1}}', "of other files"),
+    ("certify.json", b'{"passed": true, "checks": ["x"]}', "certify.json is damaged: checks is no list of objects"),
     ("verify.json", None, "verify.json is missing"),
     ("imatrix.gguf", None, "imatrix.gguf is missing"),
     ("tiny-r1-2.51bit.gguf.part", b"", "unfinished"),
@@ -293,14 +311,23 @@ def test_texts_of_ones_own_are_not_published(hub, token, made_local, tmp_path):
     """`verify --prompts --data notes.txt` keeps some of the notes: in verify.json, from where the report shows them."""
     folder = shutil.copytree(made_local, tmp_path / "own")
     scores = json.loads((folder / "verify.json").read_text())
-    scores |= {"text": "notes.txt", "generation": {"prompts": 1, "samples": [{"prompt": "Dear diary"}]}}
-    (folder / "verify.json").write_text(json.dumps(scores))
-    (folder / "report.html").write_text("<p>Dear diary")
+    sample = {"domain": "prose", "prompt": "Dear diary", "file": "a", "original": "b", "original_whole": True}
+    told = {"prompts": 1, "summary": "", "samples": [sample]}
+    own = scores | {"text": "notes.txt", "text_sha256": "0" * 64, "generation": told}
+    (folder / "verify.json").write_text(json.dumps(own))
+    quantkit("report", folder)
+    assert "Dear diary" in (folder / "report.html").read_text()
     said = quantkit("publish", folder, *BASE, "--name", "own")
     assert "1 texts of --data that verify.json holds are not published, nor report.html" in said
     there = hub.models["user/t"].commits[-1]
     assert "own/report.html" not in there and b"diary" not in there["own/verify.json"].read(0, 1 << 20)
-    assert json.loads(there["own/verify.json"].read(0, 1 << 20))["generation"] == {"prompts": 1}
+    assert "samples" not in json.loads(there["own/verify.json"].read(0, 1 << 20))["generation"]
+    (folder / "verify.json").write_text(json.dumps(scores))  # verified again, by the bundled text
+    assert "shows texts of an earlier verify.json" in quantkit("publish", folder, *BASE, "--name", "own")
+    assert "own/report.html" not in hub.models["user/t"].commits[-1]
+    quantkit("report", folder)
+    quantkit("publish", folder, *BASE, "--name", "own")
+    assert b"diary" not in hub.models["user/t"].commits[-1]["own/report.html"].read(0, 1 << 24)
 
 
 def test_names_and_facts_of_others_are_no_commands(hub, token, made_local):
