@@ -47,12 +47,12 @@ class StreamsEngine:
         self.head = source.head()
         self.turns = [Turns(c, compresses, source.device) for compresses in (False, True)]
         self.block = max(1, *c.compression.ratios)
-        self.slots: list[_Kept | None] = [None] * n_slots
+        self.slots = [self._empty() for _ in range(n_slots)]  # now: a context beyond memory is refused at the start
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:
         """As `Engine`."""
-        kept = self._slot(slot)
+        kept = self.slots[slot]
         before = self._back(kept, begin)
         h = self._hidden([kept], [before + tokens])[len(before) :]
         if each:
@@ -64,21 +64,17 @@ class StreamsEngine:
     @torch.inference_mode()
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """As `Engine`. Attention is computed sequence by sequence, everything else for all together."""
-        kept = [self._slot(slot) for slot in slots]
+        kept = [self.slots[slot] for slot in slots]
         for one in kept:
             if again := self._back(one, len(one.tokens)):
                 self._hidden([one], [again])
         return head_logits(self.source, self.head, self._hidden(kept, [[token] for token in tokens]))
 
-    def _slot(self, slot: int) -> _Kept:
-        kept = self.slots[slot]
-        if kept is None:
-            c, like = self.config, torch.empty(0, device=self.source.device, dtype=self.source.dtype)
-            assert c.compression
-            upto = [self.turns[ratio > 0].upto for ratio in c.compression.ratios]
-            made = [CompressedCache.empty(c, i, self.capacity, upto[i], like) for i in range(c.n_layer)]
-            kept = self.slots[slot] = _Kept(made)
-        return kept
+    def _empty(self) -> _Kept:
+        c, like = self.config, torch.empty(0, device=self.source.device, dtype=self.source.dtype)
+        assert c.compression
+        upto = [self.turns[ratio > 0].upto for ratio in c.compression.ratios]
+        return _Kept([CompressedCache.empty(c, i, self.capacity, upto[i], like) for i in range(c.n_layer)])
 
     def _back(self, kept: _Kept, n: int) -> list[int]:
         """Take a sequence back to its first n tokens; those of them that must be computed again, in front of others."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from v4_models import T, made
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
@@ -116,3 +116,9 @@ def test_a_context_has_an_end(engine, small):
     for call in (lambda: engine.decode([0], [5]), lambda: engine.prefill(0, [5], T)):
         with pytest.raises(QuantkitError, match=f"{T + 1} tokens do not fit a context of {T}"):
             call()
+
+
+def test_a_context_beyond_memory_ends_before_the_first_prompt(small):
+    with pytest.raises(RuntimeError) as caught:
+        StreamsEngine(CheckpointSource(Checkpoint.open(small.folder)), 1, 10**13)
+    assert out_of_memory(caught.value) == "memory"
