@@ -1,5 +1,6 @@
 """Small random models with sparse attention, made and computed by transformers' own classes in float32."""
 
+import atexit
 import json
 import shutil
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def add_mtp(folder: Path, raw: dict[str, Any]) -> None:
 def made(name: str, layers: int = 3, top_k: int = 2048, mtp: int = 0) -> Small:
     """One for all tests of a process; nobody changes it. mtp: MTP layers besides, 0 or 1."""
     folder = Path(mkdtemp(prefix="quantkit-dsa-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokens = torch.randint(2, 700, (1, T), generator=torch.Generator().manual_seed(1))
     tokens[0, 0] = 0
     changes: dict[str, Any] = {"num_hidden_layers": layers, "index_topk": top_k}

@@ -1,6 +1,7 @@
 """Small random models of DeepSeek-V4, made and computed by transformers' own class in float32, and written as DeepSeek
 publishes them: its names, FP4 experts, FP8 elsewhere."""
 
+import atexit
 import json
 import re
 import shutil
@@ -166,6 +167,7 @@ def made(ratios: tuple[int, ...] = (0, 4, 128), top_k: int = 512) -> Small:
         filled(model)
         logits = model(tokens, use_cache=False).logits.float()
     folder = Path(mkdtemp(prefix="quantkit-v4-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
     weights = {published(name): w for name, w in load_file(folder / "model.safetensors").items()}
     save_file(stored(weights), folder / "model.safetensors", metadata={"format": "pt"})
