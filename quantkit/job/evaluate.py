@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from quantkit.evaluation.behaviour.items import Amount, Item
 from quantkit.evaluation.behaviour.tasks import Tasks
 from quantkit.evaluation.behaviour.writing import Notes, announce, score, write
 from quantkit.evaluation.weights import ALIKE, SAMPLE_ROWS, WeightCheck
+from quantkit.formats.byte_source import open_regular
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.model_names import is_gguf
@@ -101,7 +103,7 @@ def place_of_evaluation(file: Path) -> Path:
     """evaluate.json beside a model; evaluate-NAME.json if that, or what a stopped run left of it, is of another."""
     place = place_of(EVALUATE, file)
     if place.name == EVALUATE and not place.exists() and (left := place.with_suffix(".jsonl")).exists():
-        with left.open("rb") as notes:
+        with os.fdopen(open_regular(left), "rb") as notes:
             if f'"file": "{GGUFFile.open(file).fingerprint()}"'.encode() not in notes.readline(MOST_OF_HEAD):
                 return place.with_name(f"{place.stem}-{file.stem}.json")
     return place

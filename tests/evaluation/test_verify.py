@@ -237,8 +237,10 @@ def test_memory_does_not_grow_with_the_number_of_layers(made, good, tiny, tmp_pa
                 new = name.replace("blk.3.", f"blk.{i}.")
                 model.tensors[new] = type(tensor)(new, tensor.shape, tensor.qtype, tensor.data)
     model.key("block_count", n_layer)
-    # What is compiled on a new machine, which takes 24 MB, was when `good` was verified.
-    deep = peak_anonymous(folder, model.write(tmp_path / "deep.gguf"))
+    file = model.write(tmp_path / "deep.gguf")
+    deep = peak_anonymous(folder, file)
     shallow = peak_anonymous(Path(tiny.path), good)
+    if deep - shallow >= 25e6:  # what is compiled on a new machine takes 24 MB, once
+        deep = peak_anonymous(folder, file)
     print(f"4 layers {shallow / 1e6:.0f} MB, {n_layer} layers {deep / 1e6:.0f} MB")
     assert deep - shallow < 25e6

@@ -122,6 +122,7 @@ OWN = {  # reads only what this process, its package or the kernel wrote
     "calibration/corpus.py",
     "evaluation/behaviour/tasks.py",
     "evaluation/oracles/llama.py",
+    "evaluation/oracles/llama_tool.py",
     "job/publish/card.py",
     "container.py",
     "ggml/library.py",
