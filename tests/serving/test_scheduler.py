@@ -144,7 +144,8 @@ def test_the_client_of_several_users(url, made):
     args = argparse.Namespace(prompt=16, tokens=12, stall=2, long=400)
     assert len(set(words.request(64, 1)["prompt"])) > 32
     found = asyncio.run(users.together(url, "none", words, 8, args))
-    assert 0 < found["first"] <= found["last"] and 0 < found["each"] < found["all"] and found["gap"] > 0
+    assert 0 < found["first"] <= found["last"] and found["gap"] > 0
+    assert 0 < found["all"] < 2 * 8 * found["each"]  # who waits for the first token has a slower sum than its parts
     found = asyncio.run(users.stalled(url, "none", words, argparse.Namespace(**vars(args) | {"long": 300})))
     assert 0 < found["before"] and 0 < found["median"] <= found["gap"] <= found["first"] + 1
     answer = asyncio.run(users.ask(url, "none", words.request(16, 12), users.Answer()))
