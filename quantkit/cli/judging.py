@@ -276,7 +276,7 @@ def compare(
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
 
-    found, opened = {}, comparing.opened(files)
+    opened = comparing.opened(files)
     if reference is None and not text.data:
         found = comparing.tables(opened)
     else:

@@ -16,10 +16,15 @@ DECIMAL = {"GiB": ("GB", 10**9), "MiB": ("MB", 10**6)}
 Unit = tuple[str, int]
 
 
+def unit_of(n_bytes: int) -> Unit:
+    """Of a table whose largest entry has so many bytes."""
+    return UNITS[0] if n_bytes >= UNITS[0][1] else UNITS[1]
+
+
 def render(plan: Plan) -> str:
     """The whole table as plain text."""
     title = " · ".join(filter(None, (plan.model, f"recipe {plan.recipe}", f"target {plan.target}", f"mla {plan.mla}")))
-    unit = UNITS[0] if plan.n_bytes >= UNITS[0][1] else UNITS[1]
+    unit = unit_of(plan.n_bytes)
     lines = [
         f"{title} · {len(plan.tensors):,} tensors",
         "",
@@ -105,7 +110,7 @@ def differing(named: Named) -> list[tuple[str, list[str]]]:
 
 def compare(a: Plan, b: Plan, kld_a: float, kld_b: float) -> str:
     """Two plans side by side, class by class; kld: what is predicted for each, nats a token."""
-    unit, size = UNITS[0] if max(a.n_bytes, b.n_bytes) >= UNITS[0][1] else UNITS[1]
+    unit, size = unit_of(max(a.n_bytes, b.n_bytes))
     head = f"{'':<16} {'A: ' + a.recipe:>24} {'B: ' + b.recipe:>24} {'B - A':>12}"
     second = f"{'class':<16}" + f" {unit:>14} {'bpw':>9}" * 2 + f" {unit:>12}"
     lines = [f"{a.model} · A {a.target}, mla {a.mla} · B {b.target}, mla {b.mla}", "", head, second, "─" * len(second)]

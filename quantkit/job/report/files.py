@@ -11,7 +11,7 @@ from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.whole_file import make_folders, write_json, write_text, write_whole
 from quantkit.job.report.parts import Point, Table, markdown, verdict
 from quantkit.planning.plan import PlannedTensor
-from quantkit.planning.table import Named, by_class, differing_lines
+from quantkit.planning.table import Named, by_class, differing_lines, unit_of
 from quantkit.progress import say
 from quantkit.sizes import both_units
 from quantkit.tensors import mtp_layers
@@ -23,7 +23,6 @@ RESULT, PAGE, FIGURE = "compare.json", "compare.md", "compare.png"
 WIDTH, AT_ONCE = 80, 3  # columns; files whose classes stand beside each other
 NAME = 22  # characters of a file's name in the figure
 NEAR = 0.02  # of the largest, within which letters would lie on each other
-UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 
 
 def letters(n: int) -> list[str]:
@@ -44,7 +43,7 @@ def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
         *_classes(named),
         "\n".join(["Types by class, those with the most bytes first:", "", "```", *_types(named), "```"]),
     ]
-    if rows := differing_lines([(name, _main(tensors)) for name, tensors in named], WIDTH - 2):
+    if rows := differing_lines([(name, _parted(tensors)[0]) for name, tensors in named], WIDTH - 2):
         parts.append("\n".join(["Where types differ, by layer:", "", "```", *rows, "```"]))
     return "\n\n".join(parts) + "\n"
 
@@ -132,8 +131,7 @@ def _difference(names: Sequence[str], row: Mapping[str, Any], best: int) -> list
 
 def _classes(named: Named) -> list[str]:
     """Bytes and bpw of each class, a few files at a time."""
-    largest = max(sum(t.n_bytes for t in tensors) for _, tensors in named)
-    unit, size = UNITS[0] if largest >= UNITS[0][1] else UNITS[1]
+    unit, size = unit_of(max(sum(t.n_bytes for t in tensors) for _, tensors in named))
     parts = [f"Size of each class in {unit}, and bits per weight:"]
     for start in range(0, len(named), AT_ONCE):
         few = named[start : start + AT_ONCE]
@@ -143,17 +141,18 @@ def _classes(named: Named) -> list[str]:
     return parts
 
 
-def _main(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
-    """Without the layer that drafts the token after the next, which many converters leave out."""
+def _parted(tensors: Sequence[PlannedTensor]) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
+    """The model, and its layer that drafts the token after the next, which many converters leave out."""
     drafts = mtp_layers(tensors)
-    return [tensor for tensor in tensors if tensor.layer not in drafts]
+    return [t for t in tensors if t.layer not in drafts], [t for t in tensors if t.layer in drafts]
 
 
 def _by_class(named: Named) -> list[tuple[str, Sequence[Sequence[PlannedTensor]]]]:
     """As `by_class`, with that layer as a class of its own."""
-    drafts = [[t for t in tensors if t.layer in mtp_layers(tensors)] for _, tensors in named]
+    parted = [_parted(tensors) for _, tensors in named]
     rows: list[tuple[str, Sequence[Sequence[PlannedTensor]]]] = []
-    rows += by_class([(name, _main(tensors)) for name, tensors in named])
+    rows += by_class([(name, main) for (name, _), (main, _) in zip(named, parted, strict=True)])
+    drafts = [draft for _, draft in parted]
     return [*rows, *([("MTP layer", drafts)] if any(drafts) else [])]
 
 
@@ -183,24 +182,27 @@ def _by_bytes(tensors: Sequence[PlannedTensor]) -> str:
 
 def points(found: Mapping[str, Any]) -> list[Point]:
     """The files that were scored against an original, by name as far as a figure has room for it."""
-    rows = zip(letters(len(found["files"])), found["files"], strict=True)
     return [
-        (f"{name} {_short(one['file'])}", one["bytes"], one["scores"]["kld_mean"])
-        for name, one in rows
+        (name, one["bytes"], one["scores"]["kld_mean"])
+        for name, one in zip(_names(found), found["files"], strict=True)
         if one["scores"] and "kld_mean" in one["scores"]
     ]
 
 
 def _by_chance(found: Mapping[str, Any]) -> set[tuple[str, str]]:
     """Pairs of names of `points` whose divergences differ by no more than another text could make them differ."""
-    rows = zip(letters(len(found["files"])), found["files"], strict=True)
-    names = [f"{name} {_short(one['file'])}" for name, one in rows]
-    pairs = set()
+    names, pairs = _names(found), set()
     for row in found["differences"]:
         low, high = row["kld"]["ci95"] or (-1.0, 1.0)
         if low <= 0 <= high:
             pairs |= {(names[row["of"]], names[row["from"]]), (names[row["from"]], names[row["of"]])}
     return pairs
+
+
+def _names(found: Mapping[str, Any]) -> list[str]:
+    """Letter and short name of each file."""
+    rows = zip(letters(len(found["files"])), found["files"], strict=True)
+    return [f"{letter} {_short(one['file'])}" for letter, one in rows]
 
 
 def _short(file: str) -> str:
