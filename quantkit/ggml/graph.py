@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int32
 from functools import cache
+from typing import TypeVar
 
 import gguf
 import numpy as np
@@ -31,6 +32,8 @@ _TORCH_TYPES = {
     torch.int32: int(gguf.GGMLQuantizationType.I32),
     torch.int64: int(gguf.GGMLQuantizationType.I64),
 }
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 _compute_lock = threading.Lock()  # one graph at a time may use the pool
 KEPT_ROWS = 16  # of a product whose graph is kept: of 512, those of all matrices of V4-Flash hold 14 GB
 
@@ -59,6 +62,12 @@ class Graph:
     def op(self, name: str, *arguments: object) -> TensorP:
         """A node: ggml_<name> with these arguments."""
         return getattr(self.lib, f"ggml_{name}")(self.context, *arguments)
+
+    def swiglu(self, gate: TensorP, up: TensorP, limit: float | None) -> TensorP:
+        """silu(gate) * up. limit: gate is at most this, up between it and its negative; None: neither."""
+        if limit is not None:
+            gate, up = self.op("clamp", gate, -math.inf, limit), self.op("clamp", up, -limit, limit)
+        return self.op("swiglu_split", gate, up)
 
     def watch(self, ids: TensorP, visitor: Callable[[list[int]], None]) -> TensorP:
         """Call visitor with the int32 values of a node of at most two dimensions as soon as they are computed, and
@@ -178,6 +187,15 @@ class Graph:
             self.lib.ggml_free(self.context)
 
 
+def keep(kept: dict[Key, Made], key: Key, made: Made, rows: Callable[[Key], int]) -> None:
+    """Keep a graph with what it needs: that of decoding, of one row, and the newest of more, up to KEPT_ROWS."""
+    if rows(key) > KEPT_ROWS:
+        return
+    for other in [k for k in kept if rows(k) > 1] if rows(key) > 1 else ():
+        del kept[other]
+    kept[key] = made
+
+
 class Linear:
     """y = x Wᵀ with W in quantized bytes. x float32 [n, n_in] -> float32 [n, n_out]."""
 
@@ -194,11 +212,8 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         n = x.shape[0]
-        graph, x_data, y_data = self.graphs.get(n) or self._graph(n)
-        if 1 < n <= KEPT_ROWS:  # the graph of decoding and the newest other one
-            self.graphs = {k: v for k, v in self.graphs.items() if k == 1}
-        if n <= KEPT_ROWS:
-            self.graphs[n] = graph, x_data, y_data
+        graph, x_data, y_data = made = self.graphs.get(n) or self._graph(n)
+        keep(self.graphs, n, made, int)
         x_data.copy_(x)
         graph.run()
         return y_data.clone() if n <= KEPT_ROWS else y_data
@@ -243,10 +258,7 @@ class Experts:
 
         g, _ = product(gate, self.d, self.n_ff, x)
         u, _ = product(up, self.d, self.n_ff, x)
-        if self.limit is not None:
-            g = lib.ggml_clamp(graph.context, g, -math.inf, self.limit)
-            u = lib.ggml_clamp(graph.context, u, -self.limit, self.limit)
-        hidden = lib.ggml_swiglu_split(graph.context, g, u)
+        hidden = graph.swiglu(g, u, self.limit)
         graph.result(hidden, (n, self.n_used, self.n_ff))
         y, y_data = product(down, self.n_ff, self.d, hidden)
         return graph.finish(y), x_data, ids_data, y_data

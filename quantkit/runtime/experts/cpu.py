@@ -1,12 +1,12 @@
 """Routed experts on the CPU, from their quantized bytes."""
 
-import math
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 
-from quantkit.ggml.graph import KEPT_ROWS, Graph
+from quantkit.ggml.graph import Graph, keep
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Stacks, suits
 
@@ -66,10 +66,7 @@ class GgmlExperts:
             expert, weight = _packed_left(expert, weight)
         n, k = expert.shape
         product = self.products.get((n, k)) or self._product(n, k)
-        if 1 < n <= KEPT_ROWS:  # decoding and the newest other number of tokens
-            self.products = {key: v for key, v in self.products.items() if key[0] == 1}
-        if n <= KEPT_ROWS:
-            self.products[n, k] = product
+        keep(self.products, (n, k), product, itemgetter(0))
         product.x[:, 0] = x
         product.ids.copy_(expert)
         product.weight[:, :, 0] = weight
@@ -91,10 +88,7 @@ class GgmlExperts:
             graph.weights(qtype, data, n_in, n_out, c.n_expert)
             for (qtype, data), (n_in, n_out) in zip(self.stacks, sizes, strict=True)
         )
-        opened, passed = op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids)
-        if c.limit is not None:  # as `swiglu` has it
-            opened, passed = op("clamp", opened, -math.inf, c.limit), op("clamp", passed, -c.limit, c.limit)
-        hidden = op("swiglu_split", opened, passed)
+        hidden = graph.swiglu(op("mul_mat_id", gate, x, ids), op("mul_mat_id", up, x, ids), c.limit)
         y = op("mul", op("mul_mat_id", down, hidden, ids), weight)  # [d, n_used, n]
         row = 4 * c.d
         token = row * k
