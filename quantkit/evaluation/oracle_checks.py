@@ -136,8 +136,7 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
         yield Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
         return
     found = compared(name + flags, engine, ours, torch.from_numpy(logits)[0, :-1])
-    misrouted = targets.routes_wrongly("llama.cpp", config)
-    yield replace(found, status="warn") if misrouted and found.status == "fail" else found
+    yield _unless_misrouted(found, config)
     if plain is not None:
         without = compared(name, replace(engine, flags=""), ours, torch.from_numpy(plain)[0, :-1], math.inf)
         yield replace(without, status="warn", detail=f"without{flags}: {without.detail}")
@@ -170,7 +169,11 @@ def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: st
     engine = Engine("llama.cpp", program.version, found.cpu, flags)
     if found.tokens.tolist() != ours.tokens[0].tolist():
         return Check(name, "fail", OTHER_TOKENS, engine)
-    check = compared(name, engine, ours, torch.from_numpy(found.log_probs))
+    return _unless_misrouted(compared(name, engine, ours, torch.from_numpy(found.log_probs)), config)
+
+
+def _unless_misrouted(check: Check, config: ModelConfig) -> Check:
+    """A failure is a warning for models that llama.cpp routes wrongly, whatever the file."""
     misrouted = targets.routes_wrongly("llama.cpp", config)
     return replace(check, status="warn") if misrouted and check.status == "fail" else check
 

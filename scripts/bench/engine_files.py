@@ -177,16 +177,6 @@ def write_base(path: Path, tokens: np.ndarray, logits: np.ndarray) -> None:
         out.write(np.ascontiguousarray(tokens, "<i4").tobytes() + packed.tobytes())
 
 
-def read_base(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [n_chunk, t] and log-probabilities float32 [n_chunk, scored, n_vocab] of such a file."""
-    data = path.read_bytes()
-    t, n_vocab, n_chunk = (int(n) for n in np.frombuffer(data, "<i4", 3, 8))
-    tokens = np.frombuffer(data, "<i4", n_chunk * t, 20).reshape(n_chunk, t)
-    packed = np.frombuffer(data, "<u2", offset=20 + tokens.nbytes).reshape(n_chunk, t - 1 - t // 2, -1)
-    scale, least = np.split(np.ascontiguousarray(packed[..., :4]).view("<f4"), 2, -1)
-    return tokens, scale * packed[..., 4 : 4 + n_vocab] + least
-
-
 def greedy(source: GGUFSource, prompt: list[int]) -> tuple[list[int], list[int], list[float], np.ndarray]:
     """The prompt, NEW tokens after it, by how many nats each was likelier than the second best, and float32 logits
     [PROMPT + NEW, n_vocab], zeros where none is scored."""

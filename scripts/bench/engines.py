@@ -35,12 +35,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from engine_files import CASES, NEW, Case, prepare, read_base
+from engine_files import CASES, NEW, Case, prepare
 
 from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.oracles import llama
 from quantkit.evaluation.oracles.child import OracleError
+from quantkit.evaluation.oracles.llama_tool import read_base
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Engine, Sampling, generate

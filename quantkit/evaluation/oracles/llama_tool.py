@@ -98,19 +98,28 @@ def score(where: Build, model: Path, text: str, n: int, *, flags: str, n_threads
 
 
 def _read(path: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, log_probs = read_base(path)
+    if tokens.shape != (1, n):
+        raise OracleError(f"{PROGRAM} left no log-probabilities of {n} tokens")
+    return tokens[0], log_probs[0]
+
+
+def read_base(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int64 [n_chunk, t] and log-probabilities float32 [n_chunk, t - 1 - t // 2, n_vocab] of a file as
+    `--kl-divergence-base` has them; no chunks if it is not there, cut short or none."""
     try:
         data = path.read_bytes()
     except OSError:
         data = b""
-    rows = n - 1 - n // 2
-    n_ctx, n_vocab, n_chunk = np.frombuffer(data[:20].ljust(20, b"\0"), "<i4", 3, len(MAGIC)).tolist()
-    width = 2 * ((n_vocab + 1) // 2) + 4
-    if data[:8] != MAGIC or (n_ctx, n_chunk) != (n, 1) or len(data) < 20 + 4 * n + 2 * width * rows:
-        raise OracleError(f"{PROGRAM} left no log-probabilities of {n} tokens")
-    tokens = np.frombuffer(data, "<i4", n, 20).astype(np.int64)
-    packed = np.frombuffer(data, "<u2", rows * width, 20 + 4 * n).reshape(rows, width)
-    scale, least = np.ascontiguousarray(packed[:, :4]).view("<f4").T
-    return tokens, (packed[:, 4 : 4 + n_vocab] * scale[:, None] + least[:, None]).astype(np.float32)
+    t, n_vocab, n_chunk = np.frombuffer(data[:20].ljust(20, b"\0"), "<i4", 3, len(MAGIC)).tolist()
+    rows, width = t - 1 - t // 2, 2 * ((n_vocab + 1) // 2) + 4
+    whole = data[:8] == MAGIC and min(t, n_vocab, n_chunk) > 0
+    if not whole or len(data) < 20 + n_chunk * (4 * t + 2 * width * rows):
+        return np.empty((0, 0), np.int64), np.empty((0, 0, 0), np.float32)
+    tokens = np.frombuffer(data, "<i4", n_chunk * t, 20).reshape(n_chunk, t)
+    packed = np.frombuffer(data, "<u2", n_chunk * rows * width, 20 + tokens.nbytes).reshape(n_chunk, rows, width)
+    scale, least = np.split(np.ascontiguousarray(packed[..., :4]).view("<f4"), 2, -1)
+    return tokens.astype(np.int64), (packed[..., 4 : 4 + n_vocab] * scale + least).astype(np.float32)
 
 
 def build_of(said: str) -> str:
