@@ -163,8 +163,8 @@ def load(sources: Sequence[str], limit: int = 1 << 26) -> Corpus:
     `FILE:body`, `user/name:{question} {answer}`. limit: characters taken from each dataset (they may be endless).
     """
     documents: list[Document] = []
-    for given in sources:
-        source = parse(given)
+    parsed = [parse(given) for given in sources]
+    for source in parsed:
         first = len(documents)
         for file in source.files():
             documents += _read_file(file, source.column, limit)
@@ -173,8 +173,8 @@ def load(sources: Sequence[str], limit: int = 1 << 26) -> Corpus:
         documents[first:] = [Document(source.domain, document.text) for document in documents[first:]]
     if not any(document.text.strip() for document in documents):
         raise QuantkitError(f"--data {' '.join(sources)}: there is no text in it")
-    places = [source.place for source in map(parse, sources)]
-    return Corpus(", ".join(Path(s).name if Path(s).exists() else s for s in places), tuple(documents))
+    names = (Path(source.place).name if source.is_here else source.place for source in parsed)
+    return Corpus(", ".join(names), tuple(documents))
 
 
 def _read_file(path: Path, column: str, limit: int) -> list[Document]:

@@ -20,12 +20,14 @@ import yaml
 
 from quantkit import machine
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.verify import check_target
 from quantkit.formats.gguf_encode import PlainTensor
 from quantkit.formats.gguf_reader import model_file_name
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.formats.lock import NAME as LOCK
 from quantkit.formats.lock import locked
 from quantkit.formats.whole_file import rename_folder
+from quantkit.job.asked import check_new_folder
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, mla_of
 from quantkit.planning import targets
@@ -115,8 +117,7 @@ def export(path: Path, output: Path, *, gpus: int = 1, threads: int | None = Non
     c = source.config
     if not 1 <= gpus <= c.n_layer:
         raise QuantkitError(f"--gpus {gpus}: the model has {c.n_layer} layers to share out")
-    if output.exists():
-        raise QuantkitError(f"{output} exists already; remove it or choose another --output")
+    check_new_folder(output)
     work = output.with_name(f".{output.name}.part")  # a name of its own: what a kill leaves there, the next run clears
     with locked(work):
         for left in work.iterdir():
@@ -149,9 +150,7 @@ def check(source: GGUFWeights) -> None:
     file, c = source.file, source.config
     if not targets.knows("ktransformers", c):
         raise QuantkitError(f"{file.path}: KTransformers reads no {c.architecture} attention from a GGUF")
-    targets.check_forms("ktransformers", file.as_stored)
-    for tensor in file.tensors.values():
-        targets.check("ktransformers", tensor.name, tensor.shape, tensor.qtype)
+    check_target(file, "ktransformers")
     if c.scoring != "sigmoid" or not c.n_moe:
         raise QuantkitError(
             f"{file.path}: KTransformers' rules are for DeepSeek-V3 and R1: sigmoid routing and MoE "

@@ -39,7 +39,7 @@ def turning(config: ModelConfig, compresses: bool) -> ModelConfig:
     return replace(config, rope_base=config.compression.rope_base)
 
 
-class Turns:
+class KnownAngles:
     """Angles of positions from 0 on, of all layers that compress or of all others, as far as they were asked for."""
 
     def __init__(self, config: ModelConfig, compresses: bool, device: torch.device):

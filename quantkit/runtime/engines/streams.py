@@ -15,7 +15,7 @@ from quantkit.runtime.compressed_cache import OVERLAPPING, CompressedCache
 from quantkit.runtime.generate import PROMPT_TOKENS, ROWS_TOLD, Each
 from quantkit.runtime.layers import feed_forward, rms_norm
 from quantkit.runtime.pauses import pause
-from quantkit.runtime.rope import Turns
+from quantkit.runtime.rope import KnownAngles
 from quantkit.runtime.stream import Source, embedded, head_logits
 from quantkit.runtime.streams import mix, taken_up
 
@@ -45,7 +45,7 @@ class StreamsEngine:
             assert isinstance(layer, CompressedLayer)
             self.layers.append(layer)
         self.head = source.head()
-        self.turns = [Turns(c, compresses, source.device) for compresses in (False, True)]
+        self.angles = [KnownAngles(c, compresses, source.device) for compresses in (False, True)]
         self.block = max(1, *c.compression.ratios)
         self.slots = [self._empty() for _ in range(n_slots)]  # now: a context beyond memory is refused at the start
 
@@ -73,7 +73,7 @@ class StreamsEngine:
     def _empty(self) -> _Kept:
         c, like = self.config, torch.empty(0, device=self.source.device, dtype=self.source.dtype)
         assert c.compression
-        upto = [self.turns[ratio > 0].upto for ratio in c.compression.ratios]
+        upto = [self.angles[ratio > 0].upto for ratio in c.compression.ratios]
         return _Kept([CompressedCache.empty(c, i, self.capacity, upto[i], like) for i in range(c.n_layer)])
 
     def _back(self, kept: _Kept, n: int) -> list[int]:
