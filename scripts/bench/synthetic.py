@@ -238,12 +238,14 @@ def with_vocabulary(config: dict, tensors: Layout, n: int) -> tuple[dict, Layout
 
 def write(out: Path, tensors: Layout, seed: int) -> None:
     """The shards and their index, by all cores."""
-    pool, index, shards = Pool(seed), {}, [[]]
+    pool, index, shards, filled = Pool(seed), {}, [[]], 0
     sizes = {name: prod(shape) * DTYPES[dtype].itemsize for name, (shape, dtype) in tensors.items()}
-    for name in tensors:
-        if sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
+    for name, n_bytes in sizes.items():
+        if filled + n_bytes > SHARD_BYTES:
             shards.append([])
+            filled = 0
         shards[-1].append(name)
+        filled += n_bytes
 
     def fill(file: int, turn: int, name: str, at: int) -> None:
         shape, dtype = tensors[name]
