@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt, llama, llama_tool
-from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError
+from quantkit.evaluation.oracles.child import IllegalInstruction, NotRun, OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
 from quantkit.machine import threads
@@ -130,7 +130,7 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
         plain = llama.logits(file.files[0], ours.tokens.numpy()) if flags else None
         engine = Engine("llama.cpp", llama.version(), llama_tool.widest(llama.system_info()), flags)
     except OracleError as error:
-        yield Check(name, "fail", error.reason())
+        yield unanswered(name, error)
         return
     if theirs != ours.ids:
         yield Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
@@ -151,7 +151,7 @@ def built(program: llama_tool.Build, file: GGUFFile, ours: Sample) -> Iterator[C
         yield first
         return
     again = _by_build(program, file, ours, flags + targets.NO_REPACK)
-    if again.status == "fail":
+    if again.status in ("fail", "skip"):
         yield first
         return
     yield again
@@ -165,7 +165,7 @@ def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: st
     except IllegalInstruction:
         return Check(name, "fail", ILLEGAL)
     except OracleError as error:
-        return Check(name, "fail", error.reason())
+        return unanswered(name, error)
     engine = Engine("llama.cpp", program.version, found.cpu, flags)
     if found.tokens.tolist() != ours.tokens[0].tolist():
         return Check(name, "fail", OTHER_TOKENS, engine)
@@ -176,6 +176,14 @@ def _unless_misrouted(check: Check, config: ModelConfig) -> Check:
     """A failure is a warning for models that llama.cpp routes wrongly, whatever the file."""
     misrouted = targets.routes_wrongly("llama.cpp", config)
     return replace(check, status="warn") if misrouted and check.status == "fail" else check
+
+
+def unanswered(name: str, error: OracleError, engine: Engine | None = None) -> Check:
+    """Of a program that came to no answer: a failure of the file, unless something else was to blame; then it was not
+    run."""
+    if isinstance(error, NotRun):
+        return Check(name, "skip", f"not run: {error}", engine)
+    return Check(name, "fail", error.reason(), engine)
 
 
 def compared(name: str, engine: Engine, ours: Sample, theirs: torch.Tensor, most: float = MOST_KLD) -> Check:
@@ -214,6 +222,9 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             try:
                 variant = variant or kt.runnable(where, layer, source.config, *inputs)
                 got = kt.experts(where, layer, source.config, *inputs, variant)
+            except NotRun as failure:
+                yield unanswered(f"oracle kt-kernel {kinds}", failure, Engine("kt-kernel", kt.version(), variant or ""))
+                continue
             except OracleError as failure:
                 yield Check(f"oracle kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue

@@ -176,7 +176,7 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
         return [f"{CERTIFY} says that a check failed"]
     if found.get("passed") is not True or found.get("engine_run") is not True:
         said = found.get("verdict") or "not that a program has run the file"
-        return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
+        return [f"{CERTIFY} says {said}: install what it lacks, or free memory, and run `quantkit certify` again"]
     made, seen = recorded(path.parent), found.get("crc32") or {}
     changed = not isinstance(seen, dict) or any(made.get(name, crc) != crc for name, crc in seen.items())
     if found.get("files") != sizes or changed:
