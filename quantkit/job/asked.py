@@ -18,6 +18,8 @@ from quantkit.planning.recipe import Recipe
 
 PICTURES = (".png", ".svg")
 NO_JOB = "{}: no job is at work here, and none was stopped: nothing of one lies here"
+NO_FIGURES = f"{{}}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left"
+NOT_MADE = "{}: no such file; is {} a folder that `quantkit make` left?"
 GEOMETRY = ("num_hidden_layers", "hidden_size", "n_routed_experts")
 
 
@@ -116,13 +118,13 @@ def check_reportable(folders: tuple[Path, ...]) -> None:
     """QuantkitError for a folder without anything that a report could be of."""
     for folder in folders:
         if not (folder / VERIFY).is_file() and not (folder / PLAN).is_file():
-            raise QuantkitError(f"{folder}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left")
+            raise QuantkitError(NO_FIGURES.format(folder))
 
 
 def check_publishable(folder: Path, repo: str) -> None:
     """QuantkitError for a folder without a plan, and for what is no name of a repository."""
     if not (folder / PLAN).exists():
-        raise QuantkitError(f"{folder / PLAN}: no such file; is {folder} a folder that `quantkit make` left?")
+        raise QuantkitError(NOT_MADE.format(folder / PLAN, folder))
     if not REPO_ID.fullmatch(repo) or "@" in repo:
         raise QuantkitError(f"--repo {repo}: write USER/NAME")
 

@@ -14,6 +14,7 @@ from quantkit.evaluation.certificate import failures
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
+from quantkit.job.asked import NOT_MADE
 from quantkit.job.finished import recorded
 from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
@@ -186,7 +187,7 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
 
 def _bytes(path: Path) -> bytes:
     if not path.exists():
-        raise QuantkitError(f"{path}: no such file; is {path.parent} a folder that `quantkit make` left?")
+        raise QuantkitError(NOT_MADE.format(path, path.parent))
     return read_whole(path, "record")
 
 
