@@ -10,7 +10,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text, read_whole
 from quantkit.formats.model_names import CONFIG, REPO_ID, folder_of
-from quantkit.job.folder import PLAN, PROVENANCE, VERIFY
+from quantkit.job.folder import NO_FIGURES, NOT_MADE, PLAN, PROVENANCE, VERIFY
 from quantkit.planning import mixtures, published
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
@@ -18,8 +18,6 @@ from quantkit.planning.recipe import Recipe
 
 PICTURES = (".png", ".svg")
 NO_JOB = "{}: no job is at work here, and none was stopped: nothing of one lies here"
-NO_FIGURES = f"{{}}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left"
-NOT_MADE = "{}: no such file; is {} a folder that `quantkit make` left?"
 GEOMETRY = ("num_hidden_layers", "hidden_size", "n_routed_experts")
 
 

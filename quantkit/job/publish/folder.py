@@ -14,9 +14,8 @@ from quantkit.evaluation.certificate import failures
 from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
-from quantkit.job.asked import NOT_MADE
 from quantkit.job.finished import recorded
-from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
+from quantkit.job.folder import CERTIFY, IMATRIX, NOT_MADE, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
 from quantkit.planning.plan import Plan
 from quantkit.progress import say

@@ -12,8 +12,17 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import ImatrixInfo, load_imatrix
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.sensitivity import Sensitivity
-from quantkit.job.asked import NO_FIGURES
-from quantkit.job.folder import BASELINE, CERTIFY, IMATRIX, PLAN, PROVENANCE, SENSITIVITY, VERIFY, finished_files
+from quantkit.job.folder import (
+    BASELINE,
+    CERTIFY,
+    IMATRIX,
+    NO_FIGURES,
+    PLAN,
+    PROVENANCE,
+    SENSITIVITY,
+    VERIFY,
+    finished_files,
+)
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.planning.damage import Damage, Measured, unmeasured
