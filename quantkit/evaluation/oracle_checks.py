@@ -26,7 +26,7 @@ from quantkit.planning import targets
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
-from quantkit.runtime.stream import final_hidden
+from quantkit.runtime.stream import stream
 
 NATIVE = "oracle llama.cpp build"
 ILLEGAL = "dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older (docs/results/amx.md)"
@@ -50,16 +50,6 @@ TEXT = (
 )
 
 
-def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]:
-    """All checks by running the file; an oracle that is not installed is skipped, and says so."""
-    if target == "ktransformers":
-        yield from kt_kernel(path, file)
-    else:
-        yield from llama_cpp(path, file, device)
-    if why := ITSELF.get(target):
-        yield Check(f"oracle {target} itself", "skip", why)
-
-
 @dataclass(frozen=True)
 class Sample:
     """Tokens of TEXT and what our runtime makes of them. ids: of the text, without BOS; tokens: int64 [1, TOKENS], with
@@ -76,26 +66,63 @@ class Sample:
         return HeadLogits(self.source, self.hidden[first:-1])
 
 
-@torch.inference_mode()
+class SamplePass:
+    """TOKENS tokens going through a file's decoded weights, a layer at a time beside another reading of the file."""
+
+    @torch.inference_mode()
+    def __init__(self, path: Path | GGUFFile, device: str) -> None:
+        self.source = open_source(path, device)
+        self.ids = tokenize(self.source.tokenizer(), TEXT * REPEATED)
+        bos = self.source.file.metadata.get("tokenizer.ggml.add_bos_token", False)
+        begin = [self.source.config.bos] if bos else []
+        self.tokens = torch.tensor([[*begin, *self.ids][:TOKENS]])
+        self.hidden, self.done = torch.empty(0), 0
+        self._steps = stream(self.source, self.tokens)
+
+    @torch.inference_mode()
+    def advance(self, n_layers: int) -> None:
+        """Be through the first n_layers; those that predict the token after the next are no part of it."""
+        while self.done < min(n_layers, self.source.config.n_layer):
+            step = next(self._steps)
+            self.hidden, self.done = step.compute(), step.layer + 1
+
+    def whole(self) -> Sample:
+        """Does what is left of the pass."""
+        self.advance(self.source.config.n_layer)
+        return Sample(self.source, self.ids, self.tokens, self.hidden[0])
+
+
 def sample(path: Path, device: str) -> Sample:
     """One pass of TOKENS tokens through the file, decoded."""
-    source = open_source(path, device)
-    ids = tokenize(source.tokenizer(), TEXT * REPEATED)
-    begin = [source.config.bos] if source.file.metadata.get("tokenizer.ggml.add_bos_token", False) else []
-    tokens = torch.tensor([[*begin, *ids][:TOKENS]])
-    return Sample(source, ids, tokens, final_hidden(source, tokens)[0])
+    return SamplePass(path, device).whole()
+
+
+def llama_program() -> tuple[llama_tool.Build | None, str]:
+    """A build that can be asked, or None and why not."""
+    try:
+        return llama_tool.program(), why_no_build()
+    except QuantkitError as error:
+        return None, str(error)
+
+
+def run(path: Path, file: GGUFFile, target: str, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
+    """All checks by running the file; an oracle that is not installed is skipped, and says so. begun: as of
+    `llama_cpp`."""
+    if target == "ktransformers":
+        yield from kt_kernel(path, file)
+    else:
+        yield from llama_cpp(path, file, device, begun)
+    if why := ITSELF.get(target):
+        yield Check(f"oracle {target} itself", "skip", why)
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
+def llama_cpp(path: Path, file: GGUFFile, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
-    build for this machine."""
-    try:
-        build, why = llama_tool.program(), why_no_build()
-    except QuantkitError as error:
-        build, why = None, str(error)
+    build for this machine. begun: ours, if it went through the file already."""
+    build, why = llama_program()
     package = llama.available()
-    ours = sample(path, device) if build or package else None
+    ours = (begun.whole() if begun else sample(path, device)) if build or package else None
     if ours and package:
         yield from installed(file, ours)
     else:
