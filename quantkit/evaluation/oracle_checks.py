@@ -29,7 +29,11 @@ from quantkit.runtime.sources.gguf import GGUFSource, open_source
 from quantkit.runtime.stream import stream
 
 NATIVE = "oracle llama.cpp build"
-ILLEGAL = "dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older (docs/results/amx.md)"
+NOT_RUN = "not run: "
+ILLEGAL = (
+    f"{NOT_RUN}it dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older "
+    "(docs/results/amx.md)"
+)
 OTHER_TOKENS = "it cuts the sample text into other tokens than we do"
 ITSELF = {
     "ollama": "Ollama was not run; since June 2026 it starts llama.cpp's llama-server, before that engines of its own",
@@ -171,18 +175,18 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
 
 def built(program: llama_tool.Build, file: GGUFFile, ours: Sample) -> Iterator[Check]:
     """llama-perplexity of a build: with its defaults and, where these fail, with --no-repack, which then is a flag that
-    this file needs on this CPU."""
+    this file needs on this CPU. One that dies by illegal instructions in either way says nothing of the file."""
     flags = targets.start_flags("llama.cpp", ours.source.config)
     first = _by_build(program, file, ours, flags)
-    if first.status != "fail" or first.detail == OTHER_TOKENS:
+    if first.detail != ILLEGAL and (first.status != "fail" or first.detail == OTHER_TOKENS):
         yield first
         return
     again = _by_build(program, file, ours, flags + targets.NO_REPACK)
-    if again.status in ("fail", "skip"):
-        yield first
-        return
-    yield again
-    yield replace(first, status="warn", detail=f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail}")
+    if again.status in ("pass", "warn"):
+        told = f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail.removeprefix(NOT_RUN)}"
+        yield from (again, replace(first, status="warn", detail=told))
+    else:
+        yield again if first.status == "skip" else first
 
 
 def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: str) -> Check:
@@ -190,7 +194,7 @@ def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: st
     try:
         found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
     except IllegalInstruction:
-        return Check(name, "fail", ILLEGAL)
+        return Check(name, "skip", ILLEGAL)
     except OracleError as error:
         return unanswered(name, error)
     engine = Engine("llama.cpp", program.version, found.cpu, flags)
@@ -209,7 +213,7 @@ def unanswered(name: str, error: OracleError, engine: Engine | None = None) -> C
     """Of a program that came to no answer: a failure of the file, unless something else was to blame; then it was not
     run."""
     if isinstance(error, NotRun):
-        return Check(name, "skip", f"not run: {error}", engine)
+        return Check(name, "skip", f"{NOT_RUN}{error}", engine)
     return Check(name, "fail", error.reason(), engine)
 
 

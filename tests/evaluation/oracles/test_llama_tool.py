@@ -133,7 +133,8 @@ def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
     assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
     program.write_text(STARTS + "kill -ILL $$\n")
-    assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
+    (found,) = judged(made / "tiny-r1-1.58bit.gguf")
+    assert (found.status, found.detail) == ("skip", oracle_checks.ILLEGAL)
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
 
@@ -163,6 +164,12 @@ def test_no_file_is_blamed_for_what_its_program_lacks(does, says, ours, tmp_path
     assert build
     (found,) = oracle_checks.built(build, ours.source.file, ours)
     assert found.status == "skip" and found.detail.startswith("not run: llama-perplexity ") and says in found.detail
+
+
+def test_a_file_that_fails_by_the_one_flag_that_runs_has_failed(ours, tmp_path, monkeypatch):
+    pretended(tmp_path, monkeypatch, 'case "$*" in *--no-repack*) exit 0;; esac; kill -ILL $$')
+    (found,) = judged(ours.source.file.path)
+    assert found.status == "fail" and "left no log-probabilities" in found.detail and "--no-repack" in found.name
 
 
 def test_what_was_not_run_has_not_passed(ours, tmp_path, monkeypatch):
