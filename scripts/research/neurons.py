@@ -1,14 +1,13 @@
 """Changes inside an expert that leave its function alone: neurons in another order, or scaled between up and down.
 
-    python scripts/research/neurons.py models MODEL CALIB.txt EVAL.txt OTHER.txt --out DIR -v "" -v order=h- -v b=0.5
-    python scripts/research/neurons.py shapes --columns 2048 -v "" -v "order=h-"        # down alone, synthetic moments
+    python scripts/research/neurons.py MODEL CALIB.txt EVAL.txt OTHER.txt --out DIR -v "" -v order=h- -v b=0.5
 
 silu(gate x) · (up x) is linear in up, so rows of gate and up may be put in any order together with the columns of down,
 and row i of up times s_i, column i of down over s_i: any stock GGUF can hold the result. A variant sets fields of
 `Variant`. The first call with --out makes the product's file and keeps the experts' moments; each variant encodes the
 experts again into a copy of it. Printed: of down, tr(Δ H Δᵀ) beside the product's (geometric mean over experts; H as
 measured, and as damped), and KLD over the second halves of chunks. `--twin` writes the first variant in float32 instead
-and prints its KLD, which must be 0. --gradients DIR (of calibrate) encodes two-sided.
+and prints its KLD, which must be 0.
 """
 
 import json
@@ -21,20 +20,16 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 from starve import CHUNK, chunks
 
 from quantkit.calibration.collect import collect
 from quantkit.encoding.api import Method, encode_batch, finite, pack
 from quantkit.encoding.feedback import encode_rows
-from quantkit.encoding.hessian import Factor, Hessian, blend, damp, factorize, second_moment, unshrinking
+from quantkit.encoding.hessian import Factor, Hessian, blend, damp, factorize, unshrinking
 from quantkit.encoding.jobs import GgmlEncoder, Output, encode_pending, fit_importance, open_writer
 from quantkit.encoding.layer import GAMMA, EncoderOptions, FileEncoder, LayerEncoder, LayerOptions, LayerWriter
-from quantkit.encoding.outputs import LayerOutputs
 from quantkit.encoding.state import State
-from quantkit.encoding.two_sided import TwoSided, encode_two_sided
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.formats.gradients import DOWN, INNER
 from quantkit.ggml import quants
 from quantkit.models import family
 from quantkit.models.open import open_weights
@@ -53,7 +48,7 @@ EXACT = 'name = "exact"\ndescription = "."\n[[rules]]\nmatch = "*"\nqtype = "F32
 
 @dataclass(frozen=True)
 class Variant:
-    """order: of the neurons, KEY+ (ascending) or KEY- (`keys`), `deal:KEY` (each
+    """order: of the neurons, KEY+ (ascending) or KEY- (`keys`), `even:KEY` (each
     group of 8 has a share of the large and the small), or `group` (eights of correlated ones). a, b: s = h^a
     n^b. refit: how often the gains of down's columns are fitted and it is encoded again. inside: KEY+ or KEY-, the
     order in which the encoder goes through down's columns, which stay where they are in the file: superblocks, blocks
@@ -89,12 +84,15 @@ def sorted_by(key: torch.Tensor, sign: str) -> torch.Tensor:
     return key.argsort(stable=True, descending=sign == "-")
 
 
-def dealt(key: torch.Tensor, size: int = 8) -> torch.Tensor:
-    """Columns as cards are dealt to n / size groups, the largest first and to and fro: each group gets a card of every
-    rank, and neighbours alternate between those that got the better and the worse of each."""
-    rounds = key.argsort(stable=True, descending=True).view(size, -1).clone()
-    rounds[1::2] = rounds[1::2].flip(1)
-    return rounds.T.flatten()
+def dealt(key: torch.Tensor, sizes: tuple[int, ...] = (256, 32, 8)) -> torch.Tensor:
+    """Columns as cards are dealt, the largest first and to and fro: to superblocks, of those to blocks, of those to
+    groups of 8, so that all have as many of the large and of the small ones."""
+    hands = key.argsort(stable=True, descending=True)[None]
+    for size in sizes:
+        rounds = hands.unflatten(1, (size, -1)).clone()
+        rounds[:, 1::2] = rounds[:, 1::2].flip(2)
+        hands = rounds.mT.flatten(0, 1)
+    return hands.flatten()
 
 
 def grouped(h: torch.Tensor, size: int = 8) -> torch.Tensor:
@@ -158,8 +156,8 @@ class Down:
     error: tuple[float, float]
 
 
-def encode_down(w: torch.Tensor, h: Hessian, qtype: str, v: Variant, outputs: torch.Tensor | None = None) -> Down:
-    """w [d, n], its inputs' moments. outputs: H_O."""
+def encode_down(w: torch.Tensor, h: Hessian, qtype: str, v: Variant) -> Down:
+    """w [d, n], its inputs' moments."""
     n = w.shape[1]
     gamma = unshrinking(GAMMA.get(qtype, 1.0), n, h.tokens)
     s = h.matrix.diagonal().clamp_min(1e-9 * h.matrix.diagonal().mean()) ** v.a * w.square().mean(0) ** v.b
@@ -167,41 +165,48 @@ def encode_down(w: torch.Tensor, h: Hessian, qtype: str, v: Variant, outputs: to
     order = torch.arange(n)
     if v.order == "group":
         order = grouped(h.matrix)
-    elif v.order.startswith("deal:"):
+    elif v.order.startswith("even:"):
         order = dealt(keys(damped(h, order, torch.ones(n)), w / s, v.order[5:]))
     elif v.order:
         order = sorted_by(keys(damped(h, order, torch.ones(n)), w, v.order[:-1]), v.order[-1])
     how = Method.of(qtype, "normal", 1.0 if v.refit else gamma, "cpu")
-    packed, metric = _encode(how, w, h, (order, s), v, outputs)
+    packed, metric = _encode(how, w, h, (order, s), v)
     for i in range(v.refit):
         q = torch.from_numpy(quants.dequantize(qtype, packed, n).copy())
         fitted = gains((w / s)[:, order], q, metric).clamp(0.5, 2)
         s = s.clone()
         s[order] *= fitted
         if i + 1 < v.refit:
-            packed, metric = _encode(how, w, h, (order, s), v, outputs)
+            packed, metric = _encode(how, w, h, (order, s), v)
     if v.refit:
         s *= gamma  # on the columns, as on the superblocks' scales otherwise
     q = torch.from_numpy(quants.dequantize(qtype, packed, n).copy())
     delta = torch.empty_like(w)
     delta[:, order] = q * s[order]
-    delta = (delta / (gamma if qtype in GAMMA else 1)) - w
+    delta = delta / gamma - w
     errors = [float(((delta @ m) * delta).sum()) for m in (h.matrix, damp(h.matrix, h.tokens))]
     return Down(packed, order, s, (errors[0], errors[1]))
 
 
-def _encode(how: Method, w, h: Hessian, change, v: Variant, outputs) -> tuple[np.ndarray, torch.Tensor]:
+def _encode(how: Method, w, h: Hessian, change, v: Variant) -> tuple[np.ndarray, torch.Tensor]:
     order, s = change
     metric, moved = damped(h, order, s), (w / s)[:, order].contiguous()
     if v.inside:
         visit = within(keys(metric, moved, v.inside[:-1]), v.inside[-1], how.fmt.block)
         return visited(how, moved, factorize(metric[visit][:, visit][None]), visit), metric
     factor = factorize(metric[None])
-    if outputs is not None:
-        two = TwoSided()
-        how = Method.of(how.qtype, two.effort, how.gamma, "cpu")
-        return encode_two_sided(how, moved[None], factor, outputs[None], two)[0], metric
     return encode_batch(how.qtype, moved[None], factor, effort=how.effort, gamma=how.gamma, device="cpu")[0], metric
+
+
+def encode_inner(w: torch.Tensor, h: Hessian, qtype: str, v: Variant) -> np.ndarray:
+    """Gate or up, w [n_ff, d]."""
+    n = w.shape[1]
+    how = Method.of(qtype, "normal", unshrinking(GAMMA.get(qtype, 1.0), n, h.tokens), "cpu")
+    metric = damped(h, torch.arange(n), torch.ones(n))
+    if v.inner:
+        visit = within(keys(metric, w, v.inner[:-1]), v.inner[-1], how.fmt.block)
+        return visited(how, w, factorize(metric[visit][:, visit][None]), visit)
+    return encode_batch(qtype, w[None], factorize(metric[None]), gamma=how.gamma, device="cpu")[0]
 
 
 # -- of models --------------------------------------------------------------------------------------------------------
@@ -236,14 +241,12 @@ class KeepingEncoder(LayerEncoder):
 class Bench:
     """A model, the product's file of it, the moments of its experts, and what judges."""
 
-    def __init__(
-        self, model: str, texts: tuple[Path, ...], out: Path, n: tuple[int, int], plan: tuple[str, Path | None]
-    ):
+    def __init__(self, model: str, texts: tuple[Path, ...], out: Path, n: tuple[int, int], recipe: str):
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.gradients = out, plan[1]
+        self.out = out
         self.source = CheckpointSource(open_weights(model), torch.device("cpu"), torch.float32)
         self.specs = {spec.name: spec for spec in family.specs(self.source.config)}
-        self.plan = make_plan(list(self.specs.values()), Recipe.load(plan[0]), "llama.cpp", model="neurons")
+        self.plan = make_plan(list(self.specs.values()), Recipe.load(recipe), "llama.cpp", model="neurons")
         self.base, self.moments = out / "base" / "file.gguf", out / "moments.pt"
         if not self.moments.exists():
             self._make(chunks(self.source, texts[0], n[0]))
@@ -253,9 +256,8 @@ class Bench:
 
     def _make(self, tokens: torch.Tensor) -> None:
         kept: dict = {}
-        ours = EncoderOptions(gradients=self.gradients)
         with self.writer(self.plan, self.base) as writer:
-            file = KeepingFile(self.source, self.plan, writer, LayerOptions(ours))
+            file = KeepingFile(self.source, self.plan, writer, LayerOptions(EncoderOptions()))
             file.kept = kept
             measured = collect(self.source, tokens, turns=file.turns, watch=file.watch)
             encode_pending(
@@ -290,53 +292,20 @@ class Bench:
     def variant(self, v: Variant, path: Path) -> tuple[float, float]:
         """Write it; geometric means of down's errors."""
         shutil.copy(self.base, path)
-        base, file, errors, outputs, at = GGUFFile.open(self.base), GGUFFile.open(path), [], None, -1
+        base, file, errors = GGUFFile.open(self.base), GGUFFile.open(path), []
         for layer, expert, (gate, up, down), inner, hidden in self.experts():
-            if layer != at:
-                at, outputs = layer, LayerOutputs(self.gradients, layer, TwoSided().own, torch.device("cpu"))
-            types = [file.tensors[f"blk.{layer}.{role}.weight"].qtype for role in ROUTED_ROLES]
-            c = self.source.config
-            two = [outputs.knows(DOWN, c.n_expert, c.d), outputs.knows(INNER, c.n_expert, 2 * c.n_ff_exp)]
-            done = encode_down(down, hidden, types[2], v, outputs.expert(DOWN, expert) if two[0] else None)
+            names = [f"blk.{layer}.{role}.weight" for role in ROUTED_ROLES]
+            types = [file.tensors[name].qtype for name in names]
+            done = encode_down(down, hidden, types[2], v)
             errors.append(done.error)
-            moved = [(gate)[done.order], (up * done.s[:, None])[done.order]]
-            known = outputs.expert(INNER, expert) if two[1] else None
-            if known is None and not v.inner:  # rows do not know of each other: only those that are scaled change
-                rows = [base.matrix(f"blk.{layer}.{role}.weight", expert)[done.order] for role in ROUTED_ROLES[:2]]
-                if bool((done.s != 1).any()):
-                    rows[1:] = self._inner(moved[1:], types[1:], inner, v, (None, done))
-            else:
-                rows = self._inner(moved, types, inner, v, (known, done))
-            for role, packed in zip(ROUTED_ROLES, [*rows, done.packed], strict=True):
-                place(file, f"blk.{layer}.{role}.weight", expert, packed)
+            rows = [base.matrix(name, expert)[done.order] for name in names[:2]]  # rows do not know of each other
+            first = 0 if v.inner else 1 if bool((done.s != 1).any()) else 2  # that has changed
+            moved = gate[done.order], (up * done.s[:, None])[done.order]
+            rows[first:] = [encode_inner(w, inner, t, v) for w, t in zip(moved[first:], types[first:2], strict=True)]
+            for name, packed in zip(names, [*rows, done.packed], strict=True):
+                place(file, name, expert, packed)
         mean = np.log(np.array(errors)).mean(0)
         return float(np.exp(mean[0])), float(np.exp(mean[1]))
-
-    @staticmethod
-    def _inner(moved: list[torch.Tensor], types: list[str], h: Hessian, v: Variant, out) -> list[np.ndarray]:
-        """gate and up; they are one matrix if two-sided (types alike)."""
-        n = moved[0].shape[1]
-        gamma = unshrinking(GAMMA.get(types[0], 1.0), n, h.tokens)
-        metric, (outputs, done) = damped(h, torch.arange(n), torch.ones(n)), out
-        if v.inner:
-            both = torch.cat(moved)
-            visit = within(keys(metric, both, v.inner[:-1]), v.inner[-1], Method.of(types[0]).fmt.block)
-            factor = factorize(metric[visit][:, visit][None])
-            return [
-                visited(Method.of(t, "normal", gamma, "cpu"), w, factor, visit)
-                for t, w in zip(types, moved, strict=False)
-            ]
-        factor = factorize(metric[None])
-        if outputs is not None:
-            by = torch.cat([torch.ones(len(done.s)), 1 / done.s])
-            order = torch.cat([done.order, done.order + len(done.order)])
-            outputs = (outputs * by * by[:, None])[order][:, order]
-            method = Method.of(types[0], TwoSided().effort, gamma, "cpu")
-            packed = encode_two_sided(method, torch.cat(moved)[None], factor, outputs[None])[0]
-            return list(np.split(packed, 2))
-        return [
-            encode_batch(t, w[None], factor, gamma=gamma, device="cpu")[0] for t, w in zip(types, moved, strict=False)
-        ]
 
     def twin(self, v: Variant) -> Path:
         """The variant's experts in float32, and all else."""
@@ -376,27 +345,21 @@ def place(file: GGUFFile, name: str, expert: int, packed: np.ndarray) -> None:
         out.write(np.ascontiguousarray(packed).tobytes())
 
 
-@click.group()
-def main() -> None:
-    """Neurons in another order, or scaled."""
-    torch.set_num_threads(1)
-
-
-@main.command()
+@click.command()
 @click.argument("model")
 @click.argument("texts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--recipe", default="1.58bit", show_default=True)
 @click.option("--total", default=128, show_default=True, help="Chunks of the first text.")
 @click.option("--scored", default=40, show_default=True, help="Chunks of each other text.")
-@click.option("--gradients", type=click.Path(exists=True, path_type=Path), help="Of calibrate: two-sided.")
 @click.option("--judged/--unjudged", default=True, help="KLD, or down's error alone.")
 @click.option("--twin", is_flag=True)
 @click.option("-v", "variants", multiple=True, help="NAME=VALUE,...")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @torch.inference_mode()
-def models(model, texts, recipe, total, scored, gradients, judged, twin, variants, out) -> None:
-    """Print a line for each variant; all of them in OUT/neurons.jsonl."""
-    bench = Bench(model, texts, out, (total, scored), (recipe, gradients))
+def main(model, texts, recipe, total, scored, judged, twin, variants, out) -> None:
+    """Print a line for each variant; all of them in OUT/neurons.jsonl, and what is there is not done again."""
+    torch.set_num_threads(1)
+    bench = Bench(model, texts, out, (total, scored), recipe)
     if twin:
         print("float32", variants[0], bench.kld(bench.twin(Variant.of(variants[0]))), flush=True)
         return
@@ -414,46 +377,6 @@ def models(model, texts, recipe, total, scored, gradients, judged, twin, variant
         figures = "  ".join(f"{name} {value:.4f}" for name, value in kld.items())
         errors = " ".join(f"{one / first:.4f}" for one, first in zip(error, base, strict=True))
         print(f"{text:36}  error {errors}  {figures}  {time.perf_counter() - started:.0f} s{' =' * same}", flush=True)
-
-
-@main.command()
-@click.option("--columns", default=2048, show_default=True)
-@click.option("--rows", default=128, show_default=True)
-@click.option("--tokens", default=8192, show_default=True)
-@click.option("--spread", default=0.5, show_default=True, help="Standard deviation of the log of neurons' sizes.")
-@click.option("--type", "qtypes", multiple=True, default=("IQ1_S", "IQ2_XXS"), show_default=True)
-@click.option("-v", "variants", multiple=True, help="NAME=VALUE,...")
-@torch.inference_mode()
-def shapes(columns: int, rows: int, tokens: int, spread: float, qtypes: tuple[str, ...], variants: tuple[str, ...]):
-    """Print down's error for each variant: neurons of log-normal sizes, silu(gate x) · (up x) of correlated x. H is
-    measured on one half of the tokens, the error on the other."""
-    g = torch.Generator().manual_seed(0)
-    width = columns // 2
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g)
-
-    x = normal(2 * tokens, 64) @ normal(64, width) / 8 + 0.5 * normal(2 * tokens, width)
-    gate, up = (normal(columns, width) / width**0.5 * (spread * normal(columns, 1)).exp() for _ in range(2))
-    hidden = F.silu(2 * x @ gate.T - 0.5) * (x @ up.T)
-    down = 0.02 * normal(rows, columns) * up.norm(dim=1)  # sizes of up and down alike, as weight decay makes them
-    h, other = second_moment(hidden[:tokens]), second_moment(hidden[tokens:])
-    diag = h.diagonal
-    spread_of = (diag / diag.mean()).quantile(torch.tensor([0.01, 0.5, 0.99, 1])).tolist()
-    print(f"mean square of neurons beside the mean: 1 %, median, 99 %, largest: {spread_of}")
-    for qtype in qtypes:
-        base = None
-        for text in variants:
-            done = encode_down(down, h, qtype, Variant.of(text))
-            q = torch.empty_like(down)
-            q[:, done.order] = (
-                torch.from_numpy(quants.dequantize(qtype, done.packed, columns).copy()) * done.s[done.order]
-            )
-            delta = q / unshrinking(GAMMA.get(qtype, 1.0), columns, h.tokens) - down
-            error = float(((delta @ other.matrix) * delta).sum())
-            base = base or (error, *done.error)
-            ratios = " ".join(f"{a / b:.4f}" for a, b in zip((error, *done.error), base, strict=True))
-            print(f"{qtype:8} {text:36}  error on other tokens, on these, damped: {ratios}", flush=True)
 
 
 if __name__ == "__main__":
