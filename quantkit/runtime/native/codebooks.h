@@ -9,23 +9,9 @@
 #pragma once
 #include "wide.h"
 
-#if !defined(GATHER)
-#define GATHER 0
-#endif
-#if !defined(BOOK4)
-#define BOOK4 1
-#endif
-#if GATHER && defined(__AVX512F__) && BOOK4
-typedef uint32_t entry;
-#define BEFORE 0
-#else
-typedef uint64_t entry;
-#define BEFORE 1  // entry, since loads begin up to six bytes before the one that they are for
-#endif
-
-// Entries as words. Plane p has weights PLANE[p] and PLANE[p] + 2 of each entry, in its two bytes.
+// Entries as words, in memory eight bytes apart. Plane p has weights PLANE[p] and PLANE[p] + 2 of each entry, in its two bytes.
 static struct {
-    _Alignas(64) entry iq1[BEFORE + 2048], iq2_xxs[BEFORE + 256], iq2_xs[BEFORE + 512], iq2_s[BEFORE + 1024];
+    _Alignas(64) uint64_t iq1[1 + 2048], iq2_xxs[1 + 256], iq2_xs[1 + 512], iq2_s[1 + 1024];
     _Alignas(64) uint16_t iq2_xxs_words[256], iq2_xs_words[512], iq2_s_words[1024];
 } codes;
 
@@ -85,13 +71,13 @@ static void set_tables(void) {
 }
 
 // n entries of eight bytes each, whose levels are these.
-static void set_codes(entry *table, uint16_t *words, const uint8_t *from, int n, const uint8_t *levels) {
+static void set_codes(uint64_t *table, uint16_t *words, const uint8_t *from, int n, const uint8_t *levels) {
     for (int i = 0; i < n; i++) {
         uint16_t code = 0;
         for (int k = 0; k < 8; k++)
             for (int c = 1; c < 3; c++)
                 if (from[8 * i + k] == levels[c]) code |= (uint16_t)(c << (k % 2 * 2 + k / 4 * 4 + k / 2 % 2 * 8));
-        table[BEFORE + i] = code;
+        table[1 + i] = code;
         if (words) words[i] = code;
     }
 }
@@ -116,21 +102,24 @@ typedef struct {
 
 // Lookups: 32 entries by the indices of words, which are doubled if the table is in memory.
 
+#if !defined(GATHER)
+#define GATHER 0
+#endif
 #if GATHER && defined(__AVX512F__)  // by the processor's own instruction, where that is fast
-static inline vec gathered(const entry *table, vec at) {
-    const __m512i even = _mm512_i32gather_epi32(_mm512_and_si512(at, _mm512_set1_epi32(0xffff)), table, sizeof(entry) / 2);
-    const __m512i odd = _mm512_i32gather_epi32(_mm512_srli_epi32(at, 16), table, sizeof(entry) / 2);
+static inline vec gathered(const uint64_t *table, vec at) {
+    const __m512i even = _mm512_i32gather_epi32(_mm512_and_si512(at, _mm512_set1_epi32(0xffff)), table, 4);
+    const __m512i odd = _mm512_i32gather_epi32(_mm512_srli_epi32(at, 16), table, 4);
     return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
 }
 #define CHUNK 1
 #else  // a table's words are eight bytes apart: four loads, each two bytes further back, are ored into four entries
-static inline uint64_t four_words(const entry *table, const uint16_t *at) {
+static inline uint64_t four_words(const uint64_t *table, const uint16_t *at) {
     const uint8_t *t = (const uint8_t *)table;
     const size_t a = at[0], b = at[1], c = at[2], d = at[3];
     return u64(t + 4 * a) | u64(t + 4 * b - 2) | u64(t + 4 * c - 4) | u64(t + 4 * d - 6);
 }
 
-static inline vec loaded(const entry *table, const uint16_t *at) {
+static inline vec loaded(const uint64_t *table, const uint16_t *at) {
     int64_t f[8];
     for (int k = 0; k < 8; k++) f[k] = (int64_t)four_words(table, at + 4 * k);
 #if defined(__AVX512F__)
@@ -143,7 +132,7 @@ static inline vec loaded(const entry *table, const uint16_t *at) {
 #endif
 
 typedef struct {
-    const entry *table;
+    const uint64_t *table;
     const uint16_t *words;  // the same for registers, or null
     int n_words;
 } codebook;
@@ -176,7 +165,7 @@ static inline vec in_registers(const codebook *book, vec at) {
 #endif
 
 #if !defined(REGISTERS)
-#define REGISTERS 512  // the largest codebook that is looked up in them
+#define REGISTERS (GATHER ? 256 : 512)  // the largest codebook that is looked up in them
 #endif
 #if defined(__AVX512F__)
 #define IN_REGISTERS(n) ((n) <= REGISTERS)
@@ -220,50 +209,56 @@ static inline __attribute__((always_inline)) void dot_planes(
     const int64_t jump = then - end;
 #if CHUNK > 1
     _Alignas(64) uint16_t at[32 * CHUNK];
-    int64_t written = 0;  // superblocks whose indices lie there and were not read
     const uint16_t *from = at;
+    int64_t written = 0;  // superblocks whose indices lie there and were not read
 #endif
     for (int64_t r = 0; r < n_rows; r++, out += m) {
         floats sum[MOST_ROWS];
         for (int i = 0; i < m; i++) sum[i] = zeros();
-        for (int64_t b = 0; b < n_blocks; b++, row += bytes) {
-            prefetch(row + ahead, end, jump, bytes);
-            vec v;
-#if defined(__AVX512F__)
-            if (book.words) v = in_registers(&book, index(row));
-            else
-#endif
-            {
+        for (int64_t b = 0, stop; b < n_blocks;) {
+            stop = n_blocks;
 #if CHUNK > 1
+            if (!book.words) {
                 if (!written) {
                     const int64_t left = (n_rows - r) * n_blocks - b;
+                    from = at;
                     written = left < CHUNK ? left : CHUNK;
                     for (int64_t k = 0; k < written; k++) store(at + 32 * k, index(row + bytes * k));
-                    from = at;
                 }
-                v = loaded(book.table, from);
-                from += 32, written--;
-#else
-                v = gathered(book.table, index(row));
-#endif
+                stop = b + written < n_blocks ? b + written : n_blocks;
+                written -= stop - b;
             }
-            const planes t = decode(row, v);
-            for (int i = 0; i < m; i++) sum[i] = add_scaled(product(&t, y[i], b), t.d * y[i].d[b], sum[i]);
+#endif
+            for (; b < stop; b++, row += bytes) {
+                prefetch(row + ahead, end, jump, bytes);
+                vec v;
+#if defined(__AVX512F__)
+                if (book.words) v = in_registers(&book, index(row));
+                else
+#endif
+#if CHUNK > 1
+                    v = loaded(book.table, from), from += 32;
+#else
+                    v = gathered(book.table, index(row));
+#endif
+                const planes t = decode(row, v);
+                for (int i = 0; i < m; i++) sum[i] = add_scaled(product(&t, y[i], b), t.d * y[i].d[b], sum[i]);
+            }
         }
         for (int i = 0; i < m; i++) out[i] = total8(halves(sum[i]));
     }
 }
 
-#define PLANES(name, bytes, product, table, words, n)                                                                     \
+#define PLANES(name, bytes, product, table, words, n)                                                                   \
     static void dot_##name(const uint8_t *rows, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then) { \
-        const codebook book = {table + BEFORE, IN_REGISTERS(n) ? words : 0, n};                                           \
-        switch (m) {                                                                                                      \
-            case 1: dot_planes(rows, bytes, n_rows, n_blocks, y, 1, out, then, book, name##_at, name, product); return;   \
-            case 2: dot_planes(rows, bytes, n_rows, n_blocks, y, 2, out, then, book, name##_at, name, product); return;   \
-            case 3: dot_planes(rows, bytes, n_rows, n_blocks, y, 3, out, then, book, name##_at, name, product); return;   \
-            case 4: dot_planes(rows, bytes, n_rows, n_blocks, y, 4, out, then, book, name##_at, name, product); return;   \
-            default: dot_planes(rows, bytes, n_rows, n_blocks, y, m, out, then, book, name##_at, name, product);          \
-        }                                                                                                                 \
+        const codebook book = {table + 1, IN_REGISTERS(n) ? words : 0, n};                                              \
+        switch (m) {                                                                                                    \
+            case 1: dot_planes(rows, bytes, n_rows, n_blocks, y, 1, out, then, book, name##_at, name, product); return; \
+            case 2: dot_planes(rows, bytes, n_rows, n_blocks, y, 2, out, then, book, name##_at, name, product); return; \
+            case 3: dot_planes(rows, bytes, n_rows, n_blocks, y, 3, out, then, book, name##_at, name, product); return; \
+            case 4: dot_planes(rows, bytes, n_rows, n_blocks, y, 4, out, then, book, name##_at, name, product); return; \
+            default: dot_planes(rows, bytes, n_rows, n_blocks, y, m, out, then, book, name##_at, name, product);        \
+        }                                                                                                               \
     }
 
 // Without signs: n has the 4 bits (IQ1_S: sign, 3 bits of scale) or 3 bits (IQ1_M) that its scale is made of on top of every word.

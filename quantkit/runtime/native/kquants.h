@@ -73,15 +73,15 @@ static inline __attribute__((always_inline)) void dot_tiles(
     }
 }
 
-#define DOT(name, bytes, offset)                                                                                          \
+#define DOT(name, bytes, offset)                                                                     \
     static void dot_##name(const uint8_t *rows, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then) { \
-        switch (m) {                                                                                                      \
-            case 1: dot_tiles(rows, bytes, n_rows, n_blocks, y, 1, out, then, name, offset); return;                      \
-            case 2: dot_tiles(rows, bytes, n_rows, n_blocks, y, 2, out, then, name, offset); return;                      \
-            case 3: dot_tiles(rows, bytes, n_rows, n_blocks, y, 3, out, then, name, offset); return;                      \
-            case 4: dot_tiles(rows, bytes, n_rows, n_blocks, y, 4, out, then, name, offset); return;                      \
-            default: dot_tiles(rows, bytes, n_rows, n_blocks, y, m, out, then, name, offset);                             \
-        }                                                                                                                 \
+        switch (m) {                                                                                 \
+            case 1: dot_tiles(rows, bytes, n_rows, n_blocks, y, 1, out, then, name, offset); return; \
+            case 2: dot_tiles(rows, bytes, n_rows, n_blocks, y, 2, out, then, name, offset); return; \
+            case 3: dot_tiles(rows, bytes, n_rows, n_blocks, y, 3, out, then, name, offset); return; \
+            case 4: dot_tiles(rows, bytes, n_rows, n_blocks, y, 4, out, then, name, offset); return; \
+            default: dot_tiles(rows, bytes, n_rows, n_blocks, y, m, out, then, name, offset);        \
+        }                                                                                            \
     }
 
 // k-quants

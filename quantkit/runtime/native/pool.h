@@ -53,7 +53,7 @@ static void *worker(void *argument) {
         wait_for_change(p, seen);
         seen = __atomic_load_n(&p->epoch, __ATOMIC_SEQ_CST);
         __atomic_fetch_add(&p->active, 1, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&p->open, __ATOMIC_SEQ_CST) && own.i < p->useful) share(&p->w, own.i);
+        if (__atomic_load_n(&p->open, __ATOMIC_SEQ_CST) && own.i < p->useful) share(&p->w);
         __atomic_fetch_sub(&p->active, 1, __ATOMIC_SEQ_CST);
     }
     return 0;
@@ -88,10 +88,6 @@ pool *qk_pool(int n, int64_t spin_ns, const int32_t *cores, int n_cores) {
             free(own);
             return 0;  // the threads there are sleep on; the caller gives up natively
         }
-#if defined(PIN)
-        CPU_ZERO(&set);
-        CPU_SET(cores[i % n_cores], &set);
-#endif
         if (n_cores) pthread_setaffinity_np(thread, sizeof set, &set);
     }
     pthread_attr_destroy(&attributes);
@@ -120,7 +116,7 @@ int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t
             __atomic_store_n(&p->open, 1, __ATOMIC_SEQ_CST);
             qk_wake(p);
         }
-        share(w, 0);
+        share(w);
         __atomic_store_n(&p->open, 0, __ATOMIC_SEQ_CST);
         while (__atomic_load_n(&p->active, __ATOMIC_SEQ_CST)) relax();
     }
@@ -180,20 +176,10 @@ void qk_compute_node(tensor *dst, const tensor *x, const tensor *ids, const tens
         if (!own->there) *own->failed = 1;
         __atomic_store_n(&own->ready, 1, __ATOMIC_RELEASE);
     }
-    for (int looks = 0; !__atomic_load_n(&own->ready, __ATOMIC_ACQUIRE); looks++)
-        if (looks < PATIENCE) relax();
-        else sched_yield();
-    if (own->there) share(&own->w, ith);
+    WAIT_WHILE(!__atomic_load_n(&own->ready, __ATOMIC_ACQUIRE));
+    if (own->there) share(&own->w);
     if (__atomic_add_fetch(&own->left, 1, __ATOMIC_ACQ_REL) == nth) {  // ggml's barrier comes before the next call
         own->left = 0;
         __atomic_store_n(&own->ready, 0, __ATOMIC_RELEASE);
     }
 }
-
-#if STATS
-// Sums since the last call, of n threads: [n, 8].
-void qk_stats(pool *p, int64_t *out, int n) {
-    for (int i = 0; i < n; i++) memcpy(out + 8 * i, p->w.spent[i].ns, 64);
-    memset(p->w.spent, 0, sizeof p->w.spent);
-}
-#endif

@@ -31,32 +31,13 @@ typedef struct {
 } layer;
 
 enum { QUANTIZE, HIDDEN, OUTPUT, PHASES };
-#if !defined(HIDDEN_ROWS)
 #define HIDDEN_ROWS 16
-#endif
-#if !defined(OUTPUT_ROWS)
 #define OUTPUT_ROWS 32
-#endif
-#if !defined(FLOW)
-#define FLOW 1
-#endif
-#if !defined(STATS)
-#define STATS 0
-#endif
-#if !defined(CLAIM)
-#define CLAIM 1
-#endif
-#if !defined(SOON)
-#define SOON 1024
-#endif
-#if !defined(SOON_HINT)
-#define SOON_HINT 2
-#endif
 #define INPUT_BLOCKS 4  // superblocks of a token's activations that are a piece
 
 typedef struct {
     _Alignas(64) int64_t next;
-    _Alignas(64) int64_t done;  // pieces, counted by each thread once
+    _Alignas(64) int64_t done;  // pieces of the first phase
     _Alignas(64) int64_t pieces;
 } phase;
 
@@ -67,32 +48,29 @@ typedef struct {
     float *out;
     int64_t n, x_step, weight_step, id_step, out_step;
     int64_t n_groups;  // experts that are used
-    int32_t *expert, *begin, *pair, *missing, *ready;  // of each group: expert, its first pair, rows that a superblock lacks, superblocks
-    float *hidden;                             // [pairs, n_ff]
+    int32_t *expert, *begin, *pair;  // of each group: expert, its first pair
+    int32_t *missing, *ready;        // of each group: rows that a superblock of hidden lacks, superblocks that are quantized
+    float *hidden;                   // [pairs, n_ff]
     uint8_t *acts, *acts_up, *acts_hidden;
     phase phases[PHASES];
     uint8_t *memory;
     size_t n_memory;
-#if STATS
-    struct { _Alignas(64) int64_t ns[8]; } spent[256];  // busy in each phase, waiting in each, entered, pieces
-#endif
 } work;
 
-#if STATS
-#include <time.h>
-static int64_t stamp(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-static __thread int64_t waited;
-#endif
+static inline int64_t take(phase *f) { return __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED); }
 
 static inline void relax(void) {
 #if defined(__x86_64__)
     _mm_pause();
 #endif
 }
+
+#define PATIENCE 4096  // looks at a counter before another process may have the core
+
+#define WAIT_WHILE(condition)               \
+    for (int looks = 0; condition; looks++) \
+        if (looks < PATIENCE) relax();      \
+        else sched_yield()
 
 static int64_t act_size(const matrix *m) {
     return m->foreign ? (m->act_block * (m->n_in / SUPERBLOCK) + 63) / 64 * 64 : (int64_t)act_bytes(m->n_in);
@@ -163,8 +141,9 @@ static int prepare(work *w) {
     return 1;
 }
 
-// n_rows rows of a matrix with n <= MOST_ROWS rows of activations: out [n_rows, n].
-static inline void product(const matrix *m, dot_function own, const uint8_t *rows, int n_rows, const act_row *y, const uint8_t **acts, int n, float *out, const uint8_t *then) {
+// n_rows rows of a matrix with n <= MOST_ROWS rows of activations: out [n_rows, n]. then: what is read afterwards.
+static inline void product(
+    const matrix *m, dot_function own, const uint8_t *rows, int n_rows, const act_row *y, const uint8_t **acts, int n, float *out, const uint8_t *then) {
     if (own) own(rows, n_rows, m->n_in / SUPERBLOCK, y, n, out, then);
     else
         for (int r = 0; r < n_rows; r++)
@@ -188,11 +167,7 @@ static const uint8_t *gate_rows(const work *w, int64_t piece) {
 
 // Beginnings of rows that are read much later than what is read now.
 static inline __attribute__((always_inline)) void soon(const uint8_t *rows) {
-#if SOON
-    for (int c = 0; c < SOON; c += 64) __builtin_prefetch(rows + c, 0, SOON_HINT);
-#else
-    (void)rows;
-#endif
+    for (int c = 0; c < 1024; c += 64) __builtin_prefetch(rows + c, 0, 2);
 }
 
 static void hidden_rows(work *w, int64_t piece, int64_t next) {
@@ -235,24 +210,6 @@ static void hidden_rows(work *w, int64_t piece, int64_t next) {
     __atomic_add_fetch(w->ready + g, 1, __ATOMIC_RELEASE);
 }
 
-#define PATIENCE 4096  // looks at a counter before another process may have the core
-
-#define LOOK(condition)                         \
-    for (int looks = 0; condition; looks++) {   \
-        if (looks < PATIENCE) relax();          \
-        else sched_yield();                     \
-    }
-#if STATS
-#define WAIT(condition)                     \
-    {                                       \
-        const int64_t since = stamp();      \
-        LOOK(condition)                     \
-        waited += stamp() - since;          \
-    }
-#else
-#define WAIT(condition) LOOK(condition)
-#endif
-
 static const uint8_t *down_rows(const work *w, int64_t g, int64_t piece) {
     const matrix *down = &w->l->down;
     return down->data + down->row_bytes * (down->n_out * w->expert[g] + piece * OUTPUT_ROWS);
@@ -263,21 +220,14 @@ static void output_rows(work *w, int64_t piece, int64_t next) {
     const matrix *down = &l->down;
     const int64_t r0 = piece * OUTPUT_ROWS;
     const dot_function dot = down->foreign ? 0 : own_dot(down->type);
-#if FLOW
     const int32_t whole = (int32_t)(down->n_in / SUPERBLOCK);
-#endif
     const int there_next = next < w->phases[OUTPUT].pieces;
     for (int64_t t = 0; t < w->n; t++) memset(w->out + t * w->out_step + r0, 0, sizeof(float) * OUTPUT_ROWS);
     for (int64_t g = 0; g < w->n_groups; g++) {
-        const uint8_t *rows = down_rows(w, g, piece), *after = g + 1 < w->n_groups ? down_rows(w, g + 1, piece) : there_next ? down_rows(w, 0, next) : rows;
+        const uint8_t *rows = down_rows(w, g, piece);
+        const uint8_t *after = g + 1 < w->n_groups ? down_rows(w, g + 1, piece) : there_next ? down_rows(w, 0, next) : rows;
         if (there_next) soon(down_rows(w, g, next));
-#if !THEN
-        if (g + 1 < w->n_groups)
-            for (int c = 0; c < 1024; c += 64) __builtin_prefetch(after + c);
-#endif
-#if FLOW
-        WAIT(__atomic_load_n(w->ready + g, __ATOMIC_ACQUIRE) < whole)
-#endif
+        WAIT_WHILE(__atomic_load_n(w->ready + g, __ATOMIC_ACQUIRE) < whole);
         for (int32_t begin = w->begin[g], end; begin < w->begin[g + 1]; begin = end) {
             end = begin + MOST_ROWS < w->begin[g + 1] ? begin + MOST_ROWS : w->begin[g + 1];
             const int m = end - begin;
@@ -298,39 +248,19 @@ static void output_rows(work *w, int64_t piece, int64_t next) {
     }
 }
 
-// Take part until nothing is left to take.
-static void share(work *w, int seat_number) {
+// Take part until nothing is left to take. Pieces are taken one ahead, so that what they begin with can be asked for.
+static void share(work *w) {
     static void (*const parts[PHASES])(work *, int64_t, int64_t) = {quantize_input, hidden_rows, output_rows};
-#if STATS
-    int64_t *ns = w->spent[seat_number].ns;
-    ns[6]++;
-#else
-    (void)seat_number;
-#endif
     for (int i = 0; i < PHASES; i++) {
         phase *f = w->phases + i;
         int64_t mine = 0;
-#if STATS
-        const int64_t begun = stamp();
-        waited = 0;
-#endif
-        const int64_t pieces = f->pieces;
-        for (int64_t piece = __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED), next; piece < pieces; piece = next) {  // taken a piece ahead
-#if CLAIM
-            next = __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED);
+        for (int64_t piece = take(f), next; piece < f->pieces; piece = next, mine++) {
+            next = take(f);
             parts[i](w, piece, next);
-#else
-            parts[i](w, piece, pieces);
-            next = __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED);
-#endif
-            mine++;
         }
-        if (mine) __atomic_fetch_add(&f->done, mine, __ATOMIC_RELEASE);
-        if (i == QUANTIZE || !FLOW) WAIT(__atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces)
-#if STATS
-        ns[i] += stamp() - begun - waited;
-        ns[3 + i] += waited;
-        ns[7] += i == OUTPUT ? mine : 0;
-#endif
+        if (i == QUANTIZE) {
+            if (mine) __atomic_fetch_add(&f->done, mine, __ATOMIC_RELEASE);
+            WAIT_WHILE(__atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces);
+        }
     }
 }

@@ -99,19 +99,11 @@ static inline float total8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(u, _mm_movehdup_ps(u)));
 }
 
-#if !defined(AHEAD)
-#define AHEAD 1024  // bytes of weights that are asked for before they are needed
-#endif
-#if !defined(THEN)
-#define THEN 1
-#endif
-// `bytes` of weights at p; beyond their end, those that are read afterwards, `jump` further on.
-// (A function that only prefetches counts as one without effects: unless it is inlined early, gcc drops its calls.)
+#define AHEAD 2048  // bytes of weights that are asked for before they are needed
+
+// Ask for `bytes` of weights at p, or beyond their end for those that are read afterwards, `jump` further on. (Unless it is
+// inlined early, gcc drops calls of a function that only prefetches.)
 static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, const uint8_t *end, int64_t jump, int bytes) {
-#if THEN
     p += p < end ? 0 : jump;
-#else
-    (void)end, (void)jump;
-#endif
     for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)p + c, _MM_HINT_T0);
 }
