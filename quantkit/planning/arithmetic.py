@@ -13,8 +13,8 @@ OF_IQ1_S = {
     **{"IQ3_XXS": 0.7, "IQ3_S": 0.7, "IQ4_XS": 1.2, "IQ4_NL": 1.2, "Q8_0": 1.5, "F16": 0.9, "BF16": 0.9, "F32": 0.5},
 }
 ON_XEON = OF_IQ1_S | {
-    **{"IQ1_M": 0.92, "IQ2_XXS": 1.02, "IQ2_XS": 0.77, "IQ2_S": 0.8},
-    **{"Q2_K": 1.9, "Q3_K": 1.08, "Q4_K": 1.45, "Q5_K": 1.2, "Q6_K": 1.38},
+    **{"IQ1_M": 0.97, "IQ2_XXS": 1.06, "IQ2_XS": 0.8, "IQ2_S": 0.87},
+    **{"Q2_K": 1.84, "Q3_K": 1.1, "Q4_K": 1.42, "Q5_K": 1.02, "Q6_K": 1.39},
 }
 # An H200's weights/s by the kernels of runtime/kernels.py; others: the least of them.
 GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}

@@ -61,9 +61,9 @@ CPUS = {
     "epyc-9004": Cpu(32, 460.8e9, 24e9, 4),
     "epyc-9005": Cpu(32, 576.0e9, IQ1_S_ZEN5, 4),
     "xeon-3": Cpu(32, 204.8e9, 15e9, 2),
-    "xeon-4": Cpu(32, 307.2e9, 20e9, 8, True),
-    "xeon-5": Cpu(32, 358.4e9, 21e9, 8, True),  # 16 cores together measured
-    "xeon-6": Cpu(64, 614.4e9, 24e9, 8, True),
+    "xeon-4": Cpu(32, 307.2e9, 18e9, 8, True),
+    "xeon-5": Cpu(32, 358.4e9, 19e9, 8, True),  # 16 cores together measured
+    "xeon-6": Cpu(64, 614.4e9, 22e9, 8, True),
     "threadripper-7000": Cpu(32, 332.8e9, 26e9, 4),
     "ryzen-7000": Cpu(16, 83.2e9, 28e9, 4),
     "ryzen-9000": Cpu(16, 89.6e9, IQ1_S_ZEN5, 4),

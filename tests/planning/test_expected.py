@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
 from synthetic import layout
 
 H200 = presets.GPUS["h200"]
-RATES = {qtype: 285e9 * share for qtype, share in ON_XEON.items()}  # 16 threads
+RATES = {qtype: 255e9 * share for qtype, share in ON_XEON.items()}  # 16 threads
 MEASURED = Arithmetic(RATES, 8.0, H200.pace, H200.products, H200.bus)
 
 
