@@ -1,8 +1,8 @@
 """Token by token: what an engine does, sampling, and the loop over both."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,25 @@ class Engine(Protocol):
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """Add one token to each of several slots, all in one step: float32 logits [n, n_vocab], valid until the next
         call."""
+
+
+class Piece(NamedTuple):
+    """Some of a prompt, as `Engine.prefill` takes it."""
+
+    slot: int
+    tokens: list[int]
+    begin: int
+    each: Each | None = None
+
+
+@runtime_checkable
+class Together(Protocol):
+    """What engines can also do whose results depend on what is computed beside them by rounding anyway: read the bytes
+    of experts once for several prompts."""
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """As `Engine.prefill` of each piece, all of different slots, `Engine.piece` tokens at most in all: float32
+        logits [n, n_vocab]."""
 
 
 Opener = Callable[[int], Engine]
