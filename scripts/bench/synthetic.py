@@ -127,19 +127,19 @@ def small(name: str, shape: tuple[int, ...], dtype: str, tensors: Layout, draw: 
     """Whatever is not a matrix of random numbers: scales, norms, ids, biases, and matrices in float32."""
     if dtype == "F8_E8M0":  # a power of two; E2M1 numbers of random bits have a spread of about 2.9
         spread = 2.9 if ".experts." in name else 100
-        return torch.full(shape, 2.0 ** round(-log2(spread * row_length(name, tensors) ** 0.5))).to(DTYPES[dtype])
+        return torch.full(shape, 2.0 ** round(-log2(spread * row_length(name, tensors) ** 0.5)))
     if dtype == "I64":
         experts = next(shape[0] for name, (shape, _) in tensors.items() if name.endswith("gate.weight"))
         return torch.randint(experts, shape, generator=draw)
     if name.endswith("weight_scale"):  # codes -8 to 7 have a spread of about 4.6
-        return torch.full(shape, 1 / 4.6 / row_length(name, tensors) ** 0.5, dtype=DTYPES[dtype])
+        return torch.full(shape, 1 / 4.6 / row_length(name, tensors) ** 0.5)
     if name.endswith("weight_scale_inv"):
         return torch.full(shape, 1 / 100 / row_length(name, tensors) ** 0.5)
     if name.endswith("e_score_correction_bias"):
         return torch.randn(shape, generator=draw) * 0.01
     if dtype == "F32" and ".weight" not in name:
         return torch.randn(shape, generator=draw) / shape[-1] ** 0.5
-    return torch.ones(shape, dtype=DTYPES[dtype])
+    return torch.ones(shape)
 
 
 def layout(dense: int, moe: int, experts: int) -> tuple[dict, Layout]:
@@ -251,7 +251,8 @@ def write(out: Path, tensors: Layout, seed: int) -> None:
         shape, dtype = tensors[name]
         if len(shape) == 1 or dtype in ("F32", "F8_E8M0", "I64") or name.endswith("_scale"):
             draw = torch.Generator().manual_seed(seed + turn)
-            made = small(name, shape, dtype, tensors, draw).contiguous()
+            made = small(name, shape, dtype, tensors, draw).to(DTYPES[dtype]).contiguous()
+            assert made.nbytes == sizes[name], name
             pieces = iter([memoryview(made.flatten().view(torch.uint8).numpy())])
         else:
             pieces = pool.pieces(dtype, shape[-1], turn, sizes[name])
