@@ -86,7 +86,7 @@ class Job:
     def choose(self, logits: torch.Tensor, ends: Sequence[int]) -> int:
         """The next token, from float32 logits [n_vocab]."""
         allowed = self.rules.apply(logits, self.prompt, self.made, ends)
-        if allowed is not logits and float(allowed.amax()) == -torch.inf:
+        if allowed is not logits and allowed.numpy().max() == -torch.inf:
             raise Unanswerable("no token is left: what the request bans is the whole vocabulary")
         if self.constraint is None:
             return sample(allowed, self.how, self.generator)

@@ -24,6 +24,7 @@ from quantkit.serving import http
 from quantkit.serving import scheduler as scheduling
 from quantkit.serving.gate import Gate
 from quantkit.serving.logits import TokenRules
+from quantkit.serving.post import Post
 from quantkit.serving.scheduler import Clock, Job, Scheduler
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
@@ -164,6 +165,39 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
         for name, n in (("chances", 4), ("heard", 29 if len(own.prompt) == 30 else 0)):
             found, wanted = ([c.logprob for c in getattr(each, name)] for each in (mine, own))
             assert len(found) == n and found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_step_wakes_the_event_loop_once():
+    async def received() -> tuple[list[list[int]], int]:
+        loop, post = asyncio.get_running_loop(), Post()
+        queues, wakes, call = [asyncio.Queue[int]() for _ in range(3)], [0], loop.call_soon_threadsafe
+
+        def counted(*args):
+            wakes[0] += 1
+            return call(*args)
+
+        loop.call_soon_threadsafe = counted
+
+        def steps() -> None:
+            post.put(loop, queues[0], 0)
+            for i in (1, 2):
+                with post.held():
+                    for queue in queues:
+                        post.put(loop, queue, i)
+            with pytest.raises(ZeroDivisionError), post.held():
+                post.put(loop, queues[2], 3)
+                raise ZeroDivisionError
+
+        thread = threading.Thread(target=steps)
+        thread.start()
+        found = [
+            [await asyncio.wait_for(queue.get(), 10) for _ in range(n)]
+            for queue, n in zip(queues, (3, 2, 3), strict=True)
+        ]
+        thread.join()
+        return found, wakes[0]
+
+    assert asyncio.run(received()) == ([[0, 1, 2], [1, 2], [1, 2, 3]], 4)
 
 
 def test_threads_that_choose_tokens_leave_others_theirs():
