@@ -22,6 +22,46 @@ WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
 LANES = 32  # of a program that multiplies: one warp, which needs no barriers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
+PDL, FETCH, NARROW = True, 1, True  # switches
+FORCED: dict = {}
+
+
+def launching(device) -> dict:
+    if PDL and device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"overlap": True, "launch_pdl": True}
+    return {"overlap": False}
+
+
+@triton.jit
+def follow(overlap: tl.constexpr):
+    """The next kernel may get its programs into place; what the one before has written is there."""
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _fetch(p, size, lanes: tl.constexpr, how: tl.constexpr):
+    """Ask for bytes from p on, that they be in the L2 cache when they are read."""
+    first = p.to(tl.int64) & -16
+    size = (p.to(tl.int64) + size - first) & -16
+    if how == 1:
+        part = (((size + 15) // lanes + 15) // 16 * 16).to(tl.int32)
+        at = first + tl.minimum(tl.arange(0, lanes) * part, tl.maximum(size - part, 0))
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [at, tl.minimum(part, size.to(tl.int32)) + tl.arange(0, lanes) * 0],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        for begin in range(0, size, lanes * 128):
+            at = first + tl.minimum(begin + tl.arange(0, lanes) * 128, size)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 class Matrices(NamedTuple):
@@ -98,45 +138,6 @@ def _number(upper, lower, unit):
 
 
 @triton.jit
-def _group_times(group, x, scales, w, g, there):
-    """One group of each row, as `_group` gives them, times its part of a token's activations: [rows, groups]."""
-    lo, hi, scale, offset = group
-    a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
-    upper, lower = _dots(lo, hi, a[None, :], b[None, :], c[None, :], d[None, :], lo * 0, lo * 0)
-    total = scale * _number(upper, lower, unit[None, :])
-    if w.offset:
-        ones = a * 0 + 0x01010101
-        up, low = _dots(ones, ones, a, b, c, d, a * 0, a * 0)
-        total += offset * _number(up, low, unit)[None, :]
-    return total
-
-
-@triton.jit
-def _chunk_times(chunk, x, scales, w, first, there):
-    """As `_group_times` for a chunk of triton_wide, whose groups begin with `first`. Those with one scale are summed as
-    integers."""
-    total = tl.zeros_like(chunk[0]).to(tl.float32)
-    upper, lower = chunk[0] * 0, chunk[0] * 0
-    ones = first * 0 + 0x01010101
-    up, low = first * 0, first * 0
-    for k in tl.static_range(4):
-        g = first + (k % 2) * w.near + (k // 2) * w.far
-        a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
-        upper, lower = _dots(
-            chunk[2 * k], chunk[2 * k + 1], a[None, :], b[None, :], c[None, :], d[None, :], upper, lower
-        )
-        if w.offset:
-            up, low = _dots(ones, ones, a, b, c, d, up, low)
-        if ((w.alike - 1) & k) == w.alike - 1:
-            total += chunk[8 + k] * _number(upper, lower, unit[None, :])
-            upper, lower = chunk[0] * 0, chunk[0] * 0
-            if w.offset:
-                total += chunk[12 + k] * _number(up, low, unit)[None, :]
-                up, low = first * 0, first * 0
-    return total
-
-
-@triton.jit
 def _first(w, chunk):
     """The group that a chunk begins with."""
     if w.near == 4:
@@ -148,68 +149,124 @@ def _first(w, chunk):
 
 
 @triton.jit
-def _part(w, data, at, last):
-    """What a thread decodes of its rows: group or chunk `at`."""
-    at = tl.minimum(at, last - 1)[None, :]
-    if w.wide:
-        per_block = w.groups // 4
-        return w.decode(data + (at // per_block) * w.size, at % per_block, w.table)
-    else:
-        return _group(w, data, at)
+def _activations(x, scales, token, w, at, last):
+    """A token's part for group or chunk `at` of every row: of each group five as `_tokens` gives them, and the sum of
+    those of groups with one scale, which their offset is multiplied by, at the last of them."""
+    x += token * (w.n_in // 2)
+    scales += token * (w.n_in // 32)
+    found = ()
+    ones, up, low = at * 0 + 0x01010101, at * 0, at * 0
+    for k in tl.static_range(4 if w.wide else 1):
+        g = _first(w, at) + (k % 2) * w.near + (k // 2) * w.far if w.wide else at
+        a, b, c, d, unit = _tokens(x, scales, g, w.n_in, at < last)
+        sum = unit
+        if w.offset:
+            up, low = _dots(ones, ones, a, b, c, d, up, low)
+            if ((w.alike - 1) & k) == w.alike - 1:
+                sum = _number(up, low, unit)
+                up, low = at * 0, at * 0
+        found = found + (a, b, c, d, unit, sum)
+    return found
 
 
 @triton.jit
-def _times(part, x, scales, token, w, at, last):
-    x += token * (w.n_in // 2)
-    scales += token * (w.n_in // 32)
+def _part(w, row, at, last):
+    """What a thread decodes of a row: group or chunk `at`."""
+    at = tl.minimum(at, last - 1)
     if w.wide:
-        return _chunk_times(part, x, scales, w, _first(w, at), at < last)
+        per_block = w.groups // 4
+        return w.decode(row + (at // per_block) * w.size, at % per_block, w.table)
     else:
-        return _group_times(part, x, scales, w, at, at < last)
+        return _group(w, row, at)
+
+
+@triton.jit
+def _times(part, x, w):
+    """A part of a row times activations. Groups with one scale are summed as integers."""
+    groups: tl.constexpr = 4 if w.wide else 1
+    total = part[2 * groups] * 0
+    upper, lower = part[0] * 0, part[0] * 0
+    for k in tl.static_range(groups):
+        upper, lower = _dots(
+            part[2 * k], part[2 * k + 1], x[6 * k], x[6 * k + 1], x[6 * k + 2], x[6 * k + 3], upper, lower
+        )
+        if ((w.alike - 1) & k) == w.alike - 1:
+            total += part[2 * groups + k] * _number(upper, lower, x[6 * k + 4])
+            upper, lower = part[0] * 0, part[0] * 0
+            if w.offset:
+                total += part[3 * groups + k] * x[6 * k + 5]
+    return total
 
 
 @triton.jit
 def _products(
-    w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
+    w,
+    second,
+    x,
+    scales,
+    ids,
+    out,
+    x_share,
+    pairs,
+    rows: tl.constexpr,
+    tile: tl.constexpr,
+    few: tl.constexpr,
+    known: tl.constexpr,
+    fetch: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
 
     few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
-    second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
+    second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1. Everything has one
+    dimension, a thread for each part of a row: in two Triton gives neighbouring threads neighbouring rows.
     """
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not known:
+            tl.extra.cuda.gdc_wait()
     pair = tl.program_id(1)
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    row = tl.program_id(0) * rows
     data = w.data
     if second is not None:
         if tl.program_id(2) == 1:
             data = second
             out += w.n_out * pairs
-    data += tl.minimum(row, w.n_out - 1).to(tl.int64)[:, None] * w.row_bytes
     last: tl.constexpr = w.n_in // 32 if w.wide else w.n_in // 8
     stop = last
     if ids is not None:
         matrix = tl.load(ids + pair)
         data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
         stop = tl.where(matrix < 0, 0, last)
+    if fetch:
+        begin = tl.maximum(tl.minimum(row, w.n_out - rows), 0).to(tl.int64)
+        _fetch(data + begin * w.row_bytes, tl.minimum(rows, w.n_out) * w.row_bytes, tile, fetch)
+    if overlap:
+        if known:
+            tl.extra.cuda.gdc_wait()
     token = (pair * few // x_share).to(tl.int64)
-    # Columns come last: then Triton gives each thread one part of all rows, and x needs no exchange between threads.
-    total = tl.zeros([rows, tile], tl.float32)
-    total1, total2, total3 = total, total, total  # of few = 4
+    totals = ()
+    for _ in tl.static_range(rows * few):
+        totals = totals + (tl.zeros([tile], tl.float32),)
     for start in range(0, stop, tile):
         at = start + tl.arange(0, tile)
-        part = _part(w, data, at, last)
-        total += _times(part, x, scales, token, w, at, last)
-        if few == 4:
-            total1 += _times(part, x, scales, tl.minimum(token + 1, pairs - 1), w, at, last)
-            total2 += _times(part, x, scales, tl.minimum(token + 2, pairs - 1), w, at, last)
-            total3 += _times(part, x, scales, tl.minimum(token + 3, pairs - 1), w, at, last)
+        acts = ()
+        for t in tl.static_range(few):
+            acts = acts + (_activations(x, scales, tl.minimum(token + t, pairs - 1) if few > 1 else token, w, at, last),)
+        sums = ()
+        for r in tl.static_range(rows):
+            part = _part(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
+            for t in tl.static_range(few):
+                sums = sums + (totals[r * few + t] + _times(part, acts[t], w),)
+        totals = sums
     to = out + (pair * few).to(tl.int64) * w.n_out + row
-    tl.store(to, tl.sum(total, axis=1), mask=row < w.n_out)
-    if few == 4:
-        tl.store(to + w.n_out, tl.sum(total1, axis=1), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
-        tl.store(to + 2 * w.n_out, tl.sum(total2, axis=1), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
-        tl.store(to + 3 * w.n_out, tl.sum(total3, axis=1), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
+    for r in tl.static_range(rows):
+        for t in tl.static_range(few):
+            there = row + r < w.n_out
+            if few > 1:
+                there = there & (token + t < pairs)
+            tl.store(to + t * w.n_out + r, tl.sum(totals[r * few + t], axis=0), mask=there)
 
 
 @triton.jit
@@ -243,8 +300,9 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how):
+def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how, overlap: tl.constexpr):
     """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
+    follow(overlap)
     token = tl.program_id(0)
     a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
     per_group = n_expert // how.n_group
@@ -323,12 +381,20 @@ def _tile(n_in: int) -> int:
     return next(exact, min(GROUPS, triton.next_power_of_2(n_in // 8)))
 
 
+def tiling(n_out: int, n_in: int) -> tuple[int, int]:
+    """Rows of a program and its warps."""
+    if not NARROW:
+        return (8 if n_out >= 4096 else 2), 1
+    return (8, 1) if n_out >= 8192 else (4, 4)
+
+
 def products(
     qtype: str,
     data: torch.Tensor,
     x: Activations,
     ids: torch.Tensor | None = None,
     second: torch.Tensor | None = None,
+    known: bool = False,
 ) -> torch.Tensor:
     """float32 [pairs, n_out]: of pair p, matrix ids[p] (without ids: the only one) times its row of x.
 
@@ -340,7 +406,7 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
+    rows, warps = FORCED.get((qtype, n_out, n_in)) or tiling(n_out * (pairs // n), n_in)
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
         _matrices(qtype, data, n_in, chunks=n_in >= 32 * LANES),
@@ -352,12 +418,44 @@ def products(
         pairs // n,
         pairs,
         rows,
-        LANES,
+        LANES * warps,
         few,
-        num_warps=1,
+        ids is None or known,
+        FETCH if data.is_cuda and torch.cuda.get_device_capability(data.device) >= (9, 0) else 0,
+        num_warps=warps,
         enable_fp_fusion=False,  # or a token's last bits would depend on how many there are
+        **launching(data.device),
     )
     return out[0] if second is None else out
+
+
+@triton.jit
+def _scores(x, weights, out, d, n_expert, width: tl.constexpr, overlap: tl.constexpr):
+    """Row program_id(0) of weights [n_expert, d] times token program_id(1), float32."""
+    expert, token = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, width)
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weights + expert * d + column, mask=column < d, other=0.0)
+    if overlap:
+        tl.extra.cuda.gdc_wait()
+    v = tl.load(x + token.to(tl.int64) * d + column, mask=column < d, other=0.0)
+    tl.store(out + token * n_expert + expert, tl.sum(w * v, axis=0))
+
+
+ROUTED = 8  # tokens up to which a program a score is faster than a product of matrices
+
+
+def scores(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x float32 [n, d] times weights float32 [n_expert, d] -> [n, n_expert]."""
+    (n, d), n_expert = x.shape, len(weights)
+    if n > ROUTED or not NARROW:
+        return x @ weights.T
+    out = torch.empty(n, n_expert, device=x.device)
+    _scores[(n_expert, n)](
+        x, weights, out, d, n_expert, triton.next_power_of_2(d), num_warps=8, **launching(x.device)
+    )
+    return out
 
 
 def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -379,5 +477,5 @@ def route(
     powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
     numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
     how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1)
+    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1, **launching(logits.device))
     return ids, weights, frames

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations, Where
+from quantkit.runtime.kernels import INTERPRETED, follow, launching
 
 HEADS = 16  # a program of attention: the least that the tensor cores take
 POSITIONS = 32  # of the cache, in a step of such a program
@@ -50,8 +51,9 @@ def _write(to, v, row, begin, n, inside, blocks: tl.constexpr):
 
 
 @triton.jit
-def _gated(gate, up, to, n, blocks: tl.constexpr):
+def _gated(gate, up, to, n, blocks: tl.constexpr, overlap: tl.constexpr):
     """silu(gate) · up, or without up the first alone, of row program_id(0) from column block program_id(1) on."""
+    follow(overlap)
     row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * 32 * blocks
     at, column = row * n, begin + tl.arange(0, 32 * blocks)
     inside = column < n
@@ -62,8 +64,23 @@ def _gated(gate, up, to, n, blocks: tl.constexpr):
 
 
 @triton.jit
-def _norm(h, first, second, chosen, shares, n_used: tl.constexpr, weight, sum, to, n, eps, blocks: tl.constexpr):
+def _norm(
+    h,
+    first,
+    second,
+    chosen,
+    shares,
+    n_used: tl.constexpr,
+    weight,
+    sum,
+    to,
+    n,
+    eps,
+    blocks: tl.constexpr,
+    overlap: tl.constexpr,
+):
     """h + first + second + Σ shares · chosen of row program_id(0) (each may be None) -> sum, and its RMS norm."""
+    follow(overlap)
     row = tl.program_id(0).to(tl.int64)
     at = row * n
     column = tl.arange(0, 32 * blocks)
@@ -96,9 +113,10 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _place(q, kv, kv_norm, turned, cells, cache, rotated, to, eps, shape):
+def _place(q, kv, kv_norm, turned, cells, cache, rotated, to, eps, shape, overlap: tl.constexpr):
     """Of token program_id(0), head program_id(1): its query's two parts, the second rotated [n, n_head, rope]. The
     program after the last head: the cache's cell, normed latent and rotated key."""
+    follow(overlap)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, shape.half)
     real = pair < shape.rope // 2
@@ -154,9 +172,11 @@ def _attend(
     shape,
     heads: tl.constexpr,
     step: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     """Part program_id(0) of the cache, `span` positions, for some heads of token program_id(2): out [n, n_head, parts,
     kv_lora] not yet divided, sums [n, n_head, parts, 2]: greatest score and sum of exponentials (0: nothing there)."""
+    follow(overlap)
     part, token = tl.program_id(0), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(0)
     head = tl.program_id(1) * heads + tl.arange(0, heads)
@@ -196,8 +216,9 @@ def _attend(
 
 
 @triton.jit
-def _merge(out, sums, to, parts, shape):
+def _merge(out, sums, to, parts, shape, overlap: tl.constexpr):
     """The parts of head program_id(1) of token program_id(0) together -> one row of `to`."""
+    follow(overlap)
     row = (tl.program_id(0) * shape.n_head + tl.program_id(1)).to(tl.int64)
     column = tl.arange(0, 32 * shape.lora_blocks)
     inside = column < shape.kv_lora
@@ -240,6 +261,66 @@ def collect(out: torch.Tensor, part: torch.Tensor, place: torch.Tensor, shares: 
     _collect[grid](out, part, place, shares, first, len(part), d, place.shape[1], width, num_warps=4)
 
 
+@triton.jit
+def _send(x, weights, ids, to_x, to_weights, to_ids, flags, step, d, n_used, width: tl.constexpr, slots: tl.constexpr, overlap: tl.constexpr):
+    """Row program_id(0) of each to the memory of the host; then its flag gets the step's number."""
+    follow(overlap)
+    token = tl.program_id(0).to(tl.int64)
+    column, k = tl.arange(0, width), tl.arange(0, slots)
+    for begin in range(0, d, width):
+        at, inside = token * d + begin + column, begin + column < d
+        tl.store(to_x + at, tl.load(x + at, mask=inside, other=0.0), mask=inside)
+    at = token * n_used + k
+    tl.store(to_weights + at, tl.load(weights + at, mask=k < n_used, other=0.0), mask=k < n_used)
+    tl.store(to_ids + at, tl.load(ids + at, mask=k < n_used, other=0), mask=k < n_used)
+    number = tl.load(step).to(tl.int32)
+    if INTERPRETED:
+        tl.store(flags + token, number)
+    else:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [flags + token, number],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _receive(got, to, flag, step, size, width: tl.constexpr, overlap: tl.constexpr):
+    """Wait until the host has written the step's number to the flag, then fetch what it computed."""
+    follow(overlap)
+    column = tl.program_id(0) * width + tl.arange(0, width)
+    number = tl.load(step).to(tl.int32)
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred there; .reg .u32 seen; look: ld.acquire.sys.global.u32 seen, [$1]; setp.eq.u32 there, seen, $2;"
+            " @!there bra look; mov.u32 $0, seen; }",
+            "=r,l,r",
+            [flag, number],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.debug_barrier()
+    tl.store(to + column, tl.load(got + column, mask=column < size, other=0.0, volatile=True), mask=column < size)
+
+
+def send(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, to: tuple, flags: torch.Tensor, step: torch.Tensor) -> None:
+    """x float32 [n, d], weights and ids [n, k] to pinned memory; then flags int32 [n] get step."""
+    (n, d), k = x.shape, ids.shape[1]
+    slots = triton.next_power_of_2(k)
+    _send[(n,)](x, weights, ids, *to, flags, step, d, k, 1024, slots, num_warps=8, **launching(x.device))
+
+
+def receive(got: torch.Tensor, to: torch.Tensor, flag: torch.Tensor, step: torch.Tensor) -> None:
+    """Pinned memory float32 [n, d] to `to`, once flag says step."""
+    size, width = got.numel(), 1024
+    _receive[(triton.cdiv(size, width),)](got, to, flag, step, size, width, num_warps=4, **launching(to.device))
+
+
 def _blocks(n: int) -> int:
     """Blocks of 32 columns, a power of two, that hold n."""
     return triton.next_power_of_2(triton.cdiv(n, 32))
@@ -256,7 +337,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor | None) -> Activations:
     n, n_in = gate.shape
     to = _empty(n, n_in, gate.device)
     blocks = min(16, _blocks(n_in))
-    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4)
+    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4, **launching(gate.device))
     return to
 
 
@@ -277,7 +358,7 @@ def norm(
     used = tl.constexpr(1 if shares is None else shares.shape[1])
     blocks = _blocks(d)
     warps = min(16, max(1, blocks // 8))
-    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps)
+    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps, **launching(h.device))
     return h if total is None else total, to
 
 
@@ -301,7 +382,7 @@ def place(
     to = _empty(n * c.n_head, c.qk_nope, q.device)
     rotated = torch.empty(n, c.n_head, c.qk_rope, device=q.device)
     arguments = (q, kv, kv_norm, where.turned, where.cells, cache, rotated, Words(*to), c.rms_eps, _shape(c))
-    _place[(n, c.n_head + 1)](*arguments, num_warps=1)
+    _place[(n, c.n_head + 1)](*arguments, num_warps=1, **launching(q.device))
     return to, rotated
 
 
@@ -318,7 +399,7 @@ def attend(
     to = _empty(n * c.n_head, c.kv_lora, query.device)
     shape, places = _shape(c), (where.slots, where.positions)
     _attend[(parts, triton.cdiv(c.n_head, HEADS), n)](
-        query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1
+        query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1, **launching(query.device)
     )
-    _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2)
+    _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2, **launching(query.device))
     return to

@@ -141,7 +141,7 @@ class ByKernels:
         self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `Between`."""
-        return self.kernels.route(x @ router.weight.T, router.bias, table, self.c)
+        return self.kernels.route(self.kernels.scores(x, router.weight), router.bias, table, self.c)
 
 
 def between_of(c: ModelConfig, device: torch.device) -> Between:
