@@ -1,4 +1,4 @@
-"""Triton: products with quantized matrices, decoded in registers, and routing.
+"""Triton: products with quantized matrices, decoded in registers.
 
 All types are taken apart into groups of 8 neighbouring weights, `scale · v + offset` with the eight int8 in two words,
 by the functions of `codecs/triton_decode.py`. They are multiplied as integers, four at a time (dp4a), by activations of
@@ -15,60 +15,19 @@ from quantkit.codecs import types as qtypes
 from quantkit.codecs.codebooks import for_kernels
 from quantkit.codecs.registry import codec, triton_twin
 from quantkit.codecs.triton_wide import WIDE
-from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations
+from quantkit.runtime.launching import INTERPRETED, fetch, launching
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
 LANES = 32  # of a program that multiplies: one warp, which needs no barriers
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
-PDL, FETCH, NARROW = True, 1, True  # switches
-FORCED: dict = {}
-
-
-def launching(device) -> dict:
-    if PDL and device.type == "cuda" and not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"overlap": True, "launch_pdl": True}
-    return {"overlap": False}
-
-
-@triton.jit
-def follow(overlap: tl.constexpr):
-    """The next kernel may get its programs into place; what the one before has written is there."""
-    if overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _fetch(p, size, lanes: tl.constexpr, how: tl.constexpr):
-    """Ask for bytes from p on, that they be in the L2 cache when they are read."""
-    first = p.to(tl.int64) & -16
-    size = (p.to(tl.int64) + size - first) & -16
-    if how == 1:
-        part = (((size + 15) // lanes + 15) // 16 * 16).to(tl.int32)
-        at = first + tl.minimum(tl.arange(0, lanes) * part, tl.maximum(size - part, 0))
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [at, tl.minimum(part, size.to(tl.int32)) + tl.arange(0, lanes) * 0],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        for begin in range(0, size, lanes * 128):
-            at = first + tl.minimum(begin + tl.arange(0, lanes) * 128, size)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-            )
 
 
 class Matrices(NamedTuple):
     """Quantized matrices [n_matrices, n_out, n_in] as the kernels take them; Any is a number or a constant.
 
     table: the codebook. decode: the type's function of triton_decode, or if `wide` of triton_wide, as near ... offset
-    are. size, groups: bytes of a block, and its groups of 8 weights.
+    are. size, groups: bytes of a block, and its groups of 8 weights. even: every row begins at a multiple of 4 bytes.
     """
 
     data: torch.Tensor
@@ -81,6 +40,7 @@ class Matrices(NamedTuple):
     size: Any
     groups: Any
     wide: Any
+    even: Any
     near: Any
     far: Any
     alike: Any
@@ -159,13 +119,13 @@ def _activations(x, scales, token, w, at, last):
     for k in tl.static_range(4 if w.wide else 1):
         g = _first(w, at) + (k % 2) * w.near + (k // 2) * w.far if w.wide else at
         a, b, c, d, unit = _tokens(x, scales, g, w.n_in, at < last)
-        sum = unit
+        count = unit
         if w.offset:
             up, low = _dots(ones, ones, a, b, c, d, up, low)
             if ((w.alike - 1) & k) == w.alike - 1:
-                sum = _number(up, low, unit)
+                count = _number(up, low, unit)
                 up, low = at * 0, at * 0
-        found = found + (a, b, c, d, unit, sum)
+        found = found + (a, b, c, d, unit, count)
     return found
 
 
@@ -175,7 +135,11 @@ def _part(w, row, at, last):
     at = tl.minimum(at, last - 1)
     if w.wide:
         per_block = w.groups // 4
-        return w.decode(row + (at // per_block) * w.size, at % per_block, w.table)
+        o = (at // per_block) * w.size
+        if not w.even:
+            o += (row.to(tl.int64) & 2).to(tl.int32)
+            row = (row.to(tl.int64) & -4).to(row.dtype)
+        return w.decode(row, o, at % per_block, w.table)
     else:
         return _group(w, row, at)
 
@@ -212,13 +176,13 @@ def _products(
     tile: tl.constexpr,
     few: tl.constexpr,
     known: tl.constexpr,
-    fetch: tl.constexpr,
     overlap: tl.constexpr,
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
 
     few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
+    known: ids do not come from the kernel before, so weights can be asked for while that is at work.
     second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1. Everything has one
     dimension, a thread for each part of a row: in two Triton gives neighbouring threads neighbouring rows.
     """
@@ -239,10 +203,9 @@ def _products(
         matrix = tl.load(ids + pair)
         data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
         stop = tl.where(matrix < 0, 0, last)
-    if fetch:
-        begin = tl.maximum(tl.minimum(row, w.n_out - rows), 0).to(tl.int64)
-        _fetch(data + begin * w.row_bytes, tl.minimum(rows, w.n_out) * w.row_bytes, tile, fetch)
     if overlap:
+        begin = tl.maximum(tl.minimum(row, w.n_out - rows), 0).to(tl.int64)
+        fetch(data + begin * w.row_bytes, tl.minimum(rows, w.n_out) * w.row_bytes, tile)
         if known:
             tl.extra.cuda.gdc_wait()
     token = (pair * few // x_share).to(tl.int64)
@@ -253,7 +216,9 @@ def _products(
         at = start + tl.arange(0, tile)
         acts = ()
         for t in tl.static_range(few):
-            acts = acts + (_activations(x, scales, tl.minimum(token + t, pairs - 1) if few > 1 else token, w, at, last),)
+            acts = acts + (
+                _activations(x, scales, tl.minimum(token + t, pairs - 1) if few > 1 else token, w, at, last),
+            )
         sums = ()
         for r in tl.static_range(rows):
             part = _part(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
@@ -284,79 +249,10 @@ def _weights(w, out, groups: tl.constexpr):
     tl.store(out + row * w.n_in + here, v, mask=here < w.n_in)
 
 
-class Routing(NamedTuple):
-    """Constants of _route. best: how many experts speak for their group. size, groups, slots: experts of a group,
-    groups and chosen experts, each padded to a power of two."""
-
-    n_group: Any
-    n_group_used: Any
-    n_used: Any
-    best: Any
-    sigmoid: Any
-    norm: Any
-    size: Any
-    groups: Any
-    slots: Any
-
-
-@triton.jit
-def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how, overlap: tl.constexpr):
-    """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
-    follow(overlap)
-    token = tl.program_id(0)
-    a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
-    per_group = n_expert // how.n_group
-    real = (a < how.n_group) & (b < per_group)
-    index = a * per_group + b
-    x = tl.load(logits + token * n_expert + index, mask=real, other=float("-inf"))
-    if how.sigmoid:
-        score = 1 / (1 + tl.exp(-x))
-    else:
-        top = tl.max(tl.max(x, axis=1), axis=0)
-        score = tl.exp(x - top)
-        score = score / tl.sum(tl.sum(score, axis=1), axis=0)
-    choice = score
-    if bias is not None:
-        choice += tl.load(bias + index, mask=real, other=0.0)
-    choice = tl.where(real, choice, float("-inf"))
-    if how.n_group > 1:
-        first = tl.max(choice, axis=1)
-        value = first
-        if how.best == 2:
-            at = tl.argmax(choice, axis=1)
-            value += tl.max(tl.where(b == at[:, None], float("-inf"), choice), axis=1)
-        group = tl.arange(0, how.groups)
-        value = tl.where(group < how.n_group, value, float("-inf"))
-        kept = group < 0
-        for _ in tl.static_range(how.n_group_used):
-            at = tl.argmax(value, axis=0)
-            kept = kept | (group == at)
-            value = tl.where(group == at, float("-inf"), value)
-        choice = tl.where(kept[:, None], choice, float("-inf"))
-    slot = tl.arange(0, how.slots)
-    expert = tl.zeros([how.slots], tl.int32)
-    weight = tl.zeros([how.slots], tl.float32)
-    for k in tl.static_range(how.n_used):
-        at_group = tl.argmax(tl.max(choice, axis=1), axis=0)
-        inner = tl.max(tl.where(a == at_group, choice, float("-inf")), axis=0)
-        at = at_group * per_group + tl.argmax(inner, axis=0)
-        chosen = (index == at) & real
-        w = tl.sum(tl.sum(tl.where(chosen, score, 0.0), axis=1), axis=0)
-        choice = tl.where(chosen, float("-inf"), choice)
-        expert = tl.where(slot == k, at, expert)
-        weight = tl.where(slot == k, w, weight)
-    if how.norm:
-        weight = weight / (tl.sum(weight, axis=0) + 1e-20)
-    if table is not None:
-        found = tl.load(table + expert)
-        tl.store(frames + token * how.n_used + slot, found, mask=slot < how.n_used)
-        expert = tl.where(found < 0, expert, -1 - expert)
-    tl.store(ids + token * how.n_used + slot, expert, mask=slot < how.n_used)
-    tl.store(weights + token * how.n_used + slot, weight * factor, mask=slot < how.n_used)
-
-
-def _matrices(qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False) -> Matrices:
-    """chunks: of 32 weights, where there is a function for that."""
+def _matrices(
+    qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False, second: torch.Tensor | None = None
+) -> Matrices:
+    """chunks: of 32 weights, where there is a function for that. second: others like them."""
     n_out, row_bytes = data.shape[-2:]
     sizes, wide = qtypes.stored(qtype), WIDE.get(qtype) if chunks else None
     of_chunks = (wide.near, wide.far, wide.alike, wide.offset) if wide else (1, 2, 1, True)
@@ -371,6 +267,7 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False) -
         tl.constexpr(sizes.type_size),
         tl.constexpr(sizes.block_size // 8),
         tl.constexpr(wide is not None),
+        tl.constexpr(row_bytes % 4 == 0 == data.data_ptr() % 4 and (second is None or second.data_ptr() % 4 == 0)),
         *map(tl.constexpr, of_chunks),
     )
 
@@ -383,8 +280,6 @@ def _tile(n_in: int) -> int:
 
 def tiling(n_out: int, n_in: int) -> tuple[int, int]:
     """Rows of a program and its warps."""
-    if not NARROW:
-        return (8 if n_out >= 4096 else 2), 1
     return (8, 1) if n_out >= 8192 else (4, 4)
 
 
@@ -406,10 +301,10 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows, warps = FORCED.get((qtype, n_out, n_in)) or tiling(n_out * (pairs // n), n_in)
+    rows, warps = tiling(n_out * (pairs // n), n_in)
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _matrices(qtype, data, n_in, chunks=n_in >= 32 * LANES),
+        _matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
         second,
         x.words,
         x.scales,
@@ -421,41 +316,11 @@ def products(
         LANES * warps,
         few,
         ids is None or known,
-        FETCH if data.is_cuda and torch.cuda.get_device_capability(data.device) >= (9, 0) else 0,
         num_warps=warps,
         enable_fp_fusion=False,  # or a token's last bits would depend on how many there are
         **launching(data.device),
     )
     return out[0] if second is None else out
-
-
-@triton.jit
-def _scores(x, weights, out, d, n_expert, width: tl.constexpr, overlap: tl.constexpr):
-    """Row program_id(0) of weights [n_expert, d] times token program_id(1), float32."""
-    expert, token = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, width)
-    if overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-    w = tl.load(weights + expert * d + column, mask=column < d, other=0.0)
-    if overlap:
-        tl.extra.cuda.gdc_wait()
-    v = tl.load(x + token.to(tl.int64) * d + column, mask=column < d, other=0.0)
-    tl.store(out + token * n_expert + expert, tl.sum(w * v, axis=0))
-
-
-ROUTED = 8  # tokens up to which a program a score is faster than a product of matrices
-
-
-def scores(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """x float32 [n, d] times weights float32 [n_expert, d] -> [n, n_expert]."""
-    (n, d), n_expert = x.shape, len(weights)
-    if n > ROUTED or not NARROW:
-        return x @ weights.T
-    out = torch.empty(n, n_expert, device=x.device)
-    _scores[(n_expert, n)](
-        x, weights, out, d, n_expert, triton.next_power_of_2(d), num_warps=8, **launching(x.device)
-    )
-    return out
 
 
 def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -464,18 +329,3 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     groups = _tile(n_in)
     _weights[(n_rows, triton.cdiv(n_in // 8, groups))](_matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
     return out
-
-
-def route(
-    logits: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, c: ModelConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `Between.route`, from logits float32 [n, n_expert]."""
-    n = len(logits)
-    ids = torch.empty(n, c.n_used, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(n, c.n_used, dtype=torch.float32, device=logits.device)
-    frames = None if table is None else torch.empty_like(ids)
-    powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
-    numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
-    how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1, **launching(logits.device))
-    return ids, weights, frames

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations, Where
-from quantkit.runtime.kernels import INTERPRETED, follow, launching
+from quantkit.runtime.launching import follow, launching
 
 HEADS = 16  # a program of attention: the least that the tensor cores take
 POSITIONS = 32  # of the cache, in a step of such a program
@@ -261,66 +261,6 @@ def collect(out: torch.Tensor, part: torch.Tensor, place: torch.Tensor, shares: 
     _collect[grid](out, part, place, shares, first, len(part), d, place.shape[1], width, num_warps=4)
 
 
-@triton.jit
-def _send(x, weights, ids, to_x, to_weights, to_ids, flags, step, d, n_used, width: tl.constexpr, slots: tl.constexpr, overlap: tl.constexpr):
-    """Row program_id(0) of each to the memory of the host; then its flag gets the step's number."""
-    follow(overlap)
-    token = tl.program_id(0).to(tl.int64)
-    column, k = tl.arange(0, width), tl.arange(0, slots)
-    for begin in range(0, d, width):
-        at, inside = token * d + begin + column, begin + column < d
-        tl.store(to_x + at, tl.load(x + at, mask=inside, other=0.0), mask=inside)
-    at = token * n_used + k
-    tl.store(to_weights + at, tl.load(weights + at, mask=k < n_used, other=0.0), mask=k < n_used)
-    tl.store(to_ids + at, tl.load(ids + at, mask=k < n_used, other=0), mask=k < n_used)
-    number = tl.load(step).to(tl.int32)
-    if INTERPRETED:
-        tl.store(flags + token, number)
-    else:
-        tl.debug_barrier()
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [flags + token, number],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def _receive(got, to, flag, step, size, width: tl.constexpr, overlap: tl.constexpr):
-    """Wait until the host has written the step's number to the flag, then fetch what it computed."""
-    follow(overlap)
-    column = tl.program_id(0) * width + tl.arange(0, width)
-    number = tl.load(step).to(tl.int32)
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred there; .reg .u32 seen; look: ld.acquire.sys.global.u32 seen, [$1]; setp.eq.u32 there, seen, $2;"
-            " @!there bra look; mov.u32 $0, seen; }",
-            "=r,l,r",
-            [flag, number],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        tl.debug_barrier()
-    tl.store(to + column, tl.load(got + column, mask=column < size, other=0.0, volatile=True), mask=column < size)
-
-
-def send(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, to: tuple, flags: torch.Tensor, step: torch.Tensor) -> None:
-    """x float32 [n, d], weights and ids [n, k] to pinned memory; then flags int32 [n] get step."""
-    (n, d), k = x.shape, ids.shape[1]
-    slots = triton.next_power_of_2(k)
-    _send[(n,)](x, weights, ids, *to, flags, step, d, k, 1024, slots, num_warps=8, **launching(x.device))
-
-
-def receive(got: torch.Tensor, to: torch.Tensor, flag: torch.Tensor, step: torch.Tensor) -> None:
-    """Pinned memory float32 [n, d] to `to`, once flag says step."""
-    size, width = got.numel(), 1024
-    _receive[(triton.cdiv(size, width),)](got, to, flag, step, size, width, num_warps=4, **launching(to.device))
-
-
 def _blocks(n: int) -> int:
     """Blocks of 32 columns, a power of two, that hold n."""
     return triton.next_power_of_2(triton.cdiv(n, 32))
@@ -337,7 +277,9 @@ def gated(gate: torch.Tensor, up: torch.Tensor | None) -> Activations:
     n, n_in = gate.shape
     to = _empty(n, n_in, gate.device)
     blocks = min(16, _blocks(n_in))
-    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4, **launching(gate.device))
+    _gated[(n, triton.cdiv(n_in, 32 * blocks))](
+        gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4, **launching(gate.device)
+    )
     return to
 
 
@@ -358,7 +300,21 @@ def norm(
     used = tl.constexpr(1 if shares is None else shares.shape[1])
     blocks = _blocks(d)
     warps = min(16, max(1, blocks // 8))
-    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps, **launching(h.device))
+    _norm[(n,)](
+        h,
+        *added,
+        y,
+        shares,
+        used,
+        weight,
+        total,
+        Words(*to),
+        d,
+        eps,
+        tl.constexpr(blocks),
+        num_warps=warps,
+        **launching(h.device),
+    )
     return h if total is None else total, to
 
 
@@ -399,7 +355,20 @@ def attend(
     to = _empty(n * c.n_head, c.kv_lora, query.device)
     shape, places = _shape(c), (where.slots, where.positions)
     _attend[(parts, triton.cdiv(c.n_head, HEADS), n)](
-        query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1, **launching(query.device)
+        query,
+        rotated,
+        cache,
+        *places,
+        out,
+        sums,
+        rows,
+        span,
+        c.softmax_scale,
+        shape,
+        HEADS,
+        POSITIONS,
+        num_stages=1,
+        **launching(query.device),
     )
     _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2, **launching(query.device))
     return to

@@ -91,7 +91,7 @@ def test_products_of_other_lengths(n_in, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_routing_kernel(device):
     pytest.importorskip("triton")
-    from quantkit.runtime import kernels
+    from quantkit.runtime import route_kernels
 
     folder = bundle.models_dir()
     r1, tiny = (
@@ -113,10 +113,10 @@ def test_routing_kernel(device):
         bias = torch.randn(c.n_expert, device=device) * 0.1 if c.scoring == "sigmoid" else None
         router = Router(torch.randn(c.n_expert, 64, device=device) * 0.3, bias)
         expert, weight = route(x, router, c)
-        ids, weights, none = kernels.route(x @ router.weight.T, bias, None, c)
+        ids, weights, none = route_kernels.route(x @ router.weight.T, bias, None, c)
         assert none is None and torch.equal(ids.long(), expert) and torch.allclose(weights, weight, rtol=1e-4)
         table = torch.randperm(c.n_expert, device=device).int() - c.n_expert // 2
         table[table < 0] = -1
-        ids, weights, slots = kernels.route(x @ router.weight.T, bias, table, c)
+        ids, weights, slots = route_kernels.route(x @ router.weight.T, bias, table, c)
         assert torch.equal(slots, table[expert]) and torch.allclose(weights, weight, rtol=1e-4)
         assert torch.equal(torch.where(slots < 0, ids, ~ids).long(), expert)

@@ -111,9 +111,9 @@ class ByKernels:
     """`Between`, by Triton."""
 
     def __init__(self, c: ModelConfig):
-        from quantkit.runtime import kernels, step_kernels
+        from quantkit.runtime import route_kernels, step_kernels
 
-        self.c, self.kernels, self.step = c, kernels, step_kernels
+        self.c, self.router, self.step = c, route_kernels, step_kernels
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
         """As `Between`."""
@@ -141,7 +141,7 @@ class ByKernels:
         self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `Between`."""
-        return self.kernels.route(self.kernels.scores(x, router.weight), router.bias, table, self.c)
+        return self.router.route(self.router.scores(x, router.weight), router.bias, table, self.c)
 
 
 def between_of(c: ModelConfig, device: torch.device) -> Between:
