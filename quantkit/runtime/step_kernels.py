@@ -113,15 +113,15 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _place(q, kv, kv_norm, turned, cells, cache, rotated, to, eps, shape, overlap: tl.constexpr):
+def _place(q, kv, kv_norm, turned, positions, cells, cache, rotated, to, eps, shape, overlap: tl.constexpr):
     """Of token program_id(0), head program_id(1): its query's two parts, the second rotated [n, n_head, rope]. The
     program after the last head: the cache's cell, normed latent and rotated key."""
     follow(overlap)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, shape.half)
     real = pair < shape.rope // 2
-    cos = tl.load(turned + token * shape.rope + 2 * pair, mask=real, other=0.0)
-    sin = tl.load(turned + token * shape.rope + 2 * pair + 1, mask=real, other=0.0)
+    turned += tl.load(positions + token) * shape.rope + 2 * pair
+    cos, sin = tl.load(turned, mask=real, other=0.0), tl.load(turned + 1, mask=real, other=0.0)
     if head < shape.n_head:
         of = (token * shape.n_head + head).to(tl.int64)
         query = q + of * (shape.nope + shape.rope)
@@ -337,7 +337,8 @@ def place(
     n = len(q)
     to = _empty(n * c.n_head, c.qk_nope, q.device)
     rotated = torch.empty(n, c.n_head, c.qk_rope, device=q.device)
-    arguments = (q, kv, kv_norm, where.turned, where.cells, cache, rotated, Words(*to), c.rms_eps, _shape(c))
+    places = (where.turned, where.positions, where.cells)
+    arguments = (q, kv, kv_norm, *places, cache, rotated, Words(*to), c.rms_eps, _shape(c))
     _place[(n, c.n_head + 1)](*arguments, num_warps=1, **launching(q.device))
     return to, rotated
 

@@ -61,7 +61,7 @@ def test_attention(both, c, n_kv):
     kernels, torch_, device = both
     rows = n_kv + 7
     slots, positions = torch.tensor([3, 0, 2], device=device), torch.tensor([n_kv - 1, 0, 31], device=device)
-    angle = torch.rand(3, c.qk_rope // 2, device=device) * 6
+    angle = torch.rand(n_kv, c.qk_rope // 2, device=device) * 6
     turned = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)
     where = Where(slots * rows + positions, slots, positions, turned)
     q = torch.randn(3, c.n_head * c.qk_head, device=device)

@@ -89,7 +89,7 @@ class GpuEngine:
                 self._add_experts(layer, i)
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self.buffers = Buffers(c, n_slots, self.device)
+        self.buffers = Buffers(c, n_slots, self.rows, self.device)
         self.between = between_of(c, self.device)
         self.ring = self._ring()
         self.prompts = Prompts(self.layers, weights, self.ring, self._on_cpu)
@@ -99,7 +99,7 @@ class GpuEngine:
         self.prompts.chunk = largest_chunk(c, self._room())
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, list[Wait]]]] = {}
         if self.on_gpu:
-            self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
                 self._warm_up()
 
@@ -294,6 +294,8 @@ class GpuEngine:
     def _capture(self, key: tuple[int, int]) -> None:
         """The pieces of this step as CUDA graphs; one graph if the GPU itself waits for the CPU."""
         torch.cuda.synchronize()
+        if not self.steps:  # memory that no graph has any more cannot be given to another one
+            self.graph_memory = torch.cuda.graph_pool_handle()
         step = []
         with torch.cuda.stream(self.graph_stream):
             pieces, going = self._pieces(*key), True
@@ -354,5 +356,4 @@ class GpuEngine:
 
     def _where(self, n: int) -> Where:
         cells, positions, slots = self.buffers.at[: 3 * n].view(3, n)
-        turns = positions[:, None].float() * self.buffers.turns
-        return Where(cells, slots, positions, torch.stack((turns.cos(), turns.sin()), dim=-1).flatten(1))
+        return Where(cells, slots, positions, self.buffers.turned)

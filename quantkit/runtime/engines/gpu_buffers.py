@@ -22,14 +22,15 @@ class Buffers:
     """Of at most n_slots sequences; `h_host` and its like: the pinned twin on the CPU.
 
     h: residual stream. at: cell of the cache, position and slot of each new token, last the step's number. sent: what
-    experts on the CPU need. got: what they answer. turns: angle per position of each rotated pair.
+    experts on the CPU need. got: what they answer. turned: cos and sin of each rotated pair at every position.
 
     mapped: kernels of the GPU write `sent_host` and read `got_host` themselves, and each side tells the other by a flag
     in the host's memory, which gets the number of the step. Without (no kernels; launches that wait): copies and events
     between several graphs.
     """
 
-    def __init__(self, c: ModelConfig, n_slots: int, device: torch.device):
+    def __init__(self, c: ModelConfig, n_slots: int, rows: int, device: torch.device):
+        """rows: positions of the cache."""
         self.config, on_gpu = c, device.type == "cuda"
 
         def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +42,8 @@ class Buffers:
         self.sent, self.sent_host = pair(n_slots * (c.d + 2 * c.n_used))
         self.got, self.got_host = pair(n_slots, c.d)
         self.logits, self.logits_host = pair(n_slots, c.n_vocab)
-        self.turns = frequencies(c).to(device)
+        angle = torch.arange(rows, device=device)[:, None].float() * frequencies(c).to(device)
+        self.turned = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)
         self.arrived = torch.cuda.Event() if on_gpu else None
         self.mapped = use_kernels(device.type) and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0")
         self.sent_flags = torch.zeros(c.n_layer, -(-n_slots // LINE) * LINE, dtype=torch.int32, pin_memory=on_gpu)

@@ -77,7 +77,7 @@ class ByTorch:
         latent, key = kv.split([c.kv_lora, c.qk_rope], dim=-1)
         latent = F.rms_norm(latent, (c.kv_lora,), kv_norm, c.rms_eps)
         pairs = torch.cat((q[..., c.qk_nope :], key[:, None]), dim=1).view(n, c.n_head + 1, -1, 2)
-        turned = torch.view_as_complex(where.turned.view(n, 1, -1, 2))
+        turned = torch.view_as_complex(where.turned[where.positions].view(n, 1, -1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * turned).flatten(2)
         cells = cache.view(-1, cache.shape[-1])
         cells.index_copy_(0, where.cells, torch.cat((latent, rotated[:, -1]), dim=-1).to(cache.dtype))

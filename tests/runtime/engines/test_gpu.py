@@ -109,7 +109,7 @@ def test_rows_that_are_too_many(path, device):
 def test_through_mapped_memory(weights):
     """By the kernels that write and read the host's memory, interpreted: the same bits as by copies."""
     pytest.importorskip("triton")
-    engine = GpuEngine(weights, 2, 300, 0.4)
+    engine = GpuEngine(weights, 2, 300, 0)
     engine.prefill(0, text(weights, 8), 0)
     engine.prefill(1, text(weights, 12), 0)
     found = []
