@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from quantkit.runtime.pauses import pause
+
 SCORE_ELEMENTS = 1 << 26  # attention scores held at once: 256 MB as float32
 QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only within a tile
 
@@ -64,4 +66,5 @@ def absorbed(
             scores.masked_fill_(~mask[:, begin:end, None, :seen], float("-inf"))
         weights = scores.softmax(-1).to(latent.dtype)
         out[:, begin:end] = (weights.flatten(1, 2) @ latent[:, :seen]).view(n_seq, end - begin, n_head, -1)
+        pause(latent.device)  # behind 16,000 tokens all tiles of a piece take longer than others should wait
     return out

@@ -1,6 +1,6 @@
 """What scripts/bench/engines.py asks other programs about: small files for every target, with exact answers.
 
-    python scripts/bench/engine_files.py WORK
+    python scripts/bench/engine_files.py WORK [NAME ...]     # of some files only
 
 Models: the bundled tiny-r1; tiny-v3.2; and two with random weights whose attention has R1's widths (512 + 64, heads of
 128), because a program may know those alone: `wide`, routed in groups as R1 is, and `wide-one-group`, as Kimi-K2 is.
@@ -15,7 +15,7 @@ FILE.greedy.kld, the same for --kl-divergence-base.
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -94,11 +94,12 @@ CASES = (
 )
 
 
-def prepare(work: Path) -> None:
-    """All files with their answers; what is there already is kept."""
+def prepare(work: Path, names: Collection[str] = ()) -> None:
+    """Files of these names, else all, with their answers; what is there already is kept."""
     work.mkdir(parents=True, exist_ok=True)
-    (work / "F32.toml").write_text(PLAIN)
-    for case in CASES:
+    if not (recipe := work / "F32.toml").exists() or recipe.read_text() != PLAIN:  # another process may be reading it
+        recipe.write_text(PLAIN)
+    for case in (case for case in CASES if not names or case.name in names):
         if not case.file(work).exists():
             _make(case, work)
         if not (work / f"{case.name}.json").exists():
@@ -193,4 +194,4 @@ def greedy(source: GGUFSource, prompt: list[int]) -> tuple[list[int], list[int],
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    prepare(Path(sys.argv[1]), sys.argv[2:])

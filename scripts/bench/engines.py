@@ -2,7 +2,7 @@
 
     python scripts/bench/engines.py WORK --bin "llama.cpp b11434=llama.cpp/build/bin" --bin "ik=ik_llama.cpp/build/bin"
     python scripts/bench/engines.py WORK --python other/venv/bin/python      # xllamacpp or llama-cpp-python of a venv
-    python scripts/bench/engines.py WORK --bin "llama.cpp b11434 CUDA=build/bin" --gpu
+    python scripts/bench/engines.py WORK --bin "llama.cpp b11434 CUDA=build/bin" --gpu --jobs 6
 
 Files of every target with exact answers are made in WORK first (scripts/bench/engine_files.py), 1,020 tokens scored and
 4 × 63 greedy ones each. A folder of programs is asked by its llama-perplexity, which computes KLD from the
@@ -12,7 +12,9 @@ the oracle of `quantkit certify`, and `quantkit run`'s own engine as well. Every
 flag on four of them.
 
 WORK/engines.json keeps what was found, so that a stopped run goes on, and further engines add their columns; --again
-asks those that are named once more. Prints the tables of docs/results/engines.md.
+asks those that are named once more. --jobs asks programs several questions at once, each with OMP_NUM_THREADS threads;
+figures are the same, but for what llama.cpp's threads add up in another order. Prints the tables of
+docs/results/engines.md.
 """
 
 import json
@@ -30,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import click
@@ -47,7 +50,6 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import open_gguf
 
-TIMEOUT = 300  # s of one question
 WITH_OPTIONS = tuple(
     Case(model, recipe, target)
     for model, recipe in (("tiny-r1", "1.58bit"), ("wide-one-group", "F32"))
@@ -136,8 +138,9 @@ class Asked:
 class Programs:
     """A folder with llama-perplexity, and perhaps llama-server, of llama.cpp or a fork."""
 
-    def __init__(self, name: str, folder: Path, gpu: bool) -> None:
+    def __init__(self, name: str, folder: Path, gpu: bool, limit: int) -> None:
         self.name, self.folder, self.always = name, folder.resolve(), ["-ngl", "99"] if gpu else []
+        self.limit = limit  # seconds of one answer
         self.paths = os.environ | {"LD_LIBRARY_PATH": f"{self.folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
         said = subprocess.run([self.folder / "llama-perplexity", "--help"], capture_output=True, env=self.paths)
         self.ik = b"--mla-use" in said.stdout + said.stderr
@@ -194,9 +197,9 @@ class Programs:
         """What it prints. ends: Refused if it does not end well, or at once by a line that says why."""
         program = [str(self.folder / command[0]), *command[1:]]
         try:
-            done = subprocess.run(program, capture_output=True, timeout=TIMEOUT, env=self.paths)
+            done = subprocess.run(program, capture_output=True, timeout=self.limit, env=self.paths)
         except subprocess.TimeoutExpired:
-            raise Refused(f"no answer in {TIMEOUT} s") from None
+            raise Refused(f"no answer in {self.limit} s") from None
         said = (done.stdout + b"\n" + done.stderr).decode(errors="replace")
         if done.returncode and (ends or _worst(said)):
             raise Refused(f"{_ended(done.returncode)}: {_reason(said)}")
@@ -210,33 +213,34 @@ class Programs:
         n = 4 if flags == SEQUENCES else 1
         own = ["-c", str(512 * n), "-np", str(n), *self._common(), *(flags.split() if flags != SEQUENCES else ())]
         command = [str(self.folder / "llama-server"), "-m", str(asked.file), "--port", str(port), *own]
-        log = asked.base.with_suffix(".log")
+        log = asked.base.with_suffix(f".{port}.log")
         with log.open("wb") as out:
             child = subprocess.Popen(command, stdout=out, stderr=out, env=self.paths)
         where = f"http://127.0.0.1:{port}"
 
         def complete(prompt: Sequence[int]) -> list[int]:
             body = {"prompt": list(prompt), "n_predict": len(asked.exact[0]), "return_tokens": True, "temperature": 0}
-            return _post(f"{where}/completion", body | {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1})[
-                "tokens"
-            ]
+            body |= {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1}
+            return _post(f"{where}/completion", body, self.limit)["tokens"]
 
         try:
-            for _ in range(TIMEOUT):
+            begun = time.monotonic()
+            while not _healthy(where):
                 if child.poll() is not None:
                     raise Refused(
                         f"llama-server, {_ended(child.returncode)}: {_reason(log.read_text(errors='replace'))}"
                     )
-                if _healthy(where):
-                    break
+                if time.monotonic() - begun > self.limit:
+                    raise Refused(f"llama-server: not ready in {self.limit} s")
                 time.sleep(0.3)
             yield complete
         except (OSError, KeyError) as error:
             text = log.read_text(errors="replace")
             raise Refused(f"llama-server: {type(error).__name__} {error}: {_reason(text)}") from None
         finally:
-            child.terminate()
+            child.kill()
             child.wait()
+            log.unlink()
 
 
 class Package:
@@ -308,9 +312,9 @@ def _here() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
 
 
-def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def _post(url: str, body: Mapping[str, Any], limit: int) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with urllib.request.urlopen(request, timeout=limit) as answer:
         return json.load(answer)
 
 
@@ -404,24 +408,41 @@ def refusals(results: Results) -> Iterator[str]:
 @click.option("--gpu", is_flag=True, help="Everything on the GPU, and the flags that move parts of it.")
 @click.option("--ours/--no-ours", default=True, help="Ask quantkit's own engine too.")
 @click.option("--again", is_flag=True, help="Ask these engines once more.")
-def main(work: Path, folders: Sequence[str], pythons: Sequence[str], gpu: bool, ours: bool, again: bool) -> None:
+@click.option("--case", "names", multiple=True, help="Only files of these names.")
+@click.option("--jobs", default=1, show_default=True, help="Questions that a folder of programs is asked at once.")
+@click.option("--limit", default=300, show_default=True, help="Seconds of one answer of a program.")
+def main(work: Path, folders: Sequence[str], pythons: Sequence[str], **how: Any) -> None:
     """Entry point."""
-    prepare(work)
-    engines: list[Programs | Package | Ours] = [Ours(gpu)] if ours else []
-    engines += [Programs(name, Path(folder), gpu) for name, _, folder in (given.partition("=") for given in folders)]
+    names, gpu = how["names"], how["gpu"]
+    prepare(work, names)
+    engines: list[Programs | Package | Ours] = [Ours(gpu)] if how["ours"] else []
+    for name, _, folder in (given.partition("=") for given in folders):
+        engines.append(Programs(name, Path(folder), gpu, how["limit"]))
     engines += [Package(python) for python in pythons]
     kept = work / "engines.json"
     results: Results = json.loads(kept.read_text()) if kept.exists() else {}
+    keeping = Lock()
+
+    def answer(engine: Programs | Package | Ours, case: Case, flags: str) -> None:
+        found = asdict(question(engine, Asked.load(case, work), flags))
+        with keeping:
+            results[engine.name][flags][case.name] = found
+            kept.write_text(json.dumps(results, indent=1))
+            print(f"{engine.name} | {case.name} | {flags} | {found}", file=sys.stderr, flush=True)
+
     for engine in engines:
         own = results.setdefault(engine.name, {})
-        if again:
+        if how["again"]:
             own.clear()
-        for flags in engine.options:
-            for case in WITH_OPTIONS if flags else CASES:
-                if case.name not in own.setdefault(flags, {}):
-                    own[flags][case.name] = asdict(question(engine, Asked.load(case, work), flags))
-                    kept.write_text(json.dumps(results, indent=1))
-                    print(f"{engine.name} | {case.name} | {flags} | {own[flags][case.name]}", file=sys.stderr)
+        with ThreadPoolExecutor(how["jobs"] if isinstance(engine, Programs) else 1) as pool:
+            asked = [
+                pool.submit(answer, engine, case, flags)
+                for flags in engine.options
+                for case in (WITH_OPTIONS if flags else CASES)
+                if case.name not in own.setdefault(flags, {}) and (not names or case.name in names)
+            ]
+            for one in asked:
+                one.result()
     print(tables(results))
 
 

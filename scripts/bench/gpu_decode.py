@@ -2,10 +2,12 @@
 
     python scripts/bench/synthetic_gguf.py /dev/shm/r1.gguf --dense 1 --moe 4
     python scripts/bench/gpu_decode.py /dev/shm/r1.gguf --llama-bench llama-bench --check tiny-r1.gguf
+    python scripts/bench/gpu_decode.py --check tiny-r1.gguf --check other.gguf      # correctness alone
 
 llama-bench should be a build with CUDA, or the comparison says nothing: --llama-cpu-experts and --llama-vram are its
 options for the two cases. Prints as it goes: correctness and speed of the kernels, bandwidths, then each engine.
---check: a small file whose logits are compared with those of the exactly dequantized one.
+--check: a small file whose logits are compared with those of the exactly dequantized one: after a prompt of 600 tokens,
+then 40 times after one more.
 """
 
 import argparse
@@ -247,11 +249,11 @@ def check(file: str, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
+    parser.add_argument("file", nargs="?")
     parser.add_argument("--llama-bench", default=None)
     parser.add_argument("--llama-cpu-experts", default="-ngl 99 -fa 1 -ot exps=CPU", help="llama-bench's options.")
     parser.add_argument("--llama-vram", default="-ngl 99 -fa 1", help="The same, with experts in GPU memory.")
-    parser.add_argument("--check", default=None)
+    parser.add_argument("--check", action="append", default=[])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=64)
@@ -261,9 +263,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     say(torch.cuda.get_device_name(), "torch", torch.__version__, "threads", args.threads)
-    kernel_report(args.types.split(","))
-    if args.check:
-        check(args.check, args.threads)
+    if args.file:
+        kernel_report(args.types.split(","))
+    for file in args.check:
+        check(file, args.threads)
+    if not args.file:
+        return
     weights = open_gguf(args.file, "cuda", args.threads)
     c, watch = weights.config, Watch()
     prompt = torch.randint(300, min(8000, c.n_vocab), (args.prompt,)).tolist()

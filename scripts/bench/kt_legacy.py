@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import types as modules
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 PATIENCE = 90  # seconds for one type; ten will do
+AT_ONCE = 4  # types
 
 
 def stand_ins() -> None:
@@ -67,9 +69,9 @@ def threads() -> None:
 
 def check_types(folder: Path) -> None:
     """A process for each: a kernel may end it."""
-    reference = torch.load(folder / "types.pt")
-    print("| type | dequantizer: largest difference | experts, one row | 32 rows |\n|---|---|---|---|")
-    for layer, qtype in enumerate(reference["types"]):
+    types = torch.load(folder / "types.pt")["types"]
+
+    def ask(layer: int) -> str:
         command = [sys.executable, __file__, "type", str(folder), "--layer", str(layer)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
@@ -78,8 +80,12 @@ def check_types(folder: Path) -> None:
             printed, ended = (hung.stdout or b"").decode(), f"still at it after {PATIENCE} s"
         lines = [line for line in printed.splitlines() if line.startswith("RESULT ")]
         said = json.loads(lines[-1][7:]) if lines else {}
-        cells = [str(said.get(key, ended)) for key in ("dequantizer", "one", "many")]
-        print(f"| {qtype} | " + " | ".join(cells) + " |", flush=True)
+        return " | ".join([types[layer], *(str(said.get(key, ended)) for key in ("dequantizer", "gpu", "one", "many"))])
+
+    print("| type | dequantizer: largest difference | on the GPU | experts, one row | 32 rows |\n|---|---|---|---|---|")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for row in pool.map(ask, range(len(types))):
+            print(f"| {row} |", flush=True)
 
 
 def check_type(folder: Path, layer: int) -> None:
@@ -95,16 +101,17 @@ def check_type(folder: Path, layer: int) -> None:
         from ktransformers.util.custom_gguf import GGUFLoader
     reference = torch.load(folder / "types.pt")
     qtype, loader = reference["types"][layer], GGUFLoader(str(folder / "gguf"))
-    result: dict[str, str] = {}
+    result: dict[str, str] = {"gpu": "no GPU"}
     names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
     gate, up, down = (reference["decoded"][name] for name in names)
-    try:
-        exact = torch.bfloat16 if qtype == "BF16" else torch.float32  # it takes BF16 for what it always gives
-        found = loader.load_gguf_tensor(names[0], device="cpu", target_dtype=exact).float()
-        result["dequantizer"] = f"{float((found - gate).abs().max()):.2g}"
-    except Exception as error:
-        result["dequantizer"] = f"{type(error).__name__}: {error}"
-    print("RESULT " + json.dumps(result), flush=True)
+    exact = torch.bfloat16 if qtype == "BF16" else torch.float32  # it takes BF16 for what it always gives
+    for key, device in [("dequantizer", "cpu")] + [("gpu", "cuda:0")] * torch.cuda.is_available():
+        try:
+            found = loader.load_gguf_tensor(names[0], device=device, target_dtype=exact).float().cpu()
+            result[key] = f"{float((found - gate).abs().max()):.2g}"
+        except Exception as error:
+            result[key] = f"{type(error).__name__}: {error}"
+        print("RESULT " + json.dumps(result), flush=True)
     x, expert, weight = reference["x"], reference["expert"], reference["weight"]
     config = modules.SimpleNamespace(
         num_experts_per_tok=expert.shape[1], hidden_size=x.shape[1], moe_intermediate_size=gate.shape[1]

@@ -1,4 +1,4 @@
-"""The one-pass job on a synthetic checkpoint of R1's geometry: seconds a layer, weights/s, GB/s, peak memory.
+"""The one-pass job on a synthetic checkpoint: seconds a layer, weights/s, GB/s of the checkpoint, peak memory.
 
     python scripts/bench/synthetic.py synthetic --dense 1 --moe 1
     python scripts/bench/onepass.py synthetic --tokens 32768 --out /tmp/one
@@ -29,7 +29,10 @@ from quantkit.planning.recipe import Recipe
 from quantkit.runtime.room import Room
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 
-R1_MOE, R1_ROUTED = 58, 58 * 256 * 3 * 2048 * 7168
+
+def resident() -> float:
+    """The most of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 @click.command()
@@ -77,11 +80,15 @@ def main(
     state.remove()
     ranks.barrier()
     started = time.perf_counter()
-    stamps, cpu = [started], [time.process_time()]
+    stamps, cpu, memory = [started], [time.process_time()], []
 
     def stamp(_: int) -> None:
         stamps.append(time.perf_counter())
         cpu.append(time.process_time())
+        memory.append(torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0)
+        show(f"layer {len(memory) - 1}: {stamps[-1] - stamps[-2]:.1f} s, RSS so far {resident():.2f} GB")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     with GGUFWriter.open(
         out / "synthetic.gguf", plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True
@@ -98,23 +105,25 @@ def main(
         encode_pending(checkpoint, plan, fit_importance(plan, imatrix), writer, GgmlEncoder())
     whole = time.perf_counter() - started
     state.remove()
-    for layer, took in enumerate(layers):
+    for layer, (took, n_bytes, peak) in enumerate(zip(layers, source.layer_bytes(), memory, strict=True)):
         weights = sum(t.n_weights for t in plan.tensors if t.layer == layer)
-        rate = weights / took / 1e9
-        show(f"layer {layer}: {took:.1f} s, {rate:.3g} G weights/s, {rate:.3g} GB/s of FP8")
+        show(
+            f"layer {layer}: {took:.1f} s, {weights / took / 1e9:.3g} G weights/s, {n_bytes / 1e9:.2f} GB of the "
+            f"checkpoint, {n_bytes / took / 1e9:.3g} GB/s" + (f", GPU memory {peak:.2f} GB" if peak else "")
+        )
     show(
         f"left to ggml (embeddings, output, norms): {started + whole - passed:.1f} s, "
         f"{time.process_time() - cpu[-1]:.1f} CPU seconds"
     )
     show(f"moments used: {dict(used)}")
     show(f"file {sum(file.stat().st_size for file in writer.files) / 1e9:.2f} GB, whole run {whole:.0f} s")
-    rss = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+    rss = max(ranks.gather(resident()))
     show(f"peak RSS {rss:.2f} GB" + (" of a rank" if ranks.count() > 1 else ""))
-    vram = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    vram = max(memory) if device == "cuda" else None
     if vram is not None:
         show(f"peak GPU memory {vram:.2f} GB")
         devices = f"{ranks.count()} such devices" if ranks.count() > 1 else "one such device"
-        show(f"R1: {R1_MOE} MoE layers x {layers[-1]:.1f} s = {R1_MOE * layers[-1] / 60:.0f} min on {devices}")
+        show(f"a layer like the last 58 times, as R1's: {58 * layers[-1] / 60:.0f} min on {devices}")
     if figures and first:
         figures.write_text(json.dumps({"layers": layers, "whole": whole, "rss": rss, "vram": vram}))
     ranks.leave()

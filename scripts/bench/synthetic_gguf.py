@@ -7,13 +7,15 @@ different offset for every matrix. The vocabulary is tiny-r1's with R1's 129,280
 of the 1.58bit recipe are 4.2 GB, two MoE layers 6.6 GB.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
 import numpy as np
 from synthetic import layout
 
-from quantkit import bundle
+from quantkit import bundle, machine
 from quantkit.codecs import types as qtypes
 from quantkit.formats.gguf_writer import GGUFWriter
 from quantkit.ggml.quants import quantize
@@ -46,12 +48,12 @@ class Blocks:
             self.pools[qtype, n_in] = packed.reshape(n_rows * n_in // qtypes.get(qtype).block_size, -1)
         return self.pools[qtype, n_in]
 
-    def take(self, tensor: PlannedTensor, n_rows: int) -> np.ndarray:
-        """uint8 [n_rows, row_bytes]"""
+    def take(self, tensor: PlannedTensor, n_rows: int) -> Callable[[], np.ndarray]:
+        """What makes uint8 [n_rows, row_bytes], in any thread."""
         pool, n_in = self._pool(tensor.qtype, tensor.shape[-1]), tensor.shape[-1]
-        self.offset = (self.offset + 104_729) % len(pool)
+        self.offset = offset = (self.offset + 104_729) % len(pool)
         n_blocks = n_rows * n_in // qtypes.get(tensor.qtype).block_size
-        return np.resize(np.roll(pool, -self.offset, axis=0), (n_blocks, pool.shape[1])).reshape(n_rows, -1)
+        return lambda: np.resize(np.roll(pool, -offset, axis=0), (n_blocks, pool.shape[1])).reshape(n_rows, -1)
 
 
 def vector(tensor: PlannedTensor, blocks: Blocks) -> np.ndarray:
@@ -80,7 +82,14 @@ def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -
     with (
         GGUFWriter.open(out, plan.tensors, metadata, fingerprint={}, restart=True, overwrite=True) as writer,
         track("write", plan.n_bytes / 1e6, "MB") as advance,
+        ThreadPoolExecutor(machine.cores()) as threads,
     ):
+
+        def put(tensor: PlannedTensor, start: int, rows: Callable[[], np.ndarray]) -> None:
+            writer.write(tensor.name, start, data := rows())
+            advance(data.nbytes / 1e6)
+
+        jobs = []
         for tensor in plan.tensors:
             if len(tensor.shape) == 1:
                 writer.write(tensor.name, 0, vector(tensor, blocks).view(np.uint8)[None])
@@ -89,8 +98,9 @@ def main(out: Path, dense: int, moe: int, recipe: str, target: str, seed: int) -
             step = tensor.shape[-2] if len(tensor.shape) == 3 else max(1, SLICE_BYTES // tensor.row_bytes)
             for start in range(0, n_rows, step):
                 rows = blocks.take(tensor, min(step, n_rows - start))
-                writer.write(tensor.name, start, rows)
-                advance(rows.nbytes / 1e6)
+                jobs.append(threads.submit(put, tensor, start, rows))
+        for job in jobs:
+            job.result()
     for qtype in sorted({tensor.qtype for tensor in plan.tensors}):
         size = sum(tensor.n_bytes for tensor in plan.tensors if tensor.qtype == qtype)
         click.echo(f"{qtype:8} {size / 1e6:9.1f} MB", err=True)
