@@ -132,7 +132,7 @@ def test_no_memory_for_graphs(weights, monkeypatch, capsys):
     engine.length, engine.on_gpu = [8], True
     monkeypatch.setattr(engine, "_capture", full)
     assert torch.equal(engine.decode([0], [300]), usual) and not engine.steps
-    assert "not enough GPU memory" in " ".join(capsys.readouterr().out.split())
+    assert "not enough GPU memory" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.gpu
