@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from quantkit.codecs.triton_decode import (
+    INTERPRETED,
     _byte,
     _even,
     _f16,
@@ -25,8 +26,6 @@ from quantkit.codecs.triton_decode import (
     _upper,
     _word,
 )
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
 
 
 @triton.jit

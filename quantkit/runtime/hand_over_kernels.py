@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit.runtime.launching import INTERPRETED, follow, launching
+from quantkit.codecs.triton_decode import INTERPRETED
 
 
 @triton.jit
@@ -26,11 +26,9 @@ def _send(
     n_used,
     width: tl.constexpr,
     slots: tl.constexpr,
-    overlap: tl.constexpr,
 ):
     """Row program_id(0) of each into the host's memory; when all of it is there, the row's flag gets the number `step`
     points to."""
-    follow(overlap)
     token = tl.program_id(0).to(tl.int64)
     column, k = tl.arange(0, width), tl.arange(0, slots)
     for begin in range(0, d, width):
@@ -55,9 +53,8 @@ def _send(
 
 
 @triton.jit
-def _receive(got, to, flag, step, size, width: tl.constexpr, overlap: tl.constexpr):
+def _receive(got, to, flag, step, size, width: tl.constexpr):
     """Wait until the flag has the number that `step` points to, then fetch what the host has written."""
-    follow(overlap)
     column = tl.program_id(0) * width + tl.arange(0, width)
     number = tl.load(step).to(tl.int32)
     if not INTERPRETED:
@@ -83,10 +80,10 @@ def send(rows: Three, to: Three, flags: torch.Tensor, step: torch.Tensor) -> Non
     int32 there get step, int64 [1]."""
     (n, d), k = rows[0].shape, rows[1].shape[1]
     slots = triton.next_power_of_2(k)
-    _send[(n,)](*rows, *to, flags, step, d, k, 1024, slots, num_warps=8, **launching(rows[0].device))
+    _send[(n,)](*rows, *to, flags, step, d, k, 1024, slots, num_warps=8)
 
 
 def receive(got: torch.Tensor, to: torch.Tensor, flag: torch.Tensor, step: torch.Tensor) -> None:
     """Pinned memory of the host, float32 [n, d], to the same on the GPU, once flag [1 or more] there says step."""
     size, width = got.numel(), 1024
-    _receive[(triton.cdiv(size, width),)](got, to, flag, step, size, width, num_warps=4, **launching(to.device))
+    _receive[(triton.cdiv(size, width),)](got, to, flag, step, size, width, num_warps=4)

@@ -14,13 +14,13 @@ import triton.language as tl
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.codebooks import for_kernels
 from quantkit.codecs.registry import codec, triton_twin
+from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.codecs.triton_wide import WIDE
 from quantkit.runtime.activations import Activations
-from quantkit.runtime.launching import INTERPRETED, fetch, launching
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
-LANES = 32  # of a program that multiplies: one warp, which needs no barriers
+LANES = 32  # of a warp
 
 
 class Matrices(NamedTuple):
@@ -175,21 +175,14 @@ def _products(
     rows: tl.constexpr,
     tile: tl.constexpr,
     few: tl.constexpr,
-    known: tl.constexpr,
-    overlap: tl.constexpr,
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
 
     few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
-    known: ids do not come from the kernel before, so weights can be asked for while that is at work.
     second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1. Everything has one
     dimension, a thread for each part of a row: in two Triton gives neighbouring threads neighbouring rows.
     """
-    if overlap:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not known:
-            tl.extra.cuda.gdc_wait()
     pair = tl.program_id(1)
     row = tl.program_id(0) * rows
     data = w.data
@@ -203,11 +196,6 @@ def _products(
         matrix = tl.load(ids + pair)
         data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
         stop = tl.where(matrix < 0, 0, last)
-    if overlap:
-        begin = tl.maximum(tl.minimum(row, w.n_out - rows), 0).to(tl.int64)
-        fetch(data + begin * w.row_bytes, tl.minimum(rows, w.n_out) * w.row_bytes, tile)
-        if known:
-            tl.extra.cuda.gdc_wait()
     token = (pair * few // x_share).to(tl.int64)
     totals = ()
     for _ in tl.static_range(rows * few):
@@ -278,9 +266,12 @@ def _tile(n_in: int) -> int:
     return next(exact, min(GROUPS, triton.next_power_of_2(n_in // 8)))
 
 
-def tiling(n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows of a program and its warps."""
-    return (8, 1) if n_out >= 8192 else (4, 4)
+def tiling(n_out: int, n_in: int, chosen: bool) -> tuple[int, int]:
+    """Rows of a program, and its warps, which share each of them. Measured with R1's matrices on an H200; the number of
+    tokens has no say, or their sums would depend on it."""
+    if n_in < 512 or (chosen and n_in >= 1024):
+        return 8, 1
+    return (4, 4) if n_in >= 4096 and n_out <= 8192 else (4, 1)
 
 
 def products(
@@ -289,7 +280,6 @@ def products(
     x: Activations,
     ids: torch.Tensor | None = None,
     second: torch.Tensor | None = None,
-    known: bool = False,
 ) -> torch.Tensor:
     """float32 [pairs, n_out]: of pair p, matrix ids[p] (without ids: the only one) times its row of x.
 
@@ -301,7 +291,7 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows, warps = tiling(n_out * (pairs // n), n_in)
+    rows, warps = tiling(n_out, n_in, ids is not None)
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
         _matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
@@ -315,10 +305,8 @@ def products(
         rows,
         LANES * warps,
         few,
-        ids is None or known,
         num_warps=warps,
         enable_fp_fusion=False,  # or a token's last bits would depend on how many there are
-        **launching(data.device),
     )
     return out[0] if second is None else out
 

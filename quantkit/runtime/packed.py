@@ -81,7 +81,7 @@ class Packed:
         """x [n · n_matrices, n_in], every matrix its own -> [n, n_matrices, n_out]."""
         n_matrices = len(self.data)
         n = len(x.x) // n_matrices
-        return self._products(x, _every(n_matrices, n, x.x.device), known=True).view(n, n_matrices, -1)
+        return self._products(x, _every(n_matrices, n, x.x.device)).view(n, n_matrices, -1)
 
     def chosen(self, x: Activations, ids: torch.Tensor) -> torch.Tensor:
         """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]; zeros where ids is below 0."""
@@ -105,11 +105,11 @@ class Packed:
     def _like(self, other: "Packed") -> bool:
         return (self.qtype, self.data.shape) == (other.qtype, other.data.shape)
 
-    def _products(self, x: Activations, ids: torch.Tensor | None, known: bool = False) -> torch.Tensor:
+    def _products(self, x: Activations, ids: torch.Tensor | None) -> torch.Tensor:
         if use_kernels(x.x.device.type):
             from quantkit.runtime import kernels
 
-            return kernels.products(self.qtype, self.data, _integers(x), ids, known=known)
+            return kernels.products(self.qtype, self.data, _integers(x), ids)
         rows = x.x.float()
         if ids is None:
             return rows @ codec(self.qtype).dequantize(self.data[0]).T

@@ -7,21 +7,16 @@ import triton
 import triton.language as tl
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.launching import follow, launching
 
 ROUTED = 8  # tokens up to which a program for each score is faster than a product of matrices
 
 
 @triton.jit
-def _scores(x, weights, out, d, n_expert, width: tl.constexpr, overlap: tl.constexpr):
+def _scores(x, weights, out, d, n_expert, width: tl.constexpr):
     """Row program_id(0) of weights [n_expert, d] times token program_id(1), float32."""
     expert, token = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, width)
-    if overlap:
-        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(weights + expert * d + column, mask=column < d, other=0.0)
-    if overlap:
-        tl.extra.cuda.gdc_wait()
     v = tl.load(x + token.to(tl.int64) * d + column, mask=column < d, other=0.0)
     tl.store(out + token * n_expert + expert, tl.sum(w * v, axis=0))
 
@@ -32,7 +27,7 @@ def scores(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if n > ROUTED:
         return x @ weights.T
     out = torch.empty(n, n_expert, device=x.device)
-    _scores[(n_expert, n)](x, weights, out, d, n_expert, triton.next_power_of_2(d), num_warps=8, **launching(x.device))
+    _scores[(n_expert, n)](x, weights, out, d, n_expert, triton.next_power_of_2(d), num_warps=8)
     return out
 
 
@@ -52,9 +47,8 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how, overlap: tl.constexpr):
+def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how):
     """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
-    follow(overlap)
     token = tl.program_id(0)
     a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
     per_group = n_expert // how.n_group
@@ -129,6 +123,5 @@ def route(
         c.weights_scale,
         how,
         num_warps=1,
-        **launching(logits.device),
     )
     return ids, weights, frames

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations, Where
-from quantkit.runtime.launching import follow, launching
 
 HEADS = 16  # a program of attention: the least that the tensor cores take
 POSITIONS = 32  # of the cache, in a step of such a program
@@ -51,9 +50,8 @@ def _write(to, v, row, begin, n, inside, blocks: tl.constexpr):
 
 
 @triton.jit
-def _gated(gate, up, to, n, blocks: tl.constexpr, overlap: tl.constexpr):
+def _gated(gate, up, to, n, blocks: tl.constexpr):
     """silu(gate) · up, or without up the first alone, of row program_id(0) from column block program_id(1) on."""
-    follow(overlap)
     row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * 32 * blocks
     at, column = row * n, begin + tl.arange(0, 32 * blocks)
     inside = column < n
@@ -77,10 +75,8 @@ def _norm(
     n,
     eps,
     blocks: tl.constexpr,
-    overlap: tl.constexpr,
 ):
     """h + first + second + Σ shares · chosen of row program_id(0) (each may be None) -> sum, and its RMS norm."""
-    follow(overlap)
     row = tl.program_id(0).to(tl.int64)
     at = row * n
     column = tl.arange(0, 32 * blocks)
@@ -113,10 +109,9 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _place(q, kv, kv_norm, turned, positions, cells, cache, rotated, to, eps, shape, overlap: tl.constexpr):
+def _place(q, kv, kv_norm, turned, positions, cells, cache, rotated, to, eps, shape):
     """Of token program_id(0), head program_id(1): its query's two parts, the second rotated [n, n_head, rope]. The
     program after the last head: the cache's cell, normed latent and rotated key."""
-    follow(overlap)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, shape.half)
     real = pair < shape.rope // 2
@@ -172,11 +167,9 @@ def _attend(
     shape,
     heads: tl.constexpr,
     step: tl.constexpr,
-    overlap: tl.constexpr,
 ):
     """Part program_id(0) of the cache, `span` positions, for some heads of token program_id(2): out [n, n_head, parts,
     kv_lora] not yet divided, sums [n, n_head, parts, 2]: greatest score and sum of exponentials (0: nothing there)."""
-    follow(overlap)
     part, token = tl.program_id(0), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(0)
     head = tl.program_id(1) * heads + tl.arange(0, heads)
@@ -216,9 +209,8 @@ def _attend(
 
 
 @triton.jit
-def _merge(out, sums, to, parts, shape, overlap: tl.constexpr):
+def _merge(out, sums, to, parts, shape):
     """The parts of head program_id(1) of token program_id(0) together -> one row of `to`."""
-    follow(overlap)
     row = (tl.program_id(0) * shape.n_head + tl.program_id(1)).to(tl.int64)
     column = tl.arange(0, 32 * shape.lora_blocks)
     inside = column < shape.kv_lora
@@ -277,9 +269,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor | None) -> Activations:
     n, n_in = gate.shape
     to = _empty(n, n_in, gate.device)
     blocks = min(16, _blocks(n_in))
-    _gated[(n, triton.cdiv(n_in, 32 * blocks))](
-        gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4, **launching(gate.device)
-    )
+    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4)
     return to
 
 
@@ -313,7 +303,6 @@ def norm(
         eps,
         tl.constexpr(blocks),
         num_warps=warps,
-        **launching(h.device),
     )
     return h if total is None else total, to
 
@@ -339,7 +328,7 @@ def place(
     rotated = torch.empty(n, c.n_head, c.qk_rope, device=q.device)
     places = (where.turned, where.positions, where.cells)
     arguments = (q, kv, kv_norm, *places, cache, rotated, Words(*to), c.rms_eps, _shape(c))
-    _place[(n, c.n_head + 1)](*arguments, num_warps=1, **launching(q.device))
+    _place[(n, c.n_head + 1)](*arguments, num_warps=1)
     return to, rotated
 
 
@@ -369,7 +358,6 @@ def attend(
         HEADS,
         POSITIONS,
         num_stages=1,
-        **launching(query.device),
     )
-    _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2, **launching(query.device))
+    _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2)
     return to

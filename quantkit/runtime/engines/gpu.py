@@ -259,14 +259,7 @@ class GpuEngine:
         key = (m, min(seen, self.rows))
         if self.on_gpu and key in self.steps:
             self.steps[key] = step = self.steps.pop(key)
-            try:
-                for graph, waits in step:
-                    graph.replay()
-                    for wait in waits:
-                        self._hand_over(wait)
-            except BaseException:  # or the GPU would wait for ever
-                buffers.let_go()
-                raise
+            self._replay(step)
         else:
             for wait in self._pieces(*key):
                 self._hand_over(wait)
@@ -275,6 +268,21 @@ class GpuEngine:
         buffers.logits_host[:n].copy_(buffers.logits[:n])
         self.hot.between_steps(n)
         return buffers.logits_host[:n]
+
+    def _replay(self, step: list[tuple[torch.cuda.CUDAGraph, list[Wait]]]) -> None:
+        """Where the GPU itself waits for the CPU, each graph is launched while the one before is at work."""
+        ahead = int(self.buffers.mapped)
+        try:
+            for graph, _ in step[:ahead]:
+                graph.replay()
+            for i, (_, waits) in enumerate(step):
+                for graph, _ in step[i + ahead : i + ahead + 1]:
+                    graph.replay()
+                for wait in waits:
+                    self._hand_over(wait)
+        except BaseException:  # or the GPU would wait for ever
+            self.buffers.let_go()
+            raise
 
     def _rows(self, n: int) -> int:
         """Of a step for n sequences: those that are too many repeat the last."""
@@ -292,7 +300,8 @@ class GpuEngine:
             torch.cuda.empty_cache()
 
     def _capture(self, key: tuple[int, int]) -> None:
-        """The pieces of this step as CUDA graphs; one graph if the GPU itself waits for the CPU."""
+        """The pieces of this step as CUDA graphs. Where the GPU itself waits for the CPU, a piece includes what the GPU
+        does meanwhile, and the next begins with waiting."""
         torch.cuda.synchronize()
         if not self.steps:  # memory that no graph has any more cannot be given to another one
             self.graph_memory = torch.cuda.graph_pool_handle()
@@ -303,7 +312,9 @@ class GpuEngine:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self.graph_memory, capture_error_mode="thread_local")
                 try:
-                    waits = list(pieces) if self.buffers.mapped else [next(pieces)]
+                    waits = [next(pieces)]
+                    if self.buffers.mapped and waits[0].what == "send":
+                        waits.append(next(pieces))
                 finally:  # or, after an error, no later step could be captured, nor the GPU waited for
                     graph.capture_end()
                 step.append((graph, waits))

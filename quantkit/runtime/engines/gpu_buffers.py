@@ -48,7 +48,8 @@ class Buffers:
         self.mapped = use_kernels(device.type) and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0")
         self.sent_flags = torch.zeros(c.n_layer, -(-n_slots // LINE) * LINE, dtype=torch.int32, pin_memory=on_gpu)
         self.got_flags = torch.zeros(c.n_layer, LINE, dtype=torch.int32, pin_memory=on_gpu)
-        self.seen, self.told = self.sent_flags.numpy(), self.got_flags.numpy()  # the same memory, with less ado
+        # The same memory, with less ado.
+        self.seen, self.told, self.given = (t.numpy() for t in (self.sent_flags, self.got_flags, self.got_host))
         self.step = self.n = self.m = 0
         self.parts: dict[int, Sent] = {}  # of `sent_host`, for so many rows
 
@@ -111,9 +112,9 @@ class Buffers:
     def answer(self, layer: int, y: torch.Tensor) -> None:
         """Give the GPU what experts made of n rows, float32 [n, d]."""
         n, m = self.n, self.m
-        self.got_host[:n] = y
+        self.given[:n] = y.numpy()
         if m > n:
-            self.got_host[n:m] = y[-1]
+            self.given[n:m] = self.given[n - 1]
         if self.mapped:
             self.told[layer, 0] = self.step
         else:
