@@ -56,6 +56,11 @@ class TensorTable(ABC):
         return found
 
     @property
+    def stored(self) -> dict[str, TensorEntry]:
+        """`tensors`, every byte once: an INT4 weight stands for its words."""
+        return {name: entry for name, entry in self.tensors.items() if not name.endswith(int4.PACKED)}
+
+    @property
     def name(self) -> str:
         """What files made of it are called: its folder's name, also where that was given as `.`, or the repository's
         of a snapshot in Hugging Face's cache."""

@@ -13,7 +13,6 @@ from quantkit.codecs import types as qtypes
 from quantkit.codecs.registry import FORMATS
 from quantkit.encoding.moments import FACTOR_COPIES, GROUP_SHARE
 from quantkit.encoding.saved import Kept
-from quantkit.formats.int4 import PACKED
 from quantkit.formats.tensor_table import weight_of
 from quantkit.job.work import SMALL_WEIGHTS, Work, rounded
 from quantkit.models import family
@@ -145,8 +144,7 @@ def _worse(order: "Order") -> str:
 def bytes_read(source: CheckpointSource) -> int:
     """Of one pass: the layers, embedding and output matrix."""
     needed = family.source_shapes(source.config)
-    stored = ((name, entry) for name, entry in source.checkpoint.tensors.items() if not name.endswith(PACKED))
-    return sum(entry.n_bytes for name, entry in stored if weight_of(name) in needed)
+    return sum(entry.n_bytes for name, entry in source.checkpoint.stored.items() if weight_of(name) in needed)
 
 
 def hidden_bytes(config: ModelConfig, n_tokens: int) -> int:

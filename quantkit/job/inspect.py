@@ -11,7 +11,6 @@ from quantkit.errors import printable
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
-from quantkit.formats.int4 import PACKED
 from quantkit.formats.model_names import is_gguf
 from quantkit.formats.tensor_table import weight_of
 from quantkit.models import family
@@ -102,8 +101,7 @@ def _checkpoint(name: str, source: Checkpoint | Geometry) -> list[str]:
     config = family.from_hf(source.config)
     needed = family.source_shapes(config)
     source.validate(needed)
-    # An INT4 weight stands for its words.
-    rows = [(e.dtype, prod(e.shape), e.n_bytes) for name, e in source.tensors.items() if not name.endswith(PACKED)]
+    rows = [(e.dtype, prod(e.shape), e.n_bytes) for e in source.stored.values()]
     extra = sum(1 for name in source.tensors if weight_of(name) not in needed)
     lines = [f"checkpoint  {name}", *_model_lines(config), "", *_types(rows)]
     if extra:

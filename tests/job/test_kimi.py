@@ -8,6 +8,7 @@ import kimi_checkpoint
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
@@ -121,6 +122,13 @@ def test_two_bits(kimi, tmp_path):
     if llama.available():
         theirs = torch.from_numpy(llama.logits(path, tokens.numpy(), yarn_betas=BETAS))
         assert divergence(ours, theirs) < 0.02
+
+
+def test_bytes_of_its_layers_are_counted_once(int4):
+    """A pass over INT4 reads what the shards hold, not a weight beside its words."""
+    read = sum(CheckpointSource(Checkpoint.open(int4), "cpu", torch.float32).layer_bytes())
+    held = (tensor for shard in int4.glob("*.safetensors") for tensor in load_file(shard).items())
+    assert read == sum(tensor.nbytes for name, tensor in held if "model.layers." in name) > 0
 
 
 def test_run_computes_as_the_original(int4, copied):

@@ -137,7 +137,7 @@ class CheckpointSource:
 
     def layer_bytes(self) -> list[int]:
         """Of the checkpoint, by layer."""
-        tensors = ((name, entry.n_bytes) for name, entry in self.checkpoint.tensors.items())
+        tensors = ((name, entry.n_bytes) for name, entry in self.checkpoint.stored.items())
         return bytes_by_layer(tensors, self.config.n_block)
 
     def _outside(self, role: str) -> str:
