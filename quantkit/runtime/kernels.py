@@ -292,6 +292,7 @@ def products(
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
     rows, warps = tiling(n_out, n_in, ids is not None)
+    rows = min(rows, triton.next_power_of_2(n_out))
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
         _matrices(qtype, data, n_in, n_in >= 32 * LANES, second),

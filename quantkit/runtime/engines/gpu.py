@@ -3,8 +3,9 @@
 As many routed experts as fit stay in GPU memory, those chosen most. The others are computed on the CPU, one token per
 sequence at a time, while the GPU computes its own and the shared expert; in prompts their bytes may be moved instead.
 
-A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Everything also runs on the CPU,
-without graphs: so the tests compare it with the other engines.
+A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Where `Buffers.mapped`, the GPU itself
+waits, and the next piece is launched before. Everything also runs on the CPU, without graphs: so the tests compare it
+with the other engines.
 """
 
 import logging
