@@ -11,6 +11,7 @@ from rich.console import Console
 from quantkit.cli import options, streams
 from quantkit.cli.options import Shared
 from quantkit.cli.values import IMATRIX, MODEL, MODEL_FILE, OUT, OUT_FOLDER, WEIGHTS
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
@@ -269,7 +270,8 @@ def compare(
     device: str | None,
 ) -> None:
     """Files of anybody side by side: types, bytes, and with --reference KL divergence, top-1 and perplexity on the same
-    tokens, as `verify` measures them. Without it --data gives perplexities alone. Resumes."""
+    tokens, as `verify` measures them. Without it --data gives perplexities alone. Resumes. Exit code 1 if none could be
+    scored."""
     from quantkit.formats.lock import locked
     from quantkit.job import compare as comparing
     from quantkit.job.report import files as report_files
@@ -277,7 +279,8 @@ def compare(
     from quantkit.models.open import open_weights
 
     opened = comparing.opened(files)
-    if reference is None and not text.data:
+    by_headers = reference is None and not text.data
+    if by_headers:
         found = comparing.tables(opened)
     else:
         output = output or Path("compare")
@@ -291,3 +294,5 @@ def compare(
         streams.show_json(found)
     else:
         streams.show("\n".join([page, *map(str, made)]).rstrip())
+    if not by_headers and not any(one["scores"] for one in found["files"]):
+        raise QuantkitError("no file was scored; why stands beside each")

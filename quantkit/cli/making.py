@@ -74,10 +74,11 @@ def make(model: str, output: Path | None, asked: "MakeOptions") -> None:
     """Make a low-bit GGUF: calibrate, plan, quantize, verify. MODEL (default: bundled tiny-r1): folder, GGUF,
     bundled name or Hub id (user/name@revision; disk for what is downloaded: $QUANTKIT_CACHE_SIZE)."""
     from quantkit.evaluation.summary import short_table
-    from quantkit.job.make import make, what_it_takes
+    from quantkit.job.dry_run import what_it_takes
+    from quantkit.job.make import make, order_of
 
     if asked.dry_run:
-        streams.show("\n".join(what_it_takes(model, output, asked)))
+        streams.show("\n".join(what_it_takes(order_of(model, output, asked))))
         return
     files, result = make(model, output, asked)
     streams.show(short_table(result, files[0]) if result else "\n".join(map(str, files)))

@@ -85,7 +85,7 @@ def calibrate(
     from quantkit.calibration import measure
     from quantkit.calibration.gradients import GradientOptions, calibrate_gradients
     from quantkit.calibration.options import sized
-    from quantkit.encoding.saved import Keeper
+    from quantkit.encoding.saved import Keeper, check_kept
     from quantkit.formats.lock import locked
     from quantkit.job.by_moments import tie
     from quantkit.job.forecast import forecast_calibration
@@ -93,8 +93,13 @@ def calibrate(
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
     from quantkit.progress import say
+    from quantkit.runtime.layers import only_forward
 
     source = source_of(open_weights(model), chosen_device(device))
+    if besides.moments:
+        check_kept(source.config, besides.moments)
+    if besides.gradients:
+        only_forward(source.config, "--gradients")
     text = sized(calibration.text, source.config, source.device, calibration.memory)
     calibration = dataclasses.replace(calibration, text=text)
     for line in forecast_calibration(source, text.n_tokens or 0, output, besides.moments):

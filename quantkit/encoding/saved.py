@@ -130,17 +130,20 @@ def of_tokens(source: Source) -> str:
     return f"{VERSION}, {source.fingerprint()} {source.dtype} {source.device.type}"
 
 
+def check_kept(config: ModelConfig, folder: Path) -> None:
+    """QuantkitError if the moments of such a model are not kept, or by several ranks: before anything is read."""
+    if ranks.count() > 1:
+        raise QuantkitError(f"{folder}: --moments are written by one process; run it without other ranks")
+    if config.compression is not None:
+        raise QuantkitError(f"--moments: not kept of {config.architecture} models; `quantkit make` needs none")
+
+
 class Keeper:
     """Keeps the moments of one pass over `source` in a folder: `watch` makes the watcher of each layer. tokens int64
     [n_chunk, t]. QuantkitError if the disk has no room, or if several ranks share the pass."""
 
     def __init__(self, folder: Path, source: Source, tokens: torch.Tensor):
-        if ranks.count() > 1:
-            raise QuantkitError(f"{folder}: --moments are written by one process; run it without other ranks")
-        if source.config.compression is not None:
-            raise QuantkitError(
-                f"--moments: not kept of {source.config.architecture} models; `quantkit make` needs none"
-            )
+        check_kept(source.config, folder)
         self.folder, self.config = folder, source.config
         self.kept = Kept(source.config, tokens.numel(), source.dtype, len(tokens))
         self.form = self.kept.form

@@ -32,7 +32,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Check:
-    """One outcome. detail: why, in a line. engine: of a check that ran the file in another program."""
+    """One outcome. detail: why, in a line. engine: of a check that ran the file in another program, or was to."""
 
     name: str
     status: Status
@@ -58,8 +58,10 @@ class Certificate:
 
     @property
     def engines(self) -> list[Engine]:
-        """Programs that have run the file, or experts of it, and computed what its weights say."""
-        return list(dict.fromkeys(c.engine for c in self.checks if c.engine and c.status == "pass"))
+        """Programs that have run the file, or experts of each kind in it, and computed what its weights say."""
+        in_part = {(c.engine.program, c.engine.version) for c in self.checks if c.engine and c.status == "skip"}
+        found = dict.fromkeys(c.engine for c in self.checks if c.engine and c.status == "pass")
+        return [engine for engine in found if (engine.program, engine.version) not in in_part]
 
     @property
     def engine_run(self) -> bool:
@@ -78,7 +80,7 @@ class Certificate:
         if failed or not self.checks:
             return f"failed: {', '.join(failed)}"
         if not self.engine_run:
-            others = [check.engine for check in self.checks if check.engine]
+            others = [check.engine for check in self.checks if check.engine and check.status == "warn"]
             return f"not passed: {others[0]} computes another model" if others else "nothing failed, engine not run"
         left = f"; not run: {', '.join(name.removeprefix(ORACLE) for name in self.not_run)}" if self.not_run else ""
         return f"passed in {', '.join(map(str, self.engines))}{left}"

@@ -8,18 +8,23 @@ nothing failed and a program has run the file.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation import configuration, oracle_checks, structure, vocabulary
 from quantkit.evaluation.certificate import Certificate, Check
+from quantkit.evaluation.oracles import llama
 from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.checksums import RunningChecksums
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.tensor_table import TensorTable
 from quantkit.models.config import ModelConfig
 from quantkit.planning import targets
-from quantkit.tensors import Imatrix
+from quantkit.progress import say
+from quantkit.sizes import both_units
+from quantkit.tensors import Imatrix, TensorSpec
 
 UNCOMPARED = "weights and tokenizer were not compared with the original"
+MISHAPS = (QuantkitError, RuntimeError, OSError, ValueError, KeyError)  # of a computation, by whatever the file holds
 SHOWN = 6  # problems spelled out for each check
 
 
@@ -50,8 +55,13 @@ def certify(
     made.checks += _by_rule(file, target, reference, known, where)
     config = structure.own_config(file)
     checkpoint = reference if isinstance(reference, Checkpoint) else None
+    reading = _Reading(file, target, device, begin=oracle and not made.failed(but="types"))
+    for line in reading.forecast(values and config is not None, checkpoint):
+        say(line)
+    crc32 = None
     if config and values:
-        made.checks.append(_by_value(made, WeightCheck(file, known or config, checkpoint, imatrix, device)))
+        check, crc32 = _by_value(made, WeightCheck(file, known or config, checkpoint, imatrix, device), reading)
+        made.checks.append(check)
     elif config:
         made.checks.append(Check("weights", "skip", "not asked for (--no-values)"))
     if checkpoint is None:
@@ -61,10 +71,54 @@ def certify(
     elif not oracle:
         made.checks.append(Check("oracle", "skip", "not asked for (--no-oracle)"))
     else:
-        made.checks += _by_running(path, file, target, device)
+        made.checks += _by_running(path, file, reading)
     if reference is not None and oracle:
         made.checks.append(configuration.check(reference.config))
+    made.crc32 = None if made.failed() else crc32
     return made
+
+
+class _Reading:
+    """What one reading of a file is for, besides its weights. begin: the sample that llama.cpp's numbers are compared
+    with goes through each layer when its weights have been looked at."""
+
+    def __init__(self, file: GGUFFile, target: str, device: str, begin: bool) -> None:
+        self.file, self.target, self.device = file, target, device
+        programs = (
+            (llama.available(), oracle_checks.llama_program()[0]) if begin and targets.runs_llama_cpp(target) else ()
+        )
+        self.n_programs = sum(map(bool, programs))
+        self.sample: oracle_checks.SamplePass | None = None
+        self.error: BaseException | None = None
+
+    def forecast(self, values: bool, checkpoint: Checkpoint | None) -> Iterator[str]:
+        """How much will be read, in lines."""
+        uses = ["weights", "checksums"] * values + ["a sample of text"] * bool(self.n_programs)
+        if uses:
+            beside = f"; beside the weights what {checkpoint.name} has of them" if values and checkpoint else ""
+            said = " and ".join(filter(None, [", ".join(uses[:-1]), uses[-1]]))
+            yield f"reads {both_units(self.file.n_bytes)} once, for {said}{beside}"
+        if self.n_programs:
+            yield (
+                f"then so does {'each of two programs' if self.n_programs > 1 else 'one program'} of llama.cpp; twice "
+                "where the model needs flags, or it fails by its defaults"
+            )
+
+    def advance(self, n_layers: int) -> None:
+        """The sample is through so many layers. What is wrong with it is said when it is needed."""
+        if not self.n_programs or self.error:
+            return
+        try:
+            self.sample = self.sample or oracle_checks.SamplePass(self.file, self.device)
+            self.sample.advance(n_layers)
+        except (*MISHAPS, MemoryError) as error:
+            self.error = error
+
+    def whole(self) -> oracle_checks.SamplePass | None:
+        """The sample's pass, if there is one; the error that ended it."""
+        if self.error:
+            raise self.error
+        return self.sample
 
 
 def _by_rule(
@@ -92,25 +146,39 @@ def _by_rule(
     yield _check("tokenizer", vocabulary.tokenizer(file, folder), compared)
 
 
-def _by_value(made: Certificate, weights: WeightCheck) -> Check:
-    """Every weight decoded; the figures are left in `made`."""
+def _by_value(made: Certificate, weights: WeightCheck, reading: _Reading) -> tuple[Check, dict[str, int] | None]:
+    """Every weight decoded, and what else that reading of the file is for; the figures are left in `made`. And
+    checksums, if all of it could be read."""
+    file = weights.file
+
+    def visited(spec: TensorSpec, whole: bool) -> None:
+        tensor = file.tensors[spec.name]
+        sums.upto(tensor.file, tensor.offset + tensor.n_bytes)
+        if whole and spec.layer is not None and not weights.problems:
+            reading.advance(spec.layer + 1)
+
     try:
-        found = weights.run()
+        with RunningChecksums(file.files) as sums:
+            found = weights.run(visited)
+            crc32 = dict(zip(made.files, sums.finish(), strict=True))
     except QuantkitError as error:
-        return Check("weights", "fail", str(error))
+        return Check("weights", "fail", str(error)), None
     made.weights = found.report()
     otherwise = "finite, no empty and no doubled matrix; not compared with the original (--reference)"
     if found.checkpoint is not None:
         otherwise = f"{len(found.errors)} tensors are the original's within what their types cost"
-    return _check("weights", map(str, found.problems), otherwise)
+    return _check("weights", map(str, found.problems), otherwise), crc32
 
 
-def _by_running(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]:
+def _by_running(path: Path, file: GGUFFile, reading: _Reading) -> Iterator[Check]:
     """What was found before an error counts."""
     try:
-        yield from oracle_checks.run(path, file, target, device)
-    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
-        yield Check("oracle", "fail", f"{type(error).__name__}: {error}")
+        yield from oracle_checks.run(path, file, reading.target, reading.device, reading.whole())
+    except (*MISHAPS, MemoryError) as error:
+        if lacking := out_of_memory(error):
+            yield Check("oracle", "skip", f"not run: too little {lacking} for this file's numbers, to compare with")
+        else:
+            yield Check("oracle", "fail", f"{type(error).__name__}: {error}")
 
 
 def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:

@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Check, Engine, Status
 from quantkit.evaluation.divergence import HeadLogits, HeldLogits, diverge
 from quantkit.evaluation.oracles import kt, llama, llama_tool
-from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError
+from quantkit.evaluation.oracles.child import IllegalInstruction, NotRun, OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
 from quantkit.machine import threads
@@ -26,10 +26,14 @@ from quantkit.planning import targets
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.layers import route
 from quantkit.runtime.sources.gguf import GGUFSource, open_source
-from quantkit.runtime.stream import final_hidden
+from quantkit.runtime.stream import stream
 
 NATIVE = "oracle llama.cpp build"
-ILLEGAL = "dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older (docs/results/amx.md)"
+NOT_RUN = "not run: "
+ILLEGAL = (
+    f"{NOT_RUN}it dies by an illegal instruction: built for another CPU, or for AMX by GCC 12.2 or older "
+    "(docs/results/amx.md)"
+)
 OTHER_TOKENS = "it cuts the sample text into other tokens than we do"
 ITSELF = {
     "ollama": "Ollama was not run; since June 2026 it starts llama.cpp's llama-server, before that engines of its own",
@@ -50,16 +54,6 @@ TEXT = (
 )
 
 
-def run(path: Path, file: GGUFFile, target: str, device: str) -> Iterator[Check]:
-    """All checks by running the file; an oracle that is not installed is skipped, and says so."""
-    if target == "ktransformers":
-        yield from kt_kernel(path, file)
-    else:
-        yield from llama_cpp(path, file, device)
-    if why := ITSELF.get(target):
-        yield Check(f"oracle {target} itself", "skip", why)
-
-
 @dataclass(frozen=True)
 class Sample:
     """Tokens of TEXT and what our runtime makes of them. ids: of the text, without BOS; tokens: int64 [1, TOKENS], with
@@ -76,26 +70,63 @@ class Sample:
         return HeadLogits(self.source, self.hidden[first:-1])
 
 
-@torch.inference_mode()
+class SamplePass:
+    """TOKENS tokens going through a file's decoded weights, a layer at a time beside another reading of the file."""
+
+    @torch.inference_mode()
+    def __init__(self, path: Path | GGUFFile, device: str) -> None:
+        self.source = open_source(path, device)
+        self.ids = tokenize(self.source.tokenizer(), TEXT * REPEATED)
+        bos = self.source.file.metadata.get("tokenizer.ggml.add_bos_token", False)
+        begin = [self.source.config.bos] if bos else []
+        self.tokens = torch.tensor([[*begin, *self.ids][:TOKENS]])
+        self.hidden, self.done = torch.empty(0), 0
+        self._steps = stream(self.source, self.tokens)
+
+    @torch.inference_mode()
+    def advance(self, n_layers: int) -> None:
+        """Be through the first n_layers; those that predict the token after the next are no part of it."""
+        while self.done < min(n_layers, self.source.config.n_layer):
+            step = next(self._steps)
+            self.hidden, self.done = step.compute(), step.layer + 1
+
+    def whole(self) -> Sample:
+        """Does what is left of the pass."""
+        self.advance(self.source.config.n_layer)
+        return Sample(self.source, self.ids, self.tokens, self.hidden[0])
+
+
 def sample(path: Path, device: str) -> Sample:
     """One pass of TOKENS tokens through the file, decoded."""
-    source = open_source(path, device)
-    ids = tokenize(source.tokenizer(), TEXT * REPEATED)
-    begin = [source.config.bos] if source.file.metadata.get("tokenizer.ggml.add_bos_token", False) else []
-    tokens = torch.tensor([[*begin, *ids][:TOKENS]])
-    return Sample(source, ids, tokens, final_hidden(source, tokens)[0])
+    return SamplePass(path, device).whole()
+
+
+def llama_program() -> tuple[llama_tool.Build | None, str]:
+    """A build that can be asked, or None and why not."""
+    try:
+        return llama_tool.program(), why_no_build()
+    except QuantkitError as error:
+        return None, str(error)
+
+
+def run(path: Path, file: GGUFFile, target: str, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
+    """All checks by running the file; an oracle that is not installed is skipped, and says so. begun: as of
+    `llama_cpp`."""
+    if target == "ktransformers":
+        yield from kt_kernel(path, file)
+    else:
+        yield from llama_cpp(path, file, device, begun)
+    if why := ITSELF.get(target):
+        yield Check(f"oracle {target} itself", "skip", why)
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str) -> Iterator[Check]:
+def llama_cpp(path: Path, file: GGUFFile, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
-    build for this machine."""
-    try:
-        build, why = llama_tool.program(), why_no_build()
-    except QuantkitError as error:
-        build, why = None, str(error)
+    build for this machine. begun: ours, if it went through the file already."""
+    build, why = llama_program()
     package = llama.available()
-    ours = sample(path, device) if build or package else None
+    ours = (begun.whole() if begun else sample(path, device)) if build or package else None
     if ours and package:
         yield from installed(file, ours)
     else:
@@ -130,7 +161,7 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
         plain = llama.logits(file.files[0], ours.tokens.numpy()) if flags else None
         engine = Engine("llama.cpp", llama.version(), llama_tool.widest(llama.system_info()), flags)
     except OracleError as error:
-        yield Check(name, "fail", error.reason())
+        yield unanswered(name, error)
         return
     if theirs != ours.ids:
         yield Check(name, "fail", "llama.cpp cuts the sample text into other tokens than we do")
@@ -144,18 +175,18 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
 
 def built(program: llama_tool.Build, file: GGUFFile, ours: Sample) -> Iterator[Check]:
     """llama-perplexity of a build: with its defaults and, where these fail, with --no-repack, which then is a flag that
-    this file needs on this CPU."""
+    this file needs on this CPU. One that dies by illegal instructions in either way says nothing of the file."""
     flags = targets.start_flags("llama.cpp", ours.source.config)
     first = _by_build(program, file, ours, flags)
-    if first.status != "fail" or first.detail == OTHER_TOKENS:
+    if first.detail != ILLEGAL and (first.status != "fail" or first.detail == OTHER_TOKENS):
         yield first
         return
     again = _by_build(program, file, ours, flags + targets.NO_REPACK)
-    if again.status == "fail":
-        yield first
-        return
-    yield again
-    yield replace(first, status="warn", detail=f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail}")
+    if again.status in ("pass", "warn"):
+        told = f"start it with{targets.NO_REPACK} on this CPU; without: {first.detail.removeprefix(NOT_RUN)}"
+        yield from (again, replace(first, status="warn", detail=told))
+    else:
+        yield again if first.status == "skip" else first
 
 
 def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: str) -> Check:
@@ -163,9 +194,9 @@ def _by_build(program: llama_tool.Build, file: GGUFFile, ours: Sample, flags: st
     try:
         found = llama_tool.score(program, file.files[0], TEXT * 2 * REPEATED, TOKENS, flags=flags, n_threads=threads())
     except IllegalInstruction:
-        return Check(name, "fail", ILLEGAL)
+        return Check(name, "skip", ILLEGAL)
     except OracleError as error:
-        return Check(name, "fail", error.reason())
+        return unanswered(name, error)
     engine = Engine("llama.cpp", program.version, found.cpu, flags)
     if found.tokens.tolist() != ours.tokens[0].tolist():
         return Check(name, "fail", OTHER_TOKENS, engine)
@@ -176,6 +207,14 @@ def _unless_misrouted(check: Check, config: ModelConfig) -> Check:
     """A failure is a warning for models that llama.cpp routes wrongly, whatever the file."""
     misrouted = targets.routes_wrongly("llama.cpp", config)
     return replace(check, status="warn") if misrouted and check.status == "fail" else check
+
+
+def unanswered(name: str, error: OracleError, engine: Engine | None = None) -> Check:
+    """Of a program that came to no answer: a failure of the file, unless something else was to blame; then it was not
+    run."""
+    if isinstance(error, NotRun):
+        return Check(name, "skip", f"{NOT_RUN}{error}", engine)
+    return Check(name, "fail", error.reason(), engine)
 
 
 def compared(name: str, engine: Engine, ours: Sample, theirs: torch.Tensor, most: float = MOST_KLD) -> Check:
@@ -214,6 +253,9 @@ def kt_kernel(path: Path, file: GGUFFile, variant: str | None = None) -> Iterato
             try:
                 variant = variant or kt.runnable(where, layer, source.config, *inputs)
                 got = kt.experts(where, layer, source.config, *inputs, variant)
+            except NotRun as failure:
+                yield unanswered(f"oracle kt-kernel {kinds}", failure, Engine("kt-kernel", kt.version(), variant or ""))
+                continue
             except OracleError as failure:
                 yield Check(f"oracle kt-kernel {kinds}", "fail", _last_line(str(failure)))
                 continue

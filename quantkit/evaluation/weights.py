@@ -8,7 +8,7 @@ one that stands out is compared with the places its weights may have come from, 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -115,12 +115,20 @@ class WeightCheck:
         self.device, self.workers = device, workers or machine.threads()
         expected = family.specs(config, layout(file))
         # Tensors of another shape, missing and extra ones are the business of the structure check.
-        self.specs = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]
+        found = [s for s in expected if s.name in file.tensors and tuple(file.tensors[s.name].shape) == s.shape]
+        self.specs = sorted(found, key=self._place)
         self.problems: list[Problem] = []
         self.errors: list[TensorError] = []
 
-    def run(self) -> Self:
-        """Visit every tensor; itself again, with what was found."""
+    def _place(self, spec: TensorSpec) -> tuple[int, int]:
+        """In the file: read from its beginning to its end."""
+        tensor = self.file.tensors[spec.name]
+        return self.file.files.index(tensor.file), tensor.offset
+
+    def run(self, visited: Callable[[TensorSpec, bool], None] = lambda spec, whole: None) -> Self:
+        """Visit every tensor, in the file's order; itself again, with what was found. visited: told of each when its
+        bytes have been read, and whether those of its layer all have."""
+        last = {spec.layer: spec for spec in self.specs}
         total = sum(spec.n_weights for spec in self.specs) / 1e6
         with track("weights", total, "Mweights") as advance, ThreadPoolExecutor(self.workers) as pool:
             for spec in self.specs:
@@ -130,6 +138,7 @@ class WeightCheck:
                 for (start, _), part in zip(jobs, pool.map(lambda job: self._sums(spec, *job), jobs), strict=True):  # noqa: B023
                     _add(sums[start // per_matrix], part)
                 self._judge(spec, sums)
+                visited(spec, last[spec.layer] is spec)
                 advance(spec.n_weights / 1e6)
         return self
 

@@ -10,7 +10,7 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import read_text, read_whole
 from quantkit.formats.model_names import CONFIG, REPO_ID, folder_of
-from quantkit.job.folder import PLAN, PROVENANCE, VERIFY
+from quantkit.job.folder import NO_FIGURES, NOT_MADE, PLAN, PROVENANCE, VERIFY
 from quantkit.planning import mixtures, published
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.plan import Plan
@@ -116,13 +116,13 @@ def check_reportable(folders: tuple[Path, ...]) -> None:
     """QuantkitError for a folder without anything that a report could be of."""
     for folder in folders:
         if not (folder / VERIFY).is_file() and not (folder / PLAN).is_file():
-            raise QuantkitError(f"{folder}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left")
+            raise QuantkitError(NO_FIGURES.format(folder))
 
 
 def check_publishable(folder: Path, repo: str) -> None:
     """QuantkitError for a folder without a plan, and for what is no name of a repository."""
     if not (folder / PLAN).exists():
-        raise QuantkitError(f"{folder / PLAN}: no such file; is {folder} a folder that `quantkit make` left?")
+        raise QuantkitError(NOT_MADE.format(folder / PLAN, folder))
     if not REPO_ID.fullmatch(repo) or "@" in repo:
         raise QuantkitError(f"--repo {repo}: write USER/NAME")
 

@@ -13,7 +13,6 @@ from quantkit.evaluation.oracles import llama_tool
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.formats.whole_file import make_folders, write_json
-from quantkit.job.finished import checksums
 from quantkit.job.folder import CERTIFY
 from quantkit.models.open import open_model
 from quantkit.planning import targets
@@ -63,9 +62,6 @@ def certify_file(
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
     made = certify(path, target, original, importance, oracle=how.oracle, values=how.values, device=device)
-    if how.values and not made.failed():
-        parts = [path.with_name(name) for name in made.files]
-        made.crc32 = dict(zip(made.files, checksums(parts), strict=True))
     make_folders(out.parent)
     write_json(out, made.to_dict())
     return made, out

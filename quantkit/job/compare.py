@@ -177,7 +177,7 @@ def _admitted(
 ) -> GGUFSource | None:
     """The file, if it can be computed and is of the leader's model; if not, its facts say why."""
     try:
-        source = open_source(one.path, device)
+        source = open_source(one.file, device)
         if leader:
             check_same_model(source, leader)
             check_cut_alike(source, leader, text, one.path)
@@ -229,7 +229,7 @@ class _Theirs:
 
 def _scored(one: Opened, theirs: _Theirs | None, chunks: Chunks, how: CompareOptions, at: str) -> Divergence:
     """Token by token; what an earlier run noted is taken."""
-    source: GGUFSource = open_source(one.path, how.device)
+    source: GGUFSource = open_source(one.file, how.device)
     of = source.fingerprint(), _first_rows(one.file)
     key = _key(*of, theirs.key if theirs else "alone", source.device.type, _digest(chunks))
     note = how.folder / f"tokens-{key}.safetensors"

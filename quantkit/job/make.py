@@ -117,13 +117,6 @@ def order_of(model: ModelRef | Path | str, folder: Path | None, options: MakeOpt
     return order
 
 
-def what_it_takes(model: ModelRef | Path | str, folder: Path | None, options: MakeOptions) -> list[str]:
-    """What `make` would read, write and take, in lines; nothing is written."""
-    order = order_of(model, folder, options)
-    n_bytes = file_bytes(order.checkpoint, order.plan, options.split_max_bytes)
-    return forecast(order, source_of(order.checkpoint, order.device), n_bytes)
-
-
 def make_in_folder(order: Order, model: ModelRef | Path | str) -> tuple[list[Path], dict[str, Any] | None]:
     """`make`, when it is decided what and where, and nobody else is there."""
     checkpoint, plan, options, device = order.checkpoint, order.plan, order.options, order.device

@@ -215,7 +215,7 @@ def attention(
         if layer.chooser is not None and (cache is None or cache.index is not None):
             index = cache.index if cache else None
             mask = chosen(x.view(n_seq, t, d), low, layer.chooser, (far, begin), c, index)
-    mixed = _attended(q, kv, found, mask, layer, c)
+    mixed = _attended((q, begin), kv, found, mask, layer, c)
     mixed = rotate_last(mixed, turns.cos[:, None], -turns.sin[:, None])
     assert c.compression
     grouped = mixed.reshape(n_seq * t, c.compression.n_group, -1)
@@ -311,7 +311,7 @@ def chosen(
 
 
 def _attended(
-    q: torch.Tensor,
+    asked: tuple[torch.Tensor, int],
     kv: torch.Tensor,
     entries: torch.Tensor | None,
     mask: torch.Tensor | None,
@@ -319,18 +319,19 @@ def _attended(
     config: ModelConfig,
 ) -> torch.Tensor:
     """Softmax over the window, the entries before it and a sink that takes its share and gives nothing; in tiles of
-    queries. q [s, t, h, w], kv [s, m, w], of whose positions the queries' are the last, entries [s, n, w], mask bool
-    [s, t, n] -> [s, t, h, w]."""
+    queries. asked: q [s, t, h, w], and the position of the first; kv [s, m, w], of whose positions the queries' are the
+    last, entries [s, n, w], mask bool [s, t, n] -> [s, t, h, w]."""
     assert config.compression
+    q, before = asked
     (n_seq, t, n_head, _), window = q.shape, config.compression.window
-    n, before = 0 if entries is None else entries.shape[1], kv.shape[1] - t
+    n, left_out = 0 if entries is None else entries.shape[1], before + t - kv.shape[1]
     out = torch.empty_like(q)
     step = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (n_seq * n_head * (window + QUERY_TILE + n))))
     sinks = layer.sinks.view(1, 1, n_head, 1)
     for begin in range(0, t, step):
         end = min(begin + step, t)
         first, last = max(0, before + begin - window + 1), before + end
-        keys = kv[:, first:last]
+        keys = kv[:, first - left_out : last - left_out]
         position = torch.arange(before + begin, last, device=q.device)[:, None]
         column = torch.arange(first, last, device=q.device)
         hidden = ((column > position) | (column <= position - window))[None]

@@ -1,8 +1,8 @@
 """What a sequence of DeepSeek-V4 keeps of its tokens, so that later ones need not compute them again.
 
-Keys of all positions, of which a window is looked at; entries of all whole blocks; and what the next entries will be
-made of: the rows of the block that is not whole, and of the block before where an entry reaches into it. Keys behind
-the window are kept so that a sequence can be taken back to an earlier token.
+Keys, of which a window is looked at; entries of all whole blocks; and what the next entries will be made of: the rows
+of the block that is not whole, and of the block before where an entry reaches into it. Some keys behind the window are
+kept so that a sequence can be taken back to an earlier token.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.rotation import Angles
 
+KEPT = 1 << 16  # positions behind the window: as far as a text is taken back without computing all of it again
 OVERLAPPING = 4  # the ratio whose entries reach into the block before
 
 
@@ -60,15 +61,18 @@ class Blocks:
 
 @dataclass
 class CompressedCache:
-    """Of one layer and one sequence: keys [1, capacity, width] of the first `length` positions; blocks: of a layer that
-    compresses; index: of one whose indexer chooses among the entries, where a context can have more than its top-k.
-    upto: angles of at least so many positions from 0 on."""
+    """Of one layer and one sequence: keys [1, n, width], that of position p in row p % n, of the last of `length`
+    positions; written: the most that it had since it was empty. window: positions that attention looks at. blocks: of
+    a layer that compresses; index: of one whose indexer chooses among the entries, where a context can have more than
+    its top-k. upto: angles of at least so many positions from 0 on."""
 
     keys: torch.Tensor
     upto: Callable[[int], Angles]
+    window: int
     blocks: Blocks | None = None
     index: Blocks | None = None
     length: int = 0
+    written: int = 0
 
     @classmethod
     def empty(
@@ -81,12 +85,12 @@ class CompressedCache:
     ) -> "CompressedCache":
         """Of a layer, for up to so many tokens. like: of its device and dtype."""
         assert config.compression and config.indexer
-        ratio = config.compression.ratios[layer]
+        ratio, window = config.compression.ratios[layer], config.compression.window
 
         def room(n: int, width: int) -> torch.Tensor:
             return like.new_zeros((1, n, width))
 
-        made = cls(room(capacity, config.qk_head), upto)
+        made = cls(room(min(capacity, window + KEPT), config.qk_head), upto, window)
         if ratio:
             n = capacity // ratio
             made.blocks = Blocks(ratio, room(n, config.qk_head))
@@ -95,16 +99,27 @@ class CompressedCache:
         return made
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [1, t, width] of the next tokens; of all so far."""
-        end = self.length + keys.shape[1]
-        self.keys[:, self.length : end] = keys
-        self.length = end
-        return self.keys[:, :end]
+        """Keys [1, t, width] of the next tokens; these behind those before them that the first one's window has."""
+        n, end = self.keys.shape[1], self.length + keys.shape[1]
+        seen = self.keys[:, self._rows(self.length - self.window + 1, self.length)]
+        self.keys[:, self._rows(end - n, end, self.length)] = keys[:, -n:]
+        self.length, self.written = end, max(self.written, end)
+        return torch.cat((seen, keys), dim=1)
+
+    def _rows(self, begin: int, end: int, least: int = 0) -> torch.Tensor:
+        """Of positions from `begin`, or `least`, to the one before `end`."""
+        return torch.arange(max(begin, least), end, device=self.keys.device) % self.keys.shape[1]
+
+    def reaches(self, start: int) -> bool:
+        """Whether keys of the window before position `start` are there."""
+        return max(0, start - self.window + 1) >= self.written - self.keys.shape[1]
 
     def back(self, block: int, start: int) -> None:
-        """To the first `start` tokens. block: from there on nothing is true any more, a multiple of all ratios; what
-        lies between is computed again, for its rows."""
+        """To the first `start` tokens, which it `reaches`. block: from there on nothing is true any more, a multiple of
+        all ratios; what lies between is computed again, for its rows."""
         self.length = start
+        if not start:
+            self.written = 0
         for blocks in (self.blocks, self.index):
             if blocks is not None:
                 blocks.back(block, start)

@@ -29,6 +29,7 @@ Events = asyncio.Queue[tuple[int | None, str | None]]
 
 
 Made = TypeVar("Made")
+LENGTH = "length"  # an end: at as many tokens as it may have
 FAILED = {"error": 500, "cancelled": 503, "refused": 400}
 """Ends that are no answer -> status."""
 
@@ -135,7 +136,7 @@ class ChatForm:
     def whole(self, answer: Answer, text: str) -> dict[str, Any]:
         """Of the whole answer."""
         told, spoken = Part(text, answer.told()[0]), answer.spoken
-        parts, more = spoken.add(text), spoken.rest()
+        parts, more = spoken.add(text), spoken.rest(answer.finish == LENGTH)
         reasoning = parts.get("reasoning_content", "") + more.get("reasoning_content", "")
         content: str | None = parts.get("content", "") + more.get("content", "")
         message = {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
@@ -153,7 +154,7 @@ class ChatForm:
 
     def rest(self, answer: Answer) -> dict[str, Any] | None:
         """Of what only the end made certain."""
-        delta = answer.spoken.rest()
+        delta = answer.spoken.rest(answer.finish == LENGTH)
         return {"delta": delta, "logprobs": None} if delta else None
 
     def last(self) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class ChatForm:
 
     def finish(self, answer: Answer) -> str:
         """Why it ended."""
-        return "tool_calls" if answer.spoken.n_calls else answer.finish
+        return "tool_calls" if answer.spoken.n_calls and answer.finish != LENGTH else answer.finish
 
     def _logprobs(self, answer: Answer, part: Part) -> dict[str, Any] | None:
         return logprobs.of_chat(answer.pieces.tokenizer, part.chances) if part.chances else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.serving.refusals import Refused
-from quantkit.serving.tools import NAME
+from quantkit.serving.tools import NAME, is_text
 
 MOST = 32  # tools of which a call may be required at once
 BETWEEN = r"/[ \n]{0,4}/"  # what may stand between calls, and before the first
@@ -117,9 +117,8 @@ class Writer:
                 continue
             one = f'"\\n" {key} {text(called)} {key_end} "\\n" {value} value{i}_{j} {value_end}'
             whole += f" {one}" if called in needed else f" ({one})?"
-            is_text = told.get("type") == "string" and "enum" not in told
             more = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-            lines.append(f"value{i}_{j}: " + ("/[^<]*/" if is_text else self.json({**told, **more})))
+            lines.append(f"value{i}_{j}: " + ("/[^<]*/" if is_text(told) else self.json({**told, **more})))
         return [f'{whole} "\\n"? {end}', *lines]
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import gc
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from quantkit.serving.requests import MAX_CHOICES, MAX_TOLD, MAX_TOLD_NEW, Body,
 from quantkit.serving.scheduler import Job, QueueFull
 from quantkit.serving.spoken import Spoken
 from quantkit.serving.template import ChatTemplate
+from quantkit.serving.tools import Arguments, arguments
 
 SHUTDOWN_SECONDS = 5  # running requests get that long after Ctrl-C
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill the context
@@ -182,13 +183,12 @@ class Api(Desk):
         loop, events = asyncio.get_running_loop(), Events()
 
         def emit(token: int | None, why: str | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(events.put_nowait, (token, why))
+            self.post.put(loop, events, (token, why))
 
         constraint = self.grammars.constraint(made.matcher, made.thinking) if made.matcher else None
         job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint)
         self.scheduler.submit(job)
-        pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and not made.tools)
+        pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and made.tools is None)
         return Answer(self.scheduler, job, events, pieces, index=index)
 
     def _matcher(self, body: Body, call: Wanted | None = None) -> Any:
@@ -210,7 +210,8 @@ class Api(Desk):
                 raise Refused(400, what, "context_length_exceeded", param="messages") from None
             opening, parted = Opening(made.begun), body.parts_reasoning(made.tools, self.settings.parted)
             ready = Ready([self.ids(made.prompt)], [opening], self._rules(body), self._matcher(body, made.call))
-            return replace(ready, thinking=bool(made.begun), parted=parted, tools=made.tools)
+            tools = arguments(body.tools) if made.tools else None
+            return replace(ready, thinking=bool(made.begun), parted=parted, tools=tools)
 
         answers = self._start(request, body, await self.lanes.render(weight(body, size), prepare), body.n_tokens())
         return await reply(request, body, answers, ChatForm(), self.name)
@@ -267,7 +268,7 @@ class Ready:
     matcher: Any = None
     thinking: bool = False
     parted: bool = False
-    tools: bool = False
+    tools: Mapping[str, Arguments] | None = None
 
 
 def bind(host: str, port: int) -> socket.socket:

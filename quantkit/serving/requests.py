@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from quantkit.runtime.generate import Sampling
 from quantkit.serving import grammar
@@ -68,7 +68,7 @@ class StreamOptions(Known):
     continuous_usage_stats: Literal[False] = False
 
 
-class Asked(Known, BaseModel):
+class Asked(Known):
     """A request's body. neutral: of other fields, the values that are accepted."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]]
@@ -76,7 +76,7 @@ class Asked(Known, BaseModel):
     model: str = ""
 
 
-class Body(Asked, BaseModel, ABC):
+class Body(Asked, ABC):
     """What both endpoints that answer understand."""
 
     stream: bool = False
@@ -167,7 +167,7 @@ class Body(Asked, BaseModel, ABC):
         """How many alternatives of each token the client wants to see; None: not even the token's own probability."""
 
 
-class ChatBody(Body, BaseModel):
+class ChatBody(Body):
     """Front ends send `tools` with every chat. R1's template has no place for them, so the model answers as without,
     and a call cannot be required (`serving/prompts.py`)."""
 

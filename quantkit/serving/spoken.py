@@ -1,18 +1,20 @@
 """What an answer consists of, told apart while it comes: reasoning, content, calls of tools."""
 
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
-from quantkit.serving.tools import OPENINGS, calls
+from quantkit.serving.tools import OPENINGS, Arguments, calls
 
 BEGIN, END = "<think>", "</think>"
 
 
 class Spoken:
     """parted: reasoning goes to `reasoning_content`, without its tags, else it is part of the content. tools: calls
-    are looked for after the reasoning. `add` and `rest` return fields of a message, or of a delta of one."""
+    of these are looked for after the reasoning; None: of none. `add` and `rest` return fields of a message, or of a
+    delta of one."""
 
-    def __init__(self, parted: bool = False, tools: bool = False):
+    def __init__(self, parted: bool = False, tools: Mapping[str, Arguments] | None = None):
         self.parted, self.tools = parted, tools
         self.thinking = self.begun = False  # begun: something other than space has come
         self.calling = self.after = False  # after: a tag of reasoning went before, and only line ends have come since
@@ -20,16 +22,17 @@ class Spoken:
 
     def add(self, text: str) -> dict[str, Any]:
         """What is certain after more text."""
-        if not (self.parted or self.tools):
+        if not self.parted and self.tools is None:
             return {"content": text} if text else {}
         self.held += text
         return self._certain(final=False)
 
-    def rest(self) -> dict[str, Any]:
-        """What is left at the end. Calls are whole now, or turn out to be text."""
+    def rest(self, cut: bool = False) -> dict[str, Any]:
+        """What is left at the end. Calls are whole now, or turn out to be text; of an answer that its length cut, the
+        whole ones are kept and what is left of the last is dropped."""
         fields = self._certain(final=True)
         if self.calling:
-            found = calls(self.held)
+            found = calls(self.held, self.tools or {}, cut)
             if found is None:
                 fields["content"] = fields.get("content", "") + self.held
             else:
@@ -74,11 +77,11 @@ class Spoken:
         return field, self._all_but(0 if final else _unsure(self.held, (END,)))
 
     def _content(self, final: bool) -> tuple[str, str]:
-        places = [at for mark in OPENINGS if self.tools and (at := self.held.find(mark)) >= 0]
+        places = [at for mark in OPENINGS if self.tools is not None and (at := self.held.find(mark)) >= 0]
         if places:
             self.calling = True
             return "content", self._all_but(len(self.held) - min(places))
-        return "content", self._all_but(0 if final or not self.tools else _unsure(self.held, OPENINGS))
+        return "content", self._all_but(0 if final or self.tools is None else _unsure(self.held, OPENINGS))
 
     def _all_but(self, n: int) -> str:
         text, self.held = self.held[: len(self.held) - n], self.held[len(self.held) - n :]

@@ -63,6 +63,8 @@ RUN = Check("oracle llama.cpp", "pass", "", WHEEL)
             "nothing failed, engine not run",
         ),
         ([replace(RUN, status="warn")], f"not passed: {WHEEL} computes another model"),
+        ([replace(RUN, status="skip")], "nothing failed, engine not run"),
+        ([RUN, Check("other kinds of experts", "skip", "", WHEEL)], "nothing failed, engine not run"),
         ([Check("types", "fail", ""), RUN], "failed: types"),
         ([], "failed: "),
     ],

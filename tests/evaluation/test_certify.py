@@ -1,11 +1,13 @@
 """A good file passes; every way of breaking one is caught by the check that should, and named."""
 
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from mutations import MUTATIONS, Model
 
@@ -15,6 +17,7 @@ from quantkit.evaluation import oracle_checks, structure
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt, llama
+from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
 from quantkit.formats.gguf_reader import GGUFFile
@@ -36,6 +39,39 @@ def test_a_good_file_passes(good, tiny):
     assert {check.name for check in made.checks} >= {"files", "metadata", "tensors", "types", "tokenizer", "weights"}
     assert made.files == {good.name: good.stat().st_size}
     json.dumps(made.to_dict(), allow_nan=False)
+
+
+def test_one_reading_serves_weights_checksums_and_sample(good, tmp_path, capsys, monkeypatch):
+    """Each layer goes through the sample's pass before the weights of the next are looked at; splits have a checksum
+    each. What the sample alone gives is the same."""
+    first = Model(good).write(tmp_path / "split.gguf", split_max_bytes=1_600_000)
+    order, computed = list[tuple[str, int]](), list[torch.Tensor]()
+    judge, advance = WeightCheck._judge, oracle_checks.SamplePass.advance
+
+    def judged(self, spec, sums):
+        order.append(("weights", -1 if spec.layer is None else spec.layer))
+        judge(self, spec, sums)
+
+    def advanced(self, n_layers):
+        order.append(("sample", n_layers - 1))
+        advance(self, n_layers)
+
+    def asked(path, file, device, begun):
+        computed.append(begun.whole().hidden)
+        return iter(())
+
+    monkeypatch.setattr(WeightCheck, "_judge", judged)
+    monkeypatch.setattr(oracle_checks.SamplePass, "advance", advanced)
+    monkeypatch.setattr(oracle_checks, "llama_cpp", asked)
+    monkeypatch.setattr(llama, "available", lambda: True)
+    made = certify(first, "llama.cpp")
+    assert not made.failed(), made.checks
+    assert made.crc32 == {path.name: zlib.crc32(path.read_bytes()) for path in sorted(tmp_path.glob("*.gguf"))}
+    inner = [(what, layer) for what, layer in order if layer >= 0]
+    assert inner == sorted(inner, key=lambda each: (each[1], each[0] == "sample")) and ("sample", 3) in inner
+    monkeypatch.undo()
+    assert torch.equal(computed[0], oracle_checks.sample(first, "cpu").hidden)
+    assert re.search(r"reads 4\.\d MB, .* once, for weights, checksums and a sample of text\n", capsys.readouterr().err)
 
 
 def test_a_template_in_a_file_of_its_own_is_missed_too(good, model_copy):

@@ -20,6 +20,7 @@ from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.codecs.foreign import FOREIGN
 from quantkit.errors import QuantkitError
+from quantkit.formats import gguf_reader
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import U32
 from quantkit.job.compare import Opened, opened, tables
@@ -203,12 +204,16 @@ def test_it_goes_on_where_it_stopped(compared, files, capsys):
     assert (out / "compare.json").read_bytes() == before and result["files"]
 
 
-def test_without_an_original(files, tmp_path):
-    """Perplexity on a text, or types alone; then nothing is written."""
+def test_without_an_original(files, tmp_path, monkeypatch):
+    """Perplexity on a text, or types alone; then nothing is written. Headers are read once."""
+    read = []
+    parse = gguf_reader.parse_header
+    monkeypatch.setattr(gguf_reader, "parse_header", lambda data, path: read.append(path) or parse(data, path))
     data = tmp_path / "text.txt"
     data.write_text("It was a dark and stormy night; the rain fell in torrents. " * 200)
     some = (files["ours"], files["ik"])
     found = json.loads(compare(*some, "--data", data, "--tokens", TOKENS, "-o", tmp_path / "out", "--json"))
+    assert sorted(read) == sorted(some)
     scores = [one["scores"] for one in found["files"]]
     assert scores[0] == scores[1] and set(scores[0]) == {"tokens", "ppl", "ppl_error", "nll", "ci95", "domains"}
     assert set(found["differences"][0]) == {"of", "from", "nll"}
@@ -262,6 +267,9 @@ def test_types_of_others_are_named_and_counted(files, tmp_path):
     assert other["classes"]["experts gate"]["bpw"] == pytest.approx(8 * (n_in // 32 * 6 + 2) / n_in)
     page = compare(files["ours"], theirs)
     assert "IQ1_S_R4, IQ2_KS, IQ3_KT: types of ik_llama.cpp, not decoded here" in page.replace("\n    ", " ")
+    refused = CliRunner().invoke(main, ["compare", str(theirs), *map(str, options)])
+    assert refused.exit_code == 1 and "no file was scored; why stands beside each" in refused.stderr
+    assert "types of ik_llama.cpp, not decoded here" in refused.stdout.replace("\n    ", " ")
 
 
 def test_a_file_of_no_numbers_does_not_stop_the_others(files, tmp_path):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from v4_models import config, made
 
 from quantkit import bundle
+from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import configuration
 from quantkit.evaluation.configuration import divergence
@@ -52,6 +54,14 @@ def test_texts_shorter_than_an_entry():
     source = CheckpointSource(Checkpoint.open(small.folder))
     for n in (100, 3):
         assert divergence(small.logits[:, :n], streamed(source, small.tokens[:, :n])) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["--moments", "--gradients"])
+def test_what_is_not_kept_is_refused_before_a_forecast(what, tmp_path):
+    out = ["-o", str(tmp_path / "imatrix.gguf"), "--device", "cpu"]
+    done = CliRunner().invoke(main, ["calibrate", str(made().folder), what, str(tmp_path / "kept"), *out])
+    assert done.exit_code == 1 and done.stderr.startswith(f"quantkit: {what}: not ") and "reads " not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_published_names_and_bits_are_read():

@@ -15,7 +15,7 @@ from quantkit.serving.logits import Chance, Penalties, TokenRules
 from quantkit.serving.markers import Prompt
 from quantkit.serving.scheduler import Job
 from quantkit.serving.spoken import Spoken
-from quantkit.serving.tools import calls
+from quantkit.serving.tools import OPENINGS, arguments, calls
 
 PROMPT = [0, 50, 60, 70, 61, 300, 301]
 HELLO = [{"role": "user", "content": "Tell me about the sea."}]
@@ -221,7 +221,7 @@ def test_calls_of_tools(form):
     told = form.format("search", '{"query": "the sea", "n": 2}')
     text = "<think>\nLet me look.</think>\n\nI search. " + told
     for size in (1, 5, 1000):
-        spoken, fields = Spoken(parted=True, tools=True), {"reasoning_content": "", "content": ""}
+        spoken, fields = Spoken(parted=True, tools={}), {"reasoning_content": "", "content": ""}
         pieces = [spoken.add(text[at : at + size]) for at in range(0, len(text), size)] + [spoken.rest()]
         for key in fields:
             fields[key] = "".join(piece.get(key, "") for piece in pieces)
@@ -230,9 +230,54 @@ def test_calls_of_tools(form):
         assert call["function"]["name"] == "search" and call["index"] == 0
         assert json.loads(call["function"]["arguments"]) == {"query": "the sea", "n": 2}
     broken = text.replace('"the sea"', "the sea")
-    spoken = Spoken(tools=True)
+    spoken = Spoken(tools={})
     pieces = [spoken.add(broken), spoken.rest()]
     assert "".join(piece.get("content", "") for piece in pieces) == broken and not spoken.n_calls
+
+
+GLM = "<tool_call>{}\n<arg_key>a</arg_key>\n<arg_value>1</arg_value></tool_call>"
+
+
+@pytest.mark.parametrize("form", [V31, R1, KIMI, HERMES, GLM], ids=["V3.1", "R1", "Kimi", "Hermes", "GLM"])
+def test_calls_before_the_cut_are_kept(form):
+    """Wherever its length cuts the last of three: what is not whole of it is left out."""
+    opening = next((mark for mark in OPENINGS[::2] if form.startswith(mark)), "")
+    one = form.removeprefix(opening).removesuffix("<｜tool▁calls▁end｜>")
+    first, last = opening + one.format("f", '{"a": 1}') + one.format("g", '{"a": 1}'), one.format("h", '{"a": 1}')
+    for at in range(len(last) + 1):
+        found = calls(first + last[:at], cut=True)
+        assert found in ([(name, '{"a": 1}') for name in names] for names in ("fg", "fgh")), at
+    spoken = Spoken(tools={})
+    spoken.add(first + last[:-25])
+    fields = spoken.rest(cut=True)
+    assert [call["function"]["name"] for call in fields["tool_calls"]] == ["f", "g"] and "content" not in fields
+    assert calls(opening + last[:-25], cut=True) is None  # there is none before it
+    assert form is GLM or calls((first + last).replace(": 1", ": ", 1), cut=True) is None  # broken, not cut
+
+
+def test_schemas_say_which_of_glms_arguments_are_text():
+    """Which without one look like JSON."""
+
+    def told(value: str, schema: object) -> object:
+        given = arguments([{"function": {"name": "f", "parameters": {"properties": {"a": schema}}}}])
+        ((_, found),) = calls(GLM.format("f").replace(">1<", f">{value}<"), given) or ()
+        return json.loads(found)["a"]
+
+    text = {"type": "string"}
+    for value in ("007", "1", "true", "null", "[1]", '"x"', "1e400"):
+        assert told(value, text) == value
+    optional = {"anyOf": [text, {"type": "null"}], "title": "A"}
+    for schema in (optional, {"type": ["string", "null"]}):
+        assert (told("12", schema), told("null", schema), told("x y", schema)) == ("12", None, "x y")
+    either = {"type": ["string", "integer"]}
+    assert (told("12", either), told("1.5", either), told("true", either)) == (12, "1.5", "true")
+    for schema in ({}, {"type": "integer"}, {"$ref": "#/$defs/A"}, {"type": 5, "anyOf": 5}, True):
+        assert told("12", schema) == 12
+    assert (
+        told('"sea"', {"type": "string", "enum": ["sea"]}) == told("sea", {"type": "string", "enum": ["sea"]}) == "sea"
+    )
+    assert told("1" * 400, {"type": ["string", "number"]}) == int("1" * 400)
+    assert arguments([{}, {"function": 5}, {"function": {"name": "f", "parameters": {"properties": []}}}]) == {}
 
 
 def test_calls_as_glm_writes_them():
@@ -281,6 +326,9 @@ def test_tools_where_the_template_describes_them(running, monkeypatch, says):
     chunks = list(running.client().chat.completions.create(model="tiny", messages=HELLO, tools=tools, stream=True))
     (call,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert call.function.name == "search" and chunks[-1].choices[0].finish_reason == "tool_calls"
+    says(text := told.replace("<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>search<｜tool▁sep｜>{"))
+    cut = chat(running, tools=tools, max_tokens=len(running.api.markers.tokenize(Prompt(text))))
+    assert cut["finish_reason"] == "length" and len(cut["message"]["tool_calls"]) == 1 and not cut["message"]["content"]
     says(told)
     assert chat(running, tools=tools, tool_choice="none")["message"]["content"] == told
     body = {"messages": HELLO, "tools": tools, "parallel_tool_calls": False}

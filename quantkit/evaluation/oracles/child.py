@@ -1,6 +1,7 @@
 """Native code of others runs in a process of its own: a crash is then an answer, and its threads end with it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,28 @@ class IllegalInstruction(OracleError):
     """This CPU lacks an instruction that the oracle was compiled with."""
 
 
+class NotRun(OracleError):
+    """The file was not judged, and is not to blame: too little memory, or a program that is too old for what it is
+    asked. The message is one line."""
+
+
+UNAVAILABLE = os.EX_UNAVAILABLE  # exit code of a child that found, before it opened a file, that it cannot answer
+MOST_LINE = 300  # characters of another program's line
+# What llama.cpp, ggml, C++, Python, numpy and torch say.
+NO_MEMORY = re.compile(
+    r"(failed|unable) to allocate (?!.*pinned)|insufficient memory|std::bad_alloc|\bMemoryError\b|OutOfMemoryError|"
+    r"CUDA out of memory|[Cc]an(no|')t allocate memory"
+)
+UNKNOWN = re.compile(
+    r"(unknown|invalid) argument: -|error while handling argument|unexpected keyword argument|"
+    r"^(ImportError|ModuleNotFoundError)\b|error while loading shared libraries|undefined symbol"
+)
+KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}  # the latter by a shell that started it
+
+
 def run_module(module: str, request: str, name: str, timeout: float, settings: Mapping[str, str] | None = None) -> None:
-    """`python -m module request`, which leaves its answer where the request says. OracleError if it does not end well.
+    """`python -m module request`, which leaves its answer where the request says. OracleError if it does not end well,
+    NotRun if that is not the file's doing.
 
     name: of the oracle, for messages. timeout: in seconds. settings: added to the environment.
     """
@@ -58,7 +79,22 @@ def run_program(
         raise OracleError(f"{name} cannot be executed: {error.strerror}") from None
     if child.returncode == -signal.SIGILL:
         raise IllegalInstruction(f"this CPU does not run {name}")
+    if why := _not_run(child.returncode, child.stderr):
+        raise NotRun(f"{name} {why}")
     if child.returncode:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
         raise OracleError(f"{name} ended with {how}:\n{child.stderr[-3000:]}")
     return child.stdout + child.stderr
+
+
+def _not_run(code: int, said: str) -> str | None:
+    """Why an end says nothing of the file; None if it does, or is a good one. said: its stderr."""
+    if code in KILLED:
+        return "was killed (signal 9), which Linux does when memory runs out"
+    lines = [line.strip() for line in said.splitlines()] if code else []
+    if code == UNAVAILABLE:
+        return f"cannot answer: {lines[-1] if lines else f'exit code {code}'}"
+    for pattern, why in ((NO_MEMORY, "ran out of memory"), (UNKNOWN, "is too old, too new or not whole")):
+        if line := next((line for line in lines if pattern.search(line)), None):
+            return f"{why}: {line[:MOST_LINE]}"
+    return None

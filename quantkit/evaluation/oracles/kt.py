@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantkit.evaluation.oracles.child import IllegalInstruction, OracleError, run_module
+from quantkit.evaluation.oracles.child import IllegalInstruction, NotRun, run_module
 from quantkit.models.config import ModelConfig
 
 WHEEL = "kt-kernel==0.7.2"
@@ -46,7 +46,7 @@ def experts(
     """float32 [n, d]: weighted sum of routed experts for x [n, d], expert int64 [n, n_used], weight float32.
 
     Rows go through the prefill kernel together; the first few are computed again one by one, and must agree.
-    IllegalInstruction if this CPU does not run the variant, OracleError for anything else that goes wrong.
+    IllegalInstruction if this CPU does not run the variant, another OracleError for anything else that goes wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "given.pt", Path(folder) / "answer.pt"
@@ -71,7 +71,7 @@ def runnable(
         except IllegalInstruction:
             continue
         return variant
-    raise OracleError("no variant of kt-kernel runs here")
+    raise NotRun("no variant of kt-kernel runs on this CPU")
 
 
 # The child.

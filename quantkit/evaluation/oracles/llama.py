@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.evaluation.oracles.child import OracleError, run_module
+from quantkit.evaluation.oracles.child import UNAVAILABLE, NotRun, OracleError, run_module
 
 WHEEL = "xllamacpp==2026.10.11549"
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -248,13 +248,13 @@ def _library() -> Any:
     places = (spec.submodule_search_locations if spec else None) or []
     found = sorted(file for place in places for file in Path(place).glob("*.so"))
     if not found:
-        raise OracleError(f"pip install {WHEEL}")
+        raise NotRun(f"pip install {WHEEL}")
     lib = ctypes.CDLL(str(found[0]))
     for name, (result, arguments) in _SIGNATURES.items():
         try:
             function = getattr(lib, name)
         except AttributeError:
-            raise OracleError(f"{found[0].name} has no {name}; these tests were written for {WHEEL}") from None
+            raise NotRun(f"{found[0].name} has no {name}; pip install {WHEEL}") from None
         function.restype, function.argtypes = result, arguments
     for make, known in (
         ("llama_model_default_params", _MODEL_DEFAULTS),
@@ -263,7 +263,7 @@ def _library() -> Any:
         params = getattr(lib, make)()
         strange = {k: getattr(params, k) for k, value in known.items() if getattr(params, k) != value}
         if strange:
-            raise OracleError(f"{make} gives {strange}: another struct layout than that of {WHEEL}")
+            raise NotRun(f"{make} gives {strange}: another struct layout than that of {WHEEL}; install that")
     lib.llama_backend_init()
     return lib
 
@@ -352,5 +352,8 @@ def _serve(path: Path) -> None:
 if __name__ == "__main__":
     try:
         _serve(Path(sys.argv[1]))
+    except NotRun as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(UNAVAILABLE)
     except OracleError as problem:
         sys.exit(f"oracle: {problem}")

@@ -15,7 +15,7 @@ from quantkit.formats.byte_source import read_whole
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.safetensors_header import load_object
 from quantkit.job.finished import recorded
-from quantkit.job.folder import CERTIFY, IMATRIX, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
+from quantkit.job.folder import CERTIFY, IMATRIX, NOT_MADE, PLAN, PROVENANCE, RECIPE, REPORT, VERIFY
 from quantkit.job.publish.secrets import refuse_in_header, refuse_local, refuse_secrets, without_local
 from quantkit.planning.plan import Plan
 from quantkit.progress import say
@@ -176,7 +176,7 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
         return [f"{CERTIFY} says that a check failed"]
     if found.get("passed") is not True or found.get("engine_run") is not True:
         said = found.get("verdict") or "not that a program has run the file"
-        return [f"{CERTIFY} says {said}: install what it names and run `quantkit certify` again"]
+        return [f"{CERTIFY} says {said}: install what it lacks, or free memory, and run `quantkit certify` again"]
     made, seen = recorded(path.parent), found.get("crc32") or {}
     changed = not isinstance(seen, dict) or any(made.get(name, crc) != crc for name, crc in seen.items())
     if found.get("files") != sizes or changed:
@@ -186,7 +186,7 @@ def _certificate(path: Path, sizes: Mapping[str, int]) -> list[str]:
 
 def _bytes(path: Path) -> bytes:
     if not path.exists():
-        raise QuantkitError(f"{path}: no such file; is {path.parent} a folder that `quantkit make` left?")
+        raise QuantkitError(NOT_MADE.format(path, path.parent))
     return read_whole(path, "record")
 
 

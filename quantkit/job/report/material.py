@@ -12,7 +12,17 @@ from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import ImatrixInfo, load_imatrix
 from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.sensitivity import Sensitivity
-from quantkit.job.folder import BASELINE, CERTIFY, IMATRIX, PLAN, PROVENANCE, SENSITIVITY, VERIFY, finished_files
+from quantkit.job.folder import (
+    BASELINE,
+    CERTIFY,
+    IMATRIX,
+    NO_FIGURES,
+    PLAN,
+    PROVENANCE,
+    SENSITIVITY,
+    VERIFY,
+    finished_files,
+)
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.planning.damage import Damage, Measured, unmeasured
@@ -52,7 +62,7 @@ class Material:
             Plan.from_json(read_whole(folder / PLAN, "plan"), str(folder / PLAN)) if (folder / PLAN).is_file() else None
         )
         if not scores and plan is None:
-            raise QuantkitError(f"{folder}: neither {VERIFY} nor {PLAN}; give the folder that `quantkit make` left")
+            raise QuantkitError(NO_FIGURES.format(folder))
         others = sorted(folder.glob(f"{Path(CERTIFY).stem}-*.json"))
         certificates = [found for path in (folder / CERTIFY, *others) if (found := _json(path))]
         made = cls(folder, scores, plan, certificates, _json(folder / PROVENANCE) or {})

@@ -50,7 +50,8 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
             f"than the graph that --context {indexer.top_k} takes"
         )
         return TorchEngine(GGUFSource(weights, Quantized(weights)), n_slots, capacity)
-    tiled = GGUFSource(weights, Tiled(weights, product_dtype()))
+    types = (tensor.qtype for tensor in weights.file.tensors.values())
+    tiled = GGUFSource(weights, Tiled(weights, product_dtype(types)))
     by_layers = ByLayers(tiled, GGUFSource(weights, Quantized(weights)))
     return GraphEngine(weights, n_slots, capacity, by_layers)
 

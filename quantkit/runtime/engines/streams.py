@@ -1,7 +1,8 @@
 """The engine of models with compressed attention between several residual streams (DeepSeek-V4), in torch.
 
 A sequence goes on from what its caches hold. Taken back to an earlier token, it is computed again from the last whole
-block of all compressors before that, for only of the newest block are the parts kept.
+block of all compressors before that, for only of the newest block are the parts kept; or, if that is so far back that
+keys of the window before it are not kept any more, from its beginning.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.progress import say
 from quantkit.runtime.compressed import CompressedLayer, attention
 from quantkit.runtime.compressed_cache import OVERLAPPING, CompressedCache
 from quantkit.runtime.generate import PROMPT_TOKENS, ROWS_TOLD, Each
@@ -83,9 +85,16 @@ class StreamsEngine:
         kept.tokens, kept.whole = kept.tokens[:n], False
         block = n - n % self.block
         start = max(0, block - OVERLAPPING)
+        if not all(cache.reaches(start) for cache in kept.caches):
+            say(f"taken back to its token {n:,}, further than keys are kept: all before is computed again")
+            block = start = 0
         for cache in kept.caches:
             cache.back(block, start)
-        return kept.tokens[start:]
+        again = kept.tokens[start:]
+        while len(again) > self.piece:
+            self._hidden([kept], [again[: self.piece]])
+            again = again[self.piece :]
+        return again
 
     def _hidden(self, kept: Sequence[_Kept], tokens: Sequence[list[int]]) -> torch.Tensor:
         """Streams [m, n d] after the last layer, of the next tokens of several sequences, as many of each."""

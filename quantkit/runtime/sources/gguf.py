@@ -310,7 +310,9 @@ class Dequantized:
         return self.weights.values(name, data).to(self.device, self.dtype)
 
 
-def open_source(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GGUFSource:
+def open_source(
+    path: Path | str | GGUFFile, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> GGUFSource:
     """A file whose layers are dequantized, one at a time, to `dtype`: default float32 on the CPU, else bfloat16."""
     weights = open_gguf(path, device)
     dtype = dtype or (torch.float32 if weights.device.type == "cpu" else torch.bfloat16)
@@ -318,14 +320,18 @@ def open_source(path: Path | str, device: torch.device | str = "cpu", dtype: tor
 
 
 def open_gguf(
-    path: Path | str, device: torch.device | str = "cpu", n_threads: int | None = None, ram: int | None = None
+    path: Path | str | GGUFFile,
+    device: torch.device | str = "cpu",
+    n_threads: int | None = None,
+    ram: int | None = None,
 ) -> GGUFWeights:
-    """A file to be run on a device. ram: bytes that it may take in memory; None: as many as the system gives.
+    """A file, opened already or not, to be run on a device. ram: bytes that it may take in memory; None: as many as
+    the system gives.
 
     Files of others are seen as ours (`models.other_layouts`), which is said. QuantkitError for whatever
     `admission.check_model` refuses, or if `ram` is too little.
     """
-    seen = as_ours(GGUFFile.open(path))
+    seen = as_ours(path if isinstance(path, GGUFFile) else GGUFFile.open(path))
     file, config, device = seen.file, seen.config, torch.device(device)
     for note in seen.notes:
         say_once(f"{file.path.name}: {note}")

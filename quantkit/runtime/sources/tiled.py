@@ -4,13 +4,14 @@ A tile is dequantized anew for each product, so that no more memory is needed th
 as soon as there are enough rows; routed experts with fewer are multiplied by ggml.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import prod
 
 import numpy as np
 import torch
 
+from quantkit.codecs.types import TABLE
 from quantkit.ggml import graph
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns, expert_names
@@ -19,6 +20,7 @@ from quantkit.runtime.pauses import pause, wanted
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.runtime.swiglu import swiglu
 
+EXACT = {"F32", TABLE.name}
 DECODED_ROWS = 32  # rows from which on dequantizing an expert costs less than it saves
 CODEBOOK_ROWS = 6  # the same if its types are slow to multiply, and the CPU multiplies bfloat16
 EXPERTS_AT_ONCE = 64  # whose inputs and results are held: 120 MB in R1 at even routing
@@ -27,8 +29,11 @@ TILE_WEIGHTS = 1 << 22  # dequantized at once by a thread: more need more memory
 THREAD_WEIGHTS = 1 << 18  # from which on another thread for a matrix is worth waking
 
 
-def product_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else float32."""
+def product_dtype(types: Iterable[str]) -> torch.dtype:
+    """bfloat16 where the CPU multiplies it natively, else float32. types: of all tensors of a file; one that is F32
+    throughout is asked for exact numbers."""
+    if set(types) <= EXACT:
+        return torch.float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 

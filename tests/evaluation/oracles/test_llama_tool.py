@@ -6,11 +6,13 @@ for AMX (docs/results/amx.md):
         pytest -n 0 tests/evaluation/oracles/test_llama_tool.py
 """
 
+import _ctypes
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,11 @@ from quantkit.job.certify import CertifyOptions, certify_file
 
 EMULATOR = Path(__file__).parents[3] / "scripts" / "research" / "amx_emulator.c"
 AMX = "amx_int8" in processor_flags() or "amx_emulator" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="module")
+def ours(made) -> oracle_checks.Sample:
+    return oracle_checks.sample(made / "tiny-r1-1.58bit.gguf", "cpu")
 
 
 def judged(path: Path) -> list[Check]:
@@ -126,9 +133,69 @@ def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
     assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
     program.write_text(STARTS + "kill -ILL $$\n")
-    assert judged(made / "tiny-r1-1.58bit.gguf")[0].detail == oracle_checks.ILLEGAL
+    (found,) = judged(made / "tiny-r1-1.58bit.gguf")
+    assert (found.status, found.detail) == ("skip", oracle_checks.ILLEGAL)
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
+
+
+NO_MEMORY = "was killed (signal 9), which Linux does when memory runs out"
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("kill -KILL $$", NO_MEMORY),
+        ("sh -c 'kill -KILL $$'; exit $?", NO_MEMORY),
+        ('echo "  what():  std::bad_alloc" >&2; kill -ABRT $$', "ran out of memory: what():  std::bad_alloc"),
+        ("echo 'load: unable to allocate CPU buffer' >&2; exit 1", "memory: load: unable to allocate CPU buffer"),
+        (f"ulimit -v 99999; exec {sys.executable} -c 'bytearray(1 << 30)'", "ran out of memory: MemoryError"),
+        (
+            "echo 'error: unknown argument: -dev' >&2; exit 1",
+            "too new or not whole: error: unknown argument: -dev",
+        ),
+        ("echo 'error: invalid argument: -dev' >&2; exit 1", "not whole: error: invalid argument: -dev"),
+    ],
+)
+def test_no_file_is_blamed_for_what_its_program_lacks(does, says, ours, tmp_path, monkeypatch):
+    """--no-repack is not tried either."""
+    pretended(tmp_path, monkeypatch, does)
+    build = llama_tool.program()
+    assert build
+    (found,) = oracle_checks.built(build, ours.source.file, ours)
+    assert found.status == "skip" and found.detail.startswith("not run: llama-perplexity ") and says in found.detail
+
+
+def test_a_file_that_fails_by_the_one_flag_that_runs_has_failed(ours, tmp_path, monkeypatch):
+    pretended(tmp_path, monkeypatch, 'case "$*" in *--no-repack*) exit 0;; esac; kill -ILL $$')
+    (found,) = judged(ours.source.file.path)
+    assert found.status == "fail" and "left no log-probabilities" in found.detail and "--no-repack" in found.name
+
+
+def test_what_was_not_run_has_not_passed(ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "available", lambda: False)
+    pretended(tmp_path, monkeypatch, "kill -KILL $$")
+    how = CertifyOptions("llama.cpp", values=False)
+    found, _ = certify_file(ours.source.file.path, "cpu", tmp_path / "certify.json", how)
+    assert not found.failed() and not found.passed and found.verdict == "nothing failed, engine not run"
+    assert oracle_checks.NATIVE in found.not_run
+
+    def lacking(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(oracle_checks, "sample", lacking)
+    found, _ = certify_file(ours.source.file.path, "cpu", tmp_path / "certify.json", how)
+    assert [(c.status, c.name) for c in found.checks][-1] == ("skip", "oracle") and not found.failed()
+
+
+def test_no_file_is_blamed_for_another_version_of_the_package(ours, tmp_path, monkeypatch):
+    """A library in which llama.cpp's functions are not."""
+    (tmp_path / "xllamacpp").mkdir()
+    (tmp_path / "xllamacpp" / "__init__.py").touch()
+    (tmp_path / "xllamacpp" / "lib.so").symlink_to(_ctypes.__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (found,) = oracle_checks.installed(ours.source.file, ours)
+    assert found.status == "skip" and "llama.cpp cannot answer: lib.so has no llama_" in found.detail, found
 
 
 @pytest.mark.parametrize(
@@ -138,7 +205,7 @@ def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
         (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xff\x7f" + bytes(100), "cannot be executed: Exec format error"),
         (
             b"#!/bin/sh\necho 'error while loading shared libraries: libllama.so' >&2; exit 127\n",
-            "exit code 127: error while",
+            "not whole: error while",
         ),
         (b"#!/bin/sh\necho '-mla,  --mla-use'\n", "is ik_llama.cpp's"),
     ],

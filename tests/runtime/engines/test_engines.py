@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from mutations import Model
 
 from quantkit.errors import QuantkitError
 from quantkit.models.tokenizer import tokenize
@@ -16,8 +17,9 @@ from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Sampling, generate, piece_at, sample, typical
-from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf
+from quantkit.runtime.sources.gguf import GGUFSource, GGUFWeights, open_gguf, open_source
 from quantkit.runtime.sources.quantized import Quantized
+from quantkit.runtime.stream import final_hidden, head_logits
 from quantkit.serving.scheduler import Job, QueueFull, Scheduler
 
 GREEDY = Sampling(temperature=0)
@@ -50,6 +52,26 @@ def test_graph_agrees_with_torch(weights, layers, monkeypatch, dense_rows):
         found.append(engine.prefill(1, prompt[200:], 200).clone())
         found.extend(engine.decode([1], [token])[0].clone() for token in rest)
     assert kld(*map(torch.stack, logits)) < 0.01  # 8-bit activations: see test_sources
+
+
+def test_a_file_of_f32_is_computed_in_float32(made, tmp_path, monkeypatch):
+    """Whatever the CPU multiplies faster: prompts layer by layer, and then tokens."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(graph, "DENSE_ROWS", 1)
+    model = Model(next(made.glob("tiny-r1-*.gguf")))
+    for name, tensor in model.tensors.items():
+        if tensor.qtype != "F32":
+            model.change(name, lambda t: t.with_values(t.values(), "F32"))
+    path = model.write(tmp_path / "F32.gguf")
+    engine, exact = open_engine(open_gguf(path, n_threads=1), 1, 400), open_source(path)
+    tokens = [0, *tokenize(exact.tokenizer(), "The ship went down in the storm. " * 40)[:259]]
+    rows = list[torch.Tensor]()
+    engine.prefill(0, tokens[:-4], 0, lambda part: rows.append(part.clone()))
+    rows += [engine.decode([0], [token]).clone() for token in tokens[-4:]]
+    with torch.inference_mode():
+        hidden = final_hidden(exact, torch.tensor([tokens]))[0]
+        assert kld(head_logits(exact, exact.head(), hidden), torch.cat(rows)) < 1e-6
+    assert open_engine(open_gguf(made / "tiny-r1-1.58bit.gguf"), 1, 400).by_layers.tiled.dtype == torch.bfloat16
 
 
 def test_begin_forgets_what_stood_there(weights):

@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.runtime import compressed_cache
 from quantkit.runtime.engines.streams import StreamsEngine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.checkpoint import CheckpointSource
@@ -62,6 +63,24 @@ def test_a_text_can_go_on_otherwise_from_anywhere(engine, small, begin):
     read(engine, tokens[:begin] + [5] * (T - begin), [T])
     for sizes, end in (([T], T), ([2], begin + 20)):
         assert divergence(small.logits[0, begin:end], read(engine, tokens[:end], sizes, begin=begin)) < 1e-6
+
+
+def test_keys_that_nobody_reads_again_are_dropped(engine, small, monkeypatch):
+    """The same bits as with all of them; and where a text is taken back further than they reach, the same text."""
+    monkeypatch.setattr(compressed_cache, "KEPT", 96)
+    few = StreamsEngine(engine.source, 1, T)
+    few.layers = engine.layers
+    assert {cache.keys.shape[1] for cache in few.slots[0].caches} == {128}
+    tokens = small.tokens[0].tolist()
+    for sizes in ([T], [126, 3, 127], [200, 90]):
+        assert torch.equal(read(few, tokens, sizes), read(engine, tokens, sizes))
+    computed, hidden = list[int](), few._hidden
+    monkeypatch.setattr(few, "piece", 100)
+    monkeypatch.setattr(few, "_hidden", lambda kept, ids: computed.append(len(ids[0])) or hidden(kept, ids))
+    for begin, from_start in ((300, False), (131, True), (290, False)):
+        computed.clear()
+        assert divergence(small.logits[0, begin:], read(few, tokens, [T - begin], begin=begin)) < 1e-6
+        assert (sum(computed) == T) == from_start and sum(computed) <= (T if from_start else T - begin + 131), computed
 
 
 def test_sequences_do_not_disturb_each_other(engine, small):
