@@ -3,7 +3,8 @@
     python scripts/research/equivalent_error.py calib.txt eval.txt MODEL COPY ... --every 6
 
 Copies are of equivalent.py. gate on up, and down, of some experts of every layer are encoded without gamma, under the
-moments that the product would encode them under; the geometric mean of errors is printed, and its ratio to MODEL's.
+moments that the product would encode them under. Printed: how even the pivots of these moments are (geometric over
+arithmetic mean), then the mean error, and the geometric mean of its ratios to MODEL's.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from starve import chunks
 
 from quantkit.encoding.api import encode_batch
-from quantkit.encoding.hessian import Hessian, blend, second_moment
+from quantkit.encoding.hessian import Hessian, blend, damp, second_moment
 from quantkit.encoding.moments import Moments
 from quantkit.ggml import quants
 from quantkit.models.open import open_weights
@@ -56,6 +57,12 @@ def cases(source: CheckpointSource, text: Path, count: int, every: int) -> list[
     return found
 
 
+def evenness(h: Hessian) -> float:
+    """Geometric over arithmetic mean of the pivots that feedback has."""
+    pivots = torch.linalg.cholesky(damp(h.matrix, h.tokens).double().flip(0, 1)).diagonal().square()
+    return float(pivots.log().mean().exp() / pivots.mean())
+
+
 def error(qtype: str, encoder: str, case: Case, truth: torch.Tensor) -> float:
     """Of one matrix."""
     _, w, h = case
@@ -82,6 +89,8 @@ def main(calib: Path, other: Path, models: tuple[str, ...], qtype: str, counts: 
     for model in models:
         source = CheckpointSource(open_weights(model), "cpu", torch.float32)
         known, truth = (cases(source, *each, every) for each in zip((calib, other), counts, strict=True))
+        even = {kind: [evenness(h) for k, _, h in known if k == kind] for kind in ("gate and up", "down")}
+        print("pivots: " + ", ".join(f"{kind} {np.mean(each):.3f}" for kind, each in even.items()) + f"  {model}")
         for encoder in ("normal", "ggml"):
             for kind in ("gate and up", "down"):
                 pairs = [(a, b[2].matrix) for a, b in zip(known, truth, strict=True) if a[0] == kind]
