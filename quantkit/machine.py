@@ -169,7 +169,7 @@ def _show_only(gpu: int, asked: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",") if name.strip()] if visible is not None else None
     if names is not None and gpu >= len(names):
-        raise QuantkitError(f"--device {asked}: CUDA_VISIBLE_DEVICES shows {len(names)} of them; count from 0")
+        raise QuantkitError(f"--device {asked}: no such GPU: CUDA_VISIBLE_DEVICES shows {len(names)}, counted from 0")
     os.environ["CUDA_VISIBLE_DEVICES"] = names[gpu] if names is not None else str(gpu)
 
 

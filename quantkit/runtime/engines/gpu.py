@@ -10,7 +10,7 @@ with the other engines.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,7 @@ from quantkit.runtime.engines.staging import Ring, upload_experts
 from quantkit.runtime.engines.step import Added, Chosen, between_of
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
-from quantkit.runtime.generate import ROWS_TOLD, Each
+from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.packed import Packed
 from quantkit.runtime.pauses import pause
@@ -219,26 +219,41 @@ class GpuEngine:
             if each:
                 each(logits)
             return logits[0]
+        return self.prefill_together([Piece(slot, tokens, begin, each)])[0]
+
+    @torch.inference_mode()
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """As `generate.Together`: attention of each by itself, all else of all their tokens at once."""
         self.weights.file.check_whole()
-        c = self.config
-        self.length[slot] = begin + len(tokens)
+        c, sizes = self.config, [len(piece.tokens) for piece in pieces]
+        for piece in pieces:
+            self.length[piece.slot] = piece.begin + len(piece.tokens)
+        tokens = [token for piece in pieces for token in piece.tokens]
         h = self.weights.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
-        turns = angles(c, torch.arange(begin, begin + len(tokens), device=self.device))
-        own = self.cache[:, slot]
+        turns = [
+            angles(c, torch.arange(p.begin, p.begin + n, device=self.device))
+            for p, n in zip(pieces, sizes, strict=True)
+        ]
         with self.hot.still(), self.prompts.experts(len(tokens)) as experts:
             for i, layer in enumerate(self.layers):
                 weights = layer.weights(experts(i))
-                latent, key = own[i][None].split([c.kv_lora, c.qk_rope], dim=-1)
-                h = h + attention(h, weights, c, turns, KVCache(latent, key, begin))
-                pause(self.device)
+                for piece, own, rows in zip(pieces, turns, h.split(sizes, dim=1), strict=True):
+                    latent, key = self.cache[i, piece.slot][None].split([c.kv_lora, c.qk_rope], dim=-1)
+                    rows += attention(rows, weights, c, own, KVCache(latent, key, piece.begin))
+                    pause(self.device)
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
                 pause(self.device)
-        if each:
-            for rows in h[0].split(ROWS_TOLD):
-                each(self.head(rms_norm(rows, self.output_norm, c.rms_eps)).float().cpu())
-                pause(self.device)
-        return self.head(rms_norm(h[0, -1:], self.output_norm, c.rms_eps))[0].float().cpu()
+        for piece, own in zip(pieces, h[0].split(sizes), strict=True):
+            if piece.each:
+                for rows in own.split(ROWS_TOLD):
+                    piece.each(self._logits(rows))
+                    pause(self.device)
+        return self._logits(torch.stack([own[-1] for own in h[0].split(sizes)]))
+
+    def _logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Of some rows of the residual stream [n, d], on the CPU."""
+        return self.head(rms_norm(h, self.output_norm, self.config.rms_eps)).float().cpu()
 
     # Decoding
 

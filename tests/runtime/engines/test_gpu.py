@@ -17,7 +17,7 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Engine
+from quantkit.runtime.generate import Engine, Piece
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
 CPU, BUS = Costs(0, 0, 1, 1, 1), Costs(1, 1, 0, 1, 1)  # who computes a prompt's experts: the CPU; the GPU, all moved;
@@ -87,6 +87,34 @@ def test_several_sequences(path, device):
     for row, slot, token in zip(together, (2, 0, 1), (50, 60, 70), strict=True):
         engine.prefill(slot, prompts[slot], 0)
         assert kld(engine.decode([slot], [token]), row[None]) < (1e-6 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gpu_layers", [0, 3])
+def test_prompts_are_read_together(path, device, gpu_layers):
+    """Beginnings and another one's next piece, with all of their logits or not: as each alone, and decoding goes on."""
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 4, 300, gpu_layers)
+    tokens, told, most = text(engine.weights, 270), [[], []], 2e-3 if device == "cuda" or not gpu_layers else 1e-6
+    pieces = [
+        Piece(2, tokens[:90], 0, lambda rows: told[0].append(rows.clone())),
+        Piece(0, tokens[130:140], 130),
+        Piece(3, tokens[7:8], 0, lambda rows: told[1].append(rows.clone())),
+    ]
+    for _ in range(2):
+        engine.prefill(0, tokens[:130], 0)
+        found = engine.prefill_together(pieces).clone()
+    after = engine.decode([0, 2, 3], [50, 60, 70]).clone()
+    alone = list[torch.Tensor]()
+    for slot, some, begin, _ in pieces:
+        engine.prefill(0, tokens[:130], 0)
+        each = list[torch.Tensor]()
+        alone.append(engine.prefill(slot, some, begin, lambda rows, each=each: each.append(rows.clone())).clone())
+        if slot:
+            assert kld(torch.cat(each), torch.cat(told[slot == 3][-len(each) :])) < most
+    assert kld(torch.stack(alone), found) < most
+    engine.prefill(0, tokens[:130], 0)
+    engine.prefill(0, tokens[130:140], 130)
+    assert kld(engine.decode([0, 2, 3], [50, 60, 70]), after) < most
 
 
 @pytest.mark.parametrize("device", DEVICES)
