@@ -131,7 +131,8 @@ def test_rows_that_are_too_many(path, device):
         engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
         for step in range(3):
             alone = engine.decode([slot], [300 + 7 * slot + step])
-            assert kld(alone, found[step][row : row + 1]) < (1e-6 if device == "cpu" else 1e-4)
+            # Six rows on a GPU are multiplied as bfloat16, one as integers of 16 bits.
+            assert kld(alone, found[step][row : row + 1]) < (1e-6 if device == "cpu" else 2e-3)
 
 
 def test_through_mapped_memory(weights):
