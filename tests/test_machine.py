@@ -87,7 +87,7 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(tmp_path, monkeypatch):
     """Before anything is read or written; on a machine with GPUs they are hidden."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("cuda:7", "gpu:0"):
-        with pytest.raises(QuantkitError, match=f"--device {name}: CUDA_VISIBLE_DEVICES shows 0 of them"):
+        with pytest.raises(QuantkitError, match=f"--device {name}: no such GPU: CUDA_VISIBLE_DEVICES shows 0"):
             machine.chosen_device(name)
     done = subprocess.run(
         [sys.executable, "-m", "quantkit", "make", "--device", "gpu", "-o", str(tmp_path / "out")],
@@ -106,8 +106,13 @@ def test_one_of_several_gpus():
         "print(json.dumps([torch.cuda.device_count(), int(name == 'cuda'), int(torch.ones(1, device=name)[0])]))"
     )
     assert told(program) == [1, 1, 1]
-    with pytest.raises(AssertionError, match=r"--device cuda:99: torch sees no such GPU here"):
-        told("from quantkit import machine\nmachine.chosen_device('cuda:99')")
+    asked = "import os\n{}\nfrom quantkit import machine\nmachine.chosen_device('cuda:99')"
+    for before, why in (
+        ("os.environ.pop('CUDA_VISIBLE_DEVICES', None)", "torch sees no such GPU here"),
+        ("os.environ['CUDA_VISIBLE_DEVICES'] = '0'", "no such GPU: CUDA_VISIBLE_DEVICES shows 1"),
+    ):
+        with pytest.raises(AssertionError, match=f"--device cuda:99: {why}"):
+            told(asked.format(before))
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ case $version in
 *) echo "launch.sh: needs ktransformers 0.2.3 to 0.3.2, not $version (or launch.sh sglang)" >&2; exit 1 ;;
 esac
 set -- --model_path "$here/model" --gguf_path "$here/gguf" --optimize_config_path "$here/optimize.yaml" \\
-    --cpu_infer {threads} "$@"
+    --cpu_infer {infer} "$@"
 [ $mode = serve ] || exec "$python" -m ktransformers.local_chat "$@"
 exec ktransformers --host 127.0.0.1 --port 10002 $backend "$@"
 """
@@ -174,7 +174,8 @@ def _fill(work: Path, output: Path, source: GGUFWeights, gpus: int, threads: int
     write_model(source, work / MODEL)
     text = yaml.safe_dump(rules(c, gpus, linear), sort_keys=False, width=1000)
     (work / RULES).write_text(text, encoding="utf-8")
-    (work / LAUNCH).write_text(LAUNCH_TEXT.format(threads=threads), encoding="utf-8")
+    infer = max(threads, 2)  # one of them hands out: of one its pool is empty, and it dies by a division by zero
+    (work / LAUNCH).write_text(LAUNCH_TEXT.format(threads=threads, infer=infer), encoding="utf-8")
     (work / LAUNCH).chmod(0o755)
     (work / README).write_text(_readme(source, gpus, threads, linear, split), encoding="utf-8")
 

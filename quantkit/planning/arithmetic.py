@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from quantkit.planning.presets import IQ1_S_ZEN5
 
 # One core of a Zen 5, weights/s against those of IQ1_S, rows from memory (docs/results/runtime.md); the last line: by
-# ggml, estimated.
+# ggml, estimated. A Xeon, which looks entries up otherwise: 16 cores of an Emerald Rapids, rows from their caches.
 OF_IQ1_S = {
-    **{"IQ1_S": 1.0, "IQ1_M": 0.81, "IQ2_XXS": 0.98, "IQ2_XS": 0.93, "IQ2_S": 0.95},
-    **{"Q2_K": 2.34, "Q3_K": 1.65, "Q4_K": 1.52, "Q5_K": 1.24, "Q6_K": 1.16},
+    **{"IQ1_S": 1.0, "IQ1_M": 0.94, "IQ2_XXS": 1.88, "IQ2_XS": 1.46, "IQ2_S": 1.01},
+    **{"Q2_K": 2.41, "Q3_K": 1.62, "Q4_K": 1.53, "Q5_K": 1.32, "Q6_K": 1.24},
     **{"IQ3_XXS": 0.7, "IQ3_S": 0.7, "IQ4_XS": 1.2, "IQ4_NL": 1.2, "Q8_0": 1.5, "F16": 0.9, "BF16": 0.9, "F32": 0.5},
+}
+ON_XEON = OF_IQ1_S | {
+    **{"IQ1_M": 0.97, "IQ2_XXS": 1.06, "IQ2_XS": 0.8, "IQ2_S": 0.87},
+    **{"Q2_K": 1.84, "Q3_K": 1.1, "Q4_K": 1.42, "Q5_K": 1.02, "Q6_K": 1.39},
 }
 # An H200's weights/s by the kernels of runtime/kernels.py; others: the least of them.
 GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}
@@ -49,9 +53,9 @@ def cpu_line(arithmetic: Arithmetic) -> str:
     return f"{arithmetic.on_cpu('IQ1_S') / 1e9:.0f} G weights/s of IQ1_S, {arithmetic.on_cpu('Q4_K') / 1e9:.0f} of Q4_K"
 
 
-def cores(n: int, core: float) -> dict[str, float]:
-    """Weights/s by type of n cores, each of which gives so many of IQ1_S alone."""
-    return {qtype: TOGETHER * n * core * share for qtype, share in OF_IQ1_S.items()}
+def cores(n: int, core: float, shares: Mapping[str, float] = OF_IQ1_S) -> dict[str, float]:
+    """Weights/s by type of n cores, each of which gives so many of IQ1_S alone, and of others such shares of that."""
+    return {qtype: TOGETHER * n * core * share for qtype, share in shares.items()}
 
 
 def _relative(qtype: str) -> float:

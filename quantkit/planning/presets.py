@@ -29,12 +29,13 @@ class Gpu:
 class Cpu:
     """cores: physical ones of a usual model of that line. bandwidth: bytes/s with all channels, as published. core:
     IQ1_S weights/s of one core. matrix: a long prompt's weights/s against IQ1_S's: by AMX 8 (measured); by AVX-512 with
-    bfloat16 4, else 2 (assumed)."""
+    bfloat16 4, else 2 (assumed). gathers: whether codebooks are looked up by the processor's own instruction."""
 
     cores: int
     bandwidth: float
     core: float
     matrix: float
+    gathers: bool = False
 
 
 def _gpu(gib: int, gb_s: float, units: int, ghz: float, tflops: float, bus_gb_s: float) -> Gpu:
@@ -60,9 +61,9 @@ CPUS = {
     "epyc-9004": Cpu(32, 460.8e9, 24e9, 4),
     "epyc-9005": Cpu(32, 576.0e9, IQ1_S_ZEN5, 4),
     "xeon-3": Cpu(32, 204.8e9, 15e9, 2),
-    "xeon-4": Cpu(32, 307.2e9, 19.3e9, 8),  # a core measured
-    "xeon-5": Cpu(32, 358.4e9, 19.3e9, 8),
-    "xeon-6": Cpu(64, 614.4e9, 22e9, 8),
+    "xeon-4": Cpu(32, 307.2e9, 18e9, 8, True),
+    "xeon-5": Cpu(32, 358.4e9, 19e9, 8, True),  # 16 cores together measured
+    "xeon-6": Cpu(64, 614.4e9, 22e9, 8, True),
     "threadripper-7000": Cpu(32, 332.8e9, 26e9, 4),
     "ryzen-7000": Cpu(16, 83.2e9, 28e9, 4),
     "ryzen-9000": Cpu(16, 89.6e9, IQ1_S_ZEN5, 4),

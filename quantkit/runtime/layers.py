@@ -343,7 +343,7 @@ def feed_forward(
     tokens [n]: what they are, for routers with a table.
 
     Experts see all tokens at once; all else runs in tiles of FFN_TOKENS, which bounds its temporaries. x and sums
-    [n, d] (where streamed experts add up) may live elsewhere than the weights.
+    [n, d] (where streamed experts add up, and outputs of a dense layer lie) may live elsewhere than the weights.
     """
     device = weights.ffn_norm.device
 
@@ -355,8 +355,14 @@ def feed_forward(
 
     tiles = list(enumerate(x.split(FFN_TOKENS)))
     if weights.router is None or weights.experts is None:
-        assert weights.feed is not None
-        return torch.cat([weights.feed(part.to(device), see(i * FFN_TOKENS)).to(x.device) for i, part in tiles])
+        feed = weights.feed
+        assert feed is not None
+        outputs = (feed(part.to(device), see(i * FFN_TOKENS)).to(x.device) for i, part in tiles)
+        if sums is None or sums.dtype != torch.float32:  # which would round them
+            return torch.cat(list(outputs))
+        for to, part in zip(sums.split(FFN_TOKENS), outputs, strict=True):
+            to.copy_(part)
+        return sums
     routes = []
     for i, part in tiles:
         part = part.to(device)

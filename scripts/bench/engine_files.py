@@ -7,12 +7,15 @@ Models: the bundled tiny-r1; tiny-v3.2; and two with random weights whose attent
 Random weights magnify every rounding, so that these are not quantized. The others are encoded by ggml after 8,192
 tokens of calibration, as llama-quantize would: programs are asked here, not encoders.
 
+Several processes may make files in one WORK, each other ones: what is being made lies in a folder of its own.
+
 Beside FILE.gguf lie FILE.kld, log-probabilities of its decoded weights in float32 as llama-perplexity's
 --kl-divergence-base takes them; FILE.json, what these weights continue four prompts with, greedily; and
 FILE.greedy.kld, the same for --kl-divergence-base.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -112,37 +115,50 @@ def _run(*arguments: object) -> None:
 
 
 def _make(case: Case, work: Path) -> None:
-    model = _model(case.model, work)
+    """Commands refuse a folder that another process writes to, so each case has one, and is moved when it is whole."""
+    model, made = _model(case.model, work), work / f"{case.name}.part"
+    made.mkdir(exist_ok=True)
     imatrix, plan = work / f"{case.model}.imatrix.gguf", work / f"{case.name}.plan.json"
     if not imatrix.exists():
-        _run("calibrate", model, "--tokens", 8192, "--device", "cpu", "--output", imatrix)
+        _run("calibrate", model, "--tokens", 8192, "--device", "cpu", "--output", made / imatrix.name)
+        (made / imatrix.name).replace(imatrix)
     recipe = work / "F32.toml" if case.recipe == "F32" else case.recipe
     _run("plan", model, "--recipe", recipe, "--target", case.target, "--output", plan)
-    where = ("--output", work / f"{case.name}.gguf", "--split-max-size", case.split_max)
+    where = ("--output", made / f"{case.name}.gguf", "--split-max-size", case.split_max)
     _run("quantize", model, "--plan", plan, "--imatrix", imatrix, *where)
+    for file in sorted(made.glob("*.gguf"), reverse=True):  # the first part says that all are there
+        file.replace(work / file.name)
+    shutil.rmtree(made)
 
 
 def _model(name: str, work: Path) -> Path:
     folder = work / "models" / name
     if name == "tiny-r1":
         return TINY_R1
+    if folder.exists():
+        return folder
+    made = folder.with_name(f"{name}.{os.getpid()}.part")
     if name == "tiny-v3.2":
-        return folder if folder.exists() else assemble(folder)
-    if not folder.exists():
+        assemble(made)
+    else:
         groups = {"n_group": 1, "topk_group": 1} if name == "wide-one-group" else {}
-        _random(folder, json.loads((TINY_R1 / "config.json").read_text()) | WIDE | groups)
+        _random(made, json.loads((TINY_R1 / "config.json").read_text()) | WIDE | groups)
+    try:
+        made.rename(folder)
+    except OSError:  # another process was first, with the same weights
+        if not folder.exists():
+            raise
+        shutil.rmtree(made)
     return folder
 
 
 def _random(folder: Path, config: Mapping[str, Any]) -> None:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    made = folder.with_suffix(".part")
-    made.mkdir(parents=True, exist_ok=True)
-    hf.random_model(plain, made, np.zeros((1, 8), np.int64))
-    (made / "config.json").write_text(json.dumps(plain))  # transformers writes one of its own
+    folder.mkdir(parents=True, exist_ok=True)
+    hf.random_model(plain, folder, np.zeros((1, 8), np.int64))
+    (folder / "config.json").write_text(json.dumps(plain))  # transformers writes one of its own
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY_R1 / name, made)
-    made.rename(folder)
+        shutil.copy(TINY_R1 / name, folder)
 
 
 @torch.inference_mode()

@@ -65,7 +65,6 @@ STOCK = (
     "--no-repack",
     "-lm none",
     "-np 4",
-    "as ollama",
 )
 IK = (
     *("-mla 0", "-mla 1", "-mla 2", "-fa off", "-mla 1 -fa off", "-no-fmoe", "-ger", "-rtr", "--no-mmap"),
@@ -145,7 +144,10 @@ class Programs:
         said = subprocess.run([self.folder / "llama-perplexity", "--help"], capture_output=True, env=self.paths)
         self.ik = b"--mla-use" in said.stdout + said.stderr
         gpu_options = IK_GPU if self.ik else STOCK_GPU
-        as_ollama = () if self.ik or not (self.folder / "llama-quantize").exists() else (OLLAMA,)
+        as_ollama = () if self.ik else (OLLAMA,)
+        if as_ollama and not (self.folder / "llama-quantize").exists():
+            print(f"{name}: no llama-quantize in {folder}, so nothing is asked {OLLAMA}", file=sys.stderr)
+            as_ollama = ()
         self.options = ("", *(IK if self.ik else STOCK), *as_ollama, *(gpu_options if gpu else ()))
 
     def ask(self, asked: Asked, flags: str) -> Found:

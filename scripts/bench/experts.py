@@ -3,8 +3,10 @@
     python scripts/bench/experts.py [--threads 16] [--layers 4] [--experts 256] [--gate IQ1_S --down IQ2_XXS]
 
 Weights are random blocks. GB/s count packed bytes; "G weights/s" of one core with rows from memory (a matrix of 64 MiB)
-and 1, 4, 16 columns. The step: n tokens with 8 random experts each through all layers, of which every expert is read
-anew; medians of the rounds, ours and ggml's in turns (elapsed time; with one thread CPU time).
+and 1, 4, 16 columns, and of all threads at once as `quantkit hardware` measures them. The step: n tokens with 8 random
+experts each (of fewer than 256 a smaller share) through all layers, of which every expert is read anew; medians of the
+rounds, ours and ggml's in turns (elapsed time; with one thread CPU time). --gap: us before each layer in which threads
+wait, as while a GPU works.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from quantkit.ggml.quants import row_size
 from quantkit.models import family
 from quantkit.runtime.experts.cpu import GgmlExperts
 from quantkit.runtime.experts.native import NativeExperts, NativeLayer
+from quantkit.runtime.native import probe
 from quantkit.runtime.native.library import HALVES, SUPERBLOCK, TYPES, native
 
 COLUMNS = (1, 4, 16)
@@ -74,7 +77,16 @@ def stacks(c, gate: str, down: str, generator: np.random.Generator) -> list[tupl
     return found
 
 
-def step(c, layers: list, threads: int, rounds: int, tokens: tuple[int, ...]) -> None:
+def waited(experts, gap: float):
+    """Those of a layer, after so many seconds in which its threads know that there will be work."""
+    experts.wake()
+    until = time.perf_counter() + gap
+    while time.perf_counter() < until:
+        pass
+    return experts
+
+
+def step(c, layers: list, threads: int, rounds: int, tokens: tuple[int, ...], gap: float) -> None:
     """All layers' experts, for some numbers of tokens."""
     ways = {"ggml": [GgmlExperts(layer, c, threads) for layer in layers]}
     if lib := native():
@@ -92,9 +104,13 @@ def step(c, layers: list, threads: int, rounds: int, tokens: tuple[int, ...]) ->
             read.append(size * sum(len(i.unique()) for i in ids) / len(layers))
             results = []
             for name, experts in ways.items():
-                begin = clock()
-                results.append([layer(x, i, weight).clone() for layer, i in zip(experts, ids, strict=True)])
-                took[name].append(clock() - begin)
+                found, spent = [], 0.0
+                for layer, i in zip(experts, ids, strict=True):
+                    ready, begin = waited(layer, gap), clock()
+                    found.append(ready(x, i, weight).clone())
+                    spent += clock() - begin
+                results.append(found)
+                took[name].append(spent)
             for a, b in zip(results[0], results[-1], strict=True):
                 assert (a - b).abs().max() <= 2e-2 * b.abs().max(), "ours and ggml's differ"
         for name, times in took.items():
@@ -113,14 +129,17 @@ def main() -> None:
     parser.add_argument("--matrix", type=int, default=64, help="MiB")
     parser.add_argument("--tokens", default="1,2,4,16")
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--gap", type=float, default=0)
     args = parser.parse_args()
     print(library(), "threads", args.threads, "of", machine.cores(), flush=True)
     if native() and args.types:
         products(args.types.split(","), args.matrix << 20)
+        together = ", ".join(f"{qtype} {rate / 1e9:.1f}" for qtype, rate in probe.rates(args.threads).items())
+        print(f"{args.threads} threads at once, G weights/s: {together}", flush=True)
     c = family.from_hf(layout(1, args.layers, args.experts)[0])
     generator = np.random.default_rng(0)
     layers = [stacks(c, args.gate, args.down, generator) for _ in range(args.layers)]
-    step(c, layers, args.threads, args.rounds, tuple(map(int, args.tokens.split(","))))
+    step(c, layers, args.threads, args.rounds, tuple(map(int, args.tokens.split(","))), args.gap / 1e6)
 
 
 if __name__ == "__main__":

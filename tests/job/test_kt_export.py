@@ -207,6 +207,13 @@ def launched(folder: Path, bin_dir: Path, *arguments: str, version: str = "0.2.3
     )
 
 
+def test_one_thread_is_none_to_ktransformers(quantized, tmp_path):
+    """0.3.2 computes with one less than --cpu_infer, and divides by that."""
+    kt_export.export(quantized("1.58bit", "ktransformers"), tmp_path / "kt", threads=1)
+    text = (tmp_path / "kt" / "launch.sh").read_text()
+    assert "--cpu_infer 2 " in text and "--kt-cpuinfer 1 " in text
+
+
 def test_launch(exported, tmp_path):
     folder = str(exported)
     common = [

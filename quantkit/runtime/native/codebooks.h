@@ -165,7 +165,7 @@ static inline vec in_registers(const codebook *book, vec at) {
 #endif
 
 #if !defined(REGISTERS)
-#define REGISTERS 512  // the largest codebook that is looked up in them
+#define REGISTERS (GATHER ? 256 : 512)  // the largest codebook that is looked up in them
 #endif
 #if defined(__AVX512F__)
 #define IN_REGISTERS(n) ((n) <= REGISTERS)
@@ -198,50 +198,67 @@ static inline vec with_signs(const planes *t, act_row y, int64_t b) {  // of lev
 
 static inline vec placed(vec at, int n_words) { return IN_REGISTERS(n_words) ? at : add16(at, at); }
 
-// row: packed weights of n_blocks superblocks of `bytes`; index: of one's entries; decode: a superblock, given its entries;
-// m rows of activations, whose sums stay in registers where m is a constant; out: m products.
+// n_rows rows of n_blocks superblocks of `bytes`, one after the other; index: of one's entries; decode: a superblock, given its
+// entries; m rows of activations, whose sums stay in registers where m is a constant; out: n_rows x m products; then: what is
+// read afterwards.
 static inline __attribute__((always_inline)) void dot_planes(
-    const uint8_t *row, int bytes, int64_t n_blocks, const act_row *y, int m, float *out, codebook book,
+    const uint8_t *row, int bytes, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then, codebook book,
     vec (*index)(const uint8_t *), planes (*decode)(const uint8_t *, vec), vec (*product)(const planes *, act_row, int64_t)) {
-    const int ahead = book.words || CHUNK == 1 ? AHEAD : 2 * AHEAD;  // indices are read a chunk before the rest
-    floats sum[MOST_ROWS];
-    for (int i = 0; i < m; i++) sum[i] = zeros();
-    for (int64_t begin = 0, end; begin < n_blocks; begin = end) {
-        end = book.words ? n_blocks : begin + CHUNK < n_blocks ? begin + CHUNK : n_blocks;
+    const int64_t ahead = book.words || CHUNK == 1 ? AHEAD : 2 * AHEAD;  // indices are read a chunk before the rest
+    const uint8_t *const end = row + bytes * n_blocks * n_rows;
+    const int64_t jump = then - end;
 #if CHUNK > 1
-        _Alignas(64) uint16_t at[32 * CHUNK];
-        if (!book.words)
-            for (int64_t b = begin; b < end; b++) store(at + 32 * (b - begin), index(row + bytes * (b - begin)));
+    _Alignas(64) uint16_t at[32 * CHUNK];
+    const uint16_t *from = at;
+    int64_t written = 0;  // superblocks whose indices lie there and were not read
 #endif
-        for (int64_t b = begin; b < end; b++, row += bytes) {
-            for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + ahead + c, _MM_HINT_T0);
-            vec v;
+    for (int64_t r = 0; r < n_rows; r++, out += m) {
+        floats sum[MOST_ROWS];
+        for (int i = 0; i < m; i++) sum[i] = zeros();
+        for (int64_t b = 0, stop; b < n_blocks;) {
+            stop = n_blocks;
+#if CHUNK > 1
+            if (!book.words) {
+                if (!written) {
+                    const int64_t left = (n_rows - r) * n_blocks - b;
+                    from = at;
+                    written = left < CHUNK ? left : CHUNK;
+                    for (int64_t k = 0; k < written; k++) store(at + 32 * k, index(row + bytes * k));
+                }
+                stop = b + written < n_blocks ? b + written : n_blocks;
+                written -= stop - b;
+            }
+#endif
+            for (; b < stop; b++, row += bytes) {
+                prefetch(row + ahead, end, jump, bytes);
+                vec v;
 #if defined(__AVX512F__)
-            if (book.words) v = in_registers(&book, index(row));
-            else
+                if (book.words) v = in_registers(&book, index(row));
+                else
 #endif
 #if CHUNK > 1
-                v = loaded(book.table, at + 32 * (b - begin));
+                    v = loaded(book.table, from), from += 32;
 #else
-                v = gathered(book.table, index(row));
+                    v = gathered(book.table, index(row));
 #endif
-            const planes t = decode(row, v);
-            for (int i = 0; i < m; i++) sum[i] = add_scaled(product(&t, y[i], b), t.d * y[i].d[b], sum[i]);
+                const planes t = decode(row, v);
+                for (int i = 0; i < m; i++) sum[i] = add_scaled(product(&t, y[i], b), t.d * y[i].d[b], sum[i]);
+            }
         }
+        for (int i = 0; i < m; i++) out[i] = total8(halves(sum[i]));
     }
-    for (int i = 0; i < m; i++) out[i] = total8(halves(sum[i]));
 }
 
-#define PLANES(name, bytes, product, table, words, n)                                                \
-    static void dot_##name(const uint8_t *row, int64_t n_blocks, const act_row *y, int m, float *out) { \
-        const codebook book = {table + 1, IN_REGISTERS(n) ? words : 0, n};                           \
-        switch (m) {                                                                                 \
-            case 1: dot_planes(row, bytes, n_blocks, y, 1, out, book, name##_at, name, product); return; \
-            case 2: dot_planes(row, bytes, n_blocks, y, 2, out, book, name##_at, name, product); return; \
-            case 3: dot_planes(row, bytes, n_blocks, y, 3, out, book, name##_at, name, product); return; \
-            case 4: dot_planes(row, bytes, n_blocks, y, 4, out, book, name##_at, name, product); return; \
-            default: dot_planes(row, bytes, n_blocks, y, m, out, book, name##_at, name, product);    \
-        }                                                                                            \
+#define PLANES(name, bytes, product, table, words, n)                                                                   \
+    static void dot_##name(const uint8_t *rows, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then) { \
+        const codebook book = {table + 1, IN_REGISTERS(n) ? words : 0, n};                                              \
+        switch (m) {                                                                                                    \
+            case 1: dot_planes(rows, bytes, n_rows, n_blocks, y, 1, out, then, book, name##_at, name, product); return; \
+            case 2: dot_planes(rows, bytes, n_rows, n_blocks, y, 2, out, then, book, name##_at, name, product); return; \
+            case 3: dot_planes(rows, bytes, n_rows, n_blocks, y, 3, out, then, book, name##_at, name, product); return; \
+            case 4: dot_planes(rows, bytes, n_rows, n_blocks, y, 4, out, then, book, name##_at, name, product); return; \
+            default: dot_planes(rows, bytes, n_rows, n_blocks, y, m, out, then, book, name##_at, name, product);        \
+        }                                                                                                               \
     }
 
 // Without signs: n has the 4 bits (IQ1_S: sign, 3 bits of scale) or 3 bits (IQ1_M) that its scale is made of on top of every word.

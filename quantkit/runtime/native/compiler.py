@@ -31,6 +31,7 @@ NAMING = {
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),  # of ARM
 }
 SLOWED = Path("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling")
+YOUNG = {"amx_tile", "avx512_fp16"}  # Intel's processors that have them (Sapphire Rapids and later) were never slowed
 LIBRARIES = ("-lm", "-lpthread")
 SECONDS = 60  # that a compiler may take; it takes one or two
 
@@ -62,13 +63,13 @@ def compiled() -> Compiled:
 
 
 def flags() -> tuple[str, ...]:
-    """FLAGS, and which lookups are fast: Intel's processors gather well, unless their microcode hides what is gathered;
-    AMD's permute well."""
+    """FLAGS, and which lookups are fast: Intel's processors gather well, unless their microcode hides what is gathered
+    (a sandbox may not say whether it does); AMD's permute well."""
     processor = _processor()
     if "AuthenticAMD" in processor:
         return (*FLAGS, REGISTERS)
-    fast = "GenuineIntel" in processor and _text(SLOWED).startswith("Not affected")
-    return (*FLAGS, GATHER) if fast else FLAGS
+    fast = _text(SLOWED).startswith("Not affected") or not YOUNG.isdisjoint(processor.split())
+    return (*FLAGS, GATHER) if fast and "GenuineIntel" in processor else FLAGS
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "rows.h"
 
-typedef void (*dot_function)(const uint8_t *, int64_t, const act_row *, int, float *);
+typedef void (*dot_function)(const uint8_t *, int64_t, int64_t, const act_row *, int, float *, const uint8_t *);
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "codebooks.h"
@@ -70,7 +70,7 @@ void qk_product(int type, const uint8_t *rows, int64_t row_bytes, int64_t n_rows
     act_row y[MOST_ROWS];
     for (int i = 0; i < m; i++) y[i] = act_at(acts + act_bytes(n) * (size_t)i, n);
     const dot_function dot = own_dot(type);
-    for (int64_t r = 0; r < n_rows; r++) dot(rows + row_bytes * r, n / SUPERBLOCK, y, m, out + r * m);
+    dot(rows, n_rows, n / SUPERBLOCK, y, m, out, rows + row_bytes * n_rows);
 }
 
 #include "step.h"

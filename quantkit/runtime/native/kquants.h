@@ -54,29 +54,34 @@ static inline float total_of(const sums *s, int offset) {
     return total8(offset == OWN_D ? _mm256_add_ps(v, s->offset) : v);
 }
 
-// row: packed weights of n_blocks superblocks; m rows of activations, whose sums stay in registers where m is a constant; out:
-// m products.
+// n_rows rows of n_blocks superblocks, one after the other; m rows of activations, whose sums stay in registers where m is a
+// constant; out: n_rows x m products; then: what is read afterwards.
 static inline __attribute__((always_inline)) void dot_tiles(
-    const uint8_t *row, int bytes, int64_t n_blocks, const act_row *y, int m, float *out, tile (*decode)(const uint8_t *), int offset) {
-    sums s[MOST_ROWS];
-    for (int i = 0; i < m; i++) s[i] = (sums){_mm512_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t b = 0; b < n_blocks; b++, row += bytes) {
-        for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)row + AHEAD + c, _MM_HINT_T0);
-        const tile t = decode(row);
-        for (int i = 0; i < m; i++) add_tile(s + i, &t, y[i], b, offset);
+    const uint8_t *row, int bytes, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then,
+    tile (*decode)(const uint8_t *), int offset) {
+    const uint8_t *const end = row + bytes * n_blocks * n_rows;
+    const int64_t jump = then - end;
+    for (int64_t r = 0; r < n_rows; r++, out += m) {
+        sums s[MOST_ROWS];
+        for (int i = 0; i < m; i++) s[i] = (sums){_mm512_setzero_ps(), _mm256_setzero_ps()};
+        for (int64_t b = 0; b < n_blocks; b++, row += bytes) {
+            prefetch(row + AHEAD, end, jump, bytes);
+            const tile t = decode(row);
+            for (int i = 0; i < m; i++) add_tile(s + i, &t, y[i], b, offset);
+        }
+        for (int i = 0; i < m; i++) out[i] = total_of(s + i, offset);
     }
-    for (int i = 0; i < m; i++) out[i] = total_of(s + i, offset);
 }
 
-#define DOT(name, bytes, offset)                                                                      \
-    static void dot_##name(const uint8_t *row, int64_t n_blocks, const act_row *y, int m, float *out) { \
-        switch (m) {                                                                                  \
-            case 1: dot_tiles(row, bytes, n_blocks, y, 1, out, name, offset); return;                 \
-            case 2: dot_tiles(row, bytes, n_blocks, y, 2, out, name, offset); return;                 \
-            case 3: dot_tiles(row, bytes, n_blocks, y, 3, out, name, offset); return;                 \
-            case 4: dot_tiles(row, bytes, n_blocks, y, 4, out, name, offset); return;                 \
-            default: dot_tiles(row, bytes, n_blocks, y, m, out, name, offset);                        \
-        }                                                                                             \
+#define DOT(name, bytes, offset)                                                                     \
+    static void dot_##name(const uint8_t *rows, int64_t n_rows, int64_t n_blocks, const act_row *y, int m, float *out, const uint8_t *then) { \
+        switch (m) {                                                                                 \
+            case 1: dot_tiles(rows, bytes, n_rows, n_blocks, y, 1, out, then, name, offset); return; \
+            case 2: dot_tiles(rows, bytes, n_rows, n_blocks, y, 2, out, then, name, offset); return; \
+            case 3: dot_tiles(rows, bytes, n_rows, n_blocks, y, 3, out, then, name, offset); return; \
+            case 4: dot_tiles(rows, bytes, n_rows, n_blocks, y, 4, out, then, name, offset); return; \
+            default: dot_tiles(rows, bytes, n_rows, n_blocks, y, m, out, then, name, offset);        \
+        }                                                                                            \
     }
 
 // k-quants

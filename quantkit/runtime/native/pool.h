@@ -176,9 +176,7 @@ void qk_compute_node(tensor *dst, const tensor *x, const tensor *ids, const tens
         if (!own->there) *own->failed = 1;
         __atomic_store_n(&own->ready, 1, __ATOMIC_RELEASE);
     }
-    for (int looks = 0; !__atomic_load_n(&own->ready, __ATOMIC_ACQUIRE); looks++)
-        if (looks < PATIENCE) relax();
-        else sched_yield();
+    WAIT_WHILE(!__atomic_load_n(&own->ready, __ATOMIC_ACQUIRE));
     if (own->there) share(&own->w);
     if (__atomic_add_fetch(&own->left, 1, __ATOMIC_ACQ_REL) == nth) {  // ggml's barrier comes before the next call
         own->left = 0;

@@ -1,7 +1,8 @@
 """How fast this machine's CPU multiplies packed weights: about a second of work, kept nowhere."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,7 +13,8 @@ from quantkit.ggml.graph import Linear
 from quantkit.ggml.quants import row_size
 from quantkit.runtime.native.library import HALVES, SUPERBLOCK, native
 
-N_IN, REPEAT = 4096, 3
+N_IN = 4096
+SECONDS = 0.03  # for each type: a thread's products take some milliseconds, and so does starting it
 THREAD_BYTES = 8 << 20  # of each thread's rows: beyond its own caches
 BY_GGML = ("IQ3_XXS", "IQ4_XS", "Q8_0")
 
@@ -25,12 +27,12 @@ def rates(n_threads: int) -> dict[str, float]:
     with ThreadPoolExecutor(n_threads) as pool:
         for qtype in (*HALVES, *BY_GGML):
             rows = _rows(qtype, n_threads * THREAD_BYTES, generator)
+            works: list[Callable[[], object]]
             if lib and qtype in lib.types:
-                ours = partial(lib.product, qtype, x=x)
-                work: Callable[[], object] = partial(_all, pool, ours, np.array_split(rows, n_threads))
+                works = [partial(lib.product, qtype, part, x) for part in np.array_split(rows, n_threads)]
             else:
-                work = partial(Linear(qtype, rows, N_IN, len(rows), n_threads), torch.from_numpy(x))
-            found[qtype] = len(rows) * N_IN / min(_seconds(work) for _ in range(REPEAT))
+                works = [partial(Linear(qtype, rows, N_IN, len(rows), n_threads), torch.from_numpy(x))]
+            found[qtype] = _a_second(pool, works) * len(rows) * N_IN / len(works)
     return found
 
 
@@ -53,11 +55,16 @@ def _rows(qtype: str, n_bytes: int, generator: np.random.Generator) -> np.ndarra
     return rows
 
 
-def _all(pool: ThreadPoolExecutor, work: Callable[[np.ndarray], object], parts: list[np.ndarray]) -> None:
-    list(pool.map(work, parts))
+def _a_second(pool: ThreadPoolExecutor, works: Sequence[Callable[[], object]]) -> float:
+    """How often all of them are done, each by a thread that begins with the others and repeats it: the sum."""
+    start = threading.Barrier(len(works))
 
+    def repeat(work: Callable[[], object]) -> float:
+        start.wait()
+        begun, n, took = time.perf_counter(), 0, 0.0
+        while took < SECONDS:
+            work()
+            n, took = n + 1, time.perf_counter() - begun
+        return n / took
 
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+    return sum(pool.map(repeat, works))

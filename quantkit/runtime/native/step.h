@@ -2,8 +2,9 @@
 //
 // Three phases, each cut into pieces that threads take from a counter: activations are quantized; rows of gate and up of
 // each expert that any token chose, whose results are quantized as soon as 256 of them are there; rows of down, each for
-// all experts, so that no two threads add to the same output. A phase begins when all pieces of the last one are done,
-// however many threads have come by then. A token's numbers depend on nothing but the token.
+// all experts, so that no two threads add to the same output. The second begins when all pieces of the first are done,
+// however many threads have come by then; in the third a thread waits for an expert only if its inputs are not there yet. A
+// token's numbers depend on nothing but the token.
 #pragma once
 #include "rows.h"
 #include <sched.h>
@@ -32,11 +33,12 @@ typedef struct {
 enum { QUANTIZE, HIDDEN, OUTPUT, PHASES };
 #define HIDDEN_ROWS 16
 #define OUTPUT_ROWS 32
+#define INPUT_BLOCKS 4  // superblocks of a token's activations that are a piece
 
 typedef struct {
     _Alignas(64) int64_t next;
-    _Alignas(64) int64_t done;
-    int64_t pieces;
+    _Alignas(64) int64_t done;  // pieces of the first phase
+    _Alignas(64) int64_t pieces;
 } phase;
 
 typedef struct {
@@ -46,19 +48,29 @@ typedef struct {
     float *out;
     int64_t n, x_step, weight_step, id_step, out_step;
     int64_t n_groups;  // experts that are used
-    int32_t *expert, *begin, *pair, *missing;  // of each group: expert, its first pair, rows that a superblock lacks
-    float *hidden;                             // [pairs, n_ff]
+    int32_t *expert, *begin, *pair;  // of each group: expert, its first pair
+    int32_t *missing, *ready;        // of each group: rows that a superblock of hidden lacks, superblocks that are quantized
+    float *hidden;                   // [pairs, n_ff]
     uint8_t *acts, *acts_up, *acts_hidden;
     phase phases[PHASES];
     uint8_t *memory;
     size_t n_memory;
 } work;
 
+static inline int64_t take(phase *f) { return __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED); }
+
 static inline void relax(void) {
 #if defined(__x86_64__)
     _mm_pause();
 #endif
 }
+
+#define PATIENCE 4096  // looks at a counter before another process may have the core
+
+#define WAIT_WHILE(condition)               \
+    for (int looks = 0; condition; looks++) \
+        if (looks < PATIENCE) relax();      \
+        else sched_yield()
 
 static int64_t act_size(const matrix *m) {
     return m->foreign ? (m->act_block * (m->n_in / SUPERBLOCK) + 63) / 64 * 64 : (int64_t)act_bytes(m->n_in);
@@ -67,6 +79,8 @@ static int64_t act_size(const matrix *m) {
 static int same_acts(const matrix *a, const matrix *b) {
     return a->foreign == b->foreign && (!a->foreign || a->from_float == b->from_float);
 }
+
+static int64_t input_pieces(const layer *l) { return (l->gate.n_in / SUPERBLOCK + INPUT_BLOCKS - 1) / INPUT_BLOCKS; }
 
 static void quantize(const matrix *m, const float *x, uint8_t *acts, int64_t block) {
     if (m->foreign) m->from_float(x, acts + m->act_block * block, SUPERBLOCK);
@@ -80,10 +94,10 @@ static int prepare(work *w) {
     const int64_t n_pairs = w->n * l->n_used, n_ff = l->down.n_in, blocks = n_ff / SUPERBLOCK;
     const int64_t most = n_pairs < l->n_expert ? n_pairs : l->n_expert;
     const int64_t in = act_size(&l->gate), in_up = same_acts(&l->gate, &l->up) ? 0 : act_size(&l->up);
-    const int64_t sizes[] = {4 * most, 4 * (l->n_expert + 1), 4 * n_pairs, 4 * most * blocks, 4 * n_pairs * n_ff, in * w->n, in_up * w->n, act_size(&l->down) * n_pairs};
-    void **places[] = {(void **)&w->expert, (void **)&w->begin, (void **)&w->pair, (void **)&w->missing, (void **)&w->hidden, (void **)&w->acts, (void **)&w->acts_up, (void **)&w->acts_hidden};
+    const int64_t sizes[] = {4 * most, 4 * (l->n_expert + 1), 4 * n_pairs, 4 * most * blocks, 4 * most, 4 * n_pairs * n_ff, in * w->n, in_up * w->n, act_size(&l->down) * n_pairs};
+    void **places[] = {(void **)&w->expert, (void **)&w->begin, (void **)&w->pair, (void **)&w->missing, (void **)&w->ready, (void **)&w->hidden, (void **)&w->acts, (void **)&w->acts_up, (void **)&w->acts_hidden};
     size_t size = 0;
-    for (int i = 0; i < 8; i++) size += (size_t)(sizes[i] + 63) / 64 * 64;
+    for (int i = 0; i < 9; i++) size += (size_t)(sizes[i] + 63) / 64 * 64;
     if (size > w->n_memory) {
         free(w->memory);
         w->memory = aligned_alloc(64, size);
@@ -91,7 +105,7 @@ static int prepare(work *w) {
         if (!w->memory) return 0;
     }
     uint8_t *at = w->memory;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         *places[i] = at;
         at += (sizes[i] + 63) / 64 * 64;
     }
@@ -119,32 +133,50 @@ static int prepare(work *w) {
     }
     w->begin[w->n_groups] = n_here;
     for (int64_t i = 0; i < w->n_groups * blocks; i++) w->missing[i] = SUPERBLOCK;
-    w->phases[QUANTIZE].pieces = w->n * (in_up ? 2 : 1);
+    memset(w->ready, 0, sizeof(int32_t) * (size_t)w->n_groups);
+    w->phases[QUANTIZE].pieces = w->n * (in_up ? 2 : 1) * input_pieces(l);
     w->phases[HIDDEN].pieces = w->n_groups * (n_ff / HIDDEN_ROWS);
     w->phases[OUTPUT].pieces = l->down.n_out / OUTPUT_ROWS;
     for (int i = 0; i < PHASES; i++) w->phases[i].next = w->phases[i].done = 0;
     return 1;
 }
 
-// One row of a matrix with m <= MOST_ROWS rows of activations.
-static inline void product(const matrix *m, dot_function own, const uint8_t *row, const act_row *y, const uint8_t **acts, int n, float *out) {
-    if (own) own(row, m->n_in / SUPERBLOCK, y, n, out);
+// n_rows rows of a matrix with n <= MOST_ROWS rows of activations: out [n_rows, n]. then: what is read afterwards.
+static inline void product(
+    const matrix *m, dot_function own, const uint8_t *rows, int n_rows, const act_row *y, const uint8_t **acts, int n, float *out, const uint8_t *then) {
+    if (own) own(rows, n_rows, m->n_in / SUPERBLOCK, y, n, out, then);
     else
-        for (int i = 0; i < n; i++) m->vec_dot((int)m->n_in, out + i, 0, row, 0, acts[i], 0, 1);
+        for (int r = 0; r < n_rows; r++)
+            for (int i = 0; i < n; i++) m->vec_dot((int)m->n_in, out + n * r + i, 0, rows + m->row_bytes * r, 0, acts[i], 0, 1);
 }
 
-static void quantize_input(work *w, int64_t piece) {
-    const int64_t t = piece % w->n;
-    const matrix *m = piece < w->n ? &w->l->gate : &w->l->up;
-    uint8_t *acts = (piece < w->n ? w->acts : w->acts_up) + act_size(m) * t;
-    for (int64_t b = 0; b < m->n_in / SUPERBLOCK; b++) quantize(m, w->x + t * w->x_step + SUPERBLOCK * b, acts, b);
+static void quantize_input(work *w, int64_t piece, int64_t next) {
+    (void)next;
+    const int64_t a_token = input_pieces(w->l), first = piece % a_token * INPUT_BLOCKS, t = piece / a_token % w->n;
+    const int for_up = piece >= a_token * w->n;
+    const matrix *m = for_up ? &w->l->up : &w->l->gate;
+    uint8_t *acts = (for_up ? w->acts_up : w->acts) + act_size(m) * t;
+    for (int64_t b = first; b < first + INPUT_BLOCKS && b < m->n_in / SUPERBLOCK; b++) quantize(m, w->x + t * w->x_step + SUPERBLOCK * b, acts, b);
 }
 
-static void hidden_rows(work *w, int64_t piece) {
+static const uint8_t *gate_rows(const work *w, int64_t piece) {
+    const matrix *gate = &w->l->gate;
+    const int64_t a_group = gate->n_out / HIDDEN_ROWS;
+    return gate->data + gate->row_bytes * (gate->n_out * w->expert[piece / a_group] + piece % a_group * HIDDEN_ROWS);
+}
+
+// Beginnings of rows that are read much later than what is read now.
+static inline __attribute__((always_inline)) void soon(const uint8_t *rows) {
+    for (int c = 0; c < 1024; c += 64) __builtin_prefetch(rows + c, 0, 2);
+}
+
+static void hidden_rows(work *w, int64_t piece, int64_t next) {
     const layer *l = w->l;
     const int64_t n_ff = l->down.n_in, a_group = n_ff / HIDDEN_ROWS, g = piece / a_group, r0 = piece % a_group * HIDDEN_ROWS;
-    const uint8_t *gate = l->gate.data + l->gate.row_bytes * (n_ff * w->expert[g] + r0);
+    const uint8_t *gate = gate_rows(w, piece), *next_gate = next < w->phases[HIDDEN].pieces ? gate_rows(w, next) : gate;
     const uint8_t *up = l->up.data + l->up.row_bytes * (n_ff * w->expert[g] + r0);
+    soon(up);
+    soon(next_gate);
     const dot_function gate_dot = l->gate.foreign ? 0 : own_dot(l->gate.type), up_dot = l->up.foreign ? 0 : own_dot(l->up.type);
     for (int32_t begin = w->begin[g], end; begin < w->begin[g + 1]; begin = end) {
         end = begin + MOST_ROWS < w->begin[g + 1] ? begin + MOST_ROWS : w->begin[g + 1];
@@ -158,14 +190,15 @@ static void hidden_rows(work *w, int64_t piece) {
             y[i] = act_at(acts[i], l->gate.n_in);
             y_up[i] = act_at(acts_up[i], l->up.n_in);
         }
-        float a[HIDDEN_ROWS][MOST_ROWS], b[HIDDEN_ROWS][MOST_ROWS];
-        for (int r = 0; r < HIDDEN_ROWS; r++) product(&l->gate, gate_dot, gate + l->gate.row_bytes * r, y, acts, m, a[r]);
-        for (int r = 0; r < HIDDEN_ROWS; r++) product(&l->up, up_dot, up + l->up.row_bytes * r, y_up, acts_up, m, b[r]);
+        float a[HIDDEN_ROWS * MOST_ROWS], b[HIDDEN_ROWS * MOST_ROWS];
+        const int last = end == w->begin[g + 1];
+        product(&l->gate, gate_dot, gate, HIDDEN_ROWS, y, acts, m, a, up);
+        product(&l->up, up_dot, up, HIDDEN_ROWS, y_up, acts_up, m, b, last ? next_gate : gate);
         for (int i = 0; i < m; i++) {
             float *hidden = w->hidden + n_ff * (begin + i) + r0;
             for (int r = 0; r < HIDDEN_ROWS; r++) {
-                const float to = l->limit, x = a[r][i] > to ? to : a[r][i];
-                hidden[r] = x / (1 + expf(-x)) * (b[r][i] > to ? to : b[r][i] < -to ? -to : b[r][i]);
+                const float to = l->limit, x = a[m * r + i] > to ? to : a[m * r + i], u = b[m * r + i];
+                hidden[r] = x / (1 + expf(-x)) * (u > to ? to : u < -to ? -to : u);
             }
         }
     }
@@ -174,25 +207,33 @@ static void hidden_rows(work *w, int64_t piece) {
     if (__atomic_sub_fetch(missing, HIDDEN_ROWS, __ATOMIC_ACQ_REL)) return;
     for (int32_t p = w->begin[g]; p < w->begin[g + 1]; p++)
         quantize(&l->down, w->hidden + n_ff * p + SUPERBLOCK * block, w->acts_hidden + act_size(&l->down) * p, block);
+    __atomic_add_fetch(w->ready + g, 1, __ATOMIC_RELEASE);
 }
 
-static void output_rows(work *w, int64_t piece) {
+static const uint8_t *down_rows(const work *w, int64_t g, int64_t piece) {
+    const matrix *down = &w->l->down;
+    return down->data + down->row_bytes * (down->n_out * w->expert[g] + piece * OUTPUT_ROWS);
+}
+
+static void output_rows(work *w, int64_t piece, int64_t next) {
     const layer *l = w->l;
     const matrix *down = &l->down;
     const int64_t r0 = piece * OUTPUT_ROWS;
     const dot_function dot = down->foreign ? 0 : own_dot(down->type);
+    const int32_t whole = (int32_t)(down->n_in / SUPERBLOCK);
+    const int there_next = next < w->phases[OUTPUT].pieces;
     for (int64_t t = 0; t < w->n; t++) memset(w->out + t * w->out_step + r0, 0, sizeof(float) * OUTPUT_ROWS);
     for (int64_t g = 0; g < w->n_groups; g++) {
-        const uint8_t *rows = down->data + down->row_bytes * (down->n_out * w->expert[g] + r0);
-        if (g + 1 < w->n_groups)
-            for (int c = 0; c < 1024; c += 64)
-                __builtin_prefetch(down->data + down->row_bytes * (down->n_out * w->expert[g + 1] + r0) + c);
+        const uint8_t *rows = down_rows(w, g, piece);
+        const uint8_t *after = g + 1 < w->n_groups ? down_rows(w, g + 1, piece) : there_next ? down_rows(w, 0, next) : rows;
+        if (there_next) soon(down_rows(w, g, next));
+        WAIT_WHILE(__atomic_load_n(w->ready + g, __ATOMIC_ACQUIRE) < whole);
         for (int32_t begin = w->begin[g], end; begin < w->begin[g + 1]; begin = end) {
             end = begin + MOST_ROWS < w->begin[g + 1] ? begin + MOST_ROWS : w->begin[g + 1];
             const int m = end - begin;
             act_row y[MOST_ROWS];
             const uint8_t *acts[MOST_ROWS];
-            float share[MOST_ROWS], *out[MOST_ROWS], v[MOST_ROWS];
+            float share[MOST_ROWS], *out[MOST_ROWS], v[OUTPUT_ROWS * MOST_ROWS];
             for (int i = 0; i < m; i++) {
                 const int64_t p = w->pair[begin + i], t = p / l->n_used;
                 acts[i] = w->acts_hidden + act_size(down) * (begin + i);
@@ -200,28 +241,26 @@ static void output_rows(work *w, int64_t piece) {
                 share[i] = w->weight[t * w->weight_step + p % l->n_used];
                 out[i] = w->out + t * w->out_step + r0;
             }
-            for (int r = 0; r < OUTPUT_ROWS; r++) {
-                product(down, dot, rows + down->row_bytes * r, y, acts, m, v);
-                for (int i = 0; i < m; i++) out[i][r] += share[i] * v[i];
-            }
+            product(down, dot, rows, OUTPUT_ROWS, y, acts, m, v, end == w->begin[g + 1] ? after : rows);
+            for (int i = 0; i < m; i++)
+                for (int r = 0; r < OUTPUT_ROWS; r++) out[i][r] += share[i] * v[m * r + i];
         }
     }
 }
 
-#define PATIENCE 4096  // looks at a counter before another process may have the core
-
-// Take part until everything is done.
+// Take part until nothing is left to take. Pieces are taken one ahead, so that what they begin with can be asked for.
 static void share(work *w) {
-    static void (*const parts[PHASES])(work *, int64_t) = {quantize_input, hidden_rows, output_rows};
+    static void (*const parts[PHASES])(work *, int64_t, int64_t) = {quantize_input, hidden_rows, output_rows};
     for (int i = 0; i < PHASES; i++) {
         phase *f = w->phases + i;
-        int64_t piece;
-        while ((piece = __atomic_fetch_add(&f->next, 1, __ATOMIC_RELAXED)) < f->pieces) {
-            parts[i](w, piece);
-            __atomic_fetch_add(&f->done, 1, __ATOMIC_RELEASE);
+        int64_t mine = 0;
+        for (int64_t piece = take(f), next; piece < f->pieces; piece = next, mine++) {
+            next = take(f);
+            parts[i](w, piece, next);
         }
-        for (int looks = 0; __atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces; looks++)
-            if (looks < PATIENCE) relax();
-            else sched_yield();
+        if (i == QUANTIZE) {
+            if (mine) __atomic_fetch_add(&f->done, mine, __ATOMIC_RELEASE);
+            WAIT_WHILE(__atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces);
+        }
     }
 }

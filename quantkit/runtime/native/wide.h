@@ -99,4 +99,11 @@ static inline float total8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(u, _mm_movehdup_ps(u)));
 }
 
-#define AHEAD 1024  // bytes of weights that are asked for before they are needed
+#define AHEAD 2048  // bytes of weights that are asked for before they are needed
+
+// Ask for `bytes` of weights at p, or beyond their end for those that are read afterwards, `jump` further on. (Unless it is
+// inlined early, gcc drops calls of a function that only prefetches.)
+static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, const uint8_t *end, int64_t jump, int bytes) {
+    p += p < end ? 0 : jump;
+    for (int c = 0; c < bytes; c += 64) _mm_prefetch((const char *)p + c, _MM_HINT_T0);
+}

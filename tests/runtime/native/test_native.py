@@ -293,6 +293,8 @@ INTEL, ARM = AMD.replace("AuthenticAMD", "GenuineIntel"), "CPU part\t: 0xd4f\nFe
         (INTEL, "Not affected\n", [compiler.GATHER]),
         (INTEL, "Mitigation: Microcode\n", []),
         (INTEL, None, []),
+        (INTEL.replace("avx2", "avx2 amx_tile"), None, [compiler.GATHER]),  # in a sandbox
+        (AMD.replace("avx2", "avx2 avx512_fp16"), None, [compiler.REGISTERS]),
         (ARM, None, []),
     ],
 )
