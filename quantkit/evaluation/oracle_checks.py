@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,9 +157,10 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
     config = ours.source.config
     flags = targets.start_flags("llama.cpp", config)
     betas = (config.yarn.beta_fast, config.yarn.beta_slow) if flags and config.yarn else None
+    ask = partial(llama.logits, file.files[0], ours.tokens.numpy(), n_threads=threads())
     try:
         theirs = llama.tokenize(file.files[0], [TEXT * REPEATED])[0]
-        logits = llama.logits(file.files[0], ours.tokens.numpy(), yarn_betas=betas)
+        logits = ask(yarn_betas=betas)
         engine = Engine("llama.cpp", llama.version(), llama_tool.widest(llama.system_info()), flags)
     except OracleError as error:
         yield unanswered(name, error)
@@ -171,7 +173,7 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
     if not flags:
         return
     try:
-        plain = llama.logits(file.files[0], ours.tokens.numpy())
+        plain = ask()
     except OracleError as error:
         yield unanswered(name, error)
         return

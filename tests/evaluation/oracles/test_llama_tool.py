@@ -20,6 +20,7 @@ import pytest
 import torch
 from mutations import Model
 
+from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Check
@@ -215,14 +216,14 @@ def test_no_file_is_blamed_for_a_package_for_another_cpu(ours, tmp_path, monkeyp
 def test_what_the_right_flags_gave_is_kept_if_nothing_comes_without(ours, monkeypatch):
     """As of a model whose YaRN needs them."""
 
-    def once(*_: object, yarn_betas: object = None) -> np.ndarray:
-        monkeypatch.setattr(llama, "logits", killed)
+    def once(*_: object, **how: object) -> np.ndarray:
+        if answered or how["n_threads"] != machine.threads():
+            raise NotRun(NO_MEMORY)
+        answered.append(1)
         own = ours.logits().slab(0, ours.source.config.n_vocab)(slice(None))
         return torch.nn.functional.pad(own, (0, 0, 0, 1))[None].numpy()
 
-    def killed(*_: object, **__: object) -> np.ndarray:
-        raise NotRun(NO_MEMORY)
-
+    answered: list[int] = []
     monkeypatch.setattr(oracle_checks.targets, "start_flags", lambda *_: " --yarn-beta-fast 32")
     for name, answer in (("tokenize", [ours.ids]), ("version", "1"), ("system_info", "AVX2 = 1")):
         monkeypatch.setattr(llama, name, lambda *_, answer=answer: answer)
