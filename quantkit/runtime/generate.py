@@ -1,9 +1,10 @@
 """Token by token: what an engine does, sampling, and the loop over both."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
@@ -11,7 +12,8 @@ from quantkit.models.config import ModelConfig
 
 PROMPT_TOKENS = 512  # of one prompt that engines in torch compute at once
 ROWS_TOLD = 64  # of a prompt whose logits are there at once: 33 MB with R1's vocabulary
-HEAD = 1024  # most probable tokens that are sorted at first
+HEADS = (2.0**-8, 2.0**-14, 0.0)  # of the most probable token: how probable those are that are sorted for top_p
+DRAWN_TOGETHER = 1024  # tokens whose probabilities are summed before one of them is looked for
 LEAST_PIECE, LEAST_REACH = 64, 512  # tokens, positions: shorter pieces are no faster
 GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
 
@@ -36,6 +38,25 @@ class Engine(Protocol):
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """Add one token to each of several slots, all in one step: float32 logits [n, n_vocab], valid until the next
         call."""
+
+
+class Piece(NamedTuple):
+    """Some of a prompt, as `Engine.prefill` takes it."""
+
+    slot: int
+    tokens: list[int]
+    begin: int
+    each: Each | None = None
+
+
+@runtime_checkable
+class Together(Protocol):
+    """What engines can also do whose results depend on what is computed beside them by rounding anyway: read the bytes
+    of experts once for several prompts."""
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """As `Engine.prefill` of each piece, all of different slots, `Engine.piece` tokens at most in all: float32
+        logits [n, n_vocab]."""
 
 
 Opener = Callable[[int], Engine]
@@ -74,19 +95,66 @@ class Sampling:
 
 
 def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
-    """One token from float32 logits [n_vocab]."""
+    """One token from float32 logits [n_vocab]. In numpy, one thread: with R1's vocabulary torch's multinomial takes
+    2 ms and its sort 9, and its teams of threads, one for each thread that asks, get in each other's way.
+    QuantkitError if they are no numbers."""
+    values = logits.cpu().numpy()
     if how.temperature < GREEDY_BELOW:
-        return int(logits.cpu().numpy().argmax())  # torch's takes 0.4 ms on a CPU for R1's vocabulary
-    p = (logits.cpu() / how.temperature).softmax(-1)
+        return int(values.argmax())
+    most = values.max()
+    if not np.isfinite(most):
+        raise QuantkitError("the logits are no finite numbers: nothing can be drawn from them")
+    p = np.subtract(values, most)
+    p /= np.float32(how.temperature)
+    np.exp(p, out=p)  # the most probable one has 1
     if how.typical_p < 1:
-        p = typical(p, how.typical_p)
-    best, order = p.topk(min(how.top_k or HEAD, len(p)))
-    if not how.top_k and len(best) < len(p) and best.sum() < how.top_p:  # flat: only then is everything sorted
-        best, order = p.sort(descending=True)
-    share = best / best.sum() if how.top_k else best  # top_p counts what top_k left, as in llama.cpp
-    kept = (share.cumsum(-1) - share < how.top_p) & (best >= how.min_p * best[0])
-    kept[0] = True
-    return int(order[torch.multinomial(best * kept, 1, generator=generator)])
+        p = typical(torch.from_numpy(p / p.sum()), how.typical_p).numpy()
+    ids = _kept(p, how)
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return draw(p, uniform) if ids is None else int(ids[draw(p[ids], uniform)])
+
+
+def _kept(p: np.ndarray, how: Sampling) -> np.ndarray | None:
+    """Ids that top_k, top_p and min_p leave of positive numbers [n_vocab] in proportion to probabilities; None: all."""
+    ids = None
+    if 0 < how.top_k < len(p):
+        ids = _largest(p, how.top_k, np.partition(p, -how.top_k)[-how.top_k])
+    if how.top_p < 1:
+        best = p if ids is None else p[ids]  # top_p counts what top_k left, as in llama.cpp
+        least, enough = best.max(), how.top_p * best.sum(dtype=np.float64)
+        for factor in HEADS:  # few are sorted, if they have enough
+            head = best[best >= least * np.float32(factor)] if factor else best
+            if head.sum(dtype=np.float64) > enough:
+                break
+        head = np.sort(head)[::-1]
+        n = min(int(np.searchsorted(np.cumsum(head, dtype=np.float64), enough)) + 1, len(head))
+        among = _largest(best, n, head[n - 1])
+        ids = among if ids is None else ids[among]
+    if how.min_p > 0:
+        least = np.float32(how.min_p) * p.max()
+        ids = np.flatnonzero(p >= least) if ids is None else ids[p[ids] >= least]
+    return ids
+
+
+def _largest(p: np.ndarray, n: int, least: float) -> np.ndarray:
+    """Ids, ascending, of the n largest numbers, the last of which is `least`; of several like that the first ones."""
+    ids = np.flatnonzero(p >= least)
+    if len(ids) > n:
+        ids = np.delete(ids, np.flatnonzero(p[ids] == least)[n - len(ids) :])
+    return ids
+
+
+def draw(p: np.ndarray, uniform: float) -> int:
+    """Where a number in [0, 1) falls among positive numbers laid end to end; never on a zero."""
+    starts = np.arange(0, len(p), DRAWN_TOGETHER)
+    blocks = np.add.reduceat(p, starts, dtype=np.float64)
+    ends = np.cumsum(blocks)
+    at = uniform * ends[-1]
+    block = min(int(np.searchsorted(ends, at, side="right")), int(np.flatnonzero(blocks)[-1]))
+    part = p[starts[block] : starts[block] + DRAWN_TOGETHER]
+    within = np.cumsum(part, dtype=np.float64)
+    i = np.searchsorted(within, at - (ends[block] - blocks[block]), side="right")
+    return int(starts[block]) + min(int(i), int(np.flatnonzero(part)[-1]))
 
 
 def typical(p: torch.Tensor, share: float) -> torch.Tensor:

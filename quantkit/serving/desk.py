@@ -15,6 +15,7 @@ from quantkit.serving.grammar import Grammars
 from quantkit.serving.lanes import SHORT, Lanes
 from quantkit.serving.markers import Markers, Prompt, tokenize_prompt
 from quantkit.serving.metrics import Journal
+from quantkit.serving.post import Post
 from quantkit.serving.refusals import Refused
 from quantkit.serving.renderer import TooLong
 from quantkit.serving.requests import Parsed, parse
@@ -53,7 +54,8 @@ class Desk:
         self.settings, self.gate, self.created = settings, gate, int(time.time())
         self.markers = Markers(metadata, tokenizer)
         self.grammars = Grammars(tokenizer, engine.config.n_vocab, engine.config.ends)
-        self.scheduler, self.lanes, self.journal = Scheduler(engine, settings.queue), Lanes(settings.queue), Journal()
+        self.post, self.lanes, self.journal = Post(), Lanes(settings.queue), Journal()
+        self.scheduler = Scheduler(engine, settings.queue, self.post.held)
         self.long_body = asyncio.Lock()
 
     def check_name(self, wanted: str) -> None:

@@ -183,8 +183,7 @@ class Api(Desk):
         loop, events = asyncio.get_running_loop(), Events()
 
         def emit(token: int | None, why: str | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(events.put_nowait, (token, why))
+            self.post.put(loop, events, (token, why))
 
         constraint = self.grammars.constraint(made.matcher, made.thinking) if made.matcher else None
         job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint)

@@ -68,7 +68,8 @@ class TokenRules:
     def apply(
         self, logits: torch.Tensor, prompt: Sequence[int], made: Sequence[int], ends: Sequence[int]
     ) -> torch.Tensor:
-        """float32 logits [n_vocab] of the token after `prompt` and `made`, as they are if no rule concerns it."""
+        """float32 logits [n_vocab] of the token after `prompt` and `made`, as they are if no rule concerns it, else a
+        copy on the CPU."""
         out = set(ends) if self.ignore_eos else set()
         if len(made) < self.n_least:
             out |= {*ends, *self.stop}
@@ -78,7 +79,7 @@ class TokenRules:
         out = {token for token in out if 0 <= token < len(logits)}
         if not out and not self.bias and self.penalties.none:
             return logits
-        logits = logits.clone()
+        logits = torch.from_numpy(logits.cpu().numpy().copy())  # torch would wake all of its threads for so little
         if self.bias:
             where = torch.tensor(list(self.bias), device=logits.device)
             logits[where] += torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=logits.device)

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +16,15 @@ import torch
 
 from quantkit.machine import one_thread_here
 from quantkit.runtime.engines import graph
+from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.generate import Sampling
+from quantkit.runtime.generate import Piece, Sampling
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import http
 from quantkit.serving import scheduler as scheduling
 from quantkit.serving.gate import Gate
+from quantkit.serving.logits import TokenRules
+from quantkit.serving.post import Post
 from quantkit.serving.scheduler import Clock, Job, Scheduler
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
@@ -109,6 +113,91 @@ def test_tokens_come_within_a_piece(weights, monkeypatch):
         done(second, 3)
     assert len(within) >= 2 * engine.config.n_layer and set(within) == {1}
     assert [first.made, second.made] == [job.made for job in alone]
+
+
+def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
+    """By an engine that can, a longer one after them; somebody else's tokens come meanwhile, and all get what they get
+    alone."""
+    monkeypatch.setattr(scheduling, "TOGETHER", 100)
+    monkeypatch.setattr(scheduling, "GAP", 0.0)
+    engine = GpuEngine(weights, 5, 512, 3)
+    engine.config = dataclasses.replace(engine.config, eos=-1)
+    passes, within = list[list[int]](), [0]
+    read, decode = engine.prefill_together, engine.decode
+
+    def watched(pieces: list[Piece]):
+        passes.append([len(piece.tokens) for piece in pieces])
+        return read(pieces)
+
+    def counted(slots: list[int], tokens: list[int]):
+        within[0] += any("prefill_together" in frame.name for frame in traceback.extract_stack(limit=12))
+        return decode(slots, tokens)
+
+    monkeypatch.setattr(engine, "prefill_together", watched)
+    monkeypatch.setattr(engine, "decode", counted)
+
+    def job(n: int, rules: TokenRules, done: threading.Event) -> Job:
+        prompt = [0, *(300 + (7 * n + i) % 400 for i in range(n - 1))]
+        return Job(prompt, 4, GREEDY, lambda _, why: done.set() if why else None, rules)
+
+    def answered(lengths: list[int]) -> list[Job]:
+        ends = [threading.Event() for _ in lengths]
+        jobs = [job(n, TokenRules(n_logprobs=0, of_prompt=n == 30), end) for n, end in zip(lengths, ends, strict=True)]
+        with scheduler.changed:
+            for each in jobs:
+                scheduler.submit(each)
+        assert all(end.wait(60) for end in ends)
+        return jobs
+
+    with Scheduler(engine) as scheduler:
+        alone = [answered([n])[0] for n in (40, 20, 300, 30)]
+        assert passes == [[40], [20], [300], [30]] and not within[0]
+        passes.clear()
+        begun = threading.Event()
+        other = Job([0, 61], 300, GREEDY, lambda *_: begun.set())
+        scheduler.submit(other)
+        assert begun.wait(60)
+        together = answered([40, 20, 300, 30])
+        scheduler.cancel(other)
+    assert passes[-2:] == [[20, 30, 40], [300]] and within[0] >= engine.config.n_layer
+    assert [each.made for each in together] == [each.made for each in alone]
+    for mine, own in zip(together, alone, strict=True):
+        for name, n in (("chances", 4), ("heard", 29 if len(own.prompt) == 30 else 0)):
+            found, wanted = ([c.logprob for c in getattr(each, name)] for each in (mine, own))
+            assert len(found) == n and found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_step_wakes_the_event_loop_once():
+    async def received() -> tuple[list[list[int]], int]:
+        loop, post = asyncio.get_running_loop(), Post()
+        queues, wakes, call = [asyncio.Queue[int]() for _ in range(3)], [0], loop.call_soon_threadsafe
+
+        def counted(*args):
+            wakes[0] += 1
+            return call(*args)
+
+        loop.call_soon_threadsafe = counted
+
+        def steps() -> None:
+            post.put(loop, queues[0], 0)
+            for i in (1, 2):
+                with post.held():
+                    for queue in queues:
+                        post.put(loop, queue, i)
+            with pytest.raises(ZeroDivisionError), post.held():
+                post.put(loop, queues[2], 3)
+                raise ZeroDivisionError
+
+        thread = threading.Thread(target=steps)
+        thread.start()
+        found = [
+            [await asyncio.wait_for(queue.get(), 10) for _ in range(n)]
+            for queue, n in zip(queues, (3, 2, 3), strict=True)
+        ]
+        thread.join()
+        return found, wakes[0]
+
+    assert asyncio.run(received()) == ([[0, 1, 2], [1, 2], [1, 2, 3]], 4)
 
 
 def test_threads_that_choose_tokens_leave_others_theirs():

@@ -17,7 +17,7 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Engine
+from quantkit.runtime.generate import Engine, Piece
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
 CPU, BUS = Costs(0, 0, 1, 1, 1), Costs(1, 1, 0, 1, 1)  # who computes a prompt's experts: the CPU; the GPU, all moved;
@@ -87,6 +87,105 @@ def test_several_sequences(path, device):
     for row, slot, token in zip(together, (2, 0, 1), (50, 60, 70), strict=True):
         engine.prefill(slot, prompts[slot], 0)
         assert kld(engine.decode([slot], [token]), row[None]) < (1e-6 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gpu_layers", [0, 3])
+def test_prompts_are_read_together(path, device, gpu_layers):
+    """Beginnings and another one's next piece, with all of their logits or not: as each alone, and decoding goes on."""
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 4, 300, gpu_layers)
+    tokens, told, most = text(engine.weights, 270), [[], []], 2e-3 if device == "cuda" or not gpu_layers else 1e-6
+    pieces = [
+        Piece(2, tokens[:90], 0, lambda rows: told[0].append(rows.clone())),
+        Piece(0, tokens[130:140], 130),
+        Piece(3, tokens[7:8], 0, lambda rows: told[1].append(rows.clone())),
+    ]
+    for _ in range(2):
+        engine.prefill(0, tokens[:130], 0)
+        found = engine.prefill_together(pieces).clone()
+    after = engine.decode([0, 2, 3], [50, 60, 70]).clone()
+    alone = list[torch.Tensor]()
+    for slot, some, begin, _ in pieces:
+        engine.prefill(0, tokens[:130], 0)
+        each = list[torch.Tensor]()
+        alone.append(engine.prefill(slot, some, begin, lambda rows, each=each: each.append(rows.clone())).clone())
+        if slot:
+            assert kld(torch.cat(each), torch.cat(told[slot == 3][-len(each) :])) < most
+    assert kld(torch.stack(alone), found) < most
+    engine.prefill(0, tokens[:130], 0)
+    engine.prefill(0, tokens[130:140], 130)
+    assert kld(engine.decode([0, 2, 3], [50, 60, 70]), after) < most
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_are_too_many(path, device):
+    """Five sequences in a step of six rows: each gets what it gets alone, and so does the next step."""
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 6, 64, 1)
+    assert engine._rows(5) == 6
+    for slot in range(5):
+        engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
+    slots, found = [3, 0, 4, 1, 2], []
+    for step in range(3):  # on a GPU the second one with a captured graph
+        found.append(engine.decode(slots, [300 + 7 * slot + step for slot in slots]).clone())
+    for row, slot in enumerate(slots):
+        engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
+        for step in range(3):
+            alone = engine.decode([slot], [300 + 7 * slot + step])
+            # Six rows on a GPU are multiplied as bfloat16, one as integers of 16 bits.
+            assert kld(alone, found[step][row : row + 1]) < (1e-6 if device == "cpu" else 2e-3)
+
+
+def test_through_mapped_memory(weights):
+    """By the kernels that write and read the host's memory, interpreted: the same bits as by copies."""
+    pytest.importorskip("triton")
+    engine = GpuEngine(weights, 2, 300, 0)
+    engine.prefill(0, text(weights, 8), 0)
+    engine.prefill(1, text(weights, 12), 0)
+    found = []
+    for mapped in (False, True):
+        engine.buffers.mapped, engine.length = mapped, [8, 12]
+        found.append(engine.decode([1, 0], [300, 301]).clone())
+    assert torch.equal(*found)
+    assert (engine.buffers.seen[1:, :2] == engine.buffers.step).all()  # layer 0 is dense
+
+
+def test_no_memory_for_graphs(weights, monkeypatch, capsys):
+    """The step that was computed counts; later ones are computed without a graph."""
+    engine = GpuEngine(weights, 1, 64, 3)
+    engine.prefill(0, text(weights, 8), 0)
+    usual = engine.decode([0], [300]).clone()
+
+    def full(key) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.length, engine.on_gpu = [8], True
+    monkeypatch.setattr(engine, "_capture", full)
+    assert torch.equal(engine.decode([0], [300]), usual) and not engine.steps
+    assert "not enough GPU memory" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.gpu
+def test_an_error_of_the_cpu_ends_the_step_only(path):
+    """The GPU waits for the CPU's experts in the middle of a graph: not for those that will never come."""
+    engine = GpuEngine(open_gguf(path, "cuda", n_threads=1), 1, 64, 0)
+    engine.prefill(0, list(range(8)), 0)
+    usual = [engine.decode([0], [300]).clone() for engine.length[0] in (8, 8)][1]
+    layer = engine.layers[-1]
+    experts, layer.on_cpu, engine.length[0] = layer.on_cpu, Broken(), 8
+    with pytest.raises(ZeroDivisionError):
+        engine.decode([0], [300])
+    layer.on_cpu, engine.length[0] = experts, 8
+    assert torch.equal(engine.decode([0], [300]), usual)
+
+
+class Broken:
+    """Experts that cannot be computed."""
+
+    def wake(self) -> None:
+        pass
+
+    def __call__(self, *_) -> torch.Tensor:
+        raise ZeroDivisionError
 
 
 def test_a_prompt_of_one_token(weights):
