@@ -9,6 +9,8 @@ bytes (MXFP4) none. Imported only where Triton is.
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
+
 
 @triton.jit
 def _byte(p):

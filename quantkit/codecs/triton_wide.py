@@ -1,9 +1,10 @@
 """32 weights of a block decoded in registers by Triton: what decoding tokens waits for, so with few loads.
 
 A chunk is four groups of 8 neighbouring weights. Chunk j of a block begins with group `first(j)`; the others follow
-after `near`, `far` and `near + far` groups, so that all four come of the same words. A function of a type takes p,
-where a block begins, j, and its codebook as bytes, in any shape, and returns four pairs of words with eight int8 each,
-four scales and four offsets, as `triton_decode` has them for one group.
+after `near`, `far` and `near + far` groups, so that all four come of the same words. A function of a type takes p, the
+address of a row or what is below it, a multiple of 4; o, where in it a block begins; j; and its codebook as bytes. It
+returns four pairs of words with eight int8 each, four scales and four offsets, as `triton_decode` has them for one
+group. Where rows are a multiple of 4 bytes, o and what is computed of it are the same for all of them.
 """
 
 from typing import Any, NamedTuple
@@ -12,17 +13,15 @@ import triton
 import triton.language as tl
 
 from quantkit.codecs.triton_decode import (
+    INTERPRETED,
     _byte,
     _even,
     _f16,
     _flip,
     _halves,
-    _joined,
     _magnitudes,
     _no_offset,
-    _odd,
     _ternary,
-    _two,
     _u16,
     _upper,
     _word,
@@ -30,20 +29,29 @@ from quantkit.codecs.triton_decode import (
 
 
 @triton.jit
-def _four(p):
-    """Four words at an even address."""
-    odd, at = _odd(p)
-    a, b, c, d = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    last = tl.load(at + 4, mask=odd, other=0)
-    return _joined(odd, a, b), _joined(odd, b, c), _joined(odd, c, d), _joined(odd, d, last)
+def _shifted(o, a, b):
+    """The word at offset o, a multiple of 2, of which a and b are the words around it."""
+    if INTERPRETED:
+        return tl.where((o & 2) != 0, _upper(a, 16) | (b << 16), a)
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, (o & 2) << 3], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _three(p):
-    """Three words at an even address."""
-    odd, at = _odd(p)
-    a, b, c = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return _joined(odd, a, b), _joined(odd, b, c), _joined(odd, c, tl.load(at + 3, mask=odd, other=0))
+def _words(p, o, c: tl.constexpr, n: tl.constexpr):
+    """n words at p + o + c: p and c are multiples of 4, o of 2."""
+    at = (p + (o & -4) + c).to(tl.pointer_type(tl.int32))
+    last = tl.load(at + n, mask=(o & 2) != 0, other=0)
+    if n == 2:
+        a, b = tl.load(at), tl.load(at + 1)
+        return _shifted(o, a, b), _shifted(o, b, last)
+    elif n == 3:
+        a, b, d = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        return _shifted(o, a, b), _shifted(o, b, d), _shifted(o, d, last)
+    else:
+        a, b, d, e = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+        return _shifted(o, a, b), _shifted(o, b, d), _shifted(o, d, e), _shifted(o, e, last)
 
 
 @triton.jit
@@ -59,10 +67,11 @@ def _signed_entry(table, index, signs):
 
 
 @triton.jit
-def iq1_s(p, j, table):
-    word = _u16(p + 2 + 4 * j) | (_u16(p + 4 + 4 * j) << 16)
-    high = _u16(p + 34 + 2 * j)
-    scale = _f16(p) * (2 * ((high >> 12) & 7) + 1).to(tl.float32)
+def iq1_s(p, o, j, table):
+    at = p + o
+    word = _u16(at + 2 + 4 * j) | (_u16(at + 4 + 4 * j) << 16)
+    high = _u16(at + 34 + 2 * j)
+    scale = _f16(at) * (2 * ((high >> 12) & 7) + 1).to(tl.float32)
     offset = scale * tl.where((high & 0x8000) != 0, -0.125, 0.125)
     a, b = _ternary(table, (word & 255) | ((high & 7) << 8))
     c, d = _ternary(table, ((word >> 8) & 255) | (((high >> 3) & 7) << 8))
@@ -80,9 +89,10 @@ def _iq1_m_group(word, high, d, codes, k: tl.constexpr, table):
 
 
 @triton.jit
-def iq1_m(p, j, table):
-    word, high = _word(p + 4 * j), _u16(p + 32 + 2 * j)
-    s, t = _word(p + 48), _word(p + 52)
+def iq1_m(p, o, j, table):
+    at = p + o
+    word, high = _word(at + 4 * j), _u16(at + 32 + 2 * j)
+    s, t = _word(at + 48), _word(at + 52)
     bits = ((s >> 12) & 15) | ((s >> 24) & 0xF0) | ((t >> 4) & 0xF00) | ((t >> 16) & 0xF000)
     d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     codes = (tl.where(j < 4, s, t) >> (16 * ((j // 2) % 2))) >> (6 * (j % 2))
@@ -94,9 +104,9 @@ def iq1_m(p, j, table):
 
 
 @triton.jit
-def iq2_xxs(p, j, table):
-    word, signs = _two(p + 2 + 8 * j)
-    scale, zero = _f16(p) * (0.5 + _upper(signs, 28).to(tl.float32)) * 0.25, _no_offset(p + j)
+def iq2_xxs(p, o, j, table):
+    word, signs = _words(p, o + 2 + 8 * j, 0, 2)
+    scale, zero = _f16(p + o) * (0.5 + _upper(signs, 28).to(tl.float32)) * 0.25, _no_offset(j)
     a, b = _signed_entry(table, word & 255, _even(signs & 127))
     c, d = _signed_entry(table, (word >> 8) & 255, _even((signs >> 7) & 127))
     e, f = _signed_entry(table, (word >> 16) & 255, _even((signs >> 14) & 127))
@@ -105,9 +115,9 @@ def iq2_xxs(p, j, table):
 
 
 @triton.jit
-def iq2_xs(p, j, table):
-    low, high = _two(p + 2 + 8 * j)
-    codes, d, zero = _byte(p + 66 + j), _f16(p) * 0.25, _no_offset(p + j)
+def iq2_xs(p, o, j, table):
+    low, high = _words(p, o + 2 + 8 * j, 0, 2)
+    codes, d, zero = _byte(p + o + 66 + j), _f16(p + o) * 0.25, _no_offset(j)
     first, second = d * (0.5 + (codes & 15).to(tl.float32)), d * (0.5 + (codes >> 4).to(tl.float32))
     a, b = _signed_entry(table, low & 511, _even((low >> 9) & 127))
     c, e = _signed_entry(table, (low >> 16) & 511, _even((low >> 25) & 127))
@@ -117,10 +127,11 @@ def iq2_xs(p, j, table):
 
 
 @triton.jit
-def iq2_s(p, j, table):
-    word = _u16(p + 2 + 4 * j) | (_u16(p + 4 + 4 * j) << 16)
-    signs = _u16(p + 34 + 4 * j) | (_u16(p + 36 + 4 * j) << 16)
-    high, codes, d, zero = _byte(p + 66 + j), _byte(p + 74 + j), _f16(p) * 0.25, _no_offset(p + j)
+def iq2_s(p, o, j, table):
+    at = p + o
+    word = _u16(at + 2 + 4 * j) | (_u16(at + 4 + 4 * j) << 16)
+    signs = _u16(at + 34 + 4 * j) | (_u16(at + 36 + 4 * j) << 16)
+    high, codes, d, zero = _byte(at + 66 + j), _byte(at + 74 + j), _f16(at) * 0.25, _no_offset(j)
     first, second = d * (0.5 + (codes & 15).to(tl.float32)), d * (0.5 + (codes >> 4).to(tl.float32))
     a, b = _signed_entry(table, (word & 255) | ((high & 3) << 8), signs)
     c, e = _signed_entry(table, ((word >> 8) & 255) | (((high >> 2) & 3) << 8), signs >> 8)
@@ -136,10 +147,11 @@ def _iq3_xxs_group(table, low, high, signs):
 
 
 @triton.jit
-def iq3_xxs(p, j, table):
-    low, high = _two(p + 2 + 8 * j)
-    signs = _u16(p + 66 + 4 * j) | (_u16(p + 68 + 4 * j) << 16)
-    scale, zero = _f16(p) * (0.5 + _upper(signs, 28).to(tl.float32)) * 0.5, _no_offset(p + j)
+def iq3_xxs(p, o, j, table):
+    at = p + o
+    low, high = _words(p, o + 2 + 8 * j, 0, 2)
+    signs = _u16(at + 66 + 4 * j) | (_u16(at + 68 + 4 * j) << 16)
+    scale, zero = _f16(at) * (0.5 + _upper(signs, 28).to(tl.float32)) * 0.5, _no_offset(j)
     a, b = _iq3_xxs_group(table, low & 255, (low >> 8) & 255, _even(signs & 127))
     c, d = _iq3_xxs_group(table, (low >> 16) & 255, (low >> 24) & 255, _even((signs >> 7) & 127))
     e, f = _iq3_xxs_group(table, high & 255, (high >> 8) & 255, _even((signs >> 14) & 127))
@@ -148,14 +160,15 @@ def iq3_xxs(p, j, table):
 
 
 @triton.jit
-def q2_k(p, j, table):
+def q2_k(p, o, j, table):
     half, column = j // 4, j % 4
     m: tl.constexpr = 0x03030303
-    lo, hi = _word(p + 16 + 32 * half + 8 * column), _word(p + 20 + 32 * half + 8 * column)
-    first, second = _word(p + 8 * half), _word(p + 8 * half + 4)
+    at, codes = p + (o + 32 * half + 8 * column), p + (o + 8 * half)
+    lo, hi = _word(at + 16), _word(at + 20)
+    first, second = _word(codes), _word(codes + 4)
     shift = 8 * (column // 2)
     s, t = first >> shift, second >> shift  # the codes of groups 0, 1 and 2, 3: bytes 0 and 2
-    d, low = _halves(p + 80)
+    d, low = _halves(p + o + 80)
     low = -low
     s0, s1 = d * (s & 15).to(tl.float32), d * ((s >> 16) & 15).to(tl.float32)
     s2, s3 = d * (t & 15).to(tl.float32), d * ((t >> 16) & 15).to(tl.float32)
@@ -177,11 +190,11 @@ def _q3_k_group(lo, hi, top_lo, top_hi, a, b, c, half, column, k: tl.constexpr, 
 
 
 @triton.jit
-def q3_k(p, j, table):
-    half, column, d = j // 4, j % 4, _f16(p + 108)
-    lo, hi = _two(p + 32 + 32 * half + 8 * column)
-    top_lo, top_hi = _two(p + 8 * column)
-    s, t, u = _three(p + 96)
+def q3_k(p, o, j, table):
+    half, column, d = j // 4, j % 4, _f16(p + o + 108)
+    lo, hi = _words(p, o + 32 * half + 8 * column, 32, 2)
+    top_lo, top_hi = _words(p, o + 8 * column, 0, 2)
+    s, t, u = _words(p, o, 96, 3)
     a, b, s0 = _q3_k_group(lo, hi, top_lo, top_hi, s, t, u, half, column, 0, d)
     c, e, s1 = _q3_k_group(lo, hi, top_lo, top_hi, s, t, u, half, column, 1, d)
     f, g, s2 = _q3_k_group(lo, hi, top_lo, top_hi, s, t, u, half, column, 2, d)
@@ -205,10 +218,10 @@ def _scales(p, s):
 
 
 @triton.jit
-def q4_k(p, j, table):
-    at = p + 16 + 16 * j
-    a, b, c, d = _word(at), _word(at + 4), _word(at + 8), _word(at + 12)
-    s, t, o, u = _scales(p, 2 * (j // 2))
+def q4_k(p, o, j, table):
+    at = p + (o + 16 * j)
+    a, b, c, d = _word(at + 16), _word(at + 20), _word(at + 24), _word(at + 28)
+    s, t, m0, m1 = _scales(p + o, 2 * (j // 2))
     m: tl.constexpr = 0x0F0F0F0F
     return (
         a & m,
@@ -223,10 +236,10 @@ def q4_k(p, j, table):
         s,
         t,
         t,
-        o,
-        o,
-        u,
-        u,
+        m0,
+        m0,
+        m1,
+        m1,
     )
 
 
@@ -236,16 +249,16 @@ def _fifth(word, top, shift: tl.constexpr, bit):
 
 
 @triton.jit
-def q5_k(p, j, table):
-    at, top, bit = p + 48 + 16 * j, p + 16 + 16 * (j % 2), 2 * (j // 2)
-    a, b, c, d = _word(at), _word(at + 4), _word(at + 8), _word(at + 12)
-    e, f, g, h = _word(top), _word(top + 4), _word(top + 8), _word(top + 12)
-    s, t, o, u = _scales(p, bit)
+def q5_k(p, o, j, table):
+    at, top, bit = p + (o + 16 * j), p + (o + 16 * (j % 2)), 2 * (j // 2)
+    a, b, c, d = _word(at + 48), _word(at + 52), _word(at + 56), _word(at + 60)
+    e, f, g, h = _word(top + 16), _word(top + 20), _word(top + 24), _word(top + 28)
+    s, t, m0, m1 = _scales(p + o, bit)
     a0, a1 = _fifth(a, e, 0, bit), _fifth(a, e, 4, bit + 1)
     b0, b1 = _fifth(b, f, 0, bit), _fifth(b, f, 4, bit + 1)
     c0, c1 = _fifth(c, g, 0, bit), _fifth(c, g, 4, bit + 1)
     d0, d1 = _fifth(d, h, 0, bit), _fifth(d, h, 4, bit + 1)
-    return a0, b0, c0, d0, a1, b1, c1, d1, s, s, t, t, o, o, u, u
+    return a0, b0, c0, d0, a1, b1, c1, d1, s, s, t, t, m0, m0, m1, m1
 
 
 @triton.jit
@@ -254,12 +267,13 @@ def _sixth(word, top, shift: tl.constexpr, bit: tl.constexpr):
 
 
 @triton.jit
-def q6_k(p, j, table):
-    half, column, d = j // 4, j % 4, _f16(p + 208)
-    a, b = _two(p + 64 * half + 8 * column)
-    c, e = _two(p + 64 * half + 32 + 8 * column)
-    t, u = _two(p + 128 + 32 * half + 8 * column)
-    first, second = _two(p + 192 + 8 * half)
+def q6_k(p, o, j, table):
+    half, column, d = j // 4, j % 4, _f16(p + o + 208)
+    at = o + 64 * half + 8 * column
+    a, b = _words(p, at, 0, 2)
+    c, e = _words(p, at, 32, 2)
+    t, u = _words(p, o + 32 * half + 8 * column, 128, 2)
+    first, second = _words(p, o + 8 * half, 192, 2)
     shift = 8 * (column // 2)
     first, second = first >> shift, second >> shift  # those of groups 0, 1 and 2, 3: bytes 0 and 2
     s0, s1 = d * ((first << 24) >> 24).to(tl.float32), d * ((first << 8) >> 24).to(tl.float32)
@@ -270,10 +284,10 @@ def q6_k(p, j, table):
 
 
 @triton.jit
-def q8_0(p, j, table):
-    a, b, c, d = _four(p + 2)
-    e, f, g, h = _four(p + 18)
-    scale, zero = _f16(p), _no_offset(p + j)
+def q8_0(p, o, j, table):
+    a, b, c, d = _words(p, o + 2, 0, 4)
+    e, f, g, h = _words(p, o + 2, 16, 4)
+    scale, zero = _f16(p + o), _no_offset(o)
     return a, b, c, d, e, f, g, h, scale, scale, scale, scale, zero, zero, zero, zero
 
 

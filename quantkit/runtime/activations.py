@@ -21,7 +21,7 @@ class Activations(NamedTuple):
 
 class Where(NamedTuple):
     """One new token of each of n sequences. cells, slots of the cache and positions: int64 [n]. turned: cos and sin of
-    each rotated pair, float32 [n, qk_rope]."""
+    each rotated pair at every position, float32 [positions, qk_rope]."""
 
     cells: torch.Tensor
     slots: torch.Tensor

@@ -1,4 +1,4 @@
-"""Triton: products with quantized matrices, decoded in registers, and routing.
+"""Triton: products with quantized matrices, decoded in registers.
 
 All types are taken apart into groups of 8 neighbouring weights, `scale · v + offset` with the eight int8 in two words,
 by the functions of `codecs/triton_decode.py`. They are multiplied as integers, four at a time (dp4a), by activations of
@@ -14,21 +14,20 @@ import triton.language as tl
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.codebooks import for_kernels
 from quantkit.codecs.registry import codec, triton_twin
+from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.codecs.triton_wide import WIDE
-from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
-LANES = 32  # of a program that multiplies: one warp, which needs no barriers
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without inline assembly
+LANES = 32  # of a warp
 
 
 class Matrices(NamedTuple):
     """Quantized matrices [n_matrices, n_out, n_in] as the kernels take them; Any is a number or a constant.
 
     table: the codebook. decode: the type's function of triton_decode, or if `wide` of triton_wide, as near ... offset
-    are. size, groups: bytes of a block, and its groups of 8 weights.
+    are. size, groups: bytes of a block, and its groups of 8 weights. even: every row begins at a multiple of 4 bytes.
     """
 
     data: torch.Tensor
@@ -41,6 +40,7 @@ class Matrices(NamedTuple):
     size: Any
     groups: Any
     wide: Any
+    even: Any
     near: Any
     far: Any
     alike: Any
@@ -98,45 +98,6 @@ def _number(upper, lower, unit):
 
 
 @triton.jit
-def _group_times(group, x, scales, w, g, there):
-    """One group of each row, as `_group` gives them, times its part of a token's activations: [rows, groups]."""
-    lo, hi, scale, offset = group
-    a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
-    upper, lower = _dots(lo, hi, a[None, :], b[None, :], c[None, :], d[None, :], lo * 0, lo * 0)
-    total = scale * _number(upper, lower, unit[None, :])
-    if w.offset:
-        ones = a * 0 + 0x01010101
-        up, low = _dots(ones, ones, a, b, c, d, a * 0, a * 0)
-        total += offset * _number(up, low, unit)[None, :]
-    return total
-
-
-@triton.jit
-def _chunk_times(chunk, x, scales, w, first, there):
-    """As `_group_times` for a chunk of triton_wide, whose groups begin with `first`. Those with one scale are summed as
-    integers."""
-    total = tl.zeros_like(chunk[0]).to(tl.float32)
-    upper, lower = chunk[0] * 0, chunk[0] * 0
-    ones = first * 0 + 0x01010101
-    up, low = first * 0, first * 0
-    for k in tl.static_range(4):
-        g = first + (k % 2) * w.near + (k // 2) * w.far
-        a, b, c, d, unit = _tokens(x, scales, g, w.n_in, there)
-        upper, lower = _dots(
-            chunk[2 * k], chunk[2 * k + 1], a[None, :], b[None, :], c[None, :], d[None, :], upper, lower
-        )
-        if w.offset:
-            up, low = _dots(ones, ones, a, b, c, d, up, low)
-        if ((w.alike - 1) & k) == w.alike - 1:
-            total += chunk[8 + k] * _number(upper, lower, unit[None, :])
-            upper, lower = chunk[0] * 0, chunk[0] * 0
-            if w.offset:
-                total += chunk[12 + k] * _number(up, low, unit)[None, :]
-                up, low = first * 0, first * 0
-    return total
-
-
-@triton.jit
 def _first(w, chunk):
     """The group that a chunk begins with."""
     if w.near == 4:
@@ -148,44 +109,87 @@ def _first(w, chunk):
 
 
 @triton.jit
-def _part(w, data, at, last):
-    """What a thread decodes of its rows: group or chunk `at`."""
-    at = tl.minimum(at, last - 1)[None, :]
-    if w.wide:
-        per_block = w.groups // 4
-        return w.decode(data + (at // per_block) * w.size, at % per_block, w.table)
-    else:
-        return _group(w, data, at)
+def _activations(x, scales, token, w, at, last):
+    """A token's part for group or chunk `at` of every row: of each group five as `_tokens` gives them, and the sum of
+    those of groups with one scale, which their offset is multiplied by, at the last of them."""
+    x += token * (w.n_in // 2)
+    scales += token * (w.n_in // 32)
+    found = ()
+    ones, up, low = at * 0 + 0x01010101, at * 0, at * 0
+    for k in tl.static_range(4 if w.wide else 1):
+        g = _first(w, at) + (k % 2) * w.near + (k // 2) * w.far if w.wide else at
+        a, b, c, d, unit = _tokens(x, scales, g, w.n_in, at < last)
+        count = unit
+        if w.offset:
+            up, low = _dots(ones, ones, a, b, c, d, up, low)
+            if ((w.alike - 1) & k) == w.alike - 1:
+                count = _number(up, low, unit)
+                up, low = at * 0, at * 0
+        found = found + (a, b, c, d, unit, count)
+    return found
 
 
 @triton.jit
-def _times(part, x, scales, token, w, at, last):
-    x += token * (w.n_in // 2)
-    scales += token * (w.n_in // 32)
+def _part(w, row, at, last):
+    """What a thread decodes of a row: group or chunk `at`."""
+    at = tl.minimum(at, last - 1)
     if w.wide:
-        return _chunk_times(part, x, scales, w, _first(w, at), at < last)
+        per_block = w.groups // 4
+        o = (at // per_block) * w.size
+        if not w.even:
+            o += (row.to(tl.int64) & 2).to(tl.int32)
+            row = (row.to(tl.int64) & -4).to(row.dtype)
+        return w.decode(row, o, at % per_block, w.table)
     else:
-        return _group_times(part, x, scales, w, at, at < last)
+        return _group(w, row, at)
+
+
+@triton.jit
+def _times(part, x, w):
+    """A part of a row times activations. Groups with one scale are summed as integers."""
+    groups: tl.constexpr = 4 if w.wide else 1
+    total = part[2 * groups] * 0
+    upper, lower = part[0] * 0, part[0] * 0
+    for k in tl.static_range(groups):
+        upper, lower = _dots(
+            part[2 * k], part[2 * k + 1], x[6 * k], x[6 * k + 1], x[6 * k + 2], x[6 * k + 3], upper, lower
+        )
+        if ((w.alike - 1) & k) == w.alike - 1:
+            total += part[2 * groups + k] * _number(upper, lower, x[6 * k + 4])
+            upper, lower = part[0] * 0, part[0] * 0
+            if w.offset:
+                total += part[3 * groups + k] * x[6 * k + 5]
+    return total
 
 
 @triton.jit
 def _products(
-    w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
+    w,
+    second,
+    x,
+    scales,
+    ids,
+    out,
+    x_share,
+    pairs,
+    rows: tl.constexpr,
+    tile: tl.constexpr,
+    few: tl.constexpr,
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
 
     few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
-    second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1.
+    second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1. Everything has one
+    dimension, a thread for each part of a row: in two Triton gives neighbouring threads neighbouring rows.
     """
     pair = tl.program_id(1)
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    row = tl.program_id(0) * rows
     data = w.data
     if second is not None:
         if tl.program_id(2) == 1:
             data = second
             out += w.n_out * pairs
-    data += tl.minimum(row, w.n_out - 1).to(tl.int64)[:, None] * w.row_bytes
     last: tl.constexpr = w.n_in // 32 if w.wide else w.n_in // 8
     stop = last
     if ids is not None:
@@ -193,23 +197,29 @@ def _products(
         data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
         stop = tl.where(matrix < 0, 0, last)
     token = (pair * few // x_share).to(tl.int64)
-    # Columns come last: then Triton gives each thread one part of all rows, and x needs no exchange between threads.
-    total = tl.zeros([rows, tile], tl.float32)
-    total1, total2, total3 = total, total, total  # of few = 4
+    totals = ()
+    for _ in tl.static_range(rows * few):
+        totals = totals + (tl.zeros([tile], tl.float32),)
     for start in range(0, stop, tile):
         at = start + tl.arange(0, tile)
-        part = _part(w, data, at, last)
-        total += _times(part, x, scales, token, w, at, last)
-        if few == 4:
-            total1 += _times(part, x, scales, tl.minimum(token + 1, pairs - 1), w, at, last)
-            total2 += _times(part, x, scales, tl.minimum(token + 2, pairs - 1), w, at, last)
-            total3 += _times(part, x, scales, tl.minimum(token + 3, pairs - 1), w, at, last)
+        acts = ()
+        for t in tl.static_range(few):
+            acts = acts + (
+                _activations(x, scales, tl.minimum(token + t, pairs - 1) if few > 1 else token, w, at, last),
+            )
+        sums = ()
+        for r in tl.static_range(rows):
+            part = _part(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
+            for t in tl.static_range(few):
+                sums = sums + (totals[r * few + t] + _times(part, acts[t], w),)
+        totals = sums
     to = out + (pair * few).to(tl.int64) * w.n_out + row
-    tl.store(to, tl.sum(total, axis=1), mask=row < w.n_out)
-    if few == 4:
-        tl.store(to + w.n_out, tl.sum(total1, axis=1), mask=row < tl.where(token + 1 < pairs, w.n_out, 0))
-        tl.store(to + 2 * w.n_out, tl.sum(total2, axis=1), mask=row < tl.where(token + 2 < pairs, w.n_out, 0))
-        tl.store(to + 3 * w.n_out, tl.sum(total3, axis=1), mask=row < tl.where(token + 3 < pairs, w.n_out, 0))
+    for r in tl.static_range(rows):
+        for t in tl.static_range(few):
+            there = row + r < w.n_out
+            if few > 1:
+                there = there & (token + t < pairs)
+            tl.store(to + t * w.n_out + r, tl.sum(totals[r * few + t], axis=0), mask=there)
 
 
 @triton.jit
@@ -227,78 +237,10 @@ def _weights(w, out, groups: tl.constexpr):
     tl.store(out + row * w.n_in + here, v, mask=here < w.n_in)
 
 
-class Routing(NamedTuple):
-    """Constants of _route. best: how many experts speak for their group. size, groups, slots: experts of a group,
-    groups and chosen experts, each padded to a power of two."""
-
-    n_group: Any
-    n_group_used: Any
-    n_used: Any
-    best: Any
-    sigmoid: Any
-    norm: Any
-    size: Any
-    groups: Any
-    slots: Any
-
-
-@triton.jit
-def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how):
-    """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
-    token = tl.program_id(0)
-    a, b = tl.arange(0, how.groups)[:, None], tl.arange(0, how.size)[None, :]
-    per_group = n_expert // how.n_group
-    real = (a < how.n_group) & (b < per_group)
-    index = a * per_group + b
-    x = tl.load(logits + token * n_expert + index, mask=real, other=float("-inf"))
-    if how.sigmoid:
-        score = 1 / (1 + tl.exp(-x))
-    else:
-        top = tl.max(tl.max(x, axis=1), axis=0)
-        score = tl.exp(x - top)
-        score = score / tl.sum(tl.sum(score, axis=1), axis=0)
-    choice = score
-    if bias is not None:
-        choice += tl.load(bias + index, mask=real, other=0.0)
-    choice = tl.where(real, choice, float("-inf"))
-    if how.n_group > 1:
-        first = tl.max(choice, axis=1)
-        value = first
-        if how.best == 2:
-            at = tl.argmax(choice, axis=1)
-            value += tl.max(tl.where(b == at[:, None], float("-inf"), choice), axis=1)
-        group = tl.arange(0, how.groups)
-        value = tl.where(group < how.n_group, value, float("-inf"))
-        kept = group < 0
-        for _ in tl.static_range(how.n_group_used):
-            at = tl.argmax(value, axis=0)
-            kept = kept | (group == at)
-            value = tl.where(group == at, float("-inf"), value)
-        choice = tl.where(kept[:, None], choice, float("-inf"))
-    slot = tl.arange(0, how.slots)
-    expert = tl.zeros([how.slots], tl.int32)
-    weight = tl.zeros([how.slots], tl.float32)
-    for k in tl.static_range(how.n_used):
-        at_group = tl.argmax(tl.max(choice, axis=1), axis=0)
-        inner = tl.max(tl.where(a == at_group, choice, float("-inf")), axis=0)
-        at = at_group * per_group + tl.argmax(inner, axis=0)
-        chosen = (index == at) & real
-        w = tl.sum(tl.sum(tl.where(chosen, score, 0.0), axis=1), axis=0)
-        choice = tl.where(chosen, float("-inf"), choice)
-        expert = tl.where(slot == k, at, expert)
-        weight = tl.where(slot == k, w, weight)
-    if how.norm:
-        weight = weight / (tl.sum(weight, axis=0) + 1e-20)
-    if table is not None:
-        found = tl.load(table + expert)
-        tl.store(frames + token * how.n_used + slot, found, mask=slot < how.n_used)
-        expert = tl.where(found < 0, expert, -1 - expert)
-    tl.store(ids + token * how.n_used + slot, expert, mask=slot < how.n_used)
-    tl.store(weights + token * how.n_used + slot, weight * factor, mask=slot < how.n_used)
-
-
-def _matrices(qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False) -> Matrices:
-    """chunks: of 32 weights, where there is a function for that."""
+def _matrices(
+    qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False, second: torch.Tensor | None = None
+) -> Matrices:
+    """chunks: of 32 weights, where there is a function for that. second: others like them."""
     n_out, row_bytes = data.shape[-2:]
     sizes, wide = qtypes.stored(qtype), WIDE.get(qtype) if chunks else None
     of_chunks = (wide.near, wide.far, wide.alike, wide.offset) if wide else (1, 2, 1, True)
@@ -313,6 +255,7 @@ def _matrices(qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False) -
         tl.constexpr(sizes.type_size),
         tl.constexpr(sizes.block_size // 8),
         tl.constexpr(wide is not None),
+        tl.constexpr(row_bytes % 4 == 0 == data.data_ptr() % 4 and (second is None or second.data_ptr() % 4 == 0)),
         *map(tl.constexpr, of_chunks),
     )
 
@@ -321,6 +264,14 @@ def _tile(n_in: int) -> int:
     """Groups per step."""
     exact = (size for size in (GROUPS, GROUPS // 2) if n_in // 8 % size == 0)
     return next(exact, min(GROUPS, triton.next_power_of_2(n_in // 8)))
+
+
+def tiling(n_out: int, n_in: int, chosen: bool) -> tuple[int, int]:
+    """Rows of a program, and its warps, which share each of them. Measured with R1's matrices on an H200; the number of
+    tokens has no say, or their sums would depend on it."""
+    if n_in < 512 or (chosen and n_in >= 1024):
+        return 8, 1
+    return (4, 4) if n_in >= 4096 and n_out <= 8192 else (4, 1)
 
 
 def products(
@@ -340,10 +291,11 @@ def products(
     n, n_out, n_in = len(x.x), data.shape[1], x.x.shape[-1]
     pairs = n if ids is None else ids.numel()
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
-    rows = 8 if n_out * pairs >= 4096 else 2  # so that there are programs for a whole GPU
+    rows, warps = tiling(n_out, n_in, ids is not None)
+    rows = min(rows, triton.next_power_of_2(n_out))
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _matrices(qtype, data, n_in, chunks=n_in >= 32 * LANES),
+        _matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
         second,
         x.words,
         x.scales,
@@ -352,9 +304,9 @@ def products(
         pairs // n,
         pairs,
         rows,
-        LANES,
+        LANES * warps,
         few,
-        num_warps=1,
+        num_warps=warps,
         enable_fp_fusion=False,  # or a token's last bits would depend on how many there are
     )
     return out[0] if second is None else out
@@ -366,18 +318,3 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     groups = _tile(n_in)
     _weights[(n_rows, triton.cdiv(n_in // 8, groups))](_matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
     return out
-
-
-def route(
-    logits: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, c: ModelConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `Between.route`, from logits float32 [n, n_expert]."""
-    n = len(logits)
-    ids = torch.empty(n, c.n_used, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(n, c.n_used, dtype=torch.float32, device=logits.device)
-    frames = None if table is None else torch.empty_like(ids)
-    powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
-    numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
-    how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1)
-    return ids, weights, frames

@@ -62,7 +62,20 @@ def _gated(gate, up, to, n, blocks: tl.constexpr):
 
 
 @triton.jit
-def _norm(h, first, second, chosen, shares, n_used: tl.constexpr, weight, sum, to, n, eps, blocks: tl.constexpr):
+def _norm(
+    h,
+    first,
+    second,
+    chosen,
+    shares,
+    n_used: tl.constexpr,
+    weight,
+    sum,
+    to,
+    n,
+    eps,
+    blocks: tl.constexpr,
+):
     """h + first + second + Σ shares · chosen of row program_id(0) (each may be None) -> sum, and its RMS norm."""
     row = tl.program_id(0).to(tl.int64)
     at = row * n
@@ -96,14 +109,14 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _place(q, kv, kv_norm, turned, cells, cache, rotated, to, eps, shape):
+def _place(q, kv, kv_norm, turned, positions, cells, cache, rotated, to, eps, shape):
     """Of token program_id(0), head program_id(1): its query's two parts, the second rotated [n, n_head, rope]. The
     program after the last head: the cache's cell, normed latent and rotated key."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, shape.half)
     real = pair < shape.rope // 2
-    cos = tl.load(turned + token * shape.rope + 2 * pair, mask=real, other=0.0)
-    sin = tl.load(turned + token * shape.rope + 2 * pair + 1, mask=real, other=0.0)
+    turned += tl.load(positions + token) * shape.rope + 2 * pair
+    cos, sin = tl.load(turned, mask=real, other=0.0), tl.load(turned + 1, mask=real, other=0.0)
     if head < shape.n_head:
         of = (token * shape.n_head + head).to(tl.int64)
         query = q + of * (shape.nope + shape.rope)
@@ -277,7 +290,20 @@ def norm(
     used = tl.constexpr(1 if shares is None else shares.shape[1])
     blocks = _blocks(d)
     warps = min(16, max(1, blocks // 8))
-    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps)
+    _norm[(n,)](
+        h,
+        *added,
+        y,
+        shares,
+        used,
+        weight,
+        total,
+        Words(*to),
+        d,
+        eps,
+        tl.constexpr(blocks),
+        num_warps=warps,
+    )
     return h if total is None else total, to
 
 
@@ -300,7 +326,8 @@ def place(
     n = len(q)
     to = _empty(n * c.n_head, c.qk_nope, q.device)
     rotated = torch.empty(n, c.n_head, c.qk_rope, device=q.device)
-    arguments = (q, kv, kv_norm, where.turned, where.cells, cache, rotated, Words(*to), c.rms_eps, _shape(c))
+    places = (where.turned, where.positions, where.cells)
+    arguments = (q, kv, kv_norm, *places, cache, rotated, Words(*to), c.rms_eps, _shape(c))
     _place[(n, c.n_head + 1)](*arguments, num_warps=1)
     return to, rotated
 
@@ -318,7 +345,19 @@ def attend(
     to = _empty(n * c.n_head, c.kv_lora, query.device)
     shape, places = _shape(c), (where.slots, where.positions)
     _attend[(parts, triton.cdiv(c.n_head, HEADS), n)](
-        query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1
+        query,
+        rotated,
+        cache,
+        *places,
+        out,
+        sums,
+        rows,
+        span,
+        c.softmax_scale,
+        shape,
+        HEADS,
+        POSITIONS,
+        num_stages=1,
     )
     _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2)
     return to

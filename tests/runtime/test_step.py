@@ -61,7 +61,7 @@ def test_attention(both, c, n_kv):
     kernels, torch_, device = both
     rows = n_kv + 7
     slots, positions = torch.tensor([3, 0, 2], device=device), torch.tensor([n_kv - 1, 0, 31], device=device)
-    angle = torch.rand(3, c.qk_rope // 2, device=device) * 6
+    angle = torch.rand(n_kv, c.qk_rope // 2, device=device) * 6
     turned = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)
     where = Where(slots * rows + positions, slots, positions, turned)
     q = torch.randn(3, c.n_head * c.qk_head, device=device)
@@ -95,3 +95,37 @@ def test_collect(device):
         assert close(plain, expected, 1e-6)
     step_kernels.collect(out, part, place, shares, 6)
     assert close(out, expected, 1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [3, 9])
+def test_scores(device, n):
+    """By a program each, and as a product of matrices."""
+    pytest.importorskip("triton")
+    from quantkit.runtime import route_kernels
+
+    x, weights = torch.randn(n, 300, device=device), torch.randn(5, 300, device=device)
+    assert close(route_kernels.scores(x, weights), x @ weights.T, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_to_the_host_and_back(device):
+    """Rows longer than a program's width; flags beyond the rows stay as they are."""
+    pytest.importorskip("triton")
+    from quantkit.runtime import hand_over_kernels
+
+    def pinned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=device == "cuda")
+
+    rows = (torch.randn(3, 1100), torch.rand(3, 6), torch.arange(18, dtype=torch.int32).view(3, 6))
+    to = (pinned(3, 1100), pinned(3, 6), pinned(3, 6, dtype=torch.int32))
+    flags, step = pinned(4, dtype=torch.int32), torch.tensor([77], device=device)
+    hand_over_kernels.send(tuple(part.to(device) for part in rows), to, flags, step)
+    back = torch.full((3, 1100), torch.nan, device=device)
+    flag = pinned(1, dtype=torch.int32)
+    flag[0] = 77
+    hand_over_kernels.receive(to[0], back, flag, step)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, to, rows)) and flags.tolist() == [77, 77, 77, 0]
+    assert torch.equal(back.cpu(), rows[0])

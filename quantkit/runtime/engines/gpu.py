@@ -3,8 +3,9 @@
 As many routed experts as fit stay in GPU memory, those chosen most. The others are computed on the CPU, one token per
 sequence at a time, while the GPU computes its own and the shared expert; in prompts their bytes may be moved instead.
 
-A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Everything also runs on the CPU,
-without graphs: so the tests compare it with the other engines.
+A decoding step is cut where it waits for the CPU; each piece is one CUDA graph. Where `Buffers.mapped`, the GPU itself
+waits, and the next piece is launched before. Everything also runs on the CPU, without graphs: so the tests compare it
+with the other engines.
 """
 
 import logging
@@ -19,6 +20,7 @@ import torch
 from quantkit import machine
 from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
+from quantkit.progress import say_once
 from quantkit.runtime.activations import Where
 from quantkit.runtime.engines.gpu_buffers import Buffers
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
@@ -55,7 +57,9 @@ log = logging.getLogger(__name__)
 
 KV_STEP = 256  # cache positions that a step sees: the least power of two times this
 WARM_TOKENS = 1024  # of the prompt that an engine begins with
-KEPT_STEPS = 12  # captured (sequences, cache positions)
+KEPT_STEPS = 12  # captured (rows, cache positions)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a step: the first that its sequences fit in, or there would be
+# a graph for each number of users
 
 
 class Wait(NamedTuple):
@@ -86,7 +90,7 @@ class GpuEngine:
                 self._add_experts(layer, i)
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self.buffers = Buffers(c, n_slots, self.device)
+        self.buffers = Buffers(c, n_slots, self.rows, self.device)
         self.between = between_of(c, self.device)
         self.ring = self._ring()
         self.prompts = Prompts(self.layers, weights, self.ring, self._on_cpu)
@@ -94,9 +98,9 @@ class GpuEngine:
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.prompts.chunk = largest_chunk(c, self._room())
-        self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, Wait]]] = {}
+        self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, list[Wait]]]] = {}
         if self.on_gpu:
-            self.graph_memory, self.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
                 self._warm_up()
 
@@ -261,35 +265,62 @@ class GpuEngine:
         positions = [self.length[slot] for slot in slots]
         for slot in slots:
             self.length[slot] += 1
-        buffers = self.buffers
+        buffers, m = self.buffers, self._rows(n)
         self.weights.embed(torch.tensor(tokens), buffers.h_host[:n])
         cells = [slot * self.rows + position for slot, position in zip(slots, positions, strict=True)]
-        buffers.at_host[: 3 * n] = torch.tensor(cells + positions + slots)
-        buffers.h.copy_(buffers.h_host, non_blocking=True)
-        buffers.at.copy_(buffers.at_host, non_blocking=True)
+        buffers.begin(n, m, (cells, positions, slots))
         seen = KV_STEP
         while seen <= max(positions):
             seen *= 2
-        key = (n, min(seen, self.rows))
+        key = (m, min(seen, self.rows))
         if self.on_gpu and key in self.steps:
             self.steps[key] = step = self.steps.pop(key)
-            for graph, wait in step:
-                graph.replay()
-                self._hand_over(wait, n)
+            self._replay(step)
         else:
             for wait in self._pieces(*key):
-                self._hand_over(wait, n)
+                self._hand_over(wait)
             if self.on_gpu:
-                self._capture(key)
+                self._keep(key)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
         self.hot.between_steps(n)
         return buffers.logits_host[:n]
 
-    def _capture(self, key: tuple[int, int]) -> None:
-        """The pieces of this step as CUDA graphs, for the next one of its kind."""
+    def _replay(self, step: list[tuple[torch.cuda.CUDAGraph, list[Wait]]]) -> None:
+        """Where the GPU itself waits for the CPU, each graph is launched while the one before is at work."""
+        ahead = int(self.buffers.mapped)
+        try:
+            for graph, _ in step[:ahead]:
+                graph.replay()
+            for i, (_, waits) in enumerate(step):
+                for graph, _ in step[i + ahead : i + ahead + 1]:
+                    graph.replay()
+                for wait in waits:
+                    self._hand_over(wait)
+        except BaseException:  # or the GPU would wait for ever
+            self.buffers.let_go()
+            raise
+
+    def _rows(self, n: int) -> int:
+        """Of a step for n sequences: those that are too many repeat the last."""
+        return min(next((rows for rows in ROWS if rows >= n), n), max(n, self.n_slots))
+
+    def _keep(self, key: tuple[int, int]) -> None:
+        """Capture a step that has just been computed, for the next of its kind, if there is memory for it."""
         while len(self.steps) >= KEPT_STEPS:
             del self.steps[next(iter(self.steps))]
+        try:
+            self._capture(key)
+        except torch.OutOfMemoryError:
+            say_once("not enough GPU memory to keep decoding steps as graphs: some are launched anew, which is slower")
+            self.steps.clear()
+            torch.cuda.empty_cache()
+
+    def _capture(self, key: tuple[int, int]) -> None:
+        """The pieces of this step as CUDA graphs. Where the GPU itself waits for the CPU, a piece includes what the GPU
+        does meanwhile, and the next begins with waiting."""
         torch.cuda.synchronize()
+        if not self.steps:  # memory that no graph has any more cannot be given to another one
+            self.graph_memory = torch.cuda.graph_pool_handle()
         step = []
         with torch.cuda.stream(self.graph_stream):
             pieces, going = self._pieces(*key), True
@@ -297,29 +328,31 @@ class GpuEngine:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self.graph_memory, capture_error_mode="thread_local")
                 try:
-                    wait = next(pieces)
+                    waits = [next(pieces)]
+                    if self.buffers.mapped and waits[0].what == "send":
+                        waits.append(next(pieces))
                 finally:  # or, after an error, no later step could be captured, nor the GPU waited for
                     graph.capture_end()
-                step.append((graph, wait))
-                going = wait.what != "end"
+                step.append((graph, waits))
+                going = waits[-1].what != "end"
         torch.cuda.synchronize()
         self.steps[key] = step
 
-    def _hand_over(self, wait: Wait, n: int) -> None:
+    def _hand_over(self, wait: Wait) -> None:
         """What the CPU does after a piece of a step."""
         experts = self.layers[wait.layer].on_cpu
         if wait.what == "send":
-            self.buffers.send(n)
+            self.buffers.send()
             assert experts is not None
             experts.wake()
         elif wait.what == "receive":
             assert experts is not None
-            x, weight, ids = self.buffers.received(n)
+            x, weight, ids = self.buffers.received(wait.layer)
             self.hot.note(wait.layer, ids)
-            self.buffers.answer(experts(x, ids, weight))
+            self.buffers.answer(wait.layer, experts(x, ids, weight))
 
     def _pieces(self, n: int, n_kv: int) -> Iterator[Wait]:
-        """One token of n sequences, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
+        """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
         buffers, between, where = self.buffers, self.between, self._where(n)
         h, nothing = buffers.h[:n], (None, None)
         added: Added = nothing
@@ -332,8 +365,7 @@ class GpuEngine:
                 table = layer.hot.table if layer.hot else None
                 ids, weight, frames = between.route(x.x, layer.router, table)
                 if layer.resident is None:
-                    for to, value in zip(buffers.to_send(buffers.sent, n), (x.x, weight, ids), strict=True):
-                        to.copy_(value)
+                    buffers.put(i, x.x, weight, ids)
                     yield Wait("send", i)
                 else:
                     shares = chosen(x, layer.resident, between, ids), weight
@@ -342,7 +374,7 @@ class GpuEngine:
             output = None if layer.feed is None else feed(x, layer.feed, between)
             if layer.router is not None and layer.resident is None:
                 yield Wait("receive", i)
-                added = output, buffers.got[:n]
+                added = output, buffers.take(i, n)
             else:
                 added = output, None
         _, x = between.norm(h, self.output_norm, added, shares)
@@ -351,5 +383,4 @@ class GpuEngine:
 
     def _where(self, n: int) -> Where:
         cells, positions, slots = self.buffers.at[: 3 * n].view(3, n)
-        turns = positions[:, None].float() * self.buffers.turns
-        return Where(cells, slots, positions, torch.stack((turns.cos(), turns.sin()), dim=-1).flatten(1))
+        return Where(cells, slots, positions, self.buffers.turned)

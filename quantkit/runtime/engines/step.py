@@ -77,7 +77,7 @@ class ByTorch:
         latent, key = kv.split([c.kv_lora, c.qk_rope], dim=-1)
         latent = F.rms_norm(latent, (c.kv_lora,), kv_norm, c.rms_eps)
         pairs = torch.cat((q[..., c.qk_nope :], key[:, None]), dim=1).view(n, c.n_head + 1, -1, 2)
-        turned = torch.view_as_complex(where.turned.view(n, 1, -1, 2))
+        turned = torch.view_as_complex(where.turned[where.positions].view(n, 1, -1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * turned).flatten(2)
         cells = cache.view(-1, cache.shape[-1])
         cells.index_copy_(0, where.cells, torch.cat((latent, rotated[:, -1]), dim=-1).to(cache.dtype))
@@ -111,9 +111,9 @@ class ByKernels:
     """`Between`, by Triton."""
 
     def __init__(self, c: ModelConfig):
-        from quantkit.runtime import kernels, step_kernels
+        from quantkit.runtime import route_kernels, step_kernels
 
-        self.c, self.kernels, self.step = c, kernels, step_kernels
+        self.c, self.router, self.step = c, route_kernels, step_kernels
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
         """As `Between`."""
@@ -141,7 +141,7 @@ class ByKernels:
         self, x: torch.Tensor, router: Router, table: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `Between`."""
-        return self.kernels.route(x @ router.weight.T, router.bias, table, self.c)
+        return self.router.route(self.router.scores(x, router.weight), router.bias, table, self.c)
 
 
 def between_of(c: ModelConfig, device: torch.device) -> Between:

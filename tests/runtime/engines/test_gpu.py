@@ -117,6 +117,76 @@ def test_prompts_are_read_together(path, device, gpu_layers):
     assert kld(engine.decode([0, 2, 3], [50, 60, 70]), after) < most
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_are_too_many(path, device):
+    """Five sequences in a step of six rows: each gets what it gets alone, and so does the next step."""
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 6, 64, 1)
+    assert engine._rows(5) == 6
+    for slot in range(5):
+        engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
+    slots, found = [3, 0, 4, 1, 2], []
+    for step in range(3):  # on a GPU the second one with a captured graph
+        found.append(engine.decode(slots, [300 + 7 * slot + step for slot in slots]).clone())
+    for row, slot in enumerate(slots):
+        engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
+        for step in range(3):
+            alone = engine.decode([slot], [300 + 7 * slot + step])
+            assert kld(alone, found[step][row : row + 1]) < (1e-6 if device == "cpu" else 1e-4)
+
+
+def test_through_mapped_memory(weights):
+    """By the kernels that write and read the host's memory, interpreted: the same bits as by copies."""
+    pytest.importorskip("triton")
+    engine = GpuEngine(weights, 2, 300, 0)
+    engine.prefill(0, text(weights, 8), 0)
+    engine.prefill(1, text(weights, 12), 0)
+    found = []
+    for mapped in (False, True):
+        engine.buffers.mapped, engine.length = mapped, [8, 12]
+        found.append(engine.decode([1, 0], [300, 301]).clone())
+    assert torch.equal(*found)
+    assert (engine.buffers.seen[1:, :2] == engine.buffers.step).all()  # layer 0 is dense
+
+
+def test_no_memory_for_graphs(weights, monkeypatch, capsys):
+    """The step that was computed counts; later ones are computed without a graph."""
+    engine = GpuEngine(weights, 1, 64, 3)
+    engine.prefill(0, text(weights, 8), 0)
+    usual = engine.decode([0], [300]).clone()
+
+    def full(key) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.length, engine.on_gpu = [8], True
+    monkeypatch.setattr(engine, "_capture", full)
+    assert torch.equal(engine.decode([0], [300]), usual) and not engine.steps
+    assert "not enough GPU memory" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.gpu
+def test_an_error_of_the_cpu_ends_the_step_only(path):
+    """The GPU waits for the CPU's experts in the middle of a graph: not for those that will never come."""
+    engine = GpuEngine(open_gguf(path, "cuda", n_threads=1), 1, 64, 0)
+    engine.prefill(0, list(range(8)), 0)
+    usual = [engine.decode([0], [300]).clone() for engine.length[0] in (8, 8)][1]
+    layer = engine.layers[-1]
+    experts, layer.on_cpu, engine.length[0] = layer.on_cpu, Broken(), 8
+    with pytest.raises(ZeroDivisionError):
+        engine.decode([0], [300])
+    layer.on_cpu, engine.length[0] = experts, 8
+    assert torch.equal(engine.decode([0], [300]), usual)
+
+
+class Broken:
+    """Experts that cannot be computed."""
+
+    def wake(self) -> None:
+        pass
+
+    def __call__(self, *_) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
 def test_a_prompt_of_one_token(weights):
     engine = GpuEngine(weights, 1, 300, 3)
     alone = engine.prefill(0, [0], 0).clone()
