@@ -10,7 +10,7 @@ from quantkit.machine import threads as threads_here
 from quantkit.models import family
 from quantkit.models.open import ModelRef, open_model
 from quantkit.planning import hardware_table, presets, targets
-from quantkit.planning.arithmetic import OF_IQ1_S, ON_XEON, Arithmetic, cores
+from quantkit.planning.arithmetic import SHARES, Arithmetic, cores
 from quantkit.planning.budget import BudgetOptions
 from quantkit.planning.hardware import Machine
 
@@ -45,8 +45,7 @@ def _cpu(asked: Named, here: bool) -> tuple[Machine, dict[str, str]]:
     n = asked.threads
     if asked.cpu:
         cpu = presets.cpu(asked.cpu)
-        shares = ON_XEON if cpu.gathers else OF_IQ1_S
-        rates = Arithmetic(cores(n or cpu.cores, cpu.core, shares), cpu.matrix)
+        rates = Arithmetic(cores(n or cpu.cores, cpu.core, SHARES[cpu.lookups]), cpu.matrix)
         bandwidth = presets.SUSTAINED * cpu.bandwidth
         found = Machine(0, ram_bandwidth=bandwidth, arithmetic=rates, threads=n or cpu.cores)
         return found, {"ram": f"{presets.SUSTAINED} of published", "cpu": f"{n or cpu.cores} cores, assumed"}

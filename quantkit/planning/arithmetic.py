@@ -5,17 +5,23 @@ from dataclasses import dataclass, field
 
 from quantkit.planning.presets import IQ1_S_ZEN5
 
-# One core of a Zen 5, weights/s against those of IQ1_S, rows from memory (docs/results/runtime.md); the last line: by
-# ggml, estimated. A Xeon, which looks entries up otherwise: 16 cores of an Emerald Rapids, rows from their caches.
+# Weights/s against those of IQ1_S (docs/results/runtime.md). One core of a Zen 5, rows from memory; the last line: by
+# ggml, estimated. Xeons, which gather entries: 16 cores of an Emerald Rapids, rows from their L2. Without AVX-512: what
+# was compiled for AVX2 on that Zen 5, and k-quants by ggml.
 OF_IQ1_S = {
     **{"IQ1_S": 1.0, "IQ1_M": 0.94, "IQ2_XXS": 1.88, "IQ2_XS": 1.46, "IQ2_S": 1.01},
     **{"Q2_K": 2.41, "Q3_K": 1.62, "Q4_K": 1.53, "Q5_K": 1.32, "Q6_K": 1.24},
     **{"IQ3_XXS": 0.7, "IQ3_S": 0.7, "IQ4_XS": 1.2, "IQ4_NL": 1.2, "Q8_0": 1.5, "F16": 0.9, "BF16": 0.9, "F32": 0.5},
 }
 ON_XEON = OF_IQ1_S | {
-    **{"IQ1_M": 0.97, "IQ2_XXS": 1.06, "IQ2_XS": 0.8, "IQ2_S": 0.87},
-    **{"Q2_K": 1.84, "Q3_K": 1.1, "Q4_K": 1.42, "Q5_K": 1.02, "Q6_K": 1.39},
+    **{"IQ1_M": 1.02, "IQ2_XXS": 1.08, "IQ2_XS": 0.71, "IQ2_S": 0.9},
+    **{"Q2_K": 1.76, "Q3_K": 1.13, "Q4_K": 1.37, "Q5_K": 1.02, "Q6_K": 1.4},
 }
+BY_AVX2 = OF_IQ1_S | {
+    **{"IQ1_M": 0.84, "IQ2_XXS": 0.73, "IQ2_XS": 0.8, "IQ2_S": 0.9},
+    **{"Q2_K": 1.77, "Q3_K": 1.02, "Q4_K": 1.43, "Q5_K": 1.04, "Q6_K": 1.14},
+}
+SHARES = {"registers": OF_IQ1_S, "gathers": ON_XEON, "avx2": BY_AVX2}  # by `presets.Cpu.lookups`
 # An H200's weights/s by the kernels of runtime/kernels.py; others: the least of them.
 GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}
 GPU_PACE = 132 * 1.98  # multiprocessors × GHz of an H200

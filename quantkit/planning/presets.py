@@ -3,7 +3,7 @@ packed weights, measured where noted and else assumed from that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from quantkit.errors import QuantkitError
 
@@ -29,13 +29,13 @@ class Gpu:
 class Cpu:
     """cores: physical ones of a usual model of that line. bandwidth: bytes/s with all channels, as published. core:
     IQ1_S weights/s of one core. matrix: a long prompt's weights/s against IQ1_S's: by AMX 8 (measured); by AVX-512 with
-    bfloat16 4, else 2 (assumed). gathers: whether codebooks are looked up by the processor's own instruction."""
+    bfloat16 4, else 2 (assumed). lookups: how entries of codebooks are looked up, see `arithmetic.SHARES`."""
 
     cores: int
     bandwidth: float
     core: float
     matrix: float
-    gathers: bool = False
+    lookups: Literal["registers", "gathers", "avx2"] = "registers"
 
 
 def _gpu(gib: int, gb_s: float, units: int, ghz: float, tflops: float, bus_gb_s: float) -> Gpu:
@@ -57,17 +57,17 @@ GPUS = {
 }
 
 CPUS = {
-    "epyc-7003": Cpu(32, 204.8e9, 14e9, 2),  # no AVX-512: ggml's products
+    "epyc-7003": Cpu(32, 204.8e9, 14e9, 2, "avx2"),
     "epyc-9004": Cpu(32, 460.8e9, 24e9, 4),
     "epyc-9005": Cpu(32, 576.0e9, IQ1_S_ZEN5, 4),
     "xeon-3": Cpu(32, 204.8e9, 15e9, 2),
-    "xeon-4": Cpu(32, 307.2e9, 18e9, 8, True),
-    "xeon-5": Cpu(32, 358.4e9, 19e9, 8, True),  # 16 cores together measured
-    "xeon-6": Cpu(64, 614.4e9, 22e9, 8, True),
+    "xeon-4": Cpu(32, 307.2e9, 18e9, 8, "gathers"),
+    "xeon-5": Cpu(32, 358.4e9, 19e9, 8, "gathers"),  # 16 cores together measured
+    "xeon-6": Cpu(64, 614.4e9, 22e9, 8, "gathers"),
     "threadripper-7000": Cpu(32, 332.8e9, 26e9, 4),
     "ryzen-7000": Cpu(16, 83.2e9, 28e9, 4),
     "ryzen-9000": Cpu(16, 89.6e9, IQ1_S_ZEN5, 4),
-    "core-14": Cpu(8, 89.6e9, 18e9, 2),  # its fast cores; no AVX-512
+    "core-14": Cpu(8, 89.6e9, 18e9, 2, "avx2"),  # its fast cores
 }
 
 

@@ -99,11 +99,12 @@ def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> i
     2 ms and its sort 9, and its teams of threads, one for each thread that asks, get in each other's way.
     QuantkitError if they are no numbers."""
     values = logits.cpu().numpy()
-    if how.temperature < GREEDY_BELOW:
-        return int(values.argmax())
-    most = values.max()
+    best = int(values.argmax())  # the first that is no number, if there is one
+    most = values[best]
     if not np.isfinite(most):
         raise QuantkitError("the logits are no finite numbers: nothing can be drawn from them")
+    if how.temperature < GREEDY_BELOW:
+        return best
     p = np.subtract(values, most)
     p /= np.float32(how.temperature)
     np.exp(p, out=p)  # the most probable one has 1
@@ -153,7 +154,7 @@ def draw(p: np.ndarray, uniform: float) -> int:
     block = min(int(np.searchsorted(ends, at, side="right")), int(np.flatnonzero(blocks)[-1]))
     part = p[starts[block] : starts[block] + DRAWN_TOGETHER]
     within = np.cumsum(part, dtype=np.float64)
-    i = np.searchsorted(within, at - (ends[block] - blocks[block]), side="right")
+    i = np.searchsorted(within, max(at - (ends[block] - blocks[block]), 0.0), side="right")  # below by rounding
     return int(starts[block]) + min(int(i), int(np.flatnonzero(part)[-1]))
 
 

@@ -6,7 +6,7 @@ prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompt
 
 A piece can take seconds, so tokens do not wait for its end: where an engine pauses within it, they are computed as soon
 as going on would take them beyond GAP, by the time that parts took before (`Clock`). Pieces are cut as ever, so a
-prompt's bits do not depend on who waits.
+prompt's bits do not depend on who waits; on who is read in the same pass they do, by rounding (`generate.Together`).
 """
 
 import contextlib
@@ -278,18 +278,23 @@ class Scheduler:
             if job is not first and job.left <= min(room, piece_at(self.engine, job.done)):
                 chosen.append((job, job.left))
                 room -= job.left
-        return sorted(chosen, key=lambda each: each[1])
+        return sorted(chosen, key=lambda each: self._cost(*each))
+
+    def _cost(self, job: Job, n: int) -> int:
+        """How many tokens at a prompt's beginning take about as long as its next n."""
+        return n * self.engine.piece // piece_at(self.engine, job.done)
 
     def _batches(self, chosen: list[tuple[Job, int]]) -> list[list[tuple[Job, int]]]:
         """Those that are read in one pass, in order: short ones as far as none of them waits long for the others."""
         batches, room = list[list[tuple[Job, int]]](), 0
         for job, n in chosen:
-            if isinstance(self.engine, Together) and n <= room:
+            cost = self._cost(job, n)
+            if isinstance(self.engine, Together) and cost <= room:
                 batches[-1].append((job, n))
             else:
                 batches.append([(job, n)])
                 room = TOGETHER
-            room -= n
+            room -= cost
         return batches
 
     def _read(self, batch: list[tuple[Job, int]]) -> None:

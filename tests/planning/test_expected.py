@@ -85,6 +85,9 @@ def test_machines_by_name():
     assert found.how == {"ram": "0.8 of published", "cpu": "96 cores, assumed"} and found.threads == 96
     half = machine_of(Named(ram=1, vram=0, cpu="epyc-9004", threads=48), {}, None).arithmetic
     assert found.arithmetic.on_cpu("IQ1_S") == 2 * half.on_cpu("IQ1_S")
+    old = machine_of(Named(ram=1, vram=0, cpu="core-14"), {}, None).arithmetic  # without AVX-512's permutations
+    for slower, than, qtype in ((old, half, "IQ2_XXS"), (old, half, "Q4_K")):
+        assert slower.on_cpu(qtype) / slower.on_cpu("IQ1_S") < than.on_cpu(qtype) / than.on_cpu("IQ1_S")
     complete = machine_of(Named(ram=1, vram=1), {"ram": 1e9}, None).completed()
     assert complete.how == dict.fromkeys(("gpu", "disk", "cpu"), "assumed")
 

@@ -38,20 +38,28 @@ def test_of_equally_probable_tokens_as_many_are_left_as_it_takes():
     assert _kept(p, Sampling(1.0, 1.0)) is None
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable():
+@pytest.mark.parametrize("how", [Sampling(1.0, 1.0), Sampling(1.7, 0.8, top_k=60, min_p=0.01)])
+def test_tokens_are_drawn_as_often_as_they_are_probable(how):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2500, generator=generator) * 3
-    n, p = 4000, logits.softmax(-1)
-    counts = np.bincount([sample(logits, Sampling(1.0, 1.0), generator) for _ in range(n)], minlength=len(p))
+    kept = sorted(plain(logits, how))
+    n, p = 4000, torch.zeros(len(logits))
+    p[kept] = (logits[kept] / how.temperature).softmax(-1)
+    counts = torch.tensor(np.bincount([sample(logits, how, generator) for _ in range(n)], minlength=len(p)))
     best = p.topk(20).indices
-    off = (torch.from_numpy(counts)[best] - n * p[best]) ** 2 / (n * p[best])
+    off = (counts[best] - n * p[best]) ** 2 / (n * p[best])
     assert float(off.sum()) < 45  # chi squared of 20: exceeded once in a thousand
+    assert counts[kept].sum() == n and (len(kept) == len(p)) == (how.top_k == 0)
 
 
 def test_what_has_no_probability_is_never_drawn():
     p = np.zeros(4000, np.float32)
     p[[1500, 3000]] = 1
     assert [draw(p, at) for at in (0.0, 0.4999, 0.5, 1 - 2**-53)] == [1500, 1500, 3000, 3000]
+    p = np.zeros(2048, np.float32)
+    p[[0, 1025]] = 2**-31 + 3 * 2**-54, 1  # whose sum is rounded up, so that what is left of it begins below 0
+    assert [draw(p, at) for at in (0.0, float(p[0]))] == [0, 1025]
     for bad in (torch.full((5,), torch.nan), torch.full((5,), -torch.inf), torch.tensor([0.0, torch.inf])):
-        with pytest.raises(QuantkitError, match="no finite numbers"):
-            sample(bad, Sampling(), torch.Generator())
+        for how in (Sampling(), Sampling(temperature=0)):
+            with pytest.raises(QuantkitError, match="no finite numbers"):
+                sample(bad, how, torch.Generator())

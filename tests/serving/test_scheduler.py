@@ -18,7 +18,7 @@ from quantkit.machine import one_thread_here
 from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.generate import Piece, Sampling
+from quantkit.runtime.generate import Piece, Sampling, reach
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import http
 from quantkit.serving import scheduler as scheduling
@@ -159,6 +159,9 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
         assert begun.wait(60)
         together = answered([40, 20, 300, 30])
         scheduler.cancel(other)
+        short, far = (Job([0] * (n + 20), 1, GREEDY, lambda *_: None, done=n) for n in (0, 8 * reach(engine.config)))
+        assert scheduler._batches([(short, 20), (short, 60)]) == [[(short, 20), (short, 60)]]
+        assert scheduler._batches([(short, 20), (far, 20)]) == [[(short, 20)], [(far, 20)]]  # attention takes long
     assert passes[-2:] == [[20, 30, 40], [300]] and within[0] >= engine.config.n_layer
     assert [each.made for each in together] == [each.made for each in alone]
     for mine, own in zip(together, alone, strict=True):

@@ -94,9 +94,9 @@ def test_several_sequences(path, device):
 def test_prompts_are_read_together(path, device, gpu_layers):
     """Beginnings and another one's next piece, with all of their logits or not: as each alone, and decoding goes on."""
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 4, 300, gpu_layers)
-    tokens, told, most = text(engine.weights, 270), [[], []], 2e-3 if device == "cuda" or not gpu_layers else 1e-6
-    if device == "cuda" and not gpu_layers:  # a token alone: integers of 16 bits; beside others: bfloat16
-        most = 4e-3
+    tokens, told = text(engine.weights, 270), [[], []]
+    # On a GPU one token alone goes through integers of 16 bits, beside others through bfloat16: 0.0025 on an H200.
+    most = 5e-3 if device == "cuda" else 1e-6 if gpu_layers else 2e-3
     pieces = [
         Piece(2, tokens[:90], 0, lambda rows: told[0].append(rows.clone())),
         Piece(0, tokens[130:140], 130),
