@@ -1,7 +1,6 @@
 """What this process may use of its machine, in bytes and cores, and which device; and short measurements of how fast
 memory, GPU and disk can be read, in bytes a second. All that ask for cores or memory ask here."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -30,19 +29,6 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # torch, BLAS and M
 
 _told: int | None = None  # threads, by `use_threads`
 _setting = threading.Lock()  # by `one_thread_here`
-
-
-def return_freed() -> None:
-    """What was freed goes back to the system now. glibc keeps pages between blocks that are still in use, and arrays of
-    some megabytes that come and go leave many: a third of a pass's memory."""
-    if trim := _malloc_trim():
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's; None where there is none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def ram() -> int:

@@ -141,7 +141,8 @@ def _certify_options(**given: Any) -> "CertifyOptions":
 )
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:
-    """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails.
+    """Is this file right for that target? A table of checks, certify.json, and exit code 1 if one fails; whether a
+    program has run the file is another question: `passed` there.
 
     FILE may be the folder that `make` left."""
     from quantkit.formats.lock import locked

@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,8 +92,9 @@ class SamplePass:
             self.hidden, self.done = step.compute(), step.layer + 1
 
     def whole(self) -> Sample:
-        """Does what is left of the pass."""
+        """Does what is left of the pass; the last layer's weights need not be held then."""
         self.advance(self.source.config.n_layer)
+        self._steps = iter(())
         return Sample(self.source, self.ids, self.tokens, self.hidden[0])
 
 
@@ -150,15 +152,15 @@ def why_no_build() -> str:
 
 def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
     """The package's library, with the flags that the model needs, and then also without them, to show what they are
-    worth."""
+    worth; what it computes with them counts, whatever becomes of it without."""
     name = "oracle llama.cpp"
     config = ours.source.config
     flags = targets.start_flags("llama.cpp", config)
     betas = (config.yarn.beta_fast, config.yarn.beta_slow) if flags and config.yarn else None
+    ask = partial(llama.logits, file.files[0], ours.tokens.numpy(), n_threads=threads())
     try:
         theirs = llama.tokenize(file.files[0], [TEXT * REPEATED])[0]
-        logits = llama.logits(file.files[0], ours.tokens.numpy(), yarn_betas=betas)
-        plain = llama.logits(file.files[0], ours.tokens.numpy()) if flags else None
+        logits = ask(yarn_betas=betas)
         engine = Engine("llama.cpp", llama.version(), llama_tool.widest(llama.system_info()), flags)
     except OracleError as error:
         yield unanswered(name, error)
@@ -168,9 +170,15 @@ def installed(file: GGUFFile, ours: Sample) -> Iterator[Check]:
         return
     found = compared(name + flags, engine, ours, torch.from_numpy(logits)[0, :-1])
     yield _unless_misrouted(found, config)
-    if plain is not None:
-        without = compared(name, replace(engine, flags=""), ours, torch.from_numpy(plain)[0, :-1], math.inf)
-        yield replace(without, status="warn", detail=f"without{flags}: {without.detail}")
+    if not flags:
+        return
+    try:
+        plain = ask()
+    except OracleError as error:
+        yield unanswered(name, error)
+        return
+    without = compared(name, replace(engine, flags=""), ours, torch.from_numpy(plain)[0, :-1], math.inf)
+    yield replace(without, status="warn", detail=f"without{flags}: {without.detail}")
 
 
 def built(program: llama_tool.Build, file: GGUFFile, ours: Sample) -> Iterator[Check]:

@@ -110,9 +110,10 @@ class CompressedCache:
         """Of positions from `begin`, or `least`, to the one before `end`."""
         return torch.arange(max(begin, least), end, device=self.keys.device) % self.keys.shape[1]
 
-    def reaches(self, start: int) -> bool:
-        """Whether keys of the window before position `start` are there."""
-        return max(0, start - self.window + 1) >= self.written - self.keys.shape[1]
+    def reaches(self, block: int, start: int) -> bool:
+        """Whether `back` can go there: the first `block` tokens went through, and keys of the window before position
+        `start` were not written over since."""
+        return not start or block <= self.written <= max(0, start - self.window + 1) + self.keys.shape[1]
 
     def back(self, block: int, start: int) -> None:
         """To the first `start` tokens, which it `reaches`. block: from there on nothing is true any more, a multiple of

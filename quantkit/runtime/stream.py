@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer
 
-from quantkit import machine
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.ahead import read_ahead
 from quantkit.runtime.experts.streamed import ALONE, Turns
+from quantkit.runtime.freed import return_freed
 from quantkit.runtime.indexer import Selection
 from quantkit.runtime.layers import FeedForward, LayerWeights, Linear, attention, feed_forward, rms_norm, token_weight
 from quantkit.runtime.mtp import Entrance
@@ -150,12 +150,12 @@ class Step:
         shared, hidden = self.shared, self.shared.hidden
         source = shared.source
         apply_attention(hidden, self.weights, source.config, shared.angles, watcher, shared.chosen)
-        machine.return_freed()
+        return_freed()
         x = ffn_input(hidden, self.weights, source, shared.inputs)
         weight = torch.cat([token_weight(part.to(source.device)) for part in hidden.split(1)]) if watcher else None
         flat = hidden.view(-1, hidden.shape[-1])
         flat += feed_forward(x, self.weights, source.config, shared.sums, watcher, weight)
-        machine.return_freed()
+        return_freed()
         self.computed = True
         return hidden
 

@@ -436,12 +436,14 @@ def main(work: Path, folders: Sequence[str], pythons: Sequence[str], **how: Any)
         own = results.setdefault(engine.name, {})
         if how["again"]:
             own.clear()
+        for flags in engine.options:
+            own.setdefault(flags, {})
         with ThreadPoolExecutor(how["jobs"] if isinstance(engine, Programs) else 1) as pool:
             asked = [
                 pool.submit(answer, engine, case, flags)
                 for flags in engine.options
                 for case in (WITH_OPTIONS if flags else CASES)
-                if case.name not in own.setdefault(flags, {}) and (not names or case.name in names)
+                if case.name not in own[flags] and (not names or case.name in names)
             ]
             for one in asked:
                 one.result()

@@ -11,6 +11,8 @@ it turn back; norms must be folded first unless Q is a permutation):
     hadamard[=n]    blocks of n on the diagonal (a power of 2 that divides the width; default: the largest)
     pca[=-1]        eigenvectors of the pooled second moments of normed streams, ascending (-1: descending)
     gmd             all Cholesky pivots of these moments alike (geometric mean decomposition, Jiang, Hager and Li 2005)
+    fit[=steps]     by gradient (default 100 steps), so that the sum over blocks of 32 of the mean square of routed gate
+                    and up times the pivots is least, in the geometric mean over layers
     sort[=-1]       hidden dimensions by their mean square
 
 of one layer (no rotation):
@@ -20,6 +22,7 @@ of one layer (no rotation):
     inner=p         s = (mean square of a routed expert's activations)^p from up's rows into down's columns
     pivots=p        as inner, s = (pivot of damped H / mean square of down's column)^p, by which p = 1/4 makes the sum
                     of blocks' weights x pivots least
+    channels[=-1]   a routed expert's channels by the mean square of its activations
 
 The layer for multi-token prediction is left out (its own last norm cannot be folded: the output matrix is shared).
 """
@@ -36,7 +39,7 @@ import torch
 from safetensors.torch import save_file
 from starve import CHUNK, chunks, divergence
 
-from quantkit.encoding.hessian import Hessian, damp, second_moment
+from quantkit.encoding.hessian import Hessian, damp, damping, second_moment
 from quantkit.encoding.moments import Moments
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.models.open import open_weights
@@ -52,6 +55,7 @@ READERS = {  # of a norm; of the routed experts too
 WRITERS = ("self_attn.o_proj", "down_proj")
 NOT_COPIED = ("quantization_config", "num_nextn_predict_layers")
 SEED, EXACT = 0, 1e-6
+BLOCK, RATE = 32, 0.004  # weights under one scale; of `fit`
 
 Weights = dict[str, torch.Tensor]
 Turn = torch.Tensor
@@ -218,6 +222,56 @@ def equal_pivots(h: torch.Tensor) -> Turn:
     return q.flip(1)  # feedback's factor is that of the reversed matrix
 
 
+def fit(model: Model, steps: float | None) -> None:
+    """A turn is multiplied by Cayley transforms of the gradient (Wen and Yin 2013), with Adam's step size."""
+    of_layers = [(layer, seen) for layer, seen in enumerate(model.seen()) if seen.experts]
+    originals = CheckpointSource(model.source.checkpoint, "cpu")
+    h = torch.stack([_plain(seen, originals.layer(layer).ffn_norm) for layer, seen in of_layers])
+    c = torch.zeros_like(h)
+    for power, (layer, _) in zip(c, of_layers, strict=True):
+        for name in model.matching(layer, ("gate_proj", "up_proj")):
+            if ".experts." in name:
+                power += model.weights[name].T @ model.weights[name]
+    with torch.inference_mode(False):
+        turn(model, _least(model.q.T @ h.clone() @ model.q, c.clone(), int(steps or 100)))
+
+
+def _plain(seen: Seen, norm: torch.Tensor) -> torch.Tensor:
+    """Moments of a layer's normed stream without its norm's weight, mean diagonal 1, damped as 12 tokens a dimension
+    would be; float64 [d, d]."""
+    h = seen.moments["ffn"].hessians()[0].matrix.double() / norm[:, None] / norm
+    h = h / h.diagonal().mean()
+    return h + torch.eye(len(h)) * damping(len(h), 12 * len(h))
+
+
+def _loss(h: torch.Tensor, c: torch.Tensor, q: Turn) -> torch.Tensor:
+    """float64 [layers]: what feedback would lose, for moments of inputs h and of weights c, [layers, d, d]."""
+    h = q.T @ h @ q
+    h = h + torch.diag_embed(0.1 * h.diagonal(dim1=-2, dim2=-1))
+    pivot = torch.linalg.cholesky(h.flip(-1, -2)).diagonal(dim1=-2, dim2=-1).flip(-1).square()
+    power = (q.T @ c @ q).diagonal(dim1=-2, dim2=-1)
+    blocks = (len(h), -1, BLOCK)
+    return (power.reshape(blocks).mean(-1) * pivot.reshape(blocks).sum(-1)).sum(-1)
+
+
+def _least(h: torch.Tensor, c: torch.Tensor, steps: int) -> Turn:
+    """The turn of least `_loss`, from none on."""
+    eye = torch.eye(h.shape[-1], dtype=torch.float64)
+    q, momentum, square = eye.clone(), torch.zeros_like(eye), 0.0
+    first = _loss(h, c, q)
+    for step in range(1, steps + 1):
+        skew = torch.zeros_like(eye, requires_grad=True)
+        loss = (_loss(h, c, q @ (eye + skew - skew.T)) / first).log().mean()
+        (gradient,) = torch.autograd.grad(loss, skew)
+        momentum = 0.9 * momentum + 0.1 * gradient
+        square = 0.98 * square + 0.02 * float(gradient.square().mean())
+        move = momentum / (1 - 0.9**step) / (square / (1 - 0.98**step)) ** 0.5
+        move = -RATE * (1 - (step - 1) / steps) / 4 * (move - move.T)
+        q = q @ torch.linalg.solve(eye - move, eye + move)
+    print(f"fit: {float((_loss(h, c, q) / first).log().mean().exp()):.3f} of the sum before, after {steps} steps")
+    return q
+
+
 def sort(model: Model, order: float | None) -> None:
     by = model.stream_moments(("ffn",)).diagonal().argsort(descending=bool(order), stable=True)
     turn(model, torch.eye(model.config.d, dtype=torch.float64)[:, by])
@@ -246,6 +300,17 @@ def pivots(model: Model, power: float | None) -> None:
     _inner(model, by)
 
 
+def channels(model: Model, order: float | None) -> None:
+    for layer, seen in enumerate(model.seen()):
+        for expert, h in seen.experts.items():
+            if h.diagonal is not None:
+                by = h.diagonal.argsort(descending=bool(order), stable=True)
+                of = f"model.layers.{layer}.mlp.experts.{expert}."
+                for name in (f"{of}gate_proj.weight", f"{of}up_proj.weight"):
+                    model.weights[name] = model.weights[name][by]
+                model.weights[f"{of}down_proj.weight"] = model.weights[f"{of}down_proj.weight"][:, by]
+
+
 def _inner(model: Model, scales: Callable[[Hessian, torch.Tensor], torch.Tensor]) -> None:
     for layer, seen in enumerate(model.seen()):
         for expert, h in seen.experts.items():
@@ -264,10 +329,12 @@ MOVES: dict[str, Callable[[Model, float | None], None]] = {
     "hadamard": hadamard,
     "pca": pca,
     "gmd": gmd,
+    "fit": fit,
     "sort": sort,
     "norm": norm_scales,
     "inner": inner,
     "pivots": pivots,
+    "channels": channels,
 }
 
 

@@ -17,6 +17,7 @@ from quantkit.evaluation import oracle_checks, structure
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.evaluation.oracles import kt, llama
+from quantkit.evaluation.oracles.child import IllegalInstruction
 from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.geometry import Geometry
@@ -224,6 +225,21 @@ class TestLlamaCpp:
         path = model.write(tmp_path / "u16.gguf")
         found, *_ = oracle_checks.llama_cpp(path, GGUFFile.open(path), "cpu")
         assert found.status == "fail" and "wrong type u16" in found.detail
+
+
+def test_a_kernel_for_another_cpu_says_nothing_of_the_file(good, monkeypatch):
+    """Also where kt-kernel's variant computed other kinds of experts, or was said to run."""
+
+    def dies(*_: object) -> None:
+        raise IllegalInstruction("this CPU does not run kt-kernel (amx)")
+
+    for name, does in (("available", lambda: True), ("version", lambda: "0"), ("runnable", lambda *_: "amx")):
+        monkeypatch.setattr(kt, name, does)
+    monkeypatch.setattr(kt, "experts", dies)
+    found = list(oracle_checks.kt_kernel(good, GGUFFile.open(good)))
+    assert len(found) == 2 and {(c.status, c.detail) for c in found} == {
+        ("skip", "not run: this CPU does not run kt-kernel (amx)")
+    }
 
 
 @pytest.mark.large

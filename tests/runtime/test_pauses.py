@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quantkit.runtime import forms
 from quantkit.runtime.engines import gpu_layers, graph
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
@@ -75,3 +76,15 @@ def test_nobody_waits():
             assert not wanted()
     pause()
     assert asked == [1] and not wanted()
+
+
+def test_attention_lets_others_in_after_every_tile(monkeypatch):
+    """A long text's is one part otherwise."""
+    monkeypatch.setattr(forms, "QUERY_TILE", 32)
+    draw = torch.Generator().manual_seed(0)
+    shapes = (1, 100, 2, 16), (1, 100, 2, 8), (1, 300, 16), (1, 300, 8)
+    given = [torch.randn(shape, generator=draw) for shape in shapes]
+    asked: list[int] = []
+    with pausing(lambda: asked.append(1)):
+        found = forms.absorbed(*given, 0.2)
+    assert len(asked) == 4 and torch.equal(found, forms.absorbed(*given, 0.2))

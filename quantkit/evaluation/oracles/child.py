@@ -18,11 +18,8 @@ class OracleError(RuntimeError):
         """The line that says it best: llama.cpp logs hundreds."""
         lines = str(self).splitlines()
         said = [line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line]
-        return f"{lines[0].rstrip(':')}: {said[0].strip()}" if said and said[0] != lines[0] else lines[0]
-
-
-class IllegalInstruction(OracleError):
-    """This CPU lacks an instruction that the oracle was compiled with."""
+        first = lines[0].rstrip(":")
+        return f"{first}: {said[0].strip()}" if said and said[0] != lines[0] else first
 
 
 class NotRun(OracleError):
@@ -30,18 +27,24 @@ class NotRun(OracleError):
     asked. The message is one line."""
 
 
+class IllegalInstruction(NotRun):
+    """This CPU lacks an instruction that the oracle was compiled with."""
+
+
 UNAVAILABLE = os.EX_UNAVAILABLE  # exit code of a child that found, before it opened a file, that it cannot answer
 MOST_LINE = 300  # characters of another program's line
 # What llama.cpp, ggml, C++, Python, numpy and torch say.
 NO_MEMORY = re.compile(
-    r"(failed|unable) to allocate (?!.*pinned)|insufficient memory|std::bad_alloc|\bMemoryError\b|OutOfMemoryError|"
-    r"CUDA out of memory|[Cc]an(no|')t allocate memory"
+    r"([Ff]ailed|[Uu]nable) to allocate (?!.*pinned)|insufficient memory|std::bad_alloc|\bMemoryError\b|"
+    r"OutOfMemoryError|CUDA out of memory|[Cc]an(no|')t allocate memory"
 )
 UNKNOWN = re.compile(
     r"(unknown|invalid) argument: -|error while handling argument|unexpected keyword argument|"
     r"^(ImportError|ModuleNotFoundError)\b|error while loading shared libraries|undefined symbol"
 )
+OF_THE_FILE = re.compile(r"- kv +\d+:|print_info:")  # lines of llama.cpp that repeat what anyone may have written
 KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL}  # the latter by a shell that started it
+ILLEGAL = {-signal.SIGILL, 128 + signal.SIGILL}
 
 
 def run_module(module: str, request: str, name: str, timeout: float, settings: Mapping[str, str] | None = None) -> None:
@@ -76,8 +79,8 @@ def run_program(
     except subprocess.TimeoutExpired:
         raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
     except OSError as error:  # of another architecture, without its interpreter
-        raise OracleError(f"{name} cannot be executed: {error.strerror}") from None
-    if child.returncode == -signal.SIGILL:
+        raise NotRun(f"{name} cannot be executed: {error.strerror}") from None
+    if child.returncode in ILLEGAL:
         raise IllegalInstruction(f"this CPU does not run {name}")
     if why := _not_run(child.returncode, child.stderr):
         raise NotRun(f"{name} {why}")
@@ -94,6 +97,7 @@ def _not_run(code: int, said: str) -> str | None:
     lines = [line.strip() for line in said.splitlines()] if code else []
     if code == UNAVAILABLE:
         return f"cannot answer: {lines[-1] if lines else f'exit code {code}'}"
+    lines = [line for line in lines if not OF_THE_FILE.search(line)]
     for pattern, why in ((NO_MEMORY, "ran out of memory"), (UNKNOWN, "is too old, too new or not whole")):
         if line := next((line for line in lines if pattern.search(line)), None):
             return f"{why}: {line[:MOST_LINE]}"

@@ -117,7 +117,7 @@ class GpuEngine:
             log.info("warming up: all experts are read once, kernels are compiled")
             n = min(WARM_TOKENS, self.piece, self.capacity)  # of all kinds: most experts are chosen, as by real text
             self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
-        for n in (1, 1, 2, 4):  # sequences: the numbers for which kernels differ; the first step is captured
+        for n in (1, 1, 2, 3, 4):  # sequences: the numbers for which kernels differ; the first step is captured
             if n <= self.n_slots:
                 self.length[:n] = [0] * n
                 self.decode(list(range(n)), [0] * n)

@@ -85,15 +85,16 @@ class StreamsEngine:
         kept.tokens, kept.whole = kept.tokens[:n], False
         block = n - n % self.block
         start = max(0, block - OVERLAPPING)
-        if not all(cache.reaches(start) for cache in kept.caches):
+        if not all(cache.reaches(block, start) for cache in kept.caches):
             say(f"taken back to its token {n:,}, further than keys are kept: all before is computed again")
             block = start = 0
         for cache in kept.caches:
             cache.back(block, start)
-        again = kept.tokens[start:]
+        whole, again = kept.tokens, kept.tokens[start:]
         while len(again) > self.piece:
             self._hidden([kept], [again[: self.piece]])
             again = again[self.piece :]
+            kept.tokens, kept.whole = whole, False  # so that it begins again if this is stopped in between
         return again
 
     def _hidden(self, kept: Sequence[_Kept], tokens: Sequence[list[int]]) -> torch.Tensor:

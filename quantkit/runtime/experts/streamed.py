@@ -8,6 +8,7 @@ import torch
 
 from quantkit import ranks
 from quantkit.runtime.ahead import read_ahead
+from quantkit.runtime.freed import return_freed
 from quantkit.runtime.products import rounded_up
 from quantkit.runtime.swiglu import swiglu
 from quantkit.runtime.watch import ExpertVisit, Projections, Watcher
@@ -68,6 +69,7 @@ class StreamedExperts:
         if n_ranks == 1:
             for e, part in zip(mine, parts, strict=True):
                 routes.add(out, e, part)
+            return_freed()  # also by a watcher that encoded them
             return out
         for first in range(0, len(turns), n_ranks):
             now = turns[first : first + n_ranks]

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mutations import Model
 
+from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import oracle_checks
 from quantkit.evaluation.certificate import Check
 from quantkit.evaluation.oracles import llama, llama_tool
-from quantkit.evaluation.oracles.child import OracleError
+from quantkit.evaluation.oracles.child import NotRun, OracleError
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.ggml.library import processor_flags
 from quantkit.job.certify import CertifyOptions, certify_file
@@ -132,9 +134,14 @@ def test_a_build_that_dies_fails_by_its_last_words(made, tmp_path, monkeypatch):
     assert (found.name, found.status) == ("oracle llama.cpp build", "fail")
     assert found.detail == "llama-perplexity ended with signal 6: x.cpp:1: GGML_ASSERT(right) failed"
     assert [path.name for path in tmp_path.iterdir()] == [llama_tool.PROGRAM]
-    program.write_text(STARTS + "kill -ILL $$\n")
+    named = "llama_model_loader: - kv   1:    general.name str    = std::bad_alloc"  # whoever made the file wrote that
+    program.write_text(f"{STARTS}echo '{named}' >&2; kill -SEGV $$\n")
     (found,) = judged(made / "tiny-r1-1.58bit.gguf")
-    assert (found.status, found.detail) == ("skip", oracle_checks.ILLEGAL)
+    assert (found.status, found.detail) == ("fail", "llama-perplexity ended with signal 11")
+    for dies in ("kill -ILL $$", "sh -c 'kill -ILL $$'; exit $?"):
+        program.write_text(f"{STARTS}{dies}\n")
+        (found,) = judged(made / "tiny-r1-1.58bit.gguf")
+        assert (found.status, found.detail) == ("skip", oracle_checks.ILLEGAL)
     program.write_text("#!/bin/sh\n")
     assert "left no log-probabilities" in judged(made / "tiny-r1-1.58bit.gguf")[0].detail
 
@@ -150,6 +157,7 @@ NO_MEMORY = "was killed (signal 9), which Linux does when memory runs out"
         ('echo "  what():  std::bad_alloc" >&2; kill -ABRT $$', "ran out of memory: what():  std::bad_alloc"),
         ("echo 'load: unable to allocate CPU buffer' >&2; exit 1", "memory: load: unable to allocate CPU buffer"),
         (f"ulimit -v 99999; exec {sys.executable} -c 'bytearray(1 << 30)'", "ran out of memory: MemoryError"),
+        (f"exec {sys.executable} -c 'import numpy; numpy.ones(1 << 50)'", "_ArrayMemoryError: Unable to allocate"),
         (
             "echo 'error: unknown argument: -dev' >&2; exit 1",
             "too new or not whole: error: unknown argument: -dev",
@@ -196,6 +204,33 @@ def test_no_file_is_blamed_for_another_version_of_the_package(ours, tmp_path, mo
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     (found,) = oracle_checks.installed(ours.source.file, ours)
     assert found.status == "skip" and "llama.cpp cannot answer: lib.so has no llama_" in found.detail, found
+
+
+def test_no_file_is_blamed_for_a_package_for_another_cpu(ours, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (found,) = oracle_checks.installed(ours.source.file, ours)
+    assert (found.status, found.detail) == ("skip", "not run: this CPU does not run llama.cpp")
+
+
+def test_what_the_right_flags_gave_is_kept_if_nothing_comes_without(ours, monkeypatch):
+    """As of a model whose YaRN needs them."""
+
+    def once(*_: object, **how: object) -> np.ndarray:
+        if answered or how["n_threads"] != machine.threads():
+            raise NotRun(NO_MEMORY)
+        answered.append(1)
+        own = ours.logits().slab(0, ours.source.config.n_vocab)(slice(None))
+        return torch.nn.functional.pad(own, (0, 0, 0, 1))[None].numpy()
+
+    answered: list[int] = []
+    monkeypatch.setattr(oracle_checks.targets, "start_flags", lambda *_: " --yarn-beta-fast 32")
+    for name, answer in (("tokenize", [ours.ids]), ("version", "1"), ("system_info", "AVX2 = 1")):
+        monkeypatch.setattr(llama, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(llama, "logits", once)
+    right, without = oracle_checks.installed(ours.source.file, ours)
+    assert (right.status, right.name) == ("pass", "oracle llama.cpp --yarn-beta-fast 32"), right
+    assert (without.status, without.detail) == ("skip", f"not run: {NO_MEMORY}")
 
 
 @pytest.mark.parametrize(

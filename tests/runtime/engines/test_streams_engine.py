@@ -65,7 +65,7 @@ def test_a_text_can_go_on_otherwise_from_anywhere(engine, small, begin):
         assert divergence(small.logits[0, begin:end], read(engine, tokens[:end], sizes, begin=begin)) < 1e-6
 
 
-def test_keys_that_nobody_reads_again_are_dropped(engine, small, monkeypatch):
+def test_keys_that_nobody_reads_again_are_dropped(engine, small, monkeypatch, capsys):
     """The same bits as with all of them; and where a text is taken back further than they reach, the same text."""
     monkeypatch.setattr(compressed_cache, "KEPT", 96)
     few = StreamsEngine(engine.source, 1, T)
@@ -74,6 +74,7 @@ def test_keys_that_nobody_reads_again_are_dropped(engine, small, monkeypatch):
     tokens = small.tokens[0].tolist()
     for sizes in ([T], [126, 3, 127], [200, 90]):
         assert torch.equal(read(few, tokens, sizes), read(engine, tokens, sizes))
+    assert "computed again" not in capsys.readouterr().err  # another text is not the same one taken back
     computed, hidden = list[int](), few._hidden
     monkeypatch.setattr(few, "piece", 100)
     monkeypatch.setattr(few, "_hidden", lambda kept, ids: computed.append(len(ids[0])) or hidden(kept, ids))
@@ -81,6 +82,18 @@ def test_keys_that_nobody_reads_again_are_dropped(engine, small, monkeypatch):
         computed.clear()
         assert divergence(small.logits[0, begin:], read(few, tokens, [T - begin], begin=begin)) < 1e-6
         assert (sum(computed) == T) == from_start and sum(computed) <= (T if from_start else T - begin + 131), computed
+    read(few, tokens, [T])
+
+    def stopped(kept, ids):
+        if few.slots[0].caches[0].length:  # behind the first piece of what is computed again
+            raise KeyboardInterrupt
+        return hidden(kept, ids)
+
+    monkeypatch.setattr(few, "_hidden", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        read(few, tokens, [T - 131], begin=131)
+    monkeypatch.setattr(few, "_hidden", hidden)
+    assert divergence(small.logits[0, 131:], read(few, tokens, [T - 131], begin=131)) < 1e-6
 
 
 def test_sequences_do_not_disturb_each_other(engine, small):
