@@ -150,8 +150,7 @@ static inline void product(
             for (int i = 0; i < n; i++) m->vec_dot((int)m->n_in, out + n * r + i, 0, rows + m->row_bytes * r, 0, acts[i], 0, 1);
 }
 
-static void quantize_input(work *w, int64_t piece, int64_t next) {
-    (void)next;
+static void quantize_input(work *w, int64_t piece) {
     const int64_t a_token = input_pieces(w->l), first = piece % a_token * INPUT_BLOCKS, t = piece / a_token % w->n;
     const int for_up = piece >= a_token * w->n;
     const matrix *m = for_up ? &w->l->up : &w->l->gate;
@@ -248,19 +247,20 @@ static void output_rows(work *w, int64_t piece, int64_t next) {
     }
 }
 
-// Take part until nothing is left to take. Pieces are taken one ahead, so that what they begin with can be asked for.
+// Take part until nothing is left to take. Pieces with weights are taken one ahead, so that what they begin with can be asked
+// for; activations are not: everybody waits for them, and a token has fewer pieces than there may be threads.
 static void share(work *w) {
-    static void (*const parts[PHASES])(work *, int64_t, int64_t) = {quantize_input, hidden_rows, output_rows};
-    for (int i = 0; i < PHASES; i++) {
-        phase *f = w->phases + i;
-        int64_t mine = 0;
-        for (int64_t piece = take(f), next; piece < f->pieces; piece = next, mine++) {
+    static void (*const parts[PHASES])(work *, int64_t, int64_t) = {0, hidden_rows, output_rows};
+    phase *f = w->phases + QUANTIZE;
+    int64_t mine = 0;
+    for (int64_t piece; (piece = take(f)) < f->pieces; mine++) quantize_input(w, piece);
+    if (mine) __atomic_fetch_add(&f->done, mine, __ATOMIC_RELEASE);
+    WAIT_WHILE(__atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces);
+    for (int i = HIDDEN; i < PHASES; i++) {
+        f = w->phases + i;
+        for (int64_t piece = take(f), next; piece < f->pieces; piece = next) {
             next = take(f);
             parts[i](w, piece, next);
-        }
-        if (i == QUANTIZE) {
-            if (mine) __atomic_fetch_add(&f->done, mine, __ATOMIC_RELEASE);
-            WAIT_WHILE(__atomic_load_n(&f->done, __ATOMIC_ACQUIRE) < f->pieces);
         }
     }
 }

@@ -5,6 +5,7 @@ import mmap
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -218,6 +219,18 @@ def test_two_threads_may_ask_at_once():
     for thread in asking:
         thread.join()
     assert not wrong
+
+
+@needs_native
+def test_more_threads_than_cores_compute_the_same():
+    """Those that sleep come when all is taken, and outputs wait for an expert that a stopped thread computes."""
+    stacks, c = layer(("IQ1_S", "Q8_0", "IQ2_XXS"))
+    alone, many = (cpu_experts(stacks, c, n) for n in (1, 7))
+    for i in range(60):
+        given = inputs(c, 1 + i % 3, i)
+        assert torch.equal(many(*given), alone(*given))
+        if i % 5 == 0:
+            time.sleep(0.002)
 
 
 @needs_native
