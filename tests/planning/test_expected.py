@@ -37,7 +37,7 @@ def plan(config):
     return make_plan(family.specs(config), Recipe.load("1.58bit"), "llama.cpp", "r1")
 
 
-@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 97.4, 1333), (140, 4, 521, 8382)])
+@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 133.1, 1217), (140, 4, 762, 9731)])
 def test_the_machine_that_was_measured(plan, config, vram, layers, decode, prompt):
     """One H200 beside 16 threads: experts on the CPU, and all in GPU memory."""
     machine = Machine(100 * 10**9, vram * 10**9, 58e9, 4.125e12, 3e9, MEASURED)
