@@ -53,7 +53,8 @@ def run_module(module: str, request: str, name: str, timeout: float, settings: M
 
     name: of the oracle, for messages. timeout: in seconds. settings: added to the environment.
     """
-    places = [str(Path(quantkit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # What PYTHONPATH names comes first there as it did here, also where quantkit lies beside an installed program.
+    places = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(quantkit.__file__).parents[1])]
     settings = {"PYTHONPATH": os.pathsep.join(places)} | dict(settings or {})
     run_program([sys.executable, "-m", module, request], name, timeout, settings)
 

@@ -95,8 +95,9 @@ def test_prompts_are_read_together(path, device, gpu_layers):
     """Beginnings and another one's next piece, with all of their logits or not: as each alone, and decoding goes on."""
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 4, 300, gpu_layers)
     tokens, told = text(engine.weights, 270), [[], []]
-    # On a GPU one token alone goes through integers of 16 bits, beside others through bfloat16: 0.0025 on an H200.
-    most = 5e-3 if device == "cuda" else 1e-6 if gpu_layers else 2e-3
+    # On a GPU one token alone goes through integers of 16 bits, beside others through bfloat16 (0.0025 on an H200);
+    # experts on the CPU round activations to 8 bits (0.0020).
+    most = 5e-3 if device == "cuda" or not gpu_layers else 1e-6
     pieces = [
         Piece(2, tokens[:90], 0, lambda rows: told[0].append(rows.clone())),
         Piece(0, tokens[130:140], 130),
