@@ -13,20 +13,7 @@ from quantkit.codecs.triton_decode import INTERPRETED
 
 
 @triton.jit
-def _send(
-    x,
-    weights,
-    ids,
-    to_x,
-    to_weights,
-    to_ids,
-    flags,
-    step,
-    d,
-    n_used,
-    width: tl.constexpr,
-    slots: tl.constexpr,
-):
+def _send(x, weights, ids, to_x, to_weights, to_ids, flags, step, d, n_used, width: tl.constexpr, slots: tl.constexpr):
     """Row program_id(0) of each into the host's memory; when all of it is there, the row's flag gets the number `step`
     points to."""
     token = tl.program_id(0).to(tl.int64)

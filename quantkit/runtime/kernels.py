@@ -164,17 +164,7 @@ def _times(part, x, w):
 
 @triton.jit
 def _products(
-    w,
-    second,
-    x,
-    scales,
-    ids,
-    out,
-    x_share,
-    pairs,
-    rows: tl.constexpr,
-    tile: tl.constexpr,
-    few: tl.constexpr,
+    w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
 ):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.

@@ -112,16 +112,5 @@ def route(
     powers = [triton.next_power_of_2(size) for size in (c.n_expert // c.n_group, c.n_group, c.n_used)]
     numbers = (c.n_group, c.n_group_used, c.n_used, 2 if c.group_score == "top2" else 1)
     how = Routing(*map(tl.constexpr, (*numbers, c.scoring == "sigmoid", c.norm_weights, *powers)))
-    _route[(n,)](
-        logits,
-        bias,
-        ids,
-        weights,
-        table,
-        frames,
-        c.n_expert,
-        c.weights_scale,
-        how,
-        num_warps=1,
-    )
+    _route[(n,)](logits, bias, ids, weights, table, frames, c.n_expert, c.weights_scale, how, num_warps=1)
     return ids, weights, frames

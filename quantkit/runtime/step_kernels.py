@@ -62,20 +62,7 @@ def _gated(gate, up, to, n, blocks: tl.constexpr):
 
 
 @triton.jit
-def _norm(
-    h,
-    first,
-    second,
-    chosen,
-    shares,
-    n_used: tl.constexpr,
-    weight,
-    sum,
-    to,
-    n,
-    eps,
-    blocks: tl.constexpr,
-):
+def _norm(h, first, second, chosen, shares, n_used: tl.constexpr, weight, sum, to, n, eps, blocks: tl.constexpr):
     """h + first + second + Σ shares · chosen of row program_id(0) (each may be None) -> sum, and its RMS norm."""
     row = tl.program_id(0).to(tl.int64)
     at = row * n
@@ -290,20 +277,7 @@ def norm(
     used = tl.constexpr(1 if shares is None else shares.shape[1])
     blocks = _blocks(d)
     warps = min(16, max(1, blocks // 8))
-    _norm[(n,)](
-        h,
-        *added,
-        y,
-        shares,
-        used,
-        weight,
-        total,
-        Words(*to),
-        d,
-        eps,
-        tl.constexpr(blocks),
-        num_warps=warps,
-    )
+    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps)
     return h if total is None else total, to
 
 
@@ -345,19 +319,7 @@ def attend(
     to = _empty(n * c.n_head, c.kv_lora, query.device)
     shape, places = _shape(c), (where.slots, where.positions)
     _attend[(parts, triton.cdiv(c.n_head, HEADS), n)](
-        query,
-        rotated,
-        cache,
-        *places,
-        out,
-        sums,
-        rows,
-        span,
-        c.softmax_scale,
-        shape,
-        HEADS,
-        POSITIONS,
-        num_stages=1,
+        query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1
     )
     _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2)
     return to

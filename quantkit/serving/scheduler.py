@@ -302,14 +302,13 @@ class Scheduler:
         pieces = []
         for job, n in batch:
             self.prompts.remove(job)
-            hear = (job.hear,) if job.rules.of_prompt else ()
-            pieces.append(Piece(job.slot, job.prompt[job.done : job.done + n], job.done, *hear))
+            hear = job.hear if job.rules.of_prompt else None
+            pieces.append(Piece(job.slot, job.prompt[job.done : job.done + n], job.done, hear))
         if len(pieces) > 1:
             assert isinstance(self.engine, Together)
             logits = self.engine.prefill_together(pieces)
         else:
-            slot, tokens, begin, each = pieces[0]
-            logits = self.engine.prefill(slot, tokens, begin, *([each] if each else []))[None]
+            logits = self.engine.prefill(*pieces[0])[None]
         ready = list[tuple[Job, torch.Tensor]]()
         for (job, n), own in zip(batch, logits, strict=True):
             job.done += n

@@ -75,10 +75,10 @@ def test_tokens_come_within_a_piece(weights, monkeypatch):
     reading, within = [False], list[int]()
     compute, decode = engine.prefill, engine.decode
 
-    def prefill(slot: int, ids: list[int], at: int):
+    def prefill(slot: int, ids: list[int], *rest):
         reading[0] = len(ids) > 2
         try:
-            return compute(slot, ids, at)
+            return compute(slot, ids, *rest)
         finally:
             reading[0] = False
 

@@ -104,10 +104,9 @@ class Buffers:
         while (flags != self.step).any():
             time.sleep(0)  # threads that need the interpreter go on
             looks += 1
+            # query: raises if CUDA has an error
             if looks % LOOKS == 0 and torch.cuda.current_stream().query() and (flags != self.step).any():
-                raise QuantkitError(
-                    "the GPU has ended a step that waits for the CPU"
-                )  # an error of CUDA is raised above
+                raise QuantkitError("the GPU has ended a step that waits for the CPU")
 
     def answer(self, layer: int, y: torch.Tensor) -> None:
         """Give the GPU what experts made of n rows, float32 [n, d]."""

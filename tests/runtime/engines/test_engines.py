@@ -177,10 +177,10 @@ def test_free_slots_go_to_short_ones_by_turns(weights, monkeypatch):
     engine.piece = 32
     begun, compute = list[int](), engine.prefill
 
-    def prefill(slot: int, ids: list[int], at: int) -> torch.Tensor:
+    def prefill(slot: int, ids: list[int], at: int, *rest) -> torch.Tensor:
         if not at:
             begun.append(ids[1] - 50)
-        return compute(slot, ids, at)
+        return compute(slot, ids, at, *rest)
 
     monkeypatch.setattr(engine, "prefill", prefill)
     jobs = [Job([0, 50 + i, *[60] * n], 1, GREEDY, lambda *_: None) for i, n in enumerate((99, 98, 97, 3, 2, 1))]
