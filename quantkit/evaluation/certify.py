@@ -11,7 +11,6 @@ from pathlib import Path
 from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation import configuration, oracle_checks, structure, vocabulary
 from quantkit.evaluation.certificate import Certificate, Check
-from quantkit.evaluation.oracles import llama
 from quantkit.evaluation.weights import WeightCheck
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.checksums import RunningChecksums
@@ -84,10 +83,9 @@ class _Reading:
 
     def __init__(self, file: GGUFFile, target: str, device: str, begin: bool) -> None:
         self.file, self.target, self.device = file, target, device
-        programs = (
-            (llama.available(), oracle_checks.llama_program()[0]) if begin and targets.runs_llama_cpp(target) else ()
-        )
-        self.n_programs = sum(map(bool, programs))
+        asked = begin and targets.runs_llama_cpp(target)
+        self.programs = oracle_checks.Programs.found() if asked else None
+        self.n_programs = self.programs.n if self.programs else 0
         self.sample: oracle_checks.SamplePass | None = None
         self.error: BaseException | None = None
 
@@ -114,11 +112,11 @@ class _Reading:
         except (*MISHAPS, MemoryError) as error:
             self.error = error
 
-    def whole(self) -> oracle_checks.SamplePass | None:
-        """The sample's pass, if there is one; the error that ended it."""
+    def begun(self) -> oracle_checks.Begun | None:
+        """What the checks by running need not find again; raises the error that ended the sample's pass."""
         if self.error:
             raise self.error
-        return self.sample
+        return oracle_checks.Begun(self.programs, self.sample) if self.programs else None
 
 
 def _by_rule(
@@ -173,7 +171,7 @@ def _by_value(made: Certificate, weights: WeightCheck, reading: _Reading) -> tup
 def _by_running(path: Path, file: GGUFFile, reading: _Reading) -> Iterator[Check]:
     """What was found before an error counts."""
     try:
-        yield from oracle_checks.run(path, file, reading.target, reading.device, reading.whole())
+        yield from oracle_checks.run(path, file, reading.target, reading.device, reading.begun())
     except (*MISHAPS, MemoryError) as error:
         if lacking := out_of_memory(error):
             yield Check("oracle", "skip", f"not run: too little {lacking} for this file's numbers, to compare with")

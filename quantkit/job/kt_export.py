@@ -174,7 +174,7 @@ def _fill(work: Path, output: Path, source: GGUFWeights, gpus: int, threads: int
     write_model(source, work / MODEL)
     text = yaml.safe_dump(rules(c, gpus, linear), sort_keys=False, width=1000)
     (work / RULES).write_text(text, encoding="utf-8")
-    infer = max(threads, 2)  # one of them hands out: of one its pool is empty, and it dies by a division by zero
+    infer = targets.cpu_infer(threads)
     (work / LAUNCH).write_text(LAUNCH_TEXT.format(threads=threads, infer=infer), encoding="utf-8")
     (work / LAUNCH).chmod(0o755)
     (work / README).write_text(_readme(source, gpus, threads, linear, split), encoding="utf-8")

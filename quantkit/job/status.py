@@ -56,9 +56,8 @@ class State:
 
 def status(folder: Path) -> list[str]:
     """In lines. QuantkitError for a folder in which nothing of a job lies."""
-    plan, record = _plan(folder), _json(folder / PROVENANCE)
-    parts = [part for part in _parts(folder, plan) if part.tensors]
-    states = sorted(_states(folder, plan), key=lambda state: str(state.folder))
+    record = _json(folder / PROVENANCE)
+    plan, states, parts = _begun(folder)
     name = f"{plan.model}-{plan.recipe}.gguf" if plan else ""
     files = finished_files(folder / name) if name else []
     if not (record or parts or states or files):
@@ -66,15 +65,7 @@ def status(folder: Path) -> list[str]:
     worker = at_work(folder)
     lines = [f"job         {record['command']}"] if record.get("command") else []
     lines.append(f"now         {_now(folder, worker, bool(parts or states), bool(files))}")
-    for state in states:
-        layers = f"{state.layers} of {_n_layer(plan)} layers" if plan else f"{state.layers} layers"
-        left = f", about {clock(state.seconds)} for the others" if state.seconds is not None else ""
-        lines.append(f"pass        {layers} done{left} ({state.folder.relative_to(folder)})")
-    for part in parts:
-        share = f"{part.done / part.total:.0%} of {both_units(part.total)}" if part.total else "nothing yet"
-        lines.append(
-            f"file        {share}, {part.whole:,} of {part.tensors:,} tensors ({part.path.relative_to(folder)})"
-        )
+    lines += _unfinished(folder, plan, states, parts)
     if files:
         size = sum(file.stat().st_size for file in files)
         lines.append(f"file        finished: {files[0].name}, {both_units(size)}, {len(files)} file(s)")
@@ -82,6 +73,28 @@ def status(folder: Path) -> list[str]:
     if record.get("command") and not worker and (parts or states):
         lines.append("go on       with the same command; what is done is kept")
     return lines
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What a job that was stopped there has done, in lines."""
+    return list(_unfinished(folder, *_begun(folder)))
+
+
+def _begun(folder: Path) -> tuple[Plan | None, list[State], list[Part]]:
+    """The plan that lies there, and what of it is on its way."""
+    plan = _plan(folder)
+    states = sorted(_states(folder, plan), key=lambda state: str(state.folder))
+    return plan, states, [part for part in _parts(folder, plan) if part.tensors]
+
+
+def _unfinished(folder: Path, plan: Plan | None, states: list[State], parts: list[Part]) -> Iterator[str]:
+    for state in states:
+        layers = f"{state.layers} of {_n_layer(plan)} layers" if plan else f"{state.layers} layers"
+        left = f", about {clock(state.seconds)} for the others" if state.seconds is not None else ""
+        yield f"pass        {layers} done{left} ({state.folder.relative_to(folder)})"
+    for part in parts:
+        share = f"{part.done / part.total:.0%} of {both_units(part.total)}" if part.total else "nothing yet"
+        yield f"file        {share}, {part.whole:,} of {part.tensors:,} tensors ({part.path.relative_to(folder)})"
 
 
 def _now(folder: Path, worker: str, unfinished: bool, finished: bool) -> str:

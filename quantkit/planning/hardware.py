@@ -206,7 +206,7 @@ def commands(
         made = "kt" if folder == "." else f"{folder}-kt"
         out["KTransformers 0.2.3 to 0.3.2"] = [
             f"quantkit export-kt {file} --output {made}",
-            f"{made}/launch.sh chat --cpu_infer {max(threads, 2)}",  # of one its pool is empty
+            f"{made}/launch.sh chat --cpu_infer {targets.cpu_infer(threads)}",
         ]
     if plan.target == "ollama":
         out["ollama"] = [

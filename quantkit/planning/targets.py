@@ -290,6 +290,12 @@ def check_model(target: str, c: ModelConfig) -> None:
             )
 
 
+def cpu_infer(threads: int) -> int:
+    """KTransformers' option for so many threads. One of them hands out: of one its pool is empty, and it divides by
+    zero (docs/results/engines-ktransformers.md)."""
+    return max(threads, 2)
+
+
 def runs_llama_cpp(target: str) -> bool:
     """Whether llama.cpp's graphs compute it."""
     return target in ("llama.cpp", "ollama")

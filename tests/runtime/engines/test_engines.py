@@ -150,7 +150,7 @@ def test_pieces_that_look_far_back_are_short(weights, monkeypatch):
     assert [piece_at(engine, at) for at in (0, 1000, 1001, 2001, 4001, 10**6)] == [512, 512, 256, 128, 64, 64]
     monkeypatch.setattr(generation, "reach", lambda _: 64)
     sizes, compute = list[int](), engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda slot, ids, at: sizes.append(len(ids)) or compute(slot, ids, at))
+    monkeypatch.setattr(engine, "prefill", lambda slot, ids, *rest: sizes.append(len(ids)) or compute(slot, ids, *rest))
     engine.piece = 128
     prompt = [0] + [50, 60, 70] * 100
     alone = list(generate(engine, prompt, 3, GREEDY))
