@@ -203,6 +203,8 @@ class GpuEngine:
             n_moe - whole - len(some),
             self.piece,
         )
+        if self.on_gpu and whole < n_moe and not self.buffers.mapped:
+            log.warning("experts on the CPU are reached by copies, slower: no Triton, or CUDA_LAUNCH_BLOCKING is set")
         if residency := self.weights.residency:
             residency.leave_out(i for i, layer in enumerate(self.layers) if layer.resident is not None)
             log.info("%s", residency)

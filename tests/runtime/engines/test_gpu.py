@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,19 @@ def test_prompts_are_read_together(path, device, gpu_layers):
     engine.prefill(0, tokens[:130], 0)
     engine.prefill(0, tokens[130:140], 130)
     assert kld(engine.decode([0, 2, 3], [50, 60, 70]), after) < most
+
+
+def test_it_says_that_experts_are_reached_by_copies(path, caplog):
+    """Where the GPU cannot wait for the CPU itself, which is slower."""
+    engine = GpuEngine(open_gguf(path, "cpu", n_threads=1), 1, 64, 1)
+    on_gpu, sizes = np.ones((3, 16), bool), np.zeros(3, np.int64)
+    with caplog.at_level("INFO"):
+        engine.on_gpu = True
+        engine._say(on_gpu, sizes)
+        assert "CUDA_LAUNCH_BLOCKING" not in caplog.text
+        on_gpu[1] = False
+        engine._say(on_gpu, sizes)
+    assert "CUDA_LAUNCH_BLOCKING" in caplog.text
 
 
 @pytest.mark.parametrize("device", DEVICES)
