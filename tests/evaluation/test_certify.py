@@ -58,7 +58,7 @@ def test_one_reading_serves_weights_checksums_and_sample(good, tmp_path, capsys,
         advance(self, n_layers)
 
     def asked(path, file, device, begun):
-        computed.append(begun.whole().hidden)
+        computed.append(begun.sample.whole().hidden)
         return iter(())
 
     monkeypatch.setattr(WeightCheck, "_judge", judged)
