@@ -5,8 +5,6 @@ by the functions of `codecs/triton_decode.py`. They are multiplied as integers, 
 16 bits: a signed and an unsigned byte each, so that next to nothing is lost.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,46 +15,17 @@ from quantkit.codecs.registry import codec, triton_twin
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.codecs.triton_wide import WIDE
 from quantkit.runtime.activations import Activations
+from quantkit.runtime.parts import Matrices, group_of, part_of
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
 LANES = 32  # of a warp
 
 
-class Matrices(NamedTuple):
-    """Quantized matrices [n_matrices, n_out, n_in] as the kernels take them; Any is a number or a constant.
-
-    table: the codebook. decode: the type's function of triton_decode, or if `wide` of triton_wide, as near ... offset
-    are. size, groups: bytes of a block, and its groups of 8 weights. even: every row begins at a multiple of 4 bytes.
-    """
-
-    data: torch.Tensor
-    table: torch.Tensor
-    n_out: int
-    row_bytes: int
-    matrix_bytes: int
-    n_in: Any
-    decode: Any
-    size: Any
-    groups: Any
-    wide: Any
-    even: Any
-    near: Any
-    far: Any
-    alike: Any
-    offset: Any
-
-
 @triton.jit
 def _signed(word, i: tl.constexpr):
     """Byte i of a word as a signed number."""
     return ((word << (24 - 8 * i)) >> 24).to(tl.float32)
-
-
-@triton.jit
-def _group(w, row, g):
-    """Group g of the rows that begin at `row` -> eight int8 in two words, scale, offset: in the shape of both."""
-    return w.decode(row + (g // w.groups) * w.size, g % w.groups, w.table)
 
 
 @triton.jit
@@ -130,21 +99,6 @@ def _activations(x, scales, token, w, at, last):
 
 
 @triton.jit
-def _part(w, row, at, last):
-    """What a thread decodes of a row: group or chunk `at`."""
-    at = tl.minimum(at, last - 1)
-    if w.wide:
-        per_block = w.groups // 4
-        o = (at // per_block) * w.size
-        if not w.even:
-            o += (row.to(tl.int64) & 2).to(tl.int32)
-            row = (row.to(tl.int64) & -4).to(row.dtype)
-        return w.decode(row, o, at % per_block, w.table)
-    else:
-        return _group(w, row, at)
-
-
-@triton.jit
 def _times(part, x, w):
     """A part of a row times activations. Groups with one scale are summed as integers."""
     groups: tl.constexpr = 4 if w.wide else 1
@@ -199,7 +153,7 @@ def _products(
             )
         sums = ()
         for r in tl.static_range(rows):
-            part = _part(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
+            part = part_of(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
             for t in tl.static_range(few):
                 sums = sums + (totals[r * few + t] + _times(part, acts[t], w),)
         totals = sums
@@ -218,7 +172,7 @@ def _weights(w, out, groups: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * groups + tl.arange(0, groups)
     last: tl.constexpr = w.n_in // 8
-    lo, hi, scale, offset = _group(w, w.data + row * w.row_bytes, tl.minimum(g, last - 1))
+    lo, hi, scale, offset = group_of(w, w.data + row * w.row_bytes, tl.minimum(g, last - 1))
     even = tl.join(tl.join(_signed(lo, 0), _signed(hi, 0)), tl.join(_signed(lo, 2), _signed(hi, 2)))
     odd = tl.join(tl.join(_signed(lo, 1), _signed(hi, 1)), tl.join(_signed(lo, 3), _signed(hi, 3)))
     v = tl.reshape(tl.join(even, odd), (groups, 8))  # from [half, pair, parity]
@@ -227,7 +181,7 @@ def _weights(w, out, groups: tl.constexpr):
     tl.store(out + row * w.n_in + here, v, mask=here < w.n_in)
 
 
-def _matrices(
+def matrices(
     qtype: str, data: torch.Tensor, n_in: int, chunks: bool = False, second: torch.Tensor | None = None
 ) -> Matrices:
     """chunks: of 32 weights, where there is a function for that. second: others like them."""
@@ -285,7 +239,7 @@ def products(
     rows = min(rows, triton.next_power_of_2(n_out))
     few = 4 if ids is None and n > 2 else 1
     _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
-        _matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
+        matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
         second,
         x.words,
         x.scales,
@@ -306,5 +260,5 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     """uint8 [rows, row_bytes] -> out [rows, n_in], contiguous, in its dtype."""
     n_rows, n_in = out.shape
     groups = _tile(n_in)
-    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](_matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
+    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
     return out

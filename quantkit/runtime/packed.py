@@ -1,14 +1,20 @@
 """Matrices as quantized bytes on a device, multiplied there without ever being whole in another form for long."""
 
 from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from quantkit.codecs.registry import codec
-from quantkit.runtime.activations import Activations, use_kernels
+from quantkit.runtime.activations import FEW, Activations, Halves, use_kernels
 
-FEW = 3  # rows up to which decoding in registers beats dequantizing once: it takes as long for each of them
-TILE_WEIGHTS = 1 << 24  # dequantized at once for a few rows more: they stay in the GPU's cache
+if TYPE_CHECKING:
+    from quantkit.runtime.tile_kernels import Runs
+
+SOME = 128  # rows up to which decoding tiles beats dequantizing a matrix once
+MANY = 128  # the same of experts: rows of each in the mean
+AT_ONCE = 8192  # pairs of a token and an expert whose products there is memory for in any case
+TILE_WEIGHTS = 1 << 24  # dequantized at once for more: they stay in the GPU's cache
 
 
 def _activations(x: torch.Tensor | Activations) -> Activations:
@@ -28,10 +34,29 @@ def _integers(x: Activations) -> Activations:
     return step_kernels.gated(x.x.float().contiguous(), None)
 
 
+class Choice(NamedTuple):
+    """Which of some matrices rows are multiplied by. ids: int32 [n · k], k for each of n rows; below 0: none, zeros.
+    runs: the same, matrix by matrix, where that is quicker."""
+
+    ids: torch.Tensor
+    runs: "Runs | None" = None
+
+
+def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
+    """ids: int32 [n, k]."""
+    flat = ids.flatten()
+    if len(flat) < n_matrices or not use_kernels(ids.device.type):
+        return Choice(flat)
+    from quantkit.runtime import tile_kernels
+
+    return Choice(flat, tile_kernels.runs(flat, n_matrices))
+
+
 @cache
-def _every(n_matrices: int, n: int, device: torch.device) -> torch.Tensor:
+def _every(n_matrices: int, n: int, device: torch.device) -> Choice:
     """All matrices in order, n times: shared by all layers, or 64 sequences of R1 take 130 MB. Graphs read it too."""
-    return torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n)
+    ids = torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n)
+    return choice_of(ids[:, None], n_matrices) if n > FEW else Choice(ids)
 
 
 class Packed:
@@ -69,8 +94,8 @@ class Packed:
     def __call__(self, x: torch.Tensor | Activations) -> torch.Tensor:
         """The first matrix: x [n, n_in] -> [n, n_out]."""
         x = _activations(x)
-        if len(x.x) <= FEW:
-            return self._products(x, None).to(x.x.dtype)
+        if len(x.x) <= (SOME if use_kernels(x.x.device.type) else FEW):
+            return self._products(x).to(x.x.dtype)
         if x.x.dtype == self.dtype:
             return x.x @ self.dense(0, 1)[0].T
         rows, n = x.x.to(self.dtype), max(1, TILE_WEIGHTS // self.n_in)
@@ -83,40 +108,76 @@ class Packed:
         n = len(x.x) // n_matrices
         return self._products(x, _every(n_matrices, n, x.x.device)).view(n, n_matrices, -1)
 
-    def chosen(self, x: Activations, ids: torch.Tensor) -> torch.Tensor:
-        """x [n, n_in], ids int32 [n · k] of matrices, k for each row -> [n · k, n_out]; zeros where ids is below 0."""
-        return self._products(x, ids)
+    def chosen(self, x: Activations, choice: Choice) -> torch.Tensor:
+        """x [n, n_in] -> [n · k, n_out]."""
+        return self._products(x, choice)
+
+    def choice(self, ids: torch.Tensor) -> Choice:
+        """ids: int32 [n, k]."""
+        return choice_of(ids, len(self))
+
+    def by_tiles(self, pairs: int) -> bool:
+        """Whether so many pairs of a token and one of these are multiplied by decoding tiles."""
+        return use_kernels(self.data.device.type) and pairs <= MANY * len(self)
+
+    def experts(
+        self, up: "Packed", down: "Packed", x: torch.Tensor, order: torch.Tensor, stops: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        """These as gate: for pairs in this order, int64 [m], k neighbours of which share a row of x [n, d], and those
+        of each expert end at stops int32 -> float32 [m, d]."""
+        from quantkit.runtime import tile_kernels
+
+        runs = tile_kernels.sorted_runs(order.int(), stops, k)
+        rows = tile_kernels.halves(x)
+        if self._like(up):
+            first, second = self._tiles(rows, runs, up.data)
+        else:
+            first, second = self._tiles(rows, runs), up._tiles(rows, runs)
+        return down._tiles(tile_kernels.halves(first, second), runs._replace(order=None, share=1))
 
     def beside(
-        self, other: "Matrix", x: Activations, ids: torch.Tensor | None = None
+        self, other: "Matrix", x: Activations, choice: Choice | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Products with this and another one, as `chosen` (without ids as a call): at once if they are alike."""
-        few = ids is not None or len(x.x) <= FEW
-        if isinstance(other, Packed) and few and self._like(other) and use_kernels(self.data.device.type):
-            from quantkit.runtime import kernels
-
-            first, second = kernels.products(self.qtype, self.data, _integers(x), ids, other.data)
+        """Products with this and another one, as `chosen` (without a choice as a call): at once if they are alike."""
+        some = choice is not None or len(x.x) <= SOME
+        if isinstance(other, Packed) and some and self._like(other) and use_kernels(self.data.device.type):
+            first, second = self._by_kernels(x, choice, other.data)
             return first, second
-        if ids is None:
+        if choice is None:
             return self(x), other(x)
         assert isinstance(other, Packed)
-        return self.chosen(x, ids), other.chosen(x, ids)
+        return self.chosen(x, choice), other.chosen(x, choice)
 
     def _like(self, other: "Packed") -> bool:
         return (self.qtype, self.data.shape) == (other.qtype, other.data.shape)
 
-    def _products(self, x: Activations, ids: torch.Tensor | None) -> torch.Tensor:
-        if use_kernels(x.x.device.type):
-            from quantkit.runtime import kernels
+    def _by_kernels(self, x: Activations, choice: Choice | None, second: torch.Tensor | None = None) -> torch.Tensor:
+        if choice.runs if choice else len(x.x) > FEW:
+            from quantkit.runtime import tile_kernels
 
-            return kernels.products(self.qtype, self.data, _integers(x), ids)
+            runs = choice and choice.runs
+            runs = runs and runs._replace(share=runs.pairs // len(x.x))
+            return self._tiles(x.halves or tile_kernels.halves(x.x), runs, second)
+        from quantkit.runtime import kernels
+
+        return kernels.products(self.qtype, self.data, _integers(x), choice and choice.ids, second)
+
+    def _tiles(self, x: Halves, runs: "Runs | None", second: torch.Tensor | None = None) -> torch.Tensor:
+        from quantkit.runtime import kernels, tile_kernels
+
+        matrices = kernels.matrices(self.qtype, self.data, self.n_in, self.n_in % 256 == 0, second)
+        return tile_kernels.products(matrices, x, runs, second)
+
+    def _products(self, x: Activations, choice: Choice | None = None) -> torch.Tensor:
+        if use_kernels(x.x.device.type):
+            return self._by_kernels(x, choice)
         rows = x.x.float()
-        if ids is None:
+        if choice is None:
             return rows @ codec(self.qtype).dequantize(self.data[0]).T
-        used, at = ids.clamp_min(0).unique(return_inverse=True)
+        used, at = choice.ids.clamp_min(0).unique(return_inverse=True)
         weights = codec(self.qtype).dequantize(self.data[used.long()])
-        products = torch.einsum("pi,poi->po", rows.repeat_interleave(len(ids) // len(rows), 0), weights[at])
-        return products.masked_fill_((ids < 0)[:, None], 0)
+        products = torch.einsum("pi,poi->po", rows.repeat_interleave(len(choice.ids) // len(rows), 0), weights[at])
+        return products.masked_fill_((choice.ids < 0)[:, None], 0)
 
 
 class Plain:

@@ -256,7 +256,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor | None) -> Activations:
     n, n_in = gate.shape
     to = _empty(n, n_in, gate.device)
     blocks = min(16, _blocks(n_in))
-    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to), n_in, tl.constexpr(blocks), num_warps=4)
+    _gated[(n, triton.cdiv(n_in, 32 * blocks))](gate, up, Words(*to[:3]), n_in, tl.constexpr(blocks), num_warps=4)
     return to
 
 
@@ -277,7 +277,9 @@ def norm(
     used = tl.constexpr(1 if shares is None else shares.shape[1])
     blocks = _blocks(d)
     warps = min(16, max(1, blocks // 8))
-    _norm[(n,)](h, *added, y, shares, used, weight, total, Words(*to), d, eps, tl.constexpr(blocks), num_warps=warps)
+    _norm[(n,)](
+        h, *added, y, shares, used, weight, total, Words(*to[:3]), d, eps, tl.constexpr(blocks), num_warps=warps
+    )
     return h if total is None else total, to
 
 
@@ -301,7 +303,7 @@ def place(
     to = _empty(n * c.n_head, c.qk_nope, q.device)
     rotated = torch.empty(n, c.n_head, c.qk_rope, device=q.device)
     places = (where.turned, where.positions, where.cells)
-    arguments = (q, kv, kv_norm, *places, cache, rotated, Words(*to), c.rms_eps, _shape(c))
+    arguments = (q, kv, kv_norm, *places, cache, rotated, Words(*to[:3]), c.rms_eps, _shape(c))
     _place[(n, c.n_head + 1)](*arguments, num_warps=1)
     return to, rotated
 
@@ -321,5 +323,5 @@ def attend(
     _attend[(parts, triton.cdiv(c.n_head, HEADS), n)](
         query, rotated, cache, *places, out, sums, rows, span, c.softmax_scale, shape, HEADS, POSITIONS, num_stages=1
     )
-    _merge[(n, c.n_head)](out, sums, Words(*to), parts, shape, num_warps=2)
+    _merge[(n, c.n_head)](out, sums, Words(*to[:3]), parts, shape, num_warps=2)
     return to

@@ -105,8 +105,8 @@ def chosen(x: Activations, matrices: Matrices, between: Between, ids: torch.Tens
     """Routed experts ids int32 [n, k] of those in GPU memory, for a few tokens: [n · k, d], not weighed yet. Below 0 is
     none, and gives zeros."""
     gate, up, down = matrices
-    flat = ids.flatten()
-    return down.chosen(between.gated(*gate.beside(up, x, flat)), flat)
+    choice = gate.choice(ids)
+    return down.chosen(between.gated(*gate.beside(up, x, choice)), choice)
 
 
 def resident_chunks(matrices: Sequence[Packed], n: int) -> Chunks:
@@ -116,7 +116,7 @@ def resident_chunks(matrices: Sequence[Packed], n: int) -> Chunks:
 
 
 class ChunkedExperts:
-    """`layers.Experts` of one layer whose chunks come next: dequantized and multiplied a chunk at a time.
+    """`layers.Experts` of one layer whose chunks come next: multiplied a chunk at a time.
 
     places: int64 [n_expert], where in the chunks an expert is; n_places, the number of them, for one that is not there:
     it is left out. None: in their order, all of them."""
@@ -130,20 +130,21 @@ class ChunkedExperts:
         if self.places is not None:
             expert = self.places.to(x.device)[expert]
         order = torch.argsort(expert.flatten(), stable=True)
-        tokens = order // expert.shape[1]
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)
         place = place.view(expert.shape)
         ends = torch.bincount(expert.flatten(), minlength=self.n_places)[: self.n_places].cumsum(0)
-        bounds = [0, *ends.tolist()]
-        for begin, (gate, up, down) in self.chunks:
-            end = begin + len(gate)
+        bounds: list[int] = []
+        for begin, matrices in self.chunks:
+            end = begin + len(matrices[0])
+            if not bounds:  # waits for the GPU, unless it is all one chunk
+                whole = begin == 0 and end == self.n_places and self.places is None
+                bounds = [0] * end + [len(order)] if whole else [0, *ends.tolist()]
             first, last = bounds[begin], bounds[end]
             if last > first:
                 stops = (ends[begin:end] - first).int()
-                rows = x[tokens[first:last]]
-                hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
-                collect(out, grouped(hidden, down.dense(), stops), place, weight, first)
+                part = gathered(x, matrices, order[first:last], stops, expert.shape[1])
+                collect(out, part, place, weight, first)
                 pause(x.device)
             if end == self.n_places:
                 return out
@@ -161,6 +162,19 @@ def collect(out: torch.Tensor, part: torch.Tensor, place: torch.Tensor, shares: 
         at = place[:, k] - first
         here = (at >= 0) & (at < len(part))
         out[here] += part[at[here]].float() * shares[here, k, None]
+
+
+def gathered(
+    x: torch.Tensor, matrices: Sequence[Packed], order: torch.Tensor, stops: torch.Tensor, k: int
+) -> torch.Tensor:
+    """gate, up and down of pairs in this order, int64 [m], k neighbours of which share a row of x [n, d]; those of each
+    expert end at stops int32: [m, d]."""
+    gate, up, down = matrices
+    if gate.by_tiles(len(order)):
+        return gate.experts(up, down, x, order, stops, k)
+    rows = x[order // k]
+    hidden = F.silu(grouped(rows, gate.dense(), stops)) * grouped(rows, up.dense(), stops)
+    return grouped(hidden, down.dense(), stops)
 
 
 def grouped(x: torch.Tensor, weights: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from quantkit.runtime.engines.gpu_layers import (
 from quantkit.runtime.engines.stacks import Stacks, Wanted, expert_bytes
 from quantkit.runtime.engines.staging import CHUNK, SLOTS, Ring
 from quantkit.runtime.layers import Experts, LayerExperts, unwatched
-from quantkit.runtime.packed import Packed
+from quantkit.runtime.packed import AT_ONCE, Packed
 from quantkit.runtime.sources.gguf import GGUFWeights
 
 log = logging.getLogger(__name__)
@@ -176,21 +176,24 @@ class Prompts:
     def experts(self, n_tokens: int) -> Iterator[Callable[[int], LayerExperts | None]]:
         """Of each layer, asked for in order: its routed experts for a prompt of so many tokens."""
         if not self.moves_all(n_tokens):
-            yield lambda i: self._of(i, None)
+            yield lambda i: self._of(i, n_tokens, None)
             return
         wanted = {}
         for i, elsewhere, stacks in self._waiting():
             hot = self.layers[i].hot
             wanted[i] = Wanted(stacks, elsewhere, len(hot.experts) if hot else 0)
         with closing(self.moving(wanted.values())) as moving:
-            yield lambda i: self._of(i, (wanted[i], moving) if i in wanted else None)
+            yield lambda i: self._of(i, n_tokens, (wanted[i], moving) if i in wanted else None)
 
-    def _of(self, i: int, moved: tuple[Wanted, PackedChunks] | None) -> LayerExperts | None:
+    def _of(self, i: int, n_tokens: int, moved: tuple[Wanted, PackedChunks] | None) -> LayerExperts | None:
         layer, n_expert = self.layers[i], self.config.n_expert
         if layer.router is None:
             return None
         if layer.resident is not None:
-            return unwatched(ChunkedExperts(resident_chunks(layer.resident, self.chunk), n_expert))
+            pairs = n_tokens * self.config.n_used
+            all_of_them = pairs <= AT_ONCE and layer.resident[0].by_tiles(pairs)
+            n = n_expert if all_of_them else self.chunk
+            return unwatched(ChunkedExperts(resident_chunks(layer.resident, n), n_expert))
         if moved:
             return unwatched(self.on_gpu(layer, moved[0].experts, moved[1]))
         assert layer.on_cpu is not None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.activations import Activations, Where, use_kernels
+from quantkit.runtime.activations import FEW, Activations, Where, use_kernels
 from quantkit.runtime.layers import Router, route
 
 Added = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -111,9 +111,9 @@ class ByKernels:
     """`Between`, by Triton."""
 
     def __init__(self, c: ModelConfig):
-        from quantkit.runtime import route_kernels, step_kernels
+        from quantkit.runtime import route_kernels, step_kernels, tile_kernels
 
-        self.c, self.router, self.step = c, route_kernels, step_kernels
+        self.c, self.router, self.step, self.tile = c, route_kernels, step_kernels, tile_kernels
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
         """As `Between`."""
@@ -123,7 +123,8 @@ class ByKernels:
         self, h: torch.Tensor, weight: torch.Tensor, added: Added = (None, None), chosen: Chosen | None = None
     ) -> tuple[torch.Tensor, Activations]:
         """As `Between`."""
-        return self.step.norm(h, added, chosen, weight, self.c.rms_eps)
+        h, x = self.step.norm(h, added, chosen, weight, self.c.rms_eps)
+        return h, x if len(h) <= FEW else x._replace(halves=self.tile.halves(x.x))
 
     def place(
         self, q: torch.Tensor, kv: torch.Tensor, kv_norm: torch.Tensor, cache: torch.Tensor, where: Where
