@@ -15,7 +15,7 @@ from quantkit.codecs.registry import codec, triton_twin
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.codecs.triton_wide import WIDE
 from quantkit.runtime.activations import Activations
-from quantkit.runtime.parts import Matrices, group_of, part_of
+from quantkit.runtime.parts import Matrices, first_of, group_of, part_of
 
 WARPS = 4
 GROUPS = 128  # groups of 8 columns per step of a program that dequantizes: one per thread
@@ -67,17 +67,6 @@ def _number(upper, lower, unit):
 
 
 @triton.jit
-def _first(w, chunk):
-    """The group that a chunk begins with."""
-    if w.near == 4:
-        return 16 * (chunk // 4) + chunk % 4
-    elif w.far == 4:
-        return 8 * (chunk // 2) + 2 * (chunk % 2)
-    else:
-        return 4 * chunk
-
-
-@triton.jit
 def _activations(x, scales, token, w, at, last):
     """A token's part for group or chunk `at` of every row: of each group five as `_tokens` gives them, and the sum of
     those of groups with one scale, which their offset is multiplied by, at the last of them."""
@@ -86,7 +75,7 @@ def _activations(x, scales, token, w, at, last):
     found = ()
     ones, up, low = at * 0 + 0x01010101, at * 0, at * 0
     for k in tl.static_range(4 if w.wide else 1):
-        g = _first(w, at) + (k % 2) * w.near + (k // 2) * w.far if w.wide else at
+        g = first_of(w, at) + (k % 2) * w.near + (k // 2) * w.far if w.wide else at
         a, b, c, d, unit = _tokens(x, scales, g, w.n_in, at < last)
         count = unit
         if w.offset:

@@ -9,9 +9,9 @@ from quantkit.codecs.registry import codec
 from quantkit.runtime.activations import FEW, Activations, Halves, use_kernels
 
 if TYPE_CHECKING:
-    from quantkit.runtime.tile_kernels import Runs
+    from quantkit.runtime.run_kernels import Runs
 
-SOME = 128  # rows up to which decoding tiles beats dequantizing a matrix once
+SOME = 64  # rows up to which decoding tiles beats dequantizing a matrix once
 MANY = 128  # the same of experts: rows of each in the mean
 AT_ONCE = 8192  # pairs of a token and an expert whose products there is memory for in any case
 TILE_WEIGHTS = 1 << 24  # dequantized at once for more: they stay in the GPU's cache
@@ -47,9 +47,9 @@ def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
     flat = ids.flatten()
     if len(flat) < n_matrices or not use_kernels(ids.device.type):
         return Choice(flat)
-    from quantkit.runtime import tile_kernels
+    from quantkit.runtime import run_kernels
 
-    return Choice(flat, tile_kernels.runs(flat, n_matrices))
+    return Choice(flat, run_kernels.runs(flat, n_matrices))
 
 
 @cache
@@ -125,15 +125,15 @@ class Packed:
     ) -> torch.Tensor:
         """These as gate: for pairs in this order, int64 [m], k neighbours of which share a row of x [n, d], and those
         of each expert end at stops int32 -> float32 [m, d]."""
-        from quantkit.runtime import tile_kernels
+        from quantkit.runtime import run_kernels
 
-        runs = tile_kernels.sorted_runs(order.int(), stops, k)
-        rows = tile_kernels.halves(x)
+        runs = run_kernels.sorted_runs(order.int(), stops, k)
+        rows = run_kernels.halves(x)
         if self._like(up):
             first, second = self._tiles(rows, runs, up.data)
         else:
             first, second = self._tiles(rows, runs), up._tiles(rows, runs)
-        return down._tiles(tile_kernels.halves(first, second), runs._replace(order=None, share=1))
+        return down._tiles(run_kernels.halves(first, second), runs._replace(order=None, share=1))
 
     def beside(
         self, other: "Matrix", x: Activations, choice: Choice | None = None
@@ -153,20 +153,21 @@ class Packed:
 
     def _by_kernels(self, x: Activations, choice: Choice | None, second: torch.Tensor | None = None) -> torch.Tensor:
         if choice.runs if choice else len(x.x) > FEW:
-            from quantkit.runtime import tile_kernels
+            from quantkit.runtime import run_kernels
 
             runs = choice and choice.runs
             runs = runs and runs._replace(share=runs.pairs // len(x.x))
-            return self._tiles(x.halves or tile_kernels.halves(x.x), runs, second)
+            return self._tiles(x.halves or run_kernels.halves(x.x), runs, second)
         from quantkit.runtime import kernels
 
         return kernels.products(self.qtype, self.data, _integers(x), choice and choice.ids, second)
 
     def _tiles(self, x: Halves, runs: "Runs | None", second: torch.Tensor | None = None) -> torch.Tensor:
-        from quantkit.runtime import kernels, tile_kernels
+        from quantkit.runtime import kernels, mma_kernels, run_kernels, tile_kernels
 
         matrices = kernels.matrices(self.qtype, self.data, self.n_in, self.n_in % 256 == 0, second)
-        return tile_kernels.products(matrices, x, runs, second)
+        way = mma_kernels if mma_kernels.able(matrices, (runs or run_kernels.pairs_of(x)).tokens) else tile_kernels
+        return way.products(matrices, x, runs, second)
 
     def _products(self, x: Activations, choice: Choice | None = None) -> torch.Tensor:
         if use_kernels(x.x.device.type):

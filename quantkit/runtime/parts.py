@@ -38,6 +38,17 @@ def group_of(w, row, g):
 
 
 @triton.jit
+def first_of(w, chunk):
+    """The group that a chunk begins with."""
+    if w.near == 4:
+        return 16 * (chunk // 4) + chunk % 4
+    elif w.far == 4:
+        return 8 * (chunk // 2) + 2 * (chunk % 2)
+    else:
+        return 4 * chunk
+
+
+@triton.jit
 def part_of(w, row, at, last):
     """What a thread decodes of a row: group or chunk `at`."""
     at = tl.minimum(at, last - 1)

@@ -14,9 +14,9 @@ import triton.language as tl
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
 from quantkit.runtime.parts import Matrices, part_of
+from quantkit.runtime.run_kernels import LIFT, Runs, pairs_of
 
 BUSY = 264  # programs that keep a GPU busy: sums of small matrices are split until there are so many
-LIFT = tl.constexpr(64.0)  # float16 has its full precision from 6e-5 on, and weights are as small
 
 
 class Tiling(NamedTuple):
@@ -29,39 +29,11 @@ class Tiling(NamedTuple):
 
 
 TILINGS = {
-    16: Tiling(64, 256, 4),
-    32: Tiling(64, 256, 4),
-    64: Tiling(128, 128, 8),
-    128: Tiling(128, 128, 8),
+    16: Tiling(64, 128, 4),
+    32: Tiling(64, 128, 4),
+    64: Tiling(64, 128, 4),
+    128: Tiling(64, 128, 4),
 }  # by the tokens of a program; measured with R1's matrices on an H200
-
-
-class Runs(NamedTuple):
-    """Pairs of a token and a matrix, those of one matrix together. order: int32 [pairs], sorted by matrix; None: they
-    are. table: int32 [blocks, 3]: a matrix (-1: none, zeros), the first of its pairs in that order, and how many, at
-    most `tokens`; 0 beyond the last. share: neighbouring pairs that share a row of activations. scattered: results are
-    in the pairs' own order, not in this one."""
-
-    order: torch.Tensor | None
-    table: torch.Tensor | None
-    pairs: int
-    tokens: int
-    share: int
-    scattered: bool
-
-
-@triton.jit
-def _halves(gate, up, out, scales, n, width: tl.constexpr):
-    """Row program_id(0) of gate, or silu(gate) · up, as float16 of at most 1, and what it is to be multiplied by."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, width)
-    inside = at < n
-    v = tl.load(gate + row * n + at, mask=inside, other=0.0).to(tl.float32)
-    if up is not None:
-        v = v / (1 + tl.exp(-v)) * tl.load(up + row * n + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(v), axis=0), 1e-30)
-    tl.store(out + row * n + at, (v / largest).to(tl.float16), mask=inside)
-    tl.store(scales + row, largest)
 
 
 @triton.jit
@@ -209,94 +181,6 @@ def _products(
     tl.store(address, total, mask=here[None, :] & (to < w.n_out)[:, None])
 
 
-@triton.jit
-def _order(ids, order, table, n, n_matrices, blocks, width: tl.constexpr, kinds: tl.constexpr, tokens: tl.constexpr):
-    """`Runs` of ids [n]: programs from 1 on place a pair each, the first one writes the table."""
-    at = tl.arange(0, width)
-    matrix = tl.load(ids + at, mask=at < n, other=-1)
-    matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), kinds)
-    me = tl.program_id(0) - 1
-    if me >= 0:
-        mine = tl.load(ids + me)
-        mine = tl.where(mine < 0, n_matrices, mine)
-        place = tl.sum(((matrix < mine) | ((matrix == mine) & (at < me))).to(tl.int32), axis=0)
-        tl.store(order + place, me)
-    else:
-        kind = tl.arange(0, kinds)
-        counts = tl.histogram(tl.minimum(matrix, kinds - 1), kinds)
-        _table(tl.where(kind <= n_matrices, counts, 0), table, n_matrices, blocks, kinds, tokens)
-
-
-@triton.jit
-def _of_ends(ends, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
-    """The table of runs that end at `ends`, one of each matrix."""
-    kind = tl.arange(0, kinds)
-    end = tl.load(ends + kind, mask=kind < n_matrices, other=0)
-    begin = tl.load(ends + kind - 1, mask=(kind > 0) & (kind < n_matrices), other=0)
-    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, kinds, tokens)
-
-
-@triton.jit
-def _table(counts, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
-    kind = tl.arange(0, kinds)
-    first = tl.cumsum(counts, axis=0) - counts
-    parts = (counts + tokens - 1) // tokens
-    to = tl.cumsum(parts, axis=0) - parts
-    matrix = tl.where(kind < n_matrices, kind, -1)
-    for i in range(tl.max(parts, axis=0)):
-        there = i < parts
-        entry = table + 3 * (to + i)
-        tl.store(entry, matrix, mask=there)
-        tl.store(entry + 1, first + i * tokens, mask=there)
-        tl.store(entry + 2, tl.minimum(counts - i * tokens, tokens), mask=there)
-    used = tl.sum(parts, axis=0)
-    for begin in range(0, blocks, kinds):
-        entry = begin + kind
-        tl.store(table + 3 * entry + 2, 0, mask=(entry >= used) & (entry < blocks))
-
-
-def halves(gate: torch.Tensor, up: torch.Tensor | None = None) -> Halves:
-    """gate, or silu(gate) · up: [n, n_in], contiguous, of any kind of float."""
-    n, n_in = gate.shape
-    found = Halves(torch.empty(n, n_in, dtype=torch.float16, device=gate.device), torch.empty(n, device=gate.device))
-    width = triton.next_power_of_2(n_in)
-    _halves[(n,)](gate, up, *found, n_in, width, num_warps=min(16, max(1, width // 512)))
-    return found
-
-
-def tokens_of(pairs: int, n_matrices: int) -> int:
-    """Of a program: for so many pairs, evenly spread."""
-    mean = pairs / n_matrices
-    return next((n for n in TILINGS if n >= mean), max(TILINGS))
-
-
-def _blocks(pairs: int, n_matrices: int, tokens: int) -> int:
-    """Of a table at most."""
-    return min(pairs, n_matrices + pairs // tokens)
-
-
-def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
-    """Of a few pairs: ids int32 [pairs] of matrices, below 0 none. Nothing waits for the GPU."""
-    pairs = len(ids)
-    tokens = tokens_of(pairs, n_matrices)
-    blocks = _blocks(pairs, n_matrices + 1, tokens)
-    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
-    table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
-    width, kinds = triton.next_power_of_2(pairs), triton.next_power_of_2(n_matrices + 2)
-    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, width, kinds, tokens, num_warps=4)
-    return Runs(order, table, pairs, tokens, share, True)
-
-
-def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:
-    """Of pairs in this order, int32, of which those of each matrix end at ends int32 [n_matrices]."""
-    pairs, n_matrices = len(order), len(ends)
-    tokens = tokens_of(pairs, n_matrices)
-    blocks = _blocks(pairs, n_matrices, tokens)
-    table = torch.empty(blocks, 3, dtype=torch.int32, device=ends.device)
-    _of_ends[(1,)](ends, table, n_matrices, blocks, triton.next_power_of_2(n_matrices), tokens, num_warps=4)
-    return Runs(order, table, pairs, tokens, share, False)
-
-
 def _chunks(w: Matrices, columns: int) -> int:
     """Chunks of 32 weights, or groups of 8, of a row at a time: what a row has is a multiple of them."""
     size = 32 if w.wide.value else 8
@@ -311,7 +195,8 @@ def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Ten
     1,023 overflow.
     """
     n_out, n_in = w.n_out, x.x.shape[1]
-    order, table, pairs, tokens, share, scattered = runs or Runs(None, None, len(x.x), tokens_of(len(x.x), 1), 1, False)
+    order, table, pairs, tokens, share, scattered = runs or pairs_of(x)
+    tokens = max(tokens, min(TILINGS))
     tiling = TILINGS[tokens]
     chunks, twice = _chunks(w, tiling.columns), 1 if second is None else 2
     blocks = triton.cdiv(pairs, tokens) if table is None else len(table)

@@ -111,9 +111,9 @@ class ByKernels:
     """`Between`, by Triton."""
 
     def __init__(self, c: ModelConfig):
-        from quantkit.runtime import route_kernels, step_kernels, tile_kernels
+        from quantkit.runtime import route_kernels, run_kernels, step_kernels
 
-        self.c, self.router, self.step, self.tile = c, route_kernels, step_kernels, tile_kernels
+        self.c, self.router, self.step, self.runs = c, route_kernels, step_kernels, run_kernels
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> Activations:
         """As `Between`."""
@@ -124,7 +124,7 @@ class ByKernels:
     ) -> tuple[torch.Tensor, Activations]:
         """As `Between`."""
         h, x = self.step.norm(h, added, chosen, weight, self.c.rms_eps)
-        return h, x if len(h) <= FEW else x._replace(halves=self.tile.halves(x.x))
+        return h, x if len(h) <= FEW else x._replace(halves=self.runs.halves(x.x))
 
     def place(
         self, q: torch.Tensor, kv: torch.Tensor, kv_norm: torch.Tensor, cache: torch.Tensor, where: Where

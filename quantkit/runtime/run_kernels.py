@@ -1,0 +1,140 @@
+"""Triton: what products by tensor cores begin with: activations as float16, and pairs of a token and a matrix put in
+order."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from quantkit.runtime.activations import Halves
+
+TOKENS = (8, 16, 32, 64, 128)  # of a program
+LIFT = tl.constexpr(64.0)  # of weights: float16 has its full precision from 6e-5 on only
+
+
+class Runs(NamedTuple):
+    """Pairs of a token and a matrix, those of one matrix together. order: int32 [pairs], sorted by matrix; None: they
+    are. table: int32 [blocks, 3], None for one matrix: a matrix (-1: none, zeros), the first of its pairs in that
+    order, and how many, at most `tokens`; zeros beyond the last. share: neighbouring pairs that share a row of
+    activations. scattered: results are in the pairs' own order, not in this one."""
+
+    order: torch.Tensor | None
+    table: torch.Tensor | None
+    pairs: int
+    tokens: int
+    share: int
+    scattered: bool
+
+
+@triton.jit
+def _halves(gate, up, out, scales, n, width: tl.constexpr):
+    """Row program_id(0) of gate, or silu(gate) · up, as float16 of at most 1, and what it is to be multiplied by."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, width)
+    inside = at < n
+    v = tl.load(gate + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    if up is not None:
+        v = v / (1 + tl.exp(-v)) * tl.load(up + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(v), axis=0), 1e-30)
+    tl.store(out + row * n + at, (v / largest).to(tl.float16), mask=inside)
+    tl.store(scales + row, largest)
+
+
+@triton.jit
+def _order(ids, order, table, n, n_matrices, blocks, width: tl.constexpr, kinds: tl.constexpr, tokens: tl.constexpr):
+    """`Runs` of ids [n]: programs from 1 on place a pair each, the first one writes the table."""
+    at = tl.arange(0, width)
+    matrix = tl.load(ids + at, mask=at < n, other=-1)
+    matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), kinds)
+    me = tl.program_id(0) - 1
+    if me >= 0:
+        mine = tl.load(ids + me)
+        mine = tl.where(mine < 0, n_matrices, mine)
+        place = tl.sum(((matrix < mine) | ((matrix == mine) & (at < me))).to(tl.int32), axis=0)
+        tl.store(order + place, me)
+    else:
+        kind = tl.arange(0, kinds)
+        counts = tl.zeros([kinds], tl.int32)
+        for begin in range(0, n, 16):
+            some = begin + tl.arange(0, 16)
+            one = tl.load(ids + some, mask=some < n, other=0)
+            one = tl.where(some < n, tl.where(one < 0, n_matrices, one), kinds)
+            counts += tl.sum((one[:, None] == kind[None, :]).to(tl.int32), axis=0)
+        _table(counts, table, n_matrices, blocks, kinds, tokens)
+
+
+@triton.jit
+def _of_ends(ends, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
+    """The table of runs that end at `ends`, one of each matrix."""
+    kind = tl.arange(0, kinds)
+    end = tl.load(ends + kind, mask=kind < n_matrices, other=0)
+    begin = tl.load(ends + kind - 1, mask=(kind > 0) & (kind < n_matrices), other=0)
+    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, kinds, tokens)
+
+
+@triton.jit
+def _table(counts, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
+    kind = tl.arange(0, kinds)
+    first = tl.cumsum(counts, axis=0) - counts
+    parts = (counts + tokens - 1) // tokens
+    to = tl.cumsum(parts, axis=0) - parts
+    matrix = tl.where(kind < n_matrices, kind, -1)
+    for i in range(tl.max(parts, axis=0)):
+        there = i < parts
+        entry = table + 3 * (to + i)
+        tl.store(entry, matrix, mask=there)
+        tl.store(entry + 1, first + i * tokens, mask=there)
+        tl.store(entry + 2, tl.minimum(counts - i * tokens, tokens), mask=there)
+    used = tl.sum(parts, axis=0)
+    for begin in range(0, blocks, kinds):
+        entry = begin + kind
+        for field in tl.static_range(3):
+            tl.store(table + 3 * entry + field, 0, mask=(entry >= used) & (entry < blocks))
+
+
+def halves(gate: torch.Tensor, up: torch.Tensor | None = None) -> Halves:
+    """gate, or silu(gate) · up: [n, n_in], contiguous, of any kind of float."""
+    n, n_in = gate.shape
+    found = Halves(torch.empty(n, n_in, dtype=torch.float16, device=gate.device), torch.empty(n, device=gate.device))
+    width = triton.next_power_of_2(n_in)
+    _halves[(n,)](gate, up, *found, n_in, width, num_warps=min(16, max(1, width // 512)))
+    return found
+
+
+def tokens_of(pairs: int, n_matrices: int) -> int:
+    """Of a program: for so many pairs, evenly spread."""
+    mean = pairs / n_matrices
+    return next((n for n in TOKENS if n >= mean), TOKENS[-1])
+
+
+def pairs_of(x: Halves) -> Runs:
+    """Of one matrix, that all rows of x are multiplied by."""
+    return Runs(None, None, len(x.x), tokens_of(len(x.x), 1), 1, False)
+
+
+def _blocks(pairs: int, n_matrices: int, tokens: int) -> int:
+    """Of a table at most."""
+    return min(pairs, n_matrices + pairs // tokens)
+
+
+def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
+    """Of a few pairs: ids int32 [pairs] of matrices, below 0 none. Nothing waits for the GPU."""
+    pairs = len(ids)
+    tokens = tokens_of(pairs, n_matrices)
+    blocks = _blocks(pairs, n_matrices + 1, tokens)
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
+    width, kinds = triton.next_power_of_2(pairs), triton.next_power_of_2(n_matrices + 2)
+    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, width, kinds, tokens, num_warps=4)
+    return Runs(order, table, pairs, tokens, share, True)
+
+
+def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:
+    """Of pairs in this order, int32, of which those of each matrix end at ends int32 [n_matrices]."""
+    pairs, n_matrices = len(order), len(ends)
+    tokens = tokens_of(pairs, n_matrices)
+    blocks = _blocks(pairs, n_matrices, tokens)
+    table = torch.empty(blocks, 3, dtype=torch.int32, device=ends.device)
+    _of_ends[(1,)](ends, table, n_matrices, blocks, triton.next_power_of_2(n_matrices), tokens, num_warps=4)
+    return Runs(order, table, pairs, tokens, share, False)
