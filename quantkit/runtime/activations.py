@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-FEW = 3  # rows that are multiplied as integers; more of them by tensor cores
+FEW = 1  # rows that are multiplied as integers; more of them by tensor cores
 
 
 class Halves(NamedTuple):

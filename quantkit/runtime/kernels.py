@@ -106,13 +106,10 @@ def _times(part, x, w):
 
 
 @triton.jit
-def _products(
-    w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr, few: tl.constexpr
-):
+def _products(w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
 
-    few (1, or 4 without ids): so many tokens for which a matrix is decoded once, those from program_id(1) * few on.
     second: the bytes of other matrices like w, whose outputs follow: those of program_id(2) = 1. Everything has one
     dimension, a thread for each part of a row: in two Triton gives neighbouring threads neighbouring rows.
     """
@@ -129,30 +126,21 @@ def _products(
         matrix = tl.load(ids + pair)
         data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
         stop = tl.where(matrix < 0, 0, last)
-    token = (pair * few // x_share).to(tl.int64)
+    token = (pair // x_share).to(tl.int64)
     totals = ()
-    for _ in tl.static_range(rows * few):
+    for _ in tl.static_range(rows):
         totals = totals + (tl.zeros([tile], tl.float32),)
     for start in range(0, stop, tile):
         at = start + tl.arange(0, tile)
-        acts = ()
-        for t in tl.static_range(few):
-            acts = acts + (
-                _activations(x, scales, tl.minimum(token + t, pairs - 1) if few > 1 else token, w, at, last),
-            )
+        activations = _activations(x, scales, token, w, at, last)
         sums = ()
         for r in tl.static_range(rows):
             part = part_of(w, data + tl.minimum(row + r, w.n_out - 1).to(tl.int64) * w.row_bytes, at, last)
-            for t in tl.static_range(few):
-                sums = sums + (totals[r * few + t] + _times(part, acts[t], w),)
+            sums = sums + (totals[r] + _times(part, activations, w),)
         totals = sums
-    to = out + (pair * few).to(tl.int64) * w.n_out + row
+    to = out + pair.to(tl.int64) * w.n_out + row
     for r in tl.static_range(rows):
-        for t in tl.static_range(few):
-            there = row + r < w.n_out
-            if few > 1:
-                there = there & (token + t < pairs)
-            tl.store(to + t * w.n_out + r, tl.sum(totals[r * few + t], axis=0), mask=there)
+        tl.store(to + r, tl.sum(totals[r], axis=0), mask=row + r < w.n_out)
 
 
 @triton.jit
@@ -226,8 +214,7 @@ def products(
     out = torch.empty(1 if second is None else 2, pairs, n_out, dtype=torch.float32, device=data.device)
     rows, warps = tiling(n_out, n_in, ids is not None)
     rows = min(rows, triton.next_power_of_2(n_out))
-    few = 4 if ids is None and n > 2 else 1
-    _products[(triton.cdiv(n_out, rows), triton.cdiv(pairs, few), len(out))](
+    _products[(triton.cdiv(n_out, rows), pairs, len(out))](
         matrices(qtype, data, n_in, n_in >= 32 * LANES, second),
         second,
         x.words,
@@ -238,7 +225,6 @@ def products(
         pairs,
         rows,
         LANES * warps,
-        few,
         num_warps=warps,
         enable_fp_fusion=False,  # or a token's last bits would depend on how many there are
     )

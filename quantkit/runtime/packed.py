@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from quantkit.runtime.run_kernels import Runs
 
 SOME = 64  # rows up to which decoding tiles beats dequantizing a matrix once
-MANY = 128  # the same of experts: rows of each in the mean
+MANY = 64  # the same of experts: rows of each in the mean
 AT_ONCE = 8192  # pairs of a token and an expert whose products there is memory for in any case
 TILE_WEIGHTS = 1 << 24  # dequantized at once for more: they stay in the GPU's cache
 
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
     """ids: int32 [n, k]."""
     flat = ids.flatten()
-    if len(flat) < n_matrices or not use_kernels(ids.device.type):
+    if 2 * len(flat) < n_matrices or not use_kernels(ids.device.type):
         return Choice(flat)
     from quantkit.runtime import run_kernels
 

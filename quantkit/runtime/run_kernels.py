@@ -1,7 +1,7 @@
 """Triton: what products by tensor cores begin with: activations as float16, and pairs of a token and a matrix put in
 order."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -9,7 +9,8 @@ import triton.language as tl
 
 from quantkit.runtime.activations import Halves
 
-TOKENS = (8, 16, 32, 64, 128)  # of a program
+TOKENS = (8, 16, 32, 64)  # of a program
+SPREAD = 1.3  # times the mean: what most of the matrices have, or they would be decoded twice
 LIFT = tl.constexpr(64.0)  # of weights: float16 has its full precision from 6e-5 on only
 
 
@@ -27,6 +28,14 @@ class Runs(NamedTuple):
     scattered: bool
 
 
+class Sizes(NamedTuple):
+    """Constants: powers of two from the pairs and the matrices (one more, for none) on; tokens of a program."""
+
+    width: Any
+    kinds: Any
+    tokens: Any
+
+
 @triton.jit
 def _halves(gate, up, out, scales, n, width: tl.constexpr):
     """Row program_id(0) of gate, or silu(gate) · up, as float16 of at most 1, and what it is to be multiplied by."""
@@ -41,12 +50,12 @@ def _halves(gate, up, out, scales, n, width: tl.constexpr):
     tl.store(scales + row, largest)
 
 
-@triton.jit
-def _order(ids, order, table, n, n_matrices, blocks, width: tl.constexpr, kinds: tl.constexpr, tokens: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "n_matrices", "blocks"])
+def _order(ids, order, table, n, n_matrices, blocks, sizes):
     """`Runs` of ids [n]: programs from 1 on place a pair each, the first one writes the table."""
-    at = tl.arange(0, width)
+    at = tl.arange(0, sizes.width)
     matrix = tl.load(ids + at, mask=at < n, other=-1)
-    matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), kinds)
+    matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), sizes.kinds)
     me = tl.program_id(0) - 1
     if me >= 0:
         mine = tl.load(ids + me)
@@ -54,40 +63,40 @@ def _order(ids, order, table, n, n_matrices, blocks, width: tl.constexpr, kinds:
         place = tl.sum(((matrix < mine) | ((matrix == mine) & (at < me))).to(tl.int32), axis=0)
         tl.store(order + place, me)
     else:
-        kind = tl.arange(0, kinds)
-        counts = tl.zeros([kinds], tl.int32)
+        kind = tl.arange(0, sizes.kinds)
+        counts = tl.zeros([sizes.kinds], tl.int32)
         for begin in range(0, n, 16):
             some = begin + tl.arange(0, 16)
             one = tl.load(ids + some, mask=some < n, other=0)
-            one = tl.where(some < n, tl.where(one < 0, n_matrices, one), kinds)
+            one = tl.where(some < n, tl.where(one < 0, n_matrices, one), sizes.kinds)
             counts += tl.sum((one[:, None] == kind[None, :]).to(tl.int32), axis=0)
-        _table(counts, table, n_matrices, blocks, kinds, tokens)
+        _table(counts, table, n_matrices, blocks, sizes)
 
 
-@triton.jit
-def _of_ends(ends, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
+@triton.jit(do_not_specialize=["n_matrices", "blocks"])
+def _of_ends(ends, table, n_matrices, blocks, sizes):
     """The table of runs that end at `ends`, one of each matrix."""
-    kind = tl.arange(0, kinds)
+    kind = tl.arange(0, sizes.kinds)
     end = tl.load(ends + kind, mask=kind < n_matrices, other=0)
     begin = tl.load(ends + kind - 1, mask=(kind > 0) & (kind < n_matrices), other=0)
-    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, kinds, tokens)
+    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, sizes)
 
 
 @triton.jit
-def _table(counts, table, n_matrices, blocks, kinds: tl.constexpr, tokens: tl.constexpr):
-    kind = tl.arange(0, kinds)
+def _table(counts, table, n_matrices, blocks, sizes):
+    kind = tl.arange(0, sizes.kinds)
     first = tl.cumsum(counts, axis=0) - counts
-    parts = (counts + tokens - 1) // tokens
+    parts = (counts + sizes.tokens - 1) // sizes.tokens
     to = tl.cumsum(parts, axis=0) - parts
     matrix = tl.where(kind < n_matrices, kind, -1)
     for i in range(tl.max(parts, axis=0)):
         there = i < parts
         entry = table + 3 * (to + i)
         tl.store(entry, matrix, mask=there)
-        tl.store(entry + 1, first + i * tokens, mask=there)
-        tl.store(entry + 2, tl.minimum(counts - i * tokens, tokens), mask=there)
+        tl.store(entry + 1, first + i * sizes.tokens, mask=there)
+        tl.store(entry + 2, tl.minimum(counts - i * sizes.tokens, sizes.tokens), mask=there)
     used = tl.sum(parts, axis=0)
-    for begin in range(0, blocks, kinds):
+    for begin in range(0, blocks, sizes.kinds):
         entry = begin + kind
         for field in tl.static_range(3):
             tl.store(table + 3 * entry + field, 0, mask=(entry >= used) & (entry < blocks))
@@ -103,8 +112,8 @@ def halves(gate: torch.Tensor, up: torch.Tensor | None = None) -> Halves:
 
 
 def tokens_of(pairs: int, n_matrices: int) -> int:
-    """Of a program: for so many pairs, evenly spread."""
-    mean = pairs / n_matrices
+    """Of a program: for so many pairs."""
+    mean = pairs / n_matrices * (1 if n_matrices == 1 else SPREAD)
     return next((n for n in TOKENS if n >= mean), TOKENS[-1])
 
 
@@ -118,6 +127,11 @@ def _blocks(pairs: int, n_matrices: int, tokens: int) -> int:
     return min(pairs, n_matrices + pairs // tokens)
 
 
+def _sizes(pairs: int, n_matrices: int, tokens: int) -> Sizes:
+    powers = (triton.next_power_of_2(n) for n in (pairs, n_matrices + 2))
+    return Sizes(*map(tl.constexpr, (*powers, tokens)))
+
+
 def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
     """Of a few pairs: ids int32 [pairs] of matrices, below 0 none. Nothing waits for the GPU."""
     pairs = len(ids)
@@ -125,8 +139,8 @@ def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
     blocks = _blocks(pairs, n_matrices + 1, tokens)
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
-    width, kinds = triton.next_power_of_2(pairs), triton.next_power_of_2(n_matrices + 2)
-    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, width, kinds, tokens, num_warps=4)
+    sizes = _sizes(pairs, n_matrices, tokens)
+    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, sizes, num_warps=4)
     return Runs(order, table, pairs, tokens, share, True)
 
 
@@ -136,5 +150,5 @@ def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:
     tokens = tokens_of(pairs, n_matrices)
     blocks = _blocks(pairs, n_matrices, tokens)
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ends.device)
-    _of_ends[(1,)](ends, table, n_matrices, blocks, triton.next_power_of_2(n_matrices), tokens, num_warps=4)
+    _of_ends[(1,)](ends, table, n_matrices, blocks, _sizes(1, n_matrices, tokens), num_warps=4)
     return Runs(order, table, pairs, tokens, share, False)

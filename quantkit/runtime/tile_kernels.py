@@ -5,8 +5,6 @@ matrix is ever whole in another form. Activations are float16 with a scale for e
 count (bfloat16 has eight); sums are float32.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,21 +17,8 @@ from quantkit.runtime.run_kernels import LIFT, Runs, pairs_of
 BUSY = 264  # programs that keep a GPU busy: sums of small matrices are split until there are so many
 
 
-class Tiling(NamedTuple):
-    """rows and columns of a tile, and the program's warps."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 1
-
-
-TILINGS = {
-    16: Tiling(64, 128, 4),
-    32: Tiling(64, 128, 4),
-    64: Tiling(64, 128, 4),
-    128: Tiling(64, 128, 4),
-}  # by the tokens of a program; measured with R1's matrices on an H200
+ROWS, COLUMNS, WARPS = 64, 128, 4  # of a tile, and a program's; measured with R1's matrices on an H200
+LEAST = 16  # tokens of a program
 
 
 @triton.jit
@@ -121,7 +106,7 @@ def _tile(w, part, rows: tl.constexpr, chunks: tl.constexpr):
         return tl.reshape(v, (rows, 8 * chunks))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_share", "pairs", "splits", "steps"])
 def _products(
     w,
     second,
@@ -181,11 +166,11 @@ def _products(
     tl.store(address, total, mask=here[None, :] & (to < w.n_out)[:, None])
 
 
-def _chunks(w: Matrices, columns: int) -> int:
+def _chunks(w: Matrices) -> int:
     """Chunks of 32 weights, or groups of 8, of a row at a time: what a row has is a multiple of them."""
     size = 32 if w.wide.value else 8
     n = w.n_in.value // size
-    return min(columns // size, n & -n)
+    return min(COLUMNS // size, n & -n)
 
 
 def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,11 +181,10 @@ def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Ten
     """
     n_out, n_in = w.n_out, x.x.shape[1]
     order, table, pairs, tokens, share, scattered = runs or pairs_of(x)
-    tokens = max(tokens, min(TILINGS))
-    tiling = TILINGS[tokens]
-    chunks, twice = _chunks(w, tiling.columns), 1 if second is None else 2
+    tokens = max(tokens, LEAST)
+    chunks, twice = _chunks(w), 1 if second is None else 2
     blocks = triton.cdiv(pairs, tokens) if table is None else len(table)
-    tile = min(tiling.rows, max(16, triton.next_power_of_2(n_out)))
+    tile = min(ROWS, max(16, triton.next_power_of_2(n_out)))
     programs = triton.cdiv(n_out, tile) * blocks * twice
     tiles = triton.cdiv(n_in, chunks * (32 if w.wide.value else 8))
     steps = triton.cdiv(tiles, min(tiles, triton.cdiv(BUSY, programs)))
@@ -208,7 +192,7 @@ def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Ten
     out = torch.empty(twice, splits, pairs, n_out, dtype=torch.float32, device=w.data.device)
     _products[(triton.cdiv(n_out, tile), blocks, twice * splits)](
         w, second, *x, order, table, out, share, pairs, splits, steps, tile, tokens, chunks,
-        scattered, num_warps=tiling.warps, num_stages=tiling.stages,
+        scattered, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     found = out[:, 0] if splits == 1 else out.sum(1)
     return found[0] if second is None else found

@@ -22,7 +22,7 @@ from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.progress import say_once
 from quantkit.runtime.activations import Where
-from quantkit.runtime.engines.gpu_buffers import Buffers
+from quantkit.runtime.engines.gpu_buffers import SHORT, Buffers, rows_of
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
 from quantkit.runtime.engines.gpu_load import Loading, calibrated
 from quantkit.runtime.engines.gpu_memory import (
@@ -57,9 +57,7 @@ log = logging.getLogger(__name__)
 
 KV_STEP = 256  # cache positions that a step sees: the least power of two times this
 WARM_TOKENS = 1024  # of the prompt that an engine begins with
-KEPT_STEPS = 12  # captured (rows, cache positions)
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a step: the first that its sequences fit in, or there would be
-# a graph for each number of users
+KEPT_STEPS = 24  # captured (rows, cache positions)
 
 
 class Wait(NamedTuple):
@@ -90,7 +88,7 @@ class GpuEngine:
                 self._add_experts(layer, i)
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self.buffers = Buffers(c, n_slots, self.rows, self.device)
+        self.buffers = Buffers(c, max(n_slots, SHORT), self.rows, self.device)
         self.between = between_of(c, self.device)
         self.ring = self._ring()
         self.prompts = Prompts(self.layers, weights, self.ring, self._on_cpu)
@@ -98,6 +96,7 @@ class GpuEngine:
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.prompts.chunk = largest_chunk(c, self._room())
+        self.by_steps = all(layer.resident or not layer.router for layer in self.layers)
         self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, list[Wait]]]] = {}
         if self.on_gpu:
             self.graph_stream = torch.cuda.Stream()
@@ -114,13 +113,15 @@ class GpuEngine:
         movable = all(layer.stacks or layer.router is None for layer in self.layers)
         fits = self.weights.residency is None and self.weights.file.n_bytes < machine.ram()
         if fits and movable:
-            log.info("warming up: all experts are read once, kernels are compiled")
+            log.info("warming up: all experts are read once, kernels are compiled (the first time this takes minutes)")
             n = min(WARM_TOKENS, self.piece, self.capacity)  # of all kinds: most experts are chosen, as by real text
             self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
-        for n in (1, 1, 2, 3, 4):  # sequences: the numbers for which kernels differ; the first step is captured
+        for n in (1, 1, 2, 16, 32, SHORT):  # rows: kernels differ from one to the next; the first step is captured
             if n <= self.n_slots:
                 self.length[:n] = [0] * n
                 self.decode(list(range(n)), [0] * n)
+            elif fits and movable and n <= self.capacity:
+                self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
         self.length = [0] * self.n_slots
         log.info("warmed up in %.1f s", time.perf_counter() - begun)
 
@@ -231,11 +232,10 @@ class GpuEngine:
         for piece in pieces:
             self.length[piece.slot] = piece.begin + len(piece.tokens)
         tokens = [token for piece in pieces for token in piece.tokens]
+        if self.by_steps and len(tokens) <= SHORT:
+            return self._as_step(pieces, tokens)
         h = self.weights.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
-        turns = [
-            angles(c, torch.arange(p.begin, p.begin + n, device=self.device))
-            for p, n in zip(pieces, sizes, strict=True)
-        ]
+        turns = [angles(c, torch.arange(p.begin, p.begin + len(p.tokens), device=self.device)) for p in pieces]
         with self.hot.still(), self.prompts.experts(len(tokens)) as experts:
             for i, layer in enumerate(self.layers):
                 weights = layer.weights(experts(i))
@@ -253,6 +253,17 @@ class GpuEngine:
                     pause(self.device)
         return self._logits(torch.stack([own[-1] for own in h[0].split(sizes)]))
 
+    def _as_step(self, pieces: Sequence[Piece], tokens: list[int]) -> torch.Tensor:
+        """Short prompts as one step: a token in the cache is seen by those after it, in the same step too."""
+        sizes = [len(piece.tokens) for piece in pieces]
+        slots = [piece.slot for piece in pieces for _ in piece.tokens]
+        positions = [piece.begin + i for piece in pieces for i in range(len(piece.tokens))]
+        logits = self._step(slots, positions, tokens).clone()
+        for piece, rows in zip(pieces, logits.split(sizes), strict=True):
+            if piece.each:
+                piece.each(rows)
+        return torch.stack([rows[-1] for rows in logits.split(sizes)])
+
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
         """Of some rows of the residual stream [n, d], on the CPU."""
         return self.head(rms_norm(h, self.output_norm, self.config.rms_eps)).float().cpu()
@@ -263,11 +274,17 @@ class GpuEngine:
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """As `Engine`."""
         self.weights.file.check_whole()
-        n = len(slots)
         positions = [self.length[slot] for slot in slots]
         for slot in slots:
             self.length[slot] += 1
-        buffers, m = self.buffers, self._rows(n)
+        logits = self._step(slots, positions, tokens)
+        self.hot.between_steps(len(slots))
+        return logits
+
+    def _step(self, slots: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
+        """Logits of tokens that follow what the cache has before them, in `logits_host`."""
+        n = len(tokens)
+        buffers, m = self.buffers, rows_of(n)
         self.weights.embed(torch.tensor(tokens), buffers.h_host[:n])
         cells = [slot * self.rows + position for slot, position in zip(slots, positions, strict=True)]
         buffers.begin(n, m, (cells, positions, slots))
@@ -284,7 +301,6 @@ class GpuEngine:
             if self.on_gpu:
                 self._keep(key)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
-        self.hot.between_steps(n)
         return buffers.logits_host[:n]
 
     def _replay(self, step: list[tuple[torch.cuda.CUDAGraph, list[Wait]]]) -> None:
@@ -301,10 +317,6 @@ class GpuEngine:
         except BaseException:  # or the GPU would wait for ever
             self.buffers.let_go()
             raise
-
-    def _rows(self, n: int) -> int:
-        """Of a step for n sequences: those that are too many repeat the last."""
-        return min(next((rows for rows in ROWS if rows >= n), n), max(n, self.n_slots))
 
     def _keep(self, key: tuple[int, int]) -> None:
         """Capture a step that has just been computed, for the next of its kind, if there is memory for it."""

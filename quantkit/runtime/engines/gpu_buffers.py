@@ -14,12 +14,21 @@ from quantkit.runtime.rope import frequencies
 LINE = 16  # int32 in a line of the CPU's cache: flags of different layers lie in lines of their own
 LOOKS = 4096  # at a flag, between two looks whether the GPU is still at work
 
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a step: the first that its tokens fit in, or there would be a
+# graph for each number of users
+SHORT = ROWS[-1]  # tokens of prompts that can be a step
+
 Sent = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """x float32 [n, d], weights float32 and experts int32 [n, n_used]."""
 
 
+def rows_of(n: int) -> int:
+    """Rows of a step for n tokens: those that are too many repeat the last."""
+    return next((rows for rows in ROWS if rows >= n), n)
+
+
 class Buffers:
-    """Of at most n_slots sequences; `h_host` and its like: the pinned twin on the CPU.
+    """Of a step of at most n_rows tokens; `h_host` and its like: the pinned twin on the CPU.
 
     h: residual stream. at: cell of the cache, position and slot of each new token, last the step's number. sent: what
     experts on the CPU need. got: what they answer. turned: cos and sin of each rotated pair at every position.
@@ -29,7 +38,7 @@ class Buffers:
     between several graphs.
     """
 
-    def __init__(self, c: ModelConfig, n_slots: int, rows: int, device: torch.device):
+    def __init__(self, c: ModelConfig, n_rows: int, rows: int, device: torch.device):
         """rows: positions of the cache."""
         self.config, on_gpu = c, device.type == "cuda"
 
@@ -37,16 +46,16 @@ class Buffers:
             host = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu)
             return torch.zeros(shape, dtype=dtype, device=device), host
 
-        self.h, self.h_host = pair(n_slots, c.d)
-        self.at, self.at_host = pair(3 * n_slots + 1, dtype=torch.int64)
-        self.sent, self.sent_host = pair(n_slots * (c.d + 2 * c.n_used))
-        self.got, self.got_host = pair(n_slots, c.d)
-        self.logits, self.logits_host = pair(n_slots, c.n_vocab)
+        self.h, self.h_host = pair(n_rows, c.d)
+        self.at, self.at_host = pair(3 * n_rows + 1, dtype=torch.int64)
+        self.sent, self.sent_host = pair(n_rows * (c.d + 2 * c.n_used))
+        self.got, self.got_host = pair(n_rows, c.d)
+        self.logits, self.logits_host = pair(n_rows, c.n_vocab)
         angle = torch.arange(rows, device=device)[:, None].float() * frequencies(c).to(device)
         self.turned = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)
         self.arrived = torch.cuda.Event() if on_gpu else None
         self.mapped = use_kernels(device.type) and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") in ("", "0")
-        self.sent_flags = torch.zeros(c.n_layer, -(-n_slots // LINE) * LINE, dtype=torch.int32, pin_memory=on_gpu)
+        self.sent_flags = torch.zeros(c.n_layer, -(-n_rows // LINE) * LINE, dtype=torch.int32, pin_memory=on_gpu)
         self.got_flags = torch.zeros(c.n_layer, LINE, dtype=torch.int32, pin_memory=on_gpu)
         # The same memory, with less ado.
         self.seen, self.told, self.given = (t.numpy() for t in (self.sent_flags, self.got_flags, self.got_host))
@@ -54,13 +63,13 @@ class Buffers:
         self.parts: dict[int, Sent] = {}  # of `sent_host`, for so many rows
 
     def begin(self, n: int, m: int, where: tuple[list[int], list[int], list[int]]) -> None:
-        """Send `h_host` and where the tokens of n sequences are: cells, positions, slots. The step has m rows: those
+        """Send `h_host` and where n tokens are: cells, positions, slots. The step has m rows: those
         that are too many repeat the last, and so write the same to the same cell."""
         self.n, self.m, self.step = n, m, (self.step + 1) & 0x7FFFFFFF
         self.h_host[n:m] = self.h_host[n - 1]
         self.at_host[: 3 * m] = torch.tensor([number for part in where for number in part + part[-1:] * (m - n)])
         self.at_host[-1] = self.step
-        self.h.copy_(self.h_host, non_blocking=True)
+        self.h[:m].copy_(self.h_host[:m], non_blocking=True)
         self.at.copy_(self.at_host, non_blocking=True)
 
     def _parts(self, flat: torch.Tensor, m: int) -> Sent:

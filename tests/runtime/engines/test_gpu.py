@@ -15,6 +15,7 @@ from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.engines import gpu_memory, heat
 from quantkit.runtime.engines.gpu import GpuEngine
+from quantkit.runtime.engines.gpu_buffers import rows_of
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
@@ -96,7 +97,7 @@ def test_prompts_are_read_together(path, device, gpu_layers):
     """Beginnings and another one's next piece, with all of their logits or not: as each alone, and decoding goes on."""
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 4, 300, gpu_layers)
     tokens, told = text(engine.weights, 270), [[], []]
-    # On a GPU one token alone goes through integers of 16 bits, beside others through bfloat16 (0.0025 on an H200);
+    # On a GPU one token alone goes through integers of 16 bits, beside many through bfloat16 (0.0025 on an H200);
     # experts on the CPU round activations to 8 bits (0.0020).
     most = 5e-3 if device == "cuda" or not gpu_layers else 1e-6
     pieces = [
@@ -121,6 +122,31 @@ def test_prompts_are_read_together(path, device, gpu_layers):
     assert kld(engine.decode([0, 2, 3], [50, 60, 70]), after) < most
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_short_prompts_are_a_step(path, device):
+    """Of two sequences, one of which goes on: all logits are those of the exact file, also of what is decoded next."""
+    engine = GpuEngine(open_gguf(path, device, n_threads=1), 3, 300, 3)
+    other = TorchEngine(open_source(path), 3, 300)
+    assert engine.by_steps
+    tokens, told = text(engine.weights, 200), []
+    for one in (engine, other):
+        one.prefill(1, tokens[:100], 0)
+    pieces = [
+        Piece(1, tokens[100:120], 100, lambda rows: told.append(rows.clone())),
+        Piece(2, tokens[:30], 0, None),
+    ]
+    most = 1e-4 if device == "cuda" else 1e-6
+    for _ in range(3):  # on a GPU from the second time on by a captured graph
+        told.clear()
+        last = engine.prefill_together(pieces).clone()
+        each = list[torch.Tensor]()
+        expected = [other.prefill(1, tokens[100:120], 100, lambda rows, each=each: each.append(rows.clone())).clone()]
+        expected.append(other.prefill(2, tokens[:30], 0).clone())
+        assert kld(torch.cat(each), torch.cat(told)) < most and kld(torch.stack(expected), last) < most
+    found, expected = (one.decode([2, 1], [5, 6]).clone() for one in (engine, other))
+    assert kld(expected, found) < most
+
+
 def test_it_says_that_experts_are_reached_by_copies(path, caplog):
     """Where the GPU cannot wait for the CPU itself, which is slower."""
     engine = GpuEngine(open_gguf(path, "cpu", n_threads=1), 1, 64, 1)
@@ -138,7 +164,7 @@ def test_it_says_that_experts_are_reached_by_copies(path, caplog):
 def test_rows_that_are_too_many(path, device):
     """Five sequences in a step of six rows: each gets what it gets alone, and so does the next step."""
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 6, 64, 1)
-    assert engine._rows(5) == 6
+    assert rows_of(5) == 6
     for slot in range(5):
         engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
     slots, found = [3, 0, 4, 1, 2], []
@@ -148,7 +174,7 @@ def test_rows_that_are_too_many(path, device):
         engine.prefill(slot, [0, *range(40 + slot, 50 + 2 * slot)], 0)
         for step in range(3):
             alone = engine.decode([slot], [300 + 7 * slot + step])
-            # Six rows on a GPU are multiplied as bfloat16, one as integers of 16 bits.
+            # Six rows on a GPU are multiplied as float16, one as integers of 16 bits.
             assert kld(alone, found[step][row : row + 1]) < (1e-6 if device == "cpu" else 2e-3)
 
 
