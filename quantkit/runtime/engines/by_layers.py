@@ -65,17 +65,17 @@ class ByLayers:
             layer, dtype = with_mla(source.layer(i)), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
-            pause()
+            pause(what="attention")
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
                 if each:
                     x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
                     for rows in (h + feed_forward(x, layer, c).view_as(h))[0].split(ROWS_TOLD):
                         each(self.head(rms_norm(rows, self.norm, c.rms_eps)))
-                        pause()
+                        pause(what="logits")
                 feed, router, experts = self.last
                 layer, dtype = replace(layer, feed=feed, router=router, experts=experts), torch.float32
                 h = h[:, -1:]
             x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
             h = h + feed_forward(x, layer, c).view_as(h)
-            pause()
+            pause(what="feed-forward")
         return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]

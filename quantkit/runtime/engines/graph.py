@@ -101,7 +101,7 @@ class GraphEngine:
         logits, size = torch.empty(0), ROWS_TOLD if each else len(tokens)
         for at in range(0, len(tokens), size):
             if at:
-                pause()
+                pause(what="logits")
             part, end = tokens[at : at + size], begin + min(len(tokens), at + size)
             step = self._step((slot,), len(part), self._n_kv(end), each is not None)
             logits = step.run(np.array(part), np.array([begin + at]))
