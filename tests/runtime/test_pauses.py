@@ -78,6 +78,25 @@ def test_tokens_between_the_parts_of_a_prompt(weights, monkeypatch, way):
         assert set(parts[2:]) - {"experts", "experts on the CPU"} == {"attention", "feed-forward"}
 
 
+def test_decoders_are_loaded_before_somebody_waits_for_them(weights, monkeypatch):
+    """Of every type that a piece layer by layer dequantizes, in its dtype."""
+    engine, unpacked = open_engine(weights, 1, 300), list[tuple[str, torch.dtype]]()
+    unpack = weights.unpack
+
+    def watched(name: str, data, out: torch.Tensor, *most: int) -> torch.Tensor:
+        unpacked.append((weights.file.tensors[name].qtype, out.dtype))
+        return unpack(name, data, out, *most)
+
+    monkeypatch.setattr(weights, "unpack", watched)
+    monkeypatch.setattr(graph, "DENSE_ROWS", 1)
+    engine.prepare()
+    ready = set(unpacked)
+    unpacked.clear()
+    engine.prefill(0, [0, *range(300, 420)], 0)
+    tiles = {(qtype, dtype) for qtype, dtype in unpacked if dtype == engine.by_layers.tiled.dtype}
+    assert tiles and tiles <= ready
+
+
 def test_nobody_waits():
     asked: list[int] = []
     pause()

@@ -25,6 +25,8 @@ from quantkit.runtime.layers import (
 from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 
+EMBEDDED = 256  # tokens at once: 4,096 of R1 take 0.4 s and more of a core
+
 
 class Layers(Protocol):
     """What is asked of a `GGUFSource`."""
@@ -59,7 +61,10 @@ class ByLayers:
         """tokens int64 [1, t], put at positions begin, ... of a cache [n_layer, 1, rows, kv_lora + qk_rope] -> float32
         logits [n_vocab] of the last one. each: as `Engine.prefill`."""
         c, source = self.config, self.tiled
-        h = source.embed(tokens)
+        h = torch.empty(*tokens.shape, c.d)
+        for to, part in zip(h.split(EMBEDDED, dim=1), tokens.split(EMBEDDED, dim=1), strict=True):
+            source.embed(part, to[0])
+            pause(what="embedding")
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
             layer, dtype = with_mla(source.layer(i)), source.dtype
