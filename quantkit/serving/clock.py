@@ -9,7 +9,7 @@ from quantkit import progress
 GAP = 0.1  # seconds between two tokens of a sequence while prompts of others are read, if the machine allows it
 MARGIN = 0.2  # of GAP, for what is not foreseen
 AIM = 0.6  # of GAP: how far apart tokens are as long as that leaves prompts most of the time
-SHARE = 4  # steps of decoding that prompts take as long as, if GAP allows it
+MOST, LEAST = 4, 0.8  # steps of decoding: as long are prompts read between two, if GAP allows it; at least
 KEPT = 0.8  # of what a part took once, each time that it takes less: what comes seldom is not forgotten at once
 BEGIN = "the beginning"
 TOLD = 5  # gaps that are told of
@@ -40,10 +40,10 @@ class Clock:
 
     def room(self) -> float:
         """Seconds for prompts between two steps of decoding: until AIM, or longer, so that they have most of the time;
-        but not beyond GAP. Where a step takes more than half of that, prompts get as long as it does, and no longer
-        than GAP."""
+        but not beyond GAP. Where a step takes more than half of that, prompts get nearly as long as it does, and no
+        longer than GAP."""
         gap, step = GAP * (1 - MARGIN), self.step
-        return max(GAP * AIM - step, min(SHARE * step, gap - step), min(gap, step))
+        return max(GAP * AIM - step, min(MOST * step, gap - step), min(gap, LEAST * step))
 
     def decoded(self, begun: float) -> None:
         """Tokens are there, of a step that began then."""

@@ -43,7 +43,8 @@ def parts(*kinds: tuple[str, float], n: int = 400) -> Iterator[tuple[str, float]
         (0.012, 0.004, 0.06),
         (0.016, 0.004, 0.08),  # four times as long as a step
         (0.03, 0.005, 0.08),  # as far as the gap allows it, less what is not foreseen
-        (0.06, 0.01, 0.12),  # prompts get as long as a step
+        (0.046, 0.002, 0.0828),  # prompts get nearly as long as a step, if that is more
+        (0.06, 0.01, 0.108),
         (0.2, 0.005, 0.28),  # and no longer than the gap
         (0.01, 0.3, 0.31),  # a part that is longer than the gap: tokens after each
     ],
