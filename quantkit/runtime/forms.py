@@ -66,5 +66,6 @@ def absorbed(
             scores.masked_fill_(~mask[:, begin:end, None, :seen], float("-inf"))
         weights = scores.softmax(-1).to(latent.dtype)
         out[:, begin:end] = (weights.flatten(1, 2) @ latent[:, :seen]).view(n_seq, end - begin, n_head, -1)
-        pause(latent.device)  # behind 16,000 tokens all tiles of a piece take longer than others should wait
+        # Behind 16,000 tokens all tiles of a piece take longer than others should wait.
+        pause(latent.device, "a tile of attention")
     return out

@@ -139,7 +139,7 @@ def _pair(v):
     return upper, (v - upper.to(tl.float32)).to(OPERAND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def _attend(
     query,
     rotated,
@@ -195,7 +195,7 @@ def _attend(
         tl.store(to, mixed, mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])  # or another number of them would be compiled while somebody waits
 def _merge(out, sums, to, parts, shape):
     """The parts of head program_id(1) of token program_id(0) together -> one row of `to`."""
     row = (tl.program_id(0) * shape.n_head + tl.program_id(1)).to(tl.int64)
@@ -217,7 +217,7 @@ def _merge(out, sums, to, parts, shape):
     _write(to, mixed / total, row, 0, shape.kv_lora, inside, shape.lora_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _collect(out, part, place, shares, first, count, d, n_used: tl.constexpr, width: tl.constexpr):
     """Add to token program_id(0) of out its rows of part, those whose place is first ... first + count."""
     token = tl.program_id(0).to(tl.int64)

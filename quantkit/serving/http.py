@@ -24,6 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_reader import model_file_name
 from quantkit.models.tokenizer import tokenize
 from quantkit.progress import say
+from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, Opening, reply
@@ -312,6 +313,8 @@ def server(api: Api) -> Server:
 def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, settings: Settings, gate: Gate) -> None:
     """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     listener = bind(host, port)
+    if isinstance(engine, GraphEngine):
+        engine.prepare()
     name = model_file_name(weights.file.path)
     api = Api(name, weights.file.metadata, weights.tokenizer(), engine, settings, gate)
     try:

@@ -5,14 +5,13 @@ prompt is done (iteration-level scheduling of Orca, Yu et al., OSDI 2022; prompt
 2023). Prompts take turns (`Turns`): a short one waits for two pieces of others at most.
 
 A piece can take seconds, so tokens do not wait for its end: where an engine pauses within it, they are computed as soon
-as going on would take them beyond GAP, by the time that parts took before (`Clock`). Pieces are cut as ever, so a
+as going on would take too long, by the time that parts took before (`clock.Clock`). Pieces are cut as ever, so a
 prompt's bits do not depend on who waits; on who is read in the same pass they do, by rounding (`generate.Together`).
 """
 
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,12 @@ from quantkit import machine
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import Engine, Piece, Sampling, Together, piece_at, sample
 from quantkit.runtime.pauses import pause, pausing
+from quantkit.serving.clock import Clock
 from quantkit.serving.grammar import Constraint
 from quantkit.serving.logits import Chance, TokenRules, Unanswerable
 
 log = logging.getLogger(__name__)
 
-GAP = 0.1  # seconds between two tokens of a sequence while prompts of others are read, if the machine allows it
-MARGIN = 0.1  # of GAP, for what is not foreseen
 TOGETHER = 1024  # tokens of several prompts that are read in one pass
 MANY, SAMPLERS = 4, 8  # sequences from which on several threads choose their tokens; so many threads
 
@@ -109,33 +107,6 @@ class Turns:
         oldest, shortest = jobs[0], min(jobs, key=lambda job: job.left)
         self.passed = not self.passed and shortest is not oldest and shortest.left <= self.short
         return shortest if self.passed else oldest
-
-
-class Clock:
-    """When the sequences that are decoding must have their next tokens, while prompts are read. now: seconds."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self.now = now
-        self.tokens = self.seen = now()  # when they had the last; when a part of a prompt ended
-        self.step = self.part = 0.0  # seconds of the last step of decoding; of parts, as of late
-
-    def begin(self) -> None:
-        """Prompts are read from here on."""
-        self.seen = self.now()
-
-    def due(self) -> bool:
-        """A part of a prompt is done: whether tokens come before another one. Where a step of decoding takes more than
-        half of GAP, prompts get as long as it does, and no longer than GAP."""
-        now = self.now()
-        self.part = max(now - self.seen, self.part / 2)
-        self.seen = now
-        gap = GAP * (1 - MARGIN)
-        return now + self.part - self.tokens > max(gap - self.step, min(gap, self.step))
-
-    def decoded(self, begun: float) -> None:
-        """Tokens are there, of a step that began then."""
-        self.tokens = self.seen = self.now()
-        self.step = self.tokens - begun
 
 
 class Scheduler:
@@ -246,12 +217,14 @@ class Scheduler:
             waits = any(not other.left for other in self.running)
             with self._at_risk(*(job for job, _ in batch)), pausing(self._let_others if waits else None):
                 self._read(batch)
-                pause()
+                pause(what="the end of a piece")
         self._decode([job for job in ready if job in self.running])
+        if not self.prompts:
+            self.clock.gaps.tell()
 
-    def _let_others(self) -> None:
+    def _let_others(self, what: str) -> None:
         """Between two parts of a prompt's work: tokens for those that are decoding, if it is time."""
-        if self.clock.due():
+        if self.clock.due(what):
             for job in [job for job in self.running if job.cancelled and not job.left]:
                 self._end(job, "cancelled")
             self._decode([job for job in self.running if not job.left])

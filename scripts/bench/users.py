@@ -7,7 +7,8 @@
 Streams /v1/completions. For each number of users: new tokens a second of all together, from the first request to the
 last token; of each user after the first token; the time to the first token; the largest gap between two tokens of one
 user. Then --stall: so many users are answered while another one sends a prompt of --long tokens; the largest gap of
-those who were there before, until the long prompt's first token.
+those who were there before, until the long prompt's first token. What the server did in the longest gaps, `serve -v`
+says.
 
 FILE says which tokens are words: prompts are random words, and answers are drawn from some words too (logit_bias), so
 that each token is a text that is sent at once; a different word in each step wakes different experts. No prompt begins

@@ -20,12 +20,13 @@ from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Piece, Sampling, reach
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
+from quantkit.serving import clock as timing
 from quantkit.serving import http
 from quantkit.serving import scheduler as scheduling
 from quantkit.serving.gate import Gate
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.post import Post
-from quantkit.serving.scheduler import Clock, Job, Scheduler
+from quantkit.serving.scheduler import Job, Scheduler
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
 import users
@@ -38,38 +39,11 @@ def weights(made) -> GGUFWeights:
     return open_gguf(next(made.glob("tiny-r1-*.gguf")), n_threads=1)
 
 
-@pytest.mark.parametrize(
-    "step, part, longest",
-    [
-        (0.012, 0.004, 0.1),  # a step and many small parts fit
-        (0.06, 0.01, 0.06 + 0.06),  # prompts get as long as a step
-        (0.2, 0.005, 0.2 + 0.1),  # and no longer than the gap
-        (0.01, 0.3, 0.31),  # a part that is longer than the gap: tokens after each
-    ],
-)
-def test_when_tokens_are_due(step, part, longest):
-    time = [0.0]
-    clock = Clock(lambda: time[0])
-    gaps, last = [], 0.0
-    for i in range(400):
-        if i % 100 == 0:
-            clock.begin()
-        time[0] += part
-        if clock.due():
-            begun = time[0]
-            time[0] += step
-            clock.decoded(begun)
-            gaps.append(time[0] - last)
-            last = time[0]
-    assert max(gaps[2:]) <= longest + 1e-9  # nothing is known of the first
-    assert min(gaps[2:]) >= step + max(part, min(step, 0.08) - 2 * part) - 1e-9
-
-
 def test_tokens_come_within_a_piece(weights, monkeypatch):
     """A long prompt's single piece, layer by layer: somebody else's tokens in the middle of it; and both get what they
     get alone."""
     monkeypatch.setattr(graph, "DENSE_ROWS", 1)
-    monkeypatch.setattr(scheduling, "GAP", 0.0)
+    monkeypatch.setattr(timing, "GAP", 0.0)
     engine = open_engine(weights, 2, 512)
     engine.config = dataclasses.replace(engine.config, eos=-1)
     reading, within = [False], list[int]()
@@ -119,7 +93,7 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
     """By an engine that can, a longer one after them; somebody else's tokens come meanwhile, and all get what they get
     alone."""
     monkeypatch.setattr(scheduling, "TOGETHER", 100)
-    monkeypatch.setattr(scheduling, "GAP", 0.0)
+    monkeypatch.setattr(timing, "GAP", 0.0)
     engine = GpuEngine(weights, 5, 512, 3)
     engine.config = dataclasses.replace(engine.config, eos=-1)
     passes, within = list[list[int]](), [0]

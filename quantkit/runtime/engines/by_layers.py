@@ -25,6 +25,8 @@ from quantkit.runtime.layers import (
 from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles
 
+EMBEDDED = 256  # tokens at once: 4,096 of R1 take 0.4 s and more of a core
+
 
 class Layers(Protocol):
     """What is asked of a `GGUFSource`."""
@@ -59,23 +61,26 @@ class ByLayers:
         """tokens int64 [1, t], put at positions begin, ... of a cache [n_layer, 1, rows, kv_lora + qk_rope] -> float32
         logits [n_vocab] of the last one. each: as `Engine.prefill`."""
         c, source = self.config, self.tiled
-        h = source.embed(tokens)
+        h = torch.empty(*tokens.shape, c.d)
+        for to, part in zip(h.split(EMBEDDED, dim=1), tokens.split(EMBEDDED, dim=1), strict=True):
+            source.embed(part, to[0])
+            pause(what="embedding")
         turns = angles(c, torch.arange(begin, begin + tokens.shape[1]))
         for i in range(c.n_layer):
             layer, dtype = with_mla(source.layer(i)), source.dtype
             latent, key = cache[i].split([c.kv_lora, c.qk_rope], dim=-1)
             h = h + attention(h, layer, c, turns, KVCache(latent, key, begin))
-            pause()
+            pause(what="attention")
             if i == c.n_layer - 1:  # only the last token goes on: from the quantized bytes
                 if each:
                     x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
                     for rows in (h + feed_forward(x, layer, c).view_as(h))[0].split(ROWS_TOLD):
                         each(self.head(rms_norm(rows, self.norm, c.rms_eps)))
-                        pause()
+                        pause(what="logits")
                 feed, router, experts = self.last
                 layer, dtype = replace(layer, feed=feed, router=router, experts=experts), torch.float32
                 h = h[:, -1:]
             x = rms_norm(h, layer.ffn_norm, c.rms_eps).view(-1, c.d).to(dtype)
             h = h + feed_forward(x, layer, c).view_as(h)
-            pause()
+            pause(what="feed-forward")
         return self.head(rms_norm(h[0, -1:], self.norm, c.rms_eps))[0]

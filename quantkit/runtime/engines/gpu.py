@@ -9,7 +9,6 @@ with the other engines.
 """
 
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -22,6 +21,7 @@ from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.progress import say_once
 from quantkit.runtime.activations import Where
+from quantkit.runtime.engines.embedding import Embedding
 from quantkit.runtime.engines.gpu_buffers import SHORT, Buffers, rows_of
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
 from quantkit.runtime.engines.gpu_load import Loading, calibrated
@@ -43,6 +43,7 @@ from quantkit.runtime.engines.prompts import Prompts
 from quantkit.runtime.engines.stacks import Stack, Stacks, expert_bytes
 from quantkit.runtime.engines.staging import Ring, upload_experts
 from quantkit.runtime.engines.step import Added, Chosen, between_of
+from quantkit.runtime.engines.warm_up import warm_up
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
@@ -56,7 +57,6 @@ from quantkit.sizes import gb
 log = logging.getLogger(__name__)
 
 KV_STEP = 256  # cache positions that a step sees: the least power of two times this
-WARM_TOKENS = 1024  # of the prompt that an engine begins with
 KEPT_STEPS = 24  # captured (rows, cache positions)
 
 
@@ -66,6 +66,10 @@ class Wait(NamedTuple):
 
     what: Literal["send", "receive", "end"]
     layer: int
+
+
+Step = list[tuple[torch.cuda.CUDAGraph, list[Wait]]]
+"""Graphs of a step, and what the CPU does after each."""
 
 
 class GpuEngine:
@@ -82,6 +86,7 @@ class GpuEngine:
         loading = Loading(weights, self.dtype)
         self.output_norm = loading.vector("output_norm.weight")
         self.head = loading.matrix(weights.head_name)
+        self.embedding = Embedding(weights)
         self.layers = loading.layers()
         for i, layer in enumerate(self.layers):
             if layer.router is not None:
@@ -97,33 +102,14 @@ class GpuEngine:
         self._keep_experts(gpu_layers)
         self.prompts.chunk = largest_chunk(c, self._room())
         self.by_steps = all(layer.resident or not layer.router for layer in self.layers)
-        self.steps: dict[tuple[int, int], list[tuple[torch.cuda.CUDAGraph, list[Wait]]]] = {}
+        self.steps: dict[tuple[int, int], Step] = {}
+        self.met = set[tuple[int, int]]()  # kinds of steps that there have been
         if self.on_gpu:
             self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
-                self._warm_up()
+                warm_up(self)
 
     # Loading
-
-    def _warm_up(self) -> None:
-        """What the first prompt and token would wait for: kernels compiled, experts read from the disk, memory pinned
-        and touched. Where memory is limited, or less than the file, nothing is read that no token asked for; experts
-        that only the CPU computes would take longer than they save."""
-        begun = time.perf_counter()
-        movable = all(layer.stacks or layer.router is None for layer in self.layers)
-        fits = self.weights.residency is None and self.weights.file.n_bytes < machine.ram()
-        if fits and movable:
-            log.info("warming up: all experts are read once, kernels are compiled (the first time this takes minutes)")
-            n = min(WARM_TOKENS, self.piece, self.capacity)  # of all kinds: most experts are chosen, as by real text
-            self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
-        for n in (1, 1, 2, 16, 32, SHORT):  # rows: kernels differ from one to the next; the first step is captured
-            if n <= self.n_slots:
-                self.length[:n] = [0] * n
-                self.decode(list(range(n)), [0] * n)
-            elif fits and movable and n <= self.capacity:
-                self.prefill(0, [i * self.config.n_vocab // n for i in range(n)], 0)
-        self.length = [0] * self.n_slots
-        log.info("warmed up in %.1f s", time.perf_counter() - begun)
 
     def _add_experts(self, layer: GpuLayer, i: int) -> None:
         """For the time being on the CPU."""
@@ -234,7 +220,7 @@ class GpuEngine:
         tokens = [token for piece in pieces for token in piece.tokens]
         if self.by_steps and len(tokens) <= SHORT:
             return self._as_step(pieces, tokens)
-        h = self.weights.embed(torch.tensor([tokens]), torch.empty(1, len(tokens), c.d)).to(self.device)
+        h = self.embedding(tokens)
         turns = [angles(c, torch.arange(p.begin, p.begin + len(p.tokens), device=self.device)) for p in pieces]
         with self.hot.still(), self.prompts.experts(len(tokens)) as experts:
             for i, layer in enumerate(self.layers):
@@ -242,15 +228,15 @@ class GpuEngine:
                 for piece, own, rows in zip(pieces, turns, h.split(sizes, dim=1), strict=True):
                     latent, key = self.cache[i, piece.slot][None].split([c.kv_lora, c.qk_rope], dim=-1)
                     rows += attention(rows, weights, c, own, KVCache(latent, key, piece.begin))
-                    pause(self.device)
+                    pause(self.device, "attention")
                 x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
                 h = h + feed_forward(x, weights, c).view_as(h)
-                pause(self.device)
+                pause(self.device, "feed-forward")
         for piece, own in zip(pieces, h[0].split(sizes), strict=True):
             if piece.each:
                 for rows in own.split(ROWS_TOLD):
                     piece.each(self._logits(rows))
-                    pause(self.device)
+                    pause(self.device, "logits")
         return self._logits(torch.stack([own[-1] for own in h[0].split(sizes)]))
 
     def _as_step(self, pieces: Sequence[Piece], tokens: list[int]) -> torch.Tensor:
@@ -292,18 +278,15 @@ class GpuEngine:
         while seen <= max(positions):
             seen *= 2
         key = (m, min(seen, self.rows))
-        if self.on_gpu and key in self.steps:
-            self.steps[key] = step = self.steps.pop(key)
+        if step := self._kept(key):
             self._replay(step)
         else:
             for wait in self._pieces(*key):
                 self._hand_over(wait)
-            if self.on_gpu:
-                self._keep(key)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
         return buffers.logits_host[:n]
 
-    def _replay(self, step: list[tuple[torch.cuda.CUDAGraph, list[Wait]]]) -> None:
+    def _replay(self, step: Step) -> None:
         """Where the GPU itself waits for the CPU, each graph is launched while the one before is at work."""
         ahead = int(self.buffers.mapped)
         try:
@@ -318,16 +301,22 @@ class GpuEngine:
             self.buffers.let_go()
             raise
 
-    def _keep(self, key: tuple[int, int]) -> None:
-        """Capture a step that has just been computed, for the next of its kind, if there is memory for it."""
-        while len(self.steps) >= KEPT_STEPS:
-            del self.steps[next(iter(self.steps))]
-        try:
-            self._capture(key)
-        except torch.OutOfMemoryError:
-            say_once("not enough GPU memory to keep decoding steps as graphs: some are launched anew, which is slower")
-            self.steps.clear()
-            torch.cuda.empty_cache()
+    def _kept(self, key: tuple[int, int]) -> Step | None:
+        """A step as graphs, captured when its kind comes for the second time, if there is memory for it: the first one
+        has compiled its kernels, and tokens need not wait for both at once."""
+        if key in self.steps:
+            self.steps[key] = self.steps.pop(key)  # the last that was used
+        elif self.on_gpu and key in self.met:
+            while len(self.steps) >= KEPT_STEPS:
+                del self.steps[next(iter(self.steps))]
+            try:
+                self._capture(key)
+            except torch.OutOfMemoryError:
+                say_once("not enough GPU memory to keep decoding steps as graphs: some are launched anew, slower")
+                self.steps.clear()
+                torch.cuda.empty_cache()
+        self.met.add(key)
+        return self.steps.get(key)
 
     def _capture(self, key: tuple[int, int]) -> None:
         """The pieces of this step as CUDA graphs. Where the GPU itself waits for the CPU, a piece includes what the GPU

@@ -73,6 +73,14 @@ class GraphEngine:
         shapes = [tensor.shape for tensor in weights.file.tensors.values() if tensor.name.startswith("blk.")]
         self.layer_weights = sum(prod(shape) for shape in shapes if len(shape) == 2) // c.n_layer
 
+    def prepare(self) -> None:
+        """Load the decoders that the first long piece would wait for, and with it whoever is answered meanwhile: a row
+        of each type is dequantized."""
+        for tensor in {tensor.qtype: tensor for tensor in self.weights.file.tensors.values()}.values():
+            data, row = self.weights.file.data(tensor.name), (0,) * (len(tensor.shape) - 1)
+            to = torch.empty(1, tensor.shape[-1], dtype=self.by_layers.tiled.dtype)
+            self.weights.unpack(tensor.name, data[row], to)
+
     def _weight(self, name: str) -> TensorP:
         tensor = self.weights.file.tensors[name]
         n_matrices, n_out, n_in = (1, 1, *tensor.shape)[-3:]
@@ -101,7 +109,7 @@ class GraphEngine:
         logits, size = torch.empty(0), ROWS_TOLD if each else len(tokens)
         for at in range(0, len(tokens), size):
             if at:
-                pause()
+                pause(what="logits")
             part, end = tokens[at : at + size], begin + min(len(tokens), at + size)
             step = self._step((slot,), len(part), self._n_kv(end), each is not None)
             logits = step.run(np.array(part), np.array([begin + at]))

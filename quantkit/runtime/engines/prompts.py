@@ -29,6 +29,7 @@ from quantkit.runtime.engines.stacks import Stacks, Wanted, expert_bytes
 from quantkit.runtime.engines.staging import CHUNK, SLOTS, Ring
 from quantkit.runtime.layers import Experts, LayerExperts, unwatched
 from quantkit.runtime.packed import AT_ONCE, Packed
+from quantkit.runtime.pauses import Aside
 from quantkit.runtime.sources.gguf import GGUFWeights
 
 log = logging.getLogger(__name__)
@@ -250,11 +251,14 @@ class SplitExperts:
             return CpuExperts(layer.on_cpu)(x, ids, weight)
         there = [*frames, *moved]
         ids = torch.where(places(n_expert, there)[ids] == len(there), ids, ~ids)
-        beside = prompts.thread.submit(self._beside, x.float().cpu(), ids, weight.cpu()) if moved else None
-        wanted = [Wanted(layer.stacks, moved, len(frames))] if moved else []
-        with closing(prompts.moving(wanted, helpers(prompts.weights.workers.n))) as chunks:
+        if not moved:
+            out = prompts.on_gpu(layer, [], prompts.moving([]))(x, expert, weight)
+            return out + CpuExperts(layer.on_cpu)(x, ids, weight)
+        aside = Aside(partial(self._beside, x.float().cpu(), ids, weight.cpu()), prompts.thread)
+        moving = prompts.moving([Wanted(layer.stacks, moved, len(frames))], helpers(prompts.weights.workers.n))
+        with aside.resting(), closing(moving) as chunks:
             out = prompts.on_gpu(layer, moved, chunks)(x, expert, weight)
-        return out + (CpuExperts(layer.on_cpu)(x, ids, weight) if beside is None else beside.result().to(x.device))
+            return out + aside.result("experts on the CPU").to(x.device)
 
     @torch.inference_mode()  # of each thread its own
     def _beside(self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ class StreamsEngine:
         if each:
             for rows in h.split(ROWS_TOLD):
                 each(head_logits(self.source, self.head, rows))
-                pause(h.device)
+                pause(h.device, "logits")
         return head_logits(self.source, self.head, h[-1:])[0]
 
     @torch.inference_mode()
@@ -108,7 +108,7 @@ class StreamsEngine:
         h = embedded(self.source, ids).flatten(0, 1)
         for i, layer in enumerate(self.layers):
             h = self._layer(h, layer, [one.caches[i] for one in kept], ids.flatten())
-            pause(h.device)
+            pause(h.device, "a layer")
         for one, text in zip(kept, texts, strict=True):
             one.tokens, one.whole = text, True
         return h

@@ -34,7 +34,7 @@ class TorchEngine:
         if each:
             for rows in h.split(ROWS_TOLD, dim=1):
                 each(self._logits(rows)[0])
-                pause(h.device)
+                pause(h.device, "logits")
         return self._logits(h[:, -1:])[0, -1]
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class TorchEngine:
         chosen = Selection()
         for layer, cache in zip(self.layers, caches, strict=True):
             h = self._feed(h + attention(h, layer, self.config, turns, cache, chosen=chosen), layer)
-            pause(h.device)
+            pause(h.device, "a layer")
         return h
 
     def _slot(self, slot: int) -> list[KVCache]:

@@ -9,8 +9,10 @@ import torch
 from quantkit.ggml.graph import Graph, keep
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Stacks, suits
+from quantkit.runtime.pauses import pause, wanted
 
 EXPERT_ROWS = 128  # tokens computed at once: bounds the activations
+SHORT_ROWS = 64  # by ggml while others wait
 
 
 def cpu_experts(
@@ -57,9 +59,13 @@ class GgmlExperts:
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As `layers.Experts`; experts below 0 are left out. The result is valid until the next call."""
-        if len(x) > self.rows:
-            parts = zip(*(value.split(self.rows) for value in (x, expert, weight)), strict=True)
-            return torch.cat([self(*part).clone() for part in parts])
+        rows = min(self.rows, SHORT_ROWS) if wanted() else self.rows
+        if len(x) > rows:
+            parts = []
+            for part in zip(*(value.split(rows) for value in (x, expert, weight)), strict=True):
+                parts.append(self(*part).clone())
+                pause(what="experts on the CPU")
+            return torch.cat(parts)
         if expert.min() < 0:
             if not (expert >= 0).any():
                 return torch.zeros(x.shape)

@@ -17,8 +17,11 @@ from quantkit.ggml.library import TensorP, type_id
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say_once
 from quantkit.runtime.native.library import SUPERBLOCK, Layer, Matrix, Native, act_block, native, traits
+from quantkit.runtime.pauses import pause, wanted
 
 SPIN_NS = 1_000_000  # that idle threads look for work before they sleep: more than a GPU takes for the rest of a layer
+
+SHORT_EXPERTS = 32  # at once while others wait: of R1 and 128 tokens 0.25 s of one core
 
 Stacks = Sequence[tuple[str, np.ndarray]]
 """Of gate, up and down: qtype, uint8 [n_expert, n_out, row_bytes]."""
@@ -106,11 +109,24 @@ class NativeExperts:
             return torch.cat([self(*part) for part in parts])
         x, weight = x.float().contiguous(), weight.float().contiguous()
         ids, out = expert.int().contiguous(), torch.empty(x.shape)
+        if not wanted():
+            self._compute(x, ids, weight, out)
+            return out
+        # Some experts after the others, in the order that sums have anyway: each one's bytes are read once for all of
+        # these tokens, and the result has the same bits.
+        for i, some in enumerate(ids[ids >= 0].unique().split(SHORT_EXPERTS)):
+            self._compute(x, ids.where(torch.isin(ids, some), -1), weight, out, adds=i > 0)
+            pause(what="experts on the CPU")
+        return out
+
+    def _compute(
+        self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, adds: bool = False
+    ) -> None:
+        """Into out, or added to it."""
         self.need(e for e in ids.flatten().tolist() if e >= 0)
         pool, addresses = self.threads.pool, [t.data_ptr() for t in (x, ids, weight, out)]
-        if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses):
+        if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses, adds):
             raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
-        return out
 
     def wake(self) -> None:
         """There will be a call soon."""

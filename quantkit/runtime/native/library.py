@@ -75,7 +75,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qk_product": (None, [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int, c_void_p]),
     "qk_pool": (c_void_p, [c_int, c_int64, POINTER(c_int32), c_int]),
     "qk_wake": (None, [c_void_p]),
-    "qk_experts": (c_int, [c_void_p, POINTER(Layer), c_int64, c_void_p, c_void_p, c_void_p, c_void_p]),
+    "qk_experts": (c_int, [c_void_p, POINTER(Layer), c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int]),
     "qk_node": (c_void_p, [POINTER(Layer), POINTER(c_int32)]),
     "qk_drop_node": (None, [c_void_p]),
 }

@@ -96,8 +96,8 @@ pool *qk_pool(int n, int64_t spin_ns, const int32_t *cores, int n_cores) {
 
 #define WORTH_A_THREAD (1 << 18)  // weights: some 10 us
 
-// x float [n, d], ids [n, n_used], weight [n, n_used] -> out [n, d]; 0, or -1 without memory.
-int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t *ids, const float *weight, float *out) {
+// x float [n, d], ids [n, n_used], weight [n, n_used] -> out [n, d], added to it if `adds`; 0, or -1 without memory.
+int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t *ids, const float *weight, float *out, int adds) {
     const int64_t d = l->gate.n_in;
     pthread_mutex_lock(&p->lock);
     work *w = &p->w;
@@ -107,6 +107,7 @@ int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t
     w->ids = ids, w->id_step = l->n_used;
     w->weight = weight, w->weight_step = l->n_used;
     w->out = out, w->out_step = d;
+    w->adds = adds;
     const int there = prepare(w);
     if (there) {
         const int64_t weights = 3 * d * l->down.n_in * w->n_groups;

@@ -46,6 +46,7 @@ typedef struct {
     const float *x, *weight;  // of token t: x + t x_step, weight + t weight_step
     const int32_t *ids;
     float *out;
+    int32_t adds;  // to what stands in `out`: the sum goes on from other experts
     int64_t n, x_step, weight_step, id_step, out_step;
     int64_t n_groups;  // experts that are used
     int32_t *expert, *begin, *pair;  // of each group: expert, its first pair
@@ -221,7 +222,7 @@ static void output_rows(work *w, int64_t piece, int64_t next) {
     const dot_function dot = down->foreign ? 0 : own_dot(down->type);
     const int32_t whole = (int32_t)(down->n_in / SUPERBLOCK);
     const int there_next = next < w->phases[OUTPUT].pieces;
-    for (int64_t t = 0; t < w->n; t++) memset(w->out + t * w->out_step + r0, 0, sizeof(float) * OUTPUT_ROWS);
+    for (int64_t t = 0; t < w->n && !w->adds; t++) memset(w->out + t * w->out_step + r0, 0, sizeof(float) * OUTPUT_ROWS);
     for (int64_t g = 0; g < w->n_groups; g++) {
         const uint8_t *rows = down_rows(w, g, piece);
         const uint8_t *after = g + 1 < w->n_groups ? down_rows(w, g + 1, piece) : there_next ? down_rows(w, 0, next) : rows;

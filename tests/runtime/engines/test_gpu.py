@@ -13,13 +13,14 @@ from quantkit.models import family
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.engines import gpu_memory, heat
+from quantkit.runtime.engines import embedding, gpu_memory, heat, warm_up
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_buffers import rows_of
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
-from quantkit.runtime.generate import Engine, Piece
+from quantkit.runtime.generate import Engine, Piece, piece_at
+from quantkit.runtime.pauses import pausing
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
 CPU, BUS = Costs(0, 0, 1, 1, 1), Costs(1, 1, 0, 1, 1)  # who computes a prompt's experts: the CPU; the GPU, all moved;
@@ -205,6 +206,57 @@ def test_no_memory_for_graphs(weights, monkeypatch, capsys):
     monkeypatch.setattr(engine, "_capture", full)
     assert torch.equal(engine.decode([0], [300]), usual) and not engine.steps
     assert "not enough GPU memory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_step_is_captured_when_it_comes_again(weights, monkeypatch):
+    """Not at once: whoever waits for its tokens would wait for both."""
+    engine, done = GpuEngine(weights, 2, 600, 3), list[str]()
+    engine.on_gpu = True
+
+    def capture(key) -> None:
+        done.append("captured")
+        engine.steps[key] = [("graph", [])]
+
+    monkeypatch.setattr(engine, "_capture", capture)
+    monkeypatch.setattr(engine, "_replay", lambda step: done.append("replayed"))
+    monkeypatch.setattr(engine, "_pieces", lambda *key: iter([done.append("computed")][:0]))
+    for slots, length in (([0], 8), ([0], 9), ([0], 10), ([0, 1], 8), ([0], 300), ([0, 1], 8), ([0], 301)):
+        engine.length[:] = [length] * 2
+        engine.decode(slots, [300] * len(slots))
+    again = ["captured", "replayed"]
+    assert done == ["computed", *again, "replayed", "computed", "computed", *again, *again]
+
+
+def test_an_engine_warms_up_for_the_longest_pieces(weights, monkeypatch):
+    """At the beginning, behind a piece of the beginning, at the context's end; and it is as new afterwards."""
+    engine, seen = GpuEngine(weights, 3, 2048, 3), list[tuple[int, int]]()
+    engine.piece, attend = 512, warm_up.attention
+    expected = engine.prefill(0, text(weights, 12), 0).clone()
+
+    def attention(h, weights, c, turns, cache):
+        seen.append((cache.length, h.shape[1]))
+        return attend(h, weights, c, turns, cache)
+
+    monkeypatch.setattr(warm_up, "attention", attention)
+    warm_up.warm_up(engine)
+    last = piece_at(engine, 2048)
+    assert seen == [(0, 512), (512, piece_at(engine, 512)), (2048 - last, last)]
+    assert engine.length == [0, 0, 0] and torch.equal(engine.prefill(0, text(weights, 12), 0), expected)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_embedding_of_a_prompt(weights, monkeypatch, kernel):
+    """By parts, of a type with a kernel and of one without: what `embed` gives."""
+    monkeypatch.setattr(embedding, "ROWS", 7)
+    monkeypatch.setattr(embedding.registry, "in_groups", lambda qtype: kernel)
+    ids, c = text(weights, 20), weights.config
+    expected = weights.embed(torch.tensor([ids]), torch.empty(1, 20, c.d))
+    embed, asked = embedding.Embedding(weights), list[str]()
+    with pausing(asked.append):
+        found = embed(ids)
+    assert torch.equal(found, expected) and asked == ["embedding"] * 3
+    with pytest.raises(QuantkitError, match=str(c.n_vocab)):
+        embed([0, c.n_vocab])
 
 
 @pytest.mark.gpu

@@ -20,11 +20,14 @@ from random_blocks import random_blocks
 from quantkit.errors import QuantkitError
 from quantkit.ggml.library import processor_flags
 from quantkit.ggml.quants import dequantize
+from quantkit.runtime.experts import cpu as cpu_module
+from quantkit.runtime.experts import native as native_module
 from quantkit.runtime.experts.cpu import GgmlExperts, cpu_experts
 from quantkit.runtime.experts.native import NativeExperts
 from quantkit.runtime.native import compiler, library
 from quantkit.runtime.native.compiler import Compiled, compiled
 from quantkit.runtime.native.library import CODEBOOKS, TYPES, Native, ggml_product, native
+from quantkit.runtime.pauses import pausing
 
 WIDTH = 1024
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -187,6 +190,28 @@ def test_experts_below_0_are_left_out():
         torch.testing.assert_close(experts(x, left, weight), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
         assert torch.equal(experts(x[2:3], left[2:3], weight[2:3])[0], expected[2])
         assert not experts(x, torch.full_like(left, -1), weight).any()
+
+
+@needs_native
+def test_others_are_let_in_between_some_experts(monkeypatch):
+    """The same bits, though others compute with the same experts meanwhile; ggml lets them in between some tokens."""
+    monkeypatch.setattr(native_module, "SHORT_EXPERTS", 3)
+    monkeypatch.setattr(cpu_module, "SHORT_ROWS", 15)
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    given, other = inputs(c, 40), inputs(c, 2, 1)
+    given[1][3] = given[1][5, 0] = -1
+    for experts, n in ((cpu_experts(stacks, c, 2), -(-c.n_expert // 3)), (GgmlExperts(stacks, c, 2), 3)):
+        expected, beside = experts(*given).clone(), experts(*other).clone()
+        asked: list[str] = []
+
+        def others(what: str, experts=experts, beside=beside, asked=asked) -> None:
+            assert torch.equal(experts(*other), beside)
+            asked.append(what)
+
+        with pausing(others):
+            assert torch.equal(experts(*given), expected)
+            assert asked == ["experts on the CPU"] * n
+            assert not experts(given[0][:1], torch.full_like(given[1][:1], -1), given[2][:1]).any()
 
 
 @needs_native

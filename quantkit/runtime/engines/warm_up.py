@@ -1,0 +1,61 @@
+"""What the first prompt and token would wait for, and with them whoever is answered meanwhile: done when an engine is
+opened."""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantkit import machine
+from quantkit.runtime.generate import piece_at
+from quantkit.runtime.layers import KVCache, attention, feed_forward
+from quantkit.runtime.rope import angles
+
+if TYPE_CHECKING:
+    from quantkit.runtime.engines.gpu import GpuEngine
+
+log = logging.getLogger(__name__)
+
+WARM_TOKENS = 1024  # of the prompt that an engine begins with
+WARM_ROWS = (1, 2, 16, 32, 64)  # tokens of a step: kernels differ from one to the next
+
+
+def warm_up(engine: "GpuEngine") -> None:
+    """Kernels are compiled, steps captured, experts read from the disk, memory pinned and touched. Where memory is
+    limited, or less than the file, nothing is read that no token asked for; experts that only the CPU computes would
+    take longer than they save."""
+    begun, weights = time.perf_counter(), engine.weights
+    movable = all(layer.stacks or layer.router is None for layer in engine.layers)
+    fits = weights.residency is None and weights.file.n_bytes < machine.ram()
+    if fits and movable:
+        log.info("warming up: all experts are read once, kernels are compiled (the first time this takes minutes)")
+        n = min(WARM_TOKENS, engine.piece, engine.capacity)  # of all kinds: most experts are chosen, as by real text
+        engine.prefill(0, [i * engine.config.n_vocab // n for i in range(n)], 0)
+    for n in WARM_ROWS:
+        for _ in range(2):  # a step is captured when it comes again
+            if n <= engine.n_slots:
+                engine.length[:n] = [0] * n
+                engine.decode(list(range(n)), [0] * n)
+            elif fits and movable and n <= engine.capacity:
+                engine.prefill(0, [i * engine.config.n_vocab // n for i in range(n)], 0)
+    engine.length = [0] * engine.n_slots
+    for begin in (0, engine.piece, engine.capacity - piece_at(engine, engine.capacity)):
+        whole_piece(engine, begin)
+    log.info("warmed up in %.1f s", time.perf_counter() - begun)
+
+
+@torch.inference_mode()
+def whole_piece(engine: "GpuEngine", begin: int) -> None:
+    """The longest piece of a prompt from a position on, through the first layer but for routed experts: libraries make
+    plans for new shapes, and memory is asked of the driver, which takes longer than others should wait."""
+    c, layer = engine.config, engine.layers[0]
+    n = min(piece_at(engine, begin), engine.capacity - begin)
+    if begin < 0 or n < 2:
+        return
+    h, weights = engine.embedding([0] * n), layer.weights(None)
+    latent, key = engine.cache[0, :1].split([c.kv_lora, c.qk_rope], dim=-1)
+    turned = angles(c, torch.arange(begin, begin + n, device=engine.device))
+    attention(h, weights, c, turned, KVCache(latent, key, begin))
+    if layer.feed is not None:
+        feed_forward(h[0].to(engine.dtype), weights, c)
