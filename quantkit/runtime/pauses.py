@@ -1,8 +1,11 @@
-"""Where the long work of a prompt lets others in.
+"""Where the work of an engine lets others in.
 
 A piece of a prompt passes all layers in one call, which can take seconds: with its experts moved over the bus once, it
 cannot be made small and stay fast. Engines call `pause` between parts of that work, and whoever asked for it may answer
 other sequences there, with the same engine: everything that a part needs is its own by then.
+
+A step of decoding on a GPU is launched in a tenth of its time. Engines call `launched` then: this thread has nothing to
+do, and what others do with Python's lock costs the step nothing.
 """
 
 import threading
@@ -39,3 +42,20 @@ def pause(device: torch.device | None = None) -> None:
         torch.cuda.current_stream(device).synchronize()
     with pausing(None):
         others()
+
+
+@contextmanager
+def launching(others: Callable[[], None]) -> Iterator[None]:
+    """Within it, `launched` in this thread calls that."""
+    before, _here.meanwhile = getattr(_here, "meanwhile", None), others
+    try:
+        yield
+    finally:
+        _here.meanwhile = before
+
+
+def launched() -> None:
+    """A step of decoding is at work on a GPU, and this thread waits for it."""
+    meanwhile = getattr(_here, "meanwhile", None)
+    if meanwhile is not None:
+        meanwhile()

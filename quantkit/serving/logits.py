@@ -2,14 +2,47 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from quantkit.errors import QuantkitError
 
+F = np.float32
+NOTHING = np.empty(0, np.int64)
+
 
 class Unanswerable(QuantkitError):
     """What a request asks for leaves no token that could come next."""
+
+
+class Past:
+    """What came before a token: its prompt, and what was made so far, a list that grows. ids: each token once, int64,
+    ascending; counts: how often it came in what was made; both as of the last `follow`."""
+
+    def __init__(self, prompt: Sequence[int], made: list[int]):
+        self.prompt, self.made, self.n = prompt, made, 0
+        self.ids = self.counts = NOTHING
+
+    def follow(self) -> None:
+        """What was made since."""
+        if not len(self.ids):
+            self.ids = np.unique(np.array(self.prompt, np.int64))
+            self.counts = np.zeros(len(self.ids), np.int64)
+        for token in self.made[self.n :]:
+            at = int(np.searchsorted(self.ids, token))
+            if at == len(self.ids) or self.ids[at] != token:
+                self.ids, self.counts = np.insert(self.ids, at, token), np.insert(self.counts, at, 0)
+            self.counts[at] += 1
+        self.n = len(self.made)
+
+    def last(self, n: int) -> np.ndarray:
+        """The last n tokens (-1: all), each once, int64, ascending."""
+        if not 0 <= n < len(self.prompt) + len(self.made):
+            return self.ids
+        old = self.prompt[len(self.prompt) - max(0, n - len(self.made)) :]
+        return np.unique(np.array([*old, *(self.made[-n:] if n else ())], np.int64))
 
 
 @dataclass(frozen=True)
@@ -30,23 +63,23 @@ class Penalties:
         """Whether they change nothing."""
         return not (self.frequency or self.presence) and self.repetition == self.repeat == 1
 
-    def apply(self, logits: torch.Tensor, prompt: Sequence[int], made: Sequence[int]) -> None:
-        """To float32 logits [n_vocab], in place."""
+    def apply(self, ids: np.ndarray, logits: np.ndarray, past: Past) -> None:
+        """To the float32 logits [k] of tokens int64 [k], ascending, in place; those of `touched` are among them."""
         for by, last_n in ((self.repetition, -1), (self.repeat, self.last_n)):
-            seen = _last(prompt, made, last_n) if by != 1 else []
-            if seen:
-                where = torch.tensor(seen, device=logits.device).unique()
+            if by != 1:
+                where = np.searchsorted(ids, past.last(last_n))
                 own = logits[where]
-                logits[where] = torch.where(own > 0, own / by, own * by)
-        if made and (self.frequency or self.presence):
-            where, counts = torch.tensor(made, device=logits.device).unique(return_counts=True)
-            logits[where] -= self.frequency * counts + self.presence
+                logits[where] = np.where(own > 0, own / F(by), own * F(by))
+        if self.frequency or self.presence:
+            came = past.counts > 0
+            where = np.searchsorted(ids, past.ids[came])
+            logits[where] -= (self.frequency * past.counts[came] + self.presence).astype(F)
 
-
-def _last(prompt: Sequence[int], made: Sequence[int], n: int) -> list[int]:
-    if n < 0:
-        return [*prompt, *made]
-    return [*(prompt[-(n - len(made)) :] if n > len(made) else ()), *(made[-n:] if n else ())]
+    def touched(self, past: Past) -> np.ndarray:
+        """Tokens that have other logits, ascending: int64."""
+        if self.repetition != 1 or self.frequency or self.presence:
+            return past.ids
+        return past.last(self.last_n) if self.repeat != 1 else NOTHING
 
 
 @dataclass(frozen=True)
@@ -65,27 +98,38 @@ class TokenRules:
     of_prompt: bool = False
     penalties: Penalties = Penalties()
 
-    def apply(
-        self, logits: torch.Tensor, prompt: Sequence[int], made: Sequence[int], ends: Sequence[int]
-    ) -> torch.Tensor:
-        """float32 logits [n_vocab] of the token after `prompt` and `made`, as they are if no rule concerns it, else a
-        copy on the CPU."""
+    @cached_property
+    def biased(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64, ascending, and what is added to their logits, float32."""
+        ids = np.array(sorted(self.bias), np.int64)
+        return ids, np.array([self.bias[i] for i in ids.tolist()], F)
+
+    def edits(self, logits: np.ndarray, past: Past, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int64 [k]) that have other logits (float32 [k]) than those of the model, float32 [n_vocab], after
+        what came before."""
+        out = self._out(past.made, ends, len(logits))
+        ids, added = self.biased
+        if self.penalties.none:  # what is banned comes last
+            return np.concatenate((ids, out)), np.concatenate((logits[ids] + added, np.full(len(out), -np.inf, F)))
+        past.follow()
+        ids = np.unique(np.concatenate((ids, self.penalties.touched(past), out)))
+        own = logits[ids]
+        own[np.searchsorted(ids, self.biased[0])] += added
+        self.penalties.apply(ids, own, past)
+        own[np.searchsorted(ids, out)] = -np.inf
+        return ids, own
+
+    def _out(self, made: Sequence[int], ends: Sequence[int], n_vocab: int) -> np.ndarray:
+        """Tokens that must not come now."""
+        if not (self.ignore_eos or self.banned or len(made) < self.n_least):
+            return NOTHING
         out = set(ends) if self.ignore_eos else set()
         if len(made) < self.n_least:
             out |= {*ends, *self.stop}
         for ids in self.banned:
             if len(made) >= len(ids) - 1 and tuple(made[len(made) - len(ids) + 1 :]) == ids[:-1]:
                 out.add(ids[-1])
-        out = {token for token in out if 0 <= token < len(logits)}
-        if not out and not self.bias and self.penalties.none:
-            return logits
-        logits = torch.from_numpy(logits.cpu().numpy().copy())  # torch would wake all of its threads for so little
-        if self.bias:
-            where = torch.tensor(list(self.bias), device=logits.device)
-            logits[where] += torch.tensor(list(self.bias.values()), dtype=logits.dtype, device=logits.device)
-        self.penalties.apply(logits, prompt, made)
-        logits[list(out)] = -torch.inf
-        return logits
+        return np.array([token for token in out if 0 <= token < n_vocab], np.int64)
 
 
 @dataclass(frozen=True)
@@ -98,9 +142,11 @@ class Chance:
     best: tuple[tuple[int, float], ...]
 
     @classmethod
-    def of(cls, logits: torch.Tensor, token: int, n_best: int) -> "Chance":
-        """From float32 logits [n_vocab]."""
-        return cls.each(logits[None], [token], n_best)[0]
+    def of(cls, logits: torch.Tensor, token: int, n_best: int, total: float) -> "Chance":
+        """From float32 logits [n_vocab]. total: the natural logarithm of the sum of their exponentials."""
+        values, ids = logits.topk(min(n_best, len(logits)))
+        best = zip(ids.tolist(), (values.double() - total).tolist(), strict=True)
+        return cls(token, float(logits[token]) - total, tuple(best))
 
     @classmethod
     def each(cls, logits: torch.Tensor, tokens: Sequence[int], n_best: int) -> list["Chance"]:
