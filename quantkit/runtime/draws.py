@@ -7,6 +7,7 @@ by how many threads.
 import threading
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from types import ModuleType
 
 import numpy as np
@@ -54,21 +55,26 @@ def tokens(logits: np.ndarray, asked: Sequence[Ask]) -> list[int | QuantkitError
 def _by_kernels(logits: np.ndarray, asked: Sequence[Ask]) -> list[int | QuantkitError]:
     made, out = kernels(), np.empty(len(asked), np.int64)
     assert made is not None
-    hows = [(0 if how.greedy else how.temperature, how.top_k, how.top_p, how.min_p) for how, *_ in asked]
-    starts = np.zeros(len(asked) + 1, np.int64)
-    np.cumsum([len(ask.ids) for ask in asked], out=starts[1:])
-    edits = starts, np.concatenate([ask.ids for ask in asked]), np.concatenate([ask.values for ask in asked])
-    masks, which = list[np.ndarray](), np.full(len(asked), -1)
-    for i, ask in enumerate(asked):
+    asks = [ask.how for ask in asked]
+    hows = [(0 if how.greedy else how.temperature, how.top_k, how.top_p, how.min_p) for how in asks]
+    starts = np.array([0, *accumulate(len(ask.ids) for ask in asked)])
+    edits = starts, *(np.concatenate(parts) for parts in zip(*((ask.ids, ask.values) for ask in asked), strict=True))
+    masks = [ask.allowed for ask in asked if ask.allowed is not None]
+    which, n = np.full(len(asked), -1), 0
+    for i, ask in enumerate(asked if masks else ()):
         if ask.allowed is not None:
-            which[i] = len(masks)
-            masks.append(ask.allowed)
-    allowed = np.stack(masks) if masks else np.empty((0, logits.shape[1]), np.uint8)
+            which[i], n = n, n + 1
+    allowed = np.stack(masks) if masks else np.empty((0, 0), np.uint8)
     uniforms = np.array([ask.uniform for ask in asked])
     room = _room(logits.shape[1])
     made.choose(np.ascontiguousarray(logits), np.array(hows, np.float64), uniforms, edits, (which, allowed), room, out)
-    why = {made.NOT_FINITE: QuantkitError(NOT_FINITE), made.NONE_LEFT: NoneLeft(NONE_LEFT)}
-    return [why.get(token, token) for token in out.tolist()]
+    return [_said(token) if token < 0 else token for token in out.tolist()]
+
+
+def _said(token: int) -> QuantkitError:
+    made = kernels()
+    assert made is not None
+    return NoneLeft(NONE_LEFT) if token == made.NONE_LEFT else QuantkitError(NOT_FINITE)
 
 
 def _token(logits: np.ndarray, ask: Ask) -> int | QuantkitError:

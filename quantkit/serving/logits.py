@@ -11,6 +11,7 @@ from quantkit.errors import QuantkitError
 
 F = np.float32
 NOTHING = np.empty(0, np.int64)
+ROOM = 256  # tokens for which room is made at once
 
 
 class Unanswerable(QuantkitError):
@@ -18,31 +19,45 @@ class Unanswerable(QuantkitError):
 
 
 class Past:
-    """What came before a token: its prompt, and what was made so far, a list that grows. ids: each token once, int64,
-    ascending; counts: how often it came in what was made; both as of the last `follow`."""
+    """What came before a token: its prompt, and what was made so far, a list that grows. at: where each token that came
+    stands in `ids`; all as of the last `follow`."""
 
     def __init__(self, prompt: Sequence[int], made: list[int]):
-        self.prompt, self.made, self.n = prompt, made, 0
-        self.ids = self.counts = NOTHING
+        self.prompt, self.made, self.n = prompt, made, -1
+        self.at = dict[int, int]()
+        self._ids = self._counts = NOTHING
 
     def follow(self) -> None:
         """What was made since."""
-        if not len(self.ids):
-            self.ids = np.unique(np.array(self.prompt, np.int64))
-            self.counts = np.zeros(len(self.ids), np.int64)
+        if self.n < 0:
+            self.n, self._ids = 0, np.unique(np.array(self.prompt, np.int64))
+            self._counts = np.zeros(len(self._ids), np.int64)
+            self.at = {token: i for i, token in enumerate(self._ids.tolist())}
         for token in self.made[self.n :]:
-            at = int(np.searchsorted(self.ids, token))
-            if at == len(self.ids) or self.ids[at] != token:
-                self.ids, self.counts = np.insert(self.ids, at, token), np.insert(self.counts, at, 0)
-            self.counts[at] += 1
+            i = self.at.setdefault(token, len(self.at))
+            if i == len(self._ids):
+                more = np.zeros(ROOM, np.int64)
+                self._ids, self._counts = np.concatenate((self._ids, more)), np.concatenate((self._counts, more))
+            self._ids[i] = token
+            self._counts[i] += 1
         self.n = len(self.made)
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Each token that came, once: int64."""
+        return self._ids[: len(self.at)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each of them was made: int64."""
+        return self._counts[: len(self.at)]
+
     def last(self, n: int) -> np.ndarray:
-        """The last n tokens (-1: all), each once, int64, ascending."""
+        """Where the last n tokens (-1: all) stand, each once: int64."""
         if not 0 <= n < len(self.prompt) + len(self.made):
-            return self.ids
+            return np.arange(len(self.at))
         old = self.prompt[len(self.prompt) - max(0, n - len(self.made)) :]
-        return np.unique(np.array([*old, *(self.made[-n:] if n else ())], np.int64))
+        return np.array([self.at[token] for token in {*old, *(self.made[-n:] if n else ())}], np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,23 +78,15 @@ class Penalties:
         """Whether they change nothing."""
         return not (self.frequency or self.presence) and self.repetition == self.repeat == 1
 
-    def apply(self, ids: np.ndarray, logits: np.ndarray, past: Past) -> None:
-        """To the float32 logits [k] of tokens int64 [k], ascending, in place; those of `touched` are among them."""
+    def apply(self, logits: np.ndarray, past: Past) -> None:
+        """To the float32 logits [k] of the past's tokens, in place."""
         for by, last_n in ((self.repetition, -1), (self.repeat, self.last_n)):
             if by != 1:
-                where = np.searchsorted(ids, past.last(last_n))
+                where = past.last(last_n)
                 own = logits[where]
                 logits[where] = np.where(own > 0, own / F(by), own * F(by))
         if self.frequency or self.presence:
-            came = past.counts > 0
-            where = np.searchsorted(ids, past.ids[came])
-            logits[where] -= (self.frequency * past.counts[came] + self.presence).astype(F)
-
-    def touched(self, past: Past) -> np.ndarray:
-        """Tokens that have other logits, ascending: int64."""
-        if self.repetition != 1 or self.frequency or self.presence:
-            return past.ids
-        return past.last(self.last_n) if self.repeat != 1 else NOTHING
+            logits -= (self.frequency * past.counts + self.presence * (past.counts > 0)).astype(F)
 
 
 @dataclass(frozen=True)
@@ -100,24 +107,23 @@ class TokenRules:
 
     @cached_property
     def biased(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64, ascending, and what is added to their logits, float32."""
-        ids = np.array(sorted(self.bias), np.int64)
-        return ids, np.array([self.bias[i] for i in ids.tolist()], F)
+        """Ids int64, and what is added to their logits, float32."""
+        return np.array(list(self.bias), np.int64), np.array(list(self.bias.values()), F)
 
     def edits(self, logits: np.ndarray, past: Past, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64 [k]) that have other logits (float32 [k]) than those of the model, float32 [n_vocab], after
         what came before."""
         out = self._out(past.made, ends, len(logits))
         ids, added = self.biased
-        if self.penalties.none:  # what is banned comes last
-            return np.concatenate((ids, out)), np.concatenate((logits[ids] + added, np.full(len(out), -np.inf, F)))
-        past.follow()
-        ids = np.unique(np.concatenate((ids, self.penalties.touched(past), out)))
-        own = logits[ids]
-        own[np.searchsorted(ids, self.biased[0])] += added
-        self.penalties.apply(ids, own, past)
-        own[np.searchsorted(ids, out)] = -np.inf
-        return ids, own
+        values = logits[ids] + added
+        if not self.penalties.none:
+            past.follow()
+            own, at = logits[past.ids], np.array([past.at.get(token, -1) for token in self.bias], np.int64)
+            came = at >= 0
+            own[at[came]] = values[came]
+            self.penalties.apply(own, past)
+            ids, values = np.concatenate((past.ids, ids[~came])), np.concatenate((own, values[~came]))
+        return np.concatenate((ids, out)), np.concatenate((values, np.full(len(out), -np.inf, F)))  # bans come last
 
     def _out(self, made: Sequence[int], ends: Sequence[int], n_vocab: int) -> np.ndarray:
         """Tokens that must not come now."""

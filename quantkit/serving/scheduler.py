@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 GAP = 0.1  # seconds between two tokens of a sequence while prompts of others are read, if the machine allows it
 MARGIN = 0.1  # of GAP, for what is not foreseen
 TOGETHER = 1024  # tokens of several prompts that are read in one pass
-EACH, SAMPLERS = 4, 8  # sequences whose tokens a thread draws, at least if there are more; so many threads at most
+EACH, SAMPLERS = 2, 8  # sequences whose tokens a thread draws, at least if there are more; so many threads at most
 ANY = Ask(Sampling(temperature=0), 0.0, NOTHING, np.empty(0, np.float32))  # what is drawn for nobody
 
 
@@ -116,9 +116,11 @@ class Scheduler:
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
         self.clock = Clock()
+        begun = time.perf_counter()
+        draws.warm_up(engine.config.n_vocab)
+        log.info("kernels that draw tokens are there after %.1f s", time.perf_counter() - begun)
         self.n_drawing = min(SAMPLERS, machine.threads())
         self.samplers = ThreadPoolExecutor(self.n_drawing, "quantkit-sampler", machine.one_thread_here)
-        draws.warm_up(engine.config.n_vocab)
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._loop, name="quantkit-scheduler", daemon=True)
@@ -229,6 +231,7 @@ class Scheduler:
         with self._at_risk(*ready):
             with launching(self._launched):
                 logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
+            self.tell()  # if it has not been launched after all
             self._continue(ready, logits)
         self.clock.decoded(begun)
         if not (self.launches and self.running):

@@ -279,6 +279,7 @@ class GpuEngine:
             self.steps[key] = step = self.steps.pop(key)
             self._replay(step)
         else:
+            launched()  # this may take long, and is rare
             for wait in self._pieces(*key):
                 self._hand_over(wait)
             if self.on_gpu:
