@@ -11,6 +11,7 @@ from quantkit.errors import QuantkitError
 
 F = np.float32
 NOTHING = np.empty(0, np.int64)
+BLOCK = 256
 ROOM = 256  # tokens for which room is made at once
 
 
@@ -148,10 +149,10 @@ class Chance:
     best: tuple[tuple[int, float], ...]
 
     @classmethod
-    def of(cls, logits: torch.Tensor, token: int, n_best: int, total: float) -> "Chance":
+    def of(cls, logits: np.ndarray, token: int, n_best: int, total: float) -> "Chance":
         """From float32 logits [n_vocab]. total: the natural logarithm of the sum of their exponentials."""
-        values, ids = logits.topk(min(n_best, len(logits)))
-        best = zip(ids.tolist(), (values.double() - total).tolist(), strict=True)
+        ids = likeliest(logits, n_best)
+        best = zip(ids.tolist(), (logits[ids].astype(np.float64) - total).tolist(), strict=True)
         return cls(token, float(logits[token]) - total, tuple(best))
 
     @classmethod
@@ -162,3 +163,16 @@ class Chance:
         values, ids = logits.topk(min(n_best, logits.shape[1]))
         rows = zip(tokens, own[:, 0].tolist(), ids.tolist(), (values - total).tolist(), strict=True)
         return [cls(token, value, tuple(zip(*best, strict=True))) for token, value, *best in rows]
+
+
+def likeliest(logits: np.ndarray, n: int) -> np.ndarray:
+    """Ids int64 of the n largest of float32 logits [n_vocab], the largest first. (n blocks have something as large as
+    the n-th of their maxima: nothing below that need be sorted.)"""
+    n_blocks = len(logits) // BLOCK
+    if not n:
+        return NOTHING
+    if n >= n_blocks:
+        return np.argsort(-logits, kind="stable")[:n]
+    maxima = logits[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).max(1)
+    ids = np.flatnonzero(logits >= np.partition(maxima, -n)[-n])
+    return ids[np.argsort(-logits[ids], kind="stable")[:n]]

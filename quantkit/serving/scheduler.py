@@ -328,8 +328,7 @@ class Scheduler:
         rules = job.rules
         if not (rules.of_prompt if last else rules.n_logprobs is not None):
             return Drawn(token, last, None)
-        total = draws.log_total(logits)
-        return Drawn(token, last, Chance.of(torch.from_numpy(logits), token, rules.n_logprobs or 0, total))
+        return Drawn(token, last, Chance.of(logits, token, rules.n_logprobs or 0, draws.log_total(logits)))
 
     def _take(self, job: Job, drawn: Drawn) -> None:
         if drawn.chance:

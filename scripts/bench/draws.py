@@ -17,7 +17,7 @@ import numpy as np
 from quantkit.runtime import draws
 from quantkit.runtime.generate import Ask, Sampling, pick
 from quantkit.serving.jobs import Job
-from quantkit.serving.logits import Penalties, TokenRules
+from quantkit.serving.logits import Chance, Penalties, TokenRules
 
 ROWS = 16
 NOTHING = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -79,6 +79,8 @@ def main() -> None:
             made.append(token)
             took.append(seconds(lambda job=job: job.ask(noise[0], [1])))
         print(f"| {what} | {1e3 * statistics.median(took):.3f} |", flush=True)
+    took = [seconds(lambda: Chance.of(noise[0], 7, 5, draws.log_total(noise[0]))) for _ in range(args.repeats)]
+    print(f"| log probabilities of the token and of five others | {1e3 * statistics.median(took):.3f} |")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from quantkit.runtime import draws
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Ask, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving.logits import Chance, Past, Penalties, TokenRules
+from quantkit.serving.logits import Chance, Past, Penalties, TokenRules, likeliest
 from quantkit.serving.markers import Prompt
 from quantkit.serving.spoken import Spoken
 from quantkit.serving.tools import OPENINGS, arguments, calls
@@ -143,6 +143,21 @@ def test_penalties():
         assert edited(logits, TokenRules(penalties=penalties), [1], [0, 0, 2]) == expected, penalties
     chances = Chance.each(logits[None].expand(2, 4), [0, 3], 2)
     assert [c.token for c in chances] == [0, 3] and chances[1].best[0][0] == 0
+
+
+def test_the_most_probable_tokens_are_found():
+    generator = torch.Generator().manual_seed(4)
+    for n_vocab in (1, 5, 700, 5000, 5120):
+        logits = torch.randn(n_vocab, generator=generator).mul(8).round().div(4)  # many are alike
+        logits[-1] = 9.0
+        for n in {0, 1, min(3, n_vocab), min(18, n_vocab), n_vocab}:
+            ids = likeliest(logits.numpy(), n)
+            assert ids.tolist() == logits.argsort(descending=True, stable=True)[:n].tolist(), (n_vocab, n)
+        total = draws.log_total(logits.numpy())
+        mine, other = Chance.of(logits.numpy(), 0, 3, total), Chance.of(logits.numpy(), int(ids[0]), 1, total)
+        whole = Chance.each(logits[None], [0], 3)[0]
+        assert mine.logprob == pytest.approx(whole.logprob, abs=1e-5) and other.logprob == other.best[0][1]
+        assert [p for _, p in mine.best] == pytest.approx([p for _, p in whole.best], abs=1e-5)
 
 
 def test_penalties_reach_the_answer(running):
