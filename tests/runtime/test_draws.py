@@ -1,5 +1,6 @@
 """Tokens of many sequences at once: the same as one by one, and as often as they are probable."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -89,29 +90,42 @@ def test_of_equally_probable_tokens_the_first_ones_are_left(way):
         assert tokens(logits, asked) == (uniforms * n).astype(int).tolist(), how
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        Sampling(1.0, 1.0),  # the whole softmax
-        Sampling(0.6, 1.0),
-        Sampling(1.0, 0.8),
-        Sampling(1.5, 1.0, top_k=100),
-        Sampling(1.0, 1.0, min_p=0.01),
-        Sampling(1.7, 0.8, top_k=60, min_p=0.01),
-    ],
+SHARES = (
+    Sampling(1.0, 1.0),  # the whole softmax
+    Sampling(0.6, 1.0),
+    Sampling(1.0, 0.8),
+    Sampling(1.5, 1.0, top_k=100),
+    Sampling(1.0, 1.0, min_p=0.01),
+    Sampling(1.7, 0.8, top_k=60, min_p=0.01),
 )
+
+
+def drawn(how: Sampling, uniforms: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of 700 tokens was drawn by these numbers, and its exact probability. Some logits are edited, some
+    tokens must not come."""
+    row = np.random.default_rng(7).standard_normal(700).astype(np.float32) * 2
+    allowed = (np.arange(700) % 5 != 1).astype(np.uint8)
+    ask = Ask(how, 0.0, np.array([3, 699, 256], np.int64), np.array([4.0, -1.0, 5.5], np.float32), allowed)
+    rows, counts = np.tile(row, (1000, 1)), np.zeros(len(row))
+    for begin in range(0, len(uniforms), 1000):
+        asked = [ask._replace(uniform=uniform) for uniform in uniforms[begin : begin + 1000]]
+        counts += np.bincount(tokens(rows[: len(asked)], asked), minlength=len(row))
+    return counts, exact(row, ask)
+
+
+@pytest.mark.parametrize("how", SHARES)
+def test_each_token_has_its_share_of_the_numbers(way, how):
+    """Evenly spaced numbers: each token gets as many as its probability says, to one."""
+    n = 8_000
+    counts, p = drawn(how, ((np.arange(n) + 0.5) / n).tolist())
+    assert np.abs(counts - n * p).max() < 1.01
+
+
+@pytest.mark.parametrize("how", SHARES)
 def test_tokens_are_drawn_as_often_as_they_are_probable(way, how):
     """Chi squared against the exact distribution, over all tokens; rare ones together."""
-    generator = np.random.default_rng(7)
-    row = generator.standard_normal(700).astype(np.float32) * 2
-    ids = np.array([3, 699, 256], np.int64)
-    allowed = (np.arange(700) % 5 != 1).astype(np.uint8)
-    ask = Ask(how, 0.0, ids, np.array([4.0, -1.0, 5.5], np.float32), allowed)
-    p, n, dice = exact(row, ask), 12_000, Dice(11)
-    counts = np.zeros(len(row))
-    for _ in range(n // 1000):
-        asked = [ask._replace(uniform=dice.throw()) for _ in range(1000)]
-        counts += np.bincount(tokens(np.tile(row, (1000, 1)), asked), minlength=len(row))
+    n, dice = 12_000, Dice(11)
+    counts, p = drawn(how, [dice.throw() for _ in range(n)])
     assert counts[p == 0].sum() == 0
     often = n * p >= 10
     seen, expected = counts[often], n * p[often]
