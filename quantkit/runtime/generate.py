@@ -16,7 +16,9 @@ HEADS = (2.0**-8, 2.0**-14, 0.0)  # of the most probable token: how probable tho
 DRAWN_TOGETHER = 1024  # tokens whose probabilities are summed before one of them is looked for
 LEAST_PIECE, LEAST_REACH = 64, 512  # tokens, positions: shorter pieces are no faster
 GREEDY_BELOW = 1e-5  # a temperature; what logits divided by it would be is beyond float32, or nearly
-
+AHEAD = 32  # random numbers that are drawn at once: torch takes 5 µs for one
+NONE_LEFT = "no token is left"
+NOT_FINITE = "the logits are no finite numbers: nothing can be drawn from them"
 
 Each = Callable[[torch.Tensor], None]
 """Told float32 logits [k, n_vocab] of a prompt's tokens, in order, ROWS_TOLD at most, valid until it returns."""
@@ -93,17 +95,68 @@ class Sampling:
     min_p: float = 0.0
     typical_p: float = 1.0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, whatever the rest says."""
+        return self.temperature < GREEDY_BELOW
+
+
+class NoneLeft(QuantkitError):
+    """What is asked for excludes every token."""
+
+
+class Dice:
+    """Uniform numbers in [0, 1), those that torch.rand would draw one by one."""
+
+    def __init__(self, seed: int):
+        self.generator, self.left = torch.Generator().manual_seed(seed), list[float]()
+
+    def throw(self) -> float:
+        """The next one."""
+        if not self.left:
+            self.left = torch.rand(AHEAD, dtype=torch.float64, generator=self.generator).tolist()[::-1]
+        return self.left.pop()
+
+
+class Ask(NamedTuple):
+    """What is asked of a token. uniform: in [0, 1), which decides. ids int64 [k], values float32 [k]: of tokens that
+    have other logits than the model's; where one stands twice, its last holds. allowed: uint8 [n_vocab], 0 where a
+    token must not come; None: all may."""
+
+    how: Sampling
+    uniform: float
+    ids: np.ndarray
+    values: np.ndarray
+    allowed: np.ndarray | None = None
+
+    def edited(self, logits: np.ndarray) -> np.ndarray:
+        """The logits that are drawn from, float32 [n_vocab]. NoneLeft if none is."""
+        if not len(self.ids) and self.allowed is None:
+            return logits
+        own = logits.copy()
+        own[self.ids] = self.values
+        if self.allowed is not None:
+            own[self.allowed == 0] = -np.inf
+        if own.max() == -np.inf:
+            raise NoneLeft(NONE_LEFT)
+        return own
+
 
 def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> int:
-    """One token from float32 logits [n_vocab]. In numpy, one thread: with R1's vocabulary torch's multinomial takes
-    2 ms and its sort 9, and its teams of threads, one for each thread that asks, get in each other's way.
-    QuantkitError if they are no numbers."""
-    values = logits.cpu().numpy()
+    """One token from float32 logits [n_vocab]. QuantkitError if they are no numbers."""
+    uniform = 0.0 if how.greedy else torch.rand((), dtype=torch.float64, generator=generator).item()
+    return pick(logits.cpu().numpy(), how, uniform)
+
+
+def pick(values: np.ndarray, how: Sampling, uniform: float) -> int:
+    """The token that a number in [0, 1) means, of float32 logits [n_vocab]. In numpy, one thread: with R1's vocabulary
+    torch's multinomial takes 2 ms and its sort 9, and its teams of threads, one for each thread that asks, get in each
+    other's way. QuantkitError if they are no numbers."""
     best = int(values.argmax())  # the first that is no number, if there is one
     most = values[best]
     if not np.isfinite(most):
-        raise QuantkitError("the logits are no finite numbers: nothing can be drawn from them")
-    if how.temperature < GREEDY_BELOW:
+        raise QuantkitError(NOT_FINITE)
+    if how.greedy:
         return best
     p = np.subtract(values, most)
     p /= np.float32(how.temperature)
@@ -111,7 +164,6 @@ def sample(logits: torch.Tensor, how: Sampling, generator: torch.Generator) -> i
     if how.typical_p < 1:
         p = typical(torch.from_numpy(p / p.sum()), how.typical_p).numpy()
     ids = _kept(p, how)
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
     return draw(p, uniform) if ids is None else int(ids[draw(p[ids], uniform)])
 
 

@@ -1,9 +1,12 @@
-"""Where the long work of a prompt lets others in.
+"""Where the work of an engine lets others in.
 
 A piece of a prompt passes all layers in one call, which can take seconds: with its experts moved over the bus once, it
 cannot be made small and stay fast. Engines call `pause` between parts of that work, and whoever asked for it may answer
 other sequences there, with the same engine: everything that a part needs is its own by then. A part should take 10 ms
 or less on the machines that an engine is made for.
+
+A step of decoding on a GPU is launched in a tenth of its time. Engines call `launched` then: this thread has nothing to
+do, and what others do with Python's lock costs the step nothing.
 """
 
 import threading
@@ -88,3 +91,20 @@ class Aside(Generic[Result]):
             wait([self.working], LOOK)
             pause(what=what)
         return self.working.result()
+
+
+@contextmanager
+def launching(others: Callable[[], None]) -> Iterator[None]:
+    """Within it, `launched` in this thread calls that."""
+    before, _here.meanwhile = getattr(_here, "meanwhile", None), others
+    try:
+        yield
+    finally:
+        _here.meanwhile = before
+
+
+def launched() -> None:
+    """A step of decoding is at work on a GPU, and this thread waits for it."""
+    meanwhile = getattr(_here, "meanwhile", None)
+    if meanwhile is not None:
+        meanwhile()

@@ -15,14 +15,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from quantkit.serving import logprobs
+from quantkit.serving.jobs import Job
 from quantkit.serving.logits import Chance
 from quantkit.serving.metrics import usage
 from quantkit.serving.pieces import Pieces
 from quantkit.serving.refusals import Refused
 from quantkit.serving.requests import Body
-from quantkit.serving.scheduler import Job, Scheduler
+from quantkit.serving.scheduler import Scheduler
 from quantkit.serving.spoken import Spoken
 
+JSON = json.JSONEncoder(ensure_ascii=False)
 MANY = 2000  # tokens whose log probabilities are written beside the event loop
 Events = asyncio.Queue[tuple[int | None, str | None]]
 """What the scheduler emits: see `scheduler.Emit`."""
@@ -250,12 +252,11 @@ async def apart(n: int, work: Callable[[], Made]) -> Made:
 
 async def events(answers: Sequence[Answer], form: Form, head: dict[str, Any], count: bool) -> AsyncIterator[str]:
     """Chunks of the answers. head: what all of them begin with. count: the last one counts tokens."""
-    if count:
-        head = {**head, "usage": None}
+    begin = JSON.encode({**head, "usage": None} if count else head).removesuffix("}")
 
     def event(answer: Answer, choice: dict[str, Any], finish: str | None = None) -> str:
-        choices = [{"index": answer.index, **choice, "finish_reason": finish}]
-        return f"data: {json.dumps({**head, 'choices': choices}, ensure_ascii=False)}\n\n"
+        told = JSON.encode({"index": answer.index, **choice, "finish_reason": finish})
+        return f'data: {begin}, "choices": [{told}]}}\n\n'
 
     if (first := form.first()) is not None:
         for answer in answers:
@@ -282,6 +283,11 @@ async def events(answers: Sequence[Answer], form: Form, head: dict[str, Any], co
 
 async def together(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Part], None]:
     """Parts of all answers as they come. Leaving early ends all."""
+    if len(answers) == 1:  # without a task and a queue, which take as long as the text of a token
+        async with contextlib.aclosing(answers[0].parts()) as only:
+            async for own in only:
+                yield answers[0], own
+        return
     parts: asyncio.Queue[tuple[Answer, Part | None]] = asyncio.Queue(len(answers))  # bounded: no text piles up
 
     async def follow(answer: Answer) -> None:

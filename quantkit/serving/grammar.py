@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from quantkit.errors import QuantkitError, needs
@@ -80,19 +79,14 @@ class Constraint:
     def __post_init__(self) -> None:
         self.tail: list[int] = []
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 logits [n_vocab] in which tokens that cannot come next are -inf. Unanswerable if none can."""
+    def allowed(self, n_vocab: int) -> np.ndarray | None:
+        """Which tokens can come next: uint8 [n_vocab], 0 for those that cannot; None: all."""
         if self.thinking:
-            return logits
+            return None
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
-        if len(allowed) < len(logits):
-            allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
-        out = logits.cpu().masked_fill(~allowed, -torch.inf)
-        if not bool(out.isfinite().any()):
-            raise Unanswerable("no token continues the answer: what else the request asks for contradicts its format")
-        return out
+        found = np.unpackbits(bits, count=min(n_vocab, 8 * len(bits)), bitorder="little")
+        return np.pad(found, (0, n_vocab - len(found))) if len(found) < n_vocab else found
 
     def take(self, token: int) -> None:
         """What came."""

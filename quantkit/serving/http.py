@@ -33,6 +33,7 @@ from quantkit.serving.desk import Desk, Settings
 from quantkit.serving.extras import Extras
 from quantkit.serving.forced import Wanted
 from quantkit.serving.gate import Gate
+from quantkit.serving.jobs import Job
 from quantkit.serving.lanes import SHORT, Lanes
 from quantkit.serving.logits import TokenRules
 from quantkit.serving.markers import Prompt
@@ -42,7 +43,7 @@ from quantkit.serving.prompts import chat_prompt
 from quantkit.serving.refusals import Refused, failure
 from quantkit.serving.renderer import Renderer, TooLong
 from quantkit.serving.requests import MAX_CHOICES, MAX_TOLD, MAX_TOLD_NEW, Body, ChatBody, CompletionBody
-from quantkit.serving.scheduler import Job, QueueFull
+from quantkit.serving.scheduler import QueueFull
 from quantkit.serving.spoken import Spoken
 from quantkit.serving.template import ChatTemplate
 from quantkit.serving.tools import Arguments, arguments

@@ -7,14 +7,15 @@ them: a full pipe stops no answer.
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.progress import say
-from quantkit.serving.scheduler import Job, Scheduler
+from quantkit.runtime.generate import Engine
+from quantkit.serving.jobs import Job
 
 ANSWERS = "quantkit.answers"
 """Where a request's scope has its answers."""
@@ -43,6 +44,14 @@ def usage(answers: Sequence[Answered]) -> dict[str, int]:
     prompts = {id(answer.job.prompt): len(answer.job.prompt) for answer in answers}
     old, new = sum(prompts.values()), sum(answer.job.n_made for answer in answers)
     return {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+
+
+class Busy(Protocol):
+    """A scheduler."""
+
+    engine: Engine
+    running: list[Job]
+    waiting: deque[Job]
 
 
 class Times:
@@ -147,7 +156,7 @@ class Journal:
         if self.thread is not None and not self.lines.full():
             self.lines.put_nowait(None)
 
-    def text(self, scheduler: Scheduler) -> str:
+    def text(self, scheduler: Busy) -> str:
         """For /metrics."""
         out = []
         gauges = {

@@ -12,85 +12,45 @@ prompt's bits do not depend on who waits; on who is read in the same pass they d
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from quantkit import machine
 from quantkit.errors import QuantkitError
-from quantkit.runtime.generate import Engine, Piece, Sampling, Together, piece_at, sample
-from quantkit.runtime.pauses import pause, pausing
+from quantkit.runtime import draws
+from quantkit.runtime.generate import Ask, Engine, Piece, Sampling, Together, piece_at
+from quantkit.runtime.pauses import launching, pause, pausing
 from quantkit.serving.clock import Clock
-from quantkit.serving.grammar import Constraint
-from quantkit.serving.logits import Chance, TokenRules, Unanswerable
+from quantkit.serving.jobs import Drawn, Job
+from quantkit.serving.logits import NOTHING, Chance, Unanswerable
 
 log = logging.getLogger(__name__)
 
 TOGETHER = 1024  # tokens of several prompts that are read in one pass
-MANY, SAMPLERS = 4, 8  # sequences from which on several threads choose their tokens; so many threads
-
-Emit = Callable[[int | None, str | None], None]
-"""Called in the scheduler's thread: (token, None) for each new token, then once (None, why it ended): `stop` (EOS),
-`length`, `cancelled`, `refused` (by what the request asks for; `Job.refusal` says why) or `error`."""
+EACH, SAMPLERS = 2, 8  # sequences whose tokens a thread draws, at least if there are more; so many threads at most
+ANY = Ask(Sampling(temperature=0), 0.0, NOTHING, np.empty(0, np.float32))  # what is drawn for nobody
 
 
 class QueueFull(QuantkitError):
     """More requests wait than allowed: try again later."""
 
 
-@dataclass(eq=False)
-class Job:
-    """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones (0: it is only read). made: those
-    so far, with their chances if the rules ask for them, both complete before a token is emitted. heard: chances of
-    the prompt's second token and all that follow, ended: of the EOS that ended the answer, if the rules ask for them.
-    """
+Result = TypeVar("Result")
 
-    prompt: list[int]
-    n_tokens: int
-    how: Sampling
-    emit: Emit
-    rules: TokenRules = field(default_factory=TokenRules)
-    cancelled: bool = False
-    slot: int = -1
-    done: int = 0  # prompt tokens in the cache
-    made: list[int] = field(default_factory=list)
-    chances: list[Chance] = field(default_factory=list)
-    heard: list[Chance] = field(default_factory=list)
-    ended: list[Chance] = field(default_factory=list)
-    constraint: Constraint | None = None
-    refusal: str = ""
-    generator: torch.Generator = field(default_factory=torch.Generator)
 
-    @property
-    def n_made(self) -> int:
-        """New tokens so far."""
-        return len(self.made)
-
-    @property
-    def left(self) -> int:
-        """Prompt tokens that are not in the cache."""
-        return len(self.prompt) - self.done
-
-    def hear(self, logits: torch.Tensor) -> None:
-        """As `generate.Each`."""
-        begin = len(self.heard) + 1
-        following = self.prompt[begin : begin + len(logits)]  # the prompt's last token has none
-        self.heard += Chance.each(logits[: len(following)], following, self.rules.n_logprobs or 0)
-
-    def choose(self, logits: torch.Tensor, ends: Sequence[int]) -> int:
-        """The next token, from float32 logits [n_vocab]."""
-        allowed = self.rules.apply(logits, self.prompt, self.made, ends)
-        if allowed is not logits and allowed.numpy().max() == -torch.inf:
-            raise Unanswerable("no token is left: what the request bans is the whole vocabulary")
-        if self.constraint is None:
-            return sample(allowed, self.how, self.generator)
-        token = sample(self.constraint.apply(allowed), self.how, self.generator)
-        self.constraint.take(token)
-        return token
+def tried(work: Callable[[], Result]) -> Result | Exception:
+    """What it gives, or the error that it raised."""
+    try:
+        return work()
+    except Exception as error:
+        return error
 
 
 class Turns:
@@ -110,25 +70,29 @@ class Turns:
 
 
 class Scheduler:
-    """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager. held: within it
-    the tokens of a step are emitted."""
+    """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager. tell: called in
+    the scheduler's thread when what was emitted is to be passed on: before it waits or reads a prompt, else while the
+    next step is computed, if the engine says when (`pauses.launched`)."""
 
     def __init__(
         self,
         engine: Engine,
         queue_limit: int = 256,
-        held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        tell: Callable[[], None] = lambda: None,
     ):
-        self.engine, self.queue_limit, self.held = engine, queue_limit, held
+        self.engine, self.queue_limit, self.tell = engine, queue_limit, tell
+        self.launches = False  # whether the engine says so
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.prompts: list[Job] = []  # of the running ones, those with unfinished prompts, the last served last
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
         self.clock = Clock()
-        self.samplers = ThreadPoolExecutor(
-            min(SAMPLERS, machine.threads()), "quantkit-sampler", machine.one_thread_here
-        )
+        begun = time.perf_counter()
+        draws.warm_up(engine.config.n_vocab)
+        log.info("kernels that draw tokens are there after %.1f s", time.perf_counter() - begun)
+        self.n_drawing = min(SAMPLERS, machine.threads())
+        self.samplers = ThreadPoolExecutor(self.n_drawing, "quantkit-sampler", machine.one_thread_here)
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._loop, name="quantkit-scheduler", daemon=True)
@@ -149,7 +113,6 @@ class Scheduler:
                 f"{len(job.prompt)} prompt tokens and {job.n_tokens} new ones do not fit a context of "
                 f"{self.engine.capacity}"
             )
-        job.generator.manual_seed(job.how.seed)
         with self.changed:
             if self.closed:
                 raise QuantkitError("the scheduler is closed")
@@ -177,6 +140,7 @@ class Scheduler:
             self._step()
         for job in [*self.running, *self.waiting]:
             self._end(job, "cancelled")
+        self.tell()
 
     @contextlib.contextmanager
     def _at_risk(self, *jobs: Job) -> Iterator[None]:
@@ -207,6 +171,8 @@ class Scheduler:
                 self.prompts.append(job)
         for job in gone + [job for job in self.running if job.cancelled]:
             self._end(job, "cancelled")
+        if self.prompts or not self.running:
+            self.tell()
         return not self.closed
 
     def _step(self) -> None:
@@ -218,6 +184,7 @@ class Scheduler:
             with self._at_risk(*(job for job, _ in batch)), pausing(self._let_others if waits else None):
                 self._read(batch)
                 pause(what="the end of a piece")
+            self.tell()
         self._decode([job for job in ready if job in self.running])
         if not self.prompts:
             self.clock.gaps.tell()
@@ -228,6 +195,7 @@ class Scheduler:
             for job in [job for job in self.running if job.cancelled and not job.left]:
                 self._end(job, "cancelled")
             self._decode([job for job in self.running if not job.left])
+            self.tell()
 
     def _decode(self, ready: list[Job]) -> None:
         """One token for each."""
@@ -235,9 +203,17 @@ class Scheduler:
             return
         begun = self.clock.now()
         with self._at_risk(*ready):
-            logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
-            self._continue(list(zip(ready, logits, strict=True)))
+            with launching(self._launched):
+                logits = self.engine.decode([job.slot for job in ready], [job.made[-1] for job in ready])
+            self.tell()  # if it has not been launched after all
+            self._continue(ready, logits)
         self.clock.decoded(begun)
+        if not (self.launches and self.running):
+            self.tell()
+
+    def _launched(self) -> None:
+        self.launches = True
+        self.tell()
 
     def _to_read(self) -> list[tuple[Job, int]]:
         """Whose prompts are read in this step, and how many tokens of each: somebody's piece, and what is left of
@@ -282,44 +258,59 @@ class Scheduler:
             logits = self.engine.prefill_together(pieces)
         else:
             logits = self.engine.prefill(*pieces[0])[None]
-        ready = list[tuple[Job, torch.Tensor]]()
-        for (job, n), own in zip(batch, logits, strict=True):
+        ready = list[int]()
+        for i, (job, n) in enumerate(batch):
             job.done += n
             if job.left:
                 self.prompts.append(job)
             elif not job.n_tokens:
                 self._end(job, "length")
             else:
-                ready.append((job, own))
-        self._continue(ready)
+                ready.append(i)
+        if ready:
+            self._continue([batch[i][0] for i in ready], logits[ready] if len(ready) < len(batch) else logits)
 
-    def _continue(self, ready: Sequence[tuple[Job, torch.Tensor]]) -> None:
-        """A token for each, from its logits."""
-        tokens = self._chosen(ready)
-        with self.held():
-            for (job, own), token in zip(ready, tokens, strict=True):
-                with self._at_risk(job):
-                    self._take(job, own, token())
+    def _continue(self, ready: Sequence[Job], logits: torch.Tensor) -> None:
+        """A token for each, from its row of logits."""
+        for job, found in zip(ready, self._drawn(ready, logits.cpu().numpy()), strict=True):
+            with self._at_risk(job):
+                if isinstance(found, Exception):
+                    raise found
+                self._take(job, found)
 
-    def _chosen(self, ready: Sequence[tuple[Job, torch.Tensor]]) -> list[Callable[[], int]]:
+    def _drawn(self, ready: Sequence[Job], logits: np.ndarray) -> list[Drawn | Exception]:
         """Each one's next token, or the error that it gave. Of many by several threads: in R1's vocabulary it takes
-        0.1 to 0.3 ms, with penalties or a grammar more."""
-        if len(ready) < MANY:
-            return [partial(self._sampled, *each) for each in ready]
-        return [self.samplers.submit(self._sampled, *each).result for each in ready]
+        0.1 ms, and more with penalties or a grammar."""
+        size = max(EACH, -(-len(ready) // self.n_drawing))
+        parts = [slice(begin, begin + size) for begin in range(size, len(ready), size)]
+        others = [self.samplers.submit(self._part, ready[part], logits[part]) for part in parts]
+        found = self._part(ready[:size], logits[:size])
+        return found + [each for other in others for each in other.result()]
 
-    def _sampled(self, job: Job, logits: torch.Tensor) -> int:
-        return job.choose(logits, self.engine.config.ends)
+    def _part(self, ready: Sequence[Job], logits: np.ndarray) -> list[Drawn | Exception]:
+        ends = self.engine.config.ends
+        asked = [tried(partial(job.ask, own, ends)) for job, own in zip(ready, logits, strict=True)]
+        tokens = draws.tokens(logits, [ANY if isinstance(ask, Exception) else ask for ask in asked])
+        rows = zip(ready, logits, asked, tokens, strict=True)
+        return [
+            ask if isinstance(ask, Exception) else tried(partial(self._found, job, own, token))
+            for job, own, ask, token in rows
+        ]
 
-    def _take(self, job: Job, logits: torch.Tensor, token: int) -> None:
-        if token in self.engine.config.ends or token in job.rules.stop:
-            if job.rules.of_prompt:
-                job.ended.append(Chance.of(logits, token, job.rules.n_logprobs or 0))
+    def _found(self, job: Job, logits: np.ndarray, drawn: int | QuantkitError) -> Drawn:
+        token, last = job.took(drawn, self.engine.config.ends)
+        rules = job.rules
+        if not (rules.of_prompt if last else rules.n_logprobs is not None):
+            return Drawn(token, last, None)
+        return Drawn(token, last, Chance.of(logits, token, rules.n_logprobs or 0, draws.log_total(logits)))
+
+    def _take(self, job: Job, drawn: Drawn) -> None:
+        if drawn.chance:
+            (job.ended if drawn.last else job.chances).append(drawn.chance)
+        if drawn.last:
             return self._end(job, "stop")
-        if job.rules.n_logprobs is not None:
-            job.chances.append(Chance.of(logits, token, job.rules.n_logprobs))
-        job.made.append(token)
-        job.emit(token, None)
+        job.made.append(drawn.token)
+        job.emit(drawn.token, None)
         if job.n_made == job.n_tokens:
             self._end(job, "length")
 

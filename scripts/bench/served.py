@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit.runtime.pauses import launched
 from quantkit.runtime.sources.gguf import open_gguf
 from quantkit.serving import http
 from quantkit.serving.gate import Gate
@@ -41,6 +42,7 @@ class Sleeper:
 
     def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
         """As `Engine`."""
+        launched()
         time.sleep(self.seconds)
         self.at = (self.at + 7919) % SHIFTS
         n = self.config.n_vocab

@@ -1,6 +1,7 @@
 """What clients get beside text: log probabilities of prompts, penalties, formats, calls of tools, reasoning apart."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,12 +9,12 @@ import torch
 from patience import within
 from server import Running
 
+from quantkit.runtime import draws
 from quantkit.runtime.engines.open import open_engine
-from quantkit.runtime.generate import Sampling, generate
+from quantkit.runtime.generate import Ask, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving.logits import Chance, Penalties, TokenRules
+from quantkit.serving.logits import Chance, Past, Penalties, TokenRules, likeliest
 from quantkit.serving.markers import Prompt
-from quantkit.serving.scheduler import Job
 from quantkit.serving.spoken import Spoken
 from quantkit.serving.tools import OPENINGS, arguments, calls
 
@@ -100,6 +101,35 @@ def test_more_log_probabilities_than_fit_are_refused(running):
     assert status == 400 and answer["error"]["message"].startswith("logprobs: 1,344,000 log probabilities")
 
 
+def edited(logits: torch.Tensor, rules: TokenRules, prompt: list[int], made: list[int], ends: Sequence[int] = ()):
+    """What the rules make of logits; tokens were made one by one."""
+    own, past = logits.numpy(), Past(prompt, [])
+    for token in made:
+        rules.edits(own, past, ends)
+        past.made.append(token)
+    return Ask(Sampling(), 0.0, *rules.edits(own, past, ends)).edited(own).tolist()
+
+
+def test_rules_apply_one_after_the_other():
+    """Bias first, then penalties, whose tokens need not be the same; what must not come last of all."""
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5, 3.0, 0.0])
+    inf = float("inf")
+    both = Penalties(frequency=0.25, presence=1, repetition=2, repeat=4, last_n=2)
+    for rules, expected in (
+        (TokenRules(), logits.tolist()),
+        (TokenRules(bias={5: 2.0, 0: -1.0}), [1, -2, 1, 0.5, 3, 2]),
+        (TokenRules(bias={4: 1.0}, ignore_eos=True), [2, -2, 1, 0.5, -inf, 0]),
+        (TokenRules(n_least=4, stop=frozenset({5})), [2, -2, 1, 0.5, -inf, -inf]),
+        (TokenRules(n_least=3, stop=frozenset({5})), logits.tolist()),
+        (TokenRules(banned=((0, 2, 3), (2, 0, 1), (9,), (5,))), [2, -2, 1, -inf, 3, -inf]),
+        (
+            TokenRules(bias={0: 2.0, 3: 1.0}, penalties=both, banned=((3,),)),
+            [4 / 8 - 1.5, -4, 1 / 8 - 1.25, -inf, 3, 0],
+        ),
+    ):
+        assert edited(logits, rules, [1], [0, 0, 2], [4]) == expected, rules
+
+
 def test_penalties():
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     for penalties, expected in (
@@ -110,11 +140,24 @@ def test_penalties():
         (Penalties(repeat=2, last_n=0), logits.tolist()),
         (Penalties(repeat=2, last_n=4), [1.0, -4, 0.5, 0.5]),
     ):
-        made = TokenRules(penalties=penalties).apply(logits, [1], [0, 0, 2], [])
-        assert made.tolist() == expected, penalties
-    assert TokenRules().apply(logits, [1], [0], []) is logits
+        assert edited(logits, TokenRules(penalties=penalties), [1], [0, 0, 2]) == expected, penalties
     chances = Chance.each(logits[None].expand(2, 4), [0, 3], 2)
     assert [c.token for c in chances] == [0, 3] and chances[1].best[0][0] == 0
+
+
+def test_the_most_probable_tokens_are_found():
+    generator = torch.Generator().manual_seed(4)
+    for n_vocab in (1, 5, 700, 5000, 5120):
+        logits = torch.randn(n_vocab, generator=generator).mul(8).round().div(4)  # many are alike
+        logits[-1] = 9.0
+        for n in {0, 1, min(3, n_vocab), min(18, n_vocab), n_vocab}:
+            ids = likeliest(logits.numpy(), n)
+            assert ids.tolist() == logits.argsort(descending=True, stable=True)[:n].tolist(), (n_vocab, n)
+        total = draws.log_total(logits.numpy())
+        mine, other = Chance.of(logits.numpy(), 0, 3, total), Chance.of(logits.numpy(), int(ids[0]), 1, total)
+        whole = Chance.each(logits[None], [0], 3)[0]
+        assert mine.logprob == pytest.approx(whole.logprob, abs=1e-5) and other.logprob == other.best[0][1]
+        assert [p for _, p in mine.best] == pytest.approx([p for _, p in whole.best], abs=1e-5)
 
 
 def test_penalties_reach_the_answer(running):
@@ -173,8 +216,8 @@ def test_without_the_library_one_line_says_so(running, monkeypatch):
 @pytest.fixture
 def says(running, monkeypatch):
     """says(text): the next answer."""
-    ids: list[int] = []
-    monkeypatch.setattr(Job, "choose", lambda job, logits, ends: ids.pop(0) if ids else ends[0])
+    ids, ends = list[int](), running.engine.config.ends
+    monkeypatch.setattr(draws, "tokens", lambda logits, asked: [ids.pop(0) if ids else ends[0] for _ in asked])
     return lambda text: ids.extend(running.api.markers.tokenize(Prompt(text)))
 
 

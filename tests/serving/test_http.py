@@ -23,7 +23,8 @@ from server import CONTEXT, KEY, Running
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
-from quantkit.serving import connections, http, scheduler
+from quantkit.serving import connections, http
+from quantkit.serving.jobs import Job
 
 
 @pytest.fixture(scope="module")
@@ -487,8 +488,8 @@ def test_an_error_belongs_to_its_job(running, monkeypatch):
     expected = complete(running)["choices"]
     assert complete(running, temperature=1e-300)["choices"] == expected
     assert complete(running, temperature=1e-5, top_p=1)["choices"] == expected
-    whole = scheduler.sample
-    monkeypatch.setattr(scheduler, "sample", lambda logits, how, g: 1 / 0 if how.seed == 13 else whole(logits, how, g))
+    whole = Job.ask
+    monkeypatch.setattr(Job, "ask", lambda job, *rest: 1 / 0 if job.how.seed == 13 else whole(job, *rest))
 
     def ask(seed: int) -> int:
         body = {"prompt": [0, 50], "max_tokens": 60, "temperature": 1.0, "seed": seed, "ignore_eos": True}

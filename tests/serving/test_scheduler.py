@@ -19,6 +19,7 @@ from quantkit.runtime.engines import graph
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.generate import Piece, Sampling, reach
+from quantkit.runtime.pauses import launched
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf
 from quantkit.serving import clock as timing
 from quantkit.serving import http
@@ -156,25 +157,67 @@ def test_a_step_wakes_the_event_loop_once():
         loop.call_soon_threadsafe = counted
 
         def steps() -> None:
-            post.put(loop, queues[0], 0)
+            post.send()
             for i in (1, 2):
-                with post.held():
-                    for queue in queues:
-                        post.put(loop, queue, i)
-            with pytest.raises(ZeroDivisionError), post.held():
-                post.put(loop, queues[2], 3)
-                raise ZeroDivisionError
+                for queue in queues:
+                    post.put(loop, queue, i)
+                post.send()
 
         thread = threading.Thread(target=steps)
         thread.start()
         found = [
             [await asyncio.wait_for(queue.get(), 10) for _ in range(n)]
-            for queue, n in zip(queues, (3, 2, 3), strict=True)
+            for queue, n in zip(queues, (2, 2, 2), strict=True)
         ]
         thread.join()
         return found, wakes[0]
 
-    assert asyncio.run(received()) == ([[0, 1, 2], [1, 2], [1, 2, 3]], 4)
+    assert asyncio.run(received()) == ([[1, 2]] * 3, 2)
+
+
+class Counting:
+    """`Engine`, but for the computing: the next number is the most probable token. launches: it says when a step is on
+    its way."""
+
+    def __init__(self, weights: GGUFWeights, launches: bool, seen: list[str]):
+        self.config = dataclasses.replace(weights.config, eos=-1)
+        self.n_slots, self.capacity, self.piece, self.launches, self.seen = 2, 64, 64, launches, seen
+
+    def prefill(self, slot: int, tokens: list[int], begin: int, each=None) -> torch.Tensor:
+        return self.decode([slot], tokens[-1:])[0]
+
+    def decode(self, slots: list[int], tokens: list[int]) -> torch.Tensor:
+        self.seen.append("begin")
+        if self.launches:
+            launched()
+        self.seen.append("end")
+        return torch.nn.functional.one_hot(torch.tensor(tokens) + 1, self.config.n_vocab).float()
+
+
+@pytest.mark.parametrize("launches", [False, True])
+def test_tokens_are_told_while_the_next_step_is_computed(weights, launches):
+    """Or at once, where an engine does not say when; the first and the last token wait for nothing."""
+    seen, emitted, done = list[str](), list[str](), threading.Event()
+
+    def emit(token: int | None, why: str | None) -> None:
+        emitted.append(str(token or why))
+
+    def tell() -> None:
+        if emitted:
+            seen.append("told " + " ".join(emitted))
+            if "length" in emitted:
+                done.set()
+            emitted.clear()
+
+    with Scheduler(Counting(weights, launches, seen), tell=tell) as scheduler:
+        scheduler.submit(Job([0, 60], 4, GREEDY, emit))
+        assert done.wait(30)
+    step, told = ["begin", "end"], ["told 61", "told 62", "told 63"]
+    if launches:
+        expected = [*step, told[0], *step, "begin", told[1], "end", "begin", told[2], "end", "told 64 length"]
+    else:
+        expected = [*step, told[0], *step, told[1], *step, told[2], *step, "told 64 length"]
+    assert seen == expected
 
 
 def test_threads_that_choose_tokens_leave_others_theirs():

@@ -14,8 +14,9 @@ from quantkit.evaluation.behaviour.items import Item
 from quantkit.formats.byte_source import read_whole
 from quantkit.progress import clock, say, track
 from quantkit.runtime.generate import Engine, Sampling
+from quantkit.serving.jobs import Emit, Job
 from quantkit.serving.logits import TokenRules
-from quantkit.serving.scheduler import Emit, Job, Scheduler
+from quantkit.serving.scheduler import Scheduler
 
 PROBE = 128, 8  # tokens of a prompt, and steps of all slots, by which speed is measured
 

@@ -49,7 +49,7 @@ from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.packed import Packed
-from quantkit.runtime.pauses import pause
+from quantkit.runtime.pauses import launched, pause
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
@@ -281,6 +281,7 @@ class GpuEngine:
         if step := self._kept(key):
             self._replay(step)
         else:
+            launched()  # this may take long, and is rare
             for wait in self._pieces(*key):
                 self._hand_over(wait)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
@@ -295,6 +296,8 @@ class GpuEngine:
             for i, (_, waits) in enumerate(step):
                 for graph, _ in step[i + ahead : i + ahead + 1]:
                     graph.replay()
+                if not i:
+                    launched()
                 for wait in waits:
                     self._hand_over(wait)
         except BaseException:  # or the GPU would wait for ever

@@ -31,7 +31,7 @@ from quantkit.runtime.watch import Projections
 from quantkit.runtime.workers import Workers
 from quantkit.tensors import bytes_by_layer
 
-FEW_ROWS = 16  # embedded at once, not looked at for repetitions
+FEW_ROWS = 64  # embedded at once, not looked at for repetitions
 EMBEDDED_ROWS = 8192  # embedding rows dequantized at once: 235 MB of R1's as float32
 
 Query = tuple[Linear, torch.Tensor, Linear] | Linear
