@@ -605,6 +605,8 @@ def test_an_oversized_request_stops_nobody(running, body):
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "Invalid JSON"),
         (b"[" * 100_000, 400, "Invalid JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 101}', 400, "less than or equal to 100"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_k": 9223372036854775808}', 400, "top_k"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 9999}', 400, "do not fit the context"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "gpt-4"),
         (b'{"messages": [{"role": "user", "content": "' + b"word " * 2000 + b'"}]}', 400, "do not fit the context"),
