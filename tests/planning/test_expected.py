@@ -92,6 +92,19 @@ def test_machines_by_name():
     assert complete.how == dict.fromkeys(("gpu", "disk", "cpu"), "assumed")
 
 
+def test_some_cores_of_a_host_have_their_share_of_its_memory():
+    """16 of a Xeon read 142 GB/s; of a desktop's two channels few cores get all."""
+
+    def of(cpu: str, threads: int, **given: float) -> tuple[float, str]:
+        found = machine_of(Named(ram=1, vram=0, cpu=cpu, threads=threads), given, None)
+        return found.ram_bandwidth, found.how.get("ram", "given")
+
+    assert of("xeon-5", 16) == (pytest.approx(142e9, rel=0.02), "share of 16 of 32 cores, assumed")
+    assert of("xeon-5", 32) == of("xeon-5", 64) == (0.8 * 358.4e9, "0.8 of published")
+    assert of("ryzen-9000", 12) == (0.8 * 89.6e9, "0.8 of published")
+    assert of("xeon-5", 16, ram=5e10) == (5e10, "given")
+
+
 def test_probe():
     rates = probe.rates(1)
     assert set(OF_IQ1_S) - set(rates) == {"IQ3_S", "IQ4_NL", "F16", "BF16", "F32"}
