@@ -718,15 +718,27 @@ def test_the_log_does_not_grow_with_the_trouble():
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addHandler(handler)
-    connections.log_seldom("test.seldom")
-    connections.log_seldom("test.seldom")
-    for i in range(1000):
-        logger.warning("trouble %d", i)
-    logger.warning("another")
-    assert lines == ["trouble 0", "another"] and len(logger.filters) == 1
-    logger.filters[0].last.clear()  # as after some time
-    logger.warning("trouble %d", 1)
-    assert lines[2:] == ["trouble 1 (999 more of these were left out)"]
+    with connections.seldom("test.seldom"):
+        for i in range(1000):
+            logger.warning("trouble %d", i)
+        logger.warning("another")
+        assert lines == ["trouble 0", "another"] and len(logger.filters) == 1
+        logger.filters[0].last.clear()  # as after some time
+        logger.warning("trouble %d", 1)
+        assert lines[2:] == ["trouble 1 (999 more of these were left out)"]
+    logger.warning("trouble %d", 2)  # a logger is everybody's in this process
+    logger.warning("trouble %d", 3)
+    assert lines[3:] == ["trouble 2", "trouble 3"] and not logger.filters
+
+
+def test_a_server_that_has_ended_leaves_loggers_alone(weights):
+    """Or what fails in a scheduler of somebody else in this process would be left out of the log."""
+    log = logging.getLogger("quantkit.serving.scheduler")
+    before = list(log.filters)  # of the server that other tests ask
+    server = Running(weights, n_slots=1)
+    assert len(log.filters) == len(before) + 1
+    server.stop()
+    assert log.filters == before
 
 
 def test_full_queue_is_429(weights, monkeypatch):
