@@ -15,18 +15,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal
-
-import torch
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Literal
 
 from quantkit import bundle
 from quantkit.calibration.sources import Domain, parse
 from quantkit.errors import QuantkitError, needs
 from quantkit.formats.byte_source import open_regular, read_text
-from quantkit.models.tokenizer import check_ids, tokenize
 from quantkit.progress import say
-from quantkit.runtime.stream import Source
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from quantkit.runtime.stream import Source
 
 Part = Literal["calibration", "evaluation"]
 
@@ -261,19 +262,19 @@ class Chunks:
     domains: the domain of each chunk's middle token.
     """
 
-    tokens: torch.Tensor
-    targets: torch.Tensor
+    tokens: "torch.Tensor"
+    targets: "torch.Tensor"
     domains: tuple[str, ...]
 
 
 def chunk(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: "Tokenizer",
     bos: int,
     length: int = 512,
     limit: int | None = None,
     from_start: bool = False,
-    model: Source | None = None,
+    model: "Source | None" = None,
 ) -> Chunks:
     """Tokenize and cut. limit: most tokens to use (rounded down to whole chunks). model: whose tokens they are;
     QuantkitError for one, anywhere in the text, that its embedding does not have.
@@ -282,6 +283,10 @@ def chunk(
     subject, and error feedback fitted to one subject is worse than none on the others. A smaller limit takes a prefix
     of a larger one's chunks. from_start: the first chunks after all, as llama-imatrix takes them.
     """
+    import torch  # here: to choose a text needs neither
+
+    from quantkit.models.tokenizer import check_ids, tokenize
+
     ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
     for document in corpus.documents:
         ids += tokenize(tokenizer, document.text)
@@ -305,7 +310,7 @@ def chunk(
     return Chunks(tokens, targets, domains)
 
 
-def cut(text: Corpus, source: Source, choice: TextChoice) -> Chunks:
+def cut(text: Corpus, source: "Source", choice: TextChoice) -> Chunks:
     """The chunks of a text that are chosen, in the tokens of a model; all of them where no number is given.
     QuantkitError for a token that the model's embedding does not have."""
     bos, tokenizer = source.config.bos, source.tokenizer()

@@ -15,6 +15,7 @@ import click
 from quantkit.cli import streams
 from quantkit.container import cache_folder
 from quantkit.errors import QuantkitError
+from quantkit.runtime import bounds
 
 if TYPE_CHECKING:
     from quantkit.serving.chat import Conversation
@@ -31,14 +32,7 @@ HISTORY, MOST_LINES = "quantkit-history", 1000
 BLOCK = '"""'
 COMMAND = re.compile(r"/[a-z]+(?=\s|$)")
 ROLES = ("system", "user", "assistant")
-BOUNDS: dict[str, tuple[float, float]] = {
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "top_k": (0, 1 << 31),
-    "min_p": (0, 1),
-    "typical_p": (0, 1),
-}
-BOUNDS |= {"seed": (-(2**63), 2**63 - 1), "n_tokens": (1, 10**8)}
+BOUNDS = bounds.BOUNDS | {"n_tokens": (1, 10**8)}
 
 
 class Lines:
@@ -189,13 +183,11 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
 
 
 def _number(name: str, value: str) -> float:
-    low, high = BOUNDS[name]
     try:
         number = int(value) if name in ("seed", "top_k", "n_tokens") else float(value)
     except ValueError:
         number = float("nan")
-    if not low <= number <= high:
-        raise QuantkitError(f"/set {name} {value}: not a number from {low:g} to {high:g}")
+    bounds.check(number, BOUNDS[name], f"/set {name} {value}")
     return number
 
 

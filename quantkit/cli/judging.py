@@ -273,22 +273,24 @@ def compare(
     """Files of anybody side by side: types, bytes, and with --reference KL divergence, top-1 and perplexity on the same
     tokens, as `verify` measures them. Without it --data gives perplexities alone. Resumes. Exit code 1 if none could be
     scored."""
-    from quantkit.formats.lock import locked
-    from quantkit.job import compare as comparing
+    from quantkit.job import headers
     from quantkit.job.report import files as report_files
-    from quantkit.machine import chosen_device
-    from quantkit.models.open import open_weights
 
-    opened = comparing.opened(files)
+    opened = headers.opened(files)
     by_headers = reference is None and not text.data
     if by_headers:
-        found = comparing.tables(opened)
+        found = headers.tables(opened)
     else:
+        from quantkit.formats.lock import locked
+        from quantkit.job.compare import CompareOptions, scored_tables
+        from quantkit.machine import chosen_device
+        from quantkit.models.open import open_weights
+
         output = output or Path("compare")
-        how = comparing.CompareOptions(text, output, chosen_device(device), memory)
+        how = CompareOptions(text, output, chosen_device(device), memory)
         original = open_weights(reference) if reference else None
         with locked(output):
-            found = comparing.scored_tables(opened, original, how)
+            found = scored_tables(opened, original, how)
     page = report_files.text(found, opened)
     made = report_files.write(found, page, output) if output else []
     if as_json:

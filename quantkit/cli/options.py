@@ -292,7 +292,7 @@ threads = _threads(
     is_eager=True,
     help="CPU threads. Default: $OMP_NUM_THREADS, or the physical cores that this process may use.",
 )
-their_threads = _threads(help="CPU threads there. Default: as many as here.")
+their_threads = _threads(help="CPU threads there. Default: as --cpu has cores, else as here.")
 encoder = click.option(
     "--encoder",
     type=OneOf(["auto", "quantkit", "ggml"]),

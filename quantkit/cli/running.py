@@ -11,7 +11,7 @@ import click
 from quantkit.cli import options, streams
 from quantkit.cli.chat import chat_on_terminal, show_answer
 from quantkit.cli.options import Placement, Shared
-from quantkit.cli.values import FILE, MODEL_FILE, SEED, TOKENS, Finite, name_of
+from quantkit.cli.values import FILE, MODEL_FILE, SEED, TOKENS, Sampled, name_of
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -84,10 +84,17 @@ def _sampling(**given: Any) -> "Sampling":
 @click.option("--context", "-c", default="4k", show_default=True, type=TOKENS, help="Tokens in all.")
 @Shared(
     (
-        click.option("--temperature", "--temp", default=0.6, show_default=True, type=Finite(0), help="0 for greedy."),
-        click.option("--top-p", default=0.95, show_default=True, type=Finite(0, 1)),
+        click.option(
+            "--temperature",
+            "--temp",
+            default=0.6,
+            show_default=True,
+            type=Sampled("temperature"),
+            help="0 for greedy; OpenAI's API ends at 2.",
+        ),
+        click.option("--top-p", default=0.95, show_default=True, type=Sampled("top_p")),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
-        click.option("--min-p", default=0.0, show_default=True, type=Finite(0, 1)),
+        click.option("--min-p", default=0.0, show_default=True, type=Sampled("min_p")),
         click.option("--seed", default=0, show_default=True, type=SEED),
     ),
     "sampling",

@@ -13,6 +13,7 @@ from quantkit import bundle, sizes
 from quantkit.errors import QuantkitError
 from quantkit.formats import model_names
 from quantkit.formats.gguf_folder import model_in
+from quantkit.runtime.bounds import BOUNDS, check
 
 
 class Place(click.Path):
@@ -172,15 +173,21 @@ class GpuLayers(click.ParamType):
         return int(number) if number == value else int(number) / 100
 
 
-class Finite(click.FloatRange):
-    """A number within bounds; nan and inf are none."""
+class Sampled(click.FloatRange):
+    """A number that says how tokens are drawn, by its name in `bounds.BOUNDS`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(*BOUNDS[name])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """QuantkitError, naming the option, for what is not finite."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            raise QuantkitError(f"{name_of(param)} {value}: not a finite number")
-        return float(number)
+        """QuantkitError, naming the option, for what is none or beyond the bounds."""
+        assert self.min is not None and self.max is not None
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        check(number, (self.min, self.max), f"{name_of(param)} {value}")
+        return number
 
 
 class OneOf(click.Choice[str]):

@@ -41,7 +41,7 @@ def certify(
 
     reference: the original; without it, a bundled description of the same geometry stands in for its metadata.
     oracle: load and run the file in what the target computes with, where that is installed. values: decode every
-    tensor. QuantkitError for an unknown target only.
+    tensor. QuantkitError for an unknown target, or before hours for a QUANTKIT_LLAMA_BIN without llama.cpp, only.
     """
     targets.get(target)
     try:
@@ -145,27 +145,36 @@ def _by_rule(
 
 
 def _by_value(made: Certificate, weights: WeightCheck, reading: _Reading) -> tuple[Check, dict[str, int] | None]:
-    """Every weight decoded, and what else that reading of the file is for; the figures are left in `made`. And
-    checksums, if all of it could be read."""
-    file = weights.file
+    """Every weight decoded, and what else that reading of the file is for; the figures are left in `made`, also those
+    of a reading that memory ended. And checksums, if all of it could be read."""
+    file, seen = weights.file, 0
 
     def visited(spec: TensorSpec, whole: bool) -> None:
-        tensor = file.tensors[spec.name]
+        nonlocal seen
+        tensor, seen = file.tensors[spec.name], seen + 1
         sums.upto(tensor.file, tensor.offset + tensor.n_bytes)
         if whole and spec.layer is not None and not weights.problems:
             reading.advance(spec.layer + 1)
 
     try:
         with RunningChecksums(file.files) as sums:
-            found = weights.run(visited)
+            weights.run(visited)
             crc32 = dict(zip(made.files, sums.finish(), strict=True))
     except QuantkitError as error:
         return Check("weights", "fail", str(error)), None
-    made.weights = found.report()
+    except (RuntimeError, MemoryError) as error:
+        if not (lacking := out_of_memory(error)):
+            raise
+        made.weights = weights.report()
+        left = f"too little {lacking} after {seen} of {len(weights.specs)} tensors"
+        if weights.problems:
+            return _check("weights", [*map(str, weights.problems[: SHOWN - 1]), left], ""), None
+        return Check("weights", "skip", f"{oracle_checks.NOT_RUN}{left}"), None
+    made.weights = weights.report()
     otherwise = "finite, no empty and no doubled matrix; not compared with the original (--reference)"
-    if found.checkpoint is not None:
-        otherwise = f"{len(found.errors)} tensors are the original's within what their types cost"
-    return _check("weights", map(str, found.problems), otherwise), crc32
+    if weights.checkpoint is not None:
+        otherwise = f"{len(weights.errors)} tensors are the original's within what their types cost"
+    return _check("weights", map(str, weights.problems), otherwise), crc32
 
 
 def _by_running(path: Path, file: GGUFFile, reading: _Reading) -> Iterator[Check]:
@@ -183,6 +192,8 @@ def _check(name: str, problems: Iterable[str], otherwise: str) -> Check:
     """Pass with `otherwise`, or fail with the problems."""
     try:
         found = list(problems)
+    except MemoryError:
+        return Check(name, "skip", f"{oracle_checks.NOT_RUN}too little memory")
     except QuantkitError as error:
         found = [str(error)]
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

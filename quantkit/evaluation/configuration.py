@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation.certificate import Check
 from quantkit.evaluation.oracles import hf
 from quantkit.evaluation.oracles.child import OracleError
@@ -26,6 +26,7 @@ from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.runtime.stream import final_hidden, head_logits
 
 NAME = "oracle transformers"
+UNCHECKED = "unchecked: only quantkit has read it"
 TOKENS = 160
 MOST_KLD = 1e-4  # float32 on both sides: 1e-8; a wrong rope 2, another activation 0.2
 # Widths only: rope's, and all that is routed, stay as they are.
@@ -48,11 +49,14 @@ RULES = ("index_topk_freq", "index_skip_topk_offset")  # that say the same as in
 def check(raw: Mapping[str, Any]) -> Check:
     """The model of this config.json by transformers' class and by us. raw: one that `family.from_hf` reads.
 
-    A computation that breaks down on either side fails; where nobody could be asked, that is a warning.
+    A computation that breaks down on either side fails; where nobody could be asked, or memory ran out, that is a
+    warning.
     """
     try:
         return _check(json.dumps(small(raw), sort_keys=True))
-    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except (QuantkitError, RuntimeError, OSError, ValueError, KeyError, MemoryError) as error:
+        if lacking := out_of_memory(error):
+            return Check(NAME, "warn", f"{UNCHECKED}: too little {lacking}")
         return Check(NAME, "fail", f"{type(error).__name__}: {error}")
 
 
@@ -99,14 +103,14 @@ def _small_v4(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _check(text: str) -> Check:
     config = json.loads(text)
     if not hf.available():
-        return Check(NAME, "warn", "unchecked: only quantkit has read it; pip install transformers")
+        return Check(NAME, "warn", f"{UNCHECKED}; pip install transformers")
     tokens = torch.randint(1, config["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         try:
             theirs = hf.random_model(config, folder, tokens.numpy())
         except OracleError as error:
-            return Check(NAME, "warn", f"unchecked: only quantkit has read it: {error.reason()}")
+            return Check(NAME, "warn", f"{UNCHECKED}: {error.reason()}")
         (folder / CONFIG).write_text(text, encoding="utf-8")
         with Checkpoint.open(folder) as checkpoint:
             ours = _logits(CheckpointSource(checkpoint), tokens)

@@ -5,6 +5,7 @@ its answer is wrong.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -113,10 +114,15 @@ class Programs:
 
     @classmethod
     def found(cls) -> "Programs":
-        """On this machine. A build is started to know what it is."""
+        """On this machine. A build is started to know what it is.
+
+        QuantkitError if the one that the environment names is none: who named it is told, not left without.
+        """
         try:
             return cls(llama.available(), llama_tool.program(), why_no_build())
         except QuantkitError as error:
+            if os.environ.get(llama_tool.FOLDER):
+                raise
             return cls(llama.available(), None, str(error))
 
     @property

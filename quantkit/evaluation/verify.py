@@ -1,9 +1,8 @@
 """`quantkit verify`: is the file sound, and how far is it from the original? One read of both, layer by layer."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from quantkit.calibration.corpus import Chunks
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.divergence import Divergence, HeadLogits, Score, diverge, first_scored, scored, scored_targets
 from quantkit.evaluation.side_by_side import LayerError, NotFinite, SideBySide, bad_layers, room_of
-from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.models.config import mla_of
 from quantkit.planning import targets
@@ -20,23 +18,6 @@ from quantkit.progress import Advance, say_once, track
 from quantkit.runtime.memory import choose_place, memory, memory_limit
 from quantkit.runtime.sources.gguf import GGUFSource
 from quantkit.runtime.stream import Source, final_hidden
-from quantkit.tensors import ROUTED_ROLES
-
-
-def sizes(file: GGUFFile) -> dict[str, Any]:
-    """bytes of the file(s), bpw of all weights and of the routed experts (tensor data bits per weight)."""
-
-    def bpw(tensors: Iterable[GGUFTensor]) -> float:
-        tensors = list(tensors)
-        weights = sum(prod(tensor.shape) for tensor in tensors)
-        return 8 * sum(tensor.n_bytes for tensor in tensors) / weights if weights else 0.0
-
-    values = file.tensors.values()
-    return {
-        "bytes": sum(path.stat().st_size for path in file.files),
-        "bpw": bpw(values),
-        "bpw_routed": bpw(tensor for tensor in values if tensor.role in ROUTED_ROLES),
-    }
 
 
 def check_same_model(source: Source, reference: Source) -> None:
@@ -133,7 +114,7 @@ def verify(
         "bad_layers": bad_layers(layers),
         "seconds": time.perf_counter() - started,
     }
-    return Verification(about | sizes(source.file) | scores(found, chunks, score) | more, heads, found)
+    return Verification(about | source.file.sizes() | scores(found, chunks, score) | more, heads, found)
 
 
 def scores(found: Divergence, chunks: Chunks, score: Score = "half") -> dict[str, Any]:

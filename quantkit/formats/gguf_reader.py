@@ -3,7 +3,8 @@
 import hashlib
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import open_regular
 from quantkit.formats.gguf_header import GGUFTensor, Header, MetaValue, parse_header
 from quantkit.formats.gguf_spec import SPLIT_COUNT, SPLIT_NAME, SPLIT_NO, SPLIT_TENSORS, split_path
+from quantkit.tensors import ROUTED_ROLES
 
 
 class GGUFFile:
@@ -133,6 +135,18 @@ class GGUFFile:
         facts = [(t.name, t.qtype, t.shape, t.file.name, t.offset) for t in self.tensors.values()]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr((facts, stats)).encode()).hexdigest()
+
+    def sizes(self) -> dict[str, float]:
+        """bytes of the file(s), bpw of all weights and of the routed experts (tensor data bits per weight)."""
+
+        def bpw(tensors: Iterable[GGUFTensor]) -> float:
+            tensors = list(tensors)
+            weights = sum(prod(tensor.shape) for tensor in tensors)
+            return 8 * sum(tensor.n_bytes for tensor in tensors) / weights if weights else 0.0
+
+        every = self.tensors.values()
+        routed = bpw(tensor for tensor in every if tensor.role in ROUTED_ROLES)
+        return {"bytes": sum(path.stat().st_size for path in self.files), "bpw": bpw(every), "bpw_routed": routed}
 
     @property
     def n_bytes(self) -> int:

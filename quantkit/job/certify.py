@@ -1,6 +1,5 @@
 """`quantkit certify`: a file, a target and perhaps the original -> a certificate beside the file."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
-from quantkit.evaluation.oracles import llama_tool
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
 from quantkit.formats.whole_file import make_folders, write_json
@@ -56,8 +54,6 @@ def certify_file(
     """All checks of a file for a target; writes the certificate to `out`, default `certificate_path`, passed or not."""
     target = how.target or made_for(path) or DEFAULT
     targets.get(target)
-    if how.oracle and targets.runs_llama_cpp(target) and os.environ.get(llama_tool.FOLDER):
-        llama_tool.program()  # refused before hours, not named among what was left out
     out = out or certificate_path(path, target)
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None

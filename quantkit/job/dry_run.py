@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.job.finished import difference, scored_before
+from quantkit.job.finished import check_notes, difference, scored_before
 from quantkit.job.folder import BASELINE, PROVENANCE, VERIFY, claim, finished_files
 from quantkit.job.forecast import forecast
 from quantkit.job.plan import file_bytes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def what_it_takes(order: "Order") -> list[str]:
     """What `make` would read, write and take, in lines, and what is done already; nothing is written. QuantkitError
-    for a folder of another job."""
+    for a folder of another job, and for a finished one whose notes were changed, as `make` refuses them."""
     restart = order.options.restart
     if not restart:
         claim(order.folder, order.identity, restart=False)
@@ -25,6 +25,7 @@ def what_it_takes(order: "Order") -> list[str]:
     if files and (why := difference(files, order.identity, read=False)):
         return [f"again       {files[0].name}: {why}", *_whole(order)]
     if files:
+        check_notes(order.folder, order.identity)
         return _finished(order, files)
     return [*_done(order), *_whole(order)]
 

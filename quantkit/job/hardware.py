@@ -45,10 +45,13 @@ def _cpu(asked: Named, here: bool) -> tuple[Machine, dict[str, str]]:
     n = asked.threads
     if asked.cpu:
         cpu = presets.cpu(asked.cpu)
-        rates = Arithmetic(cores(n or cpu.cores, cpu.core, SHARES[cpu.lookups]), cpu.matrix)
-        bandwidth = presets.SUSTAINED * cpu.bandwidth
-        found = Machine(0, ram_bandwidth=bandwidth, arithmetic=rates, threads=n or cpu.cores)
-        return found, {"ram": f"{presets.SUSTAINED} of published", "cpu": f"{n or cpu.cores} cores, assumed"}
+        n = n or cpu.cores
+        rates = Arithmetic(cores(n, cpu.core, SHARES[cpu.lookups]), cpu.matrix)
+        found, whole = Machine(0, ram_bandwidth=cpu.reads(n), arithmetic=rates, threads=n), cpu.reads(cpu.cores)
+        read = f"{presets.SUSTAINED} of published"
+        if cpu.reads(n) < whole:
+            read = f"share of {n} of {cpu.cores} cores, assumed"
+        return found, {"ram": read, "cpu": f"{n} cores, assumed"}
     if not here:
         return Machine(0, threads=n), {}
     from quantkit.runtime.native import probe  # with torch

@@ -6,15 +6,16 @@ KTransformers >= 0.3.2), `combined` the attn_kv_b of older files. llama.cpp refu
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import F32, U32
 from quantkit.models.config import Mla, ModelConfig, Yarn
 from quantkit.models.patterns import KIMI_K2
 from quantkit.tensors import Assembly, TensorSpec, Weights
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURE = "deepseek2"
 LAYOUTS: tuple[Mla, ...] = ("split", "combined")
@@ -267,7 +268,7 @@ def _mtp(c: ModelConfig, layer: int) -> list[TensorSpec]:
 
 def assemble(
     weights: Weights, c: ModelConfig, spec: TensorSpec, head: int, rows: tuple[int, int], device: str
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Rows of a head's k_b or v_b, float32 [rows, n_in], cut out of kv_b_proj [n_head (qk_nope + v_head), kv_lora]."""
     (source,), (start, stop) = spec.sources, rows
     k = head * (c.qk_nope + c.v_head)

@@ -8,15 +8,16 @@ token. Its checkpoints have names of their own, and one GGUF layout.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_values import F32, U32
 from quantkit.models import deepseek2, deepseek32
 from quantkit.models.config import MAX_LAYERS, Compression, Mla, ModelConfig, Streams, Yarn
 from quantkit.tensors import Assembly, TensorSpec, Weights
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURE = "deepseek4"
 LAYOUTS: tuple[Mla, ...] = ("split",)
@@ -296,6 +297,6 @@ def _feed_forward(c: ModelConfig, make: _Layer) -> list[TensorSpec]:
 
 def assemble(
     weights: Weights, c: ModelConfig, spec: TensorSpec, matrix: int, rows: tuple[int, int], device: str
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Every tensor is one of the checkpoint's, or a stack of them."""
     raise AssertionError(f"{spec.name} is assembled as {spec.assembly}")

@@ -19,14 +19,15 @@ what a role is worth (`planning.prior`), both by role.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from quantkit.errors import QuantkitError
 from quantkit.models.capabilities import refusal
 from quantkit.models.config import MTP, Mla, ModelConfig, mla_of
 from quantkit.tensors import NEXTN, TensorSpec, Weights
+
+if TYPE_CHECKING:  # names and shapes need no torch, which takes two seconds to load
+    import torch
 
 SLICE_WEIGHTS = 16 << 20  # weights per job: 64 MB as float32, about R1's expert
 NOT_NUMBERS = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
@@ -84,7 +85,7 @@ class Family(Protocol):
 
     def assemble(
         self, weights: Weights, c: ModelConfig, spec: TensorSpec, matrix: int, rows: tuple[int, int], device: str, /
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """Rows of one matrix of a tensor that is neither copied nor stacked, float32 [rows, n_in]."""
         ...
 
@@ -277,7 +278,7 @@ def slices(spec: TensorSpec) -> Iterator[tuple[int, int]]:
 
 def read(
     weights: Weights, config: ModelConfig, spec: TensorSpec, start: int, stop: int, device: str = "cpu"
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Rows start:stop of a tensor flattened to [n_rows, n_in], float32, from the original weights.
 
     The range must lie within one matrix, as `slices` makes it.

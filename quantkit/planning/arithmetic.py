@@ -22,8 +22,17 @@ BY_AVX2 = OF_IQ1_S | {
     **{"Q2_K": 1.77, "Q3_K": 1.02, "Q4_K": 1.43, "Q5_K": 1.04, "Q6_K": 1.14},
 }
 SHARES = {"registers": OF_IQ1_S, "gathers": ON_XEON, "avx2": BY_AVX2}  # by `presets.Cpu.lookups`
-# An H200's weights/s by the kernels of runtime/kernels.py; others: the least of them.
-GPU_RATES = {"IQ1_S": 2.97e12, "IQ2_XXS": 2.89e12, "Q2_K": 4.2e12, "Q4_K": 2.86e12, "Q5_K": 2.44e12, "Q6_K": 2.57e12}
+# An H200's weights/s by the kernels of runtime/kernels.py, one token: the largest matrices of R1 that docs/results/
+# runtime.md ("Where a decoding step's time goes") has of each type, over the seconds they take. Q2_K: by kernels before
+# these. Others: the least of them.
+GPU_RATES = {
+    "IQ1_S": 8 * 2 * 2048 * 7168 / 50.3e-6,  # 8 experts' gate and up
+    "IQ2_XXS": 8 * 7168 * 2048 / 39.3e-6,  # their down
+    "Q2_K": 4.2e12,
+    "Q4_K": 7168 * 16384 / 25.4e-6,  # attention's output
+    "Q5_K": 2 * 2048 * 7168 / 11.0e-6,  # shared gate and up
+    "Q6_K": 129280 * 7168 / 222.3e-6,  # logits
+}
 GPU_PACE = 132 * 1.98  # multiprocessors × GHz of an H200
 ASSUMED_CORES, ASSUMED_CORE = 16, IQ1_S_ZEN5 / 2  # half of a fast core's IQ1_S weights/s
 AMX = 8.0  # `Arithmetic.matrix` of CPUs that have it

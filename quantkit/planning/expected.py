@@ -3,7 +3,8 @@
 A matrix takes as long as its bytes or its weights do, whichever is longer: a core multiplies so many packed weights a
 second, by type, and so does a GPU. A layer costs a GPU the launches of what is small, and a layer whose experts the
 CPU computes the way there and back. What is measured with R1's geometry on one machine (docs/results/runtime.md) is
-reproduced within 1.5 times (tests/planning/test_expected.py); other machines follow by their own rates.
+reproduced within 1.2 times, prompts within 1.5 (tests/planning/test_expected.py); other machines follow by their own
+rates.
 """
 
 from collections.abc import Iterator

@@ -10,6 +10,7 @@ from quantkit.errors import QuantkitError
 Part = TypeVar("Part")
 
 SUSTAINED, SUSTAINED_GPU = 0.8, 0.85  # of a published bandwidth; 4,136 of an H200's 4,800 GB/s were measured
+CORE_READS = 142e9 / 16  # bytes/s that each of 16 cores of a xeon-5 read at once (docs/results/runtime.md)
 IQ1_S_ZEN5 = 33.2e9  # weights/s of one core (docs/results/runtime.md), by the products of runtime/native
 
 
@@ -36,6 +37,12 @@ class Cpu:
     core: float
     matrix: float
     lookups: Literal["registers", "gathers", "avx2"] = "registers"
+
+    def reads(self, n: int) -> float:
+        """Bytes/s of RAM that n cores reach: their share of what all of the host's do, as who has some of a host's
+        cores gets; of a desktop's few channels CORE_READS each."""
+        whole = SUSTAINED * self.bandwidth
+        return min(whole, n * max(whole / self.cores, CORE_READS))
 
 
 def _gpu(gib: int, gb_s: float, units: int, ghz: float, tflops: float, bus_gb_s: float) -> Gpu:

@@ -16,6 +16,7 @@ from quantkit.models.config import ModelConfig
 from quantkit.runtime.compressed_cache import Blocks, CompressedCache
 from quantkit.runtime.forms import QUERY_TILE, SCORE_ELEMENTS
 from quantkit.runtime.layers import Feed, LayerExperts, LayerWeights, Linear, Router, See, rms_norm, token_weight
+from quantkit.runtime.pauses import pause
 from quantkit.runtime.rope import angles, turning
 from quantkit.runtime.rotation import Angles, rotate_last, unit_rms
 from quantkit.runtime.streams import Mixing, mix, taken_up
@@ -307,6 +308,7 @@ def chosen(
         later = block >= seen[:, None]
         best = scores.masked_fill_(later, float("-inf")).topk(how.top_k, dim=-1).indices
         mask[:, begin:end].scatter_(-1, best, True).logical_and_(~later)
+        pause(x.device)
     return mask
 
 
@@ -345,4 +347,5 @@ def _attended(
         scores = scores.view(n_seq, end - begin, n_head, -1).masked_fill_(hidden[:, :, None], float("-inf"))
         scores = torch.cat((scores, sinks.expand(n_seq, end - begin, -1, -1)), dim=-1).softmax(-1)[..., :-1]
         out[:, begin:end] = (scores.to(q.dtype).flatten(1, 2) @ keys).view(n_seq, end - begin, n_head, -1)
+        pause(q.device)
     return out

@@ -9,6 +9,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.bounds import BOUNDS, check
 
 PROMPT_TOKENS = 512  # of one prompt that engines in torch compute at once
 ROWS_TOLD = 64  # of a prompt whose logits are there at once: 33 MB with R1's vocabulary
@@ -86,7 +87,8 @@ def reach(config: ModelConfig) -> int:
 class Sampling:
     """temperature 0 (below GREEDY_BELOW) is greedy. top_k: that many tokens (0: all); top_p: smallest set of tokens
     with that much probability; min_p: tokens at least that probable in relation to the most probable one; typical_p:
-    as top_p, of those whose surprise is nearest the expected one. All apply together."""
+    as top_p, of those whose surprise is nearest the expected one. All apply together. QuantkitError for one beyond its
+    BOUNDS."""
 
     temperature: float = 0.6
     top_p: float = 0.95
@@ -94,6 +96,10 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     typical_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, bounds in BOUNDS.items():
+            check(getattr(self, name), bounds, f"{name} {getattr(self, name)}")
 
     @property
     def greedy(self) -> bool:

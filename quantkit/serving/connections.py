@@ -6,7 +6,7 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -103,8 +103,14 @@ class Seldom(logging.Filter):
         return True
 
 
-def log_seldom(*names: str) -> None:
-    """The loggers of these names, from here on."""
-    for logger in map(logging.getLogger, names):
-        if not any(isinstance(each, Seldom) for each in logger.filters):
-            logger.addFilter(Seldom())
+@contextlib.contextmanager
+def seldom(*names: str) -> Iterator[None]:
+    """The loggers of these names, within it: they are everybody's in this process."""
+    own = {logging.getLogger(name): Seldom() for name in names}
+    for logger, each in own.items():
+        logger.addFilter(each)
+    try:
+        yield
+    finally:
+        for logger, each in own.items():
+            logger.removeFilter(each)

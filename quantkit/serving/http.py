@@ -28,7 +28,7 @@ from quantkit.runtime.engines.graph import GraphEngine
 from quantkit.runtime.generate import Engine
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, Opening, reply
-from quantkit.serving.connections import BACKLOG, guarded, log_seldom, most_connections
+from quantkit.serving.connections import BACKLOG, guarded, most_connections, seldom
 from quantkit.serving.desk import Desk, Settings
 from quantkit.serving.extras import Extras
 from quantkit.serving.forced import Wanted
@@ -283,9 +283,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which at its end waits for nothing that is only made ready."""
+    """uvicorn's, which at its end waits for nothing that is only made ready, and says what is alike seldom."""
 
     lanes: Lanes
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        with seldom("uvicorn.error", "asyncio", "quantkit.serving.scheduler"):
+            await super().serve(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -305,7 +310,6 @@ def server(api: Api) -> Server:
         lifespan="on",
         server_header=False,
     )
-    log_seldom("uvicorn.error", "asyncio", "quantkit.serving.scheduler")
     made = Server(config)
     made.lanes = api.lanes
     return made

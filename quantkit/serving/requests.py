@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 import pydantic_core
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from quantkit.runtime.bounds import BOUNDS
 from quantkit.runtime.generate import Sampling
 from quantkit.serving import grammar
 from quantkit.serving.fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, screen, shown
@@ -82,9 +83,9 @@ class Body(Asked, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = 1
-    temperature: Annotated[Float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    temperature: Annotated[Float, Field(ge=0, le=BOUNDS["temperature"][1])] | None = None
     top_p: Annotated[Float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, BeforeValidator(_at_least_none), Field(ge=0)] | None = None
+    top_k: Annotated[int, BeforeValidator(_at_least_none), Field(ge=0, le=BOUNDS["top_k"][1])] | None = None
     min_p: Annotated[Float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[Float, Field(gt=0, le=1)] | None = None
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None

@@ -181,9 +181,8 @@ class Scheduler:
         self.clock.begin()
         for batch in self._batches(chosen):
             waits = any(not other.left for other in self.running)
-            with self._at_risk(*(job for job, _ in batch)), pausing(self._let_others if waits else None):
+            with pausing(self._let_others if waits else None):
                 self._read(batch)
-                pause(what="the end of a piece")
             self.tell()
         self._decode([job for job in ready if job in self.running])
         if not self.prompts:
@@ -247,19 +246,35 @@ class Scheduler:
         return batches
 
     def _read(self, batch: list[tuple[Job, int]]) -> None:
-        """So many tokens of their prompts, of several in one pass."""
-        pieces = []
-        for job, n in batch:
-            self.prompts.remove(job)
-            hear = job.hear if job.rules.of_prompt else None
-            pieces.append(Piece(job.slot, job.prompt[job.done : job.done + n], job.done, hear))
-        if len(pieces) > 1:
-            assert isinstance(self.engine, Together)
-            logits = self.engine.prefill_together(pieces)
+        """So many tokens of their prompts, of several in one pass. After an error in it they are read one by one: it
+        ends those only that bring it about."""
+        if len(batch) == 1 or (logits := self._read_together(batch)) is None:
+            for job, n in batch:
+                with self._at_risk(job):
+                    self._advance([(job, n)], self.engine.prefill(*_piece(job, n))[None])
+                    pause(what="the end of a piece")
         else:
-            logits = self.engine.prefill(*pieces[0])[None]
+            with self._at_risk(*(job for job, _ in batch)):
+                self._advance(batch, logits)
+                pause(what="the end of a piece")
+
+    def _read_together(self, batch: list[tuple[Job, int]]) -> torch.Tensor | None:
+        """Logits after each one's tokens, of one pass; None if it failed, and nothing is kept of it."""
+        assert isinstance(self.engine, Together)
+        heard = [len(job.heard) for job, _ in batch]
+        try:
+            return self.engine.prefill_together([_piece(job, n) for job, n in batch])
+        except Exception:
+            log.exception("a pass over %d prompts failed; they are read one by one", len(batch))
+            for (job, _), n in zip(batch, heard, strict=True):
+                del job.heard[n:]
+            return None
+
+    def _advance(self, batch: list[tuple[Job, int]], logits: torch.Tensor) -> None:
+        """So many tokens of each are read; logits of the last."""
         ready = list[int]()
         for i, (job, n) in enumerate(batch):
+            self.prompts.remove(job)
             job.done += n
             if job.left:
                 self.prompts.append(job)
@@ -321,3 +336,8 @@ class Scheduler:
             self.free.append(job.slot)
         job.constraint = None  # its states may take 100 MB, and a request may have many answers
         job.emit(None, why)
+
+
+def _piece(job: Job, n: int) -> Piece:
+    """The next n tokens of its prompt."""
+    return Piece(job.slot, job.prompt[job.done : job.done + n], job.done, job.hear if job.rules.of_prompt else None)

@@ -11,6 +11,7 @@ from quantkit.cli.options import Shared
 from quantkit.cli.values import OUT_FOLDER, FileSize, SizeOrBits, Tokens
 from quantkit.errors import QuantkitError, needs
 from quantkit.models.open import ModelRef
+from quantkit.runtime.generate import Sampling
 
 # 20 and 112; `make --dry-run`: what a job of hours takes is asked for before it begins; `run --system` and `-f`, which
 # every program that runs GGUF files has; `hardware --gpu` and `--cpu`, of a machine that is still to be bought; `make
@@ -66,10 +67,6 @@ def test_home_is_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "call",
     [
-        ("run", "FILE", "--temperature", "nan"),
-        ("run", "FILE", "--temperature", "inf"),
-        ("run", "FILE", "--top-p", "nan"),
-        ("run", "FILE", "--min-p", "nan"),
         ("run", "FILE", "--seed", str(2**70)),
         ("plan", "tiny-r1", "--size", "infbpw"),
         ("plan", "tiny-r1", "--size", "1e400GB"),
@@ -81,6 +78,18 @@ def test_what_is_no_number_is_refused_by_its_option(call, tmp_path):
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
     said = done.output.splitlines()[-1]
     assert call[2] in said and (call[3] in said or f"{float(call[3]):.1f}" in said), done.output
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "-0.01", "100.5", "1e300", "hot"])
+@pytest.mark.parametrize(("option", "most"), [("--temperature", 100), ("--top-p", 1), ("--min-p", 1)])
+def test_how_tokens_are_drawn_has_bounds(option, most, value, tmp_path):
+    """In one line, before the file is opened; and from Python."""
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "x.gguf"), f"{option}={value}"])
+    assert (done.exit_code, done.output) == (1, f"quantkit: {option} {value}: not a number from 0 to {most}\n")
+    if value != "hot":
+        with pytest.raises(QuantkitError, match=f"^{option[2:].replace('-', '_')} .*: not a number from 0 to {most}$"):
+            Sampling(**{option[2:].replace("-", "_"): float(value)})
 
 
 def test_tokens_may_be_thousands():

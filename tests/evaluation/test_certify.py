@@ -75,6 +75,39 @@ def test_one_reading_serves_weights_checksums_and_sample(good, tmp_path, capsys,
     assert re.search(r"reads 4\.\d MB, .* once, for weights, checksums and a sample of text\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "GPU memory"),
+    ],
+)
+def test_memory_that_runs_out_leaves_what_was_done(error, lacking, good, tmp_path, monkeypatch):
+    """The file is not to blame for it; it is for what was found before."""
+
+    def decoded(self, spec, start, stop):
+        if spec.layer == 2:
+            raise error
+        return decode(self, spec, start, stop)
+
+    decode = WeightCheck.decoded
+    monkeypatch.setattr(WeightCheck, "decoded", decoded)
+    out = tmp_path / "certify.json"
+    how = ["--target", "ktransformers", "--reference", "tiny-r1", "--no-oracle", "--json", str(out)]
+    done = CliRunner().invoke(main, ["certify", str(good), *how])
+    assert done.exit_code == 0, done.output
+    known = json.loads(out.read_text())
+    (weights,) = [check for check in known["checks"] if check["name"] == "weights"]
+    found = re.fullmatch(rf"not run: too little {lacking} after (\d+) of \d+ tensors", weights["detail"])
+    assert found and weights["status"] == "skip" and "weights" in known["not_run"] and known["crc32"] is None
+    assert len(known["weights"]["tensors"]) == int(found[1]) > 10
+    model = Model(good)
+    model.change("blk.1.ffn_up_exps.weight", lambda tensor: tensor.with_values(tensor.values() * 0, "Q8_0"))
+    done = CliRunner().invoke(main, ["certify", str(model.write(tmp_path / "zeros.gguf")), *how])
+    assert done.exit_code == 1 and "all zeros" in done.output and "too little" in done.output
+
+
 def test_a_template_in_a_file_of_its_own_is_missed_too(good, model_copy):
     """As transformers 5 saves it; the GGUF was made of the one in tokenizer_config.json."""
     (model_copy / "chat_template.jinja").write_text("{{ messages }}")

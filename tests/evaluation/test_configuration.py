@@ -49,6 +49,16 @@ def test_without_transformers_it_is_said(monkeypatch):
     assert found.status == "warn" and found.detail.startswith("unchecked")
 
 
+def test_too_little_memory_is_no_fault_of_the_configuration(monkeypatch):
+    def lacking(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(hf, "available", lambda: True)
+    monkeypatch.setattr(hf, "random_model", lacking)
+    found = configuration.check(config_of("tiny-r1"))
+    assert (found.status, found.detail) == ("warn", "unchecked: only quantkit has read it: too little memory")
+
+
 def test_what_decides_the_arithmetic_stays():
     raw = config_of("deepseek-r1")
     small = configuration.small(raw)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -23,7 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import gguf_reader
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.gguf_values import U32
-from quantkit.job.compare import Opened, opened, tables
+from quantkit.job.headers import Opened, opened, tables
 from quantkit.job.plan import files_of, plan_model
 from quantkit.job.report.files import text
 from quantkit.job.stages import VerifyOptions, verify_file
@@ -187,6 +188,17 @@ def test_files_of_one_name_are_told_apart(files, tmp_path):
     shown = compare(other, files["fused"], files["ours"])
     assert f"- **A** {other}" in shown and f"- **C** {files['ours']}" in shown
     assert f"- **B** {files['fused'].name}" in shown
+
+
+def test_headers_are_read_without_torch(files):
+    """Which takes longer to load than they to be read."""
+    code = (
+        "import sys\nfrom quantkit.__main__ import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\nassert 'torch' not in sys.modules, 'torch'"
+    )
+    paths = [str(path) for path in files.values()][:2]
+    done = subprocess.run([sys.executable, "-c", code, "compare", *paths, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["files"]) == 2, done.stderr
 
 
 def test_it_goes_on_where_it_stopped(compared, files, capsys):

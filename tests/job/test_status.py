@@ -56,6 +56,12 @@ def test_a_dry_run_says_what_is_left(made, tmp_path):
         left("tiny-r1", folder, replace(AS_MADE, recipe="2.51bit"))
     assert left("tiny-r1", folder, replace(AS_MADE, restart=True))[0].startswith("encoder ")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    imatrix, kept = folder / "imatrix.gguf", (folder / "imatrix.gguf").read_bytes()
+    imatrix.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    for refused in (left, make):
+        with pytest.raises(QuantkitError, match=r"the bytes of imatrix\.gguf were changed since the run ended; put it"):
+            refused("tiny-r1", folder, AS_MADE)
+    imatrix.write_bytes(kept)
     with (folder / "tiny-r1-1.58bit.gguf").open("ab") as cut:
         cut.write(b"x")
     again = left("tiny-r1", folder, AS_MADE)

@@ -11,6 +11,7 @@ from quantkit import bundle
 from quantkit.models import family
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations, Where
+from quantkit.runtime.engines import step
 from quantkit.runtime.engines.step import Between, ByKernels, ByTorch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -26,6 +27,23 @@ def c() -> ModelConfig:
 def both(request, c) -> tuple[Between, Between, str]:
     pytest.importorskip("triton")
     return ByKernels(c), ByTorch(c), request.param
+
+
+def test_a_gpu_that_does_without_kernels_is_told(c, monkeypatch, caplog):
+    """In one line, on a GPU; a CPU has never any."""
+    for device, triton, config, says in (
+        ("cpu", False, c, ""),
+        ("cuda", False, c, "no Triton: a decoding step is computed by torch, its products too, slower"),
+        ("cuda", True, dataclasses.replace(c, kv_lora=96), "no kernels for this model's widths: a decoding step is"),
+        ("cuda", True, c, ""),
+    ):
+        if triton:
+            pytest.importorskip("triton")
+        caplog.clear()
+        monkeypatch.setattr(step, "use_kernels", lambda kind, triton=triton: triton)
+        between = step.between_of(config, torch.device(device))
+        assert isinstance(between, ByTorch if says or device == "cpu" else ByKernels)
+        assert [record.getMessage().startswith(says) for record in caplog.records] == [True] * bool(says)
 
 
 def same(found: Activations, expected: torch.Tensor, error: float = 1e-5) -> bool:

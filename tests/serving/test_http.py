@@ -606,6 +606,8 @@ def test_an_oversized_request_stops_nobody(running, body):
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "Invalid JSON"),
         (b"[" * 100_000, 400, "Invalid JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 101}', 400, "less than or equal to 100"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_k": 9223372036854775808}', 400, "top_k"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 9999}', 400, "do not fit the context"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "gpt-4"),
         (b'{"messages": [{"role": "user", "content": "' + b"word " * 2000 + b'"}]}', 400, "do not fit the context"),
@@ -717,15 +719,27 @@ def test_the_log_does_not_grow_with_the_trouble():
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addHandler(handler)
-    connections.log_seldom("test.seldom")
-    connections.log_seldom("test.seldom")
-    for i in range(1000):
-        logger.warning("trouble %d", i)
-    logger.warning("another")
-    assert lines == ["trouble 0", "another"] and len(logger.filters) == 1
-    logger.filters[0].last.clear()  # as after some time
-    logger.warning("trouble %d", 1)
-    assert lines[2:] == ["trouble 1 (999 more of these were left out)"]
+    with connections.seldom("test.seldom"):
+        for i in range(1000):
+            logger.warning("trouble %d", i)
+        logger.warning("another")
+        assert lines == ["trouble 0", "another"] and len(logger.filters) == 1
+        logger.filters[0].last.clear()  # as after some time
+        logger.warning("trouble %d", 1)
+        assert lines[2:] == ["trouble 1 (999 more of these were left out)"]
+    logger.warning("trouble %d", 2)  # a logger is everybody's in this process
+    logger.warning("trouble %d", 3)
+    assert lines[3:] == ["trouble 2", "trouble 3"] and not logger.filters
+
+
+def test_a_server_that_has_ended_leaves_loggers_alone(weights):
+    """Or what fails in a scheduler of somebody else in this process would be left out of the log."""
+    log = logging.getLogger("quantkit.serving.scheduler")
+    before = list(log.filters)  # of the server that other tests ask
+    server = Running(weights, n_slots=1)
+    assert len(log.filters) == len(before) + 1
+    server.stop()
+    assert log.filters == before
 
 
 def test_full_queue_is_429(weights, monkeypatch):

@@ -145,6 +145,59 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
             assert len(found) == n and found == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize("by", ["its token", "what it asks to hear"])
+def test_an_error_in_a_pass_over_several_ends_the_guilty_one(by, weights, monkeypatch):
+    """They are read one by one then, and heard once; who is decoding goes on."""
+    engine = GpuEngine(weights, 4, 512, 3)
+    engine.config = dataclasses.replace(engine.config, eos=-1)
+    passes, read = list[int](), engine.prefill_together
+    monkeypatch.setattr(engine, "prefill_together", lambda pieces: passes.append(len(pieces)) or read(pieces))
+
+    def jobs() -> list[Job]:
+        rules = TokenRules(n_logprobs=0, of_prompt=True)
+        return [Job([0, *range(300, 300 + n)], 4, GREEDY, lambda *_: None, rules) for n in (20, 30, 40)]
+
+    def answered(some: list[Job]) -> list[str]:
+        why = ["" for _ in some]
+        ends = [threading.Event() for _ in some]
+
+        def told(i: int, reason: str | None) -> None:
+            if reason:
+                why[i] = reason
+                ends[i].set()
+
+        with scheduler.changed:
+            for i, job in enumerate(some):
+                job.emit = lambda _, reason, i=i: told(i, reason)
+                scheduler.submit(job)
+        assert all(end.wait(60) for end in ends)
+        return why
+
+    def deaf(_: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    with Scheduler(engine) as scheduler:
+        alone = jobs()
+        assert [answered([job]) for job in alone] == [["length"]] * 3
+        passes.clear()
+        begun = threading.Event()
+        other = Job([0, 61], 400, GREEDY, lambda *_: begun.set())
+        scheduler.submit(other)
+        assert begun.wait(60)
+        first, guilty, last = jobs()
+        if by == "its token":
+            guilty.prompt[5] = 10**6
+        else:
+            guilty.hear = deaf
+        assert answered([first, guilty, last]) == ["length", "error", "length"]
+        n_made = other.n_made
+        assert answered(jobs()) == ["length"] * 3 and other.n_made > n_made
+        scheduler.cancel(other)
+    assert passes == [1, 3, 1, 1, 1, 3]
+    for mine, own in ((first, alone[0]), (last, alone[2])):
+        assert mine.made == own.made and [c.logprob for c in mine.heard] == [c.logprob for c in own.heard]
+
+
 def test_a_step_wakes_the_event_loop_once():
     async def received() -> tuple[list[list[int]], int]:
         loop, post = asyncio.get_running_loop(), Post()

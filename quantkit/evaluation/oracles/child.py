@@ -23,8 +23,8 @@ class OracleError(RuntimeError):
 
 
 class NotRun(OracleError):
-    """The file was not judged, and is not to blame: too little memory, or a program that is too old for what it is
-    asked. The message is one line."""
+    """The file was not judged, and is not to blame: too little memory or time, or a program that is too old for what it
+    is asked. The message is one line."""
 
 
 class IllegalInstruction(NotRun):
@@ -78,7 +78,7 @@ def run_program(
             cwd=folder,
         )
     except subprocess.TimeoutExpired:
-        raise OracleError(f"{name} did not answer in {timeout:.0f} s") from None
+        raise NotRun(f"{name} did not answer in {timeout:,.0f} s: too slow here, or hung") from None
     except OSError as error:  # of another architecture, without its interpreter
         raise NotRun(f"{name} cannot be executed: {error.strerror}") from None
     if child.returncode in ILLEGAL:

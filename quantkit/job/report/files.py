@@ -17,7 +17,7 @@ from quantkit.sizes import both_units
 from quantkit.tensors import mtp_layers
 
 if TYPE_CHECKING:
-    from quantkit.job.compare import Opened
+    from quantkit.job.headers import Opened
 
 RESULT, PAGE, FIGURE = "compare.json", "compare.md", "compare.png"
 WIDTH, AT_ONCE = 80, 3  # columns; files whose classes stand beside each other
@@ -32,7 +32,7 @@ def letters(n: int) -> list[str]:
 
 
 def text(found: Mapping[str, Any], files: Sequence["Opened"]) -> str:
-    """Everything, as Markdown. found: `compare.tables` or `compare.scored_tables` of these files."""
+    """Everything, as Markdown. found: `headers.tables` or `compare.scored_tables` of these files."""
     names, facts = letters(len(files)), found["files"]
     named = [(name, one.tensors) for name, one in zip(names, files, strict=True)]
     shared = {one["file"] for i, one in enumerate(facts) if any(one["file"] == other["file"] for other in facts[:i])}

@@ -130,7 +130,7 @@ class GpuEngine:
         read = partial(residency.copy, tensor.name) if residency else None
         return Stack(tensor.qtype, self.weights.data(tensor.name), tensor.shape[-1], read)
 
-    def _upload(self, stacks: Stacks, experts: list[int]) -> tuple[Packed, Packed, Packed]:
+    def upload(self, stacks: Stacks, experts: list[int]) -> tuple[Packed, Packed, Packed]:
         """gate, up and down of these experts."""
         gate, up, down = (
             Packed(
@@ -169,7 +169,7 @@ class GpuEngine:
             layer, experts = self.layers[i], np.flatnonzero(own).tolist()
             if not experts:
                 continue
-            matrices = self._upload(layer.stacks or [], experts)
+            matrices = self.upload(layer.stacks or [], experts)
             if own.all():
                 layer.resident, layer.on_cpu = matrices, None
             else:

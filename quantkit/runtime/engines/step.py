@@ -1,5 +1,6 @@
 """What a decoding step does between its products with matrices: by torch, or by Triton's kernels on a GPU."""
 
+import logging
 from typing import Protocol
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import FEW, Activations, Where, use_kernels
 from quantkit.runtime.layers import Router, route
+
+log = logging.getLogger(__name__)
 
 Added = tuple[torch.Tensor | None, torch.Tensor | None]
 """To the residual stream, float32 [n, d]."""
@@ -146,10 +149,14 @@ class ByKernels:
 
 
 def between_of(c: ModelConfig, device: torch.device) -> Between:
-    """Those that suit the device and the model's widths."""
+    """Those that suit the device and the model's widths; a line if a GPU has to do without kernels."""
+    slower = "no Triton: a decoding step is computed by torch, its products too, slower; pip install triton"
     if use_kernels(device.type):
         from quantkit.runtime import step_kernels
 
         if step_kernels.able(c):
             return ByKernels(c)
+        slower = "no kernels for this model's widths: a decoding step is computed by torch between products, slower"
+    if device.type == "cuda":
+        log.warning(slower)
     return ByTorch(c)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit import machine
+from quantkit.runtime.engines.gpu_layers import gathered
 from quantkit.runtime.generate import piece_at
 from quantkit.runtime.layers import KVCache, attention, feed_forward
+from quantkit.runtime.packed import MANY
 from quantkit.runtime.rope import angles
 
 if TYPE_CHECKING:
@@ -42,7 +44,21 @@ def warm_up(engine: "GpuEngine") -> None:
     engine.length = [0] * engine.n_slots
     for begin in (0, engine.piece, engine.capacity - piece_at(engine, engine.capacity)):
         whole_piece(engine, begin)
+    dense_experts(engine)
     log.info("warmed up in %.1f s", time.perf_counter() - begun)
+
+
+@torch.inference_mode()
+def dense_experts(engine: "GpuEngine") -> None:
+    """What a long piece does with experts that many of its tokens choose, by one expert of each kind of layer."""
+    known, n = set[tuple[str, ...]](), MANY + 1
+    order = torch.arange(n, device=engine.device)
+    for layer in engine.layers:
+        kind = tuple(stack.qtype for stack in layer.stacks or ())
+        if kind and kind not in known:
+            known.add(kind)
+            x = torch.zeros(n, engine.config.d, dtype=engine.dtype, device=engine.device)
+            gathered(x, engine.upload(layer.stacks or [], [0]), order, order[-1:].int() + 1, 1)
 
 
 @torch.inference_mode()

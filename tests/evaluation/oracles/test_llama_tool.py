@@ -174,6 +174,20 @@ def test_no_file_is_blamed_for_what_its_program_lacks(does, says, ours, tmp_path
     assert found.status == "skip" and found.detail.startswith("not run: llama-perplexity ") and says in found.detail
 
 
+def test_no_file_is_blamed_for_a_program_that_is_slow_or_hangs(ours, tmp_path, monkeypatch):
+    """It is started twice to know what it is, and once for the file."""
+    program = pretended(tmp_path, monkeypatch, "exec sleep 60")
+    program.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/starts\n' + program.read_text().partition("\n")[2])
+    monkeypatch.setattr(llama, "available", lambda: False)
+    monkeypatch.setattr(llama_tool, "TIMEOUT", 1)
+    how = CertifyOptions("llama.cpp", values=False)
+    found, _ = certify_file(ours.source.file.path, "cpu", tmp_path / "certify.json", how)
+    build = found.checks[-1]
+    assert (build.name, build.status) == (oracle_checks.NATIVE, "skip") and not found.failed()
+    assert build.detail == "not run: llama-perplexity did not answer in 1 s: too slow here, or hung"
+    assert (tmp_path / "starts").read_text().split() == ["--version", "--help", "-m"]
+
+
 def test_a_file_that_fails_by_the_one_flag_that_runs_has_failed(ours, tmp_path, monkeypatch):
     pretended(tmp_path, monkeypatch, 'case "$*" in *--no-repack*) exit 0;; esac; kill -ILL $$')
     (found,) = judged(ours.source.file.path)
@@ -249,6 +263,7 @@ def test_what_the_right_flags_gave_is_kept_if_nothing_comes_without(ours, monkey
 def test_no_file_is_blamed_for_a_program_that_is_none(program, says, made, tmp_path, monkeypatch):
     """Who named it is told at once; one on PATH is left out, and said to be."""
     monkeypatch.setattr(llama, "available", lambda: False)
+    monkeypatch.setattr(oracle_checks, "sample", lambda *_: pytest.fail("computed for a program that is none"))
     monkeypatch.setenv(llama_tool.FOLDER, str(tmp_path))
     file = made / "tiny-r1-1.58bit.gguf"
     if program:
@@ -257,8 +272,11 @@ def test_no_file_is_blamed_for_a_program_that_is_none(program, says, made, tmp_p
     with pytest.raises(QuantkitError, match=re.escape(says)):
         certify_file(file, "cpu", tmp_path / "certify.json", CertifyOptions("llama.cpp"))
     assert not (tmp_path / "certify.json").exists()
+    monkeypatch.delenv(llama_tool.FOLDER)
+    monkeypatch.setenv("PATH", str(tmp_path))
     *_, build = oracle_checks.llama_cpp(file, GGUFFile.open(file), "cpu")
-    assert (build.name, build.status) == (oracle_checks.NATIVE, "skip") and says in build.detail
+    assert (build.name, build.status) == (oracle_checks.NATIVE, "skip")
+    assert (says if program else "build llama.cpp (cmake") in build.detail
 
 
 def test_texts_begin_as_the_file_says(made, tmp_path):

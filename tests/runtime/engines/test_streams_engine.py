@@ -12,9 +12,10 @@ from quantkit.errors import QuantkitError, out_of_memory
 from quantkit.evaluation.configuration import divergence
 from quantkit.evaluation.oracles import hf
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.runtime import compressed_cache
+from quantkit.runtime import compressed, compressed_cache
 from quantkit.runtime.engines.streams import StreamsEngine
 from quantkit.runtime.generate import Sampling, generate
+from quantkit.runtime.pauses import pausing
 from quantkit.runtime.sources.checkpoint import CheckpointSource
 from quantkit.serving.scheduler import Job, Scheduler
 
@@ -107,6 +108,36 @@ def test_sequences_do_not_disturb_each_other(engine, small):
         rows.append(engine.decode([*lengths], [tokens[n + i] for n in lengths.values()]).clone())
     for found, n in zip(torch.stack(rows, 1), lengths.values(), strict=True):
         assert divergence(small.logits[0, n : n + 6], found) < 1e-6
+
+
+def test_tokens_between_the_parts_of_a_prompt(engine, small, monkeypatch):
+    """After every tile of attention, those of the indexer's scores too, not at the end of a layer; the same bits."""
+    monkeypatch.setattr(compressed, "QUERY_TILE", 64)
+    monkeypatch.setattr(compressed, "SCORE_ELEMENTS", 1 << 16)
+    tokens, c = small.tokens[0].tolist(), engine.config
+    expected = engine.prefill(1, tokens, 0).clone()
+    asked, beside = list[int](), list[torch.Tensor]()
+
+    def begun() -> None:
+        for slot, n in ((0, 3), (2, 126)):
+            engine.prefill(slot, tokens[:n], 0)
+
+    def step(i: int) -> torch.Tensor:
+        return engine.decode([0, 2], [tokens[3 + i], tokens[126 + i]]).clone()
+
+    def others() -> None:
+        asked.append(1)
+        if len(beside) < 20:
+            beside.append(step(len(beside)))
+
+    begun()
+    alone = [step(i) for i in range(20)]
+    begun()
+    with pausing(others):
+        assert torch.equal(engine.prefill(1, tokens, 0), expected)
+    assert torch.equal(torch.stack(beside), torch.stack(alone))
+    tiles, choosing = -(-T // 64), c.indexer.top_k < T // 4
+    assert len(asked) >= c.n_layer * (2 + tiles) + 2 * choosing
 
 
 def test_an_interrupted_step_is_computed_again(engine, small, monkeypatch):
