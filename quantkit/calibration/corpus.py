@@ -184,7 +184,10 @@ def _read_file(path: Path, column: str, limit: int) -> list[Document]:
         return _from_dataset("json", {"data_files": str(path)}, column, limit)
     if path.suffix == ".parquet":
         return _from_dataset("parquet", {"data_files": str(path)}, column, limit)
-    return [Document("text", read_text(path, "text").removeprefix(BOM))]
+    text = read_text(path, "text").removeprefix(BOM)
+    if (at := text.find("\0")) >= 0:  # UTF-16 without its mark is UTF-8 too, and so is a hole in a file
+        raise QuantkitError(f"{path}: not text (a NUL character after {at:,} others); give it as UTF-8")
+    return [Document("text", text)]
 
 
 def _from_hub(source: str, column: str, limit: int) -> list[Document]:

@@ -107,11 +107,13 @@ class PassState:
                 found[name] = Importance(sums.numpy(), counts.numpy())
         return found
 
-    def check_disk(self, n_bytes: int) -> None:
-        """QuantkitError unless hidden states of so many bytes have room, the new ones beside the old."""
+    def check_disk(self, n_bytes: int, file_bytes: int = 0) -> None:
+        """QuantkitError unless hidden states of so many bytes have room, the new ones beside the old. file_bytes: of
+        the file that the pass is still to reserve on that disk."""
         there = sum(path.stat().st_size for path in self.folder.glob("*"))
-        if 2 * n_bytes - there > (free := machine.free_disk(self.folder)):
-            needs = f"the state of the pass needs {both_units(2 * n_bytes)}; free are {both_units(free)}"
+        if 2 * n_bytes - there + file_bytes > (free := machine.free_disk(self.folder)):
+            beside = f" beside the file's {both_units(file_bytes)}" if file_bytes else ""
+            needs = f"the state of the pass needs {both_units(2 * n_bytes)}{beside}; free are {both_units(free)}"
             raise QuantkitError(f"{self.folder}: {needs}; take fewer --tokens")
 
     def remove(self) -> None:

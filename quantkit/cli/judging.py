@@ -79,6 +79,7 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     FILE may be the folder that `make` left. The figures also go to verify.json, from which `report` draws."""
     from quantkit.evaluation.summary import short_table
     from quantkit.formats.lock import locked
+    from quantkit.formats.whole_file import check_writable
     from quantkit.job import finished, stages
     from quantkit.machine import chosen_device
     from quantkit.models.open import open_weights
@@ -88,6 +89,8 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     device = chosen_device(device)
     original = open_weights(reference)
     runtime = opener(open_gguf(file, device)) if how.runtime_tokens or how.prompts else None
+    if out:
+        check_writable(out)
     out = out or finished.place_of_scores(file)
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, runtime=runtime)

@@ -26,11 +26,14 @@ def _make_options(types: Types, split_max_bytes: int, **rest: Any) -> "MakeOptio
     return MakeOptions(**vars(types), split_max_bytes=split_max_bytes or None, **rest)
 
 
-def _check_make(encoder: str, imatrix: Path | None, recover: bool, verify: bool, baseline: bool) -> None:
+def _check_make(
+    encoder: str, effort: str, imatrix: Path | None, data: tuple[str, ...], recover: bool, verify: bool, baseline: bool
+) -> None:
     """QuantkitError for options that exclude each other."""
-    from quantkit.job.asked import check_baseline, check_encoder
+    from quantkit.job.asked import check_baseline, check_encoder, check_unused
 
     check_encoder(encoder, imatrix)
+    check_unused(encoder, effort, imatrix, () if recover else data)  # recovery tunes on the text
     if baseline:
         check_baseline("ggml" if imatrix else encoder, recover, verify)
 

@@ -13,6 +13,7 @@ import click
 
 from quantkit import bundle, machine
 from quantkit.cli.values import FILE, IMATRIX, SIZE, TOKENS, FileSize, GpuLayers, OneOf, SizeOrBits
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.calibration.corpus import TextChoice
@@ -118,6 +119,8 @@ def _check_data(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     from quantkit.calibration.sources import parse
 
     for value in values:
+        if not value:
+            raise QuantkitError("--data and --eval-data take a file, a folder or a dataset; one of them is empty")
         parse(os.path.expanduser(value)).files()
     return values
 

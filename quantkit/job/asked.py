@@ -72,6 +72,17 @@ def check_encoder(encoder: str, imatrix: Path | None) -> None:
         raise QuantkitError("--imatrix holds no second moments: quantkit's encoders need the text (leave it out)")
 
 
+def check_unused(encoder: str, effort: str, imatrix: Path | None, data: tuple[str, ...]) -> None:
+    """QuantkitError for an effort or a text that would be given for nothing."""
+    if effort != "normal" and (imatrix or encoder == "ggml"):
+        given = "--imatrix means ggml's encoder" if imatrix else "--encoder ggml"
+        raise QuantkitError(f"--effort {effort} is of quantkit's encoder, but {given}: leave one of the two out")
+    if imatrix and data:
+        raise QuantkitError(
+            "--imatrix stands in place of calibration, so nothing reads --data: leave one of the two out"
+        )
+
+
 def check_baseline(encoder: str, recover: bool, verify: bool) -> None:
     """Refuse --baseline where there is nothing to compare, or nothing to compare by."""
     if encoder == "ggml" and not recover:

@@ -10,7 +10,7 @@ from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
-from quantkit.formats.whole_file import make_folders, write_json
+from quantkit.formats.whole_file import check_writable, make_folders, write_json
 from quantkit.job.folder import CERTIFY
 from quantkit.models.open import open_model
 from quantkit.planning import targets
@@ -55,6 +55,7 @@ def certify_file(
     target = how.target or made_for(path) or DEFAULT
     targets.get(target)
     out = out or certificate_path(path, target)
+    check_writable(out)
     original = open_model(how.reference) if how.reference else None
     importance = load_imatrix(how.imatrix)[0] if how.imatrix else None
     made = certify(path, target, original, importance, oracle=how.oracle, values=how.values, device=device)

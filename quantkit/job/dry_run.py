@@ -20,7 +20,7 @@ def what_it_takes(order: "Order") -> list[str]:
     for a folder of another job, and for a finished one whose notes were changed, as `make` refuses them."""
     restart = order.options.restart
     if not restart:
-        claim(order.folder, order.identity, restart=False)
+        claim(order.folder, order.identity, restart=False, given=order.options.imatrix)
     files = [] if restart else finished_files(order.out)
     if files and (why := difference(files, order.identity, read=False)):
         return [f"again       {files[0].name}: {why}", *_whole(order)]

@@ -47,12 +47,17 @@ def finished_files(path: Path) -> list[Path]:
 
 
 def begin(
-    folder: Path, identity: Mapping[str, Any], circumstances: Mapping[str, Any], texts: Mapping[str, str], restart: bool
+    folder: Path,
+    identity: Mapping[str, Any],
+    circumstances: Mapping[str, Any],
+    texts: Mapping[str, str],
+    restart: bool,
+    given: Path | None = None,
 ) -> None:
     """Claim the folder for a job and record there what it is, with texts by file name; `restart` discards what an
-    earlier run of it left."""
+    earlier run of it left. given: as in `claim`."""
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, identity, restart)
+    claim(folder, identity, restart, given)
     write_json(folder / PROVENANCE, {**identity, **circumstances})
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -71,13 +76,20 @@ def unclaim(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
+def claim(folder: Path, mine: Mapping[str, Any], restart: bool, given: Path | None = None) -> None:
     """The folder is ours if it is new or holds the job of that identity; `restart` clears what another job left.
 
-    QuantkitError, naming the first difference, if it holds another job that is not to be cleared.
+    given: the imatrix that the job goes by, which stays wherever it lies; None: the job measures its own.
+    QuantkitError, naming the first difference, if it holds another job that is not to be cleared; and for an
+    imatrix.gguf that no job wrote: it would be replaced, and may have taken hours.
     """
-    record = folder / PROVENANCE
+    record, imatrix = folder / PROVENANCE, folder / IMATRIX
     if not record.exists():
+        if given is None and imatrix.exists():
+            raise QuantkitError(
+                f"{imatrix}: no `make` wrote it, and this one would replace it; take it with --imatrix, or choose "
+                "another --output"
+            )
         return
     try:
         old = json.loads(read_whole(record, "record"))
@@ -97,17 +109,20 @@ def claim(folder: Path, mine: Mapping[str, Any], restart: bool) -> None:
         raise QuantkitError(
             f"{folder} holds another job: {key} was {was}, now {now}; choose another --output, or --restart"
         )
-    clear(folder)
+    clear(folder, given)
 
 
-def clear(folder: Path) -> None:
-    """Discard what a job left, but for finished models. QuantkitError if another process is writing one."""
+def clear(folder: Path, given: Path | None = None) -> None:
+    """Discard what a job left, but for finished models and the imatrix that the next one goes by (given). QuantkitError
+    if another process is writing one."""
     for ledger in folder.glob("*.gguf.part.ledger"):
         discard(ledger.with_name(ledger.name.removesuffix(".part.ledger")))
     for state in folder.glob("*.gguf.state*"):
         shutil.rmtree(state, ignore_errors=True)
     for name in (IMATRIX, VERIFY, RECOVERY, SENSITIVITY, BASELINE, CHECKSUMS):
-        (folder / name).unlink(missing_ok=True)
+        path = folder / name
+        if path.exists() and not (given and path.samefile(given)):
+            path.unlink()
 
 
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:

@@ -166,7 +166,7 @@ def claim_folder(order: Order) -> None:
     asked, texts = order.options, {} if order.estimates else {PLAN: order.plan.to_json()}
     if (rules := recipe_text(asked.recipe, asked.budget, order.work.config, order.plan.mla)) is not None:
         texts[RECIPE] = rules
-    begin(order.folder, order.identity, order.circumstances(), texts, asked.restart)
+    begin(order.folder, order.identity, order.circumstances(), texts, asked.restart, asked.imatrix)
 
 
 def earlier(order: Order, path: Path) -> list[Path]:
@@ -282,7 +282,7 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize)
+    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize, to_reserve(order, out))
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     seen = (t for t in plan.tensors if t.layer is not None and (t.rule is not None or t.role == KEPT_ROLE))
     n_entries = sum(len(tensor.shape) > 1 for tensor in seen)
@@ -317,6 +317,11 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
         encode_pending(source.checkpoint, plan, fit_importance(plan, measured), writer, GgmlEncoder())
     state.remove()
     return writer.files
+
+
+def to_reserve(order: Order, out: Path) -> int:
+    """Bytes of the file that the disk is still to give: none where a run has begun it."""
+    return 0 if begun(out) else file_bytes(order.checkpoint, order.plan, order.options.split_max_bytes)
 
 
 def passed_whole(plan: Plan, writer: GGUFWriter, layers: int) -> bool:

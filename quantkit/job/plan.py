@@ -141,9 +141,9 @@ def _plan_model(
     try:
         return _plan_for_machine(within, config, rules.mla, budget)
     except TooSmall as error:
-        if not error.needed or not budget.vram:
-            raise
         usual = make_plan(specs, Recipe.load(DEFAULT_RECIPE), f"{rules.target}/{rules.mla}", model=source.name)
+        if not error.needed or not (budget.vram or _needed_fits(usual, config, budget)):
+            raise
         size = max(error.needed, file_bytes(source, usual, split_max_bytes))
         return _say_disk(within(_budget_of_machine(config, rules.mla, budget, size)), config, budget)
 
@@ -211,13 +211,20 @@ def _budget_of_machine(config: ModelConfig, mla: Mla, budget: BudgetOptions, siz
     return Budget(ram + (room if room is not None else -cache - hardware.WORKSPACE), gpu=room, words=words)
 
 
+def _needed_fits(plan: Plan, config: ModelConfig, budget: BudgetOptions) -> bool:
+    """Whether RAM alone holds what every token needs, so that only experts are read from the disk."""
+    placed = hardware.place(plan, config, hardware.Machine(budget.ram or 0, 0), budget.context)
+    return placed.disk < placed.cpu_experts
+
+
 def _say_disk(plan: Plan, config: ModelConfig, budget: BudgetOptions) -> Plan:
     """What a plan that memory does not hold means."""
     machine = hardware.Machine(budget.ram or 0, budget.vram or 0).completed()
     placed = hardware.place(plan, config, machine, budget.context)
     read = hardware.speed(plan, config, machine, placed).disk
+    vram = f" and {both_units(machine.vram)} of VRAM" if machine.vram else ""
     say_once(
-        f"no file of {plan.model} fits {both_units(machine.ram)} of RAM and {both_units(machine.vram)} of VRAM: "
+        f"no file of {plan.model} fits {both_units(machine.ram)} of RAM{vram}: "
         f"{both_units(placed.disk)} of experts stay on the disk, {both_units(read)} are read for each token if all are "
         "chosen equally often (run it with --ram)"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from scenarios import BY_NAME, Stage, finish, refusal, results, start
 
 SAME, RESTART = "the same", "the same --restart"
-LATE = ("holds another job", "exists already")  # what is said when the first has ended
+LATE = ("holds another job", "exists already", "no `make` wrote it")  # what is said when the first has ended
 PAIRS = [
     *((name, other) for name in ("make ggml", "make", "make --recover", "calibrate") for other in (SAME, RESTART)),
     ("quantize", SAME),

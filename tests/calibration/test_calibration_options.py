@@ -90,3 +90,6 @@ def test_large_hidden_states_are_saved_after_every_fourth_layer_and_a_pass_goes_
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(QuantkitError, match=r"needs 2\.0 GB, 1\.9 GiB; free are 1\.0 MB, 1\.0 MiB; take"):
         PassState(tmp_path / "other", "job").check_disk(10**9)
+    PassState(tmp_path / "other", "job").check_disk(4 * 10**5)
+    with pytest.raises(QuantkitError, match=r"needs 0\.8 MB, 0\.8 MiB beside the file's 0\.5 MB, 0\.5 MiB; free are"):
+        PassState(tmp_path / "other", "job").check_disk(4 * 10**5, 5 * 10**5)

@@ -117,6 +117,9 @@ def test_undecodable_and_empty_files_are_named(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(QuantkitError, match=r"x\.txt"):
         corpus.load([str(tmp_path / "x.txt")])
+    (tmp_path / "x.txt").write_bytes("no mark".encode("utf-16-le"))
+    with pytest.raises(QuantkitError, match=r"x\.txt: not text \(a NUL character after 1 others\); give it as UTF-8"):
+        corpus.load([str(tmp_path / "x.txt")])
     (tmp_path / "x.txt").write_text("  \n")
     with pytest.raises(QuantkitError, match="no text"):
         corpus.load([str(tmp_path / "x.txt")])

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from quantkit.formats.whole_file import write_whole
+from quantkit.errors import QuantkitError
+from quantkit.formats.whole_file import check_writable, write_whole
 
 
 def test_replaces_what_was_there_and_leaves_nothing_beside_it(tmp_path):
@@ -36,3 +37,13 @@ def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_whole(tmp_path / "none" / "scores.json", b"new")
     assert caught.value.filename == str(tmp_path / "none" / "scores.json")
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path):
+    """A new folder will be made, by whoever writes; nothing is made by asking."""
+    check_writable(tmp_path / "new" / "folder" / "scores.json")
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "scores.json"):
+        with pytest.raises(QuantkitError, match="cannot write here; choose another place"):
+            check_writable(path)

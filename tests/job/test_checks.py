@@ -1,5 +1,7 @@
 """What cannot succeed is refused before calibration starts, and before anything lies in the folder."""
 
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,28 @@ def test_a_disk_without_room_for_the_file(folder, monkeypatch):
     ):
         job.make("tiny-r1", folder, OPTIONS)
     assert not folder.exists()
+
+
+def test_a_disk_without_room_for_the_file_and_the_state(folder, monkeypatch):
+    """Each of them would have it alone: 4.1 MB and 2.1 MB."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5_000_000))
+    with pytest.raises(QuantkitError, match=r"the state of the pass needs 2\.1 MB.* beside the file's 4\.1 MB"):
+        job.make("tiny-r1", folder, OPTIONS)
+    assert not folder.exists()
+
+
+def test_importance_that_no_job_wrote_is_neither_replaced_nor_removed(folder, made):
+    """It may have taken hours. Given as --imatrix it stays where it is, also when the folder is cleared."""
+    folder.mkdir()
+    imatrix = folder / "imatrix.gguf"
+    shutil.copy(made / "imatrix.gguf", imatrix)
+    for restart in (False, True):
+        with pytest.raises(QuantkitError, match=r"imatrix\.gguf: no `make` wrote it, .* take it with --imatrix, or"):
+            job.make("tiny-r1", folder, replace(OPTIONS, restart=restart))
+    given = replace(OPTIONS, recipe="Q4_K_M", target="llama.cpp", imatrix=imatrix, verify=False)
+    job.make("tiny-r1", folder, given)
+    job.make("tiny-r1", folder, replace(given, recipe="Q4_K_S", restart=True))
+    assert imatrix.read_bytes() == (made / "imatrix.gguf").read_bytes()
 
 
 def test_memory_without_room_for_the_evaluation(folder, monkeypatch):

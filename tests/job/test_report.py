@@ -269,6 +269,14 @@ def test_nothing_to_report_is_one_clear_line(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_scores_that_verify_did_not_write_are_named(tmp_path):
+    (tmp_path / "verify.json").write_text(
+        '{"file": "x.gguf", "bytes": 1, "kld_mean": null, "ppl": 3, "ppl_reference": 2}'
+    )
+    with pytest.raises(QuantkitError, match=r"verify\.json: no number for kld_mean, top1_agreement: not of"):
+        write_report(tmp_path)
+
+
 def test_several_folders_are_compared(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("report", folder, folder.parent / "larger")

@@ -82,6 +82,16 @@ def test_a_file_beyond_memory_is_planned_for_the_disk(config, capsys):
         plan_model("deepseek-r1", budget=BudgetOptions(ram=machine.ram, vram=4 * 10**9, context=4096))
 
 
+def test_a_file_beyond_the_memory_of_a_machine_without_gpu(config, capsys):
+    """RAM must hold what every token needs; of the experts what it can."""
+    plan = plan_model("deepseek-r1", budget=BudgetOptions(ram=60 * 10**9, context=4096))
+    placed = hardware.place(plan, config, Machine(60 * 10**9, 0), 4096)
+    assert 0 < placed.disk < placed.cpu_experts and 130e9 < plan.n_bytes < 145e9
+    assert "fits 60.0 GB, 55.9 GiB of RAM: " in capsys.readouterr().err
+    with pytest.raises(QuantkitError, match="is too small"):
+        plan_model("deepseek-r1", budget=BudgetOptions(ram=8 * 10**9, context=4096))
+
+
 def test_without_gpu_everything_is_ram(plan, config):
     machine = Machine(200 * GIB, 0, 100e9)
     placed = hardware.place(plan, config, machine, 4096)

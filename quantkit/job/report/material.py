@@ -29,6 +29,7 @@ from quantkit.planning.damage import Damage, Measured, unmeasured
 from quantkit.planning.plan import Plan
 from quantkit.tensors import Imatrix, TensorSpec
 
+NEEDED = ("bytes", "kld_mean", "top1_agreement", "ppl", "ppl_reference")  # without which scores are none of `verify`
 ALIKE = ("reference", "text_sha256", "tokens", "score")  # what two verify.json must share to be compared
 
 
@@ -58,6 +59,10 @@ class Material:
     def load(cls, folder: Path) -> "Material":
         """QuantkitError if there is nothing to report on, or if a file is damaged."""
         scores = _json(folder / VERIFY) or {}
+        if scores and (missing := [key for key in NEEDED if not isinstance(scores.get(key), int | float)]):
+            raise QuantkitError(
+                f"{folder / VERIFY}: no number for {', '.join(missing)}: not of `quantkit verify`; run that again"
+            )
         plan = (
             Plan.from_json(read_whole(folder / PLAN, "plan"), str(folder / PLAN)) if (folder / PLAN).is_file() else None
         )
