@@ -12,7 +12,7 @@ import triton.language as tl
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
 from quantkit.runtime.parts import Matrices, first_of, part_of
-from quantkit.runtime.run_kernels import LIFT, Runs, pairs_of
+from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, split, summed
 
 BUSY = 1200  # programs that keep a GPU busy: sums of small matrices are split until there are so many
 COLUMNS = 128  # of a row that a warp takes at a time
@@ -164,21 +164,15 @@ def _products(
 ):
     """16 · tiles outputs from program_id(0) on, of the pairs of block program_id(1), 8 · sets at most, from the part
     program_id(2) % splits of their columns, `steps` steps: as `tile_kernels` has them."""
-    block, split = tl.program_id(1), tl.program_id(2) % splits
+    mine = tl.program_id(2) % splits
     data = w.data
     if second is not None:
         if tl.program_id(2) >= splits:
             data = second
     out += tl.program_id(2).to(tl.int64) * pairs * w.n_out
     last: tl.constexpr = w.n_in // 32
-    end = tl.minimum(last // 4, (split + 1) * steps)
-    if table is None:
-        first, count = block * 8 * sets, tl.minimum(8 * sets, pairs - block * 8 * sets)
-    else:
-        matrix, first = tl.load(table + 3 * block), tl.load(table + 3 * block + 1)
-        count = tl.load(table + 3 * block + 2)
-        data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
-        end = tl.where((matrix < 0) | (count == 0), 0, end)
+    end = tl.minimum(last // 4, (mine + 1) * steps)
+    data, first, count, end = block_of(w, data, table, pairs, end, 8 * sets)
     thread = tl.arange(0, 32 * warps)
     eighth, fourth = (thread % 32) // 4, thread % 4
     tokens = ()
@@ -192,7 +186,7 @@ def _products(
     sums = ()
     for _ in tl.static_range(4 * tiles * sets):
         sums = sums + (tl.zeros([32 * warps], tl.float32),)
-    for begin in range(split * steps, end, warps):
+    for begin in range(mine * steps, end, warps):
         chunk = 4 * (begin + thread // 32) + fourth
         words = ()
         for k in tl.static_range(4):
@@ -245,12 +239,10 @@ def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Ten
     warps = min(warps, n & -n)
     blocks, twice = triton.cdiv(pairs, tokens) if table is None else len(table), 1 if second is None else 2
     programs = triton.cdiv(w.n_out, 16 * tiles) * blocks * twice
-    steps = warps * triton.cdiv(n // warps, min(n // warps, triton.cdiv(BUSY, programs)))
-    splits = triton.cdiv(n, steps)
+    steps, splits = split(n // warps, programs, BUSY)
     out = torch.empty(twice, splits, pairs, w.n_out, dtype=torch.float32, device=w.data.device)
     _products[(triton.cdiv(w.n_out, 16 * tiles), blocks, twice * splits)](
-        w, second, *x, order, table, out, share, pairs, splits, steps, tiles, tokens // 8, warps, scattered,
+        w, second, *x, order, table, out, share, pairs, splits, warps * steps, tiles, tokens // 8, warps, scattered,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
-    found = out[:, 0] if splits == 1 else out.sum(1)
-    return found[0] if second is None else found
+    return summed(out)

@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
     """ids: int32 [n, k]."""
     flat = ids.flatten()
-    if 2 * len(flat) < n_matrices or not use_kernels(ids.device.type):
+    if len(ids) <= FEW or 2 * len(flat) < n_matrices or not use_kernels(ids.device.type):
         return Choice(flat)
     from quantkit.runtime import run_kernels
 
@@ -55,8 +55,8 @@ def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
 @cache
 def _every(n_matrices: int, n: int, device: torch.device) -> Choice:
     """All matrices in order, n times: shared by all layers, or 64 sequences of R1 take 130 MB. Graphs read it too."""
-    ids = torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n)
-    return choice_of(ids[:, None], n_matrices) if n > FEW else Choice(ids)
+    ids = torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n, 1)
+    return choice_of(ids, n_matrices)
 
 
 class Packed:

@@ -1,5 +1,5 @@
-"""Triton: what products by tensor cores begin with: activations as float16, and pairs of a token and a matrix put in
-order."""
+"""Triton: what products by tensor cores have in common: activations as float16, pairs of a token and a matrix put in
+order, and what of them a program multiplies."""
 
 from typing import Any, NamedTuple
 
@@ -102,6 +102,21 @@ def _table(counts, table, n_matrices, blocks, sizes):
             tl.store(table + 3 * entry + field, 0, mask=(entry >= used) & (entry < blocks))
 
 
+@triton.jit
+def block_of(w, data, table, pairs, end, tokens: tl.constexpr):
+    """Of a program for block program_id(1): where its matrix begins in `data`, the first of its pairs in order and how
+    many, and where its columns end: at `end`; at 0 if there is nothing to multiply."""
+    block = tl.program_id(1)
+    if table is None:
+        first, count = block * tokens, tl.minimum(tokens, pairs - block * tokens)
+    else:
+        matrix, first = tl.load(table + 3 * block), tl.load(table + 3 * block + 1)
+        count = tl.load(table + 3 * block + 2)
+        data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
+        end = tl.where((matrix < 0) | (count == 0), 0, end)
+    return data, first, count, end
+
+
 def halves(gate: torch.Tensor, up: torch.Tensor | None = None) -> Halves:
     """gate, or silu(gate) · up: [n, n_in], of any kind of float."""
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
@@ -121,6 +136,18 @@ def tokens_of(pairs: int, n_matrices: int) -> int:
 def pairs_of(x: Halves) -> Runs:
     """Of one matrix, that all rows of x are multiplied by."""
     return Runs(None, None, len(x.x), tokens_of(len(x.x), 1), 1, False)
+
+
+def split(n: int, programs: int, busy: int) -> tuple[int, int]:
+    """Steps of a program, and programs that share the n steps of a sum, so that about `busy` of them are at work."""
+    steps = triton.cdiv(n, min(n, triton.cdiv(busy, programs)))
+    return steps, triton.cdiv(n, steps)
+
+
+def summed(out: torch.Tensor) -> torch.Tensor:
+    """Sums in parts, [1 or 2, splits, pairs, n_out] -> [pairs, n_out], or both [2, pairs, n_out]."""
+    found = out[:, 0] if out.shape[1] == 1 else out.sum(1)
+    return found[0] if len(found) == 1 else found
 
 
 def _blocks(pairs: int, n_matrices: int, tokens: int) -> int:

@@ -12,11 +12,9 @@ import triton.language as tl
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
 from quantkit.runtime.parts import Matrices, part_of
-from quantkit.runtime.run_kernels import LIFT, Runs, pairs_of
+from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, split, summed
 
 BUSY = 264  # programs that keep a GPU busy: sums of small matrices are split until there are so many
-
-
 ROWS, COLUMNS, WARPS = 64, 128, 4  # of a tile, and a program's; measured with R1's matrices on an H200
 LEAST = 16  # tokens of a program
 
@@ -126,21 +124,15 @@ def _products(
 ):
     """`rows` outputs from program_id(0) on, of the pairs of block program_id(1), from the part program_id(2) % splits
     of their columns, `steps` tiles: out [2 (with second), splits, pairs, n_out]. second: as in `kernels`."""
-    block, split = tl.program_id(1), tl.program_id(2) % splits
+    mine = tl.program_id(2) % splits
     data = w.data
     if second is not None:
         if tl.program_id(2) >= splits:
             data = second
     out += tl.program_id(2).to(tl.int64) * pairs * w.n_out
     last = w.n_in // 32 if w.wide else w.n_in // 8
-    end = tl.minimum(last, (split + 1) * steps * chunks)
-    if table is None:
-        first, count = block * tokens, tl.minimum(tokens, pairs - block * tokens)
-    else:
-        matrix, first = tl.load(table + 3 * block), tl.load(table + 3 * block + 1)
-        count = tl.load(table + 3 * block + 2)
-        data += tl.maximum(matrix, 0).to(tl.int64) * w.matrix_bytes
-        end = tl.where((matrix < 0) | (count == 0), 0, end)
+    end = tl.minimum(last, (mine + 1) * steps * chunks)
+    data, first, count, end = block_of(w, data, table, pairs, end, tokens)
     at = tl.arange(0, tokens)
     here = at < count
     pair = tl.minimum(first + at, pairs - 1)
@@ -156,7 +148,7 @@ def _products(
     width: tl.constexpr = (32 if w.wide else 8) * chunks
     xs = x + token[:, None] * w.n_in + tl.arange(0, width)[None, :]
     total = tl.zeros([rows, tokens], tl.float32)
-    for begin in range(split * steps * chunks, end, chunks):
+    for begin in range(mine * steps * chunks, end, chunks):
         weights = _tile(w, part_of(w, base, begin + place % chunks, last), rows, chunks)
         columns = tl.load(xs + begin * (width // chunks), mask=here[:, None], other=0.0)
         total = tl.dot(weights, tl.trans(columns), total)
@@ -187,12 +179,10 @@ def products(w: Matrices, x: Halves, runs: Runs | None = None, second: torch.Ten
     tile = min(ROWS, max(16, triton.next_power_of_2(n_out)))
     programs = triton.cdiv(n_out, tile) * blocks * twice
     tiles = triton.cdiv(n_in, chunks * (32 if w.wide.value else 8))
-    steps = triton.cdiv(tiles, min(tiles, triton.cdiv(BUSY, programs)))
-    splits = triton.cdiv(tiles, steps)
+    steps, splits = split(tiles, programs, BUSY)
     out = torch.empty(twice, splits, pairs, n_out, dtype=torch.float32, device=w.data.device)
     _products[(triton.cdiv(n_out, tile), blocks, twice * splits)](
         w, second, *x, order, table, out, share, pairs, splits, steps, tile, tokens, chunks,
         scattered, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
-    found = out[:, 0] if splits == 1 else out.sum(1)
-    return found[0] if second is None else found
+    return summed(out)

@@ -10,7 +10,7 @@ from quantkit.runtime.packed import FEW, Packed
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("n", [1, FEW, FEW + 1, 40])
+@pytest.mark.parametrize("n", [1, FEW + 1, 40])
 def test_products(monkeypatch, n, dtype, error):
     """Each number of rows, of either dtype of input: as by the dequantized matrix, float32 where the input is."""
     monkeypatch.setattr(packed, "TILE_WEIGHTS", 2560)  # 10 rows; the last tile has 7

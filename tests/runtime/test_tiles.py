@@ -7,6 +7,7 @@ import torch
 from random_blocks import close, random_blocks
 
 from quantkit.codecs.registry import CODECS, in_groups
+from quantkit.runtime import packed
 from quantkit.runtime.activations import Activations
 from quantkit.runtime.packed import Choice, Packed
 
@@ -81,18 +82,38 @@ def test_largest_and_smallest(way, device):
         assert close(row, expected, ERROR)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_experts_as_by_torch(device):
-    """gate, up and down of sorted pairs, and a step's choice, against the same on the CPU."""
-    made = [random_blocks("Q4_K", (6, n_out), n_in, most=1) for n_out, n_in in ((512, 256), (512, 256), (256, 512))]
-    cpu = [Packed("Q4_K", data, values.shape[-1], torch.float32) for data, values in made]
-    gpu = [Packed("Q4_K", data.to(device), values.shape[-1], torch.bfloat16) for data, values in made]
-    x, ids = torch.randn(9, 256), torch.randint(0, 6, (9, 2))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_in", [96, 160, 1408])
+@pytest.mark.parametrize("qtype", ["Q4_0", "Q8_0"])
+def test_rows_that_are_no_multiple_of_256(qtype, n_in, device):
+    """Of types with blocks of 32, as DeepSeek-V2-Lite has them; activations that are a part of wider rows."""
+    data, values = random_blocks(qtype, (2, 20), n_in, most=10)
+    matrix, x = Packed(qtype, data.to(device), n_in, torch.float32), torch.randn(3, n_in + 8, device=device)[:, 8:]
+    runs = run_kernels.runs(torch.tensor([1, 0, 1], dtype=torch.int32, device=device), 2)
+    expected = torch.stack([values[i] @ row for i, row in zip((1, 0, 1), x.cpu(), strict=True)])
+    assert close(matrix._tiles(run_kernels.halves(x), runs), expected, ERROR)
+
+
+@pytest.mark.parametrize(("n", "k", "n_matrices", "sorts"), [(1, 8, 4, False), (2, 3, 13, False), (2, 3, 12, True)])
+def test_when_pairs_are_sorted(monkeypatch, n, k, n_matrices, sorts):
+    """Never those of one token, of which every product is by integers; of others where matrices are chosen often."""
+    monkeypatch.setattr(packed, "use_kernels", lambda kind: True)
+    assert (packed.choice_of(torch.zeros(n, k, dtype=torch.int32), n_matrices).runs is not None) == sorts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_as_by_torch(device, monkeypatch):
+    """gate, up and down of sorted pairs, and a step's choice, against the same by torch."""
+    made = [random_blocks("Q8_0", (4, n_out), n_in, most=1) for n_out, n_in in ((32, 256), (32, 256), (16, 32))]
+    cpu = [Packed("Q8_0", data, values.shape[-1], torch.float32) for data, values in made]
+    gpu = [Packed("Q8_0", data.to(device), values.shape[-1], torch.bfloat16) for data, values in made]
+    x, ids = torch.randn(5, 256), torch.randint(0, 4, (5, 2))
     expected = [matrix.chosen(Activations(x), Choice(ids.flatten().int())) for matrix in cpu[:2]]
     hidden = torch.nn.functional.silu(expected[0]) * expected[1]
     y = cpu[2].chosen(Activations(hidden), Choice(ids.flatten().int()))
     order = ids.flatten().argsort(stable=True)
-    ends = torch.bincount(ids.flatten(), minlength=6).cumsum(0).int()
+    ends = torch.bincount(ids.flatten(), minlength=4).cumsum(0).int()
+    monkeypatch.setattr(packed, "use_kernels", lambda kind: True)
     found = gpu[0].experts(*gpu[1:], x.to(device), order.to(device), ends.to(device), 2)
     assert close(found, y[order], 5e-3)
     choice = gpu[0].choice(ids.int().to(device))

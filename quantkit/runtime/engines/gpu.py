@@ -20,7 +20,7 @@ from quantkit import machine
 from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.progress import say_once
-from quantkit.runtime.activations import Where
+from quantkit.runtime.activations import Where, use_kernels
 from quantkit.runtime.engines.embedding import Embedding
 from quantkit.runtime.engines.gpu_buffers import SHORT, Buffers, rows_of
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
@@ -42,7 +42,7 @@ from quantkit.runtime.engines.hot import HotExperts
 from quantkit.runtime.engines.prompts import Prompts
 from quantkit.runtime.engines.stacks import Stack, Stacks, expert_bytes
 from quantkit.runtime.engines.staging import Ring, upload_experts
-from quantkit.runtime.engines.step import Added, Chosen, between_of
+from quantkit.runtime.engines.step import Added, ByKernels, Chosen, between_of
 from quantkit.runtime.engines.warm_up import warm_up
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
@@ -101,9 +101,12 @@ class GpuEngine:
         self.piece = largest_piece(c, machine.free_vram(self.device)) if self.on_gpu else PIECES[0]
         self._keep_experts(gpu_layers)
         self.prompts.chunk = largest_chunk(c, self._room())
-        self.by_steps = all(layer.resident or not layer.router for layer in self.layers)
+        # Torch copies a sequence's whole cache for each row of a step: too much for a prompt's.
+        sparing = not self.on_gpu or isinstance(self.between, ByKernels)
+        self.by_steps = sparing and all(layer.resident or not layer.router for layer in self.layers)
+        self.captures = use_kernels(self.device.type)  # what torch does instead waits for the GPU in between
         self.steps: dict[tuple[int, int], Step] = {}
-        self.met = set[tuple[int, int]]()  # kinds of steps that there have been
+        self.met = set[tuple[int, int]]()  # kinds of steps that there have been, to their end
         if self.on_gpu:
             self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
@@ -244,7 +247,7 @@ class GpuEngine:
         sizes = [len(piece.tokens) for piece in pieces]
         slots = [piece.slot for piece in pieces for _ in piece.tokens]
         positions = [piece.begin + i for piece in pieces for i in range(len(piece.tokens))]
-        logits = self._step(slots, positions, tokens).clone()
+        logits = self._step(slots, positions, tokens)
         for piece, rows in zip(pieces, logits.split(sizes), strict=True):
             if piece.each:
                 piece.each(rows)
@@ -284,6 +287,7 @@ class GpuEngine:
             launched()  # this may take long, and is rare
             for wait in self._pieces(*key):
                 self._hand_over(wait)
+            self.met.add(key)
         buffers.logits_host[:n].copy_(buffers.logits[:n])
         return buffers.logits_host[:n]
 
@@ -309,7 +313,7 @@ class GpuEngine:
         has compiled its kernels, and tokens need not wait for both at once."""
         if key in self.steps:
             self.steps[key] = self.steps.pop(key)  # the last that was used
-        elif self.on_gpu and key in self.met:
+        elif self.captures and key in self.met:
             while len(self.steps) >= KEPT_STEPS:
                 del self.steps[next(iter(self.steps))]
             try:
@@ -318,7 +322,6 @@ class GpuEngine:
                 say_once("not enough GPU memory to keep decoding steps as graphs: some are launched anew, slower")
                 self.steps.clear()
                 torch.cuda.empty_cache()
-        self.met.add(key)
         return self.steps.get(key)
 
     def _capture(self, key: tuple[int, int]) -> None:

@@ -25,8 +25,8 @@ WARM_ROWS = (1, 2, 16, 32, 64)  # tokens of a step: kernels differ from one to t
 
 def warm_up(engine: "GpuEngine") -> None:
     """Kernels are compiled, steps captured, experts read from the disk, memory pinned and touched. Where memory is
-    limited, or less than the file, nothing is read that no token asked for; experts that only the CPU computes would
-    take longer than they save."""
+    limited, or less than the file, of experts only those of a few steps are read, and one of each kind; those that
+    only the CPU computes would take longer than they save."""
     begun, weights = time.perf_counter(), engine.weights
     movable = all(layer.stacks or layer.router is None for layer in engine.layers)
     fits = weights.residency is None and weights.file.n_bytes < machine.ram()

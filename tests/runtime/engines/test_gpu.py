@@ -13,7 +13,9 @@ from quantkit.models import family
 from quantkit.models.tokenizer import tokenize
 from quantkit.planning.assign import make_plan
 from quantkit.planning.recipe import Recipe
-from quantkit.runtime.engines import embedding, gpu_memory, heat, warm_up
+from quantkit.runtime import packed
+from quantkit.runtime.engines import embedding, gpu, gpu_buffers, gpu_layers, gpu_memory, heat, warm_up
+from quantkit.runtime.engines import step as steps
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_buffers import rows_of
 from quantkit.runtime.engines.open import open_engine
@@ -211,7 +213,7 @@ def test_no_memory_for_graphs(weights, monkeypatch, capsys):
     def full(key) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine.length, engine.on_gpu = [8], True
+    engine.length, engine.captures = [8], True
     monkeypatch.setattr(engine, "_capture", full)
     assert torch.equal(engine.decode([0], [300]), usual) and not engine.steps
     assert "not enough GPU memory" in " ".join(capsys.readouterr().err.split())
@@ -220,7 +222,7 @@ def test_no_memory_for_graphs(weights, monkeypatch, capsys):
 def test_a_step_is_captured_when_it_comes_again(weights, monkeypatch):
     """Not at once: whoever waits for its tokens would wait for both."""
     engine, done = GpuEngine(weights, 2, 600, 3), list[str]()
-    engine.on_gpu = True
+    engine.captures = True
 
     def capture(key) -> None:
         done.append("captured")
@@ -266,6 +268,19 @@ def test_the_embedding_of_a_prompt(weights, monkeypatch, kernel):
     assert torch.equal(found, expected) and asked == ["embedding"] * 3
     with pytest.raises(QuantkitError, match=str(c.n_vocab)):
         embed([0, c.n_vocab])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_layers", [0, 3])
+def test_a_gpu_without_triton(path, exact, monkeypatch, n_layers):
+    """Nothing is captured, as torch's products wait for the GPU, and no prompt is a step."""
+    for module in (packed, gpu, gpu_buffers, gpu_layers, steps):
+        monkeypatch.setattr(module, "use_kernels", lambda kind: False)
+    monkeypatch.setattr(packed, "_every", packed._every.__wrapped__)  # what is kept may be for kernels
+    weights = open_gguf(path, "cuda", n_threads=1)
+    engine = GpuEngine(weights, 2, 300, n_layers)
+    assert kld(exact, logits(engine, text(weights, 270))) < 5e-3
+    assert not (engine.steps or engine.by_steps or engine.buffers.mapped)
 
 
 @pytest.mark.gpu
