@@ -103,7 +103,8 @@ def _table(counts, table, n_matrices, blocks, sizes):
 
 
 def halves(gate: torch.Tensor, up: torch.Tensor | None = None) -> Halves:
-    """gate, or silu(gate) · up: [n, n_in], contiguous, of any kind of float."""
+    """gate, or silu(gate) · up: [n, n_in], of any kind of float."""
+    gate, up = gate.contiguous(), None if up is None else up.contiguous()
     n, n_in = gate.shape
     found = Halves(torch.empty(n, n_in, dtype=torch.float16, device=gate.device), torch.empty(n, device=gate.device))
     width = triton.next_power_of_2(n_in)
