@@ -276,6 +276,24 @@ def test_tokens_are_told_while_the_next_step_is_computed(weights, launches):
     assert seen == expected
 
 
+def test_who_has_ended_hears_so_once(weights):
+    """Also where others of the same step fail afterwards."""
+    ends, done = list[str](), threading.Event()
+
+    def emit(_: int | None, why: str | None) -> None:
+        if why:
+            ends.append(why)
+            done.set()
+
+    with Scheduler(Counting(weights, False, [])) as scheduler:
+        job = Job([0, 60], 1, GREEDY, emit)
+        scheduler.submit(job)
+        assert done.wait(30)
+        with scheduler._at_risk(job):
+            raise ZeroDivisionError
+    assert ends == ["length"]
+
+
 def test_threads_that_choose_tokens_leave_others_theirs():
     """An engine that is opened later computes in a thread that begins later."""
     before = torch.get_num_threads()
