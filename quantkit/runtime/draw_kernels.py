@@ -236,10 +236,10 @@ def _among(ids, values, at, least, ties):
 
 
 @part
-def _some(p, maxima, total, how, uniform, room):
+def _some(p, maxima, total, how, uniform, more):
     """A token of those that top_k, top_p and min_p leave. p: the most probable one has 1; total: of all."""
     top_k, top_p, min_p = I64(how[1]), how[2], F(how[3])
-    ids, values, counts, sums = room
+    ids, values, counts, sums = more
     n: Any = len(p) if top_k <= 0 else min(top_k, len(p))
     bound = min_p
     if n < len(p):  # what is below min_p counts for top_p, and all that top_k leaves
@@ -260,7 +260,8 @@ def _some(p, maxima, total, how, uniform, room):
 
 
 @part
-def _one(x, changed, how, uniform, p, maxima, sums, room):
+def _one(x, changed, how, uniform, room):
+    p, _, maxima, sums, more = room
     most, odd = _maxima(x, maxima)
     if odd or most == np.inf:
         return NOT_FINITE
@@ -277,7 +278,7 @@ def _one(x, changed, how, uniform, p, maxima, sums, room):
         maxima[b] = _exp2(F(F(maxima[b] - most) * scale))
     if how[1] <= 0 and how[2] >= 1 and how[3] <= 0:
         return _anywhere(p, sums, uniform)
-    return _some(p, maxima, total, how, uniform, room)
+    return _some(p, maxima, total, how, uniform, more)
 
 
 @jit
@@ -285,12 +286,11 @@ def choose(logits, hows, uniforms, edits, masks, room, out):
     """A token of each row of logits float32 [n, n_vocab], or NOT_FINITE, or NONE_LEFT where edits or masks leave none:
     out int64 [n]. hows: float64 [n, 4], temperature (0: greedy), top_k, top_p, min_p. uniforms: float64 [n], in [0, 1).
     edits: logits that are others, of row i those from starts[i] to starts[i + 1]: (starts int64 [n + 1], ids int64,
-    values float32). masks: (of each row its mask or -1, int64 [n]; masks uint8 [m, n_vocab], 0:
-    not this token). room: a
-    `Room`'s arrays."""
+    values float32). masks: (of each row its mask or -1, int64 [n]; masks uint8 [m, n_vocab], 0: not this token).
+    room: a `Room`'s arrays."""
     starts, ids, values = edits
     which, allowed = masks
-    p, own, maxima, sums, more = room
+    own = room[1]
     for r in range(len(logits)):
         x = logits[r]
         changed = starts[r + 1] > starts[r] or which[r] >= 0
@@ -304,7 +304,7 @@ def choose(logits, hows, uniforms, edits, masks, room, out):
                 for i in range(len(own)):
                     own[i] = own[i] if mask[i] else F(-np.inf)
             x = own
-        out[r] = _one(x, changed, hows[r], uniforms[r], p, maxima, sums, more)
+        out[r] = _one(x, changed, hows[r], uniforms[r], room)
 
 
 @jit

@@ -4,7 +4,9 @@ Which token a sequence gets depends on its own logits and its own random numbers
 by how many threads.
 """
 
+import logging
 import threading
+import time
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
@@ -15,13 +17,16 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.runtime.generate import NONE_LEFT, NOT_FINITE, Ask, NoneLeft, Sampling, pick
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def kernels() -> ModuleType | None:
-    """quantkit.runtime.draw_kernels; None without numba."""
+    """quantkit.runtime.draw_kernels; None, once said, without numba."""
     try:
         from quantkit.runtime import draw_kernels
-    except ModuleNotFoundError:
+    except ImportError as error:
+        log.warning("tokens are drawn by numpy, which takes longer with many users: %s", error)
         return None
     return draw_kernels
 
@@ -56,7 +61,9 @@ def _by_kernels(logits: np.ndarray, asked: Sequence[Ask]) -> list[int | Quantkit
     made, out = kernels(), np.empty(len(asked), np.int64)
     assert made is not None
     asks = [ask.how for ask in asked]
-    hows = [(0 if how.greedy else how.temperature, how.top_k, how.top_p, how.min_p) for how in asks]
+    hows = [
+        (0 if how.greedy else how.temperature, min(how.top_k, logits.shape[1]), how.top_p, how.min_p) for how in asks
+    ]
     starts = np.array([0, *accumulate(len(ask.ids) for ask in asked)])
     edits = starts, *(np.concatenate(parts) for parts in zip(*((ask.ids, ask.values) for ask in asked), strict=True))
     masks = [ask.allowed for ask in asked if ask.allowed is not None]
@@ -97,7 +104,11 @@ def log_total(logits: np.ndarray) -> float:
 
 def warm_up(n_vocab: int) -> None:
     """Have the kernels compiled, or loaded: seconds, or one."""
+    if kernels() is None:
+        return
+    begun = time.perf_counter()
     zeros = np.zeros((1, n_vocab), np.float32)
     nothing = np.empty(0, np.int64), np.empty(0, np.float32)
     tokens(zeros, [Ask(Sampling(), 0.0, *nothing)])
     log_total(zeros[0])
+    log.info("kernels that draw tokens are there after %.1f s", time.perf_counter() - begun)

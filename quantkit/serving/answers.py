@@ -27,7 +27,7 @@ from quantkit.serving.spoken import Spoken
 JSON = json.JSONEncoder(ensure_ascii=False)
 MANY = 2000  # tokens whose log probabilities are written beside the event loop
 Events = asyncio.Queue[tuple[int | None, str | None]]
-"""What the scheduler emits: see `scheduler.Emit`."""
+"""What the scheduler emits: see `jobs.Emit`."""
 
 
 Made = TypeVar("Made")

@@ -55,8 +55,8 @@ class Clock:
 
 
 class Gaps:
-    """What was done between tokens while prompts were read, kept of the longest gaps: for whoever looks where they come
-    from."""
+    """What was done between tokens while prompts were read, kept of the longest gaps that are longer than GAP: for
+    whoever looks where they come from."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[str, float]] = []
@@ -68,8 +68,8 @@ class Gaps:
 
     def end(self) -> None:
         """There are tokens."""
-        if len(self.parts) > 1:
-            gap = sum(seconds for _, seconds in self.parts)
+        gap = sum(seconds for _, seconds in self.parts)
+        if len(self.parts) > 1 and gap > GAP:
             self.longest = nlargest(TOLD, [*self.longest, (gap, self._told())])
         self.parts = []
 
@@ -84,9 +84,9 @@ class Gaps:
             told.append(f"{what} {sum(own):.0f}{several}")
         return ", ".join(told)
 
-    def tell(self) -> None:
+    def tell(self, say: Callable[[str], None]) -> None:
         """Of the longest, a line each if somebody wants to know; then they are forgotten."""
         if progress.verbose():
             for gap, told in self.longest:
-                progress.say(f"tokens after {1e3 * gap:.0f} ms beside a prompt: {told}")
+                say(f"tokens after {1e3 * gap:.0f} ms beside a prompt: {told}")
         self.longest = []

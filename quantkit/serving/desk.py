@@ -55,7 +55,7 @@ class Desk:
         self.markers = Markers(metadata, tokenizer)
         self.grammars = Grammars(tokenizer, engine.config.n_vocab, engine.config.ends)
         self.post, self.lanes, self.journal = Post(), Lanes(settings.queue), Journal()
-        self.scheduler = Scheduler(engine, settings.queue, self.post.send)
+        self.scheduler = Scheduler(engine, settings.queue, self.post.send, self.journal.add)
         self.long_body = asyncio.Lock()
 
     def check_name(self, wanted: str) -> None:

@@ -4,6 +4,7 @@ Neither holds anything that a client wrote. Lines go through a thread of their o
 them: a full pipe stops no answer.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -81,6 +82,7 @@ class Journal:
         self.tokens: Counter[str] = Counter()
         self.first, self.whole = Times(), Times()
         self.refused, self.told = 0, 0.0  # refused requests without a line, and when one last had one
+        self.lock = threading.Lock()
         self.lines: queue.Queue[str | None] = queue.Queue(WAITING_LINES)
         self.thread: threading.Thread | None = None
 
@@ -140,11 +142,15 @@ class Journal:
     def _line(self, path: str, status: int, seconds: float, *more: str) -> None:
         if path in SILENT:
             return
-        text = " · ".join((f"{time.strftime('%H:%M:%S')} {path} {status}", *more, f"{seconds:.2f} s"))
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._write, name="quantkit-journal", daemon=True)
-            self.thread.start()
-        if not self.lines.full():
+        self.add(" · ".join((f"{time.strftime('%H:%M:%S')} {path} {status}", *more, f"{seconds:.2f} s")))
+
+    def add(self, text: str) -> None:
+        """A line; from any thread. Nobody waits until it is written: what finds no room is dropped."""
+        with self.lock:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._write, name="quantkit-journal", daemon=True)
+                self.thread.start()
+        with contextlib.suppress(queue.Full):
             self.lines.put_nowait(text)
 
     def _write(self) -> None:
@@ -153,8 +159,9 @@ class Journal:
 
     def close(self) -> None:
         """End the thread; does not wait for who reads the lines."""
-        if self.thread is not None and not self.lines.full():
-            self.lines.put_nowait(None)
+        if self.thread is not None:
+            with contextlib.suppress(queue.Full):
+                self.lines.put_nowait(None)
 
     def text(self, scheduler: Busy) -> str:
         """For /metrics."""

@@ -12,7 +12,6 @@ prompt's bits do not depend on who waits; on who is read in the same pass they d
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from quantkit import machine
+from quantkit import machine, progress
 from quantkit.errors import QuantkitError
 from quantkit.runtime import draws
 from quantkit.runtime.generate import Ask, Engine, Piece, Sampling, Together, piece_at
@@ -72,15 +71,17 @@ class Turns:
 class Scheduler:
     """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager. tell: called in
     the scheduler's thread when what was emitted is to be passed on: before it waits or reads a prompt, else while the
-    next step is computed, if the engine says when (`pauses.launched`)."""
+    next step is computed, if the engine says when (`pauses.launched`). say: is told of
+    long gaps, there too."""
 
     def __init__(
         self,
         engine: Engine,
         queue_limit: int = 256,
         tell: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = progress.say,
     ):
-        self.engine, self.queue_limit, self.tell = engine, queue_limit, tell
+        self.engine, self.queue_limit, self.tell, self.say = engine, queue_limit, tell, say
         self.launches = False  # whether the engine says so
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -88,9 +89,7 @@ class Scheduler:
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
         self.free = list(range(engine.n_slots))
         self.clock = Clock()
-        begun = time.perf_counter()
         draws.warm_up(engine.config.n_vocab)
-        log.info("kernels that draw tokens are there after %.1f s", time.perf_counter() - begun)
         self.n_drawing = min(SAMPLERS, machine.threads())
         self.samplers = ThreadPoolExecutor(self.n_drawing, "quantkit-sampler", machine.one_thread_here)
         self.closed = False
@@ -152,8 +151,9 @@ class Scheduler:
                 job.refusal = str(error)
                 self._end(job, "refused")
         except Exception:
-            log.exception("a step failed; its %d sequences end", len(jobs))
-            for job in jobs:
+            left = [job for job in jobs if job in self.running]  # others have heard of their end
+            log.exception("a step failed; its %d sequences end", len(left))
+            for job in left:
                 self._end(job, "error")
 
     def _admit(self) -> bool:
@@ -180,13 +180,12 @@ class Scheduler:
         chosen = self._to_read()
         self.clock.begin()
         for batch in self._batches(chosen):
-            waits = any(not other.left for other in self.running)
-            with pausing(self._let_others if waits else None):
-                self._read(batch)
-            self.tell()
+            if not self._read(batch):  # one by one, the error ends those only that bring it about
+                for each in batch:
+                    self._read([each])
         self._decode([job for job in ready if job in self.running])
         if not self.prompts:
-            self.clock.gaps.tell()
+            self.clock.gaps.tell(self.say)
 
     def _let_others(self, what: str) -> None:
         """Between two parts of a prompt's work: tokens for those that are decoding, if it is time."""
@@ -245,18 +244,19 @@ class Scheduler:
             room -= cost
         return batches
 
-    def _read(self, batch: list[tuple[Job, int]]) -> None:
-        """So many tokens of their prompts, of several in one pass. After an error in it they are read one by one: it
-        ends those only that bring it about."""
-        if len(batch) == 1 or (logits := self._read_together(batch)) is None:
-            for job, n in batch:
-                with self._at_risk(job):
-                    self._advance([(job, n)], self.engine.prefill(*_piece(job, n))[None])
-                    pause(what="the end of a piece")
-        else:
-            with self._at_risk(*(job for job, _ in batch)):
-                self._advance(batch, logits)
-                pause(what="the end of a piece")
+    def _read(self, batch: list[tuple[Job, int]]) -> bool:
+        """So many tokens of their prompts, in one pass. False: one over several failed, and they are where they
+        were."""
+        waits = any(not other.left for other in self.running)
+        with pausing(self._let_others if waits else None), self._at_risk(*(job for job, _ in batch)):
+            several = len(batch) > 1
+            logits = self._read_together(batch) if several else self.engine.prefill(*_piece(*batch[0]))[None]
+            if logits is None:
+                return False
+            self._advance(batch, logits)
+            pause(what="the end of a piece")
+        self.tell()
+        return True
 
     def _read_together(self, batch: list[tuple[Job, int]]) -> torch.Tensor | None:
         """Logits after each one's tokens, of one pass; None if it failed, and nothing is kept of it."""

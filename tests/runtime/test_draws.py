@@ -1,5 +1,6 @@
 """Tokens of many sequences at once: the same as one by one, and as often as they are probable."""
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit import runtime
 from quantkit.errors import QuantkitError
 from quantkit.runtime import draws
 from quantkit.runtime.draws import tokens
@@ -22,7 +24,7 @@ HOWS = (
     Sampling(0.8, 1.0, top_k=1),
     Sampling(1.3, 1.0, top_k=40),
     Sampling(1.3, 0.9, top_k=300),
-    Sampling(1.0, 1.0, top_k=10**6, min_p=0.02),
+    Sampling(1.0, 1.0, top_k=2**63 - 1, min_p=0.02),
     Sampling(0.9, 0.97, top_k=100, min_p=0.1),
     Sampling(1.0, 0.9, typical_p=0.5),
 )
@@ -148,6 +150,16 @@ def test_a_draw_does_not_depend_on_who_is_beside(way):
         parts = pool.map(lambda i: tokens(logits[i : i + 4], asked[i : i + 4]), range(0, 44, 4))
         assert [token for part in parts for token in part] == together
     assert (logits == before).all()
+
+
+def test_without_numba_a_line_says_that_it_is_slower(monkeypatch, caplog):
+    assert draws.kernels() is not None
+    for name in ("numba", "quantkit.runtime.draw_kernels"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(runtime, "draw_kernels")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert draws.kernels.__wrapped__() is None
+    assert len(caplog.messages) == 1 and "by numpy" in caplog.text and "numba" in caplog.text
 
 
 def test_dice_are_what_torch_draws_one_by_one():

@@ -147,11 +147,13 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
 
 @pytest.mark.parametrize("by", ["its token", "what it asks to hear"])
 def test_an_error_in_a_pass_over_several_ends_the_guilty_one(by, weights, monkeypatch):
-    """They are read one by one then, and heard once; who is decoding goes on."""
+    """They are read one by one then, and heard once; who is decoding goes on, and none of them waits for the next."""
     engine = GpuEngine(weights, 4, 512, 3)
     engine.config = dataclasses.replace(engine.config, eos=-1)
     passes, read = list[int](), engine.prefill_together
     monkeypatch.setattr(engine, "prefill_together", lambda pieces: passes.append(len(pieces)) or read(pieces))
+    order, read_one = list[str](), engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda *piece: order.append("read") or read_one(*piece))
 
     def jobs() -> list[Job]:
         rules = TokenRules(n_logprobs=0, of_prompt=True)
@@ -176,7 +178,7 @@ def test_an_error_in_a_pass_over_several_ends_the_guilty_one(by, weights, monkey
     def deaf(_: torch.Tensor) -> None:
         raise ZeroDivisionError
 
-    with Scheduler(engine) as scheduler:
+    with Scheduler(engine, tell=lambda: order.append("told")) as scheduler:
         alone = jobs()
         assert [answered([job]) for job in alone] == [["length"]] * 3
         passes.clear()
@@ -194,6 +196,7 @@ def test_an_error_in_a_pass_over_several_ends_the_guilty_one(by, weights, monkey
         assert answered(jobs()) == ["length"] * 3 and other.n_made > n_made
         scheduler.cancel(other)
     assert passes == [1, 3, 1, 1, 1, 3]
+    assert "read read" not in " ".join(order)
     for mine, own in ((first, alone[0]), (last, alone[2])):
         assert mine.made == own.made and [c.logprob for c in mine.heard] == [c.logprob for c in own.heard]
 
@@ -271,6 +274,24 @@ def test_tokens_are_told_while_the_next_step_is_computed(weights, launches):
     else:
         expected = [*step, told[0], *step, told[1], *step, told[2], *step, "told 64 length"]
     assert seen == expected
+
+
+def test_who_has_ended_hears_so_once(weights):
+    """Also where others of the same step fail afterwards."""
+    ends, done = list[str](), threading.Event()
+
+    def emit(_: int | None, why: str | None) -> None:
+        if why:
+            ends.append(why)
+            done.set()
+
+    with Scheduler(Counting(weights, False, [])) as scheduler:
+        job = Job([0, 60], 1, GREEDY, emit)
+        scheduler.submit(job)
+        assert done.wait(30)
+        with scheduler._at_risk(job):
+            raise ZeroDivisionError
+    assert ends == ["length"]
 
 
 def test_threads_that_choose_tokens_leave_others_theirs():
