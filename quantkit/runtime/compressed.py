@@ -308,7 +308,7 @@ def chosen(
         later = block >= seen[:, None]
         best = scores.masked_fill_(later, float("-inf")).topk(how.top_k, dim=-1).indices
         mask[:, begin:end].scatter_(-1, best, True).logical_and_(~later)
-        pause(x.device)
+        pause(x.device, "a tile of scores")
     return mask
 
 
@@ -347,5 +347,5 @@ def _attended(
         scores = scores.view(n_seq, end - begin, n_head, -1).masked_fill_(hidden[:, :, None], float("-inf"))
         scores = torch.cat((scores, sinks.expand(n_seq, end - begin, -1, -1)), dim=-1).softmax(-1)[..., :-1]
         out[:, begin:end] = (scores.to(q.dtype).flatten(1, 2) @ keys).view(n_seq, end - begin, n_head, -1)
-        pause(q.device)
+        pause(q.device, "a tile of attention")
     return out

@@ -122,7 +122,7 @@ class StreamsEngine:
         parts = mixed.x.view(n_seq, -1, c.d).split(1)
         y = torch.cat([attention(x, layer, c, cache=cache) for x, cache in zip(parts, caches, strict=True)])
         h = taken_up(h, y.flatten(0, 1), mixed)
-        pause(h.device)
+        pause(h.device, "attention")
         mixed = mix(h, layer.ffn_mixing, c)
         x = rms_norm(mixed.x, layer.ffn_norm, c.rms_eps).to(self.source.dtype)
         return taken_up(h, feed_forward(x, layer, c, tokens=tokens), mixed)

@@ -125,7 +125,7 @@ def test_tokens_between_the_parts_of_a_prompt(engine, small, monkeypatch):
     def step(i: int) -> torch.Tensor:
         return engine.decode([0, 2], [tokens[3 + i], tokens[126 + i]]).clone()
 
-    def others() -> None:
+    def others(_: str) -> None:
         asked.append(1)
         if len(beside) < 20:
             beside.append(step(len(beside)))
