@@ -160,8 +160,9 @@ def _sizes(pairs: int, n_matrices: int, tokens: int) -> Sizes:
     return Sizes(*map(tl.constexpr, (*powers, tokens)))
 
 
-def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
-    """Of a few pairs: ids int32 [pairs] of matrices, below 0 none. Nothing waits for the GPU."""
+def runs(ids: torch.Tensor, n_matrices: int) -> Runs:
+    """Of a few pairs, each with a row of its own: ids int32 [pairs] of matrices, below 0 none. Nothing waits for the
+    GPU."""
     pairs = len(ids)
     tokens = tokens_of(pairs, n_matrices)
     blocks = _blocks(pairs, n_matrices + 1, tokens)
@@ -169,7 +170,7 @@ def runs(ids: torch.Tensor, n_matrices: int, share: int = 1) -> Runs:
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
     sizes = _sizes(pairs, n_matrices, tokens)
     _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, sizes, num_warps=4)
-    return Runs(order, table, pairs, tokens, share, True)
+    return Runs(order, table, pairs, tokens, 1, True)
 
 
 def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:

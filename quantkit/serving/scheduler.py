@@ -71,8 +71,7 @@ class Turns:
 class Scheduler:
     """Runs jobs on an engine. `submit` and `cancel` may be called from any thread; a context manager. tell: called in
     the scheduler's thread when what was emitted is to be passed on: before it waits or reads a prompt, else while the
-    next step is computed, if the engine says when (`pauses.launched`). say: is told of
-    long gaps, there too."""
+    next step is computed, if the engine says when (`pauses.launched`). say: is told of long gaps, there too."""
 
     def __init__(
         self,
