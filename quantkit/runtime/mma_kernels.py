@@ -12,7 +12,7 @@ import triton.language as tl
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
 from quantkit.runtime.parts import Matrices, first_of, part_of
-from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, split, summed
+from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, side_of, split, summed
 
 BUSY = 1200  # programs that keep a GPU busy: sums of small matrices are split until there are so many
 COLUMNS = 128  # of a row that a warp takes at a time
@@ -164,12 +164,7 @@ def _products(
 ):
     """16 · tiles outputs from program_id(0) on, of the pairs of block program_id(1), 8 · sets at most, from the part
     program_id(2) % splits of their columns, `steps` steps: as `tile_kernels` has them."""
-    mine = tl.program_id(2) % splits
-    data = w.data
-    if second is not None:
-        if tl.program_id(2) >= splits:
-            data = second
-    out += tl.program_id(2).to(tl.int64) * pairs * w.n_out
+    mine, data, out = side_of(w, second, out, pairs, splits)
     last: tl.constexpr = w.n_in // 32
     end = tl.minimum(last // 4, (mine + 1) * steps)
     data, first, count, end = block_of(w, data, table, pairs, end, 8 * sets)

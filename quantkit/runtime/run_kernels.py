@@ -103,6 +103,18 @@ def _table(counts, table, n_matrices, blocks, sizes):
 
 
 @triton.jit
+def side_of(w, second, out, pairs, splits):
+    """By program_id(2) of out [2 (with second), splits, pairs, n_out]: which part of the columns is a program's, the
+    bytes of w's matrices or of second's, and where its outputs begin."""
+    mine = tl.program_id(2) % splits
+    data = w.data
+    if second is not None:
+        if tl.program_id(2) >= splits:
+            data = second
+    return mine, data, out + tl.program_id(2).to(tl.int64) * pairs * w.n_out
+
+
+@triton.jit
 def block_of(w, data, table, pairs, end, tokens: tl.constexpr):
     """Of a program for block program_id(1): where its matrix begins in `data`, the first of its pairs in order and how
     many, and where its columns end: at `end`; at 0 if there is nothing to multiply."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
 from quantkit.runtime.parts import Matrices, part_of
-from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, split, summed
+from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, side_of, split, summed
 
 BUSY = 264  # programs that keep a GPU busy: sums of small matrices are split until there are so many
 ROWS, COLUMNS, WARPS = 64, 128, 4  # of a tile, and a program's; measured with R1's matrices on an H200
@@ -124,12 +124,7 @@ def _products(
 ):
     """`rows` outputs from program_id(0) on, of the pairs of block program_id(1), from the part program_id(2) % splits
     of their columns, `steps` tiles: out [2 (with second), splits, pairs, n_out]. second: as in `kernels`."""
-    mine = tl.program_id(2) % splits
-    data = w.data
-    if second is not None:
-        if tl.program_id(2) >= splits:
-            data = second
-    out += tl.program_id(2).to(tl.int64) * pairs * w.n_out
+    mine, data, out = side_of(w, second, out, pairs, splits)
     last = w.n_in // 32 if w.wide else w.n_in // 8
     end = tl.minimum(last, (mine + 1) * steps * chunks)
     data, first, count, end = block_of(w, data, table, pairs, end, tokens)
