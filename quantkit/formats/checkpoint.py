@@ -18,7 +18,7 @@ from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
-from quantkit.formats.tensor_table import CONFIG, INTEGER_DTYPES, TensorTable, weight_of
+from quantkit.formats.tensor_table import CONFIG, INTEGER_DTYPES, MAX_PROBLEMS, TensorTable, weight_of
 from quantkit.formats.text_model import TextModel
 from quantkit.progress import say, say_once
 
@@ -60,7 +60,8 @@ class Checkpoint(TensorTable):
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
         self.origin: dict[str, str] | None = None
-        self._tiny: set[str] = set()  # tensors of which it was said
+        self._tiny: set[str] = set()  # matrices of which it was said
+        self._zeros: set[str] = set()  # that are, of those seen so far
         for remark in self.remarks:
             say_once(remark)
 
@@ -146,11 +147,12 @@ class Checkpoint(TensorTable):
         else:
             out = dequantize(raw, scale, self.block, start)
         if out.numel():
-            self._check_range(name, out)
+            self._check_range(name, out, start)
         return out.to(dtype)
 
-    def _check_range(self, name: str, values: torch.Tensor) -> None:
-        """One pass without a temporary: both bounds carry any NaN, and an infinity is one of them."""
+    def _check_range(self, name: str, values: torch.Tensor, start: int) -> None:
+        """One pass without a temporary: both bounds carry any NaN, and an infinity is one of them. values: rows from
+        `start` on."""
         bounds = torch.stack(torch.aminmax(values)).float()
         largest = float(bounds.abs().max())
         if not math.isfinite(largest):
@@ -164,6 +166,23 @@ class Checkpoint(TensorTable):
             self._tiny.add(name)
             where = self.where(name, self.entry(name))
             say(f"{where} has only weights below {SMALLEST}: most GGUF types make zeros of it")
+        if largest == 0 and start == 0 and values.ndim > 1:
+            self._say_zeros(name, len(values))
+
+    def _say_zeros(self, name: str, n_rows: int) -> None:
+        """A line on a matrix that has nothing but zeros, of which the first rows have been seen to; the rest is read
+        until something else comes. Not of every one: a shard that was reserved and not filled has hundreds."""
+        stop = self.entry(name).shape[0]
+        if name in self._zeros or any(
+            bool(self.read(name, first, min(first + n_rows, stop)).any()) for first in range(n_rows, stop, n_rows)
+        ):
+            return
+        self._zeros.add(name)
+        if len(self._zeros) <= MAX_PROBLEMS:
+            where = self.where(name, self.entry(name))
+            say(f"warning: {where} is all zeros; if the model is not meant so, compare the file's checksum")
+        elif len(self._zeros) == MAX_PROBLEMS + 1:
+            say(f"warning: more matrices of {self.path} are all zeros, which are not named")
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows start:stop as stored, on the CPU, and their scale.

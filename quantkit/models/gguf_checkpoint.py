@@ -97,7 +97,7 @@ class GGUFCheckpoint(Checkpoint):
         flat = torch.from_numpy(values)
         out = flat.view(stop - start, *shape[1:]) if len(shape) > 1 else flat.view(-1)[start:stop]
         if out.numel():
-            self._check_range(name, out)
+            self._check_range(name, out, start)
         return out.to(device).to(dtype)
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
