@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.job.asked import check_new_model
+from quantkit.job.asked import check_new_imatrix, check_new_model
 
 NO_HELP: list[tuple[str, str]] = [
     ("make --size 3x", "--size 3x: not a size"),
@@ -45,6 +45,7 @@ NO_HELP: list[tuple[str, str]] = [
     ("make deepseek-r1", "a description without weights"),
     ("calibrate --data nofile", "--data nofile: no such file"),
     ("calibrate deepseek-r1", "a description without weights"),
+    ("calibrate -o begins.gguf", "begins.gguf exists already; --restart measures it anew"),
     ("sensitivity --imatrix text.txt", "not a GGUF imatrix"),
     ("sensitivity --gradients empty", "empty holds no gradients"),
     ("sensitivity --imatrix begins.gguf --types IQ9", "--types IQ9: unknown"),
@@ -139,3 +140,19 @@ def test_a_taken_name_is_refused_but_not_to_a_run_that_goes_on(tmp_path):
     check_new_model(model, overwrite=False, restart=False)
     with pytest.raises(QuantkitError, match="exists already"):
         check_new_model(model, overwrite=False, restart=True)
+
+
+def test_an_imatrix_is_not_measured_again_unasked(tmp_path):
+    imatrix, gradients = tmp_path / "a[1].gguf", tmp_path / "g"
+    check_new_imatrix(imatrix, gradients, restart=False)
+    imatrix.touch()
+    check_new_imatrix(imatrix, gradients, restart=True)
+    with pytest.raises(QuantkitError, match=r"a\[1\]\.gguf exists already; --restart measures it anew"):
+        check_new_imatrix(imatrix, gradients, restart=False)
+    for state in (tmp_path / f"{imatrix.name}.state", gradients / "state"):  # `--restart` was stopped in either pass
+        state.mkdir(parents=True)
+        check_new_imatrix(imatrix, gradients, restart=False)
+        state.rmdir()
+    (tmp_path / "a1.gguf.state").mkdir()
+    with pytest.raises(QuantkitError, match="exists already"):
+        check_new_imatrix(imatrix, None, restart=False)
