@@ -56,7 +56,8 @@ class Seen:
 
 
 def as_ours(file: "GGUFFile") -> Seen:
-    """QuantkitError for a family that is not known."""
+    """QuantkitError for what is no model, or of a family that is not known."""
+    file.check_model()
     config, tensors, notes = family.from_gguf(file.metadata), dict(file.tensors), []
     steps: tuple[Step, ...] = (_apart, _one_layout, _renamed, _without_drafts)
     for step in steps:
