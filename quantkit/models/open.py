@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit import bundle
 from quantkit.errors import QuantkitError
 from quantkit.formats.checkpoint import Checkpoint
@@ -99,10 +97,12 @@ def _why_no_mtp(model: Checkpoint | Geometry) -> str | None:
         entry = model.tensors.get(prefix + copy)
         if entry is None or isinstance(model, Geometry):
             continue
+        from torch import equal  # two seconds to load, which most models do without
+
         last = entry.shape[0] - 1
         for row in dict.fromkeys((0, last // 2, last)):
             rows = (model.read_raw(each, row, row + 1)[0] for each in (prefix + copy, name))
-            if entry.shape != model.entry(name).shape or not torch.equal(*rows):
+            if entry.shape != model.entry(name).shape or not equal(*rows):
                 return f"{prefix + copy} is not {name}"
     return None
 
