@@ -75,7 +75,7 @@ class Buffers:
         self.seen, self.told, self.given = (t.numpy() for t in (self.sent_flags, self.got_flags, self.got_host))
         self.step = self.n = self.m = 0
         self.parts: dict[int, Sent] = {}  # of `sent_host`, for so many rows
-        self.exchanges: dict[tuple[int, int], Callable[[int], bool] | None] = {}  # of a layer, for so many rows
+        self.exchanges: dict[tuple[int, int, OnCpu], Callable[[int], bool] | None] = {}
 
     def begin(self, n: int, m: int, where: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> None:
         """Say where n tokens are, whose rows are in `tokens_there`: cells, positions, slots. The step has m rows: those
@@ -145,7 +145,7 @@ class Buffers:
         """Both ways by compiled code, where there is some."""
         if not self.mapped:
             return None
-        key = layer, self.n  # m follows from n
+        key = layer, self.n, experts  # m follows from n
         if key not in self.exchanges:
             x, weight, ids = self._parts(self.sent_host, self.m)
             back = (self.got_host, self.kept, self.sent_flags[layer], self.got_flags[layer])
