@@ -188,7 +188,7 @@ class Api(Desk):
             self.post.put(loop, events, (token, why))
 
         constraint = self.grammars.constraint(made.matcher, made.thinking) if made.matcher else None
-        job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint)
+        job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint, reuse=body.reuses())
         self.scheduler.submit(job)
         pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and made.tools is None)
         return Answer(self.scheduler, job, events, pieces, index=index)
