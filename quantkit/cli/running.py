@@ -197,9 +197,10 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
 
+    device, listener = chosen_device(placement.device), http.bind(host, door.port)
     show_placement()
-    weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
+    weights = open_gguf(file, device, ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
     aliases = tuple(name.strip() for name in door.alias.split(",") if name.strip())
     settings = http.Settings(queue=door.queue, aliases=aliases, parted=door.reasoning_content)
-    http.serve(weights, engine, host, door.port, settings, gate)
+    http.serve(weights, engine, listener, settings, gate)
