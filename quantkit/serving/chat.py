@@ -73,5 +73,7 @@ class Conversation:
             self.speed += f", {(len(prompt) - begin) / (times[1] - times[0]):,.1f} tok/s"
         if n > 1:
             self.speed += f" · answer {n:,} tokens, {(n - 1) / (times[-1] - times[1]):,.1f} tok/s"
+        if len(prompt) + n >= self.engine.capacity:
+            self.speed += f" · the context of {self.engine.capacity:,} tokens is full"
         if self.residency:
             self.speed += f" · {both_units(self.residency.read - read)} of experts read"
