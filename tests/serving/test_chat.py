@@ -103,6 +103,12 @@ def test_a_prompt_from_a_pipe(path):
     assert wrong.exit_code == 1 and "stdin: not UTF-8 text (byte 0)" in wrong.stderr
 
 
+def test_a_long_prompt_is_no_silence(path):
+    for n, said in ((100, False), (1200, True)):
+        done = CliRunner().invoke(main, ["run", str(path), "-p", "x\n" * n, "-n", "1"])
+        assert done.exit_code == 0 and (" tokens\n" in done.stderr and "reading " in done.stderr) == said
+
+
 def test_the_end_of_the_context_is_said(path, capfd):
     full = CliRunner().invoke(main, ["run", str(path), "-p", "The ", "-c", "16", "-n", "40", "--temperature", "0"])
     assert full.exit_code == 0 and "the context of 16 tokens is full" in full.stderr
