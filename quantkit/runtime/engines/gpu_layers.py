@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.engines.stacks import Stacks
-from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
+from quantkit.runtime.layers import Experts, Router
 from quantkit.runtime.pauses import pause
 
 if TYPE_CHECKING:  # or the chain of imports would be long
@@ -70,12 +70,6 @@ class GpuLayer:
     hot: Frames | None = None
     on_cpu: OnCpu | None = None
     stacks: Stacks | None = None  # experts that can be streamed
-
-    def weights(self, experts: LayerExperts | None) -> LayerWeights:
-        """For a prompt, k_b and v_b dequantized."""
-        feed = None if self.feed is None else Feed(*self.feed)
-        before = (self.attn_norm, self.q, self.kv_a, self.kv_a_norm, self.k_b.dense(), self.v_b.dense())
-        return LayerWeights(*before, self.output, self.ffn_norm, feed, self.router, experts)
 
 
 def attend(
