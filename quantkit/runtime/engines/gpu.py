@@ -223,7 +223,7 @@ class GpuEngine:
             return self._as_step(pieces)
         c, together = self.config, Pieces(pieces, self.config, self.buffers.turned)
         h = self.embedding(together.tokens)[0]
-        with self.hot.still(), self.prompts.experts(len(h)) as experts:
+        with self.hot.still(), self.prompts.experts(len(h)) as experts, together.kernels():
             for i, layer in enumerate(self.layers):
                 h += attention(h, layer, c, self.cache[i], together)
                 pause(self.device, "attention")

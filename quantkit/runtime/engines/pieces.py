@@ -5,12 +5,14 @@ not grow with the number of short ones: each costs Python as much as the GPU nee
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.engines.gpu_layers import GpuLayer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:  # or the chain of imports would be long
 ROWS, POSITIONS = 2048, 1 << 15  # tokens (those that see something before them count twice), and positions of the
 # cache, of several pieces that attend at once, padded: 400 MB of R1's queries, keys and values; 75 MB of its cache
 SCORES = SCORE_ELEMENTS // 2  # of such, whatever is padded: the GPU has as many while Python launches another batch
+PLANNED = 1024  # tokens of a piece from which cuDNN's attention saves more than it costs to plan it for a new length
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Size(NamedTuple):
@@ -118,6 +122,12 @@ class Pieces:
             else:
                 self.first.append(batch)
             begin += n
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """Which of torch's attention is used. cuDNN plans it anew for each length, and in each thread, while everybody
+        waits: not for short pieces, each of which has another length."""
+        long = max(len(piece.tokens) for piece in self.pieces) >= PLANNED
+        return nullcontext() if long else sdpa_kernel(UNPLANNED)
 
     def of_each(self, h: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Each piece with its rows of h [n, ...]."""

@@ -70,5 +70,6 @@ def whole_piece(engine: "GpuEngine", begin: int) -> None:
         return
     pieces = Pieces([Piece(0, [0] * n, begin)], c, engine.buffers.turned)
     h = engine.embedding(pieces.tokens)[0]
-    attention(h, layer, c, engine.cache[0], pieces)
+    with pieces.kernels():
+        attention(h, layer, c, engine.cache[0], pieces)
     feed_forward(h, layer, engine.between, c, None, engine.dtype)
