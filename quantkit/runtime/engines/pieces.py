@@ -1,7 +1,7 @@
 """Pieces of several prompts on a GPU pass the layers as one row of tokens: all that is per token is launched once.
 
-Only attention itself is by sequence. Those of about the same length are padded and attend at once, so that launches do
-not grow with the number of short ones: each costs Python as much as the GPU needs for a hundred tokens.
+Only attention itself is by sequence. Those of about the same length are padded and attend at once, so that what Python
+launches does not grow with the number of short ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # or the chain of imports would be long
 
 ROWS, POSITIONS = 2048, 1 << 15  # tokens (those that see something before them count twice), and positions of the
 # cache, of several pieces that attend at once, padded: 400 MB of R1's queries, keys and values; 75 MB of its cache
-SCORES = SCORE_ELEMENTS // 2  # of such, whatever is padded: the GPU has as many while Python launches another batch
-PLANNED = 1024  # tokens of a piece from which cuDNN's attention saves more than it costs to plan it for a new length
+SCORES = SCORE_ELEMENTS // 2  # of such, however much is padding: reckoned as what another batch's launches take
+PLANNED = 1024  # tokens of a piece from which cuDNN's attention should save more than its plan for a new length takes
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
