@@ -21,9 +21,10 @@ from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.remote.cache import home_of
 
-TEXT = TextChoice((str(Path(__file__).parents[2] / "docs" / "architecture.md"),), n_tokens=1024)
+DOCS = Path(__file__).parents[2] / "docs"  # texts that are cut into tokens at once
+TEXT, OTHER = (TextChoice((str(DOCS / name),), n_tokens=1024) for name in ("architecture.md", "serve.md"))
 HOW = Calibration(TEXT)
-OPTIONS = MakeOptions(recipe="Q6_K", calibration=HOW, evaluation=TEXT, encoder="ggml")
+OPTIONS = MakeOptions(recipe="Q6_K", calibration=HOW, evaluation=OTHER, encoder="ggml")
 LIMIT = 9_600_000  # two of the model's four layers, and its embeddings; the whole would be 13.2 MB
 
 
@@ -144,7 +145,7 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypa
         "--tokens",
         "1024",
         "--eval-data",
-        *TEXT.data,
+        *OTHER.data,
         "--eval-tokens",
         "1024",
     ]
