@@ -41,11 +41,11 @@ class Embedding:
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         """float32 [1, n, d] on the device. QuantkitError for an id that has no row."""
-        check_ids((min(tokens), max(tokens)), self.config.n_vocab)
         out = torch.empty(1, len(tokens), self.config.d, device=self.device)
         for begin, to in zip(range(0, len(tokens), ROWS), out[0].split(ROWS), strict=True):
             self.put(tokens[begin : begin + ROWS], self.host[: len(to)].numpy())
-            # All of them, or kernels would be compiled for other numbers of rows.
-            to.copy_(self.decoded(self.host.to(self.device))[: len(to)])
+            # All of them where a kernel decodes them, or it would be compiled for other numbers of rows.
+            host = self.host if self.packed else self.host[: len(to)]
+            to.copy_(self.decoded(host.to(self.device))[: len(to)])
             pause(self.device, "embedding")
         return out
