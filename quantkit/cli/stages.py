@@ -39,7 +39,15 @@ class Besides:
     moments: Path | None
 
 
+def _check_calibrate(output: Path, gradients: Path | None, restart: bool) -> None:
+    """QuantkitError for a name that is taken."""
+    from quantkit.job.asked import check_new_imatrix
+
+    check_new_imatrix(output, gradients, restart)
+
+
 @click.command()
+@options.checked(_check_calibrate)
 @click.argument("model", type=WEIGHTS, default="tiny-r1")
 @click.option("--output", "-o", type=OUT, default="imatrix.gguf", show_default=True)
 @options.calibration

@@ -4,8 +4,10 @@ To add a type: a row in `types.py`, a `Codec` in its kind's file, and if it is t
 `triton_decode.py` or `numba_decode.py`.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from quantkit.codecs import iq1, iq2, iq3, kquants, plain
 from quantkit.codecs.codec import Codec
 from quantkit.codecs.format import SUPERBLOCK, Format, scaled
+
+log = logging.getLogger(__name__)
 
 CODECS = {codec.name: codec for kind in (iq1, iq2, iq3, kquants, plain) for codec in kind.CODECS}
 """By name; a file may hold types that are not here, which ggml decodes."""
@@ -52,18 +56,24 @@ def rescale(name: str, data: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return blocks.view(np.uint8).reshape(data.shape)
 
 
-@cache
 def numba_twin(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     """(blocks uint8 [n, bytes], float32 out, bfloat16 bits out), one of the outputs None: the decoder that numba
-    compiles, where it is faster than ggml's for this output. Loaded on first use (numba takes half a second); None
-    without numba."""
+    compiles, where it is faster than ggml's for this output. None, once said, without numba."""
     if name not in CODECS or dtype not in CODECS[name].compiled:
         return None
+    compiled = _numba_decode()
+    return None if compiled is None else partial(compiled.decode, name)
+
+
+@cache
+def _numba_decode() -> ModuleType | None:
+    """Loaded on first use: numba takes half a second."""
     try:
         from quantkit.codecs import numba_decode
-    except ModuleNotFoundError:
+    except ImportError as error:
+        log.warning("weights are decoded by ggml, which takes longer: %s", error)
         return None
-    return partial(numba_decode.decode, name)
+    return numba_decode
 
 
 def triton_twin(name: str) -> Any:

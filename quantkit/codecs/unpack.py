@@ -5,6 +5,7 @@ The formulas are those of ggml's dequantize_row_* (ggml-quants.c), products roun
 bit for bit, bfloat16 ones theirs rounded to nearest (ties to even, in compiled code away from zero).
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -20,9 +21,8 @@ SPAN_ROWS = 64  # rows below which a thread is not worth starting
 
 
 @torch.inference_mode()  # of each thread its own, and `out` may have been made in it
-def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor) -> None:
+def _span(qtype: str, data: np.ndarray, n_in: int, out: torch.Tensor, twin: Callable[..., None] | None) -> None:
     single = out.dtype == torch.float32
-    twin = numba_twin(qtype, out.dtype)
     if twin is not None:
         blocks = np.ascontiguousarray(data).reshape(-1, codec(qtype).block.itemsize)
         if single:
@@ -45,14 +45,17 @@ def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExec
     pool. Returns it."""
     n_in = out.shape[-1]
     rows, flat = data.reshape(-1, stored(qtype).row_bytes(n_in)), out.view(-1, n_in)
+    twin = numba_twin(qtype, out.dtype)
     n_parts = max(1, min(workers, len(rows) // SPAN_ROWS))
     if n_parts == 1:
-        _span(qtype, rows, n_in, flat)
+        _span(qtype, rows, n_in, flat, twin)
         return out
     bounds = [i * len(rows) // n_parts for i in range(n_parts + 1)]
     spans = [slice(*span) for span in pairwise(bounds)]
-    others = [pool.submit(_span, qtype, rows[span], n_in, flat[span]) for span in spans[1:]]
-    _span(qtype, rows[spans[0]], n_in, flat[spans[0]])  # this thread has its share too: it need not wait to be woken
+    others = [pool.submit(_span, qtype, rows[span], n_in, flat[span], twin) for span in spans[1:]]
+    _span(
+        qtype, rows[spans[0]], n_in, flat[spans[0]], twin
+    )  # this thread has its share too: it need not wait to be woken
     for other in others:
         other.result()
     return out

@@ -7,12 +7,11 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
+
+import numpy as np
 
 from quantkit.errors import QuantkitError
-
-if TYPE_CHECKING:  # two seconds to load, and small files are read without
-    import torch
 
 MAX_READ = 1 << 30  # Linux reads at most 2 GiB - 4 KiB in one call
 
@@ -41,8 +40,8 @@ class ByteSource(Protocol):
         """Bytes of a file; QuantkitError if there is no such file."""
         ...
 
-    def read(self, file: str, offset: int, length: int, what: str) -> "torch.Tensor":
-        """uint8 [length] on the CPU; QuantkitError naming `file` and `what` if not all of it can be had."""
+    def read(self, file: str, offset: int, length: int, what: str) -> np.ndarray:
+        """uint8 [length]; QuantkitError naming `file` and `what` if not all of it can be had."""
         ...
 
     def schedule(self, kept: "Extents", layers: Sequence["Extents"]) -> None:
@@ -81,12 +80,10 @@ class FolderSource:
         """Bytes of a file; QuantkitError if there is no such file."""
         return os.fstat(self._fd(file)).st_size
 
-    def read(self, file: str, offset: int, length: int, what: str) -> "torch.Tensor":
+    def read(self, file: str, offset: int, length: int, what: str) -> np.ndarray:
         """uint8 [length]; QuantkitError naming `file` and `what` if the file ends before, or cannot be read."""
-        import torch
-
-        buffer = torch.empty(length, dtype=torch.uint8)
-        view, fd = buffer.numpy().data, self._fd(file)
+        buffer = np.empty(length, np.uint8)
+        view, fd = buffer.data, self._fd(file)
         done = 0
         while done < length:
             try:

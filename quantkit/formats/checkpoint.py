@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import fp4, int4
@@ -18,9 +17,12 @@ from quantkit.formats.fp8 import dequantize, scale_rows
 from quantkit.formats.mistaken import packed
 from quantkit.formats.safetensors_header import check_shard_name, header_length, load_json, load_object, parse_header
 from quantkit.formats.tensor_entry import TensorEntry
-from quantkit.formats.tensor_table import CONFIG, INTEGER_DTYPES, TensorTable, weight_of
+from quantkit.formats.tensor_table import CONFIG, INTEGER_DTYPES, MAX_PROBLEMS, TensorTable, weight_of
 from quantkit.formats.text_model import TextModel
 from quantkit.progress import say, say_once
+
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 LARGEST, SMALLEST = 65504, 1e-6  # F16's largest; Q8_0's scale of smaller weights is below F16's smallest
 INDEX, SHARD = "model.safetensors.index.json", ".safetensors"
@@ -29,17 +31,18 @@ NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 PREFIX = 64  # bytes of a shard that tell what it is
 Needed = Callable[[Mapping[str, Any]], Collection[str]]
 """config.json -> names of the tensors that will be read."""
-TORCH_DTYPE: Mapping[str, torch.dtype] = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    int4.DTYPE: torch.int32,
-    fp4.DTYPE: torch.uint8,
+TORCH_DTYPE: Mapping[str, str] = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "I64": "int64",
+    "I32": "int32",
+    int4.DTYPE: "int32",
+    fp4.DTYPE: "uint8",
 }
+"""By their names in torch."""
 
 
 class Checkpoint(TensorTable):
@@ -60,7 +63,8 @@ class Checkpoint(TensorTable):
         super().__init__(path, config, tensors)
         self._source, self._fingerprint = source, fingerprint
         self.origin: dict[str, str] | None = None
-        self._tiny: set[str] = set()  # tensors of which it was said
+        self._tiny: set[str] = set()  # matrices of which it was said
+        self._zeros: set[str] = set()  # that are, of those seen so far
         for remark in self.remarks:
             say_once(remark)
 
@@ -124,15 +128,17 @@ class Checkpoint(TensorTable):
         name: str,
         start: int = 0,
         stop: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Rows start:stop (of the first dimension; default all) as `dtype` on `device`.
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+    ) -> "torch.Tensor":
+        """Rows start:stop (of the first dimension; default all) as `dtype` (default float32) on `device`.
 
         FP8 is moved first and multiplied by its scale there, in float32. QuantkitError naming tensor and shard for a
         missing or wrong scale, an unsupported dtype, a short read, or a weight or scale that is not finite or that no
         GGUF type holds.
         """
+        import torch
+
         raw, scale = self.read_raw(name, start, stop)
         raw = raw.to(device)
         if (kind := self.entry(name).dtype) in INTEGER_DTYPES:
@@ -146,11 +152,14 @@ class Checkpoint(TensorTable):
         else:
             out = dequantize(raw, scale, self.block, start)
         if out.numel():
-            self._check_range(name, out)
-        return out.to(dtype)
+            self._check_range(name, out, start)
+        return out.to(dtype or torch.float32)
 
-    def _check_range(self, name: str, values: torch.Tensor) -> None:
-        """One pass without a temporary: both bounds carry any NaN, and an infinity is one of them."""
+    def _check_range(self, name: str, values: "torch.Tensor", start: int) -> None:
+        """One pass without a temporary: both bounds carry any NaN, and an infinity is one of them. values: rows from
+        `start` on."""
+        import torch
+
         bounds = torch.stack(torch.aminmax(values)).float()
         largest = float(bounds.abs().max())
         if not math.isfinite(largest):
@@ -164,14 +173,35 @@ class Checkpoint(TensorTable):
             self._tiny.add(name)
             where = self.where(name, self.entry(name))
             say(f"{where} has only weights below {SMALLEST}: most GGUF types make zeros of it")
+        if largest == 0 and start == 0 and values.ndim > 1:
+            self._say_zeros(name, len(values))
 
-    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _say_zeros(self, name: str, n_rows: int) -> None:
+        """A line on a matrix that has nothing but zeros, of which the first rows have been seen to; the rest is read
+        until something else comes. Not of every one: a shard that was reserved and not filled has hundreds."""
+        stop = self.entry(name).shape[0]
+        if name in self._zeros or any(
+            bool(self.read(name, first, min(first + n_rows, stop)).any()) for first in range(n_rows, stop, n_rows)
+        ):
+            return
+        self._zeros.add(name)
+        if len(self._zeros) <= MAX_PROBLEMS:
+            where = self.where(name, self.entry(name))
+            say(f"warning: {where} is all zeros; if the model is not meant so, compare the file's checksum")
+        elif len(self._zeros) == MAX_PROBLEMS + 1:
+            say(f"warning: more matrices of {self.path} are all zeros, which are not named")
+
+    def read_raw(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Rows start:stop as stored, on the CPU, and their scale.
 
         The scale is None for plain floats, else float32 [rows covering the slice, blocks across]: row r of the slice
         belongs to its row (start + r) // block - start // block. INT4 is int32 words [n, columns / 8], FP4 uint8
         [n, columns / 2], with a scale for each of the rows.
         """
+        import torch
+
         entry = self.entry(name)
         scale_entry = self.scale_of(name, entry)
         n_rows = entry.shape[0] if entry.shape else 1
@@ -197,12 +227,14 @@ class Checkpoint(TensorTable):
 
     def read_mxfp4(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of an FP4 tensor as packed MXFP4 of the same numbers, uint8 [n, row_bytes] (see `fp4.as_mxfp4`)."""
+        import torch
+
         entry, scale_name = self.entry(name), self.scale_name(name)
         scale = fp4.scale_entry(name, entry, self.tensors, self.where)
         exponents = self._rows(scale_name, scale, start, stop).view(torch.uint8)
         return fp4.as_mxfp4(self._rows(name, entry, start, stop), exponents, self.where(scale_name, scale))
 
-    def read_ids(self, name: str, start: int, stop: int, below: int) -> torch.Tensor:
+    def read_ids(self, name: str, start: int, stop: int, below: int) -> "torch.Tensor":
         """Rows of a table of ids, int32 [n, ...] on the CPU. QuantkitError for one that is not from 0 to below - 1, and
         for floats."""
         entry = self.entry(name)
@@ -212,13 +244,16 @@ class Checkpoint(TensorTable):
         if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < below):
             least, most = int(ids.min()), int(ids.max())
             raise QuantkitError(f"{self.where(name, entry)} has ids from {least} to {most}; there are {below:,}")
-        return ids.to(torch.int32)
+        return ids.int()
 
-    def _rows(self, name: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    def _rows(self, name: str, entry: TensorEntry, start: int, stop: int) -> "torch.Tensor":
+        import torch
+
         assert entry.file is not None
         offset, length = entry.begin + start * entry.row_bytes, (stop - start) * entry.row_bytes
         buffer = self._source.read(entry.file, offset, length, f"tensor {name!r}")
-        values = buffer.view(TORCH_DTYPE[entry.dtype])
+        dtype = getattr(torch, TORCH_DTYPE[entry.dtype])
+        values = torch.from_numpy(buffer).view(dtype) if length else torch.empty(0, dtype=dtype)
         if entry.dtype == int4.DTYPE:
             return values.view(stop - start, entry.shape[1] // int4.PER_WORD)
         if entry.dtype == fp4.DTYPE:
@@ -308,8 +343,8 @@ def _read_headers(
     headers, digest = {}, hashlib.sha256(config_text)
     for shard in shards:
         size, where = source.size(shard), str(folder / shard)
-        prefix = source.read(shard, 0, min(PREFIX, size), "the header length").numpy().tobytes()
-        header = source.read(shard, 8, header_length(prefix, size, where), "the header").numpy().tobytes()
+        prefix = source.read(shard, 0, min(PREFIX, size), "the header length").tobytes()
+        header = source.read(shard, 8, header_length(prefix, size, where), "the header").tobytes()
         digest.update(f"\0{shard}\0{size}\0{len(header)}\0".encode())
         digest.update(header)
         headers[shard] = parse_header(header, size, shard, where)

@@ -7,13 +7,15 @@ another order, so a copy into it loses nothing.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.tensor_entry import TensorEntry
+
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 DTYPE = "FP4"  # of an entry, as safetensors would say F8_E4M3; no file has it
 STORED = "I8"
@@ -59,26 +61,32 @@ def scale_entry(
     return scale
 
 
-def codes(octets: torch.Tensor) -> torch.Tensor:
+def codes(octets: "torch.Tensor") -> "torch.Tensor":
     """uint8 [n, columns / 2] -> uint8 [n, columns], 0 to 15, on the same device."""
+    import torch
+
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
 
 
-def dequantize(octets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize(octets: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
     """float32 [n, columns] on octets' device. octets: uint8 [n, columns / 2]; scale: [n, columns / 32], float32."""
+    import torch
+
     levels = torch.tensor(LEVELS, device=octets.device)
     out = levels[codes(octets).int()]
     out.view(*scale.shape, GROUP).mul_(scale.to(out.device, torch.float32)[..., None])
     return out
 
 
-def as_mxfp4(octets: torch.Tensor, exponents: torch.Tensor, where: str) -> np.ndarray:
+def as_mxfp4(octets: "torch.Tensor", exponents: "torch.Tensor", where: str) -> np.ndarray:
     """The same numbers as ggml's MXFP4: uint8 [n, columns / 32 * 17].
 
     A block of 32 is the scale's byte, then byte j with number j in its low and j + 16 in its high nibble (ggml's
     block_mxfp4). octets: as `dequantize` takes them; exponents uint8 [n, columns / 32]: the scales as stored.
     QuantkitError, beginning with `where`, for a scale that is not a number: ggml would read one.
     """
+    import torch
+
     if (exponents == NOT_A_NUMBER).any():
         raise QuantkitError(f"{where} has a scale that is not finite")
     blocks = codes(octets).view(*exponents.shape, GROUP)

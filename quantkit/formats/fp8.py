@@ -4,8 +4,10 @@ Scales are any floats, or powers of two alone (UE8M0: V3.1), as float32 or as th
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 SIDES = tuple(1 << bits for bits in range(3, 13))  # 8 to 4096; DeepSeek's are 128 and 32
 Shape = tuple[int, ...]
@@ -39,7 +41,9 @@ def scale_rows(start: int, stop: int, block: tuple[int, int]) -> tuple[int, int]
     return start // block[0], -(-stop // block[0])
 
 
-def dequantize(raw: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first_row: int = 0) -> torch.Tensor:
+def dequantize(
+    raw: "torch.Tensor", scale: "torch.Tensor", block: tuple[int, int], first_row: int = 0
+) -> "torch.Tensor":
     """float32 [n, columns] on raw's device.
 
     raw: float8_e4m3fn [n, columns], rows first_row: of a weight.
@@ -47,8 +51,8 @@ def dequantize(raw: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], f
     """
     height, width = block
     n, columns = raw.shape
-    out = raw.to(torch.float32)
-    per_column = scale.to(raw.device, torch.float32).repeat_interleave(width, dim=1)[:, :columns]
+    out = raw.float()
+    per_column = scale.to(raw.device).float().repeat_interleave(width, dim=1)[:, :columns]
     head = min(n, -first_row % height)  # rows up to the first block boundary
     body = (n - head) // height * height
     skip = 1 if head else 0

@@ -95,6 +95,11 @@ class GGUFFile:
         if end > begin:
             self._maps[tensor.file].madvise(mmap.MADV_RANDOM, begin, end - begin)
 
+    def check_model(self) -> None:
+        """QuantkitError for a GGUF that says that it is something else: an imatrix, an adapter, a projector."""
+        if (kind := self.metadata.get("general.type", "model")) != "model":
+            raise QuantkitError(f"{self.path}: is no model: its general.type is {kind}")
+
     def check_whole(self) -> None:
         """QuantkitError if a file was cut short since it was mapped: reading what it lost would end the process with
         SIGBUS, as it still can between this and the reading. Takes a microsecond a file."""

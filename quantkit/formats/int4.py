@@ -7,13 +7,15 @@ shapes of the other two already say and is not read. `w = code * scale`, code -8
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.tensor_entry import TensorEntry
+
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 DTYPE = "INT4"  # of an entry, as safetensors would say F8_E4M3; no file has it
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # appended to `….weight`
@@ -83,21 +85,25 @@ def scale_entry(
     return scale
 
 
-def unpack(words: torch.Tensor) -> torch.Tensor:
+def unpack(words: "torch.Tensor") -> "torch.Tensor":
     """int32 [n, columns / 8] -> codes int8 [n, columns], -8 to 7, on the same device."""
+    import torch
+
     octets = words.contiguous().view(torch.uint8)  # little-endian: the low nibble of a byte comes first
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1).to(torch.int8).sub_(8)
 
 
-def dequantize(words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize(words: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
     """float32 [n, columns] on words' device. words: int32 [n, columns / 8]; scale: [n, groups], any float type."""
+    import torch
+
     out = unpack(words).to(torch.float32)
     grouped = out.view(*scale.shape, out.shape[1] // scale.shape[1])
     grouped.mul_(scale.to(out.device, torch.float32)[..., None])
     return out
 
 
-def as_q4_0(words: torch.Tensor, scale: torch.Tensor, where: str, say: Callable[[str], object]) -> np.ndarray:
+def as_q4_0(words: "torch.Tensor", scale: "torch.Tensor", where: str, say: Callable[[str], object]) -> np.ndarray:
     """The same numbers as ggml's Q4_0: uint8 [n, columns / 32 * 18].
 
     A block of 32 is d, an F16, then byte j with weight j in its low and j + 16 in its high nibble, both + 8 (ggml's
@@ -105,6 +111,8 @@ def as_q4_0(words: torch.Tensor, scale: torch.Tensor, where: str, say: Callable[
     BF16) becomes the nearest, and `say` is told so, beginning with `where`; QuantkitError for one beyond F16, and for
     groups that blocks of 32 do not divide.
     """
+    import torch
+
     codes = unpack(words).add_(8).view(torch.uint8)
     n, columns = codes.shape
     if columns % scale.shape[1] or (columns // scale.shape[1]) % Q4_0_BLOCK:

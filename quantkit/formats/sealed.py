@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit import ranks
@@ -26,13 +25,16 @@ from quantkit.formats.byte_source import checksum, open_regular
 from quantkit.formats.safetensors_header import encode_header
 from quantkit.formats.whole_file import rename
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
+if TYPE_CHECKING:  # two seconds to load, which `status` does without
+    import torch
+
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 WRITE_BYTES = 64 << 20
 NONE = "0" * 8
 MARK = b'{"__metadata__": {"crc32": "'
 PLACE = 8 + len(MARK)  # of the digits, behind the length of the header
 
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Shapes = Mapping[str, tuple["torch.dtype", tuple[int, ...]]]
 """Tensors of a file to be: name -> dtype, shape."""
 
 _known: set[tuple[int, int, int, int]] = set()
@@ -51,8 +53,10 @@ class Writer:
         self._file, self._shapes, self._offsets = file, shapes, offsets
         self.written = 0  # bytes
 
-    def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
+    def write(self, name: str, rows: "torch.Tensor", first: int = 0) -> None:
         """Rows of a tensor from row `first`, in its dtype when they are written, wherever they live."""
+        import torch
+
         dtype, shape = self._shapes[name]
         row = dtype.itemsize * prod(shape[1:])
         self._file.seek(self._offsets[name] + first * row)
@@ -62,7 +66,7 @@ class Writer:
             self.written += data.nbytes
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | None = None) -> None:
+def write(path: Path, tensors: Mapping[str, "torch.Tensor"], about: Mapping[str, str] | None = None) -> None:
     """A file of these tensors in the place of `path`, by this process alone. about: its metadata. OSError if the disk
     does not take it; what was there before stays."""
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
@@ -167,14 +171,14 @@ def whole(path: Path) -> str | None:
     return None
 
 
-def n_bytes(shape: tuple[torch.dtype, tuple[int, ...]]) -> int:
+def n_bytes(shape: "tuple[torch.dtype, tuple[int, ...]]") -> int:
     """Of a tensor's data."""
     return shape[0].itemsize * prod(shape[1])
 
 
 def _head(shapes: Shapes, about: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
     large_first = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)  # aligned without padding
-    table = {name: (DTYPES[shapes[name][0]], shapes[name][1]) for name in large_first}
+    table = {name: (DTYPES[str(shapes[name][0]).removeprefix("torch.")], shapes[name][1]) for name in large_first}
     return encode_header(table, {"crc32": NONE, **dict(sorted((about or {}).items()))})
 
 

@@ -5,15 +5,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.formats import fp4, int4
 from quantkit.formats.fp8 import block_of, scale_shape
 from quantkit.formats.tensor_entry import TensorEntry
 from quantkit.formats.text_model import TextModel
+
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 SCALE_SUFFIX = "_scale_inv"  # appended to `….weight`; DeepSeek-V4 has `….scale` in its place
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
@@ -72,13 +73,15 @@ class TensorTable(ABC):
         name: str,
         start: int = 0,
         stop: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Rows start:stop of a tensor, dequantised."""
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+    ) -> "torch.Tensor":
+        """Rows start:stop of a tensor, dequantised to `dtype`, default float32."""
 
     @abstractmethod
-    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_raw(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Rows start:stop as stored, and the float32 scale rows covering them (None if it has no scale)."""
 
     def scale_name(self, name: str) -> str:

@@ -85,10 +85,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """QuantkitError if no file can be written under that name: heard before the work whose result it will be."""
-    folder = next(each for each in path.absolute().parents if each.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise QuantkitError(f"{path}: cannot write here; choose another place")
+    """QuantkitError if no file can be written under that name: heard before the work whose result it will be. It is
+    tried, for permissions say little to root and nothing of the file system; what was made for that is removed."""
+    new = [each for each in path.absolute().parents if not os.path.lexists(each)]
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        part.unlink()
+    except OSError as error:
+        raise QuantkitError(f"{path}: cannot write here ({error.strerror}); choose another place") from None
+    finally:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 def write_whole(path: Path, data: bytes) -> None:

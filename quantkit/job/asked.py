@@ -109,6 +109,14 @@ def check_new_model(out: Path, overwrite: bool, restart: bool) -> None:
         raise QuantkitError(f"{out} exists already; --overwrite replaces it, or choose another name")
 
 
+def check_new_imatrix(out: Path, gradients: Path | None, restart: bool) -> None:
+    """QuantkitError if an imatrix has the name, unless it is to be measured anew, or a run that is to go on does that.
+    gradients: the folder that the run writes as well."""
+    states = [*out.parent.glob(f"{glob.escape(out.name)}.state*"), *(gradients.glob("state") if gradients else ())]
+    if out.exists() and not restart and not states:
+        raise QuantkitError(f"{out} exists already; --restart measures it anew, or choose another name")
+
+
 def check_new_folder(out: Path | None) -> None:
     """QuantkitError for a folder that is there already. None: its name follows from the file's."""
     if out and out.exists():

@@ -25,7 +25,7 @@ from quantkit.formats.byte_source import open_regular
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.model_names import is_gguf
-from quantkit.formats.whole_file import write_json
+from quantkit.formats.whole_file import check_writable, write_json
 from quantkit.job.asked import check_evaluation_output
 from quantkit.job.finished import place_of
 from quantkit.models import family
@@ -61,6 +61,7 @@ class EvaluateOptions:
 def evaluate(path: Path, reference: str, how: EvaluateOptions, out: Path) -> dict[str, Any]:
     """evaluate.json's content, written to `out`; continuations lie beside it, so that a stopped run goes on.
     QuantkitError if the two are not one model, or the original cannot generate here."""
+    check_writable(out)
     checkpoint = None if is_gguf(reference) else open_weights(reference)
     weights = open_gguf(path, how.device, ram=how.ram)
     file, config, tokenizer = weights.file, weights.config, weights.tokenizer()

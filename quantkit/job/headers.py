@@ -15,6 +15,8 @@ from quantkit.planning.plan import PlannedTensor
 from quantkit.planning.table import classes
 from quantkit.tensors import split_name
 
+EMBEDDING = "token_embd.weight"
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -28,8 +30,9 @@ class Opened:
 
     @classmethod
     def of(cls, path: Path) -> "Opened":
-        """From headers. QuantkitError if the file is broken."""
+        """From headers. QuantkitError if the file is broken, or no model."""
         file = GGUFFile.open(path)
+        _check_model(file)
         tensors = tuple(
             PlannedTensor(t.name, t.shape, *split_name(t.name), t.qtype, t.row_bytes, t.n_bytes, t.offset, None, "")
             for t in apart(file.tensors).values()
@@ -61,6 +64,13 @@ class Opened:
             "classes": classes(self.tensors),
             "scores": None,
         }
+
+
+def _check_model(file: GGUFFile) -> None:
+    """QuantkitError for a GGUF of another kind, which older ones do not say."""
+    file.check_model()
+    if EMBEDDING not in file.tensors:
+        raise QuantkitError(f"{file.path}: is no model that generates text: it has no tensor {EMBEDDING!r}")
 
 
 def opened(paths: Sequence[Path]) -> list[Opened]:

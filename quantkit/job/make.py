@@ -36,7 +36,15 @@ from quantkit.formats.lock import locked
 from quantkit.formats.resume import begun, forget
 from quantkit.formats.whole_file import write_json, write_text
 from quantkit.job.asked import check_baseline
-from quantkit.job.checks import check_backward, check_disjoint, check_possible, check_ranks, is_large
+from quantkit.job.checks import (
+    check_backward,
+    check_disjoint,
+    check_possible,
+    check_ranks,
+    is_large,
+    room_of_pass,
+    state_of,
+)
 from quantkit.job.finished import check_notes, difference, note, record, scored_before, write_scores
 from quantkit.job.folder import (
     BASE,
@@ -73,7 +81,6 @@ from quantkit.machine import chosen_device
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.planning.plan import Plan
 from quantkit.progress import say, track
-from quantkit.runtime.memory import Limits, room_for
 from quantkit.runtime.stream import job_of
 
 ONE_PASS = "calibration"  # what the fingerprint of a file has that is written in one pass
@@ -276,13 +283,12 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     check_length(chunks, how.text, source)
     n_tokens = chunks.tokens.numel()
     compared = reference.tokens.numel() if reference else 0
-    limits = Limits(order.memory_beside_encoder(n_tokens), how.hidden, out.parent, compared)
-    room = room_for(source, n_tokens, limits)
     encoder = options.effort + order.known_outputs if order.encoder == "quantkit" else "ggml"
     state = state_of(out, job_of(source, chunks.tokens) + encoder)
+    n_bytes = file_bytes(order.checkpoint, plan, options.split_max_bytes)
+    room = room_of_pass(order, source, (n_tokens, compared), state, n_bytes)
     if options.restart:
         state.remove()
-    state.check_disk(n_tokens * source.config.width * room.hidden.itemsize, to_reserve(order, out))
     say(f"calibrating and encoding on {n_tokens:,} tokens of {text.name}")
     seen = (t for t in plan.tensors if t.layer is not None and (t.rule is not None or t.role == KEPT_ROLE))
     n_entries = sum(len(tensor.shape) > 1 for tensor in seen)
@@ -319,11 +325,6 @@ def make_in_one_pass(order: Order, out: Path, reference: ReferencePass | None) -
     return writer.files
 
 
-def to_reserve(order: Order, out: Path) -> int:
-    """Bytes of the file that the disk is still to give: none where a run has begun it."""
-    return 0 if begun(out) else file_bytes(order.checkpoint, order.plan, order.options.split_max_bytes)
-
-
 def passed_whole(plan: Plan, writer: GGUFWriter, layers: int) -> bool:
     """Whether all of the first layers is written, as rank 0 sees it. What a damaged disk lost of them our encoders can
     make again only from their moments; ggml would, and worse."""
@@ -351,11 +352,6 @@ def beside(reference: ReferencePass | None, steps: Steps) -> Callable[[int], Non
         steps(done)
 
     return progress
-
-
-def state_of(out: Path, job: str = "") -> PassState:
-    """Where the pass that writes `out` keeps what it needs to go on."""
-    return PassState(out.with_name(out.name + ".state"), job)
 
 
 def clear_left(order: Order) -> None:

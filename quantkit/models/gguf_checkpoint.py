@@ -8,10 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import FolderSource
@@ -24,6 +23,9 @@ from quantkit.models.config import ModelConfig
 from quantkit.models.other_layouts import as_ours
 from quantkit.progress import say_once
 from quantkit.tensors import TensorSpec
+
+if TYPE_CHECKING:  # two seconds to load, which headers do without
+    import torch
 
 PLAIN = ("F32", "F16", "BF16")
 TYPE_IN_NAME = re.compile(r"[-._](bf16|f16|f32|fp16|fp32|q8_0)$", re.IGNORECASE)
@@ -77,10 +79,12 @@ class GGUFCheckpoint(Checkpoint):
         name: str,
         start: int = 0,
         stop: int | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
+        device: "torch.device | str" = "cpu",
+        dtype: "torch.dtype | None" = None,
+    ) -> "torch.Tensor":
         """As `Checkpoint.read`."""
+        import torch
+
         shape = self.entry(name).shape
         stop = shape[0] if stop is None else stop
         if not 0 <= start <= stop <= shape[0]:
@@ -97,10 +101,12 @@ class GGUFCheckpoint(Checkpoint):
         flat = torch.from_numpy(values)
         out = flat.view(stop - start, *shape[1:]) if len(shape) > 1 else flat.view(-1)[start:stop]
         if out.numel():
-            self._check_range(name, out)
-        return out.to(device).to(dtype)
+            self._check_range(name, out, start)
+        return out.to(device).to(dtype or torch.float32)
 
-    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_raw(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Rows as float32, without a scale."""
         return self.read(name, start, stop), None
 

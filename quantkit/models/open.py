@@ -1,12 +1,11 @@
 """What a person calls a model, and opening it: a folder, the name of a bundled model, a model on a Hub, or a GGUF."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from quantkit import bundle
 from quantkit.errors import QuantkitError
@@ -23,6 +22,10 @@ from quantkit.sizes import parse_size
 
 CACHE_SIZE = "QUANTKIT_CACHE_SIZE"
 CACHE_BYTES = 60 * 10**9
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(\w+)")
+ATTENTION = {"self_attn", "attn"}
+OF_MTP = {"eh_proj", "enorm", "hnorm", "shared_head", "embed_tokens"}
+"""What a layer that predicts the token after the next has besides what others have."""
 SHARED_BY_MTP = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
@@ -57,12 +60,27 @@ def open_model(model: ModelRef | Path | str) -> Checkpoint | Geometry:
     A folder of that name comes first. QuantkitError if it is none of these, or broken.
     """
     found = _opened(model if isinstance(model, ModelRef) else ModelRef.parse(model))
+    _check_depth(found)
     if unknown := family.unknown_keys(found.config):
         say_once(f"warning: {found.path}: config.json has keys that quantkit passes over: {', '.join(unknown)}")
     if why := _why_no_mtp(found):
         say_once(f"{found.path}: {why}: the file will have no layer that predicts the token after the next (MTP)")
         found.config = family.without_mtp(found.config)
     return found
+
+
+def _check_depth(model: Checkpoint | Geometry) -> None:
+    """QuantkitError if layers are there that config.json does not count: they would be left out, and what remains is
+    another model. MTP layers lie behind the last, counted or not."""
+    n_layer, behind = family.from_hf(model.config).n_layer, dict[int, set[str]]()
+    for name in model.tensors:
+        if (found := LAYER.match(name)) and int(found[1]) >= n_layer:
+            behind.setdefault(int(found[1]), set()).add(found[2])
+    if more := [layer for layer, parts in behind.items() if parts & ATTENTION and not parts & OF_MTP]:
+        raise QuantkitError(
+            f"{model.path}: config.json says num_hidden_layers {n_layer}, but {max(more) + 1} layers are there, "
+            "without MTP: the others would be left out; correct config.json, or take their tensors out"
+        )
 
 
 def _why_no_mtp(model: Checkpoint | Geometry) -> str | None:
@@ -79,10 +97,12 @@ def _why_no_mtp(model: Checkpoint | Geometry) -> str | None:
         entry = model.tensors.get(prefix + copy)
         if entry is None or isinstance(model, Geometry):
             continue
+        from torch import equal  # two seconds to load, which most models do without
+
         last = entry.shape[0] - 1
         for row in dict.fromkeys((0, last // 2, last)):
             rows = (model.read_raw(each, row, row + 1)[0] for each in (prefix + copy, name))
-            if entry.shape != model.entry(name).shape or not torch.equal(*rows):
+            if entry.shape != model.entry(name).shape or not equal(*rows):
                 return f"{prefix + copy} is not {name}"
     return None
 

@@ -57,7 +57,8 @@ class Seen:
 
 
 def as_ours(file: "GGUFFile") -> Seen:
-    """QuantkitError for a family that is not known."""
+    """QuantkitError for what is no model, or of a family that is not known."""
+    file.check_model()
     try:
         config = family.from_gguf(file.metadata)
     except QuantkitError as error:

@@ -23,12 +23,13 @@ BY_AVX2 = OF_IQ1_S | {
 }
 SHARES = {"registers": OF_IQ1_S, "gathers": ON_XEON, "avx2": BY_AVX2}  # by `presets.Cpu.lookups`
 # An H200's weights/s by the kernels of runtime/kernels.py, one token: the largest matrices of R1 that docs/results/
-# runtime.md ("Where a decoding step's time goes") has of each type, over the seconds they take. Q2_K: by kernels before
-# these. Others: the least of them.
+# runtime.md ("Where a decoding step's time goes"; of Q2_K and Q3_K "Some tokens at once") has of each type, over the
+# seconds they take. Others: the least of them.
 GPU_RATES = {
     "IQ1_S": 8 * 2 * 2048 * 7168 / 50.3e-6,  # 8 experts' gate and up
     "IQ2_XXS": 8 * 7168 * 2048 / 39.3e-6,  # their down
-    "Q2_K": 4.2e12,
+    "Q2_K": 32768 * 7168 / 45e-6,
+    "Q3_K": 57344 * 2048 / 31e-6,
     "Q4_K": 7168 * 16384 / 25.4e-6,  # attention's output
     "Q5_K": 2 * 2048 * 7168 / 11.0e-6,  # shared gate and up
     "Q6_K": 129280 * 7168 / 222.3e-6,  # logits

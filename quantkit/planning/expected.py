@@ -2,9 +2,9 @@
 
 A matrix takes as long as its bytes or its weights do, whichever is longer: a core multiplies so many packed weights a
 second, by type, and so does a GPU. A layer costs a GPU the launches of what is small, and a layer whose experts the
-CPU computes the way there and back. What is measured with R1's geometry on one machine (docs/results/runtime.md) is
-reproduced within 1.2 times, prompts within 1.5 (tests/planning/test_expected.py); other machines follow by their own
-rates.
+CPU computes the way there and back. What is measured with R1's geometry on one machine (docs/results/allocation.md) is
+reproduced within 1.2 times, prompts and KTransformers' types within 1.5 (tests/planning/test_expected.py); other
+machines follow by their own rates.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ PROMPT = 1024  # tokens that a prompt's speed is said for
 DENSE_BYTES = 4  # a weight is written and read as bfloat16 in a prompt
 DENSE_SHARE = 0.25  # of a GPU's products of bfloat16
 STAGED = 1 / 6  # of the RAM's bandwidth reach the GPU: copied to pinned memory (read, and written twice), then read
+MOVED = 300e-6  # seconds to have an expert moved so, beside its bytes
+TILED, MOST_TILED = 0.42, 64  # of the rate of one token, for so many tokens of an expert: decoded once, not written
 
 
 class Expected(NamedTuple):
@@ -51,22 +53,24 @@ def _decoding(plan: Plan, config: ModelConfig, machine: Machine, placed: Placeme
 
 
 def _prompt(plan: Plan, config: ModelConfig, machine: Machine, placed: Placement) -> Iterator[float]:
-    """Seconds of PROMPT tokens, part by part: with a GPU all matrices are dequantized and multiplied there, experts
-    that lie elsewhere after they were moved."""
+    """Seconds of PROMPT tokens, part by part: with a GPU all matrices are multiplied there, experts that lie elsewhere
+    after they were moved. Those of few tokens are decoded on the way, all else is dequantized first."""
     share, how = config.n_used / config.n_expert, machine.arithmetic
-    tensors = list(_used(plan, config, machine, placed, share))
-    products = PROMPT * sum(tensor.n_weights * used for tensor, _, used in tensors)
     yield placed.disk / (machine.disk_bandwidth or 1)
     if not machine.vram:
-        yield products / (how.matrix * how.on_cpu("IQ1_S"))
+        weights = sum(tensor.n_weights * used for tensor, _, used in _used(plan, config, machine, placed, share))
+        yield PROMPT * weights / (how.matrix * how.on_cpu("IQ1_S"))
         return
-    bandwidth = machine.gpu_bandwidth or 1
-    for tensor, _, _ in tensors:
-        yield (tensor.n_bytes + DENSE_BYTES * tensor.n_weights) / bandwidth + tensor.n_weights / how.on_gpu(
-            tensor.qtype
-        )
-    yield 2 * products / (DENSE_SHARE * how.products)
+    bandwidth, tiled = machine.gpu_bandwidth or 1, PROMPT * share <= MOST_TILED
+    for tensor, _, used in _used(plan, config, machine, placed, share):
+        if tensor.is_routed and tiled:
+            yield tensor.n_weights / (TILED * how.on_gpu(tensor.qtype))
+            continue
+        yield (tensor.n_bytes + DENSE_BYTES * tensor.n_weights) / bandwidth
+        yield tensor.n_weights / how.on_gpu(tensor.qtype)
+        yield 2 * PROMPT * tensor.n_weights * used / (DENSE_SHARE * how.products)
     yield placed.cpu_experts / min(how.bus, STAGED * (machine.ram_bandwidth or 1))
+    yield MOVED * len(placed.cpu_layers) * config.n_expert
 
 
 def _used(

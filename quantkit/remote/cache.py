@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-import torch
+import numpy as np
 from huggingface_hub import constants
 
 from quantkit.errors import QuantkitError
@@ -180,9 +180,9 @@ def is_sound(fd: int, key: Range, crc: str) -> bool:
     return length == key.length and f"{found:08x}" == crc
 
 
-def copy_range(fd: int, offset: int, out: torch.Tensor) -> None:
+def copy_range(fd: int, offset: int, out: np.ndarray) -> None:
     """Fill uint8 [n] from the file."""
-    view, done = out.numpy().data, 0
+    view, done = out.data, 0
     while done < len(view):
         count = os.preadv(fd, [view[done : done + READ]], offset + done)
         if count == 0:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.byte_source import Extents, FolderSource
@@ -77,17 +77,17 @@ class HubSource:
             raise QuantkitError(f"{self.repo}: no file {file}")
         return self.files[file][1]
 
-    def read(self, file: str, offset: int, length: int, what: str) -> torch.Tensor:
+    def read(self, file: str, offset: int, length: int, what: str) -> np.ndarray:
         """uint8 [length]: of a header, from the cache, or downloaded now. QuantkitError naming `file` and `what`."""
         if self.local is not None and file in self._here:
             return self.local.read(file, offset, length, what)
         size, end = self.size(file), offset + length
         if end > size:
             raise QuantkitError(f"{self.repo}/{file}: truncated: {what} ends {end - size} bytes too early")
-        out = torch.empty(length, dtype=torch.uint8)
+        out = np.empty(length, np.uint8)
         header = self._headers.get(file, b"")
         if end <= len(header):
-            out.numpy()[:] = memoryview(header)[offset:end]
+            out[:] = memoryview(header)[offset:end]
             return out
         pieces = self._plan.covering(file, offset, end)
         with self._wanting(pieces):
@@ -187,17 +187,17 @@ class HubSource:
                     if not self._wanted[piece]:
                         del self._wanted[piece]
 
-    def _read_directly(self, file: str, begin: int, end: int, out: torch.Tensor, what: str) -> None:
-        view, done = out.numpy(), 0
+    def _read_directly(self, file: str, begin: int, end: int, out: np.ndarray, what: str) -> None:
+        done = 0
 
         def pour(data: bytes) -> None:
             nonlocal done
-            view[done : done + len(data)] = memoryview(data)
+            out[done : done + len(data)] = memoryview(data)
             done += len(data)
 
         self.reader.fetch(file, begin, end, pour, what)
 
-    def _read_cached(self, piece: Piece, position: int, out: torch.Tensor) -> bool:
+    def _read_cached(self, piece: Piece, position: int, out: np.ndarray) -> bool:
         """False if the cache has no room for the piece, not even by dropping others."""
         while True:
             opened = self._open_piece(piece)

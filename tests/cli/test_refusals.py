@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from quantkit.errors import QuantkitError
-from quantkit.job.asked import check_new_model
+from quantkit.job.asked import check_new_imatrix, check_new_model
+from quantkit.job.plan import plan_model
 
 NO_HELP: list[tuple[str, str]] = [
     ("make --size 3x", "--size 3x: not a size"),
@@ -45,6 +46,7 @@ NO_HELP: list[tuple[str, str]] = [
     ("make deepseek-r1", "a description without weights"),
     ("calibrate --data nofile", "--data nofile: no such file"),
     ("calibrate deepseek-r1", "a description without weights"),
+    ("calibrate -o begins.gguf", "begins.gguf exists already; --restart measures it anew"),
     ("sensitivity --imatrix text.txt", "not a GGUF imatrix"),
     ("sensitivity --gradients empty", "empty holds no gradients"),
     ("sensitivity --imatrix begins.gguf --types IQ9", "--types IQ9: unknown"),
@@ -77,6 +79,15 @@ NO_HELP: list[tuple[str, str]] = [
     ("serve begins.gguf --host 0.0.0.0", "--host 0.0.0.0 lets other machines in"),
     ("serve begins.gguf --cors chat", "--cors chat: write an origin"),
 ]
+HEADERS = [  # what needs names, shapes and types alone
+    "inspect tiny-r1",
+    "inspect deepseek-r1 --json",
+    "plan tiny-r1",
+    "plan deepseek-r1 --size 150GB -o -",
+    "hardware deepseek-r1 --recipe 1.58bit --gpu 4090 --cpu epyc-9004 --ram 200GB",
+    "families",
+    "status work",
+]
 HELP = ["--help", "make --help", "run --help", "serve --help", "publish --help"]
 
 PROGRAM = """
@@ -95,6 +106,9 @@ for call in json.load(sys.stdin):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     (folder / "empty").mkdir()
+    (folder / "work").mkdir()
+    (folder / "work" / "plan.json").write_text(plan_model("tiny-r1").to_json())
+    (folder / "work" / "provenance.json").write_text('{"command": "quantkit make"}')
     (folder / "text.txt").write_text("words\n" * 9)
     (folder / "list.json").write_text("[]")
     (folder / "begins.gguf").write_bytes(b"GGUF")
@@ -105,7 +119,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(place):
     """All of the calls in one process that has loaded nothing before: call -> exit code, stdout, stderr."""
-    calls = [*HELP, *(call for call, _ in NO_HELP)]
+    calls = [*HELP, *(call for call, _ in NO_HELP), *HEADERS]
     command = [sys.executable, "-c", PROGRAM]
     before = sorted(place.rglob("*"))
     done = subprocess.run(command, input=json.dumps(calls), capture_output=True, text=True, cwd=place)
@@ -120,6 +134,13 @@ def test_a_wrong_value_is_refused_before_torch_is_loaded(answers, call, says):
     code, stdout, stderr, _ = answers[call]
     assert (code, stdout) == (1, "") and says in stderr and stderr.startswith("quantkit: "), stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("call", HEADERS)
+def test_headers_are_read_without_torch(answers, call):
+    """Two seconds to load, on a quiet machine."""
+    code, stdout, _, loaded = answers[call]
+    assert code == 0 and stdout and not loaded
 
 
 @pytest.mark.parametrize("call", HELP)
@@ -139,3 +160,19 @@ def test_a_taken_name_is_refused_but_not_to_a_run_that_goes_on(tmp_path):
     check_new_model(model, overwrite=False, restart=False)
     with pytest.raises(QuantkitError, match="exists already"):
         check_new_model(model, overwrite=False, restart=True)
+
+
+def test_an_imatrix_is_not_measured_again_unasked(tmp_path):
+    imatrix, gradients = tmp_path / "a[1].gguf", tmp_path / "g"
+    check_new_imatrix(imatrix, gradients, restart=False)
+    imatrix.touch()
+    check_new_imatrix(imatrix, gradients, restart=True)
+    with pytest.raises(QuantkitError, match=r"a\[1\]\.gguf exists already; --restart measures it anew"):
+        check_new_imatrix(imatrix, gradients, restart=False)
+    for state in (tmp_path / f"{imatrix.name}.state", gradients / "state"):  # `--restart` was stopped in either pass
+        state.mkdir(parents=True)
+        check_new_imatrix(imatrix, gradients, restart=False)
+        state.rmdir()
+    (tmp_path / "a1.gguf.state").mkdir()
+    with pytest.raises(QuantkitError, match="exists already"):
+        check_new_imatrix(imatrix, None, restart=False)

@@ -1,6 +1,8 @@
 """Every codec: sizes and values are ggml's, on random bytes, in all twins; packing and rescaling agree with them."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import gguf
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from random_blocks import close, random_blocks
 
+from quantkit.codecs import registry
 from quantkit.codecs import types as qtypes
 from quantkit.codecs.format import SUPERBLOCK, Codes, Format
 from quantkit.codecs.registry import CODECS, FORMATS, codec, in_groups, numba_twin, rescale, triton_twin
@@ -114,6 +117,22 @@ def test_unpacked_values_are_ggmls(qtype, dtype, workers):
         assert near.float().mean() > 0.9999 and (found == expected).float().mean() > 0.99
     else:
         assert torch.equal(found, expected)
+
+
+def test_without_numba_ggml_decodes_and_that_is_said_once(monkeypatch, caplog):
+    """Whatever is wrong with it: a numba that does not fit numpy raises another error than none."""
+    monkeypatch.delitem(sys.modules, "quantkit.codecs.numba_decode", raising=False)
+    monkeypatch.delattr("quantkit.codecs.numba_decode", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(registry, "_numba_decode", cache(registry._numba_decode.__wrapped__))
+    for qtype in ("IQ1_S", "IQ2_XXS", "Q2_K"):
+        data = packed(qtype, 200, 512)
+        with ThreadPoolExecutor(2) as pool:
+            found = unpack(qtype, data, torch.empty(200, 512), pool, 2)
+        assert torch.equal(found, torch.from_numpy(quants.dequantize(qtype, data, 512)))
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "weights are decoded by ggml, which takes longer"
+    ]
 
 
 def test_unpacked_stack_of_matrices_and_part_of_a_row_count():

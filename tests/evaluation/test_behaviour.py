@@ -54,6 +54,12 @@ def test_a_good_file_is_no_worse(folder):
     assert words["lost_ci95"][0] < words["lost_ci95"][1]
 
 
+def test_where_nothing_can_be_written_is_heard_before_the_work(path):
+    done = run(path, "/proc/none/evaluate.json")
+    assert done.exit_code == 1 and "/proc/none/evaluate.json: cannot write here" in done.stderr, done.output
+    assert "continuations" not in done.output
+
+
 def test_a_stopped_run_goes_on(path, folder, tmp_path):
     """Cut in the middle of a line, at another place for either side; the same figures."""
     for name in [path.name for path in folder.glob("*.jsonl")]:

@@ -290,3 +290,32 @@ def test_weights_that_become_zeros_are_said_once(folder, capsys):
         checkpoint.read("zeros.weight")
     told = capsys.readouterr()
     assert (told.out + told.err).count("only weights below 1e-06") == 1
+
+
+def test_matrices_of_zeros_are_named_once(folder, capsys):
+    """Also if they are read in slices; not one whose first rows alone are zeros, and no vector."""
+    late = torch.zeros(6, 32)
+    late[5, 31] = 1
+    stored = {"all.weight": torch.zeros(6, 32), "late.weight": late, "norm.weight": torch.zeros(32)}
+    write_shard(folder / FIRST, stored)
+    write_index(folder, dict.fromkeys(stored, FIRST))
+    with Checkpoint.open(folder) as checkpoint:
+        for name in stored:
+            for start, stop in ((4, 6), (0, 2), (2, 4), (0, None)):
+                checkpoint.read(name, start, stop)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("is all zeros") == 1 and f"warning: {folder / FIRST}: tensor 'all.weight' is all zeros" in told
+
+
+def test_of_many_matrices_of_zeros_a_few_are_named(folder, capsys):
+    """FP8 whose scales are zeros are zeros too."""
+    weight, scale = fp8(128, 128, 0)
+    stored = {f"{i}.weight": weight.clone() for i in range(9)}
+    scales = {f"{name}_scale_inv": scale * 0 for name in stored}
+    write_shard(folder / FIRST, stored | scales)
+    write_index(folder, dict.fromkeys(stored | scales, FIRST))
+    with Checkpoint.open(folder) as checkpoint:
+        for name in stored:
+            checkpoint.read(name)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("is all zeros") == 5 and told.count("which are not named") == 1

@@ -120,6 +120,17 @@ def test_what_nobody_needs_may_be_missing(model_copy, capsys):
     assert "it is not needed" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("told", [1, 3])
+def test_layers_that_the_config_does_not_count_are_no_silent_loss(model_copy, told):
+    """The bundled model has four and behind them an MTP layer, which may lie there."""
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    assert open_model(model_copy).config["num_hidden_layers"] == 4
+    (model_copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": told}))
+    with pytest.raises(QuantkitError, match=f"config.json says num_hidden_layers {told}, but 4 layers are there"):
+        open_model(model_copy)
+
+
 def test_what_is_needed_must_be_there(model_copy):
     gone = shards_of(model_copy)[0]
     gone.unlink()

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -40,10 +41,16 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_where_nothing_can_be_written_is_known_before(tmp_path):
-    """A new folder will be made, by whoever writes; nothing is made by asking."""
+    """A new folder will be made, by whoever writes; nothing that asking makes is left."""
     check_writable(tmp_path / "new" / "folder" / "scores.json")
     assert not os.listdir(tmp_path)
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "scores.json"):
-        with pytest.raises(QuantkitError, match="cannot write here; choose another place"):
+    (tmp_path / "file").write_text("old")
+    check_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    long = "x" * 300
+    places = {tmp_path: "Is a directory", tmp_path / "file" / "a" / "scores.json": "Not a directory"}
+    places |= {tmp_path / "new" / long: "File name too long", Path("/proc/none/scores.json"): "No such file"}
+    for path, why in places.items():  # the last where the permissions of root, and of the folder, allow everything
+        with pytest.raises(QuantkitError, match=rf"cannot write here \({why}.*; choose another place"):
             check_writable(path)
+    assert os.listdir(tmp_path) == ["file"]

@@ -1,5 +1,6 @@
 """What cannot succeed is refused before calibration starts, and before anything lies in the folder."""
 
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job import checks
 from quantkit.job import make as job
-from quantkit.job.options import MakeOptions
+from quantkit.job.dry_run import what_it_takes
+from quantkit.job.options import MakeOptions, Order
 
 TEXT = TextChoice(n_tokens=1024)
 OPTIONS = MakeOptions("1.58bit", calibration=Calibration(TEXT), evaluation=TextChoice(n_tokens=2048))
@@ -65,6 +67,36 @@ def test_memory_without_room_for_the_evaluation(folder, monkeypatch):
     ):
         job.make("tiny-r1", folder, OPTIONS)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("free", [4_000_000, 5_000_000])
+def test_a_dry_run_says_what_a_run_refuses(folder, monkeypatch, free, recover):
+    """Disk: too little for the file; for it and the state of the pass; for recovery. All of it, the run's line among
+    them."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    options = replace(OPTIONS, recover=recover)
+    said = refusals(job.order_of("tiny-r1", folder, options))
+    assert len(said) == (free == 4_000_000) + 1 + recover and not folder.exists()
+    with pytest.raises(QuantkitError) as refused:
+        job.make("tiny-r1", folder, options)
+    numbers = re.compile(r"[\d,]+")  # what lies in the folder counts for recovery, and a dry run puts nothing there
+    assert numbers.sub("", str(refused.value)) in [numbers.sub("", line) for line in said]
+
+
+def test_a_dry_run_says_what_memory_has_no_room_for(folder, monkeypatch):
+    """The evaluation by what the machine has, the pass by --memory."""
+    monkeypatch.setattr(machine, "ram", lambda: 2_000_000_000)
+    options = replace(OPTIONS, calibration=Calibration(TEXT, memory=10**8))
+    evaluation, own = refusals(job.order_of("tiny-r1", folder, options))
+    assert evaluation.startswith("evaluation: 2,048 tokens need") and own.startswith("1,024 tokens need")
+    assert "--memory is 100.0 MB" in own
+
+
+def refusals(order: Order) -> list[str]:
+    """Of a dry run."""
+    lines = (line.split(maxsplit=1) for line in what_it_takes(order))
+    return [rest[0] for head, *rest in lines if head == "refused"]
 
 
 def test_a_file_on_its_way_has_its_room_already(folder, monkeypatch):

@@ -190,6 +190,19 @@ def test_files_of_one_name_are_told_apart(files, tmp_path):
     assert f"- **B** {files['fused'].name}" in shown
 
 
+def test_what_is_no_model_is_refused(files, made, tmp_path):
+    """An imatrix lies beside every file; other GGUFs say what they are, or hold nothing of a model."""
+    with pytest.raises(QuantkitError, match=r"imatrix\.gguf: is no model: its general\.type is imatrix"):
+        opened([files["ours"], made / "imatrix.gguf"])
+    model = Model(files["ours"])
+    model.tensors = {"blk.0.attn_norm.weight": model.tensors["blk.0.attn_norm.weight"]}
+    with pytest.raises(QuantkitError, match=r"no model that generates text: it has no tensor 'token_embd\.weight'"):
+        opened([model.write(tmp_path / "part.gguf")])
+    del model.metadata["general.type"]
+    with pytest.raises(QuantkitError, match="no model that generates text"):
+        opened([model.write(tmp_path / "older.gguf")])
+
+
 def test_headers_are_read_without_torch(files):
     """Which takes longer to load than they to be read."""
     code = (

@@ -306,12 +306,16 @@ COARSE = [dataclasses.replace(options, recipe="1.58bit") for options in (SMALL, 
 
 
 @pytest.mark.parametrize("options", COARSE, ids=["ggml", "quantkit"])
-def test_zero_weights_and_zero_activations(model_copy, tmp_path, options):
-    """Gates of zeros: the down matrices of those experts see only zeros. Their blocks decode to finite values."""
+def test_zero_weights_and_zero_activations(model_copy, tmp_path, options, capsys):
+    """Gates of zeros: the down matrices of those experts see only zeros. Their blocks decode to finite values; that
+    they are zeros is said."""
     for expert in range(16):
         overwrite(model_copy, f"model.layers.2.mlp.experts.{expert}.gate_proj.weight", 0)
     overwrite(model_copy, "model.layers.1.mlp.experts.3.down_proj.weight", 0)
     files, _ = make(model_copy, tmp_path / "out", options)
+    told = capsys.readouterr().err
+    assert "tensor 'model.layers.1.mlp.experts.3.down_proj.weight' is all zeros" in told
+    assert "tensor 'model.layers.2.mlp.experts.0.gate_proj.weight' is all zeros" in told
     source = open_gguf(files[0])
     for layer, role in ((2, "gate"), (2, "down"), (1, "down")):
         assert torch.isfinite(source.dense(f"blk.{layer}.ffn_{role}_exps.weight")).all()

@@ -1,6 +1,7 @@
 """Expected speed against what was measured: docs/results/runtime.md."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from quantkit.models.open import open_model
 from quantkit.planning import hardware, presets
 from quantkit.planning.arithmetic import GPU_RATES, OF_IQ1_S, ON_XEON, Arithmetic
 from quantkit.planning.assign import make_plan
-from quantkit.planning.expected import expected
+from quantkit.planning.expected import TILED, expected
 from quantkit.planning.hardware import Machine
 from quantkit.planning.recipe import Recipe
 from quantkit.runtime.native import probe
@@ -24,6 +25,7 @@ from synthetic import layout
 H200 = presets.GPUS["h200"]
 RATES = {qtype: 255e9 * share for qtype, share in ON_XEON.items()}  # 16 threads
 MEASURED = Arithmetic(RATES, 8.0, H200.pace, H200.products, H200.bus)
+RAM, GPU = 142e9, 4.125e12  # bytes/s
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,10 @@ def plan(config):
     return make_plan(family.specs(config), Recipe.load("1.58bit"), "llama.cpp", "r1")
 
 
-@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 133.1, 1217), (140, 4, 762, 9731)])
+@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 133, 1050), (140, 4, 731, 20_200)])
 def test_the_machine_that_was_measured(plan, config, vram, layers, decode, prompt):
     """One H200 beside 16 threads: experts on the CPU, and all in GPU memory."""
-    machine = Machine(100 * 10**9, vram * 10**9, 58e9, 4.125e12, 3e9, MEASURED)
+    machine = Machine(100 * 10**9, vram * 10**9, RAM, GPU, 3e9, MEASURED)
     placed = hardware.place(plan, config, machine, 1024)
     assert len(placed.gpu_layers) == layers
     found = expected(plan, config, machine, placed)
@@ -48,15 +50,16 @@ def test_the_machine_that_was_measured(plan, config, vram, layers, decode, promp
     assert found.decode < hardware.speed(plan, config, machine, placed).tokens_per_second
 
 
-@pytest.mark.parametrize("vram, layers, decode", [(5, 0, 211.9), (140, 2, 1095)])
-def test_other_types_on_it(vram, layers, decode):
-    """KTransformers' Q2_K and Q3_K, of two MoE layers; on other cores, whose memory was not measured."""
+@pytest.mark.parametrize("vram, layers, decode, prompt", [(5, 0, 264.8, 2576), (140, 2, 1087, 37_144)])
+def test_other_types_on_it(vram, layers, decode, prompt):
+    """KTransformers' Q2_K and Q3_K, of two MoE layers. Bytes and arithmetic of the CPU bind them alike."""
     config = family.from_hf(layout(1, 2, 256)[0])
     plan = make_plan(family.specs(config), Recipe.load("2.51bit"), "ktransformers", "r1")
-    machine = Machine(100 * 10**9, vram * 10**9, 58e9, 4.125e12, 3e9, MEASURED)
+    machine = Machine(100 * 10**9, vram * 10**9, RAM, GPU, 3e9, MEASURED)
     placed = hardware.place(plan, config, machine, 1024)
     assert len(placed.gpu_layers) == layers
-    assert 1 / 1.2 < expected(plan, config, machine, placed).decode / decode < 1.2
+    found = expected(plan, config, machine, placed)
+    assert 1 / 1.5 < found.decode / decode < 1.5 and 1 / 1.5 < found.prompt / prompt < 1.5
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,31 @@ def test_a_gpu_s_rates_are_those_of_the_table(row, n_weights):
     page = (Path(__file__).parents[2] / "docs" / "results" / "runtime.md").read_text(encoding="utf-8")
     (cells,) = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith(f"| {row} |")]
     assert GPU_RATES[cells[1].strip()] == pytest.approx(n_weights / (float(cells[-1].strip(" *")) * 1e-6))
+
+
+@pytest.mark.parametrize(
+    "matrix", ["IQ1_S 32,768 × 7,168", "IQ2_XXS 57,344 × 2,048", "Q2_K 32,768 × 7,168", "Q3_K 57,344 × 2,048"]
+)
+def test_experts_of_a_prompt_are_as_fast_as_some_tokens(matrix):
+    """R1's of 1,024 tokens have 32 each: the column of 32 of "Some tokens at once", by that of one; there the rates of
+    one token of Q2_K and Q3_K stand, too."""
+    page = (Path(__file__).parents[2] / "docs" / "results" / "runtime.md").read_text(encoding="utf-8")
+    head, *rows = [
+        line.split("|")[1:-1] for line in page.splitlines() if line.startswith(("| matrix |", f"| {matrix} |"))
+    ]
+    (cells,) = rows
+    one, some = (float(cells[[name.strip() for name in head].index(column)]) for column in ("1 token", "to 32"))
+    qtype, rows_of, _, columns = matrix.replace(",", "").split()
+    assert 1 / 1.3 < TILED / (one / some) < 1.3
+    assert GPU_RATES[qtype] == pytest.approx(int(rows_of) * int(columns) / (one * 1e-6), rel=0.05)
+
+
+def test_many_tokens_of_an_expert_are_multiplied_by_all_of_it_dequantized(plan, config):
+    """16 experts in place of 256: each of them gets half of the tokens."""
+    few = replace(config, n_expert=16)
+    machine = Machine(100 * 10**9, 140 * 10**9, RAM, GPU, 3e9, MEASURED)
+    tiled, dequantized = (expected(plan, c, machine, hardware.place(plan, c, machine, 1024)) for c in (config, few))
+    assert dequantized.prompt < 0.8 * tiled.prompt
 
 
 def test_an_mtp_layer_is_not_read():

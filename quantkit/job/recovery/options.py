@@ -1,13 +1,13 @@
 """What recovery can be told, and what it takes in memory and on disk."""
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from quantkit import machine
 from quantkit.codecs.format import SUPERBLOCK
 from quantkit.errors import QuantkitError
 from quantkit.job.recovery.tuned import Moves, Tensors, moving, scaled
@@ -114,7 +114,7 @@ class Sizes:
             f"recovery moves {self.n_values:,} weights and scales: {gb(values)} of state and {gb(hidden)} of hidden "
             f"states in {folder} until the end, and twice the file ({gb(file_bytes)})"
         )
-        need, free = self.needs(n_tokens, file_bytes, folder), shutil.disk_usage(folder).free
+        need, free = self.needs(n_tokens, file_bytes, folder), machine.free_disk(folder)
         if need > free:
             raise QuantkitError(f"{folder}: recovery needs {need:,} bytes more, {free:,} are free; leave --recover out")
 
@@ -134,7 +134,7 @@ def as_disk_allows(
         return how.moves
     each = sizes.dtype.itemsize
     about, state = f"{sizes.n_experts:,} scales of routed experts", gb(3 * each * sizes.n_experts)
-    if sizes.needs(*text, folder) > shutil.disk_usage(folder).free:
+    if sizes.needs(*text, folder) > machine.free_disk(folder):
         say(f"recovery: {about} stay as they are: {folder} has no room for their state ({state})")
         return "matrices"
     moved = gb(6 * each * sizes.n_experts)  # values are read three times and written, momenta read and written
