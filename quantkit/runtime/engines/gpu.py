@@ -360,13 +360,15 @@ class GpuEngine:
             self.hot.note(wait.layer, ids)
             self.buffers.answer(wait.layer, experts(x, ids, weight))
 
-    def _pieces(self, n: int, n_kv: int) -> Iterator[Wait]:
-        """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
+    def _pieces(self, n: int, n_kv: int, some: Sequence[int] | None = None) -> Iterator[Wait]:
+        """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do. some: these
+        layers only."""
         buffers, between, where = self.buffers, self.between, self._where(n)
         h, nothing = buffers.h[:n], (None, None)
         added: Added = nothing
         shares: Chosen | None = None
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)) if some is None else some:
+            layer = self.layers[i]
             h, x = between.norm(h, layer.attn_norm, added, shares)
             h, x = between.norm(h, layer.ffn_norm, (attend(x, layer, between, self.cache[i], where, n_kv), None))
             shares = None
