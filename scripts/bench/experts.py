@@ -90,7 +90,7 @@ def step(c, layers: list, threads: int, rounds: int, tokens: tuple[int, ...], ga
     """All layers' experts, for some numbers of tokens."""
     ways = {"ggml": [GgmlExperts(layer, c, threads) for layer in layers]}
     if lib := native():
-        ours = [NativeExperts(NativeLayer(lib, layer, c), c, threads, 128, lambda _: None) for layer in layers]
+        ours = [NativeExperts(NativeLayer(lib, layer, c), c, threads, 128, None) for layer in layers]
         ways = {"ours": ours, **ways}
     clock = time.thread_time if threads == 1 else time.perf_counter
     size = sum(data[0].nbytes for layer in layers for _, data in layer)

@@ -30,8 +30,9 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.staging import copy_bytes
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.experts.cpu import GgmlExperts
-from quantkit.runtime.experts.native import NativeExperts
+from quantkit.runtime.experts.native import threads
 from quantkit.runtime.experts.streamed import expert_names
+from quantkit.runtime.native.library import native
 from quantkit.runtime.sources.gguf import open_gguf, open_source
 from quantkit.runtime.workers import Workers
 
@@ -120,23 +121,26 @@ def bandwidths(workers: Workers) -> float:
 
 
 class Watch:
-    """Seconds in the CPU's experts."""
+    """Seconds in the CPU's experts, of so many threads: those that ours say, and of calls of ggml's."""
 
-    def __init__(self):
-        self.seconds = 0.0
-        for kind in (GgmlExperts, NativeExperts):
-            self._watch(kind)
-
-    def _watch(self, kind: type) -> None:
-        call = kind.__call__
+    def __init__(self, n_threads: int):
+        self.ours, self.by_ggml, self.begun = threads(n_threads) if native() else None, 0.0, 0.0
+        call = GgmlExperts.__call__
 
         def watched(experts, *arguments):
             start = time.perf_counter()
             out = call(experts, *arguments)
-            self.seconds += time.perf_counter() - start
+            self.by_ggml += time.perf_counter() - start
             return out
 
-        kind.__call__ = watched
+        GgmlExperts.__call__ = watched
+
+    def begin(self) -> None:
+        self.begun += self.seconds()
+
+    def seconds(self) -> float:
+        """Since it was begun."""
+        return self.by_ggml + (self.ours.busy() if self.ours else 0.0) - self.begun
 
 
 def measure(
@@ -154,9 +158,9 @@ def measure(
         return n / (time.perf_counter() - start)
 
     decode(4)
-    watch.seconds = 0.0
+    watch.begin()
     tg = decode(n_tokens)
-    inside = watch.seconds / (n_tokens + 1)
+    inside = watch.seconds() / (n_tokens + 1)
     rest = (1 / tg - inside) / n_layer
     say(
         f"{name}: decode {tg:.2f} tok/s; experts on the CPU {1e3 * inside:.2f} ms a token"
@@ -270,7 +274,7 @@ def main() -> None:
     if not args.file:
         return
     weights = open_gguf(args.file, "cuda", args.threads)
-    c, watch = weights.config, Watch()
+    c, watch = weights.config, Watch(args.threads)
     prompt = torch.randint(300, min(8000, c.n_vocab), (args.prompt,)).tolist()
     speed = bandwidths(weights.workers)
     names = [name for i in range(c.n_dense, c.n_layer) for name in expert_names(i)]

@@ -78,6 +78,27 @@ def test_tokens_between_the_parts_of_a_prompt(weights, monkeypatch, way):
         assert set(parts[2:]) - {"experts", "experts on the CPU"} == {"attention", "feed-forward"}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_beside_a_prompt_of_one(weights, monkeypatch, way):
+    """Which may be a step itself, that another one must not begin in."""
+    engine = engine_of(way, weights, monkeypatch)
+    for slot in (0, 1):
+        engine.prefill(slot, [0, 40 + slot], 0)
+    expected, alone = engine.prefill(1, [300], 2).clone(), engine.decode([0], [50]).clone()
+    engine.prefill(0, [0, 40], 0)
+    beside: list[torch.Tensor] = []
+
+    def others(what: str) -> None:
+        if not beside:
+            beside.append(engine.decode([0], [50]).clone())
+
+    with pausing(others):
+        found = engine.prefill(1, [300], 2).clone()
+        pause()
+    assert torch.equal(found, expected)
+    assert torch.equal(beside[0], alone)
+
+
 def test_decoders_are_loaded_before_somebody_waits_for_them(weights, monkeypatch):
     """Of every type that a piece layer by layer dequantizes, in its dtype."""
     engine, unpacked = open_engine(weights, 1, 300), list[tuple[str, torch.dtype]]()

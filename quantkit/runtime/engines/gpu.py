@@ -49,7 +49,7 @@ from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
 from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
 from quantkit.runtime.packed import Packed
-from quantkit.runtime.pauses import launched, pause
+from quantkit.runtime.pauses import launched, pause, pausing
 from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
@@ -93,7 +93,7 @@ class GpuEngine:
                 self._add_experts(layer, i)
         width = c.kv_lora + c.qk_rope
         self.cache = torch.zeros(c.n_layer, n_slots, self.rows, width, dtype=self.dtype, device=self.device)
-        self.buffers = Buffers(c, max(n_slots, SHORT), self.rows, self.device)
+        self.buffers = Buffers(c, max(n_slots, SHORT), self.rows, self.embedding.row_bytes, self.device)
         self.between = between_of(c, self.device)
         self.ring = self._ring()
         self.prompts = Prompts(self.layers, weights, self.ring, self._on_cpu)
@@ -274,22 +274,22 @@ class GpuEngine:
         """Logits of tokens that follow what the cache has before them, in `logits_host`."""
         n = len(tokens)
         buffers, m = self.buffers, rows_of(n)
-        self.weights.embed(torch.tensor(tokens), buffers.h_host[:n])
+        self.embedding.put(tokens, buffers.tokens_there[:n])
         cells = [slot * self.rows + position for slot, position in zip(slots, positions, strict=True)]
         buffers.begin(n, m, (cells, positions, slots))
         seen = KV_STEP
         while seen <= max(positions):
             seen *= 2
         key = (m, min(seen, self.rows))
-        if step := self._kept(key):
-            self._replay(step)
-        else:
-            launched()  # this may take long, and is rare
-            for wait in self._pieces(*key):
-                self._hand_over(wait)
-            self.met.add(key)
-        buffers.logits_host[:n].copy_(buffers.logits[:n])
-        return buffers.logits_host[:n]
+        with pausing(None):  # a step of others would begin in the middle of this one
+            if step := self._kept(key):
+                self._replay(step)
+            else:
+                launched()  # this may take long, and is rare
+                for wait in self._pieces(*key):
+                    self._hand_over(wait)
+                self.met.add(key)
+        return buffers.logits()
 
     def _replay(self, step: Step) -> None:
         """Where the GPU itself waits for the CPU, each graph is launched while the one before is at work."""
@@ -349,22 +349,18 @@ class GpuEngine:
 
     def _hand_over(self, wait: Wait) -> None:
         """What the CPU does after a piece of a step."""
-        experts = self.layers[wait.layer].on_cpu
         if wait.what == "send":
             self.buffers.send()
-            assert experts is not None
-            experts.wake()
         elif wait.what == "receive":
+            experts = self.layers[wait.layer].on_cpu
             assert experts is not None
-            x, weight, ids = self.buffers.received(wait.layer)
-            self.hot.note(wait.layer, ids)
-            self.buffers.answer(wait.layer, experts(x, ids, weight))
+            self.hot.note(wait.layer, self.buffers.answer(wait.layer, experts))
 
     def _pieces(self, n: int, n_kv: int, some: Sequence[int] | None = None) -> Iterator[Wait]:
         """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do. some: these
         layers only."""
         buffers, between, where = self.buffers, self.between, self._where(n)
-        h, nothing = buffers.h[:n], (None, None)
+        h, nothing = self.embedding.decoded(buffers.fetch(n)), (None, None)
         added: Added = nothing
         shares: Chosen | None = None
         for i in range(len(self.layers)) if some is None else some:
@@ -389,7 +385,7 @@ class GpuEngine:
             else:
                 added = output, None
         _, x = between.norm(h, self.output_norm, added, shares)
-        buffers.logits[:n] = self.head(x)
+        buffers.finish(self.head(x))
         yield Wait("end", -1)
 
     def _where(self, n: int) -> Where:

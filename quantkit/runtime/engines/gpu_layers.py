@@ -3,7 +3,7 @@ prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ from quantkit.runtime.pauses import pause
 
 if TYPE_CHECKING:  # or the chain of imports would be long
     from quantkit.runtime.engines.step import Between
+    from quantkit.runtime.experts.native import Rows
     from quantkit.runtime.packed import Matrix, Packed
 
     Chunks = Iterator[tuple[int, Sequence[Packed]]]
@@ -36,6 +37,9 @@ class OnCpu(Experts, Protocol):
 
     def wake(self) -> None:
         """There will be a call soon."""
+
+    def exchange(self, rows: Rows) -> Callable[[int], bool] | None:
+        """A step's rows, waited for and answered, as `NativeExperts.exchange`; None if it takes `__call__`."""
 
 
 class Frames:

@@ -8,7 +8,7 @@ import torch
 
 from quantkit.ggml.graph import Graph, keep
 from quantkit.models.config import ModelConfig
-from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Stacks, suits
+from quantkit.runtime.experts.native import NativeExperts, NativeLayer, Rows, Stacks, suits
 from quantkit.runtime.pauses import pause, wanted
 
 EXPERT_ROWS = 128  # tokens computed at once: bounds the activations
@@ -20,7 +20,7 @@ def cpu_experts(
     config: ModelConfig,
     n_threads: int,
     rows: int = EXPERT_ROWS,
-    need: Callable[[Iterable[int]], None] = lambda _: None,
+    need: Callable[[Iterable[int]], None] | None = None,
 ) -> "GgmlExperts | NativeExperts":
     """`layers.Experts` of one layer: by our own products if they are compiled and take such matrices, else ggml's.
     Arguments as of `GgmlExperts`."""
@@ -50,7 +50,7 @@ class GgmlExperts:
         config: ModelConfig,
         n_threads: int,
         rows: int = EXPERT_ROWS,
-        need: Callable[[Iterable[int]], None] = lambda _: None,
+        need: Callable[[Iterable[int]], None] | None = None,
     ):
         """stacks: qtype and bytes, uint8 [n_expert, n_out, row_bytes], of gate, up and down. rows: tokens computed at
         once. need: called with experts before they are multiplied."""
@@ -76,12 +76,16 @@ class GgmlExperts:
         product.x[:, 0] = x
         product.ids.copy_(expert)
         product.weight[:, :, 0] = weight
-        self.need(expert.flatten().tolist())
+        if self.need:
+            self.need(expert.flatten().tolist())
         product.graph.run()
         return product.result
 
     def wake(self) -> None:
         """There will be a call soon: nothing to do, ggml starts its threads itself."""
+
+    def exchange(self, rows: Rows) -> None:
+        """As `NativeExperts`: never."""
 
     def _product(self, n: int, k: int) -> Product:
         c, graph = self.config, Graph(self.n_threads, 64 + 2 * self.config.n_used)

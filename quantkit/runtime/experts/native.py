@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,36 @@ from quantkit.ggml.graph import Graph
 from quantkit.ggml.library import TensorP, type_id
 from quantkit.models.config import ModelConfig
 from quantkit.progress import say_once
-from quantkit.runtime.native.library import SUPERBLOCK, Layer, Matrix, Native, act_block, native, traits
+from quantkit.runtime.native.library import SUPERBLOCK, Exchange, Layer, Matrix, Native, act_block, native, traits
 from quantkit.runtime.pauses import pause, wanted
 
 SPIN_NS = 1_000_000  # that idle threads look for work before they sleep: more than a GPU takes for the rest of a layer
 
+PATIENCE_NS = 50_000_000  # that rows from a GPU are waited for, between two looks whether it is still at work
+
 SHORT_EXPERTS = 32  # at once while others wait: of R1 and 128 tokens 0.25 s of one core
+
+NO_MEMORY = "not enough memory for the activations: lower --context or --parallel"
 
 Stacks = Sequence[tuple[str, np.ndarray]]
 """Of gate, up and down: qtype, uint8 [n_expert, n_out, row_bytes]."""
+
+
+class Rows(NamedTuple):
+    """What a GPU hands over in a step, in memory that both see: x float32 [m, d], ids int32 and weights float32 [m,
+    n_used]. arrived: int32 [m or more], of each row the number of the step once it is there. out: float32 [m, d], where
+    the GPU looks once `answered`, int32 [1 or more], is that number. kept: int32 [n, n_used], gets the ids before. Of m
+    rows those beyond n repeat the last."""
+
+    n: int
+    m: int
+    x: torch.Tensor
+    ids: torch.Tensor
+    weight: torch.Tensor
+    out: torch.Tensor
+    kept: torch.Tensor
+    arrived: torch.Tensor
+    answered: torch.Tensor
 
 
 class Threads:
@@ -39,6 +61,10 @@ class Threads:
     def wake(self) -> None:
         """There will be work in less than SPIN_NS: let nobody sleep then."""
         self.lib.qk_wake(self.pool)
+
+    def busy(self) -> float:
+        """Seconds that they have computed."""
+        return self.lib.qk_busy_ns(self.pool) / 1e9
 
 
 @cache
@@ -97,7 +123,7 @@ class NativeExperts:
         config: ModelConfig,
         n_threads: int,
         rows: int,
-        need: Callable[[Iterable[int]], None],
+        need: Callable[[Iterable[int]], None] | None,
     ):
         """As `cpu.GgmlExperts`."""
         self.layer, self.config, self.threads, self.rows, self.need = layer, config, threads(n_threads), rows, need
@@ -123,14 +149,31 @@ class NativeExperts:
         self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, adds: bool = False
     ) -> None:
         """Into out, or added to it."""
-        self.need(e for e in ids.flatten().tolist() if e >= 0)
+        if self.need:
+            self.need(e for e in ids.flatten().tolist() if e >= 0)
         pool, addresses = self.threads.pool, [t.data_ptr() for t in (x, ids, weight, out)]
         if self.layer.lib.qk_experts(pool, self.layer.struct, len(x), *addresses, adds):
-            raise QuantkitError("not enough memory for the activations: lower --context or --parallel")
+            raise QuantkitError(NO_MEMORY)
 
     def wake(self) -> None:
         """There will be a call soon."""
         self.threads.wake()
+
+    def exchange(self, rows: Rows) -> Callable[[int], bool] | None:
+        """Waiting for a step's rows and answering them as one call, so that nothing of Python lies between GPU and CPU:
+        given the number of the step, whether they came within PATIENCE_NS. None where each call has to prepare
+        something."""
+        if self.need or rows.n > self.rows:
+            return None
+        call, pool, layer = self.layer.lib.qk_exchange, self.threads.pool, self.layer.struct
+        given = Exchange(rows.n, rows.m, *(t.data_ptr() for t in rows[2:]), PATIENCE_NS)
+
+        def exchanged(step: int) -> bool:
+            if (found := call(pool, layer, given, step)) < 0:
+                raise QuantkitError(NO_MEMORY)
+            return not found
+
+        return exchanged
 
 
 def node(graph: Graph, layer: NativeLayer, x: TensorP, ids: TensorP, weight: TensorP) -> TensorP:

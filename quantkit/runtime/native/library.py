@@ -66,6 +66,23 @@ class Layer(Structure):
     )
 
 
+class Exchange(Structure):
+    """`exchange` of pool.h: a step's rows from a GPU, and where it looks for their answer."""
+
+    _fields_ = (
+        ("n", c_int64),
+        ("m", c_int64),
+        ("x", c_void_p),
+        ("ids", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("kept", c_void_p),
+        ("arrived", c_void_p),
+        ("answered", c_void_p),
+        ("patience_ns", c_int64),
+    )
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qk_kernels": (c_char_p, []),
     "qk_has": (c_int, [c_int]),
@@ -76,6 +93,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qk_pool": (c_void_p, [c_int, c_int64, POINTER(c_int32), c_int]),
     "qk_wake": (None, [c_void_p]),
     "qk_experts": (c_int, [c_void_p, POINTER(Layer), c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int]),
+    "qk_exchange": (c_int, [c_void_p, POINTER(Layer), POINTER(Exchange), c_int32]),
+    "qk_busy_ns": (c_int64, [c_void_p]),
     "qk_node": (c_void_p, [POINTER(Layer), POINTER(c_int32)]),
     "qk_drop_node": (None, [c_void_p]),
 }

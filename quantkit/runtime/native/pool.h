@@ -16,7 +16,7 @@ typedef struct {
     _Alignas(64) int32_t open;
     _Alignas(64) int32_t active;
     int32_t sleeping, useful, n;  // useful: threads that this work is shared by
-    int64_t spin_ns;
+    int64_t spin_ns, busy_ns;     // busy: in calls altogether
     pthread_mutex_t lock;  // one call at a time
     work w;
 } pool;
@@ -100,6 +100,7 @@ pool *qk_pool(int n, int64_t spin_ns, const int32_t *cores, int n_cores) {
 int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t *ids, const float *weight, float *out, int adds) {
     const int64_t d = l->gate.n_in;
     pthread_mutex_lock(&p->lock);
+    const int64_t begun = now_ns();
     work *w = &p->w;
     w->l = l;
     w->n = n;
@@ -121,8 +122,55 @@ int qk_experts(pool *p, const layer *l, int64_t n, const float *x, const int32_t
         __atomic_store_n(&p->open, 0, __ATOMIC_SEQ_CST);
         while (__atomic_load_n(&p->active, __ATOMIC_SEQ_CST)) relax();
     }
+    p->busy_ns += now_ns() - begun;
     pthread_mutex_unlock(&p->lock);
     return there ? 0 : -1;
+}
+
+int64_t qk_busy_ns(pool *p) {
+    pthread_mutex_lock(&p->lock);
+    const int64_t busy = p->busy_ns;
+    pthread_mutex_unlock(&p->lock);
+    return busy;
+}
+
+// What a GPU hands over in a step, and where it looks for the answer: memory of the host that both see. Of m rows those
+// beyond n repeat the last.
+typedef struct {
+    int64_t n, m;
+    const float *x;
+    const int32_t *ids;
+    const float *weight;
+    float *out;
+    int32_t *kept;            // ids [n, n_used] are copied here first: the GPU may write the next ones once it has its answer
+    const int32_t *arrived;   // of each of m rows the number of the step, when it is there
+    int32_t *answered;
+    int64_t patience_ns;
+} exchange;
+
+// Wait for the rows of this step and answer them: 0; 1 if they have not come for patience_ns, -1 as qk_experts.
+int qk_exchange(pool *p, const layer *l, const exchange *e, int32_t step) {
+    qk_wake(p);
+    const int64_t until = now_ns() + e->patience_ns;
+    for (int64_t i = 0, looks = 1; i < e->m; looks++) {
+        if (__atomic_load_n(e->arrived + i, __ATOMIC_ACQUIRE) == step) {
+            i++;
+            continue;
+        }
+        if (looks % PATIENCE) {
+            relax();
+            continue;
+        }
+        if (now_ns() > until) return 1;
+        sched_yield();
+    }
+    memcpy(e->kept, e->ids, sizeof(int32_t) * (size_t)(e->n * l->n_used));
+    const int failed = qk_experts(p, l, e->n, e->x, e->ids, e->weight, e->out, 0);
+    if (failed) return failed;
+    const int64_t d = l->down.n_out;
+    for (int64_t i = e->n; i < e->m; i++) memcpy(e->out + d * i, e->out + d * (e->n - 1), sizeof(float) * (size_t)d);
+    __atomic_store_n(e->answered, step, __ATOMIC_RELEASE);
+    return 0;
 }
 
 // The same by ggml's threads, as a node of a graph (ggml_custom3_op_t): dst and x [d, n], ids [n_used, n], weight

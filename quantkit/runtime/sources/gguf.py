@@ -108,9 +108,9 @@ class GGUFWeights:
         """qtype and bytes, uint8 [n_expert, n_out, row_bytes], of gate, up and down of a layer's routed experts."""
         return [(self.file.tensors[name].qtype, self.data(name)) for name in expert_names(layer)]
 
-    def needs(self, layer: int) -> Callable[[Iterable[int]], None]:
-        """Call it with the experts of the layer that are about to be computed."""
-        return partial(self.residency.need, layer) if self.residency else lambda _: None
+    def needs(self, layer: int) -> Callable[[Iterable[int]], None] | None:
+        """To be called with the experts of the layer that are about to be computed; None: all are where they are."""
+        return partial(self.residency.need, layer) if self.residency else None
 
     def at_once(self, rows: int, n_used: int) -> int:
         """Of so many rows with n_used experts each, how many may be computed at once."""

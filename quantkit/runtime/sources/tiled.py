@@ -101,7 +101,8 @@ class PromptExperts:
     def __init__(self, tiled: Tiled, layer: int):
         weights = tiled.weights
         self.tiled, self.weights, self.config = tiled, weights, weights.config
-        self.names, self.need, self.stacks = expert_names(layer), weights.needs(layer), weights.expert_stacks(layer)
+        self.names, self.stacks = expert_names(layer), weights.expert_stacks(layer)
+        self.need = weights.needs(layer) or (lambda _: None)
         short = tiled.dtype == torch.bfloat16 and all(qtype.startswith("IQ") for qtype, _ in self.stacks)
         self.many = CODEBOOK_ROWS if short else DECODED_ROWS
         most = weights.residency.most if weights.residency else 2 * EXPERTS_AT_ONCE

@@ -78,6 +78,8 @@ class Exactly:
 
     def wake(self) -> None: ...
 
+    def exchange(self, _) -> None: ...
+
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_exchanged_while_decoding(path, exact, monkeypatch, device):

@@ -23,7 +23,7 @@ from quantkit.ggml.quants import dequantize
 from quantkit.runtime.experts import cpu as cpu_module
 from quantkit.runtime.experts import native as native_module
 from quantkit.runtime.experts.cpu import GgmlExperts, cpu_experts
-from quantkit.runtime.experts.native import NativeExperts
+from quantkit.runtime.experts.native import NativeExperts, Rows
 from quantkit.runtime.native import compiler, library
 from quantkit.runtime.native.compiler import Compiled, compiled
 from quantkit.runtime.native.library import CODEBOOKS, TYPES, Native, ggml_product, native
@@ -164,6 +164,58 @@ def test_experts_are_ggmls(qtypes, threads):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
         for i in range(min(n, 5)):
             assert torch.equal(ours(*(value[i : i + 1] for value in given))[0], found[i])
+
+
+def handed_over(c, given: tuple[torch.Tensor, ...], n: int) -> Rows:
+    """Rows that a GPU would write, of which none has come; those beyond n repeat the last."""
+    x, ids, weight = given
+    flags, kept = torch.zeros(2, 16, dtype=torch.int32), torch.zeros(n, c.n_used, dtype=torch.int32)
+    return Rows(n, len(x), x, ids, weight, torch.zeros(x.shape), kept, *flags)
+
+
+@needs_native
+def test_rows_of_a_step_are_answered_in_one_call():
+    """Once all of them have come, those that are too many with the last one's answer; then the GPU is told."""
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    experts, given = cpu_experts(stacks, c, 2), inputs(c, 4)
+    expected = experts(*given)
+    rows = handed_over(c, given, 3)
+    exchange = experts.exchange(rows)
+    with ThreadPoolExecutor(1) as other:
+        answer = other.submit(exchange, 7)
+        for i in range(4):
+            assert not answer.done() and not rows.answered[0]
+            time.sleep(0.005)
+            rows.arrived[i] = 7
+        assert answer.result()
+    assert torch.equal(rows.out, expected[[0, 1, 2, 2]]) and torch.equal(rows.kept, given[1][:3])
+    assert rows.answered[0] == 7 and not rows.answered[1:].any()
+
+
+@needs_native
+def test_rows_that_do_not_come(monkeypatch):
+    """Nobody waits for ever, and what is not there is not answered; nor are experts that there are not."""
+    monkeypatch.setattr(native_module, "PATIENCE_NS", 1_000_000)
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    rows = handed_over(c, inputs(c, 2), 2)
+    exchange = cpu_experts(stacks, c, 2).exchange(rows)
+    rows.arrived[0] = 7
+    assert not exchange(7) and not rows.out.any() and not rows.answered.any()
+    rows.arrived[1] = 7
+    rows.ids[1, 0] = c.n_expert
+    with pytest.raises(QuantkitError, match="lower --context"):
+        exchange(7)
+    assert not rows.answered.any()
+
+
+@needs_native
+def test_who_cannot_answer_in_one_call():
+    """Where experts must be read first, more rows than are computed at once, and ggml."""
+    stacks, c = layer(("IQ1_S", "Q2_K", "IQ2_XXS"))
+    rows = handed_over(c, inputs(c, 3), 3)
+    assert cpu_experts(stacks, c, 1, need=lambda experts: None).exchange(rows) is None
+    assert cpu_experts(stacks, c, 1, rows=2).exchange(rows) is None
+    assert GgmlExperts(stacks, c, 1).exchange(rows) is None
 
 
 @needs_native
