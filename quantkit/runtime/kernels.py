@@ -236,5 +236,6 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     """uint8 [rows, row_bytes] -> out [rows, n_in], contiguous, in its dtype."""
     n_rows, n_in = out.shape
     groups = _tile(n_in)
-    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
+    rows = matrices(qtype, data, n_in)._replace(n_out=0, matrix_bytes=0)  # not read: or 1 and 16 had their own kernels
+    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](rows, out, groups, num_warps=WARPS)
     return out

@@ -51,9 +51,10 @@ def _halves(gate, up, out, scales, n, width: tl.constexpr):
     tl.store(scales + row, largest)
 
 
-@jit_kernel(do_not_specialize=["n", "n_matrices", "blocks", "tokens"])
-def _order(ids, order, table, n, n_matrices, blocks, tokens, sizes):
-    """`Runs` of ids [n]: programs from 1 on place a pair each, the first one writes the table."""
+@jit_kernel(do_not_specialize=["n_matrices", "blocks", "tokens"])
+def _order(ids, order, table, n_matrices, blocks, tokens, sizes):
+    """`Runs` of ids: programs from 1 on place a pair each, the first one writes the table."""
+    n = tl.num_programs(0) - 1
     at = tl.arange(0, sizes.width)
     matrix = tl.load(ids + at, mask=at < n, other=-1)
     matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), sizes.kinds)
@@ -182,7 +183,7 @@ def runs(ids: torch.Tensor, n_matrices: int) -> Runs:
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
     sizes = _sizes(pairs, n_matrices)
-    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, tokens, sizes, num_warps=4)
+    _order[(1 + pairs,)](ids, order, table, n_matrices, blocks, tokens, sizes, num_warps=4)
     return Runs(order, table, pairs, tokens, 1, True)
 
 

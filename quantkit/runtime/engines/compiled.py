@@ -7,20 +7,18 @@ to be multiples of 16, or 1.
 
 import logging
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantkit import machine
-from quantkit.runtime.engines.gpu_buffers import ROWS, SHORT, rows_of
-from quantkit.runtime.engines.gpu_layers import GpuLayer, collect, gathered
+from quantkit.runtime.engines.gpu_layers import GpuLayer, distinct_experts, try_out
 from quantkit.runtime.packed import MANY, SOME, Matrix, Packed
 
 if TYPE_CHECKING:
     from quantkit.runtime.engines.gpu import GpuEngine
-    from quantkit.runtime.engines.gpu_layers import Matrices
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def launch_everything(engine: "GpuEngine") -> None:
     """What prompts and steps launch, where nothing is launched: it leaves nothing in the engine that counts."""
     c, kinds = engine.config, distinct_layers(engine)
     layers = [engine.layers[i] for i in kinds]
-    for n in rows_of_steps(engine):
+    for n in engine.buffers.kinds(engine.n_slots, engine.by_steps):
         for _ in engine._pieces(n, 1, kinds):
             pass
     engine.embedding([0])
@@ -55,18 +53,16 @@ def launch_everything(engine: "GpuEngine") -> None:
             for n in (*few, SOME + 1):
                 matrix(torch.zeros(n, matrix.n_in, dtype=engine.dtype, device=engine.device))
     for layer in layers:
-        layer.weights(None)  # dequantizes those of attention
+        for heads in (layer.k_b, layer.v_b):
+            heads.dense()
+        if layer.router is not None:  # steps look for frames too
+            engine.between.route(torch.zeros(1, c.d, device=engine.device), layer.router)
         if layer.resident is not None:
-            launch_experts(engine, layer.resident, 1)
-    for experts in an_expert_of_each_kind(engine):
+            try_out(layer.resident, 1, c.n_used)
+    for stacks in distinct_experts(engine.layers):
+        expert = engine.upload(stacks, [0])
         for n in (*CLASSES, MANY + 1):
-            launch_experts(engine, experts, n)
-
-
-def rows_of_steps(engine: "GpuEngine") -> list[int]:
-    """Of those that there may be; of more than SHORT some, whose kernels all others have too."""
-    most = max(engine.n_slots, SHORT if engine.by_steps else 1)
-    return sorted({rows_of(n) for n in (*ROWS, *range(2 * SHORT, most, SHORT), most) if n <= most})
+            try_out(expert, n, c.n_used)
 
 
 def of_prompts(layer: GpuLayer) -> list[Matrix]:
@@ -89,24 +85,3 @@ def distinct_layers(engine: "GpuEngine") -> list[int]:
         there = layer.router and (layer.router.bias is None), layer.on_cpu is None, layer.hot is None
         found.setdefault((there, *(tuple(map(shape_of, part)) for part in parts)), i)
     return list(found.values())
-
-
-def an_expert_of_each_kind(engine: "GpuEngine") -> Iterator["Matrices"]:
-    """gate, up and down of one expert, of layers whose experts the GPU may multiply."""
-    known = set[tuple[str, ...]]()
-    for layer in engine.layers:
-        kind = tuple(stack.qtype for stack in layer.stacks or ())
-        if kind and kind not in known:
-            known.add(kind)
-            yield engine.upload(layer.stacks or [], [0])
-
-
-def launch_experts(engine: "GpuEngine", experts: "Matrices", n: int) -> None:
-    """What a prompt does with experts, the first of which so many tokens chose."""
-    c, device = engine.config, engine.device
-    x, order = torch.zeros(n, c.d, dtype=engine.dtype, device=device), torch.arange(n, device=device)
-    stops = torch.full((len(experts[0]),), n, dtype=torch.int32, device=device)
-    part = gathered(x, experts, order, stops, 1)
-    nowhere = torch.full((n, c.n_used), -1, device=device)
-    out = torch.zeros(n, c.d, device=device)
-    collect(out, part, nowhere, torch.zeros(n, c.n_used, device=device), 0)

@@ -21,6 +21,7 @@ from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.progress import say_once
 from quantkit.runtime.activations import Where, use_kernels
+from quantkit.runtime.engines.compiled import compile_kernels
 from quantkit.runtime.engines.embedding import Embedding
 from quantkit.runtime.engines.gpu_buffers import SHORT, Buffers, rows_of
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
@@ -110,6 +111,8 @@ class GpuEngine:
         if self.on_gpu:
             self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
+                if self.captures:
+                    compile_kernels(self)
                 warm_up(self)
 
     # Loading

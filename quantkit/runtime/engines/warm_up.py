@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit import machine
-from quantkit.runtime.engines.compiled import an_expert_of_each_kind, compile_kernels, launch_experts
+from quantkit.runtime.engines.gpu_layers import distinct_experts, try_out
 from quantkit.runtime.generate import piece_at
 from quantkit.runtime.layers import KVCache, attention, feed_forward
 from quantkit.runtime.packed import MANY
@@ -24,12 +24,10 @@ WARM_ROWS = (1, 2, 16, 32, 64)  # tokens of steps that are captured before anybo
 
 
 def warm_up(engine: "GpuEngine") -> None:
-    """Kernels are compiled, steps captured, experts read from the disk, memory pinned and touched. Where memory is
-    limited, or less than the file, of experts only those of a few steps are read, and one of each kind; those that
-    only the CPU computes would take longer than they save."""
+    """Steps are captured, experts read from the disk, memory pinned and touched. Where memory is limited, or less than
+    the file, of experts only those of a few steps are read, and one of each kind; those that only the CPU computes
+    would take longer than they save."""
     begun, weights = time.perf_counter(), engine.weights
-    if engine.captures:
-        compile_kernels(engine)
     movable = all(layer.stacks or layer.router is None for layer in engine.layers)
     fits = weights.residency is None and weights.file.n_bytes < machine.ram()
     if fits and movable:
@@ -53,8 +51,8 @@ def warm_up(engine: "GpuEngine") -> None:
 @torch.inference_mode()
 def dense_experts(engine: "GpuEngine") -> None:
     """What a long piece does with experts that many of its tokens choose, by one expert of each kind of layer."""
-    for experts in an_expert_of_each_kind(engine):
-        launch_experts(engine, experts, MANY + 1)
+    for stacks in distinct_experts(engine.layers):
+        try_out(engine.upload(stacks, [0]), MANY + 1, engine.config.n_used)
 
 
 @torch.inference_mode()
