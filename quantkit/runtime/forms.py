@@ -10,8 +10,7 @@ QUERY_TILE = 128  # queries per tile: scores above the diagonal are wasted only 
 
 
 def expanded(
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor,
+    query: torch.Tensor,
     latent: torch.Tensor,
     k_rope: torch.Tensor,
     kv_b: tuple[torch.Tensor, torch.Tensor],
@@ -19,18 +18,17 @@ def expanded(
 ) -> torch.Tensor:
     """Whole chunks without a cache: keys and values per head are cheaper than attention over the latent.
 
-    q_nope [s, t, h, n], q_rope [s, t, h, r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v]. kv_b: k_b, v_b.
+    query [s, t, h, n + r], latent [s, t, c], k_rope [s, t, r] -> values [s, t, h, v]. kv_b: k_b, v_b.
     """
-    (n_seq, t, n_head, _), (k_b, v_b) = q_nope.shape, kv_b
+    (n_seq, t, n_head, _), (k_b, v_b) = query.shape, kv_b
     k_nope = torch.einsum("stc,hcn->shtn", latent, k_b)
     # One product: the einsum of bfloat16 on the CPU first copies v_b, which takes ten times as long.
     values = (latent @ v_b.flatten(0, 1).T).view(n_seq, t, n_head, -1).transpose(1, 2)
     keys = torch.cat((k_nope, k_rope[:, None].expand(n_seq, n_head, t, -1)), dim=-1)
-    query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
     v_head = values.shape[-1]
     if values.device.type == "cpu":  # torch's fused CPU kernel wants values as long as keys, else it computes all t x t
         values = F.pad(values, (0, max(0, keys.shape[-1] - v_head)))
-    mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_causal=True, scale=scale)
     return mixed[..., :v_head].transpose(1, 2)
 
 

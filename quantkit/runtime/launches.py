@@ -1,8 +1,8 @@
 """Triton's kernels as the engines launch them, or many of them compiled at once before.
 
-Compiling one takes a second, and Triton does it when the kernel is first launched. Here work is done once without
-launching anything: what it would launch is only noted, and compiled meanwhile by threads. Python's lock is held for a
-sixth of that; MLIR, LLVM and ptxas work without it.
+Triton compiles a kernel when it is first launched, which takes a second. Here work is done once without launching
+anything: what it would launch is noted, and compiled meanwhile by threads. They hold Python's lock only while they walk
+through the kernel's source; MLIR, LLVM and ptxas work without it.
 """
 
 import threading

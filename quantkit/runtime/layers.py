@@ -230,7 +230,8 @@ def attention(
         latent, k_rope = (latent, k_rope) if first else cached
     mask = _selected(x.view(n_seq, t, d), low, latent.shape[1], weights, config, angles, (cache, chosen))
     if first and see is None and mask is None:
-        values = expanded(q_nope, q_rope, latent, k_rope, (weights.k_b, weights.v_b), config.softmax_scale)
+        query, kv_b = torch.cat((q_nope, q_rope), dim=-1), (weights.k_b, weights.v_b)
+        values = expanded(query, latent, k_rope, kv_b, config.softmax_scale)
     else:
         q_latent = torch.einsum("sthn,hcn->sthc", q_nope.to(weights.k_b.dtype), weights.k_b)
         mixed = absorbed(q_latent, q_rope, latent, k_rope, config.softmax_scale, mask)

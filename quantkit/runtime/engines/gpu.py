@@ -40,6 +40,7 @@ from quantkit.runtime.engines.gpu_memory import (
 )
 from quantkit.runtime.engines.heat import Heat
 from quantkit.runtime.engines.hot import HotExperts
+from quantkit.runtime.engines.pieces import Pieces, attention, feed_forward
 from quantkit.runtime.engines.prompts import Prompts
 from quantkit.runtime.engines.stacks import Stack, Stacks, expert_bytes
 from quantkit.runtime.engines.staging import Ring, upload_experts
@@ -48,10 +49,9 @@ from quantkit.runtime.engines.warm_up import warm_up
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
-from quantkit.runtime.layers import KVCache, attention, feed_forward, rms_norm
+from quantkit.runtime.layers import rms_norm
 from quantkit.runtime.packed import Packed
 from quantkit.runtime.pauses import launched, pause, pausing
-from quantkit.runtime.rope import angles
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.sizes import gb
 
@@ -218,36 +218,30 @@ class GpuEngine:
 
     @torch.inference_mode()
     def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """As `generate.Together`: attention of each by itself, all else of all their tokens at once."""
+        """As `generate.Together`: what is said in `pieces`."""
         self.weights.file.check_whole()
-        c, sizes = self.config, [len(piece.tokens) for piece in pieces]
         for piece in pieces:
             self.length[piece.slot] = piece.begin + len(piece.tokens)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        if self.by_steps and len(tokens) <= SHORT:
-            return self._as_step(pieces, tokens)
-        h = self.embedding(tokens)
-        turns = [angles(c, torch.arange(p.begin, p.begin + len(p.tokens), device=self.device)) for p in pieces]
-        with self.hot.still(), self.prompts.experts(len(tokens)) as experts:
+        if self.by_steps and sum(len(piece.tokens) for piece in pieces) <= SHORT:
+            return self._as_step(pieces)
+        c, together = self.config, Pieces(pieces, self.config, self.buffers.turned)
+        h = self.embedding(together.tokens)[0]
+        with self.hot.still(), self.prompts.experts(len(h)) as experts, together.kernels():
             for i, layer in enumerate(self.layers):
-                weights = layer.weights(experts(i))
-                for piece, own, rows in zip(pieces, turns, h.split(sizes, dim=1), strict=True):
-                    latent, key = self.cache[i, piece.slot][None].split([c.kv_lora, c.qk_rope], dim=-1)
-                    rows += attention(rows, weights, c, own, KVCache(latent, key, piece.begin))
-                    pause(self.device, "attention")
-                x = rms_norm(h, weights.ffn_norm, c.rms_eps).view(-1, c.d).to(self.dtype)
-                h = h + feed_forward(x, weights, c).view_as(h)
+                h += attention(h, layer, c, self.cache[i], together)
+                pause(self.device, "attention")
+                h += feed_forward(h, layer, self.between, c, experts(i), self.dtype)
                 pause(self.device, "feed-forward")
-        for piece, own in zip(pieces, h[0].split(sizes), strict=True):
+        for piece, own in together.of_each(h):
             if piece.each:
                 for rows in own.split(ROWS_TOLD):
                     piece.each(self._logits(rows))
                     pause(self.device, "logits")
-        return self._logits(torch.stack([own[-1] for own in h[0].split(sizes)]))
+        return self._logits(h[together.last])
 
-    def _as_step(self, pieces: Sequence[Piece], tokens: list[int]) -> torch.Tensor:
+    def _as_step(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Short prompts as one step: a token in the cache is seen by those after it, in the same step too."""
-        sizes = [len(piece.tokens) for piece in pieces]
+        tokens, sizes = [token for piece in pieces for token in piece.tokens], [len(piece.tokens) for piece in pieces]
         slots = [piece.slot for piece in pieces for _ in piece.tokens]
         positions = [piece.begin + i for piece in pieces for i in range(len(piece.tokens))]
         logits = self._step(slots, positions, tokens)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from quantkit.runtime.activations import Activations, Where, use_kernels
 from quantkit.runtime.engines.stacks import Stacks
-from quantkit.runtime.layers import Experts, Feed, LayerExperts, LayerWeights, Router
+from quantkit.runtime.layers import Experts, Router
 from quantkit.runtime.pauses import pause
 
 if TYPE_CHECKING:  # or the chain of imports would be long
@@ -75,12 +75,6 @@ class GpuLayer:
     on_cpu: OnCpu | None = None
     stacks: Stacks | None = None  # experts that can be streamed
 
-    def weights(self, experts: LayerExperts | None) -> LayerWeights:
-        """For a prompt, k_b and v_b dequantized."""
-        feed = None if self.feed is None else Feed(*self.feed)
-        before = (self.attn_norm, self.q, self.kv_a, self.kv_a_norm, self.k_b.dense(), self.v_b.dense())
-        return LayerWeights(*before, self.output, self.ffn_norm, feed, self.router, experts)
-
 
 def attend(
     x: Activations, layer: GpuLayer, between: Between, cache: torch.Tensor, where: Where, n_kv: int
@@ -133,11 +127,11 @@ class ChunkedExperts:
         out = torch.zeros(x.shape, device=x.device)
         if self.places is not None:
             expert = self.places.to(x.device)[expert]
-        order = torch.argsort(expert.flatten(), stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=x.device)
+        which, order = expert.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         place = place.view(expert.shape)
-        ends = torch.bincount(expert.flatten(), minlength=self.n_places)[: self.n_places].cumsum(0)
+        # Not by bincount, which waits for the GPU twice.
+        ends = torch.searchsorted(which, torch.arange(self.n_places, device=x.device), right=True, out_int32=True)
         bounds: list[int] = []
         for begin, matrices in self.chunks:
             end = begin + len(matrices[0])
@@ -146,7 +140,7 @@ class ChunkedExperts:
                 bounds = [0] * end + [len(order)] if whole else [0, *ends.tolist()]
             first, last = bounds[begin], bounds[end]
             if last > first:
-                stops = (ends[begin:end] - first).int()
+                stops = ends[begin:end] - first
                 part = gathered(x, matrices, order[first:last], stops, expert.shape[1])
                 collect(out, part, place, weight, first)
                 pause(x.device)

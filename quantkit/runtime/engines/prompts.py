@@ -27,7 +27,7 @@ from quantkit.runtime.engines.gpu_layers import (
 )
 from quantkit.runtime.engines.stacks import Stacks, Wanted, expert_bytes
 from quantkit.runtime.engines.staging import CHUNK, SLOTS, Ring
-from quantkit.runtime.layers import Experts, LayerExperts, unwatched
+from quantkit.runtime.layers import Experts
 from quantkit.runtime.packed import AT_ONCE, Packed
 from quantkit.runtime.pauses import Aside
 from quantkit.runtime.sources.gguf import GGUFWeights
@@ -174,7 +174,7 @@ class Prompts:
         ]
 
     @contextmanager
-    def experts(self, n_tokens: int) -> Iterator[Callable[[int], LayerExperts | None]]:
+    def experts(self, n_tokens: int) -> Iterator[Callable[[int], Experts | None]]:
         """Of each layer, asked for in order: its routed experts for a prompt of so many tokens."""
         if not self.moves_all(n_tokens):
             yield lambda i: self._of(i, n_tokens, None)
@@ -186,7 +186,7 @@ class Prompts:
         with closing(self.moving(wanted.values())) as moving:
             yield lambda i: self._of(i, n_tokens, (wanted[i], moving) if i in wanted else None)
 
-    def _of(self, i: int, n_tokens: int, moved: tuple[Wanted, PackedChunks] | None) -> LayerExperts | None:
+    def _of(self, i: int, n_tokens: int, moved: tuple[Wanted, PackedChunks] | None) -> Experts | None:
         layer, n_expert = self.layers[i], self.config.n_expert
         if layer.router is None:
             return None
@@ -194,11 +194,11 @@ class Prompts:
             pairs = n_tokens * self.config.n_used
             all_of_them = pairs <= AT_ONCE and layer.resident[0].by_tiles(pairs)
             n = n_expert if all_of_them else self.chunk
-            return unwatched(ChunkedExperts(resident_chunks(layer.resident, n), n_expert))
+            return ChunkedExperts(resident_chunks(layer.resident, n), n_expert)
         if moved:
-            return unwatched(self.on_gpu(layer, moved[0].experts, moved[1]))
+            return self.on_gpu(layer, moved[0].experts, moved[1])
         assert layer.on_cpu is not None
-        return unwatched(SplitExperts(self, i) if layer.stacks else CpuExperts(layer.on_cpu))
+        return SplitExperts(self, i) if layer.stacks else CpuExperts(layer.on_cpu)
 
     def moving(self, wanted: Iterable[Wanted], n_threads: int | None = None) -> PackedChunks:
         """Experts on their way to the GPU, as `Ring.chunks`."""

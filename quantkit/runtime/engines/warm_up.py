@@ -9,10 +9,9 @@ import torch
 
 from quantkit import machine
 from quantkit.runtime.engines.gpu_layers import distinct_experts, try_out
-from quantkit.runtime.generate import piece_at
-from quantkit.runtime.layers import KVCache, attention, feed_forward
+from quantkit.runtime.engines.pieces import Pieces, attention, feed_forward
+from quantkit.runtime.generate import Piece, piece_at
 from quantkit.runtime.packed import MANY
-from quantkit.runtime.rope import angles
 
 if TYPE_CHECKING:
     from quantkit.runtime.engines.gpu import GpuEngine
@@ -63,9 +62,8 @@ def whole_piece(engine: "GpuEngine", begin: int) -> None:
     n = min(piece_at(engine, begin), engine.capacity - begin)
     if begin < 0 or n < 2:
         return
-    h, weights = engine.embedding([0] * n), layer.weights(None)
-    latent, key = engine.cache[0, :1].split([c.kv_lora, c.qk_rope], dim=-1)
-    turned = angles(c, torch.arange(begin, begin + n, device=engine.device))
-    attention(h, weights, c, turned, KVCache(latent, key, begin))
-    if layer.feed is not None:
-        feed_forward(h[0].to(engine.dtype), weights, c)
+    pieces = Pieces([Piece(0, [0] * n, begin)], c, engine.buffers.turned)
+    h = engine.embedding(pieces.tokens)[0]
+    with pieces.kernels():
+        attention(h, layer, c, engine.cache[0], pieces)
+    feed_forward(h, layer, engine.between, c, None, engine.dtype)

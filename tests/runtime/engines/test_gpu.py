@@ -251,9 +251,9 @@ def test_an_engine_warms_up_for_the_longest_pieces(weights, monkeypatch):
     engine.piece, attend = 512, warm_up.attention
     expected = engine.prefill(0, text(weights, 12), 0).clone()
 
-    def attention(h, weights, c, turns, cache):
-        seen.append((cache.length, h.shape[1]))
-        return attend(h, weights, c, turns, cache)
+    def attention(h, layer, c, cache, pieces):
+        seen.append((pieces.pieces[0].begin, len(h)))
+        return attend(h, layer, c, cache, pieces)
 
     monkeypatch.setattr(warm_up, "attention", attention)
     warm_up.warm_up(engine)
