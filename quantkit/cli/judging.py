@@ -69,7 +69,8 @@ def _verify_options(target: str | None, memory: int | None, **rest: Any) -> "Ver
     "out",
     type=OUT,
     default=None,
-    help="Where to write the figures. Default: verify.json beside FILE; verify-FILE.json if that is of another.",
+    help="Where to write the figures. Default: verify.json beside FILE; verify-FILE.json if that is of another file or "
+    "original.",
 )
 @options.device
 @options.threads
@@ -91,7 +92,7 @@ def verify(file: Path, reference: str, how: "VerifyOptions", out: Path | None, d
     runtime = opener(open_gguf(file, device)) if how.runtime_tokens or how.prompts else None
     if out:
         check_writable(out)
-    out = out or finished.place_of_scores(file)
+    out = out or finished.place_of_scores(file, original.fingerprint())
     with locked(out.parent, shared=True) if out else nullcontext():
         result = stages.verify_file(file, original, device, how, runtime=runtime)
         if out:
@@ -140,7 +141,8 @@ def _certify_options(**given: Any) -> "CertifyOptions":
     "out",
     type=OUT,
     default=None,
-    help="Default: certify.json beside FILE; certify-TARGET.json if it was made for another.",
+    help="Default: certify.json beside FILE; certify-TARGET.json if it was made for another target; with -FILE if "
+    "there is one of another file.",
 )
 @options.device
 def certify(file: Path, how: "CertifyOptions", out: Path | None, device: str | None) -> None:

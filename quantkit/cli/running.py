@@ -11,7 +11,7 @@ import click
 from quantkit.cli import options, streams
 from quantkit.cli.chat import chat_on_terminal, show_answer
 from quantkit.cli.options import Placement, Shared
-from quantkit.cli.values import FILE, MODEL_FILE, SEED, TOKENS, Sampled, name_of
+from quantkit.cli.values import MODEL_FILE, SEED, TEXT_FILE, TOKENS, Sampled, name_of
 from quantkit.errors import QuantkitError, needs
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _question(
     if prompt_file is not None:
         from quantkit.formats.byte_source import read_text
 
-        prompt = read_text(prompt_file, "text")
+        prompt = streams.whole_input() if str(prompt_file) == "-" else read_text(prompt_file, "text")
     if prompt is not None and not chat:
         for name, given in (("--thinking", thinking), ("--system", system)):
             if given is not None:
@@ -68,7 +68,9 @@ def _sampling(**given: Any) -> "Sampling":
             callback=_text,
             help="Continue this text; without it: a chat on the terminal.",
         ),
-        click.option("-f", "--prompt-file", type=FILE, default=None, help="Continue the text of this file."),
+        click.option(
+            "-f", "--prompt-file", type=TEXT_FILE, default=None, help="Continue this file's text; -: stdin's."
+        ),
         click.option("--chat", is_flag=True, help="Put the prompt through the file's chat template."),
         click.option("--system", "-sys", default=None, callback=_text, help="In a chat: the system's message."),
         click.option(
@@ -197,9 +199,10 @@ def serve(file: Path, door: Door, context: int, parallel: int, placement: Placem
     from quantkit.runtime.engines.open import open_engine
     from quantkit.runtime.sources.gguf import open_gguf
 
+    device, listener = chosen_device(placement.device), http.bind(host, door.port)
     show_placement()
-    weights = open_gguf(file, chosen_device(placement.device), ram=placement.ram)
+    weights = open_gguf(file, device, ram=placement.ram)
     engine = open_engine(weights, parallel, context, placement.gpu_layers)
     aliases = tuple(name.strip() for name in door.alias.split(",") if name.strip())
     settings = http.Settings(queue=door.queue, aliases=aliases, parted=door.reasoning_content)
-    http.serve(weights, engine, host, door.port, settings, gate)
+    http.serve(weights, engine, listener, settings, gate)

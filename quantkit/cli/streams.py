@@ -67,6 +67,14 @@ def forget() -> None:
         os.close(fd)
 
 
+def whole_input() -> str:
+    """All of stdin, in any locale. QuantkitError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise QuantkitError(f"stdin: not UTF-8 text (byte {error.start})") from None
+
+
 def text_of(value: str, what: str) -> str:
     """What a person typed, as text: bytes that their locale could not decode are UTF-8. QuantkitError, naming the
     option, if they are not."""

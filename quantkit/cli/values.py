@@ -24,6 +24,15 @@ class Place(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
+class TextFile(Place):
+    """A file of text, or - for what comes on stdin."""
+
+    name = "file"
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+
+
 class ModelFile(Place):
     """A GGUF, or a folder that holds one model: its file, or the first of its splits."""
 
@@ -66,6 +75,7 @@ class PlanFile(Place):
 
 
 MODEL_FILE = ModelFile(exists=True, path_type=Path)
+TEXT_FILE = TextFile()
 IMATRIX, IMATRIX_OR_GRADIENTS = ImatrixFile(), ImatrixFile(folders=True)
 PLAN = PlanFile(exists=True, dir_okay=False, path_type=Path)
 FILE = Place(exists=True, dir_okay=False, path_type=Path)

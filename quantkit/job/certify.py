@@ -8,10 +8,12 @@ import torch
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate
 from quantkit.evaluation.certify import certify
+from quantkit.formats.byte_source import read_text
 from quantkit.formats.gguf_reader import GGUFFile
 from quantkit.formats.imatrix import load_imatrix
+from quantkit.formats.safetensors_header import load_object
 from quantkit.formats.whole_file import check_writable, make_folders, write_json
-from quantkit.job.folder import CERTIFY
+from quantkit.job.folder import CERTIFY, certifies
 from quantkit.models.open import open_model
 from quantkit.planning import targets
 from quantkit.planning.targets import TARGETS
@@ -42,9 +44,15 @@ def made_for(path: Path) -> str | None:
 
 
 def certificate_path(path: Path, target: str) -> Path:
-    """Beside the file: certify.json for what it was made for, certify-TARGET.json for another target."""
-    name = CERTIFY if target == (made_for(path) or DEFAULT) else f"{Path(CERTIFY).stem}-{target}.json"
-    return path.with_name(name)
+    """Beside the file: certify.json for what it was made for, certify-TARGET.json for another target; with the file's
+    name at the end if there is one of another file."""
+    stem = Path(CERTIFY).stem if target == (made_for(path) or DEFAULT) else f"{Path(CERTIFY).stem}-{target}"
+    out = path.with_name(f"{stem}.json")
+    try:
+        there = load_object(read_text(out, "record").encode(), out.name)
+    except QuantkitError:
+        there = {}
+    return out if certifies(there, path.name) else path.with_name(f"{stem}-{path.stem}.json")
 
 
 @torch.inference_mode()

@@ -101,31 +101,40 @@ def write_scores(folder: Path, scores: dict[str, Any], evaluation: TextChoice, n
     write_json(folder / name, scores)
 
 
-def place_of_scores(file: Path) -> Path | None:
-    """Where `verify` keeps what it finds: see `place_of`. None, once said, where nothing can be written."""
+def place_of_scores(file: Path, reference: str) -> Path | None:
+    """Where `verify` keeps what it finds, against the original of that fingerprint: see `place_of`. What `make` found
+    against its own stays, for it is what a card and a report show. None, once said, where nothing can be written."""
     if not os.access(file.absolute().parent, os.W_OK):
         say(f"{file.absolute().parent} cannot be written: the figures are shown, not kept (--json FILE)")
         return None
-    return place_of(VERIFY, file)
+    place = place_of(VERIFY, file)
+    made = _record(file.with_name(PROVENANCE)).get("checkpoint", reference)
+    return place if made == reference or not place.exists() else file.with_name(own_name(VERIFY, file))
+
+
+def own_name(name: str, file: Path) -> str:
+    """verify-NAME.json, say, of a model."""
+    return f"{Path(name).stem}-{file.stem}.json"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a record holds; nothing if it cannot be read."""
+    try:
+        return load_object(read_text(path, "record").encode(), path.name)
+    except QuantkitError:
+        return {}
 
 
 def place_of(name: str, file: Path) -> Path:
     """verify.json, say, beside a model; verify-NAME.json if that is of another."""
-    try:
-        there = load_object(read_text(file.with_name(name), "record").encode(), name).get("file")
-    except QuantkitError:
-        there = None
-    own = f"{Path(name).stem}-{file.stem}.json"
-    return file.with_name(name if there in (None, file.name) else own)
+    there = _record(file.with_name(name)).get("file")
+    return file.with_name(name if there in (None, file.name) else own_name(name, file))
 
 
 def keep_scores(out: Path, scores: dict[str, Any], text: TextChoice, reference: str) -> None:
     """Write what `verify` found on that text. Of the file that a job made, scored as `make` scores it against the same
     original (reference: its fingerprint), `make` takes the figures for its own when it is called again."""
-    try:
-        made = load_object(read_text(out.with_name(PROVENANCE), "record").encode(), PROVENANCE)
-    except QuantkitError:
-        made = {}
+    made = _record(out.with_name(PROVENANCE))
     known = _read(out.with_name(CHECKSUMS))
     if out.name == VERIFY and known and scores["file"] in known[1] and scores["score"] == "half":
         if made.get("checkpoint") == reference:

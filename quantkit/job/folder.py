@@ -46,6 +46,11 @@ def finished_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*-of-[0-9]*.gguf"))
 
 
+def certifies(certificate: Mapping[str, Any], file: str) -> bool:
+    """Whether a certificate is of the file of that name, as far as it says."""
+    return not file or file in (certificate.get("files") or [file])
+
+
 def begin(
     folder: Path,
     identity: Mapping[str, Any],

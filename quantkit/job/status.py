@@ -25,6 +25,7 @@ from quantkit.job.folder import (
     PROVENANCE,
     REFERENCE,
     VERIFY,
+    certifies,
     finished_files,
 )
 from quantkit.planning.plan import Plan
@@ -69,7 +70,7 @@ def status(folder: Path) -> list[str]:
     if files:
         size = sum(file.stat().st_size for file in files)
         lines.append(f"file        finished: {files[0].name}, {both_units(size)}, {len(files)} file(s)")
-        lines += _judged(folder)
+        lines += _judged(folder, files[0].name)
     if record.get("command") and not worker and (parts or states):
         lines.append("go on       with the same command; what is done is kept")
     return lines
@@ -108,14 +109,16 @@ def _now(folder: Path, worker: str, unfinished: bool, finished: bool) -> str:
     return "finished" if finished else "stopped before anything was done"
 
 
-def _judged(folder: Path) -> Iterator[str]:
+def _judged(folder: Path, file: str) -> Iterator[str]:
     scores = _json(folder / VERIFY)
-    if "kld_mean" in scores:
+    if "kld_mean" in scores and scores.get("file") in (None, file):
         yield f"scores      KLD {scores['kld_mean']:.4f}, perplexity {scores['ppl']:.4f} ({VERIFY})"
     else:
         yield "scores      none yet"
     for path in sorted(folder.glob(f"{Path(CERTIFY).stem}*.json")):
         made = _json(path)
+        if not certifies(made, file):
+            continue
         yield f"certified   {made.get('target')}: {made.get('verdict') or made.get('passed')} ({path.name})"
 
 

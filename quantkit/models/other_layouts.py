@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.models import family
 from quantkit.models.config import ModelConfig, layouts_of
@@ -57,7 +58,11 @@ class Seen:
 
 def as_ours(file: "GGUFFile") -> Seen:
     """QuantkitError for a family that is not known."""
-    config, tensors, notes = family.from_gguf(file.metadata), dict(file.tensors), []
+    try:
+        config = family.from_gguf(file.metadata)
+    except QuantkitError as error:
+        raise QuantkitError(f"{file.path}: {error}") from None
+    tensors, notes = dict(file.tensors), list[str]()
     steps: tuple[Step, ...] = (_apart, _one_layout, _renamed, _without_drafts)
     for step in steps:
         config, tensors, note = step(config, tensors)

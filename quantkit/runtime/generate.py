@@ -244,7 +244,8 @@ def generate(engine: Engine, prompt: list[int], n_tokens: int, how: Sampling, be
     """Up to n_tokens new tokens after the prompt (BOS included in it), ending at EOS; in slot 0, whose cache already
     holds the first `begin` tokens of the prompt. QuantkitError if the prompt and one more do not fit the context."""
     if len(prompt) >= engine.capacity:
-        raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}")
+        larger = "; --context gives a larger one" if engine.capacity < engine.config.n_context else ""
+        raise QuantkitError(f"{len(prompt)} prompt tokens do not fit a context of {engine.capacity}{larger}")
     generator = torch.Generator().manual_seed(how.seed)
     logits = read(engine, prompt, begin)
     for left in reversed(range(min(n_tokens, engine.capacity - len(prompt)))):

@@ -1,8 +1,8 @@
 """Triton: how a decoding step on a GPU passes to the CPU and back without ending.
 
 Both sides write into pinned memory of the host, and then the number of the step into a flag there, which the other side
-looks at until it sees it. A write to the flag comes after those before it: by a fence of the whole system on the GPU; a
-CPU of x86-64 keeps the order of its stores.
+looks at until it sees it. A write to the flag comes after those before it: by a fence of the whole system on the GPU;
+by a release in compiled code of the CPU; those of numpy keep their order on x86-64.
 """
 
 import torch

@@ -4,12 +4,15 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantkit.progress import say
 from quantkit.runtime.generate import Engine, Sampling, generate
 from quantkit.runtime.sources.gguf import GGUFWeights
 from quantkit.serving.markers import Markers, Prompt, tokenize_prompt
 from quantkit.serving.pieces import Pieces, thoughts
 from quantkit.serving.template import ChatTemplate, opening
 from quantkit.sizes import both_units
+
+LONG = 1024  # tokens of a prompt: on a CPU they may take minutes, in which nothing is to be seen
 
 
 class Conversation:
@@ -58,6 +61,8 @@ class Conversation:
         begin = min(same, len(prompt) - 1)
         pieces, times = Pieces(self.tokenizer), [time.perf_counter()]
         read = self.residency.read if self.residency else 0
+        if len(prompt) - begin >= LONG and len(prompt) < self.engine.capacity:
+            say(f"reading {len(prompt) - begin:,} tokens")
         self.cached = self.cached[:begin]
         last: list[int] = []
         for token in generate(self.engine, prompt, n_tokens, self.how, begin):
@@ -73,5 +78,7 @@ class Conversation:
             self.speed += f", {(len(prompt) - begin) / (times[1] - times[0]):,.1f} tok/s"
         if n > 1:
             self.speed += f" · answer {n:,} tokens, {(n - 1) / (times[-1] - times[1]):,.1f} tok/s"
+        if len(prompt) + n >= self.engine.capacity:
+            self.speed += f" · the context of {self.engine.capacity:,} tokens is full"
         if self.residency:
             self.speed += f" · {both_units(self.residency.read - read)} of experts read"

@@ -15,7 +15,7 @@ from quantkit.serving.refusals import Refused
 HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"),
-        *("prompt_cache_retention", "prediction", "cache_prompt", "id_slot", "slot_id", "timings_per_token"),
+        *("prompt_cache_retention", "prediction", "id_slot", "slot_id", "timings_per_token"),
         *("keep_alive", "ttl", "cache_salt", "n_keep", "n_discard", "n_cache_reuse", "min_keep"),
         *("spaces_between_special_tokens",),
         # what only says how, of things that are off or refused

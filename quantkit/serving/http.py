@@ -31,6 +31,7 @@ from quantkit.serving.answers import Answer, ChatForm, CompletionForm, Events, O
 from quantkit.serving.connections import BACKLOG, guarded, most_connections, seldom
 from quantkit.serving.desk import Desk, Settings
 from quantkit.serving.extras import Extras
+from quantkit.serving.fields import shown
 from quantkit.serving.forced import Wanted
 from quantkit.serving.gate import Gate
 from quantkit.serving.jobs import Job
@@ -80,10 +81,11 @@ class Api(Desk):
         app.add_exception_handler(Exception, self._broken)
         return app
 
-    async def _refused(self, _: Request, error: Exception) -> Response:
+    async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code, param = getattr(error, "code", None), getattr(error, "param", None)
-        return failure(error.status_code, error.detail, code, error.headers, param)
+        detail = error.detail if isinstance(error, Refused) else unknown(request, error)
+        return failure(error.status_code, detail, code, error.headers, param)
 
     async def _gone(self, *_: object) -> Response:
         return failure(499, "the client closed the connection")
@@ -188,7 +190,7 @@ class Api(Desk):
             self.post.put(loop, events, (token, why))
 
         constraint = self.grammars.constraint(made.matcher, made.thinking) if made.matcher else None
-        job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint)
+        job = Job(prompt, n_tokens, body.sampling(index), emit, made.rules, constraint=constraint, reuse=body.reuses())
         self.scheduler.submit(job)
         pieces = Pieces(self.tokenizer, body.stops(), body.min_tokens, body.skip_special_tokens and made.tools is None)
         return Answer(self.scheduler, job, events, pieces, index=index)
@@ -254,6 +256,13 @@ def weight(body: Body, size: int) -> int:
     return max(size, SHORT + 1) if has_grammar else size
 
 
+def unknown(request: Request, error: HTTPException) -> str:
+    """What is said of a path or a method that this server does not have."""
+    if error.status_code != 404:
+        return f"{request.method} {shown(request.url.path)}: {error.detail}"
+    return f"{shown(request.url.path)}: no such path; this server has /v1/chat/completions, /v1/completions, /v1/models"
+
+
 def echoes(body: Body) -> bool:
     """Whether the prompt is wanted in the answer."""
     return isinstance(body, CompletionBody) and body.echo
@@ -274,12 +283,26 @@ class Ready:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket (port 0: any free one). QuantkitError if the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """A socket of that address (port 0: any free one), to be had before a model is loaded for minutes. It does not
+    listen yet: clients are refused, and need not wait. QuantkitError if it cannot be had."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if made.family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((host, port))
     except OSError as error:
+        made.close()
         raise QuantkitError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
+    return made
+
+
+def listen(listener: socket.socket) -> None:
+    """QuantkitError if somebody else has begun to meanwhile."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise QuantkitError(f"--port {listener.getsockname()[1]}: {error.strerror}; choose another") from None
 
 
 class Server(uvicorn.Server):
@@ -315,9 +338,8 @@ def server(api: Api) -> Server:
     return made
 
 
-def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, settings: Settings, gate: Gate) -> None:
-    """Serve until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
-    listener = bind(host, port)
+def serve(weights: GGUFWeights, engine: Engine, listener: socket.socket, settings: Settings, gate: Gate) -> None:
+    """Serve on what `bind` gave until SIGINT or SIGTERM; then running requests have SHUTDOWN_SECONDS to end."""
     if isinstance(engine, GraphEngine):
         engine.prepare()
     name = model_file_name(weights.file.path)
@@ -326,8 +348,11 @@ def serve(weights: GGUFWeights, engine: Engine, host: str, port: int, settings: 
         ChatTemplate(api.metadata, api.lanes.renderers[0]).render([{"role": "user", "content": "?"}])
     except QuantkitError as error:
         say(f"{name}: {error}; chats will be refused")
+    listen(listener)
+    host, port = listener.getsockname()[:2]
+    at = f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
     say(
-        f"{name}: http://{host}:{listener.getsockname()[1]}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
+        f"{name}: http://{at}/v1 · {engine.n_slots} sequences of {engine.capacity} tokens"
         f"{'' if gate.key else ' · no API key'} · Ctrl-C ends"
     )
     gc.collect()

@@ -24,6 +24,7 @@ class Job:
     """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones (0: it is only read). made: those
     so far, with their chances if the rules ask for them, both complete before a token is emitted. heard: chances of
     the prompt's second token and all that follow, ended: of the EOS that ended the answer, if the rules ask for them.
+    reuse: whether it may begin with what a slot holds of its prompt already; reused: so many tokens.
     """
 
     prompt: list[int]
@@ -39,10 +40,17 @@ class Job:
     heard: list[Chance] = field(default_factory=list)
     ended: list[Chance] = field(default_factory=list)
     constraint: Constraint | None = None
+    reuse: bool = False
+    reused: int = 0
     refusal: str = ""
 
     def __post_init__(self) -> None:
         self.dice, self.past = Dice(self.how.seed), Past(self.prompt, self.made)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether tokens that a slot holds need not be computed; their log probabilities would be missing."""
+        return self.reuse and not self.rules.of_prompt
 
     @property
     def n_made(self) -> int:

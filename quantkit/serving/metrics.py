@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,11 +40,21 @@ class Answered(Protocol):
     finish: str
 
 
-def usage(answers: Sequence[Answered]) -> dict[str, int]:
-    """Tokens of the prompts (each counted once, however many answers it got), of the answers so far, and both."""
+def usage(answers: Sequence[Answered]) -> dict[str, Any]:
+    """Tokens of the prompts (each counted once, however many answers it got), of the answers so far, and both; of the
+    prompts those that a slot held already: of several answers, as of the one that found most."""
     prompts = {id(answer.job.prompt): len(answer.job.prompt) for answer in answers}
+    cached = dict.fromkeys(prompts, 0)
+    for answer in answers:
+        cached[id(answer.job.prompt)] = max(cached[id(answer.job.prompt)], answer.job.reused)
     old, new = sum(prompts.values()), sum(answer.job.n_made for answer in answers)
-    return {"prompt_tokens": old, "completion_tokens": new, "total_tokens": old + new}
+    details = {"cached_tokens": sum(cached.values())}
+    return {
+        "prompt_tokens": old,
+        "completion_tokens": new,
+        "total_tokens": old + new,
+        "prompt_tokens_details": details,
+    }
 
 
 class Busy(Protocol):
@@ -117,10 +127,13 @@ class Journal:
         if not answers:
             return self._refused(path, status) if status >= 400 else self._line(path, status, seconds)
         counts = usage(answers)
-        self.tokens.update({kind: counts[f"{kind}_tokens"] for kind in ("prompt", "completion")})
+        held = counts["prompt_tokens_details"]["cached_tokens"]
+        self.tokens.update({kind: counts[f"{kind}_tokens"] for kind in ("prompt", "completion")} | {"cached": held})
         self.whole.add(seconds)
         begun = [answer.first - begin for answer in answers if answer.first]
         parts = [f"{counts['prompt_tokens']:,} + {counts['completion_tokens']:,} tokens"]
+        if held:
+            parts.append(f"{held:,} held already")
         if begun:
             self.first.add(min(begun))
             parts.append(f"first after {min(begun):.2f} s")
@@ -174,7 +187,12 @@ class Journal:
         }
         for name, (value, about) in gauges.items():
             out += [f"# HELP quantkit_{name} {about}", f"# TYPE quantkit_{name} gauge", f"quantkit_{name} {value}"]
-        for kind, about in (("prompt", "Tokens read."), ("completion", "Tokens generated.")):
+        kinds = {
+            "prompt": "Tokens of prompts.",
+            "cached": "Those of them that a slot held already.",
+            "completion": "Tokens generated.",
+        }
+        for kind, about in kinds.items():
             name = f"quantkit_{kind}_tokens_total"
             out += [f"# HELP {name} {about}", f"# TYPE {name} counter", f"{name} {self.tokens[kind]}"]
         name = "quantkit_requests_total"

@@ -89,6 +89,7 @@ class Body(Asked, ABC):
     min_p: Annotated[Float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[Float, Field(gt=0, le=1)] | None = None
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
+    cache_prompt: bool | None = None  # llama-server's
     max_tokens: Length = None
     n_predict: Length = None  # llama-server's name of max_tokens
     min_tokens: Annotated[Int, Field(ge=0)] = 0
@@ -139,6 +140,11 @@ class Body(Asked, ABC):
         given: dict[str, Any] = self.model_dump(include=names, exclude_none=True)
         seed = secrets.randbits(63) if self.seed in (None, -1) else self.seed + index
         return Sampling(seed=(seed + 2**63) % 2**64 - 2**63, **given)
+
+    def reuses(self) -> bool:
+        """Whether a prompt may go on from what an earlier one left. Its last digits then depend on how that was read:
+        who gives a seed wants the same again, so only if asked for."""
+        return self.seed in (None, -1) if self.cache_prompt is None else self.cache_prompt
 
     def stops(self) -> list[str]:
         """Strings that end the answer."""

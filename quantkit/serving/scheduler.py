@@ -29,6 +29,7 @@ from quantkit.runtime.pauses import launching, pause, pausing
 from quantkit.serving.clock import Clock
 from quantkit.serving.jobs import Drawn, Job
 from quantkit.serving.logits import NOTHING, Chance, Unanswerable
+from quantkit.serving.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Scheduler:
         self.running: list[Job] = []
         self.prompts: list[Job] = []  # of the running ones, those with unfinished prompts, the last served last
         self.admission, self.pieces = Turns(engine.piece), Turns(engine.piece)
-        self.free = list(range(engine.n_slots))
+        self.slots = Slots(engine.n_slots)
         self.clock = Clock()
         draws.warm_up(engine.config.n_vocab)
         self.n_drawing = min(SAMPLERS, machine.threads())
@@ -161,11 +162,10 @@ class Scheduler:
             self.changed.wait_for(lambda: self.closed or self.waiting or self.running)
             gone = [job for job in self.waiting if job.cancelled]
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
-            while self.waiting and self.free and not self.closed:
+            while self.waiting and self.slots.free and not self.closed:
                 job = self.admission.next(self.waiting)
                 self.waiting.remove(job)
-                self.free.sort()  # low slots first: neighbours in memory are cheaper to batch
-                job.slot = self.free.pop(0)
+                self.slots.give(job)
                 self.running.append(job)
                 self.prompts.append(job)
         for job in gone + [job for job in self.running if job.cancelled]:
@@ -332,7 +332,7 @@ class Scheduler:
         if job in self.running:
             self.running.remove(job)
             self.prompts = [other for other in self.prompts if other is not job]
-            self.free.append(job.slot)
+            self.slots.take_back(job, sound=why != "error")
         job.constraint = None  # its states may take 100 MB, and a request may have many answers
         job.emit(None, why)
 

@@ -34,6 +34,7 @@ def main() -> None:
     engine = open_engine(weights, max(args.users), 512)
     api = http.Api("bench", weights.file.metadata, weights.tokenizer(), engine, http.Settings(), Gate())
     listener = http.bind("127.0.0.1", 0)
+    http.listen(listener)
     server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -44,7 +45,11 @@ def main() -> None:
 
     def ask(i: int) -> tuple[str, int]:
         answer = client.completions.create(
-            model="bench", prompt=prompts[i].tolist(), max_tokens=args.tokens, temperature=0
+            model="bench",
+            prompt=prompts[i].tolist(),
+            max_tokens=args.tokens,
+            temperature=0,
+            extra_body={"cache_prompt": False},
         )
         return answer.choices[0].text, answer.usage.completion_tokens
 

@@ -72,6 +72,7 @@ def main() -> None:
     engine = Sleeper(config, max(args.users), args.step / 1e3)
     api = http.Api("sleeper", weights.file.metadata, weights.tokenizer(), engine, http.Settings(), Gate())
     listener = http.bind("127.0.0.1", 0)
+    http.listen(listener)
     server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="event loop")
     thread.start()

@@ -35,7 +35,7 @@ ONE = {
 }
 LOOP = "{% for i in range(99999) %}"
 HANGS = 3 * LOOP + 3 * "{% endfor %}"
-LONG = {"prompt": [0] + [50] * 16000, "max_tokens": 1}
+LONG = {"prompt": [0] + [50] * 16000, "max_tokens": 1, "cache_prompt": False}
 
 
 def post(port: int, path: str, body: bytes, seconds: float = 120) -> int:

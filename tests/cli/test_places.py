@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation.certificate import Certificate, Check, Engine
 from quantkit.formats.gguf_folder import model_in
 from quantkit.job.publish.folder import read_folder
+from quantkit.job.status import status
 
 
 def test_a_folder_is_its_model(tmp_path):
@@ -41,6 +42,21 @@ def test_a_certificate_for_each_target(made, tmp_path):
     assert own["not_run"] == ["weights", "original", "oracle"]
     problems = read_folder(folder).problems
     assert any("certify.json says nothing failed, engine not run" in problem for problem in problems), problems
+
+
+def test_a_certificate_for_each_file(made, tmp_path):
+    """That of the file that `make` left is not replaced by another one's, and `status` tells its own."""
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    file = next(folder.glob("tiny-r1-*.gguf"))
+    shutil.copy(file, folder / "second.gguf")
+    for name in (file.name, "second.gguf"):
+        done = CliRunner().invoke(main, ["certify", str(folder / name), "--no-oracle", "--no-values"])
+        assert done.exit_code == 0, done.output
+    own, other = (json.loads((folder / name).read_text()) for name in ("certify.json", "certify-second.json"))
+    assert "second.gguf" not in own["files"] and list(other["files"]) == ["second.gguf"]
+    told = "\n".join(status(folder))
+    assert "(certify.json)" in told and "(certify-second.json)" not in told
 
 
 WHEEL = Engine("llama.cpp", "xllamacpp 1", "AVX2")

@@ -19,6 +19,7 @@ from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
 from quantkit.job import stages
 from quantkit.job.certify import CertifyOptions, certify_file
+from quantkit.job.finished import place_of_scores
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 from quantkit.job.plan import plan_model
@@ -302,6 +303,14 @@ def test_scores_of_another_model_are_not_replaced(made, tmp_path):
     done = run("verify", tmp_path / "second.gguf", "--tokens", 512, "--device", "cpu")
     assert done.exit_code == 0 and json.loads((tmp_path / "verify.json").read_text()) == {"file": "first.gguf"}
     assert json.loads((tmp_path / "verify-second.json").read_text())["file"] == "second.gguf"
+
+
+def test_scores_against_another_original_do_not_replace_what_make_found(made):
+    """A card and a report would show them as its own."""
+    file = next(made.glob("tiny-r1-*.gguf"))
+    own = json.loads((made / "provenance.json").read_text())["checkpoint"]
+    assert place_of_scores(file, own) == made / "verify.json"
+    assert place_of_scores(file, "another") == made / f"verify-{file.stem}.json"
 
 
 def browser_binary() -> str | None:

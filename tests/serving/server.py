@@ -55,7 +55,7 @@ class Running:
         while scheduler.running or scheduler.waiting:
             assert time.monotonic() < end, f"{len(scheduler.running)} jobs still run"
             time.sleep(0.01)
-        assert sorted(scheduler.free) == list(range(self.engine.n_slots))
+        assert sorted(scheduler.slots.free) == list(range(self.engine.n_slots))
 
     def stop(self) -> None:
         self.server.should_exit = True

@@ -56,7 +56,13 @@ def test_echo_tells_the_prompts_log_probabilities(running, weights, n, off):
     choice, told = answer["choices"][0], answer["choices"][0]["logprobs"]
     text = weights.tokenizer().decode(ids, skip_special_tokens=False)
     assert choice["text"] == text and choice["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n}
+    details = {"cached_tokens": 0}
+    assert answer["usage"] == {
+        "prompt_tokens": n,
+        "completion_tokens": 0,
+        "total_tokens": n,
+        "prompt_tokens_details": details,
+    }
     assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None and len(told["tokens"]) == n
     assert told["text_offset"][:2] == [0, len("<｜begin▁of▁sentence｜>")]
     places = zip(told["tokens"], told["text_offset"], strict=True)

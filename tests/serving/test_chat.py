@@ -88,7 +88,34 @@ def test_run_on_the_command_line(path):
     args = ["run", str(path), "-n", "8", "--context", "64"]
     talk = CliRunner().invoke(main, args, input="hello\n" + "word " * 80 + "\n/clear\nhello\n/exit\n")
     assert talk.exit_code == 0 and talk.stdout.count("<think>\n") >= 2
-    assert "do not fit a context of 64; /clear" in talk.stderr and talk.stderr.count("answer") >= 2
+    assert "do not fit a context of 64; --context gives a larger one; /clear" in talk.stderr
+    assert talk.stderr.count("answer") >= 2
+
+
+def test_a_prompt_from_a_pipe(path):
+    """All of it is one prompt, whatever its lines."""
+    args = ["run", str(path), "-f", "-", "-n", "4", "--temperature", "0"]
+    text = "Line one.\nLine two, naïve.\r\n"
+    piped = CliRunner().invoke(main, args, input=text.encode())
+    given = CliRunner().invoke(main, ["run", str(path), "-p", text, "-n", "4", "--temperature", "0"])
+    assert piped.exit_code == 0 and piped.stdout == given.stdout
+    wrong = CliRunner().invoke(main, args, input=b"\xe9")
+    assert wrong.exit_code == 1 and "stdin: not UTF-8 text (byte 0)" in wrong.stderr
+
+
+def test_a_long_prompt_is_no_silence(path):
+    for n, said in ((100, False), (1200, True)):
+        done = CliRunner().invoke(main, ["run", str(path), "-p", "x\n" * n, "-n", "1"])
+        assert done.exit_code == 0 and (" tokens\n" in done.stderr and "reading " in done.stderr) == said
+
+
+def test_the_end_of_the_context_is_said(path, capfd):
+    full = CliRunner().invoke(main, ["run", str(path), "-p", "The ", "-c", "16", "-n", "40", "--temperature", "0"])
+    assert full.exit_code == 0 and "the context of 16 tokens is full" in full.stderr
+    weights = open_gguf(path)
+    most = weights.config.n_context
+    assert open_engine(weights, 1, most + 1).capacity == most
+    assert f"was made for {most:,}, which it gets" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("switch", ["thinking", "enable_thinking"])

@@ -1,5 +1,7 @@
 """Who may ask a server: whoever has the key and calls it by its name."""
 
+import socket
+
 import pytest
 from click.testing import CliRunner
 from starlette.requests import Request
@@ -7,6 +9,7 @@ from starlette.requests import Request
 from quantkit.__main__ import main
 from quantkit.errors import QuantkitError
 from quantkit.serving.gate import Gate
+from quantkit.serving.http import bind, listen
 from quantkit.serving.refusals import Refused
 
 LOCAL = Gate.of("127.0.0.1", ["Proxy.example", ""], None)
@@ -117,3 +120,22 @@ def test_the_key(header, right):
     with pytest.raises(Refused) as refused:
         gate.check_key(request)
     assert refused.value.status_code == 401
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_is_opened(tmp_path):
+    """Which takes minutes; this one could not be opened at all."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(main, ["serve", str(tmp_path / "m.gguf"), "--port", str(port), "--device", "cpu"])
+    assert done.exit_code == 1 and f"--port {port}: Address already in use; choose another" in done.stderr
+
+
+def test_who_listened_meanwhile_is_refused_in_a_line():
+    first, second = bind("127.0.0.1", 0), socket.socket()
+    with first, second:
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        second.bind(first.getsockname())
+        second.listen()
+        with pytest.raises(QuantkitError, match="Address already in use; choose another"):
+            listen(first)

@@ -621,7 +621,8 @@ def test_bad_requests(running, body, status, text):
 
 def test_other_refusals(running):
     assert running.post(b"{}", Content_Type="text/plain")[0] == 415
-    assert running.post(b"{}", path="/v1/nothing")[0] == 404
+    status, answer = running.post(b"{}", path="/v1/embeddings")
+    assert status == 404 and '"/v1/embeddings": no such path' in answer["error"]["message"]
     assert running.post(b'{"prompt": [999999]}', path="/v1/completions")[0] == 400
     with pytest.raises(openai.BadRequestError) as info:
         running.client().completions.create(model="tiny", prompt="word " * 2000)

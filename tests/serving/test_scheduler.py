@@ -313,6 +313,7 @@ def url(weights) -> Iterator[str]:
     engine = open_engine(weights, 9, 512)
     api = http.Api("tiny", weights.file.metadata, weights.tokenizer(), engine, http.Settings(), Gate())
     listener = http.bind("127.0.0.1", 0)
+    http.listen(listener)
     server = http.server(api)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

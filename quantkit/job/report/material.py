@@ -21,6 +21,7 @@ from quantkit.job.folder import (
     PROVENANCE,
     SENSITIVITY,
     VERIFY,
+    certifies,
     finished_files,
 )
 from quantkit.models import family
@@ -79,6 +80,7 @@ class Material:
         if (folder / IMATRIX).is_file():
             made.imatrix, made.imatrix_info = load_imatrix(folder / IMATRIX)
         made._look_at_file()
+        made.certificates = [found for found in certificates if certifies(found, made.file)]
         made.others = _neighbours(folder, scores)
         return made
 

@@ -279,31 +279,35 @@ class GpuEngine:
             seen *= 2
         key = (m, min(seen, self.rows))
         with pausing(None):  # a step of others would begin in the middle of this one
-            if step := self._kept(key):
-                self._replay(step)
-            else:
-                launched()  # this may take long, and is rare
-                for wait in self._pieces(*key):
-                    self._hand_over(wait)
-                self.met.add(key)
-        return buffers.logits()
+            try:
+                self._run(key)
+                return buffers.logits()
+            except BaseException:  # or the GPU would wait for ever, and then take what the next step sends for this one
+                buffers.let_go()
+                raise
+
+    def _run(self, key: tuple[int, int]) -> None:
+        """A step of this kind, to where only its logits are waited for."""
+        if step := self._kept(key):
+            self._replay(step)
+        else:
+            launched()  # this may take long, and is rare
+            for wait in self._pieces(*key):
+                self._hand_over(wait)
+            self.met.add(key)
 
     def _replay(self, step: Step) -> None:
         """Where the GPU itself waits for the CPU, each graph is launched while the one before is at work."""
         ahead = int(self.buffers.mapped)
-        try:
-            for graph, _ in step[:ahead]:
+        for graph, _ in step[:ahead]:
+            graph.replay()
+        for i, (_, waits) in enumerate(step):
+            for graph, _ in step[i + ahead : i + ahead + 1]:
                 graph.replay()
-            for i, (_, waits) in enumerate(step):
-                for graph, _ in step[i + ahead : i + ahead + 1]:
-                    graph.replay()
-                if not i:
-                    launched()
-                for wait in waits:
-                    self._hand_over(wait)
-        except BaseException:  # or the GPU would wait for ever
-            self.buffers.let_go()
-            raise
+            if not i:
+                launched()
+            for wait in waits:
+                self._hand_over(wait)
 
     def _kept(self, key: tuple[int, int]) -> Step | None:
         """A step as graphs, captured when its kind comes for the second time, if there is memory for it: the first one

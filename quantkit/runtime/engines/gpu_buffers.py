@@ -36,11 +36,12 @@ def rows_of(n: int) -> int:
 
 
 class Buffers:
-    """Of a step of at most n_rows tokens; `start_host` and its like: the pinned twin on the CPU.
+    """Of a step of at most n_rows tokens; `start_host` and its like: the pinned twin on the CPU, of which `at_there`
+    and `tokens_there` are views. The CPU may write there while no step is at work.
 
     start: what a step begins with: `at`, cell of the cache, position and slot of each new token, last the step's
-    number; `tokens`, their rows of the embedding, uint8 [n_rows, row_bytes]. sent: what experts on the CPU need. got:
-    what they answer. turned: cos and sin of each rotated pair at every position.
+    number; from byte `before` on `tokens`, their rows of the embedding, uint8 [n_rows, row_bytes]. sent: what experts
+    on the CPU need. got: what they answer. turned: cos and sin of each rotated pair at every position.
 
     mapped: kernels of the GPU write `sent_host` and read `got_host` themselves, and each side tells the other by a flag
     in the host's memory, which gets the number of the step. Without (no kernels; launches that wait): copies and events
@@ -105,9 +106,13 @@ class Buffers:
 
     def logits(self) -> torch.Tensor:
         """Of the step that was launched, float32 [n, n_vocab], once they are there; valid until the next one."""
+        self._rest()
+        return self.logits_host[: self.n]
+
+    def _rest(self) -> None:
+        """Wait until the GPU has done all that it was given."""
         if self.on_gpu:
             torch.cuda.current_stream().synchronize()
-        return self.logits_host[: self.n]
 
     def _parts(self, flat: torch.Tensor, m: int) -> Sent:
         """Views of `sent` or its twin."""
@@ -205,5 +210,7 @@ class Buffers:
         return self.got[:m]
 
     def let_go(self) -> None:
-        """After an error on the CPU: the GPU is not to wait for the rest of the step."""
+        """After an error on the CPU: the GPU does not wait for the rest of the step, and has ended what was launched
+        of it when this returns."""
         self.told[:] = self.step
+        self._rest()

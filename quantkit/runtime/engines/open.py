@@ -27,7 +27,9 @@ def open_engine(weights: GGUFWeights, n_slots: int, capacity: int, gpu_layers: G
     of that length.
     """
     # What a family has no graph or no GPU engine for is refused in this file, and nowhere else.
-    capacity = min(capacity, weights.config.n_context)
+    if capacity > (most := weights.config.n_context):
+        say(f"a context of {capacity:,} tokens: {weights.name} was made for {most:,}, which it gets")
+        capacity = most
     indexer = weights.config.indexer
     sparse = indexer is not None and capacity > indexer.top_k
     _check_device(weights)

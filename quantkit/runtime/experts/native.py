@@ -161,15 +161,16 @@ class NativeExperts:
 
     def exchange(self, rows: Rows) -> Callable[[int], bool] | None:
         """Waiting for a step's rows and answering them as one call, so that nothing of Python lies between GPU and CPU:
-        given the number of the step, whether they came within PATIENCE_NS. None where each call has to prepare
-        something."""
+        given the number of the step, whether they came within PATIENCE_NS; QuantkitError as a call of these experts.
+        None where each call has to prepare something."""
         if self.need or rows.n > self.rows:
             return None
-        call, pool, layer = self.layer.lib.qk_exchange, self.threads.pool, self.layer.struct
+        call, pool, layer = self.layer.lib.qk_exchange, self.threads.pool, self.layer
         given = Exchange(rows.n, rows.m, *(t.data_ptr() for t in rows[2:]), PATIENCE_NS)
+        given.rows = rows
 
         def exchanged(step: int) -> bool:
-            if (found := call(pool, layer, given, step)) < 0:
+            if (found := call(pool, layer.struct, given, step)) < 0:
                 raise QuantkitError(NO_MEMORY)
             return not found
 

@@ -67,8 +67,10 @@ class Layer(Structure):
 
 
 class Exchange(Structure):
-    """`exchange` of pool.h: a step's rows from a GPU, and where it looks for their answer."""
+    """`exchange` of pool.h: a step's rows from a GPU, and where it looks for their answer. rows: whose memory that is,
+    which lives as long."""
 
+    rows: object
     _fields_ = (
         ("n", c_int64),
         ("m", c_int64),

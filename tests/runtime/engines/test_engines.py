@@ -246,7 +246,7 @@ def test_scheduler_refuses_and_cancels(weights):
             scheduler.submit(job())
         scheduler.cancel(second)
         scheduler.cancel(first)
-    assert ends == ["cancelled"] * 2 and scheduler.free == [0] and first.n_made < 500
+    assert ends == ["cancelled"] * 2 and scheduler.slots.free == [0] and first.n_made < 500
 
 
 def test_a_failing_step_ends_its_jobs_only(weights, monkeypatch, caplog):

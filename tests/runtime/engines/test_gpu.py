@@ -1,6 +1,8 @@
 """The GPU's engine: on the CPU (no graphs, no Triton) against exact ones, and with `-m gpu` on the device."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from quantkit.runtime.engines.open import open_engine
 from quantkit.runtime.engines.prompts import Costs
 from quantkit.runtime.engines.torch import TorchEngine
 from quantkit.runtime.generate import Engine, Piece, piece_at
+from quantkit.runtime.native.library import native
 from quantkit.runtime.pauses import pausing
 from quantkit.runtime.sources.gguf import GGUFWeights, open_gguf, open_source
 
@@ -206,6 +209,7 @@ def test_through_mapped_memory(weights, monkeypatch):
         engine.buffers.mapped, engine.length = mapped, [8, 12]
         found.append(engine.decode([1, 0], [300, 301]).clone())
         if mapped:
+            assert native() is None or all(engine.buffers.exchanges.values())
             monkeypatch.setattr(engine.buffers, "_exchange", lambda *_: None)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert (engine.buffers.seen[1:, :2] == engine.buffers.step).all()  # layer 0 is dense
@@ -291,13 +295,14 @@ def test_a_gpu_without_triton(path, exact, monkeypatch, n_layers):
 
 
 @pytest.mark.gpu
-def test_an_error_of_the_cpu_ends_the_step_only(path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_of_the_cpu_ends_the_step_only(path, compiled):
     """The GPU waits for the CPU's experts in the middle of a graph: not for those that will never come."""
     engine = GpuEngine(open_gguf(path, "cuda", n_threads=1), 1, 64, 0)
     engine.prefill(0, list(range(8)), 0)
     usual = [engine.decode([0], [300]).clone() for engine.length[0] in (8, 8)][1]
     layer = engine.layers[-1]
-    experts, layer.on_cpu, engine.length[0] = layer.on_cpu, Broken(), 8
+    experts, layer.on_cpu, engine.length[0] = layer.on_cpu, Broken(compiled), 8
     with pytest.raises(ZeroDivisionError):
         engine.decode([0], [300])
     layer.on_cpu, engine.length[0] = experts, 8
@@ -305,16 +310,39 @@ def test_an_error_of_the_cpu_ends_the_step_only(path):
 
 
 class Broken:
-    """Experts that cannot be computed."""
+    """Experts that cannot be computed, by one call of compiled code or by Python."""
+
+    def __init__(self, compiled: bool):
+        self.compiled = compiled
 
     def wake(self) -> None:
         pass
 
-    def exchange(self, _) -> None:
-        pass
+    def exchange(self, _):
+        return self if self.compiled else None
 
     def __call__(self, *_) -> torch.Tensor:
         raise ZeroDivisionError
+
+
+def test_what_was_launched_ends_with_the_step(weights, monkeypatch):
+    """After an error, or an interruption, of the CPU the GPU is waited for, which waits for nothing any more: what the
+    next step sends is not taken for this one's."""
+    engine, done = GpuEngine(weights, 1, 64, 0), list[object]()
+    buffers, last = engine.buffers, len(engine.layers) - 1
+    graph = SimpleNamespace(replay=lambda: done.append("launched"))
+    step = [(graph, [gpu.Wait("receive", last)]), (graph, []), (graph, [gpu.Wait("end", -1)])]
+    engine.layers[last].on_cpu, buffers.mapped = Broken(True), True
+    monkeypatch.setattr(engine, "_kept", lambda key: step)
+    monkeypatch.setattr(buffers, "_rest", lambda: done.append(buffers.told[:, 0].tolist()))
+    with pytest.raises(ZeroDivisionError):
+        engine.decode([0], [300])
+    assert done == ["launched", "launched", [buffers.step] * len(engine.layers)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_replay", lambda step: None)
+        patch.setattr(buffers, "logits", Mock(side_effect=KeyboardInterrupt))
+        engine.decode([0], [300])
+    assert done[3:] == [[buffers.step] * len(engine.layers)]
 
 
 def test_a_prompt_of_one_token(weights):
