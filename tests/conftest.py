@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 from warm_transformers import WarmTransformers
 
 from quantkit import bundle
+from quantkit.calibration import corpus
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.evaluation.oracles import hf
@@ -36,21 +37,31 @@ TINY = bundle.models_dir() / "tiny-r1"
 # The heaviest files, in this order, before all others, so that no worker is left with one of them at the end.
 FIRST = (
     "job/test_recovery.py",
+    "evaluation/oracles/test_llama.py",  # compiles nothing, while the other worker compiles what all others load
     "job/test_faults.py",
     "job/test_ranks.py",
-    "evaluation/oracles/test_llama.py",
-    "runtime/test_kernels.py",
     "encoding/test_layer.py",
+    "runtime/test_kernels.py",
     "job/test_report.py",
+    "evaluation/oracles/test_v4_files.py",
     "job/test_make.py",
     "calibration/test_sensitivity.py",
-    "job/test_by_moments.py",
     "scripts/test_torture.py",
-    "evaluation/oracles/test_dsa_files.py",
+    "remote/test_make_from_hub.py",
+    "runtime/engines/test_streams_engine.py",
     "evaluation/test_verify.py",
+    "evaluation/test_behaviour.py",
     "encoding/test_estimate.py",
+    "runtime/engines/test_gpu.py",
+    "serving/test_answers.py",
+    "evaluation/oracles/test_dsa_files.py",
     "encoding/backends/test_triton_levels.py",
     "encoding/backends/test_numba.py",
+    "serving/test_http.py",
+    "planning/test_r1_plans.py",
+    "job/test_by_moments.py",
+    "cli/test_streams.py",
+    "test_machine.py",
 )
 
 
@@ -91,6 +102,22 @@ def _one_transformers():
         patch.setattr(hf, "run_module", warm)
         yield
     warm.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokens_once():
+    """A worker cuts the bundled text into tokens once: it takes a second, more than most of what tests do with it."""
+    tokens_of, known = corpus.tokens_of, {}
+
+    def remembered(text, tokenizer, bos):
+        key = text.documents, tokenizer.to_str(), bos
+        if key not in known:
+            known[key] = tokens_of(text, tokenizer, bos)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "tokens_of", remembered)
+        yield
 
 
 @pytest.fixture

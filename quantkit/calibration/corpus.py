@@ -270,6 +270,17 @@ class Chunks:
     domains: tuple[str, ...]
 
 
+def tokens_of(corpus: Corpus, tokenizer: "Tokenizer", bos: int) -> tuple[list[int], list[tuple[int, Domain]]]:
+    """The tokens of all documents as one stream, and where in it each document ends, with its domain."""
+    from quantkit.models.tokenizer import tokenize  # here: to choose a text needs no tokenizer
+
+    ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
+    for document in corpus.documents:
+        ids += tokenize(tokenizer, document.text)
+        edges.append((len(ids), document.domain))
+    return ids, edges
+
+
 def chunk(
     corpus: Corpus,
     tokenizer: "Tokenizer",
@@ -288,12 +299,9 @@ def chunk(
     """
     import torch  # here: to choose a text needs neither
 
-    from quantkit.models.tokenizer import check_ids, tokenize
+    from quantkit.models.tokenizer import check_ids
 
-    ids, edges = [bos], []  # llama.cpp tokenizes with BOS first, then overwrites each chunk's first token with it
-    for document in corpus.documents:
-        ids += tokenize(tokenizer, document.text)
-        edges.append((len(ids), document.domain))
+    ids, edges = tokens_of(corpus, tokenizer, bos)
     if model is not None:
         where = f"{corpus.name}, cut by the tokenizer.json of {model.name}"
         check_ids((bos, max(ids)), model.config.n_vocab, tokenizer, where)

@@ -14,8 +14,10 @@ its inputs have dimensions, so its moments have that rank, and rows are their lo
 are sealed (`formats.sealed`); expert files are written while the layer is computed, and never held.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -70,7 +72,7 @@ class Kept:
 
     def of_layer(self, layer: int, form: str) -> int:
         """Bytes of one layer's files."""
-        matrices = sum(4 * prod(shape) for shape in _moment_shapes(self.config, layer).values())
+        matrices = sum(4 * prod(shape) for shape in _moment_shapes(self.config)[layer].values())
         return matrices + (self._bytes(self.shapes(form, layer)) if self.config.is_moe(layer) else 0)
 
     def total(self, form: str | None = None) -> int:
@@ -80,8 +82,7 @@ class Kept:
     @property
     def sums(self) -> int:
         """Entries of all moments that are formed while the pass goes on, each by all tokens."""
-        layers = range(self.config.n_block)
-        found = sum(prod(shape) for layer in layers for shape in _moment_shapes(self.config, layer).values())
+        found = sum(prod(shape) for shapes in _moment_shapes(self.config) for shape in shapes.values())
         c = self.config
         return found + ((c.n_moe + c.n_mtp) * c.n_used * (c.d**2 + c.n_ff_exp**2) if self.form == MATRICES else 0)
 
@@ -100,13 +101,15 @@ class Kept:
         return sum(map(sealed.n_bytes, shapes.values()))
 
 
-def _moment_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Role -> shape of its moments, of what is not routed; a role that multiplies another's inputs has none."""
-    found: dict[str, tuple[int, ...]] = {}
+@cache
+def _moment_shapes(config: ModelConfig) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    """Of each layer: role -> shape of its moments, of what is not routed; a role that multiplies another's inputs has
+    none."""
+    found: list[dict[str, tuple[int, ...]]] = [{} for _ in range(config.n_block)]
     for spec in (*family.specs(config), *family.of(config).specs(config, "combined")):
-        if spec.layer == layer and _has_moments(spec):
+        if spec.layer is not None and _has_moments(spec):
             heads = (spec.n_matrices,) if spec.n_matrices > 1 else ()
-            found[spec.role] = (*heads, spec.n_in, spec.n_in)
+            found[spec.layer][spec.role] = (*heads, spec.n_in, spec.n_in)
     return found
 
 
@@ -185,7 +188,7 @@ class LayerKeeper(Accumulator):
         self.seen = torch.zeros(self.n_expert, dtype=torch.int64)  # tokens of each expert
         self.weights: list[torch.Tensor] = []
         self.writing = ExitStack()
-        self.wanted = _moment_shapes(keeper.config, layer)
+        self.wanted = _moment_shapes(keeper.config)[layer]
         if keeper.config.is_moe(layer):
             path, shapes = experts_path(keeper.folder, layer), keeper.kept.shapes(keeper.form, layer)
             self.file = self.writing.enter_context(sealed.writing(path, shapes, keeper.about))

@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import NoReturn, Self
@@ -32,15 +33,7 @@ class Geometry(TensorTable):
         folder = Path(folder)
         config = load_object(read_text_file(folder / CONFIG), str(folder / CONFIG))
         path = folder / TENSORS
-        patterns = load_object(read_text_file(path, "index"), str(path))
-        tensors: dict[str, TensorEntry] = {}
-        for pattern, value in patterns.items():
-            entry = _entry(value, f"{path}: {pattern!r}")
-            for name in expand(pattern, f"{path}: {pattern!r}"):
-                if name in tensors:
-                    raise QuantkitError(f"{path}: {pattern!r} gives {name!r}, which another pattern gives too")
-                tensors[name] = entry
-        found = cls(folder, config, tensors)
+        found = cls(folder, config, _written_out(read_text_file(path, "index"), str(path)))
         for remark in found.remarks:
             say_once(remark)
         return found
@@ -55,6 +48,19 @@ class Geometry(TensorTable):
 
     def _refuse(self) -> NoReturn:
         raise QuantkitError(f"{self.path} has no weights: a description only; point to a folder with safetensors")
+
+
+@lru_cache(maxsize=4)  # a plan opens its model several times
+def _written_out(text: bytes, path: str) -> Mapping[str, TensorEntry]:
+    """Name -> entry of all that the patterns of a file give."""
+    tensors: dict[str, TensorEntry] = {}
+    for pattern, value in load_object(text, path).items():
+        entry = _entry(value, f"{path}: {pattern!r}")
+        for name in expand(pattern, f"{path}: {pattern!r}"):
+            if name in tensors:
+                raise QuantkitError(f"{path}: {pattern!r} gives {name!r}, which another pattern gives too")
+            tensors[name] = entry
+    return tensors
 
 
 def expand(pattern: str, where: str) -> Iterator[str]:

@@ -43,9 +43,9 @@ class TensorTable(ABC):
         """From the shapes of the scales, whatever config.json says, with a line if that is something else."""
         stated = _block_size(self.config, self.path)
         scaled = (
-            (entry.shape, self.tensors[self.scale_name(name)].shape)
+            (entry.shape, scale.shape)
             for name, entry in self.tensors.items()
-            if entry.dtype == "F8_E4M3" and self.scale_name(name) in self.tensors
+            if entry.dtype == "F8_E4M3" and (scale := self.tensors.get(self.scale_name(name))) is not None
         )
         found = block_of(scaled, stated or (128, 128))
         if stated and found != stated:

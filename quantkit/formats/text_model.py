@@ -42,14 +42,16 @@ class TextModel:
 
     def own(self, tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The text model's tensors by its names."""
+        if not self.prefix:
+            return dict(tensors)
         found = {name: value for stored, value in tensors.items() if (name := self.name(stored)) is not None}
-        if self.prefix and not found:
+        if not found:
             raise QuantkitError(f"{where}: no tensor is under {self.prefix!r}, where {KEY} has its weights")
         return found
 
     def left_aside(self, names: Iterable[str], where: str) -> list[str]:
         """A line on the stored names that are not of the text model, if there are any."""
-        others = [stored for stored in names if self.name(stored) is None]
+        others = [stored for stored in names if self.name(stored) is None] if self.prefix else []
         return [f"{where}: left aside, not of the text model: {_counted(others)}"] if others else []
 
 

@@ -16,7 +16,7 @@ Not a family's business: how a stored matrix is decoded (FP8 with `_scale_inv`, 
 what a role is worth (`planning.prior`), both by role.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -218,7 +218,12 @@ def specs(config: ModelConfig, mla: Mla = "split") -> list[TensorSpec]:
             f"{config.architecture} files are not written in the MLA layout {mla}, only in {' or '.join(known)}; "
             "llama.cpp refuses them"
         )
-    return of(config).specs(config, mla)
+    return list(_specs(config, mla))
+
+
+@cache  # R1's are asked for several times by each command, and name 45,000 tensors of the checkpoint
+def _specs(config: ModelConfig, mla: Mla) -> Sequence[TensorSpec]:
+    return tuple(of(config).specs(config, mla))
 
 
 @cache

@@ -61,6 +61,9 @@ class Together(Protocol):
         """As `Engine.prefill` of each piece, all of different slots, `Engine.piece` tokens at most in all: float32
         logits [n, n_vocab]."""
 
+    def begin_here(self) -> None:
+        """This thread will read the prompts: what libraries keep for each thread is made now, not while others wait."""
+
 
 Opener = Callable[[int], Engine]
 """An engine for one sequence of at most so many tokens."""

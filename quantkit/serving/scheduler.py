@@ -135,6 +135,8 @@ class Scheduler:
         self.samplers.shutdown()
 
     def _loop(self) -> None:
+        if isinstance(self.engine, Together):
+            self.engine.begin_here()
         while self._admit():
             self._step()
         for job in [*self.running, *self.waiting]:

@@ -26,6 +26,7 @@ from quantkit.formats.ledger import Coverage, slice_of
 from quantkit.tensors import ROUTED_ROLES
 
 ENCODERS = ("ggml", "quantkit")
+DOCS = Path(__file__).parents[2] / "docs"  # texts that are cut into tokens at once
 THREADS = 2  # always the same: the last bits of products depend on it
 GROWTH = 1.3  # of the longest time to the next kill, so that a run ends after a few and another begins from nothing
 
@@ -132,7 +133,8 @@ def trial(encoder: str, asked: argparse.Namespace, scratch: Path) -> tuple[Count
 
     def arguments(folder: Path) -> list[str]:
         options = f"--recipe {asked.recipe} --encoder {encoder} --tokens {asked.tokens} --eval-tokens 512 --device cpu"
-        return ["make", "tiny-r1", "-o", str(folder), *options.split(), "--threads", str(THREADS)]
+        texts = ["--data", str(DOCS / "architecture.md"), "--eval-data", str(DOCS / "serve.md")]
+        return ["make", "tiny-r1", "-o", str(folder), *texts, *options.split(), "--threads", str(THREADS)]
 
     began = time.monotonic()
     code = finish(start(arguments(scratch / f"calm-{encoder}"), log))

@@ -51,9 +51,9 @@ def test_importance_that_no_job_wrote_is_neither_replaced_nor_removed(folder, ma
     for restart in (False, True):
         with pytest.raises(QuantkitError, match=r"imatrix\.gguf: no `make` wrote it, .* take it with --imatrix, or"):
             job.make("tiny-r1", folder, replace(OPTIONS, restart=restart))
-    given = replace(OPTIONS, recipe="Q4_K_M", target="llama.cpp", imatrix=imatrix, verify=False)
+    given = replace(OPTIONS, recipe="Q6_K", target="llama.cpp", imatrix=imatrix, verify=False)
     job.make("tiny-r1", folder, given)
-    job.make("tiny-r1", folder, replace(given, recipe="Q4_K_S", restart=True))
+    job.make("tiny-r1", folder, replace(given, recipe="Q8_0", restart=True))
     assert imatrix.read_bytes() == (made / "imatrix.gguf").read_bytes()
 
 

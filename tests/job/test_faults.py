@@ -36,16 +36,17 @@ from quantkit.runtime.sources.gguf import open_gguf
 
 ROOT = Path(__file__).parents[2]
 KILL_TEST = ROOT / "scripts" / "torture" / "kill_test.py"
+TEXT = ROOT / "docs" / "architecture.md"  # little of it: the bundled text takes a second to be cut into tokens
 SMALL = MakeOptions(
-    recipe="2.51bit",  # of types without tables: ggml builds those of IQ1_S for ten seconds in every process
-    calibration=Calibration(TextChoice(n_tokens=1024)),
+    recipe="Q6_K",  # which ggml packs quickly, and without tables
+    calibration=Calibration(TextChoice((str(TEXT),), n_tokens=1024)),
     evaluation=TextChoice(n_tokens=512),
     encoder="ggml",
     device="cpu",
     verify=False,
 )
-OURS = dataclasses.replace(SMALL, encoder="quantkit", effort="fast")
-NAME = "tiny-r1-2.51bit.gguf"
+OURS = dataclasses.replace(SMALL, recipe="2.51bit", encoder="quantkit", effort="fast")
+NAME = "tiny-r1-Q6_K.gguf"
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -55,9 +56,11 @@ def command(folder: Path, *more: str) -> list[str]:
         "quantkit",
         "make",
         "--recipe",
-        "2.51bit",
+        SMALL.recipe,
         "-o",
         str(folder),
+        "--data",
+        str(TEXT),
         "--tokens",
         "1024",
         "--encoder",
@@ -87,11 +90,11 @@ def calm(undisturbed) -> bytes:
     return (undisturbed / NAME).read_bytes()
 
 
-@pytest.mark.parametrize("encoder", ["ggml", "quantkit"])
-def test_sigkill_at_random_moments(encoder):
+@pytest.mark.parametrize(("encoder", "recipe"), [("ggml", SMALL.recipe), ("quantkit", OURS.recipe)])
+def test_sigkill_at_random_moments(encoder, recipe):
     """The script checks: every rerun resumes, bytes are those of a calm run, at most one job a worker is lost, and no
     unfinished file has its final name."""
-    asked = ["--kills", "2", "--encoder", encoder, "--tokens", "512", "--recipe", "2.51bit"]
+    asked = ["--kills", "2", "--encoder", encoder, "--tokens", "512", "--recipe", recipe]
     done = subprocess.run([sys.executable, KILL_TEST, *asked], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "ended with the same bytes" in done.stdout
@@ -110,6 +113,8 @@ def test_full_disk(tmp_path, calm, stage, limit, says):
         "calibrate",
         "-o",
         str(tmp_path / "imatrix.gguf"),
+        "--data",
+        str(TEXT),
         "--tokens",
         "1024",
         "--device",
@@ -256,26 +261,26 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(jobs, "_encode", stop)
         make("tiny-r1", tmp_path / "out", SMALL)
-    more = dataclasses.replace(SMALL, calibration=Calibration(TextChoice(n_tokens=2048)))
+    more = dataclasses.replace(SMALL, calibration=Calibration(TextChoice((str(TEXT),), n_tokens=2048)))
     with pytest.raises(QuantkitError, match=r"calibration\.text\.n_tokens was 1024, now 2048; choose another --output"):
         make("tiny-r1", tmp_path / "out", more)
-    with pytest.raises(QuantkitError, match=r"recipe was 2\.51bit, now Q4_K_S"):
-        make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, recipe="Q4_K_S"))
+    with pytest.raises(QuantkitError, match=r"recipe was Q6_K, now Q8_0"):
+        make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, recipe="Q8_0"))
     shard = sorted(model_copy.glob("*.safetensors"))[0]
     data = shard.read_bytes()
     n = int.from_bytes(data[:8], "little")
     shard.write_bytes((n + 8).to_bytes(8, "little") + data[8 : 8 + n] + b" " * 8 + data[8 + n :])
     with pytest.raises(QuantkitError, match="checkpoint was"):
         make(model_copy, tmp_path / "out", SMALL)
-    other = dataclasses.replace(SMALL, recipe="Q4_K_S", restart=True)
+    other = dataclasses.replace(SMALL, recipe="Q8_0", restart=True)
     (tmp_path / "out" / "download.gguf.part").write_bytes(b"not ours")
     writing = Ledger(tmp_path / "out" / (NAME + ".part.ledger"))
     with pytest.raises(QuantkitError, match="another process is writing"):
         make("tiny-r1", tmp_path / "out", other)
     writing.close()
-    assert [file.name for file in make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-Q4_K_S.gguf"]
+    assert [file.name for file in make("tiny-r1", tmp_path / "out", other)[0]] == ["tiny-r1-Q8_0.gguf"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tiny-r1-Q4_K_S.gguf",
+        "tiny-r1-Q8_0.gguf",
         "imatrix.gguf",
         "plan.json",
         "recipe.toml",
@@ -285,7 +290,7 @@ def test_another_job_in_the_folder_is_refused_by_its_difference(tmp_path, calm, 
     }
     make("tiny-r1", tmp_path / "out", dataclasses.replace(SMALL, restart=True))
     assert (tmp_path / "out" / NAME).read_bytes() == calm
-    assert (tmp_path / "out" / "tiny-r1-Q4_K_S.gguf").exists()  # a finished model is nobody's leftover
+    assert (tmp_path / "out" / "tiny-r1-Q8_0.gguf").exists()  # a finished model is nobody's leftover
 
 
 def overwrite(folder: Path, name: str, value: int) -> None:

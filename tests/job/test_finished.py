@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.job.make import make
 from quantkit.job.options import MakeOptions
 
-NAME = "tiny-r1-2.51bit.gguf"  # of types without tables, which ggml builds for ten seconds
+NAME = "tiny-r1-Q6_K.gguf"  # which ggml packs quickly
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def text(tmp_path_factory) -> Path:
 
 def options(text: Path, **changed) -> MakeOptions:
     how = Calibration(text=TextChoice(data=(str(text),), n_tokens=512, chunk=128))
-    return replace(MakeOptions("2.51bit", calibration=how, encoder="ggml", verify=False, device="cpu"), **changed)
+    return replace(MakeOptions("Q6_K", calibration=how, encoder="ggml", verify=False, device="cpu"), **changed)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def _stop_after(count: int, replace_file):
     seen = []
 
     def stopping(old, new):
-        if Path(new).name.startswith("tiny-r1-2.51bit-0"):
+        if Path(new).name.startswith("tiny-r1-Q6_K-0"):
             seen.append(new)
             if len(seen) == count:
                 raise KeyboardInterrupt

@@ -276,7 +276,7 @@ def test_launch_from_elsewhere(exported, tmp_path):
 
 
 def test_command(quantized, tmp_path):
-    path = quantized("1.58bit", "ktransformers", "combined")
+    path = quantized("Q6_K", "ktransformers", "combined")
     result = CliRunner().invoke(main, ["export-kt", str(path), "-o", str(tmp_path / "out"), "--gpus", "2"])
     assert result.exit_code == 0 and "to 4 bits when it loads them (Marlin)" in result.output
     exact = CliRunner().invoke(main, ["export-kt", str(path), "-o", str(tmp_path / "exact"), "--linear", "torch"])
@@ -304,7 +304,7 @@ def test_all_splits_are_linked(quantized, imatrix, tmp_path):
         "quantize",
         MODEL,
         "--plan",
-        whole.with_suffix(".json"),
+        whole.with_name("plan.json"),
         "--imatrix",
         imatrix,
         "--output",

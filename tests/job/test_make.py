@@ -255,14 +255,14 @@ def test_best_within_a_budget_goes_by_an_estimate(tmp_path, monkeypatch):
     text = TextChoice(n_tokens=1024)
     asked = MakeOptions(
         calibration=Calibration(text),
-        budget=BudgetOptions(size=4_200_000),
+        budget=BudgetOptions(size=6_000_000),
         effort="best",
         encoder="quantkit",
         device="cpu",
         verify=False,
     )
     monkeypatch.setattr("quantkit.job.make.make_in_one_pass", stopped)
-    monkeypatch.setattr("quantkit.job.stages.EVERY", Candidates(("IQ1_S", "Q4_K"), ("Q4_K", "Q8_0")))
+    monkeypatch.setattr("quantkit.job.stages.EVERY", Candidates(("Q2_K", "Q4_K"), ("Q4_K", "Q8_0")))
     with pytest.raises(Stopped) as first:
         make("tiny-r1", tmp_path, asked)
     plan = Plan.from_json((tmp_path / "plan.json").read_bytes(), "plan")
@@ -278,5 +278,5 @@ def test_best_within_a_budget_goes_by_an_estimate(tmp_path, monkeypatch):
         make("tiny-r1", tmp_path, asked)
     assert str(second.value) == plan.digest()
     assert Plan.from_json((tmp_path / "plan.json").read_bytes(), "plan").digest() == plan.digest()
-    with pytest.raises(QuantkitError, match=r"plan was by gradients, .*4.*; choose another --output"):
-        make("tiny-r1", tmp_path, dataclasses.replace(asked, budget=BudgetOptions(size=4_300_000)))
+    with pytest.raises(QuantkitError, match=r"plan was by gradients, 6,000,000 .*; choose another --output"):
+        make("tiny-r1", tmp_path, dataclasses.replace(asked, budget=BudgetOptions(size=6_100_000)))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from quantkit import bundle, ranks
+from quantkit.__main__ import main
 from quantkit.calibration.corpus import TextChoice
 from quantkit.calibration.options import Calibration
 from quantkit.errors import QuantkitError
@@ -26,9 +27,10 @@ from quantkit.runtime.experts.streamed import ALONE, StreamedExperts, Turns
 from quantkit.runtime.watch import Watcher
 
 TOKENS = 512
+TEXT = Path(__file__).parents[2] / "docs" / "architecture.md"  # the bundled one takes a second to be cut into tokens
 OURS = MakeOptions(
     recipe="2.51bit",  # of types without tables: ggml builds those of IQ1_S for ten seconds in every process
-    calibration=Calibration(TextChoice(n_tokens=TOKENS)),
+    calibration=Calibration(TextChoice((str(TEXT),), n_tokens=TOKENS)),
     encoder="quantkit",
     effort="fast",
     device="cpu",
@@ -84,7 +86,8 @@ def together(n: int, *arguments: object) -> None:
 
 
 def make_words(folder: Path, *more: object) -> list[object]:
-    return ["make", "tiny-r1", "-o", folder, "--tokens", TOKENS, "--device", "cpu", "--no-verify", *more]
+    text = ("--data", TEXT, "--tokens", TOKENS)
+    return ["make", "tiny-r1", "-o", folder, *text, "--device", "cpu", "--no-verify", *more]
 
 
 BY_US = ("--recipe", "2.51bit", "--encoder", "quantkit", "--effort", "fast")
@@ -221,9 +224,20 @@ def derived(tmp_path_factory) -> tuple[list[object], dict[str, bytes]]:
     return asked, files_of(folder / "g")
 
 
+def alone(*arguments: object) -> None:
+    """In this process, with one thread as each rank has."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        try:
+            main(list(map(str, arguments)), standalone_mode=False)
+        finally:
+            torch.set_num_threads(before)
+
+
 def derive(asked: list[object], folder: Path) -> None:
-    command = [sys.executable, "-m", "quantkit", *asked, "-o", folder / "imatrix.gguf", "--gradients", folder / "g"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=ONE_THREAD)
+    alone(*asked, "-o", folder / "imatrix.gguf", "--gradients", folder / "g")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -256,9 +270,7 @@ def test_gradients_and_estimates_of_ranks_are_those_of_one(derived, tmp_path, n)
     about = ["sensitivity", *asked[1:4], "--gradients", tmp_path / "g", "--tokens", 512, "--device", "cpu"]
     about += ["--types", "IQ4_NL", "--other-types", "Q8_0", "-o"]
     together(n, *about, tmp_path / "several")
-    subprocess.run(
-        list(map(str, [sys.executable, "-m", "quantkit", *about, tmp_path / "one"])), check=True, env=ONE_THREAD
-    )
+    alone(*about, tmp_path / "one")
     name = "sensitivity.json"
     assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
@@ -290,15 +302,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path):
     process = launch_script(
         2,
         script,
-        "make",
-        "-o",
-        tmp_path / "out",
-        "--tokens",
-        TOKENS,
-        "--device",
-        "cpu",
-        "--no-verify",
-        *BY_US,
+        *make_words(tmp_path / "out", *BY_US),
     )
     code, stderr = end(process)
     assert code != 0 and complaints(stderr) == ["quantkit: rank 1: this expert is damaged"], stderr

@@ -21,9 +21,10 @@ from quantkit.models import family
 from quantkit.models.open import ModelRef, open_weights
 from quantkit.remote.cache import home_of
 
-TEXT = TextChoice(n_tokens=1024)
+DOCS = Path(__file__).parents[2] / "docs"  # texts that are cut into tokens at once
+TEXT, OTHER = (TextChoice((str(DOCS / name),), n_tokens=1024) for name in ("architecture.md", "serve.md"))
 HOW = Calibration(TEXT)
-OPTIONS = MakeOptions(recipe="2.51bit", calibration=HOW, evaluation=TEXT, encoder="ggml")
+OPTIONS = MakeOptions(recipe="Q6_K", calibration=HOW, evaluation=OTHER, encoder="ggml")
 LIMIT = 9_600_000  # two of the model's four layers, and its embeddings; the whole would be 13.2 MB
 
 
@@ -136,11 +137,15 @@ def test_killed_and_run_again(hub, env, sharded, from_folder, tmp_path, monkeypa
         "-o",
         tmp_path / "out",
         "--recipe",
-        "2.51bit",
+        OPTIONS.recipe,
         "--encoder",
         "ggml",
+        "--data",
+        *TEXT.data,
         "--tokens",
         "1024",
+        "--eval-data",
+        *OTHER.data,
         "--eval-tokens",
         "1024",
     ]

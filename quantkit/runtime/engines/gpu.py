@@ -45,7 +45,7 @@ from quantkit.runtime.engines.prompts import Prompts
 from quantkit.runtime.engines.stacks import Stack, Stacks, expert_bytes
 from quantkit.runtime.engines.staging import Ring, upload_experts
 from quantkit.runtime.engines.step import Added, ByKernels, Chosen, between_of
-from quantkit.runtime.engines.warm_up import warm_up
+from quantkit.runtime.engines.warm_up import warm_up, whole_piece
 from quantkit.runtime.experts.cpu import EXPERT_ROWS, cpu_experts
 from quantkit.runtime.experts.streamed import expert_names
 from quantkit.runtime.generate import ROWS_TOLD, Each, Piece
@@ -204,6 +204,11 @@ class GpuEngine:
         self.prompts.say()
 
     # Prompts
+
+    def begin_here(self) -> None:
+        """As `generate.Together`: cuDNN plans attention for each thread."""
+        if self.on_gpu:
+            whole_piece(self, 0)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: list[int], begin: int, each: Each | None = None) -> torch.Tensor:

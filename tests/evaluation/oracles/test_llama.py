@@ -85,11 +85,13 @@ def stepped(source: Source, tokens: torch.Tensor, prompt: int = 1) -> torch.Tens
 
 
 FILES = [("llama.cpp", "split"), ("llama.cpp", "combined"), ("ktransformers", "split"), ("ktransformers", "combined")]
+MADE = [FILES[0], FILES[3]]  # as `make` makes them
 
 
 @pytest.mark.parametrize(("target", "mla"), FILES)
 def test_quantized_weights_in_exact_arithmetic(target, mla, quantized, chunks: Chunks, work: Path):
-    path = quantized("1.58bit", target, mla)
+    recipe = "1.58bit" if (target, mla) in MADE else "Q6_K"  # the file's form is what differs
+    path = quantized(recipe, target, mla)
     tokens = chunks(2, 256)
     theirs = llama.logits(twin(path, work / f"twin-{target}-{mla}.gguf"), tokens.numpy())
     source = open_source(path)
@@ -97,7 +99,7 @@ def test_quantized_weights_in_exact_arithmetic(target, mla, quantized, chunks: C
     assert_exact(theirs[:, :96], stepped(source, tokens[:, :96], prompt=5))
 
 
-@pytest.mark.parametrize(("target", "mla"), [FILES[0], FILES[3]])
+@pytest.mark.parametrize(("target", "mla"), MADE)
 def test_same_file_within_the_spread_of_llama_cpp(target, mla, quantized, chunks: Chunks):
     path = quantized("1.58bit", target, mla)
     tokens = chunks(4, 256)
@@ -135,7 +137,7 @@ def test_long_context(plain, chunks: Chunks):
     assert_exact(theirs[:, 1792:], ours[:, 1792:])
 
 
-@pytest.mark.parametrize("n", [5120, pytest.param(16384, marks=pytest.mark.large)])
+@pytest.mark.parametrize("n", [4400, pytest.param(16384, marks=pytest.mark.large)])
 def test_engine_of_run_and_serve_over_a_long_context(n, plain, chunks: Chunks):
     """Beyond the 4,096 positions before YaRN: pieces through whole layers (512) and through the graph (100), of each
     its last token, then 16 tokens one by one."""

@@ -110,13 +110,13 @@ def collect(scheduler: Scheduler, prompts: list[list[int]], n: int, how=GREEDY) 
 
 
 def test_continuous_batching_equals_one_at_a_time(weights):
-    """Twenty sequences over seven slots: they join and leave at different steps."""
-    prompts = [[0] + [30 + i, 60 + 7 * i] * (1 + 5 * i) for i in range(20)]
+    """Twelve sequences over five slots: they join and leave at different steps."""
+    prompts = [[0] + [30 + i, 60 + 7 * i] * (1 + 5 * i) for i in range(12)]
     alone = [list(generate(open_engine(weights, 1, 512), prompt, 8 + i, GREEDY)) for i, prompt in enumerate(prompts)]
-    with Scheduler(open_engine(weights, 7, 512)) as scheduler:
-        together = collect(scheduler, prompts, 27)
+    with Scheduler(open_engine(weights, 5, 512)) as scheduler:
+        together = collect(scheduler, prompts, 19)
     assert [made[: 8 + i] for i, made in enumerate(together)] == alone
-    assert len({tuple(made) for made in together}) > 10
+    assert len({tuple(made) for made in together}) > 6
 
 
 def test_torch_engine_serves_several(layers):

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import shutil
 import subprocess
 import sys
 import threading
@@ -373,9 +374,12 @@ def test_rows_that_are_not_whole_superblocks_are_ggmls():
 
 @needs_native
 def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, capsys):
+    kept = compiled().path
+    path = tmp_path / "quantkit" / "native" / kept.name
+    path.parent.mkdir(parents=True)
+    for one in kept.parent.glob(f"{kept.stem}*"):
+        shutil.copy2(one, path.parent)
     monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
-    path = compiled().path
-    assert path.is_relative_to(tmp_path)
     good, when = path.read_bytes(), path.stat().st_mtime_ns
     assert compiled().path == path and path.stat().st_mtime_ns == when
     path.write_bytes(good[:-100] + bytes(100))
