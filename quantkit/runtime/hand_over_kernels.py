@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from quantkit.codecs.triton_decode import INTERPRETED
+from quantkit.runtime.launches import jit_kernel
 
 
-@triton.jit
+@jit_kernel
 def _send(x, weights, ids, to_x, to_weights, to_ids, flags, step, d, n_used, width: tl.constexpr, slots: tl.constexpr):
     """Row program_id(0) of each into the host's memory; when all of it is there, the row's flag gets the number `step`
     points to."""
@@ -39,7 +40,7 @@ def _send(x, weights, ids, to_x, to_weights, to_ids, flags, step, d, n_used, wid
         )
 
 
-@triton.jit
+@jit_kernel
 def _receive(got, to, flag, step, size, width: tl.constexpr):
     """Wait until the flag has the number that `step` points to, then fetch what the host has written."""
     column = tl.program_id(0) * width + tl.arange(0, width)

@@ -15,6 +15,7 @@ from quantkit.codecs.registry import codec, triton_twin
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.codecs.triton_wide import WIDE
 from quantkit.runtime.activations import Activations
+from quantkit.runtime.launches import jit_kernel
 from quantkit.runtime.parts import Matrices, first_of, group_of, part_of
 
 WARPS = 4
@@ -105,7 +106,7 @@ def _times(part, x, w):
     return total
 
 
-@triton.jit
+@jit_kernel(do_not_specialize=["pairs"])
 def _products(w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr, tile: tl.constexpr):
     """`rows` outputs of pair program_id(1): matrix ids[pair] (the first without ids) times row pair / x_share of x; 0
     where ids is below 0.
@@ -143,7 +144,7 @@ def _products(w, second, x, scales, ids, out, x_share, pairs, rows: tl.constexpr
         tl.store(to + r, tl.sum(totals[r], axis=0), mask=row + r < w.n_out)
 
 
-@triton.jit
+@jit_kernel
 def _weights(w, out, groups: tl.constexpr):
     """Dequantize `groups` groups of row program_id(0)."""
     row = tl.program_id(0).to(tl.int64)
@@ -235,5 +236,6 @@ def dequantize(qtype: str, data: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     """uint8 [rows, row_bytes] -> out [rows, n_in], contiguous, in its dtype."""
     n_rows, n_in = out.shape
     groups = _tile(n_in)
-    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](matrices(qtype, data, n_in), out, groups, num_warps=WARPS)
+    rows = matrices(qtype, data, n_in)._replace(n_out=0, matrix_bytes=0)  # not read: or 1 and 16 had their own kernels
+    _weights[(n_rows, triton.cdiv(n_in // 8, groups))](rows, out, groups, num_warps=WARPS)
     return out

@@ -55,8 +55,12 @@ def choice_of(ids: torch.Tensor, n_matrices: int) -> Choice:
 @cache
 def _every(n_matrices: int, n: int, device: torch.device) -> Choice:
     """All matrices in order, n times: shared by all layers, or 64 sequences of R1 take 130 MB. Graphs read it too."""
-    ids = torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n, 1)
-    return choice_of(ids, n_matrices)
+    ids = torch.arange(n_matrices, dtype=torch.int32, device=device).repeat(n)
+    if n <= FEW or not use_kernels(device.type):
+        return Choice(ids)
+    from quantkit.runtime import run_kernels
+
+    return Choice(ids, run_kernels.every(n_matrices, n, device))
 
 
 class Packed:

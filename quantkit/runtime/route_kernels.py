@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from quantkit.models.config import ModelConfig
+from quantkit.runtime.launches import jit_kernel
 
 ROUTED = 8  # tokens up to which a program for each score is faster than a product of matrices
 
 
-@triton.jit
+@jit_kernel
 def _scores(x, weights, out, d, n_expert, width: tl.constexpr):
     """Row program_id(0) of weights [n_expert, d] times token program_id(1), float32."""
     expert, token = tl.program_id(0), tl.program_id(1)
@@ -46,7 +47,7 @@ class Routing(NamedTuple):
     slots: Any
 
 
-@triton.jit
+@jit_kernel
 def _route(logits, bias, ids, weights, table, frames, n_expert, factor, how):
     """One token's experts, as layers.route: groups of experts, both padded. table (or None): as `route`."""
     token = tl.program_id(0)

@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 
 from quantkit.runtime.activations import Halves
+from quantkit.runtime.launches import jit_kernel
 
 TOKENS = (8, 16, 32, 64)  # of a program
 SPREAD = 1.3  # times the mean: what most of the matrices have, or they would be decoded twice
+KINDS = 64  # matrices that a table is made for at least, or each number of them would have a kernel of its own
 LIFT = tl.constexpr(64.0)  # of weights: float16 has its full precision from 6e-5 on only
 
 
@@ -29,14 +31,13 @@ class Runs(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Constants: powers of two from the pairs and the matrices (one more, for none) on; tokens of a program."""
+    """Constants: powers of two from the pairs and the matrices (one more, for none) on."""
 
     width: Any
     kinds: Any
-    tokens: Any
 
 
-@triton.jit
+@jit_kernel
 def _halves(gate, up, out, scales, n, width: tl.constexpr):
     """Row program_id(0) of gate, or silu(gate) · up, as float16 of at most 1, and what it is to be multiplied by."""
     row = tl.program_id(0).to(tl.int64)
@@ -50,9 +51,10 @@ def _halves(gate, up, out, scales, n, width: tl.constexpr):
     tl.store(scales + row, largest)
 
 
-@triton.jit(do_not_specialize=["n", "n_matrices", "blocks"])
-def _order(ids, order, table, n, n_matrices, blocks, sizes):
-    """`Runs` of ids [n]: programs from 1 on place a pair each, the first one writes the table."""
+@jit_kernel(do_not_specialize=["n_matrices", "blocks", "tokens"])
+def _order(ids, order, table, n_matrices, blocks, tokens, sizes):
+    """`Runs` of ids: programs from 1 on place a pair each, the first one writes the table."""
+    n = tl.num_programs(0) - 1
     at = tl.arange(0, sizes.width)
     matrix = tl.load(ids + at, mask=at < n, other=-1)
     matrix = tl.where(at < n, tl.where(matrix < 0, n_matrices, matrix), sizes.kinds)
@@ -70,31 +72,31 @@ def _order(ids, order, table, n, n_matrices, blocks, sizes):
             one = tl.load(ids + some, mask=some < n, other=0)
             one = tl.where(some < n, tl.where(one < 0, n_matrices, one), sizes.kinds)
             counts += tl.sum((one[:, None] == kind[None, :]).to(tl.int32), axis=0)
-        _table(counts, table, n_matrices, blocks, sizes)
+        _table(counts, table, n_matrices, blocks, tokens, sizes)
 
 
-@triton.jit(do_not_specialize=["n_matrices", "blocks"])
-def _of_ends(ends, table, n_matrices, blocks, sizes):
+@jit_kernel(do_not_specialize=["n_matrices", "blocks", "tokens"])
+def _of_ends(ends, table, n_matrices, blocks, tokens, sizes):
     """The table of runs that end at `ends`, one of each matrix."""
     kind = tl.arange(0, sizes.kinds)
     end = tl.load(ends + kind, mask=kind < n_matrices, other=0)
     begin = tl.load(ends + kind - 1, mask=(kind > 0) & (kind < n_matrices), other=0)
-    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, sizes)
+    _table(tl.where(kind < n_matrices, end - begin, 0), table, n_matrices, blocks, tokens, sizes)
 
 
 @triton.jit
-def _table(counts, table, n_matrices, blocks, sizes):
+def _table(counts, table, n_matrices, blocks, tokens, sizes):
     kind = tl.arange(0, sizes.kinds)
     first = tl.cumsum(counts, axis=0) - counts
-    parts = (counts + sizes.tokens - 1) // sizes.tokens
+    parts = (counts + tokens - 1) // tokens
     to = tl.cumsum(parts, axis=0) - parts
     matrix = tl.where(kind < n_matrices, kind, -1)
     for i in range(tl.max(parts, axis=0)):
         there = i < parts
         entry = table + 3 * (to + i)
         tl.store(entry, matrix, mask=there)
-        tl.store(entry + 1, first + i * sizes.tokens, mask=there)
-        tl.store(entry + 2, tl.minimum(counts - i * sizes.tokens, sizes.tokens), mask=there)
+        tl.store(entry + 1, first + i * tokens, mask=there)
+        tl.store(entry + 2, tl.minimum(counts - i * tokens, tokens), mask=there)
     used = tl.sum(parts, axis=0)
     for begin in range(0, blocks, sizes.kinds):
         entry = begin + kind
@@ -167,9 +169,9 @@ def _blocks(pairs: int, n_matrices: int, tokens: int) -> int:
     return min(pairs, n_matrices + pairs // tokens)
 
 
-def _sizes(pairs: int, n_matrices: int, tokens: int) -> Sizes:
-    powers = (triton.next_power_of_2(n) for n in (pairs, n_matrices + 2))
-    return Sizes(*map(tl.constexpr, (*powers, tokens)))
+def _sizes(pairs: int, n_matrices: int) -> Sizes:
+    powers = (triton.next_power_of_2(n) for n in (pairs, max(KINDS, n_matrices + 2)))
+    return Sizes(*map(tl.constexpr, powers))
 
 
 def runs(ids: torch.Tensor, n_matrices: int) -> Runs:
@@ -180,9 +182,19 @@ def runs(ids: torch.Tensor, n_matrices: int) -> Runs:
     blocks = _blocks(pairs, n_matrices + 1, tokens)
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ids.device)
-    sizes = _sizes(pairs, n_matrices, tokens)
-    _order[(1 + pairs,)](ids, order, table, pairs, n_matrices, blocks, sizes, num_warps=4)
+    sizes = _sizes(pairs, n_matrices)
+    _order[(1 + pairs,)](ids, order, table, n_matrices, blocks, tokens, sizes, num_warps=4)
     return Runs(order, table, pairs, tokens, 1, True)
+
+
+def every(n_matrices: int, n: int, device: torch.device) -> Runs:
+    """Of pairs of n rows with all matrices in order, n · n_matrices in all, each with a row of its own."""
+    pairs = n * n_matrices
+    tokens = tokens_of(pairs, n_matrices)
+    order = torch.arange(pairs, device=device).view(n, n_matrices).T.flatten()
+    matrix, begin = torch.arange(n_matrices, device=device)[:, None], torch.arange(0, n, tokens, device=device)
+    table = torch.stack(torch.broadcast_tensors(matrix, matrix * n + begin, (n - begin).clamp(max=tokens)), dim=-1)
+    return Runs(order.int(), table.flatten(0, 1).int(), pairs, tokens, 1, True)
 
 
 def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:
@@ -191,5 +203,5 @@ def sorted_runs(order: torch.Tensor, ends: torch.Tensor, share: int) -> Runs:
     tokens = tokens_of(pairs, n_matrices)
     blocks = _blocks(pairs, n_matrices, tokens)
     table = torch.empty(blocks, 3, dtype=torch.int32, device=ends.device)
-    _of_ends[(1,)](ends, table, n_matrices, blocks, _sizes(1, n_matrices, tokens), num_warps=4)
+    _of_ends[(1,)](ends, table, n_matrices, blocks, tokens, _sizes(1, n_matrices), num_warps=4)
     return Runs(order, table, pairs, tokens, share, False)

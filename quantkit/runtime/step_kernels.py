@@ -12,6 +12,7 @@ import triton.language as tl
 
 from quantkit.models.config import ModelConfig
 from quantkit.runtime.activations import Activations, Where
+from quantkit.runtime.launches import jit_kernel
 
 HEADS = 16  # a program of attention: the least that the tensor cores take
 POSITIONS = 32  # of the cache, in a step of such a program
@@ -49,7 +50,7 @@ def _write(to, v, row, begin, n, inside, blocks: tl.constexpr):
     tl.store(to.scales + (row * n + begin) // 32 + tl.arange(0, blocks), largest / 32767, mask=real)
 
 
-@triton.jit
+@jit_kernel
 def _gated(gate, up, to, n, blocks: tl.constexpr):
     """silu(gate) · up, or without up the first alone, of row program_id(0) from column block program_id(1) on."""
     row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * 32 * blocks
@@ -61,7 +62,7 @@ def _gated(gate, up, to, n, blocks: tl.constexpr):
     _write(to, v, row, begin, n, inside, blocks)
 
 
-@triton.jit
+@jit_kernel
 def _norm(h, first, second, chosen, shares, n_used: tl.constexpr, weight, sum, to, n, eps, blocks: tl.constexpr):
     """h + first + second + Σ shares · chosen of row program_id(0) (each may be None) -> sum, and its RMS norm."""
     row = tl.program_id(0).to(tl.int64)
@@ -95,7 +96,7 @@ class Shape(NamedTuple):
     lora_blocks: Any
 
 
-@triton.jit
+@jit_kernel
 def _place(q, kv, kv_norm, turned, positions, cells, cache, rotated, to, eps, shape):
     """Of token program_id(0), head program_id(1): its query's two parts, the second rotated [n, n_head, rope]. The
     program after the last head: the cache's cell, normed latent and rotated key."""
@@ -139,7 +140,7 @@ def _pair(v):
     return upper, (v - upper.to(tl.float32)).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["span"])
+@jit_kernel(do_not_specialize=["span"])
 def _attend(
     query,
     rotated,
@@ -195,7 +196,7 @@ def _attend(
         tl.store(to, mixed, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["parts"])  # or another number of them would be compiled while somebody waits
+@jit_kernel(do_not_specialize=["parts"])  # or another number of them would be compiled while somebody waits
 def _merge(out, sums, to, parts, shape):
     """The parts of head program_id(1) of token program_id(0) together -> one row of `to`."""
     row = (tl.program_id(0) * shape.n_head + tl.program_id(1)).to(tl.int64)
@@ -217,7 +218,7 @@ def _merge(out, sums, to, parts, shape):
     _write(to, mixed / total, row, 0, shape.kv_lora, inside, shape.lora_blocks)
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@jit_kernel(do_not_specialize=["first", "count"])
 def _collect(out, part, place, shares, first, count, d, n_used: tl.constexpr, width: tl.constexpr):
     """Add to token program_id(0) of out its rows of part, those whose place is first ... first + count."""
     token = tl.program_id(0).to(tl.int64)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from quantkit.codecs.triton_decode import INTERPRETED
 from quantkit.runtime.activations import Halves
+from quantkit.runtime.launches import jit_kernel
 from quantkit.runtime.parts import Matrices, part_of
 from quantkit.runtime.run_kernels import LIFT, Runs, block_of, pairs_of, side_of, split, summed
 
@@ -104,7 +105,7 @@ def _tile(w, part, rows: tl.constexpr, chunks: tl.constexpr):
         return tl.reshape(v, (rows, 8 * chunks))
 
 
-@triton.jit(do_not_specialize=["x_share", "pairs", "splits", "steps"])
+@jit_kernel(do_not_specialize=["x_share", "pairs", "splits", "steps"])
 def _products(
     w,
     second,

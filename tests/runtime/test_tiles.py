@@ -102,6 +102,16 @@ def test_when_pairs_are_sorted(monkeypatch, n, k, n_matrices, sorts):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_every_matrix_in_order_is_as_if_it_was_chosen(device):
+    for n in (2, 9, 70):
+        every = run_kernels.every(5, n, torch.device(device))
+        chosen = run_kernels.runs(torch.arange(5, dtype=torch.int32, device=device).repeat(n), 5)
+        used, rest = chosen.table.split([len(every.table), len(chosen.table) - len(every.table)])
+        assert torch.equal(every.order, chosen.order) and torch.equal(every.table, used) and not rest[:, 2].any()
+        assert every[2:] == chosen[2:] and every.table.dtype == every.order.dtype == torch.int32
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_experts_as_by_torch(device, monkeypatch):
     """gate, up and down of sorted pairs, and a step's choice, against the same by torch."""
     made = [random_blocks("Q8_0", (4, n_out), n_in, most=1) for n_out, n_in in ((32, 256), (32, 256), (16, 32))]

@@ -44,8 +44,6 @@ class Embedding:
         out = torch.empty(1, len(tokens), self.config.d, device=self.device)
         for begin, to in zip(range(0, len(tokens), ROWS), out[0].split(ROWS), strict=True):
             self.put(tokens[begin : begin + ROWS], self.host[: len(to)].numpy())
-            # All of them where a kernel decodes them, or it would be compiled for other numbers of rows.
-            host = self.host if self.packed else self.host[: len(to)]
-            to.copy_(self.decoded(host.to(self.device))[: len(to)])
+            to.copy_(self.decoded(self.host[: len(to)].to(self.device)))
             pause(self.device, "embedding")
         return out

@@ -21,6 +21,7 @@ from quantkit.codecs import registry
 from quantkit.formats.gguf_header import GGUFTensor
 from quantkit.progress import say_once
 from quantkit.runtime.activations import Where, use_kernels
+from quantkit.runtime.engines.compiled import compile_kernels
 from quantkit.runtime.engines.embedding import Embedding
 from quantkit.runtime.engines.gpu_buffers import SHORT, Buffers, rows_of
 from quantkit.runtime.engines.gpu_layers import Frames, GpuLayer, OnCpu, attend, chosen, feed
@@ -110,6 +111,8 @@ class GpuEngine:
         if self.on_gpu:
             self.graph_stream = torch.cuda.Stream()
             with self.hot.still():
+                if self.captures:
+                    compile_kernels(self)
                 warm_up(self)
 
     # Loading
@@ -359,13 +362,15 @@ class GpuEngine:
             assert experts is not None
             self.hot.note(wait.layer, self.buffers.answer(wait.layer, experts))
 
-    def _pieces(self, n: int, n_kv: int) -> Iterator[Wait]:
-        """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do."""
+    def _pieces(self, n: int, n_kv: int, some: Sequence[int] | None = None) -> Iterator[Wait]:
+        """A step of n rows, as far as n_kv positions of the cache. Stops where the CPU has something to do. some: these
+        layers only."""
         buffers, between, where = self.buffers, self.between, self._where(n)
         h, nothing = self.embedding.decoded(buffers.fetch(n)), (None, None)
         added: Added = nothing
         shares: Chosen | None = None
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)) if some is None else some:
+            layer = self.layers[i]
             h, x = between.norm(h, layer.attn_norm, added, shares)
             h, x = between.norm(h, layer.ffn_norm, (attend(x, layer, between, self.cache[i], where, n_kv), None))
             shares = None

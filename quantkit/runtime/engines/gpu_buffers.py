@@ -78,6 +78,12 @@ class Buffers:
         self.parts: dict[int, Sent] = {}  # of `sent_host`, for so many rows
         self.exchanges: dict[tuple[int, int, OnCpu], Callable[[int], bool] | None] = {}
 
+    def kinds(self, n_slots: int, prompts: bool) -> list[int]:
+        """Rows of the steps that there may be of so many sequences, and of short prompts too. Of more than SHORT some,
+        which need the same kernels as those between them."""
+        most = max(n_slots, SHORT if prompts else 1)
+        return sorted({rows_of(n) for n in (*ROWS, *range(2 * SHORT, most, SHORT), most) if n <= most})
+
     def begin(self, n: int, m: int, where: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> None:
         """Say where n tokens are, whose rows are in `tokens_there`: cells, positions, slots. The step has m rows: those
         that are too many repeat the last, and so write the same to the same cell."""

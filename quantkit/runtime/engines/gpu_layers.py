@@ -175,6 +175,21 @@ def gathered(
     return grouped(hidden, down.dense(), stops)
 
 
+def distinct_experts(layers: Sequence[GpuLayer]) -> list[Stacks]:
+    """gate, up and down of those that can be streamed, each kind once."""
+    return list({tuple(s.qtype for s in layer.stacks): layer.stacks for layer in layers if layer.stacks}.values())
+
+
+def try_out(matrices: Matrices, n: int, n_used: int) -> None:
+    """What a prompt does with experts, the first of which so many tokens chose: nobody needs what comes of it."""
+    gate, device = matrices[0], matrices[0].data.device
+    x, order = torch.zeros(n, gate.n_in, dtype=gate.dtype, device=device), torch.arange(n, device=device)
+    stops = torch.full((len(gate),), n, dtype=torch.int32, device=device)
+    part = gathered(x, matrices, order, stops, 1)
+    nowhere, shares = torch.full((n, n_used), -1, device=device), torch.zeros(n, n_used, device=device)
+    collect(torch.zeros(n, part.shape[1], device=device), part, nowhere, shares, 0)
+
+
 def grouped(x: torch.Tensor, weights: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
     """Rows x [m, n_in], in runs that end at stops int32 [k], times their matrix of weights [k, n_out, n_in]."""
     if x.is_cuda:

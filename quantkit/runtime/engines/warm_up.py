@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit import machine
-from quantkit.runtime.engines.gpu_layers import gathered
+from quantkit.runtime.engines.gpu_layers import distinct_experts, try_out
 from quantkit.runtime.engines.pieces import Pieces, attention, feed_forward
 from quantkit.runtime.generate import Piece, piece_at
 from quantkit.runtime.packed import MANY
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARM_TOKENS = 1024  # of the prompt that an engine begins with
-WARM_ROWS = (1, 2, 16, 32, 64)  # tokens of a step: kernels differ from one to the next
+WARM_ROWS = (1, 2, 16, 32, 64)  # tokens of steps that are captured before anybody asks for them
 
 
 def warm_up(engine: "GpuEngine") -> None:
-    """Kernels are compiled, steps captured, experts read from the disk, memory pinned and touched. Where memory is
-    limited, or less than the file, of experts only those of a few steps are read, and one of each kind; those that
-    only the CPU computes would take longer than they save."""
+    """Steps are captured, experts read from the disk, memory pinned and touched. Where memory is limited, or less than
+    the file, of experts only those of a few steps are read, and one of each kind; those that only the CPU computes
+    would take longer than they save."""
     begun, weights = time.perf_counter(), engine.weights
     movable = all(layer.stacks or layer.router is None for layer in engine.layers)
     fits = weights.residency is None and weights.file.n_bytes < machine.ram()
     if fits and movable:
-        log.info("warming up: all experts are read once, kernels are compiled (the first time this takes minutes)")
+        log.info("warming up: all experts are read once")
         n = min(WARM_TOKENS, engine.piece, engine.capacity)  # of all kinds: most experts are chosen, as by real text
         engine.prefill(0, [i * engine.config.n_vocab // n for i in range(n)], 0)
     for n in WARM_ROWS:
@@ -50,14 +50,8 @@ def warm_up(engine: "GpuEngine") -> None:
 @torch.inference_mode()
 def dense_experts(engine: "GpuEngine") -> None:
     """What a long piece does with experts that many of its tokens choose, by one expert of each kind of layer."""
-    known, n = set[tuple[str, ...]](), MANY + 1
-    order = torch.arange(n, device=engine.device)
-    for layer in engine.layers:
-        kind = tuple(stack.qtype for stack in layer.stacks or ())
-        if kind and kind not in known:
-            known.add(kind)
-            x = torch.zeros(n, engine.config.d, dtype=engine.dtype, device=engine.device)
-            gathered(x, engine.upload(layer.stacks or [], [0]), order, order[-1:].int() + 1, 1)
+    for stacks in distinct_experts(engine.layers):
+        try_out(engine.upload(stacks, [0]), MANY + 1, engine.config.n_used)
 
 
 @torch.inference_mode()
