@@ -148,6 +148,8 @@ typedef struct {
     int64_t patience_ns;
 } exchange;
 
+#define POLITE 64  // looks, some microseconds, between two chances for others: whoever sends tokens has work meanwhile
+
 // Wait for the rows of this step and answer them: 0; 1 if they have not come for patience_ns, -1 as qk_experts.
 int qk_exchange(pool *p, const layer *l, const exchange *e, int32_t step) {
     qk_wake(p);
@@ -157,12 +159,12 @@ int qk_exchange(pool *p, const layer *l, const exchange *e, int32_t step) {
             i++;
             continue;
         }
-        if (looks % PATIENCE) {
+        if (looks % POLITE) {
             relax();
             continue;
         }
-        if (now_ns() > until) return 1;
         sched_yield();
+        if (looks % PATIENCE == 0 && now_ns() > until) return 1;
     }
     memcpy(e->kept, e->ids, sizeof(int32_t) * (size_t)(e->n * l->n_used));
     const int failed = qk_experts(p, l, e->n, e->x, e->ids, e->weight, e->out, 0);
