@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import triton
 
 Note = Callable[..., object]
 """Told of a launch that is not made: the kernel, its grid, then its arguments."""
+
+REFUSED = (triton.TritonError, CalledProcessError, RuntimeError)  # Triton's, ptxas' and the C compiler's; without one
 
 _here = threading.local()
 
@@ -54,7 +57,7 @@ def noting(note: Note) -> Iterator[None]:
 
 def compile_at_once(work: Callable[[], object], n_threads: int, device: torch.device) -> int:
     """Compile and load the kernels that `work` launches, without launching them, by so many threads; how many there
-    are. Errors of Triton's are raised."""
+    are. What a compiler refuses is raised as it comes: one of REFUSED."""
     current = (torch.cuda.set_device, (torch.cuda.current_device(),)) if device.type == "cuda" else (None, ())
     pool = ThreadPoolExecutor(n_threads, "quantkit-compile", *current)
     try:  # in a context of its own: after an error Triton 3.6 leaves its mode switched on there

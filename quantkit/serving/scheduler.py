@@ -135,8 +135,8 @@ class Scheduler:
         self.samplers.shutdown()
 
     def _loop(self) -> None:
-        if isinstance(self.engine, Together):
-            self.engine.begin_here()
+        if isinstance(self.engine, Together) and isinstance(error := tried(self.engine.begin_here), Exception):
+            log.error("what prompts will need was not made before, and is when they come: %s", error)
         while self._admit():
             self._step()
         for job in [*self.running, *self.waiting]:

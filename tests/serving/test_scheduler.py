@@ -145,6 +145,22 @@ def test_short_prompts_are_read_in_one_pass(weights, monkeypatch):
             assert len(found) == n and found == pytest.approx(wanted, abs=1e-3)
 
 
+def test_an_engine_that_cannot_prepare_a_thread_answers(weights, monkeypatch, caplog):
+    engine = GpuEngine(weights, 1, 64, 3)
+    engine.config = dataclasses.replace(engine.config, eos=-1)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(engine, "begin_here", full)
+    done = threading.Event()
+    with Scheduler(engine) as scheduler:
+        job = Job([0, 61], 2, GREEDY, lambda _, why: done.set() if why else None)
+        scheduler.submit(job)
+        assert done.wait(60)
+    assert job.n_made == 2 and "no memory left" in caplog.text
+
+
 @pytest.mark.parametrize("by", ["its token", "what it asks to hear"])
 def test_an_error_in_a_pass_over_several_ends_the_guilty_one(by, weights, monkeypatch):
     """They are read one by one then, and heard once; who is decoding goes on, and none of them waits for the next."""

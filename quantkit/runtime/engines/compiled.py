@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit import machine
+from quantkit.errors import QuantkitError
 from quantkit.runtime.engines.gpu_layers import GpuLayer, distinct_experts, try_out
 from quantkit.runtime.packed import MANY, SOME, Matrix, Packed
 
@@ -27,12 +28,20 @@ CLASSES = (8, 16, 32, 64)  # tokens of a matrix for which kernels differ, at mos
 
 
 def compile_kernels(engine: "GpuEngine") -> None:
-    """All that it will launch."""
+    """All that it will launch. QuantkitError if they cannot be compiled here."""
     from quantkit.runtime import launches
 
-    log.info("compiling kernels, or loading those of last time (the first time this takes half a minute)")
+    log.info("compiling kernels, or loading those of last time (the first time half a minute by 16 cores)")
     begun, n_threads = time.perf_counter(), min(MOST_THREADS, machine.cores())
-    n = launches.compile_at_once(partial(launch_everything, engine), n_threads, engine.device)
+    try:
+        n = launches.compile_at_once(partial(launch_everything, engine), n_threads, engine.device)
+    except torch.OutOfMemoryError:
+        raise
+    except launches.REFUSED as error:
+        raise QuantkitError(
+            f"Triton cannot compile kernels here: {error}; it needs a C compiler and Python's headers "
+            "(docs/install.md); without Triton (pip uninstall triton) torch computes, slower"
+        ) from error
     log.info("%d kernels are there after %.1f s", n, time.perf_counter() - begun)
 
 

@@ -40,9 +40,9 @@ class Embedding:
         return Packed(self.qtype, rows[None], self.config.d, torch.float32).dense()[0]
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [1, n, d] on the device. QuantkitError for an id that has no row."""
-        out = torch.empty(1, len(tokens), self.config.d, device=self.device)
-        for begin, to in zip(range(0, len(tokens), ROWS), out[0].split(ROWS), strict=True):
+        """float32 [n, d] on the device. QuantkitError for an id that has no row."""
+        out = torch.empty(len(tokens), self.config.d, device=self.device)
+        for begin, to in zip(range(0, len(tokens), ROWS), out.split(ROWS), strict=True):
             self.put(tokens[begin : begin + ROWS], self.host[: len(to)].numpy())
             to.copy_(self.decoded(self.host[: len(to)].to(self.device)))
             pause(self.device, "embedding")

@@ -230,7 +230,7 @@ class GpuEngine:
         if self.by_steps and sum(len(piece.tokens) for piece in pieces) <= SHORT:
             return self._as_step(pieces)
         c, together = self.config, Pieces(pieces, self.config, self.buffers.turned)
-        h = self.embedding(together.tokens)[0]
+        h = self.embedding(together.tokens)
         with self.hot.still(), self.prompts.experts(len(h)) as experts, together.kernels():
             for i, layer in enumerate(self.layers):
                 h += attention(h, layer, c, self.cache[i], together)

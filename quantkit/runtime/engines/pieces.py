@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # or the chain of imports would be long
 ROWS, POSITIONS = 2048, 1 << 15  # tokens (those that see something before them count twice), and positions of the
 # cache, of several pieces that attend at once, padded: 400 MB of R1's queries, keys and values; 75 MB of its cache
 SCORES = SCORE_ELEMENTS // 2  # of such, however much is padding: reckoned as what another batch's launches take
-PLANNED = 1024  # tokens of a piece from which cuDNN's attention should save more than its plan for a new length takes
+PLANNED = 2048  # tokens of a piece from which cuDNN's attention saves about the 70 ms that its plan for a new length
+# takes: reckoned of R1's 61 layers 15 ms at 1,024 tokens, 56 at 2,048, 223 at 4,096 (docs/results/runtime.md)
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -124,8 +125,8 @@ class Pieces:
             begin += n
 
     def kernels(self) -> AbstractContextManager[None]:
-        """Which of torch's attention is used. cuDNN plans it anew for each length, and in each thread, while everybody
-        waits: not for short pieces, each of which has another length."""
+        """Which of torch's attention is used within it, by the whole process. cuDNN plans it anew for each length, and
+        in each thread, while everybody waits: not for short pieces, each of which has another length."""
         long = max(len(piece.tokens) for piece in self.pieces) >= PLANNED
         return nullcontext() if long else sdpa_kernel(UNPLANNED)
 

@@ -63,7 +63,7 @@ def whole_piece(engine: "GpuEngine", begin: int) -> None:
     if begin < 0 or n < 2:
         return
     pieces = Pieces([Piece(0, [0] * n, begin)], c, engine.buffers.turned)
-    h = engine.embedding(pieces.tokens)[0]
+    h = engine.embedding(pieces.tokens)
     with pieces.kernels():
         attention(h, layer, c, engine.cache[0], pieces)
     feed_forward(h, layer, engine.between, c, None, engine.dtype)

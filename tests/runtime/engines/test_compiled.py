@@ -1,5 +1,6 @@
 """Kernels are compiled and loaded when an engine is opened, none while somebody waits."""
 
+import builtins
 import inspect
 from collections.abc import Callable, Hashable
 from importlib.util import find_spec
@@ -7,8 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.runtime import packed
-from quantkit.runtime.engines import gpu, gpu_buffers, gpu_layers, heat
+from quantkit.runtime.engines import compiled, gpu, gpu_buffers, gpu_layers, heat
 from quantkit.runtime.engines import step as steps
 from quantkit.runtime.engines.compiled import launch_everything
 from quantkit.runtime.engines.gpu import GpuEngine
@@ -106,6 +108,23 @@ def test_errors_are_raised_and_leave_nothing_behind():
     assert out.item() == 4
     assert launches.compile_at_once(lambda: _store[(1,)](out, 5), 2, out.device) == (DEVICE == "cuda")
     assert out.item() == 4
+
+
+@pytest.mark.parametrize("kind, what", [("TritonError", "no such type"), ("RuntimeError", "Failed to find C compiler")])
+def test_what_a_compiler_refuses_is_one_line(path, monkeypatch, kind, what):
+    """Memory that does not suffice stays what it is, and is said as everywhere."""
+    engine = GpuEngine(open_gguf(path, "cpu", n_threads=1), 1, 64, 3)
+    error = getattr(triton, kind, None) or getattr(builtins, kind)
+
+    def fails(*_) -> None:
+        raise error(what)
+
+    monkeypatch.setattr(compiled, "launch_everything", fails)
+    with pytest.raises(QuantkitError, match=f"{what}; it needs a C compiler"):
+        compiled.compile_kernels(engine)
+    error = torch.OutOfMemoryError
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled.compile_kernels(engine)
 
 
 def prompts(engine: GpuEngine, n: int) -> None:

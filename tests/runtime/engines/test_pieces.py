@@ -19,7 +19,7 @@ from quantkit.models.tokenizer import tokenize
 from quantkit.runtime.engines import gpu_memory
 from quantkit.runtime.engines.gpu import GpuEngine
 from quantkit.runtime.engines.gpu_layers import GpuLayer
-from quantkit.runtime.engines.pieces import POSITIONS, ROWS, Pieces, attention, batches
+from quantkit.runtime.engines.pieces import PLANNED, POSITIONS, ROWS, Pieces, attention, batches
 from quantkit.runtime.generate import Piece
 from quantkit.runtime.packed import Plain
 from quantkit.runtime.pauses import pausing
@@ -62,7 +62,10 @@ def test_as_each_alone(path, text, device):
     engine = GpuEngine(open_gguf(path, device, n_threads=1), 8, 300, 3)
     engine.by_steps = False  # short ones would be one
     most = 5e-3 if device == "cuda" else 1e-6
-    pieces = some(text, (20, 90), (33, 0), (150, 0), (20, 7), (5, 0), (1, 90))
+    # (30, 90) and (2, 7) are padded to 30 tokens, of which the first that the second one is given see nothing.
+    pieces = some(text, (20, 90), (33, 0), (150, 0), (20, 7), (5, 0), (1, 90), (30, 90), (2, 7))
+    shared = next(batch for batch in batches(pieces, engine.config.n_head) if pieces[6] in batch)
+    assert pieces[7] in shared
     slots = [piece.slot for piece in pieces]
 
     def begin() -> None:
@@ -145,6 +148,17 @@ def test_others_are_let_in(engine, text, begin):
     assert parts.count("a tile of attention") == (n if begin else 0)
 
 
+@pytest.mark.parametrize("n", [PLANNED - 1, PLANNED])
+def test_attention_that_is_planned_is_for_long_pieces(engine, n):
+    """Whatever comes beside them, and afterwards torch chooses as before."""
+    placed = Pieces(some(4096 * [0], (5, 0), (n, 0)), engine.config, torch.zeros(4096, engine.config.qk_rope))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with placed.kernels():
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (n >= PLANNED)
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_batches_are_few_and_bounded():
     """Short ones beside a long one, of all lengths, and far into long contexts."""
     lengths = {
@@ -218,7 +232,10 @@ def fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **_) ->
         [(512, 300)] + 16 * [(31, 300)],
         64 * [(4, 15000)],
         [(2048, 0)] + 32 * [(64, 0)],
+        64 * [(16, 496)],
+        [(1024, 15000)],
         [(4096, 0)],
+        [(4096, 4096)],
     ],
 )
 def test_memory_stays_within_the_workspace(monkeypatch, sizes):
