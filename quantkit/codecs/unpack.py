@@ -53,9 +53,8 @@ def unpack(qtype: str, data: np.ndarray, out: torch.Tensor, pool: ThreadPoolExec
     bounds = [i * len(rows) // n_parts for i in range(n_parts + 1)]
     spans = [slice(*span) for span in pairwise(bounds)]
     others = [pool.submit(_span, qtype, rows[span], n_in, flat[span], twin) for span in spans[1:]]
-    _span(
-        qtype, rows[spans[0]], n_in, flat[spans[0]], twin
-    )  # this thread has its share too: it need not wait to be woken
+    # This thread has its share too: it need not wait to be woken.
+    _span(qtype, rows[spans[0]], n_in, flat[spans[0]], twin)
     for other in others:
         other.result()
     return out

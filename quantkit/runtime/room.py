@@ -26,7 +26,7 @@ class Room:
     ):
         self.hidden, self.place, self.device = hidden, place, torch.device(device if place == "device" else "cpu")
         self._parent = folder
-        self._folder = tempfile.TemporaryDirectory(prefix="quantkit-", dir=folder) if place == "disk" else None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # made with the first array
         self._made = 0
 
     def another(self) -> "Room":
@@ -35,8 +35,10 @@ class Room:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new array; what is in it is undefined."""
-        if self._folder is None:
+        if self.place != "disk":
             return torch.empty(shape, dtype=dtype, device=self.device)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="quantkit-", dir=self._parent)
         self._made += 1
         path = Path(self._folder.name) / str(self._made)
         return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)

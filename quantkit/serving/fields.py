@@ -16,7 +16,7 @@ HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"),
         *("prompt_cache_retention", "prediction", "id_slot", "slot_id", "timings_per_token"),
-        *("keep_alive", "ttl", "cache_salt", "n_keep", "n_discard", "n_cache_reuse", "min_keep"),
+        *("keep_alive", "ttl", "n_keep", "n_discard", "n_cache_reuse", "min_keep"),
         *("spaces_between_special_tokens",),
         # what only says how, of things that are off or refused
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold"),

@@ -285,14 +285,15 @@ class Ready:
 def bind(host: str, port: int) -> socket.socket:
     """A socket of that address (port 0: any free one), to be had before a model is loaded for minutes. It does not
     listen yet: clients are refused, and need not wait. QuantkitError if it cannot be had."""
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if made.family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind((host, port))
-    except OSError as error:
-        made.close()
+        with contextlib.ExitStack() as unless_bound:
+            made = unless_bound.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if made.family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind((host, port))
+            unless_bound.pop_all()
+    except OSError as error:  # of the first line, too: a machine may have no IPv6
         raise QuantkitError(f"--host {host} --port {port}: {error.strerror}; choose another") from None
     return made
 

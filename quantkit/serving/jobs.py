@@ -24,7 +24,8 @@ class Job:
     """One sequence to continue. prompt: token ids with BOS; at most n_tokens new ones (0: it is only read). made: those
     so far, with their chances if the rules ask for them, both complete before a token is emitted. heard: chances of
     the prompt's second token and all that follow, ended: of the EOS that ended the answer, if the rules ask for them.
-    reuse: whether it may begin with what a slot holds of its prompt already; reused: so many tokens.
+    reuse: whether it may begin with what a slot holds of its prompt already, and others with what it leaves; reused: so
+    many tokens.
     """
 
     prompt: list[int]

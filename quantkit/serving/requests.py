@@ -90,6 +90,7 @@ class Body(Asked, ABC):
     typical_p: Annotated[Float, Field(gt=0, le=1)] | None = None
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
     cache_prompt: bool | None = None  # llama-server's
+    cache_salt: str | None = None  # vLLM's
     max_tokens: Length = None
     n_predict: Length = None  # llama-server's name of max_tokens
     min_tokens: Annotated[Int, Field(ge=0)] = 0
@@ -142,8 +143,11 @@ class Body(Asked, ABC):
         return Sampling(seed=(seed + 2**63) % 2**64 - 2**63, **given)
 
     def reuses(self) -> bool:
-        """Whether a prompt may go on from what an earlier one left. Its last digits then depend on how that was read:
-        who gives a seed wants the same again, so only if asked for."""
+        """Whether a prompt may go on from what an earlier one left, and later ones from it. Last digits then depend on
+        how that was read: who gives a seed wants the same again, so only if asked for. Who gives a salt shares nothing:
+        nobody is to find out what they asked."""
+        if self.cache_salt:
+            return False
         return self.seed in (None, -1) if self.cache_prompt is None else self.cache_prompt
 
     def stops(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     from quantkit.serving.jobs import Job
 
@@ -9,17 +11,18 @@ LEAST = 64  # tokens: fewer are not worth keeping; every chat begins with some t
 
 
 class Held(NamedTuple):
-    """The tokens in a slot's cache, and how many of them came from a prompt: answers are rarely sent again as they
-    were, R1's reasoning never."""
+    """The tokens in a slot's cache, int64 [n], and how many of them came from a prompt: answers are rarely sent again
+    as they were, R1's reasoning never."""
 
-    tokens: list[int]
+    tokens: np.ndarray
     n_prompt: int
 
-    def shared(self, prompt: list[int]) -> int:
-        """How many tokens a prompt has in common with its beginning, all but the prompt's last: that one's logits are
-        wanted."""
+    def shared(self, prompt: np.ndarray) -> int:
+        """How many tokens a prompt, int64 [n], has in common with its beginning, all but the prompt's last: that one's
+        logits are wanted."""
         most = min(len(self.tokens), len(prompt) - 1)
-        return next((i for i in range(most) if self.tokens[i] != prompt[i]), most)
+        differ = self.tokens[:most] != prompt[:most]
+        return int(differ.argmax()) if differ.any() else most
 
     @property
     def worth(self) -> bool:
@@ -27,7 +30,7 @@ class Held(NamedTuple):
         return len(self.tokens) >= LEAST
 
 
-NOTHING = Held([], 0)
+NOTHING = Held(np.empty(0, np.int64), 0)
 
 
 class Slots:
@@ -44,7 +47,8 @@ class Slots:
         come: a system's message in common must not cost a long conversation its place."""
         slot, n = self._oldest(), 0
         if job.reuses:
-            shared = {each: self.held[each].shared(job.prompt) for each in self.free}
+            prompt = np.array(job.prompt, np.int64)
+            shared = {each: self.held[each].shared(prompt) for each in self.free}
             fits = [each for each in self.free if 2 * shared[each] >= max(2 * LEAST, self.held[each].n_prompt)]
             slot = max(fits, key=shared.__getitem__, default=slot)
             n = shared[slot] if shared[slot] >= LEAST else 0
@@ -53,9 +57,10 @@ class Slots:
         job.slot, job.done, job.reused = slot, n, n
 
     def take_back(self, job: "Job", sound: bool) -> None:
-        """The slot is free again. sound: its cache holds what was computed; after an error nobody knows."""
+        """The slot is free again. sound: its cache holds what was computed; after an error nobody knows. Who may not
+        reuse what others left leaves them nothing either."""
         tokens = job.prompt[: job.done] if job.left else job.prompt + job.made[:-1]  # the last one has been no input
-        self.held[job.slot] = Held(tokens, job.done) if sound else NOTHING
+        self.held[job.slot] = Held(np.array(tokens, np.int64), job.done) if sound and job.reuse else NOTHING
         self.free.append(job.slot)
 
     def _oldest(self) -> int:

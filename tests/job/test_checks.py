@@ -93,6 +93,12 @@ def test_a_dry_run_says_what_memory_has_no_room_for(folder, monkeypatch):
     assert "--memory is 100.0 MB" in own
 
 
+@pytest.mark.parametrize("recover", [False, True])
+def test_a_dry_run_makes_no_place_for_hidden_states(folder, recover):
+    options = replace(OPTIONS, calibration=Calibration(TEXT, hidden="disk"), recover=recover)
+    assert not refusals(job.order_of("tiny-r1", folder, options)) and not folder.exists()
+
+
 def refusals(order: Order) -> list[str]:
     """Of a dry run."""
     lines = (line.split(maxsplit=1) for line in what_it_takes(order))

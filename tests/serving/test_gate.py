@@ -1,5 +1,7 @@
 """Who may ask a server: whoever has the key and calls it by its name."""
 
+import errno
+import os
 import socket
 
 import pytest
@@ -129,6 +131,15 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_opened(tmp_path):
         port = taken.getsockname()[1]
         done = CliRunner().invoke(main, ["serve", str(tmp_path / "m.gguf"), "--port", str(port), "--device", "cpu"])
     assert done.exit_code == 1 and f"--port {port}: Address already in use; choose another" in done.stderr
+
+
+def test_a_machine_without_ipv6_is_told_in_a_line(monkeypatch):
+    def missing(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr(socket, "socket", missing)
+    with pytest.raises(QuantkitError, match="--host ::1 --port 0: Address family not supported"):
+        bind("::1", 0)
 
 
 def test_who_listened_meanwhile_is_refused_in_a_line():
